@@ -1,0 +1,293 @@
+"""The configuration: one tree of validated values, read from a YAML file and changed with `part.field=value`.
+
+`load("demo", ["train.phases.1.steps=10"])` reads `rectvlm/configs/demo.yaml` (or any path to a YAML file). A file must
+name every value, so that what runs is what can be read; an unknown key or a wrong type is an error that names it.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rectvlm.types import UserError
+
+CONFIGS = Path(__file__).parent / "configs"
+
+Part = Literal["encoder", "classifier", "localizer", "generator"]
+PARTS: tuple[Part, ...] = typing.get_args(Part)
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True)
+
+
+class AugmentConfig(_Section):
+    """Random changes of a training batch, on the device. All are exact identities at 0."""
+
+    probability: Fraction
+    """Share of samples that are changed at all."""
+    rotate: float
+    """Largest rotation about the body's long axis, degrees."""
+    scale: Fraction
+    """Largest relative change of size."""
+    shift: Fraction
+    """Largest shift, as a share of each side of the grid."""
+    intensity: float
+    """Largest offset of the HU scale, HU."""
+    noise: float
+    """Largest standard deviation of added noise, HU."""
+
+
+class DataConfig(_Section):
+    """Shards and the grid that they hold."""
+
+    shards: str
+    """Folder of the shards, with `index.json`."""
+    grid: tuple[Positive, Positive, Positive]
+    """Voxels (z, y, x)."""
+    spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    """Voxel size (z, y, x), mm."""
+    windows: tuple[Literal["lung", "mediastinal", "bone"], ...]
+    """One input channel a window."""
+    workers: Annotated[int, Field(ge=0)]
+    """Loader processes a rank."""
+    augment: AugmentConfig
+
+
+class EncoderConfig(_Section):
+    """The 3D encoder that all heads share."""
+
+    patch: tuple[Positive, Positive, Positive]
+    """Voxels of a patch (z, y, x)."""
+    width: Positive
+    depth: Positive
+    heads: Positive
+    mlp_ratio: PositiveFloat
+    checkpointing: bool
+    """Recompute each block in the backward pass."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "EncoderConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class TextConfig(_Section):
+    """The frozen text encoder that turns prompts into embeddings."""
+
+    model: str
+    """A folder, a hub id, or `bundled:NAME` (see `rectvlm.weights`)."""
+    max_tokens: Positive
+
+
+class ClassifierConfig(_Section):
+    """The text-prompt classifier."""
+
+    width: Positive
+    """Size of the space that image and text share."""
+
+
+class LocalizerConfig(_Section):
+    """The three-stage localizer."""
+
+    width: Positive
+    """Width of the denoising transformer."""
+    depth: Positive
+    heads: Positive
+    noise: Annotated[float, Field(ge=0)]
+    """Largest standard deviation of the noise put on patch features in training, relative to their own."""
+    channels: tuple[Positive, ...]
+    """Channels of the U-Net, full resolution first."""
+    checkpointing: bool
+
+
+class GeneratorConfig(_Section):
+    """The report generator."""
+
+    model: str
+    """Language model: a folder, a hub id, or `bundled:NAME`."""
+    quantization: Literal["nf4", "none"]
+    storage: Literal["bfloat16", "uint8"]
+    """How packed 4-bit weights are stored. float16 corrupts silently under a bf16 engine, so it is not a choice."""
+    double_quantization: bool
+    queries: Positive
+    """Visual tokens that the language model sees."""
+    width: Positive
+    """Width of the resampler."""
+    depth: Positive
+    heads: Positive
+    lora_rank: Positive
+    lora_alpha: PositiveFloat
+    lora_dropout: Fraction
+    lora_targets: Literal["attention", "all-linear"]
+    max_report_tokens: Positive
+    true_cues: Fraction
+    """Share of training samples whose prompt carries the true findings and lesions instead of the predicted ones."""
+    checkpointing: bool
+
+
+class PhaseConfig(_Section):
+    """How long and how fast one phase trains."""
+
+    steps: Positive
+    """Optimizer steps."""
+    micro_batch: Positive
+    """Samples a rank takes at once."""
+    accumulation: Positive
+    """Micro-batches a step."""
+    warmup: Annotated[int, Field(ge=0)]
+    """Steps of linear warm-up, before a cosine down to `final_lr`."""
+    final_lr: Fraction
+    """Last learning rate, as a share of the peak."""
+    lr: dict[Part, float]
+    """Peak learning rate of each part that trains."""
+    save_every: Positive
+    """Steps between checkpoints; the last step is always saved."""
+
+
+class LossConfig(_Section):
+    """Weights of the tasks."""
+
+    classification: float
+    localization: float
+    report: float
+
+
+class TrainConfig(_Section):
+    """What the three phases share, and the three phases."""
+
+    runs: str
+    """Folder of all runs; phase N writes to `RUNS/NAME/phaseN`."""
+    seed: int
+    weight_decay: Annotated[float, Field(ge=0)]
+    betas: tuple[Fraction, Fraction]
+    clip: PositiveFloat
+    """Largest norm of all gradients together."""
+    losses: LossConfig
+    keep: Positive
+    """Checkpoints that are kept."""
+    phases: dict[Literal[1, 2, 3], PhaseConfig]
+
+
+class Config(_Section):
+    """Everything that decides a run."""
+
+    name: str
+    data: DataConfig
+    encoder: EncoderConfig
+    text: TextConfig
+    classifier: ClassifierConfig
+    localizer: LocalizerConfig
+    generator: GeneratorConfig
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _patches_tile_the_grid(self) -> "Config":
+        if any(g % p for g, p in zip(self.data.grid, self.encoder.patch, strict=True)):
+            raise ValueError(f"encoder.patch {self.encoder.patch} does not tile data.grid {self.data.grid}")
+        return self
+
+    def to_yaml(self) -> str:
+        """The whole tree as YAML, in the order of the fields."""
+        tree = self.model_dump(mode="json")
+        # JSON turns the phases' numbers into strings; a file must read back as it was written.
+        tree["train"]["phases"] = {int(number): phase for number, phase in tree["train"]["phases"].items()}
+        return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)
+
+
+def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration by name or path and apply overrides.
+
+    Args:
+        source: `tiny`, `demo`, … (a file of `rectvlm/configs`), or a path to a YAML file.
+        overrides: `part.field=value`; the value is read as YAML.
+
+    Raises:
+        UserError: no such file, an unknown key (with the nearest valid one), or a value of the wrong type.
+    """
+    path = Path(source)
+    if not path.suffix:
+        path = CONFIGS / f"{source}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+        raise UserError(f"No configuration {str(source)!r}: give one of {known}, or the path of a YAML file.")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}".replace("\n", " ")) from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a tree of settings, but holds {type(tree).__name__}.")
+    for override in overrides:
+        _apply(tree, override)
+    return from_tree(tree, where=str(path))
+
+
+def from_tree(tree: dict[str, Any], where: str) -> Config:
+    """Validate a tree of plain values.
+
+    Raises:
+        UserError: naming every fault found, and `where` the tree came from.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        faults = "; ".join(_explain(fault["loc"], fault) for fault in error.errors())
+        raise UserError(f"Configuration {where}: {faults}.") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator:
+        raise UserError(f"Override {override!r} is not of the form part.field=value.")
+    *parents, leaf = [int(name) if name.isdigit() else name for name in dotted.split(".")]
+    node, done = tree, []
+    for name in parents:
+        if not isinstance(node.get(name), dict):
+            raise UserError(f"Override {override!r}: {_unknown([*done, name], node)}.")
+        node, done = node[name], [*done, name]
+    if leaf not in node:
+        raise UserError(f"Override {override!r}: {_unknown([*done, leaf], node)}.")
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"Override {override!r}: {text!r} is not a YAML value.") from error
+
+
+def _unknown(path: Sequence[str | int], siblings: Iterable[Any]) -> str:
+    names = [str(name) for name in siblings]
+    near = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}" if near else f"valid here: {', '.join(names)}"
+    return f"unknown key {'.'.join(map(str, path))!r}, {hint}"
+
+
+def _explain(loc: tuple[int | str, ...], fault: Any) -> str:
+    path = [part for part in loc if part != "[key]"]
+    if fault["type"] == "extra_forbidden":
+        return _unknown(path, _section_at(path[:-1]).model_fields)
+    if "[key]" in loc:
+        return f"unknown key {'.'.join(map(str, path))!r}, {fault['msg'].lower()}"
+    if fault["type"] == "missing":
+        return f"missing key {'.'.join(map(str, path))!r}"
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{'.'.join(map(str, path)) or 'top level'} = {fault['input']!r}: {message}" if path else message
+
+
+def _section_at(path: Sequence[str | int]) -> type[BaseModel]:
+    section: Any = Config
+    for name in path:
+        if typing.get_origin(section) is dict:
+            section = typing.get_args(section)[1]
+        else:
+            section = section.model_fields[name].annotation
+        assert not isinstance(section, types.UnionType)
+    return section

@@ -1,0 +1,128 @@
+"""The vocabulary of the project: 18 findings, 5 lesions, 20 anatomical regions.
+
+Everything that names a finding, a lesion or a region reads it here: shards, heads, metrics, pages. The order of
+`FINDINGS` is the column order of CT-RATE's label files and must never change.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Side = Literal["left", "right"]
+
+FINDINGS: tuple[str, ...] = (
+    "Medical material",
+    "Arterial wall calcification",
+    "Cardiomegaly",
+    "Pericardial effusion",
+    "Coronary artery wall calcification",
+    "Hiatal hernia",
+    "Lymphadenopathy",
+    "Emphysema",
+    "Atelectasis",
+    "Lung nodule",
+    "Lung opacity",
+    "Pulmonary fibrotic sequela",
+    "Pleural effusion",
+    "Mosaic attenuation pattern",
+    "Peribronchial thickening",
+    "Consolidation",
+    "Bronchiectasis",
+    "Interlobular septal thickening",
+)
+"""The 18 findings, in CT-RATE's file order."""
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """One of the five lesions that are outlined."""
+
+    bit: int
+    """Bit of the `lesions` volume: a voxel carries this lesion when `lesions >> bit & 1`."""
+    key: str
+    """Name in files: lower case, no spaces."""
+    name: str
+    """Name in text."""
+    finding: str
+    """The finding of `FINDINGS` that this lesion implies."""
+    site: Literal["lung", "pleura", "pericardium"]
+    """Where it lies, which decides how its place is worded."""
+    colour: str
+    """Outline colour on pages and pictures (a colour-blind-safe palette after Okabe and Ito, 2008)."""
+
+
+LESIONS: tuple[Lesion, ...] = (
+    Lesion(0, "pericardial_effusion", "pericardial effusion", "Pericardial effusion", "pericardium", "#CC79A7"),
+    Lesion(1, "pleural_effusion", "pleural effusion", "Pleural effusion", "pleura", "#56B4E9"),
+    Lesion(2, "consolidation", "consolidation", "Consolidation", "lung", "#E69F00"),
+    Lesion(3, "ground_glass_opacity", "ground-glass opacity", "Lung opacity", "lung", "#009E73"),
+    Lesion(4, "lung_nodule", "lung nodule", "Lung nodule", "lung", "#F0E442"),
+)
+"""The five lesions, in the order of their bits."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """One of the 20 anatomical regions of the `regions` volume."""
+
+    id: int
+    """Value in the `regions` volume, 1 to 20; 0 is none."""
+    name: str
+    """Name in text."""
+    side: Side | None
+    """The patient's side, for regions that have one."""
+    totalsegmentator: tuple[str, ...]
+    """Class names of TotalSegmentator (task `total`, version 2); a trailing `*` matches any ending."""
+
+
+REGIONS: tuple[Region, ...] = (
+    Region(1, "right upper lobe", "right", ("lung_upper_lobe_right",)),
+    Region(2, "right middle lobe", "right", ("lung_middle_lobe_right",)),
+    Region(3, "right lower lobe", "right", ("lung_lower_lobe_right",)),
+    Region(4, "left upper lobe", "left", ("lung_upper_lobe_left",)),
+    Region(5, "left lower lobe", "left", ("lung_lower_lobe_left",)),
+    Region(6, "trachea", None, ("trachea",)),
+    Region(7, "heart", None, ("heart", "atrial_appendage_left")),
+    Region(8, "aorta", None, ("aorta",)),
+    Region(9, "pulmonary veins", None, ("pulmonary_vein",)),
+    Region(
+        10,
+        "great vessels",
+        None,
+        ("superior_vena_cava", "brachiocephalic_*", "subclavian_artery_*", "common_carotid_artery_*"),
+    ),
+    Region(11, "esophagus", None, ("esophagus",)),
+    Region(12, "thyroid", None, ("thyroid_gland",)),
+    Region(13, "spine", None, ("vertebrae_*", "spinal_cord", "sacrum")),
+    Region(14, "right ribs", "right", ("rib_right_*",)),
+    Region(15, "left ribs", "left", ("rib_left_*",)),
+    Region(16, "sternum", None, ("sternum", "costal_cartilages")),
+    Region(17, "liver", None, ("liver",)),
+    Region(18, "spleen", None, ("spleen",)),
+    Region(19, "stomach", None, ("stomach",)),
+    Region(
+        20,
+        "other upper abdominal organs",
+        None,
+        ("kidney_*", "adrenal_gland_*", "pancreas", "gallbladder", "duodenum", "inferior_vena_cava"),
+    ),
+)
+"""The 20 regions, in the order of their ids."""
+
+LOBES: tuple[Region, ...] = REGIONS[:5]
+"""The five lobes of the lungs: the regions that a lung lesion's place is worded with."""
+
+N_FINDINGS, N_LESIONS, N_REGIONS = len(FINDINGS), len(LESIONS), len(REGIONS)
+
+LESION_BY_KEY = {lesion.key: lesion for lesion in LESIONS}
+REGION_BY_NAME = {region.name: region for region in REGIONS}
+
+
+def finding_prompts(finding: str) -> tuple[str, str]:
+    """The sentences that stand for a finding's presence and its absence, for the text encoder."""
+    phrase = finding.lower()
+    return f"The chest CT shows {phrase}.", f"The chest CT shows no {phrase}."
+
+
+def lesion_prompt(lesion: Lesion) -> str:
+    """The sentence that stands for a lesion, for the text encoder."""
+    return f"{lesion.name.capitalize()} on chest CT."

@@ -1,0 +1,146 @@
+"""Types that several rooms share: arrays, geometry, a sample, a batch, and the error a user sees."""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Int16Volume = NDArray[np.int16]
+"""HU, indexed (z, y, x) in the canonical frame or (i, j, k) in a file's own."""
+MaskVolume = NDArray[np.uint8]
+"""Region ids, or lesion bits, on the same grid as its CT."""
+Affine = NDArray[np.float64]
+"""4 × 4, voxel index to world in mm; world is RAS+ (x to the patient's left is negative), as in NIfTI."""
+
+Split = Literal["train", "valid"]
+
+
+class UserError(Exception):
+    """Something that the user can mend: one sentence with what was expected, what was found, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a sample's grid lies, and where it came from, so that masks can go back.
+
+    The world is RAS+ millimetres throughout.
+    """
+
+    grid_affine: list[list[float]]
+    """4 × 4, canonical index (z, y, x, 1) to world."""
+    native_shape: tuple[int, int, int]
+    """Shape of the file's array, (i, j, k)."""
+    native_affine: list[list[float]]
+    """4 × 4 of the file, index (i, j, k, 1) to world."""
+
+
+@dataclass(frozen=True)
+class HuDecision:
+    """How a file's numbers became Hounsfield units, and why."""
+
+    slope: float
+    intercept: float
+    """HU = slope × stored + intercept; 1 and 0 when the file already held HU."""
+    reason: str
+    """The evidence, in one sentence."""
+    padding_voxels: int = 0
+    """Voxels below −1024 HU, outside the field of view, that were set to air."""
+
+
+@dataclass(frozen=True)
+class SampleMeta:
+    """Everything of a sample but its arrays; `KEY.json` in a shard."""
+
+    key: str
+    split: Split
+    source: str
+    """Data set and file that the volume came from."""
+    patient: str
+    """Patient id: a patient is in one split only."""
+    labels: dict[str, int | None]
+    """All 18 findings: 1 present, 0 absent, None unknown. Unknown is never read as negative."""
+    findings: str | None
+    """The report's Findings section, None when there is none."""
+    impression: str | None
+    """The report's Impression section, None when there is none."""
+    spacing: tuple[float, float, float]
+    """Grid spacing (z, y, x) in mm."""
+    geometry: Geometry
+    hu: HuDecision
+    lesions_annotated: dict[str, bool]
+    """By lesion key: whether this lesion was looked for. A lesion that was not annotated is not absent."""
+    regions_source: str | None
+    """Where the region map came from; None when there is none."""
+    versions: dict[str, str] = field(default_factory=dict)
+    schema: int = 1
+
+
+@dataclass
+class Sample:
+    """One case as it stands in a shard."""
+
+    ct: Int16Volume
+    """HU (Z, Y, X)."""
+    lesions: MaskVolume
+    """Lesion bits (Z, Y, X); see `labels.LESIONS`."""
+    regions: MaskVolume
+    """Region ids (Z, Y, X), 0 to 20; all 0 when `meta.regions_source` is None."""
+    meta: SampleMeta
+
+
+@dataclass
+class Batch:
+    """Samples stacked for the device. B samples on a grid of Z × Y × X voxels."""
+
+    keys: list[str]
+    ct: torch.Tensor
+    """(B, Z, Y, X) int16, HU."""
+    lesions: torch.Tensor
+    """(B, Z, Y, X) uint8, lesion bits."""
+    regions: torch.Tensor
+    """(B, Z, Y, X) uint8, region ids."""
+    regions_known: torch.Tensor
+    """(B,) bool: False where no region map exists."""
+    lesions_annotated: torch.Tensor
+    """(B, 5) bool: False where a lesion was not looked for."""
+    labels: torch.Tensor
+    """(B, 18) float32, 0 or 1; 0 where unknown, so always read with `labels_known`."""
+    labels_known: torch.Tensor
+    """(B, 18) bool."""
+    reports: list[str | None]
+    """The target text of each sample, sections included; None where there is no report."""
+    spacing: tuple[float, float, float]
+    """(z, y, x) in mm."""
+    meta: list[SampleMeta]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on a device (pinned memory is copied asynchronously)."""
+        moved: dict[str, Any] = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory; called by torch's DataLoader."""
+        pinned: dict[str, Any] = {
+            f.name: getattr(self, f.name).pin_memory()
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **pinned)
+
+
+@dataclass
+class Prediction:
+    """What the model says of a batch. B samples on a grid of Z × Y × X voxels."""
+
+    findings: torch.Tensor
+    """(B, 18) float32, probabilities."""
+    lesions: torch.Tensor
+    """(B, 5, Z, Y, X) float32, probabilities in the order of `labels.LESIONS`."""
+    reports: list[str] | None
+    """Generated text, sections included; None when no report was asked for or the model has no generator."""
