@@ -1,0 +1,1 @@
+"""From files to samples and from samples to batches: volumes, shards, loading, augmentation, phantoms."""
