@@ -1,0 +1,130 @@
+"""Metrics of the 18 findings. A label that is not known counts nowhere: not as negative, not in any n."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import precision_recall_curve, precision_recall_fscore_support, roc_auc_score
+
+from rectvlm.labels import FINDINGS, N_FINDINGS
+
+Floats = NDArray[np.floating[Any]]
+Bools = NDArray[np.bool_]
+
+SCORES = ("auroc", "f1", "precision", "recall")
+UNFITTED = 0.5
+"""The threshold of a finding that no data decide."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """At or above which probability a finding is called present."""
+
+    values: Floats
+    """(18,)."""
+    fitted: Bools
+    """(18,): False where the value is 0.5 because a class was missing in the data."""
+    source: str
+    """Which data they were fitted on."""
+    n_cases: int
+
+    def by_finding(self) -> dict[str, float]:
+        """The thresholds by the name of the finding."""
+        return {name: float(value) for name, value in zip(FINDINGS, self.values, strict=True)}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "source": self.source,
+            "n_cases": self.n_cases,
+            "not_fitted": [name for name, fitted in zip(FINDINGS, self.fitted, strict=True) if not fitted],
+            "values": self.by_finding(),
+        }
+
+    @classmethod
+    def unfitted(cls, source: str) -> "Thresholds":
+        """0.5 for every finding."""
+        return cls(np.full(N_FINDINGS, UNFITTED), np.zeros(N_FINDINGS, dtype=bool), source, 0)
+
+
+def fit_thresholds(probabilities: Floats, labels: Floats, known: Bools, source: str) -> Thresholds:
+    """The threshold of each finding that maximises F1 on the given cases, which must not be the evaluated ones.
+
+    All thresholds between two neighbouring probabilities give the same F1; the middle is taken. Where a finding has no
+    known positive or no known negative, the threshold is 0.5 and marked as not fitted.
+
+    Args:
+        probabilities: (N, 18).
+        labels: (N, 18), 0 or 1; read only where known.
+        known: (N, 18).
+        source: which data these are, in words.
+    """
+    _check(probabilities, labels, known)
+    values, fitted = np.full(N_FINDINGS, UNFITTED), np.zeros(N_FINDINGS, dtype=bool)
+    for i in range(N_FINDINGS):
+        truth, scores = labels[known[:, i], i] > 0.5, probabilities[known[:, i], i]
+        if truth.all() or not truth.any():
+            continue
+        precision, recall, cuts = precision_recall_curve(truth, scores)
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        best = int(np.argmax(f1[:-1]))  # the last point of the curve has no threshold
+        below = scores[scores < cuts[best]]
+        values[i] = (cuts[best] + below.max()) / 2 if below.size else cuts[best]
+        fitted[i] = True
+    return Thresholds(values, fitted, source, len(probabilities))
+
+
+def classification(probabilities: Floats, labels: Floats, known: Bools, thresholds: Floats) -> dict[str, Any]:
+    """AUROC, F1, precision and recall of each finding, and their macro and weighted means.
+
+    AUROC is None where the known labels hold one class only; F1, precision and recall are None where there is no known
+    positive, and precision is 0 where nothing was predicted. A mean runs over the findings that have the score, and
+    says over how many; `weighted` weights each finding by its number of positives.
+
+    Args:
+        probabilities: (N, 18).
+        labels: (N, 18), 0 or 1; read only where known.
+        known: (N, 18).
+        thresholds: (18,); present is `probability >= threshold`.
+    """
+    _check(probabilities, labels, known)
+    assert thresholds.shape == (N_FINDINGS,)
+    per_finding = {
+        name: _one_finding(probabilities[known[:, i], i], labels[known[:, i], i] > 0.5, float(thresholds[i]))
+        for i, name in enumerate(FINDINGS)
+    }
+    return {
+        "n_cases": len(probabilities),
+        "macro": _mean(per_finding, weighted=False),
+        "weighted": _mean(per_finding, weighted=True),
+        "per_finding": per_finding,
+    }
+
+
+def _one_finding(scores: Floats, truth: Bools, threshold: float) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(SCORES)
+    if truth.any():
+        precision, recall, f1, _ = precision_recall_fscore_support(
+            truth, scores >= threshold, average="binary", zero_division=0.0
+        )
+        row |= {"f1": float(f1), "precision": float(precision), "recall": float(recall)}
+        if not truth.all():
+            row["auroc"] = float(roc_auc_score(truth, scores))
+    return row | {"threshold": threshold, "n_known": int(truth.size), "n_positive": int(truth.sum())}
+
+
+def _mean(per_finding: dict[str, dict[str, Any]], weighted: bool) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for score in SCORES:
+        rows = [row for row in per_finding.values() if row[score] is not None]
+        weights = [row["n_positive"] if weighted else 1 for row in rows]
+        result[score] = float(np.average([row[score] for row in rows], weights=weights)) if rows else None
+        result[f"n_findings_{score}"] = len(rows)
+    return result
+
+
+def _check(probabilities: Floats, labels: Floats, known: Bools) -> None:
+    assert probabilities.ndim == 2 and probabilities.shape[1] == N_FINDINGS, probabilities.shape
+    assert probabilities.shape == labels.shape == known.shape, (probabilities.shape, labels.shape, known.shape)
+    assert known.dtype == np.bool_ and np.isfinite(probabilities).all()
