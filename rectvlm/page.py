@@ -107,7 +107,7 @@ def choose_slices(lesions: MaskVolume, most: int = MOST_SLICES) -> NDArray[np.in
 
 
 def window(hu: NDArray[Any], name: str) -> NDArray[np.uint8]:
-    """Grey values of HU (Y, X) in a named window: its lower edge is 0, its upper edge 255; at most 448 pixels a side."""
+    """Grey values of HU (Y, X) in a window: its lower edge is 0, its upper edge 255; at most 448 pixels a side."""
     centre, width = WINDOWS[name]
     picture = Image.fromarray(hu.astype(np.float32))
     scale = min(1.0, LONGEST_SIDE / max(picture.size))
@@ -179,6 +179,10 @@ def _jpeg(grey: NDArray[np.uint8]) -> str:
 
 def _template() -> Any:
     environment = Environment(
-        loader=PackageLoader("rectvlm"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("rectvlm"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("case.html.j2")

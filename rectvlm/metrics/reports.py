@@ -1,6 +1,5 @@
 """Metrics of generated reports against the radiologist's: overlap of words and of embeddings, not clinical truth."""
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ ROUGE_SIGNATURE = "rouge-score, rougeL F-measure, lower case, letters and digits
 
 
 def reports(
-    generated: Sequence[str], references: Sequence[str | None], bertscore_model: Path | None = None
+    generated: Sequence[str], references: Sequence[str | None], bertscore_model: str | Path | None = None
 ) -> dict[str, Any]:
     """BLEU-1 to 4, ROUGE-L and, with a model at hand, BERTScore; every score between 0 and 1.
 
@@ -25,7 +24,7 @@ def reports(
     Args:
         generated: one text a case.
         references: the true report of each case, None where there is none.
-        bertscore_model: folder of a Hugging Face encoder; None leaves BERTScore out.
+        bertscore_model: folder or hub id of an encoder; without one that loads, BERTScore is left out and says why.
     """
     pairs = [(text, reference) for text, reference in zip(generated, references, strict=True) if reference is not None]
     result: dict[str, Any] = {"n": len(pairs), "n_without_reference": len(generated) - len(pairs)}
@@ -40,21 +39,31 @@ def reports(
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     rouge = [scorer.score(reference, text)["rougeL"].fmeasure for text, reference in pairs]
     result["rouge_l"] = float(np.mean(rouge)) if rouge else None
-    if bertscore_model is not None and pairs:
-        result["bertscore_f1"], signatures["bertscore_f1"] = bertscore(candidates, truths, bertscore_model)
-    return result | {"signatures": signatures, "left_out": {"meteor": METEOR_LEFT_OUT}}
+    left_out = {"meteor": METEOR_LEFT_OUT}
+    if bertscore_model is None:
+        left_out["bertscore_f1"] = "no encoder was given"
+    elif pairs:
+        try:
+            result["bertscore_f1"], signatures["bertscore_f1"] = bertscore(candidates, truths, bertscore_model)
+        except OSError as error:
+            left_out["bertscore_f1"] = f"{bertscore_model} cannot be loaded: {str(error).splitlines()[0]}"
+    return result | {"signatures": signatures, "left_out": left_out}
 
 
-def bertscore(candidates: Sequence[str], truths: Sequence[str], model: Path) -> tuple[float, str]:
-    """Mean BERTScore F1 (Zhang et al. 2020) from the last layer of a local encoder, and its signature.
+def bertscore(candidates: Sequence[str], truths: Sequence[str], model: str | Path) -> tuple[float, str]:
+    """Mean BERTScore F1 (Zhang et al. 2020) from the last layer of an encoder, and its signature.
 
     Not rescaled with a baseline, and without idf weights. A text longer than the encoder's context is cut there. An
     empty text scores 0, as bert-score's documentation says; its code fails on one with Transformers 5.
+
+    Raises:
+        OSError: the encoder cannot be loaded.
     """
     import bert_score  # seconds to import, and not every evaluation has reports
+    from transformers import AutoConfig
 
-    settings = json.loads((model / "config.json").read_text())
-    layers, context = settings["num_hidden_layers"], settings["max_position_embeddings"]
+    settings = AutoConfig.from_pretrained(model)
+    layers, context = settings.num_hidden_layers, settings.max_position_embeddings
     scores = np.zeros(len(candidates))
     both = enumerate(zip(candidates, truths, strict=True))
     filled = [i for i, (text, truth) in both if text.strip() and truth.strip()]
@@ -67,5 +76,6 @@ def bertscore(candidates: Sequence[str], truths: Sequence[str], model: Path) -> 
         tokenizer.model_max_length = min(tokenizer.model_max_length, context)
         _, _, f1 = scorer.score([candidates[i] for i in filled], [truths[i] for i in filled])
         scores[filled] = f1.numpy()
+    name = Path(model).name if Path(model).is_dir() else str(model)
     version = f"bert-score {bert_score.__version__}"
-    return float(scores.mean()), f"{version}, {model.name}, layer {layers}, no idf, no rescaling, mean F1 over cases"
+    return float(scores.mean()), f"{version}, {name}, layer {layers}, no idf, no rescaling, mean F1 over cases"
