@@ -1,0 +1,367 @@
+"""The healthy chest of a phantom: body, lungs and lobes, bones, heart and vessels, airways, upper abdomen.
+
+The numbers are millimetres and HU of an average adult lying supine; `Build` stretches and tilts them. Organs are
+painted from the outside in, and later ones replace earlier ones.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rectvlm.data.phantom_canvas import (
+    REGION,
+    WHOLE,
+    Canvas,
+    Field,
+    Part,
+    Point,
+    curve,
+    ellipsoid,
+    ramp,
+    smooth_noise,
+    soft,
+    tube,
+)
+
+AORTA: list[Point] = [(-6, -26, -8), (-14, -30, 14), (-14, -26, 38), (2, -10, 54), (18, 14, 54), (24, 30, 38)]
+DESCENDING: list[Point] = [(24, 30, 38), (25, 34, 0), (22, 34, -60), (12, 32, -150)]
+CARINA: Point = (-2, 8, 24)
+HILA: dict[str, Point] = {"right": (-44, 8, 2), "left": (46, 10, 4)}
+LAD: list[Point] = [(10, -34, -6), (26, -56, -18), (42, -70, -40), (52, -72, -62)]
+"""The left anterior descending coronary artery."""
+
+
+def draw_chest(canvas: Canvas, rng: np.random.Generator) -> None:
+    """Paint the healthy chest, and fill `canvas.fields` with the distances that lesions need."""
+    _distances(canvas)
+    _body(canvas, rng)
+    _abdomen(canvas, rng)
+    _lungs(canvas, rng)
+    _mediastinum(canvas)
+    _bones(canvas, rng)
+    vessel_tree(canvas, rng)
+    airways(canvas)
+
+
+def _superellipse(canvas: Canvas, a: Field, b: Field, y0: float = 0.0) -> Field:
+    """Distance along the ray from the axis to a cross-section |x/a|^2.5 + |y/b|^2.5 = 1, positive inside."""
+    y = canvas.y - np.float32(y0)
+    u, v = np.abs(canvas.x) / a, np.abs(y) / b
+    u *= u * np.sqrt(u)
+    v *= v * np.sqrt(v)
+    level = np.maximum(u + v, np.float32(1e-4)) ** np.float32(0.4)
+    radius = np.sqrt(canvas.x**2 + y**2) + np.float32(0.1)
+    return np.asarray(radius * (1 / level - 1), dtype=np.float32)
+
+
+def _distances(canvas: Canvas) -> None:
+    x, y, z = canvas.x, canvas.y, canvas.z
+    side = np.abs(x)
+    apex = np.sqrt(np.clip(1 - np.clip((z + 30) / 158, 0, 1) ** 2.6, 0.0004, 1)).astype(np.float32)
+    wide = 126 + 6 * ramp(-z, 0, 100)
+    cavity = _superellipse(canvas, wide * apex, (88 + 4 * ramp(-z, 0, 90)) * np.sqrt(apex) * (0.35 + 0.65 * apex), 2)
+    # The cage goes on above the lungs: without this the ribs would close over the apex.
+    shell = np.maximum(apex, np.float32(0.45))
+    canvas.fields["cage"] = _superellipse(canvas, wide * shell, (88 + 4 * ramp(-z, 0, 90)) * (0.3 + 0.7 * shell), 2)
+    shoulder = ramp(z, 70, 150)
+    girth = 155 + canvas.build.fat * 0.8
+    canvas.fields["body"] = _superellipse(canvas, girth - 22 * shoulder, 106 + canvas.build.fat * 0.6 - 26 * shoulder)
+
+    right = x < 0
+    medial = side < 64
+    reach = np.where(medial, np.float32(125), np.float32(66))
+    bowl = ((side - 64) / reach) ** 2 + ((y + 8) / 78) ** 2
+    top = np.where(right, np.float32(-58), np.float32(-70)) + np.float32(canvas.build.dome)
+    dome = (z - (top - 46 * bowl)) * np.float32(0.8)
+
+    heart = _heart_distance(canvas)
+    gap = 5.0 + canvas.build.pericardial
+    waist = 6 + 17 * np.exp(-(((y - 2) / 42) ** 2)) + 9 * np.exp(-((z - 4) ** 2) / 600) * np.exp(-((y - 5) ** 2) / 900)
+    spine = 23 - np.sqrt(x**2 + np.minimum(y - 52, 0) ** 2)
+    lung = np.minimum(cavity, dome)
+    np.minimum(lung, side - waist, out=lung)
+    np.minimum(lung, -heart - gap, out=lung)
+    np.minimum(lung, -spine - 2, out=lung)
+    canvas.fields |= {"cavity": cavity, "dome": dome, "heart": heart, "lung": lung}
+
+
+def _heart_distance(canvas: Canvas) -> Field:
+    """Distance to the heart's surface, positive inside: ventricles on the left, atria to the right and behind."""
+    size = canvas.build.heart
+    x, y, z = canvas.x, canvas.y, canvas.z
+    parts = []
+    # The long axis points to the left, forwards and down.
+    axis = np.array((0.78, -0.42, -0.46))
+    across = np.cross(axis, (0.0, 0.0, 1.0))
+    across /= np.linalg.norm(across)
+    third = np.cross(axis, across)
+    basis = ((22, -30, -42), (axis, across, third), (58, 42, 44))
+    eye = np.eye(3)
+    for centre, frame, axes in (
+        basis,
+        ((-18, -26, -34), eye, (32, 36, 40)),
+        ((0, 4, -14), eye, (36, 20, 24)),
+    ):
+        # A large heart grows to the left and down, away from the great vessels.
+        d = (x - centre[0] * (2 * size - 1), y - centre[1], z - (centre[2] - 30 * (size - 1)))
+        local = [d[0] * np.float32(f[0]) + d[1] * np.float32(f[1]) + d[2] * np.float32(f[2]) for f in frame]
+        level = np.sqrt(sum((v / np.float32(a * size)) ** 2 for v, a in zip(local, axes, strict=True)))
+        length = np.sqrt(d[0] ** 2 + d[1] ** 2 + d[2] ** 2) + np.float32(0.1)
+        parts.append(length * (1 / np.maximum(level, np.float32(0.02)) - 1))
+    return np.asarray(np.maximum(np.maximum(parts[0], parts[1]), parts[2]), dtype=np.float32)
+
+
+def _body(canvas: Canvas, rng: np.random.Generator) -> None:
+    body, cage = canvas.fields["body"], canvas.fields["cage"]
+    build = canvas.build
+    table = build.spacing[1] * (build.shape[1] - 1) / 2 - 9
+    sag = table - 14 * (canvas.x / 170) ** 2
+    canvas.paint(
+        Part(WHOLE, soft(2.0 - np.abs(canvas.y * np.float32(build.scale[1]) - sag)) * (np.abs(canvas.x) < 170)), -350
+    )
+    tissue = np.full(build.shape, -102, np.float32)
+    streaks = smooth_noise(rng, canvas, 17)
+    muscle = soft(body - build.fat, 3) * soft(10 - cage, 3)
+    planes = 0.75 * ramp(streaks, 0.9, 1.5) * soft(-cage - 13, 4)
+    tissue += muscle * (1 - planes) * np.float32(155)
+    tissue += soft(2.2 - body, 2) * np.float32(110)
+    canvas.paint(Part(WHOLE, soft(body)), tissue)
+    # Inside the cage all is fat until something is painted there.
+    canvas.paint(Part(WHOLE, soft(canvas.fields["cavity"] - 1) * soft(body - build.fat)), -92)
+
+
+def _abdomen(canvas: Canvas, rng: np.random.Generator) -> None:
+    x, y, z = canvas.x, canvas.y, canvas.z
+    cavity, dome = canvas.fields["cavity"], canvas.fields["dome"]
+    below = np.minimum(-dome - 2, cavity - 3)
+    canvas.paint(Part(WHOLE, soft(np.minimum(3 - np.abs(dome + 1.5), cavity))), 50)
+    liver = np.minimum(below, (44 + 0.55 * (z + 70) - 0.35 * (y + 30)) - x)
+    np.minimum(liver, 62 - y + 0.2 * x, out=liver)
+    np.minimum(liver, np.sqrt(x**2 + (y - 50) ** 2) - 34, out=liver)
+    mottle = 4 * smooth_noise(rng, canvas, 14)
+    contrast = 0.35 * (canvas.build.blood - 42)
+    canvas.paint(Part(WHOLE, soft(liver)), 58 + contrast + mottle, REGION["liver"])
+    limit = soft(below)
+
+    def organ(part: Part, hu: float, region: str) -> None:
+        inside = Part(part.box, part.occupancy * limit[part.box] * soft(-liver[part.box]))
+        canvas.paint(inside, hu, REGION[region])
+
+    for left in (-1, 1):
+        organ(
+            ellipsoid(canvas, (58 * left, 50, -138), (25, 22, 30)), 34 + 1.5 * contrast, "other upper abdominal organs"
+        )
+    organ(ellipsoid(canvas, (92, 38, -106), (32, 40, 34)), 50 + contrast, "spleen")
+    stomach = ellipsoid(canvas, (56, -12, -106), (40, 48, 32))
+    organ(stomach, 28, "stomach")
+    bubble = np.minimum(limit[stomach.box], soft(-22 - y[stomach.box]))
+    inner = ellipsoid(canvas, (56, -12, -106), (36, 44, 28))
+    overlap = np.zeros_like(limit)
+    overlap[inner.box] = inner.occupancy
+    canvas.paint(Part(stomach.box, overlap[stomach.box] * bubble * soft(-liver[stomach.box] - 4)), -950)
+    canvas.paint(
+        tube(canvas, curve([(-24, 16, -150), (-24, 14, -90), (-20, 2, -50)]), 12),
+        canvas.build.blood,
+        REGION["other upper abdominal organs"],
+    )
+
+
+def oblique_fissure(canvas: Canvas) -> Field:
+    """Height in mm above the oblique fissure of either lung; below it lies the lower lobe."""
+    side = np.abs(canvas.x)
+    sag = 9 * np.sin((side - 20) / 34) + np.where(canvas.x > 0, np.float32(4), np.float32(-4))
+    return np.asarray((canvas.z - (1.08 * (canvas.y - 8) - 6 + sag)) * np.float32(0.68), dtype=np.float32)
+
+
+def horizontal_fissure(canvas: Canvas) -> Field:
+    """Height in mm above the horizontal fissure, between the right upper and middle lobes."""
+    return np.asarray(canvas.z - (-4 + 8 * np.cos((canvas.x + 60) / 45) + 0.08 * canvas.y), dtype=np.float32)
+
+
+def _lungs(canvas: Canvas, rng: np.random.Generator) -> None:
+    lung, y = canvas.fields["lung"], canvas.y
+    oblique, horizontal = oblique_fissure(canvas), horizontal_fissure(canvas)
+    right = canvas.x < 0
+    tissue = -858 + 0.16 * y + 9 * smooth_noise(rng, canvas, 9) + 8 * smooth_noise(rng, canvas, 30)
+    crease = soft(1.0 - np.abs(oblique), 3)
+    np.maximum(crease, soft(0.8 - np.abs(horizontal), 4) * (right & (oblique > 0)), out=crease)
+    tissue += crease * np.float32(260)
+    canvas.paint(Part(WHOLE, soft(lung)), np.asarray(tissue, np.float32))
+    upper_right = np.where(horizontal > 0, REGION["right upper lobe"], REGION["right middle lobe"])
+    lobes = np.where(
+        right,
+        np.where(oblique > 0, upper_right, REGION["right lower lobe"]),
+        np.where(oblique > 0, REGION["left upper lobe"], REGION["left lower lobe"]),
+    )
+    inside = lung > 0
+    canvas.regions[inside] = lobes[inside]
+
+
+def _mediastinum(canvas: Canvas) -> None:
+    blood = canvas.build.blood
+    heart = canvas.fields["heart"]
+    canvas.paint(Part(WHOLE, soft(heart)), 46, REGION["heart"])
+    size = canvas.build.heart
+    _chambers(canvas, size, blood)
+    # The pericardium: a hairline in the fat around the heart.
+    canvas.paint(Part(WHOLE, 0.5 * soft(0.8 - np.abs(heart + 4 + canvas.build.pericardial))), 30)
+
+    def vessel(points: list[Point], radius: float | list[float], region: str | None, count: int = 10) -> None:
+        path = curve(points, count)
+        radii = np.interp(np.linspace(0, 1, count), np.linspace(0, 1, np.size(radius)), np.atleast_1d(radius))
+        canvas.paint(tube(canvas, path, radii + 1.2), 40, None)
+        canvas.paint(tube(canvas, path, radii), blood, REGION[region] if region else None)
+
+    vessel([(4, -34, -10), (12, -32, 10), (16, -14, 22)], 13, None)
+    vessel([(16, -14, 20), (32, -2, 20), (48, 8, 14)], [11, 9, 7], None)
+    vessel([(14, -14, 18), (-10, -8, 14), (-32, -2, 10), (-46, 4, 4)], [11, 10, 9, 7], None)
+    for left in (-1, 1):
+        vessel([(14 * left, 6, -16), (34 * left, 8, -12), (50 * left, 12, -8)], [6, 5, 4], "pulmonary veins")
+    vessel([(-26, -18, -8), (-27, -18, 30), (-25, -22, 72)], 9, "great vessels")
+    vessel([(-25, -22, 72), (2, -36, 80), (34, -30, 100), (46, -24, 118)], 6, "great vessels")
+    vessel([(-25, -22, 72), (-34, -26, 96), (-46, -22, 118)], 7, "great vessels")
+    vessel([(-12, -24, 52), (-16, -16, 80), (-24, -12, 146)], 6, "great vessels")
+    vessel([(4, -8, 56), (12, -6, 90), (18, -4, 146)], 4.5, "great vessels")
+    vessel([(14, 6, 56), (24, 8, 88), (36, -4, 108), (60, -20, 114)], 5, "great vessels")
+    vessel(AORTA, [16, 16, 15, 14, 13], "aorta", 18)
+    vessel(DESCENDING, [13, 12, 11], "aorta", 12)
+    gullet = curve([(4, 26, 146), (3, 28, 40), (4, 27, -20), (10, 22, -70), (26, 8, -100)], 16)
+    canvas.paint(tube(canvas, gullet, 7.5), 38, REGION["esophagus"])
+    canvas.paint(tube(canvas, gullet[:9], 1.6), -500)
+    for left in (-1, 1):
+        canvas.paint(ellipsoid(canvas, (17 * left, -2, 138), (8, 10, 18)), 100, REGION["thyroid"])
+
+
+def _chambers(canvas: Canvas, size: float, blood: float) -> None:
+    """Blood within the muscle: left and right ventricles, both atria."""
+    grow, drop = 2 * size - 1, 30 * (size - 1)
+    for (x, y, z), axes, level in (
+        ((38, -34, -52), (27, 20, 22), 0.0),
+        ((4, -50, -46), (26, 14, 28), 0.0),
+        ((-24, -20, -34), (20, 24, 30), -2.0),
+        ((0, 6, -14), (30, 14, 19), 2.0),
+    ):
+        part = ellipsoid(canvas, (x * grow, y, z - drop), (axes[0] * size, axes[1] * size, axes[2] * size), 5)
+        inside = Part(part.box, part.occupancy * soft(canvas.fields["heart"][part.box] - 4))
+        canvas.paint(inside, blood - 3 + level)
+
+
+def _bones(canvas: Canvas, rng: np.random.Generator) -> None:
+    x, y, z = canvas.x, canvas.y, canvas.z
+    depth = -canvas.fields["cage"]
+    _spine(canvas)
+    # Ribs: bands on the shell of the cage that run down and forwards; the angle is 0 at the spine, pi at the sternum.
+    angle = np.arctan2(np.abs(x), y - 4)
+    slope = 25.0 * angle - 14 * ramp(angle, 2.2, 3.0)
+    phase = (z + slope + float(rng.uniform(0, 25))) % 25 - 12.5
+    band = np.sqrt((phase / 6.6) ** 2 + ((depth - 6.0) / 4.6) ** 2)
+    start = soft(np.abs(x) - 18)
+    free = z > -116 + 34 * ramp(angle, 1.3, 2.1)
+    bone = soft((1 - band) * 5) * start * (angle < 2.35) * free
+    ribs = 190 + 330 * ramp(np.asarray(band, np.float32), 0.45, 0.85)
+    canvas.paint(Part(WHOLE, np.asarray(bone, np.float32)), ribs)
+    solid = bone > 0.5
+    canvas.regions[solid & (x < 0)] = REGION["right ribs"]
+    canvas.regions[solid & (x > 0)] = REGION["left ribs"]
+    height = (z > -62) & (z < 96)
+    cartilage = soft((1 - band) * 5) * (angle >= 2.35) * height * (np.abs(x) > 14)
+    canvas.paint(Part(WHOLE, np.asarray(cartilage, np.float32)), 95, REGION["sternum"])
+    plate = np.minimum(7 - np.abs(depth - 8), (17 + 5 * ramp(z, 50, 75)) - np.abs(x))
+    plate = np.where((y < 0) & (z > -58) & (z < 84), plate, np.float32(-5))
+    canvas.paint(Part(WHOLE, soft(plate)), 170 + 230 * ramp(-plate, -4, 0), REGION["sternum"])
+    for left in (-1, 1):
+        collar = curve([(14 * left, -66, 86), (60 * left, -58, 104), (118 * left, -18, 116)], 10)
+        canvas.paint(tube(canvas, collar, 6.5), 480)
+        canvas.paint(tube(canvas, collar, 3.5), 230)
+    blade = soft(2.6 - np.abs(depth - 17)) * soft(52 - np.abs(z - 62)) * ((angle > 0.62) & (angle < 1.45))
+    canvas.paint(Part(WHOLE, np.asarray(blade, np.float32)), 420)
+
+
+def _spine(canvas: Canvas) -> None:
+    x, z = canvas.x, canvas.z
+    y = canvas.y - (3 - 0.0004 * (z + 10) ** 2)
+    step = z % 25 - 12.5
+    body = 18 - np.sqrt(x**2 + (1.15 * (y - 54)) ** 2)
+    disc = np.abs(step) > 9.5
+    level = np.where(disc, np.float32(75), 165 + 260 * ramp(-body, -4.5, -1))
+    level = np.where(~disc & (np.abs(step) > 7.2), np.float32(360), level)
+    canvas.paint(Part(WHOLE, soft(body)), np.asarray(level, np.float32), REGION["spine"])
+    arch_level = np.abs(step) < 8
+    radius = np.sqrt(x**2 + (y - 79) ** 2)
+    ring = 4.5 - np.abs(radius - 13)
+    process = np.minimum(4 - np.abs(x), 13 - np.abs(y - 98))
+    wings = np.minimum(5.5 - np.abs(y - 82 + 0.12 * np.abs(x)), 34 - np.abs(x))
+    arch = np.where(arch_level, np.maximum(np.maximum(ring, process), np.minimum(wings, radius - 11)), ring - 6)
+    canvas.paint(Part(WHOLE, soft(np.asarray(arch, np.float32))), 380, REGION["spine"])
+    canvas.paint(Part(WHOLE, soft(10 - radius)), 25, REGION["spine"])
+
+
+def vessel_tree(canvas: Canvas, rng: np.random.Generator) -> None:
+    """Branching, tapering vessels from each hilum to points spread over its lung."""
+    lung = canvas.fields["lung"]
+    for side, hilum in HILA.items():
+        left = side == "left"
+        inside = np.flatnonzero((lung > 5) & ((canvas.x > 0) == left))
+        chosen = inside[np.sort(rng.choice(inside.size, 230, replace=False))]
+        targets = np.stack([_take(field, chosen, canvas) for field in (canvas.x, canvas.y, canvas.z)], axis=1)
+        for a, b, radius in _grow(np.array(hilum, dtype=float), targets):
+            part = tube(canvas, np.stack([a, b]), radius, flat=0.6)
+            canvas.paint(Part(part.box, part.occupancy * (lung[part.box] > -2)), max(canvas.build.blood - 10, 30))
+
+
+def _take(values: Field, flat: NDArray[np.intp], canvas: Canvas) -> NDArray[np.float64]:
+    return np.broadcast_to(values, canvas.build.shape).reshape(-1)[flat].astype(float)
+
+
+def _grow(
+    root: NDArray[np.float64], targets: NDArray[np.float64]
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64], float]]:
+    """A tree over the targets, from near to far: each joins the node that makes the shortest, straightest way.
+
+    A branch's radius follows Murray's law (1926): its cube is proportional to the number of tips that it feeds.
+    """
+    order = np.argsort(((targets - root) ** 2).sum(1), kind="stable")
+    nodes = np.concatenate([root[None], targets[order]])
+    reach = np.sqrt(((nodes - root) ** 2).sum(1))
+    parent = np.zeros(len(nodes), int)
+    for n in range(1, len(nodes)):
+        step = np.sqrt(((nodes[:n] - nodes[n]) ** 2).sum(1))
+        parent[n] = int(np.argmin(step + 0.45 * reach[:n]))
+    tips = np.zeros(len(nodes))
+    for n in range(len(nodes) - 1, 0, -1):
+        tips[n] = max(tips[n], 1)
+        tips[parent[n]] += tips[n]
+    radii = np.minimum(0.62 * tips ** (1 / 3), 4.0)
+    return [(nodes[parent[n]], nodes[n], float(radii[n])) for n in range(1, len(nodes))]
+
+
+BRONCHI: dict[str, list[Point]] = {
+    "right upper lobe": [(-30, 8, 12), (-50, 4, 24), (-62, -4, 44)],
+    "right middle lobe": [(-40, 8, -2), (-56, -14, -18), (-66, -34, -30)],
+    "right lower lobe": [(-40, 8, -2), (-52, 24, -26), (-62, 38, -56)],
+    "left upper lobe": [(44, 10, 2), (54, -4, 20), (62, -14, 42)],
+    "left lower lobe": [(44, 10, 2), (56, 26, -22), (66, 40, -52)],
+}
+"""The lobar bronchi, from the hilum outwards."""
+
+
+def airways(canvas: Canvas) -> None:
+    """Trachea, main and lobar bronchi: a thin wall around air."""
+    trachea = curve([(-1, 4, 146), (-1, 6, 80), CARINA], 8)
+    main = {
+        "right": curve([CARINA, (-20, 9, 12), (-40, 8, -2)], 6),
+        "left": curve([CARINA, (20, 11, 14), (44, 10, 2)], 6),
+    }
+    for path in main.values():
+        bronchus(canvas, path, np.linspace(7.5, 5.5, len(path)), 1.5)
+    for points in BRONCHI.values():
+        bronchus(canvas, curve(points, 7), np.linspace(4.2, 1.6, 7), 1.0)
+    canvas.paint(tube(canvas, trachea, 10.5), 40, 0)
+    canvas.paint(tube(canvas, trachea, 9), -1000, REGION["trachea"])
+    for path in main.values():
+        canvas.paint(tube(canvas, path[:2], 6), -990, REGION["trachea"])
+
+
+def bronchus(canvas: Canvas, path: NDArray[np.float64], lumen: NDArray[np.float64], wall: float) -> None:
+    """One airway: lumen radii and wall thickness in mm."""
+    canvas.paint(tube(canvas, path, lumen + wall), 20)
+    canvas.paint(tube(canvas, path, lumen), -985)

@@ -1,0 +1,167 @@
+"""A phantom's radiology report: what was painted, in one of several phrasings, with the side and lobe of each finding.
+
+Every sentence is made from the plan that the painter followed, so that text and image cannot disagree.
+"""
+
+from collections.abc import Callable
+
+from rectvlm.data.phantom_plan import Plan
+from rectvlm.places import join_words, lobe_words
+
+Phrases = tuple[str, ...]
+
+_DEVICE_WORDS = {
+    "pacemaker": ("Left chest wall pacemaker with a lead in the right ventricle.", "left-sided pacemaker"),
+    "port": ("Right chest port with its catheter tip in the superior vena cava.", "right chest port"),
+    "sternal wires": ("Median sternotomy wires.", "sternotomy wires"),
+}
+_PRESENT: dict[str, Phrases] = {
+    "Arterial wall calcification": (
+        "Calcified plaques in the aortic wall.",
+        "Aortic wall calcification is seen.",
+        "There are atheromatous calcifications of the aorta.",
+    ),
+    "Cardiomegaly": ("The heart is enlarged.", "Cardiomegaly.", "Heart size is increased."),
+    "Coronary artery wall calcification": (
+        "Coronary artery calcification.",
+        "Calcified plaques in the left anterior descending artery.",
+    ),
+    "Hiatal hernia": ("Hiatal hernia behind the heart.", "A hiatal hernia with an air-fluid level is present."),
+    "Emphysema": ("Emphysema in both upper lobes.", "Emphysematous changes in the upper lobes."),
+    "Mosaic attenuation pattern": ("Mosaic attenuation of both lungs.", "Mosaic attenuation pattern in the lungs."),
+    "Interlobular septal thickening": (
+        "Interlobular septal thickening at both bases.",
+        "Thickened interlobular septa in the lower zones.",
+    ),
+}
+_LOBAR: dict[str, Phrases] = {
+    "Atelectasis": ("Linear atelectasis in the {}.", "Band atelectasis is seen in the {}."),
+    "Bronchiectasis": ("Bronchiectasis in the {}.", "Dilated bronchi in the {}, in keeping with bronchiectasis."),
+    "Peribronchial thickening": ("Peribronchial thickening in the {}.", "Bronchial walls are thickened in the {}."),
+    "Pulmonary fibrotic sequela": ("Fibrotic sequela at the apex of the {}.", "Apical fibrotic bands in the {}."),
+}
+_CONSOLIDATION: Phrases = (
+    "Consolidation in {}.",
+    "Consolidation with air bronchograms is seen in {}.",
+    "There is airspace consolidation in {}.",
+)
+_GROUND_GLASS: Phrases = (
+    "Ground-glass opacity in {}.",
+    "There is ground-glass opacity in {}.",
+    "Hazy ground-glass opacity is seen in {}.",
+)
+_NODULE: Phrases = ("{size} mm nodule in {place}.", "A {size} mm solid nodule in {place}.")
+_EFFUSION: Phrases = ("{} pleural effusion.", "{} pleural effusion is present.")
+_PERICARDIAL: Phrases = ("Pericardial effusion measuring {} mm.", "Pericardial effusion up to {} mm thick.")
+_NODES: Phrases = ("Enlarged {} lymph nodes.", "Lymphadenopathy in the {} region.")
+_ABSENT: dict[str, Phrases] = {
+    "Pleural effusion": ("No pleural effusion.", "The pleural spaces are clear."),
+    "Pericardial effusion": ("No pericardial effusion.",),
+    "Consolidation": ("No consolidation.",),
+    "Lung nodule": ("No lung nodule.", "No nodule in either lung."),
+    "Lymphadenopathy": ("No enlarged lymph nodes.", "No mediastinal lymphadenopathy."),
+    "Cardiomegaly": ("Heart size is normal.", "The heart is not enlarged."),
+}
+_NEGATIVES = 3
+"""At most this many absent findings are mentioned."""
+_LONG = 9
+"""With this many sentences on what is present, absent findings are left out."""
+
+
+def lobes_phrase(lobes: list[str]) -> str:
+    """Lobes as they follow "in": "the right upper lobe", "both lower lobes"."""
+    words = lobe_words(lobes)
+    return words if words.startswith("both") else f"the {words}"
+
+
+class _Choice:
+    """Picks phrasings from the plan's random numbers."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        self.numbers = iter(numbers)
+
+    def __call__(self, phrases: Phrases) -> str:
+        return phrases[next(self.numbers) % len(phrases)]
+
+
+def write_report(plan: Plan) -> tuple[str, str]:
+    """Findings and impression of a plan."""
+    choose = _Choice(plan.order)
+    lungs, chest = _lung_sentences(plan, choose), _chest_sentences(plan, choose)
+    present = chest + lungs if next(choose.numbers) % 2 else lungs + chest
+    absent = []
+    if len(present) < _LONG:
+        candidates = [finding for finding in _ABSENT if not plan.present[finding]]
+        start = next(choose.numbers) % max(1, len(candidates))
+        candidates = candidates[start:] + candidates[:start]
+        absent = [choose(_ABSENT[finding]) for finding in candidates[:_NEGATIVES]]
+    return " ".join(present + absent), _impression(plan, choose)
+
+
+def _lung_sentences(plan: Plan, choose: Callable[[Phrases], str]) -> list[str]:
+    said = []
+    if plan.consolidations:
+        said.append(choose(_CONSOLIDATION).format(lobes_phrase(plan.consolidations)))
+    if plan.ground_glass:
+        said.append(choose(_GROUND_GLASS).format(lobes_phrase(plan.ground_glass)))
+    for nodule in plan.nodules:
+        said.append(choose(_NODULE).format(size=round(nodule.diameter), place=f"the {nodule.lobe}"))
+    for finding, phrases in _LOBAR.items():
+        if plan.present[finding]:
+            said.append(choose(phrases).format(plan.lobe_of[finding]))
+    for finding in ("Emphysema", "Mosaic attenuation pattern", "Interlobular septal thickening"):
+        if plan.present[finding]:
+            said.append(choose(_PRESENT[finding]))
+    return said
+
+
+def _chest_sentences(plan: Plan, choose: Callable[[Phrases], str]) -> list[str]:
+    said = []
+    if plan.effusions:
+        said.append(choose(_EFFUSION).format(_effusion_side(plan).capitalize()))
+    if plan.present["Pericardial effusion"]:
+        said.append(choose(_PERICARDIAL).format(round(plan.build.pericardial)))
+    for finding in (
+        "Cardiomegaly",
+        "Arterial wall calcification",
+        "Coronary artery wall calcification",
+        "Hiatal hernia",
+    ):
+        if plan.present[finding]:
+            said.append(choose(_PRESENT[finding]))
+    if plan.present["Lymphadenopathy"]:
+        said.append(choose(_NODES).format(join_words(plan.stations)))
+    if plan.present["Medical material"]:
+        said.append(_DEVICE_WORDS[plan.device][0])
+    return said
+
+
+def _effusion_side(plan: Plan) -> str:
+    return "bilateral" if len(plan.effusions) == 2 else next(iter(plan.effusions))
+
+
+def _impression(plan: Plan, choose: Callable[[Phrases], str]) -> str:
+    """What matters most, at most three statements."""
+    points = []
+    if plan.consolidations:
+        points.append(
+            choose(("{} consolidation, suggesting pneumonia", "{} consolidation")).format(
+                lobe_words(plan.consolidations)
+            )
+        )
+    if plan.effusions:
+        points.append(f"{_effusion_side(plan)} pleural effusion")
+    if plan.present["Pericardial effusion"]:
+        points.append("pericardial effusion")
+    if plan.nodules:
+        lobes = lobe_words([nodule.lobe for nodule in plan.nodules])
+        noun = "nodules" if len(plan.nodules) > 1 else "nodule"
+        points.append(choose(("{} {}, follow-up advised", "{} {}")).format(lobes, noun))
+    if plan.ground_glass:
+        points.append(f"ground-glass opacity in {lobes_phrase(plan.ground_glass)}")
+    for finding in ("Lymphadenopathy", "Cardiomegaly", "Emphysema", "Hiatal hernia"):
+        if plan.present[finding]:
+            points.append(finding.lower())
+    if not points:
+        return choose(("No acute finding in the chest.", "No acute cardiopulmonary abnormality."))
+    return " ".join(f"{point[0].upper()}{point[1:]}." for point in points[:3])

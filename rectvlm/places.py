@@ -1,0 +1,245 @@
+"""Where a lesion lies, in words: from lobes when a region map exists, from plain geometry when none does.
+
+Arrays are canonical, (z, y, x) = (inferior → superior, anterior → posterior, patient right → left), so the patient's
+left is at large x. Prompts, reports and pages all word a lesion's place through this module.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+from rectvlm.labels import LESION_BY_KEY, LESIONS, LOBES, REGION_BY_NAME, Lesion
+from rectvlm.types import Int16Volume, MaskVolume
+
+PlaceSide = Literal["left", "right", "both"]
+
+MIN_ML = 0.05
+"""Smaller lesions are specks (an 8 mm nodule has 0.27 ml) and get no place."""
+MIN_SHARE = 0.15
+"""A lobe, side or zone is named when it holds at least this share of the lesion."""
+BODY_HU = -300
+LUNG_HU = -500
+_SAMPLE = 2000
+"""Voxels that a nearest-lobe vote looks at: enough for a share, few enough to be quick."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one kind of lesion lies in one case."""
+
+    lesion: str
+    """Key in `labels.LESION_BY_KEY`."""
+    volume_ml: float
+    side: PlaceSide | None
+    """None where side means nothing: around the heart."""
+    regions: tuple[str, ...]
+    """Names of the lobes that hold it, largest share first; empty when the basis is geometry."""
+    basis: Literal["regions", "geometry"]
+    words: str
+
+
+def lobe_words(lobes: Sequence[str]) -> str:
+    """A set of lobes in words, whatever their order: "both lower lobes", "right upper lobe and left lower lobe".
+
+    All lobes of a side become "right lung" or "left lung", all five "both lungs".
+    """
+    left = {name.removeprefix("left ") for name in lobes if name.startswith("left ")}
+    right = {name.removeprefix("right ") for name in lobes if name.startswith("right ")}
+    whole_left, whole_right = len(left) == 2, len(right) == 3
+    if whole_left and whole_right:
+        return "both lungs"
+    parts = []
+    shared = set() if whole_left or whole_right else left & right
+    for name, plural in (("upper lobe", "upper lobes"), ("lower lobe", "lower lobes")):
+        if name in shared:
+            parts.append(f"both {plural}")
+    for side, names, whole in (("right", right, whole_right), ("left", left, whole_left)):
+        if whole:
+            parts.append(f"{side} lung")
+        else:
+            parts += [
+                f"{side} {name}" for name in ("upper lobe", "middle lobe", "lower lobe") if name in names - shared
+            ]
+    return join_words(parts)
+
+
+def join_words(parts: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def side_words(lesion: Lesion, side: PlaceSide | None) -> str:
+    """The place of a lesion of which only the side is known."""
+    if lesion.site == "pericardium":
+        return "around the heart"
+    if lesion.site == "pleura":
+        return "both pleural spaces" if side == "both" else f"{side} pleural space"
+    return "both lungs" if side == "both" else f"{side} lung"
+
+
+def locate(
+    lesions: MaskVolume, ct: Int16Volume, regions: MaskVolume | None, spacing: tuple[float, float, float]
+) -> list[Place]:
+    """One place for each lesion that is outlined, in the order of their bits.
+
+    lesions: (Z, Y, X) lesion bits; ct: (Z, Y, X) HU; regions: (Z, Y, X) region ids, or None where no map exists (a map
+    without a lobe counts as none); spacing: (z, y, x) in mm. Lesions below `MIN_ML` are left out.
+    """
+    assert lesions.shape == ct.shape and (regions is None or regions.shape == ct.shape), "one grid for all volumes"
+    flat = np.flatnonzero(lesions)
+    bits = lesions.reshape(-1)[flat]
+    ml = float(np.prod(spacing)) / 1000.0
+    lobes = _Lobes(regions, spacing) if regions is not None and flat.size else None
+    if lobes is not None and not lobes.found:
+        lobes = None
+    places = []
+    for lesion in LESIONS:
+        own = flat[(bits >> lesion.bit) & 1 == 1]
+        volume = own.size * ml
+        if not own.size or volume < MIN_ML:
+            continue
+        side: PlaceSide | None = None
+        names: tuple[str, ...] = ()
+        words = side_words(lesion, None)
+        if lesion.site != "pericardium":
+            if lobes is not None:
+                shares = lobes.shares(own, nearest_only=lesion.site == "pleura")
+                side, names, words = _by_lobes(lesion, shares)
+            else:
+                side, words = _by_geometry(lesion, own, ct)
+        basis: Literal["regions", "geometry"] = "geometry" if lobes is None else "regions"
+        places.append(Place(lesion.key, volume, side, names, basis, words))
+    return places
+
+
+def describe(places: Sequence[Place], min_ml: float = MIN_ML) -> str:
+    """The places as one sentence for a prompt; lesions smaller than `min_ml` are left out."""
+    parts = []
+    for place in places:
+        if place.volume_ml < min_ml:
+            continue
+        amount = f"{place.volume_ml:.0f}" if place.volume_ml >= 10 else f"{place.volume_ml:.1f}"
+        words = place.words if place.words.startswith("around") else f"in {_with_article(place.words)}"
+        parts.append(f"{LESION_BY_KEY[place.lesion].name} ({amount} ml) {words}")
+    return f"Lesions outlined: {'; '.join(parts)}." if parts else "No lesions outlined."
+
+
+def _with_article(words: str) -> str:
+    return words if words.startswith("both") else f"the {words}"
+
+
+class _Lobes:
+    """The lobes of a region map as points, sparse enough for quick nearest-lobe look-ups."""
+
+    def __init__(self, regions: MaskVolume, spacing: tuple[float, float, float]) -> None:
+        self.flat = regions.reshape(-1)
+        self.shape = regions.shape
+        self.spacing = np.asarray(spacing)
+        # About 40,000 voxels keep the tree quick; its grid is then a few mm, far below the size of a lobe.
+        step = max(1, round((regions.size / 300_000) ** (1 / 3) * 1.0))
+        steps = (1 if spacing[0] > 2 * spacing[1] else step, step, step)
+        coarse = regions[:: steps[0], :: steps[1], :: steps[2]]
+        points = np.argwhere((coarse > 0) & (coarse <= len(LOBES)))
+        self.ids = coarse[tuple(points.T)]
+        self.found = bool(len(points))
+        self.points = points * np.asarray(steps) * self.spacing
+        self._tree: cKDTree | None = None
+
+    def shares(self, own: NDArray[np.intp], nearest_only: bool) -> dict[str, float]:
+        """Share of the lesion voxels `own` (flat indexes) in each lobe, largest first.
+
+        Voxels outside every lobe are given to the nearest one when most lie outside (or `nearest_only`: a pleural
+        effusion is never in a lobe), and are left out otherwise.
+        """
+        ids = self.flat[own]
+        inside = (ids > 0) & (ids <= len(LOBES))
+        votes = np.bincount(ids[inside], minlength=len(LOBES) + 1)[: len(LOBES) + 1].astype(float)
+        outside = own[~inside]
+        if outside.size and (nearest_only or outside.size > inside.sum()):
+            sample = outside[:: max(1, outside.size // _SAMPLE)]
+            if self._tree is None:
+                self._tree = cKDTree(self.points, balanced_tree=False, compact_nodes=False)
+            where = np.stack(np.unravel_index(sample, self.shape), axis=1) * self.spacing
+            near = self.ids[self._tree.query(where)[1]]
+            votes += np.bincount(near, minlength=len(LOBES) + 1) * (outside.size / sample.size)
+        total = votes.sum()
+        order = sorted(LOBES, key=lambda lobe: -votes[lobe.id])
+        return {lobe.name: votes[lobe.id] / total for lobe in order if votes[lobe.id] > 0}
+
+
+def _by_lobes(lesion: Lesion, shares: dict[str, float]) -> tuple[PlaceSide, tuple[str, ...], str]:
+    left = sum(share for name, share in shares.items() if REGION_BY_NAME[name].side == "left")
+    side = _side(left)
+    if lesion.site == "pleura":
+        return side, (), side_words(lesion, side)
+    names = tuple(name for name, share in shares.items() if share >= MIN_SHARE)
+    sides = {REGION_BY_NAME[name].side for name in names}
+    side = "both" if len(sides) == 2 else ("left" if "left" in sides else "right")
+    return side, names, lobe_words(names)
+
+
+def _side(left_share: float) -> PlaceSide:
+    if min(left_share, 1 - left_share) >= MIN_SHARE:
+        return "both"
+    return "left" if left_share > 0.5 else "right"
+
+
+def _by_geometry(lesion: Lesion, own: NDArray[np.intp], ct: Int16Volume) -> tuple[PlaceSide, str]:
+    z, _, x = np.unravel_index(own, ct.shape)
+    side = _side(float(np.mean(x > _midline(ct, np.unique(z)))))
+    if lesion.site == "pleura":
+        return side, side_words(lesion, side)
+    extent = _lung_extent(ct)
+    if extent is None:
+        return side, side_words(lesion, side)
+    low, high = extent
+    third = np.clip(((z - low) * 3) // max(high - low + 1, 1), 0, 2)
+    held = np.bincount(third, minlength=3) / third.size
+    zones = [name for name, share in zip(("lower", "middle", "upper"), held, strict=True) if share >= MIN_SHARE]
+    lungs = side_words(lesion, side)
+    if len(zones) == 3:
+        return side, lungs
+    plural = "s" if len(zones) == 2 or side == "both" else ""
+    return side, f"{lungs}, {join_words(zones[::-1])} zone{plural}"
+
+
+def _thin(ct: Int16Volume) -> tuple[Int16Volume, int]:
+    """The volume with rows and columns left out until a slice has at most about 128 × 128 of them, and the step."""
+    step = max(1, max(ct.shape[1:]) // 128)
+    return ct[:, ::step, ::step], step
+
+
+def _midline(ct: Int16Volume, slices: NDArray[np.intp]) -> float:
+    """The column of the body's midline: the middle between its outermost columns, in the given slices.
+
+    Columns that hold little tissue (table, lines, sheets) do not count; the slices vote by their median.
+    """
+    thin, step = _thin(ct)
+    chosen = slices[:: max(1, slices.size // 16)]
+    columns = (thin[chosen] > BODY_HU).sum(axis=1)
+    middles = []
+    for column in columns:
+        wide = np.flatnonzero(column > max(2, 0.15 * column.max()))
+        if wide.size:
+            middles.append((wide[0] + wide[-1]) / 2)
+    return float(np.median(middles)) * step if middles else (ct.shape[2] - 1) / 2
+
+
+def _lung_extent(ct: Int16Volume) -> tuple[int, int] | None:
+    """First and last slice of the lung field: air between the body's walls, on at least 5% of its widest slice."""
+    thin, _ = _thin(ct)
+    body = thin > BODY_HU
+    started = np.logical_or.accumulate(body, axis=2)
+    ending = np.logical_or.accumulate(body[:, :, ::-1], axis=2)[:, :, ::-1]
+    # Rows bounded in front and behind as well: a table in front of nothing is not a chest.
+    above = np.logical_or.accumulate(body, axis=1)
+    below = np.logical_or.accumulate(body[:, ::-1], axis=1)[:, ::-1]
+    area = ((thin < LUNG_HU) & started & ending & above & below).sum(axis=(1, 2))
+    if area.max() < 20:
+        return None
+    inside = np.flatnonzero(area > 0.05 * area.max())
+    return int(inside[0]), int(inside[-1])
