@@ -1,0 +1,1 @@
+"""From other people's files to shards. Run from the checkout; not installed."""
