@@ -99,7 +99,7 @@ def evaluate(
     write_reports = reports and model.has_generator
     run = _run(model, data, split, batch_size, limit, write_reports)
     thresholds = _fit(model, data, batch_size)
-    target = Path(out) if out is not None else folder / f"evaluation-{split}" / "metrics.json"
+    target = output_path(folder, split, out)
     result = {
         "checkpoint": str(folder),
         "config": config.name,
@@ -121,8 +121,14 @@ def evaluate(
     if write_reports:
         _write_reports(target.with_name("reports.jsonl"), run)
     _write_json(target, result)
-    log.info("metrics in %s", target)
     return result
+
+
+def output_path(checkpoint: str | Path, split: Split, out: str | Path | None) -> Path:
+    """Where `evaluate` writes the metrics: `out`, or `evaluation-SPLIT/metrics.json` in the checkpoint's folder."""
+    if out is not None:
+        return Path(out)
+    return checkpoints.find(checkpoint, "train first") / f"evaluation-{split}" / "metrics.json"
 
 
 def read_thresholds(folder: Path) -> dict[str, float] | None:
@@ -182,10 +188,10 @@ def _run(model: RectVLM, data: DataConfig, split: Split, batch_size: int, limit:
             generated += prediction.reports
             without_image += control.reports
         found = (prediction.lesions >= LESION_THRESHOLD).cpu().numpy()
-        counts = [metrics.lesion_counts(*pair) for pair in zip(found, batch.lesions.numpy(), strict=True)]
+        overlap = [metrics.lesion_counts(*pair) for pair in zip(found, batch.lesions.numpy(), strict=True)]
         truth = (batch.labels.numpy(), batch.labels_known.numpy())
         flags = batch.lesions_annotated.numpy()
-        arrays.append((prediction.findings.cpu().numpy(), *truth, np.stack(counts), flags))
+        arrays.append((prediction.findings.cpu().numpy(), *truth, np.stack(overlap), flags))
         keys += batch.keys
         references += batch.reports
         log.info("%s: %d cases", split, len(keys))

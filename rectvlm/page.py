@@ -47,12 +47,12 @@ class CaseView:
     """Probability by finding."""
     thresholds: Mapping[str, float] | None
     """By finding, None when none were fitted."""
-    volumes_ml: Mapping[str, float]
-    """By lesion key; 0 or absent where the lesion was not found."""
+    volumes_ml: Mapping[str, float] | None
+    """By lesion key, 0 where the lesion was not found; None when the model does not outline lesions."""
     places: Mapping[str, str]
     """Where a lesion lies, in words, by lesion key."""
-    sections: Sequence[tuple[str, str]]
-    """The report: title and text of each section; empty when there is none."""
+    sections: Sequence[tuple[str, str]] | None
+    """The report: title and text of each section; None when the model does not write reports."""
     facts: Sequence[tuple[str, str]]
     """Name and value of what else the reader must know."""
 
@@ -63,13 +63,15 @@ def render(case: CaseView) -> str:
     # From head to feet, as slices are read.
     shown = choose_slices(case.lesions)[::-1]
     spacing = np.linalg.norm(case.affine[:3, :3], axis=0)
-    found = [lesion for lesion in LESIONS if case.volumes_ml.get(lesion.key)]
+    volumes = case.volumes_ml or {}
+    found = [lesion for lesion in LESIONS if volumes.get(lesion.key)]
     outlines, left_out = _outlines(case.lesions, shown, found)
     areas = {lesion.key: _areas(case.lesions, lesion)[shown] for lesion in found}
     total = sum(areas.values(), start=np.zeros(len(shown), dtype=np.int64))
     first = int(total.argmax()) if total.any() else len(shown) // 2
+    images = {name: [_jpeg(window(case.ct[z], name)) for z in shown] for name in WINDOWS}
     data = {
-        "images": {name: [_jpeg(window(case.ct[z], name)) for z in shown] for name in WINDOWS},
+        "images": images,
         "outlines": outlines,
         "slices": [{"number": int(z) + 1, "mm": round(_height(case, z), 1)} for z in shown],
         "first": first,
@@ -78,11 +80,11 @@ def render(case: CaseView) -> str:
     return _template().render(
         case=case,
         data=data,
-        first_image=data["images"]["lung"][first],
+        first_image=images["lung"][first],
         total_slices=depth,
         size=(width, height),
         aspect=(width * spacing[2], height * spacing[1]),
-        lesions=[_lesion_row(lesion, case, areas[lesion.key], first) for lesion in found],
+        lesions=[_lesion_row(lesion, volumes, case.places, areas[lesion.key]) for lesion in found],
         absent=[lesion.name for lesion in LESIONS if lesion not in found],
         findings=sorted(case.findings.items(), key=lambda item: -item[1]),
         scout=_scout(case.ct),
@@ -145,15 +147,17 @@ def _areas(lesions: MaskVolume, lesion: Lesion) -> NDArray[np.int64]:
     return np.count_nonzero(lesions >> lesion.bit & 1, axis=(1, 2))
 
 
-def _lesion_row(lesion: Lesion, case: CaseView, area: NDArray[np.int64], first: int) -> dict[str, Any]:
+def _lesion_row(
+    lesion: Lesion, volumes: Mapping[str, float], places: Mapping[str, str], area: NDArray[np.int64]
+) -> dict[str, Any]:
     """What the legend shows of one lesion; `runs` are (first slice, number of slices) that carry it."""
     edges = np.flatnonzero(np.diff(np.r_[0, area > 0, 0]))
     runs = [(int(start), int(stop - start)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
     return {
         "lesion": lesion,
-        "volume": case.volumes_ml[lesion.key],
-        "place": case.places.get(lesion.key, ""),
-        "largest": int(area.argmax()) if area.any() else first,
+        "volume": volumes[lesion.key],
+        "place": places.get(lesion.key, ""),
+        "largest": int(area.argmax()),
         "runs": runs,
     }
 

@@ -1,0 +1,156 @@
+"""The command `rectvlm`: predict, evaluate, weights, version.
+
+Heavy modules are imported when a command needs them, so that `rectvlm --help` answers at once.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. A user's error is one sentence on stderr and exit code 2."""
+    options = _parser().parse_args(arguments)
+    _start_logging(options.verbose)
+    from rectvlm.types import UserError
+
+    try:
+        options.run(options)
+    except UserError as error:
+        sys.stderr.write(f"rectvlm: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("rectvlm: stopped\n")
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rectvlm", description="3D chest-CT vision-language models.")
+    parser.add_argument("--verbose", action="store_true", help="log details")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    predict = commands.add_parser("predict", help="findings, lesion masks, report and a page for a CT or a folder")
+    predict.add_argument("source", type=Path, metavar="FILE_OR_FOLDER", help=".nii or .nii.gz, or a folder of them")
+    predict.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder")
+    predict.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    predict.add_argument("--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one")
+    predict.set_defaults(run=_predict)
+
+    evaluate = commands.add_parser("evaluate", help="metrics of a checkpoint on shards, as JSON and a table")
+    evaluate.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder")
+    evaluate.add_argument("--shards", type=Path, metavar="DIR", help="by default those the checkpoint was trained on")
+    evaluate.add_argument("--split", choices=("valid", "train"), default="valid")
+    evaluate.add_argument("--out", type=Path, metavar="FILE", help="by default in the checkpoint's folder")
+    evaluate.add_argument("--no-reports", action="store_true", help="do not generate reports, which take longest")
+    evaluate.add_argument("--limit", type=_positive, metavar="N", help="evaluate the first N cases only")
+    evaluate.add_argument("--batch-size", type=_positive, default=1, metavar="B")
+    evaluate.add_argument("--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one")
+    evaluate.set_defaults(run=_evaluate)
+
+    weights = commands.add_parser("weights", help="fetch the weights of bundled models")
+    actions = weights.add_subparsers(required=True, metavar="ACTION")
+    pull = actions.add_parser("pull", help="fetch or build bundled models, so that later commands need no network")
+    pull.add_argument("names", nargs="+", metavar="NAME", help="for example minilm-l6-v2")
+    pull.set_defaults(run=_pull)
+
+    commands.add_parser("version", help="versions of rectvlm, Python and torch").set_defaults(run=_version)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return number
+
+
+def _start_logging(verbose: bool) -> None:
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
+    level = logging.DEBUG if verbose else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("rectvlm").setLevel(level)
+    if not verbose:
+        # Progress bars of weights that load in a second are noise between two log lines.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from rectvlm.predict import predict
+
+    for folder in predict(options.source, options.checkpoint, options.out, options.device):
+        sys.stdout.write(f"{folder / 'index.html'}\n")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from rectvlm.evaluate import evaluate, output_path
+
+    result = evaluate(
+        options.checkpoint,
+        options.shards,
+        options.split,
+        options.out,
+        reports=not options.no_reports,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        device=options.device,
+    )
+    _show(result)
+    sys.stdout.write(f"{output_path(options.checkpoint, options.split, options.out)}\n")
+
+
+def _pull(options: argparse.Namespace) -> None:
+    from rectvlm.weights import resolve
+
+    for name in options.names:
+        sys.stdout.write(f"{resolve(f'bundled:{name}')}\n")
+
+
+def _version(_options: argparse.Namespace) -> None:
+    for name in ("rectvlm", "torch"):
+        sys.stdout.write(f"{name} {version(name)}\n")
+    sys.stdout.write(f"python {sys.version.split()[0]}\n")
+
+
+def _show(result: dict[str, Any]) -> None:
+    """The main figures as one table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result['config']}, {result['split']} split, {result['n_cases']} cases")
+    for column in ("task", "metric", "value", "n"):
+        table.add_column(column, justify="right" if column in ("value", "n") else "left")
+    classes = result["classification"]
+    for kind in ("macro", "weighted"):
+        for score in ("auroc", "f1", "precision", "recall"):
+            mean = classes[kind]
+            table.add_row(
+                "findings", f"{kind} {score}", _number(mean[score]), f"{mean[f'n_findings_{score}']} findings"
+            )
+    if result["localization"]:
+        for key, row in result["localization"]["per_lesion"].items():
+            counts = f"{row['n_cases']} cases, {row['n_present']} with it"
+            table.add_row("lesions", f"Dice {key.replace('_', ' ')}", _number(row["dice"]), counts)
+    if result["reports"]:
+        with_image, without = result["reports"]["image"], result["reports"]["image_ablated"]
+        for score in ("bleu_1", "bleu_4", "rouge_l", "bertscore_f1"):
+            if score in with_image:
+                value = f"{_number(with_image[score])} (without image {_number(without[score])})"
+                table.add_row("reports", score, value, f"{with_image['n']} reports")
+    Console().print(table)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
