@@ -1,4 +1,4 @@
-"""The vocabulary of the project: 18 findings, 5 lesions, 20 anatomical regions.
+"""The vocabulary of the project: 18 findings, 5 lesions, 20 anatomical regions, 3 windows.
 
 Everything that names a finding, a lesion or a region reads it here: shards, heads, metrics, pages. The order of
 `FINDINGS` is the column order of CT-RATE's label files and must never change.
@@ -126,3 +126,10 @@ def finding_prompts(finding: str) -> tuple[str, str]:
 def lesion_prompt(lesion: Lesion) -> str:
     """The sentence that stands for a lesion, for the text encoder."""
     return f"{lesion.name.capitalize()} on chest CT."
+
+
+WINDOWS: dict[str, tuple[float, float]] = {"lung": (-600.0, 1500.0), "mediastinal": (40.0, 400.0), "bone": (400.0, 1800.0)}
+"""Centre and width of each display window, HU."""
+
+AIR_HU = -1024
+"""What lies outside the field of view."""

@@ -1,0 +1,11 @@
+"""Phase 3: the report generator joins: ZeRO-3 and a 4-bit language model.
+
+    accelerate launch launch/phase3.py [--config demo] [--resume | --restart] [part.field=value …]
+"""
+
+from pathlib import Path
+
+from rectvlm.train import main
+
+if __name__ == "__main__":
+    main(3, checkout=Path(__file__).resolve().parents[1])

@@ -1,0 +1,205 @@
+"""Checkpoints: the trained weights with all that is needed to use them or to go on.
+
+    RUN/phaseN/checkpoints/step-000060/
+        weights.safetensors   trained weights and prompt embeddings (frozen language model weights stay where they are)
+        config.yaml           the resolved configuration
+        state.json            phase, parts, step, samples seen, versions
+        engine/               optimizer state, one file a rank, written by the engine
+
+A checkpoint is written under a temporary name and renamed when it is whole. It is read without pickle; only resuming
+a run reads `engine/`, which the engine pickles, so resume from your own runs alone.
+"""
+
+import json
+import platform
+import shutil
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rectvlm import weights
+from rectvlm.config import Config, Part, from_tree
+from rectvlm.models import RectVLM
+from rectvlm.models.text import Prompts
+from rectvlm.types import UserError
+
+WEIGHTS, CONFIG, STATE, ENGINE = "weights.safetensors", "config.yaml", "state.json", "engine"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stood."""
+
+    phase: int
+    parts: tuple[Part, ...]
+    step: int
+    samples_seen: int
+    """By all ranks together."""
+    world_size: int
+    versions: dict[str, str]
+
+
+_STATE = TypeAdapter(State)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for name in ("rectvlm", "torch", "accelerate", "deepspeed", "transformers", "peft", "bitsandbytes"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def saved_names(model: nn.Module) -> list[str]:
+    """Names of what a checkpoint holds: parameters that may train, and the prompt embeddings."""
+    prompts = [f"prompts.{name}" for name, _ in model.get_submodule("prompts").named_buffers()]
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad] + prompts
+
+
+def write(folder: Path, tensors: dict[str, Tensor], config: Config, state: State) -> None:
+    """Write weights, configuration and state into a folder that exists."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    (folder / CONFIG).write_text(config.to_yaml())
+    (folder / STATE).write_text(json.dumps(_STATE.dump_python(state, mode="json"), indent=2) + "\n")
+
+
+def step_folder(phase_folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return phase_folder / "checkpoints" / f"step-{step:06d}"
+
+
+def all_checkpoints(phase_folder: Path) -> list[Path]:
+    """Whole checkpoints of a phase, oldest first."""
+    return sorted(path.parent for path in phase_folder.glob(f"checkpoints/step-*/{STATE}"))
+
+
+def prune(phase_folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints."""
+    for folder in all_checkpoints(phase_folder)[:-keep]:
+        shutil.rmtree(folder)
+
+
+def find(folder: str | Path, remedy: str) -> Path:
+    """The checkpoint that a folder means: itself, or the newest of a phase folder.
+
+    Raises:
+        UserError: none there; `remedy` says what to do.
+    """
+    folder = Path(folder)
+    if (folder / STATE).is_file():
+        return folder
+    found = all_checkpoints(folder)
+    if not found:
+        raise UserError(f"No checkpoint in {folder}: expected checkpoints/step-…/{STATE} there; {remedy}.")
+    return found[-1]
+
+
+def read_state(folder: Path) -> State:
+    """Phase, step and parts of a checkpoint.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        return _STATE.validate_json((folder / STATE).read_bytes())
+    except ValidationError as error:
+        raise UserError(f"{folder / STATE} is damaged: {error.errors()[0]['msg']}; use another checkpoint.") from error
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration that a checkpoint was trained with."""
+    return from_tree(yaml.safe_load((folder / CONFIG).read_text()), where=str(folder / CONFIG))
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS} cannot be read ({error}); use another checkpoint.") from error
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], expected: Iterable[str], where: Path) -> None:
+    """Copy tensors into a model, strictly.
+
+    Args:
+        model: receives them, in its own dtypes.
+        tensors: by name.
+        expected: names that must be there, and no others.
+        where: for the message.
+
+    Raises:
+        UserError: naming what is missing, what is unexpected and what has another shape.
+    """
+    own: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    expected = set(expected)
+    faults = [
+        ("missing", sorted(expected - tensors.keys())),
+        ("unexpected", sorted(tensors.keys() - expected)),
+        (
+            "of another shape",
+            [
+                f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+                for name in sorted(expected & tensors.keys())
+                if tensors[name].shape != own[name].shape
+            ],
+        ),
+    ]
+    if any(names for _, names in faults):
+        text = "; ".join(f"{kind}: {_shortened(names)}" for kind, names in faults if names)
+        raise UserError(f"The weights in {where} do not fit the model: {text}; use the configuration they came from.")
+    with torch.no_grad():
+        for name in expected:
+            own[name].copy_(tensors[name])
+
+
+def _shortened(names: Sequence[str], most: int = 8) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def prompts_of(tensors: dict[str, Tensor], where: Path) -> Prompts:
+    """The prompt embeddings that a checkpoint carries.
+
+    Raises:
+        UserError: it carries none.
+    """
+    try:
+        return Prompts(*(tensors[f"prompts.{name}"] for name in ("present", "absent", "lesions")))
+    except KeyError as error:
+        raise UserError(f"The weights in {where} lack {error}: they are not those of a rectvlm run.") from error
+
+
+def load_model(folder: str | Path, device: torch.device | str | None = None) -> tuple[RectVLM, Config]:
+    """A trained model, ready to predict.
+
+    Args:
+        folder: a phase folder of a run, or one checkpoint.
+        device: by default the GPU if there is one.
+
+    Raises:
+        UserError: no checkpoint there, or one that does not fit.
+    """
+    checkpoint = find(folder, "train first, for example `accelerate launch launch/phase1.py`")
+    state, config, tensors = read_state(checkpoint), read_config(checkpoint), read_weights(checkpoint)
+    language = weights.resolve(config.generator.model) if "generator" in state.parts else None
+    model = RectVLM(config, state.parts, prompts_of(tensors, checkpoint), language)
+    load_weights(model, tensors, saved_names(model), checkpoint)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval().to(device), config
+

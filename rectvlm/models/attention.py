@@ -1,0 +1,88 @@
+"""Self-attention that knows slices and regions, exact, without an N × N matrix.
+
+Shapes: B samples, N patches, Z slices of patches, R regions (20), H heads, D channels of a head, C = H · D.
+
+Patch i attends to the global token, to every patch j and to every region token r with the logits
+
+    i → j:  q_i · k_j / √D + T[h, z_i − z_j]          T: learned bias for each head and slice distance
+    i → r:  q_i · k_r / √D + log p(r | i)             p: share of the patch's voxels in region r
+
+The global token attends to all of them without a bias. Both biases have low rank: T depends on the two slice numbers
+only, log p on the patch and one region. So they fold exactly into the dot product: q_i is followed by
+[T[h, z_i − 0], …, T[h, z_i − (Z−1)], log p(· | i)] · √D, and k_j by the one-hot code of z_j, k_r by that of r.
+One fused call then computes it all in memory linear in N (the idea of FlashBias, NeurIPS 2025).
+
+Region tokens do not attend: each takes the mean of the values of its patches, weighted with p(r | i). That is the limit
+of attention by the prior alone and costs R × N.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SliceRegionAttention(nn.Module):
+    """Attention of the global token and the patches over themselves and the region tokens."""
+
+    def __init__(self, width: int, heads: int, slices: int) -> None:
+        super().__init__()
+        assert width % heads == 0, f"width {width} is not a multiple of heads {heads}"
+        self.heads, self.slices = heads, slices
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.slice_bias = nn.Parameter(torch.zeros(heads, 2 * slices - 1))
+
+    def forward(self, tokens: Tensor, regions: Tensor, slice_index: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            tokens: (B, 1 + N, C), the global token first.
+            regions: (B, R, C).
+            slice_index: (N,) int64, slice of each patch, 0 to Z − 1.
+            log_prior: (B, N, R), log p(r | i).
+
+        Returns:
+            (B, 1 + N, C) and (B, R, C), both after the output projection.
+        """
+        width = tokens.shape[-1]
+        q, k, v = (self._split(x) for x in self.qkv(tokens).chunk(3, dim=-1))
+        k_regions, v_regions = (
+            self._split(x)
+            for x in F.linear(regions, self.qkv.weight[width:], self.qkv.bias[width:]).chunk(2, dim=-1)
+        )
+        attended = self._folded(
+            q, torch.cat([k, k_regions], 2), torch.cat([v, v_regions], 2), slice_index, log_prior.to(q.dtype)
+        )
+        weights = log_prior.float().softmax(dim=1).to(v.dtype)  # over patches: (B, N, R)
+        pooled = torch.einsum("bnr,bhnd->bhrd", weights, v[:, :, 1:])
+        return self.out(self._merge(attended)), self.out(self._merge(pooled))
+
+    def _folded(self, q: Tensor, k: Tensor, v: Tensor, slice_index: Tensor, log_prior: Tensor) -> Tensor:
+        """Fused attention with both biases as extra channels; q (B, H, 1+N, D), k and v (B, H, 1+N+R, D)."""
+        b, h, _, d = q.shape
+        n, r = log_prior.shape[1:]
+        extra = self.slices + r
+        pad = -(d + extra) % 8  # fused kernels want a multiple of 8 channels
+        root = d**0.5
+
+        distance = slice_index[:, None] - torch.arange(self.slices, device=q.device) + self.slices - 1
+        slice_part = self.slice_bias.to(q.dtype)[:, distance]  # (H, N, Z)
+        q_bias = torch.cat(
+            [slice_part.expand(b, h, n, self.slices), log_prior[:, None].expand(b, h, n, r)], dim=-1
+        )
+        q = torch.cat([q, F.pad(q_bias * root, (0, pad, 1, 0))], dim=-1)
+
+        codes = torch.zeros(1 + n + r, extra + pad, device=q.device, dtype=q.dtype)
+        codes[1 : 1 + n, : self.slices] = F.one_hot(slice_index, self.slices).to(q.dtype)
+        codes[1 + n :, self.slices : extra] = torch.eye(r, device=q.device, dtype=q.dtype)
+        k = torch.cat([k, codes.expand(b, h, -1, -1)], dim=-1)
+
+        v = F.pad(v, (0, extra + pad))
+        return F.scaled_dot_product_attention(q, k, v, scale=1 / root)[..., :d]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    @staticmethod
+    def _merge(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)

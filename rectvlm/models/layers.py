@@ -1,0 +1,46 @@
+"""Layers that several parts share: the transformer's MLP, plain attention, a block of both."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Mlp(nn.Sequential):
+    """Linear, GELU, linear."""
+
+    def __init__(self, width: int, ratio: float, out: int | None = None) -> None:
+        hidden = int(width * ratio)
+        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out or width))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries over a context; both have the same width."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        assert width % heads == 0, f"width {width} is not a multiple of heads {heads}"
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        """(B, M, C) over (B, N, C) gives (B, M, C)."""
+        q = self.q(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in self.kv(context).chunk(2, dim=-1))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: self-attention and MLP, or cross-attention when a context is given."""
+
+    def __init__(self, width: int, heads: int, ratio: float = 4.0) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.mlp = Mlp(width, ratio)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, M, C) to (B, M, C)."""
+        queries = self.norm1(x)
+        x = x + self.attention(queries, queries if context is None else context)
+        return x + self.mlp(self.norm2(x))

@@ -1,0 +1,149 @@
+"""The whole model: encoder, classifier, localizer and report generator behind one forward.
+
+Shapes: B samples, Z × Y × X voxels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rectvlm.config import Config, Part
+from rectvlm.labels import AIR_HU, FINDINGS, N_LESIONS
+from rectvlm.models.classifier import Classifier
+from rectvlm.models.encoder import Encoder, Features
+from rectvlm.models.language import load_language_model
+from rectvlm.models.localizer import Localization, Localizer
+from rectvlm.models.reporter import ReportGenerator, ReportLoss
+from rectvlm.models.text import Prompts
+from rectvlm.places import describe, locate
+from rectvlm.types import Batch, Prediction
+
+
+@dataclass
+class Outputs:
+    """What a training forward gives; a part that the model lacks gives None."""
+
+    findings: Tensor
+    """(B, 18) float32 logits."""
+    localization: Localization | None
+    report: ReportLoss | None
+    tokens: int
+    """Patches and language positions that were processed, padding left out."""
+
+
+class RectVLM(nn.Module):
+    """3D chest-CT vision-language model. Plain PyTorch: it runs with or without a launcher."""
+
+    def __init__(
+        self, config: Config, parts: Sequence[Part], prompts: Prompts, language_folder: str | Path | None = None
+    ) -> None:
+        """Build with random weights (the language model's are loaded).
+
+        Args:
+            config: sizes.
+            parts: which parts to build; the encoder and the classifier always belong to them.
+            prompts: embeddings of the finding and lesion prompts.
+            language_folder: where the language model lies; needed with the generator.
+        """
+        super().__init__()
+        self.config, self.parts = config, tuple(parts)
+        assert {"encoder", "classifier"} <= set(parts), f"parts {parts} lack the encoder or the classifier"
+        width = config.encoder.width
+        self.prompts = prompts
+        self.encoder = Encoder(config.encoder, config.data)
+        self.classifier = Classifier(config.classifier, width, prompts.width)
+        self.localizer = (
+            Localizer(config.localizer, config.data, config.encoder.patch, width, prompts.width)
+            if "localizer" in parts
+            else None
+        )
+        self.generator = None
+        if "generator" in parts:
+            assert language_folder is not None, "the generator needs a language model"
+            language = load_language_model(config.generator, language_folder)
+            self.generator = ReportGenerator(config.generator, width, language)
+
+    @property
+    def has_generator(self) -> bool:
+        """Whether the model can write reports."""
+        return self.generator is not None
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Training forward. Every part runs on every rank, whatever the batch lacks, so that ranks stay in step."""
+        features = self.encoder(batch.ct, batch.regions, batch.regions_known)
+        findings = self.classifier(features, self.prompts)
+        localization = self.localizer(batch.ct, features, self.prompts) if self.localizer is not None else None
+        report = None
+        if self.generator is not None:
+            cues = self._training_cues(batch, findings, localization)
+            report = self.generator(features, cues, batch.reports)
+        tokens = features.patches.shape[0] * features.patches.shape[1]
+        return Outputs(findings, localization, report, tokens + (0 if report is None else report.positions))
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, generate: bool = True, ablate_image: bool = False) -> Prediction:
+        """Findings, masks and, if asked and possible, reports.
+
+        Args:
+            batch: labels, lesions and reports are not read.
+            generate: write reports.
+            ablate_image: replace the CT by air and forget the region map. Reports that score as well without the image
+                were not read from it: the control that belongs beside every report metric.
+        """
+        assert not self.training, "predict needs eval mode: noise and dropout would change the result"
+        ct, known = batch.ct, batch.regions_known
+        if ablate_image:
+            ct, known = torch.full_like(ct, AIR_HU), torch.zeros_like(known)
+        features: Features = self.encoder(ct, batch.regions, known)
+        findings = self.classifier(features, self.prompts).sigmoid()
+        if self.localizer is None:
+            lesions = torch.zeros(len(ct), N_LESIONS, *ct.shape[1:], device=ct.device)
+        else:
+            lesions = self.localizer(ct, features, self.prompts).masks.sigmoid()
+        reports = None
+        if generate and self.generator is not None:
+            reports = self.generator.generate(features, self._cues(replace(batch, ct=ct), findings, lesions, known))
+        return Prediction(findings.float(), lesions, reports)
+
+    def _training_cues(self, batch: Batch, logits: Tensor, localization: Localization | None) -> list[str]:
+        """Cues for the prompt: the truth for a share of the samples, the model's own predictions for the rest.
+
+        Truth alone would teach the language model to copy what it will not have; predictions alone are noise at first.
+        """
+        assert localization is not None, "the generator's prompt carries lesions: build the localizer with it"
+        # What is unknown stays the model's guess: a finding without a label or a lesion that no one outlined is not absent.
+        true = torch.rand(len(batch.keys)).to(batch.ct.device) < self.config.generator.true_cues
+        told = batch.labels_known & true[:, None]
+        findings = torch.where(told, batch.labels, logits.detach().sigmoid())
+        shown = (batch.lesions_annotated & true[:, None])[..., None, None, None]
+        lesions = torch.where(shown, _unpack(batch.lesions), localization.masks.detach().sigmoid())
+        return self._cues(batch, findings, lesions, batch.regions_known)
+
+    def _cues(self, batch: Batch, findings: Tensor, lesions: Tensor, known: Tensor) -> list[str]:
+        return [
+            _cues(findings[i], lesions[i], batch.ct[i], batch.regions[i] if known[i] else None, batch.spacing)
+            for i in range(len(batch.keys))
+        ]
+
+
+def _unpack(bits: Tensor) -> Tensor:
+    """Lesion bits (B, Z, Y, X) to (B, 5, Z, Y, X) float."""
+    shifts = torch.arange(N_LESIONS, device=bits.device, dtype=torch.uint8)[:, None, None, None]
+    return (bits[:, None].bitwise_right_shift(shifts) & 1).float()
+
+
+def _cues(
+    findings: Tensor, lesions: Tensor, ct: Tensor, regions: Tensor | None, spacing: tuple[float, float, float]
+) -> str:
+    """Findings and lesions of one sample, in words, from probabilities (18,) and (5, Z, Y, X)."""
+    names = [name.lower() for name, p in zip(FINDINGS, findings.tolist(), strict=True) if p >= 0.5]
+    weights = 2 ** torch.arange(N_LESIONS, device=lesions.device)[:, None, None, None]
+    bits = ((lesions >= 0.5) * weights).sum(0).to(torch.uint8).cpu().numpy()
+    hu = ct.round().to(torch.int16).cpu().numpy()
+    places = locate(bits, hu, None if regions is None else regions.cpu().numpy().astype(np.uint8), spacing)
+    found = f"Findings suggested: {', '.join(names)}." if names else "No findings suggested."
+    return f"{found} {describe(places)}"

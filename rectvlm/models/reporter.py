@@ -1,0 +1,162 @@
+"""The report generator: image features become visual tokens of a language model that writes the report.
+
+Shapes: B samples, M image tokens, Q visual tokens, T text positions, E width of the language model, V its vocabulary.
+
+The prompt is the model's own chat template. Its user turn holds a marker, where the visual tokens go, and the cues: the
+findings and the lesions with their places, in words. Only the report's tokens carry loss. Rows are padded on the left,
+so that all reports end at the same position and logits are computed for those positions alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rectvlm.config import GeneratorConfig
+from rectvlm.models.encoder import Features
+from rectvlm.models.language import LanguageModel
+from rectvlm.models.layers import Block
+
+MARKER = "<volume>"
+SYSTEM = "You are a radiologist. You write truthful, concise reports of chest CT scans."
+REQUEST = "Write the Findings and Impression sections of the report."
+IGNORED = -100
+
+
+class Resampler(nn.Module):
+    """Learned queries that read the image, and the projector into the language model's space."""
+
+    def __init__(self, config: GeneratorConfig, image_width: int, language_width: int, embedding_std: float) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(image_width, config.width)
+        self.context_norm = nn.LayerNorm(config.width)
+        self.queries = nn.Parameter(torch.randn(1, config.queries, config.width) * 0.02)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width)
+        self.project = nn.Sequential(
+            nn.Linear(config.width, language_width), nn.GELU(), nn.Linear(language_width, language_width)
+        )
+        self.scale = nn.LayerNorm(language_width)
+        # Visual tokens start with the spread of word embeddings; far larger ones drown the prompt.
+        nn.init.constant_(self.scale.weight, embedding_std)
+
+    def forward(self, features: Features) -> Tensor:
+        """(B, Q, E)."""
+        image = torch.cat([features.whole[:, None], features.regions, features.patches], dim=1)
+        context = self.context_norm(self.inputs(image))
+        x = self.queries.expand(len(image), -1, -1)
+        for block in self.blocks:
+            x = block(x, context)
+        return self.scale(self.project(self.norm(x)))
+
+
+@dataclass
+class ReportLoss:
+    """Negative log-likelihood of the reports."""
+
+    per_sample: Tensor
+    """(B,) float32: mean over the report's tokens; 0 where there is no report."""
+    tokens: Tensor
+    """(B,) int64: tokens of each report."""
+    log_likelihood: Tensor
+    """(B, K) float32: of each report token, aligned at the right; 0 elsewhere."""
+    positions: int
+    """Positions of the language model, prompts and visual tokens included, padding left out."""
+
+
+class ReportGenerator(nn.Module):
+    """Resampler, projector and language model."""
+
+    def __init__(self, config: GeneratorConfig, image_width: int, language: LanguageModel) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = language.tokenizer
+        self.language_model = language.model
+        self.resampler = Resampler(config, image_width, language.width, language.embedding_std)
+
+    def prompt(self, cues: str) -> tuple[list[int], list[int]]:
+        """Token ids before and after the visual tokens."""
+        messages = [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": f"{MARKER}\n{cues}\n{REQUEST}"},
+        ]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        before, marker, after = text.partition(MARKER)
+        assert marker, "the chat template dropped the user's turn"
+        encode = self.tokenizer.encode
+        return encode(before, add_special_tokens=False), encode(after, add_special_tokens=False)
+
+    def forward(self, features: Features, cues: Sequence[str], reports: Sequence[str | None]) -> ReportLoss:
+        """Loss of each report, given the image and the cues. A sample without a report takes part with loss 0."""
+        visual = self.resampler(features)
+        rows, targets = [], []
+        for cue, report in zip(cues, reports, strict=True):
+            before, after = self.prompt(cue)
+            target = [] if report is None else self._target(report)
+            rows.append((before, after + target))
+            targets.append(target)
+        embeds, mask = self._embed(visual, rows)
+
+        longest = max(1, *(len(t) for t in targets))
+        labels = torch.full((len(rows), longest), IGNORED, device=visual.device)
+        for row, target in enumerate(targets):
+            if target:
+                labels[row, -len(target) :] = torch.tensor(target, device=visual.device)
+        # Position t predicts token t + 1: the last `longest + 1` positions, without the very last.
+        logits = self._run(embeds, mask, keep=longest + 1).logits[:, :-1]
+        loss = F.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view_as(labels)
+        count = (labels != IGNORED).sum(1)
+        return ReportLoss(loss.sum(1) / count.clamp_min(1), count, -loss, sum(len(b) + visual.shape[1] + len(a) for b, a in rows))
+
+    @torch.no_grad()
+    def generate(self, features: Features, cues: Sequence[str], max_tokens: int | None = None, **options: Any) -> list[str]:
+        """Write a report for each sample; greedy unless `options` (of `generate` in Transformers) say otherwise."""
+        visual = self.resampler(features)
+        embeds, mask = self._embed(visual, [self.prompt(cue) for cue in cues])
+        options = {"do_sample": False, **options}
+        tokens = self.language_model.generate(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            max_new_tokens=max_tokens or self.config.max_report_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **options,
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _target(self, report: str) -> list[int]:
+        tokens = self.tokenizer.encode(report, add_special_tokens=False)[: self.config.max_report_tokens - 1]
+        return [*tokens, self.tokenizer.eos_token_id]
+
+    def _embed(self, visual: Tensor, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+        """Rows of ids before and after the visual tokens, padded on the left: (B, T, E) and mask (B, T)."""
+        q = visual.shape[1]
+        length = max(len(before) + q + len(after) for before, after in rows)
+        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id, device=visual.device)
+        mask = torch.zeros_like(ids)
+        is_visual = torch.zeros_like(ids, dtype=torch.bool)
+        for row, (before, after) in enumerate(rows):
+            start = length - len(before) - q - len(after)
+            mask[row, start:] = 1
+            ids[row, start : start + len(before)] = torch.tensor(before, device=ids.device)
+            is_visual[row, start + len(before) : length - len(after)] = True
+            if after:
+                ids[row, length - len(after) :] = torch.tensor(after, device=ids.device)
+        words = self.language_model.get_input_embeddings()(ids)
+        embeds = words.masked_scatter(is_visual[..., None], visual.to(words.dtype))
+        return embeds, mask
+
+    def _run(self, embeds: Tensor, mask: Tensor, keep: int) -> Any:
+        # Padding is on the left, so positions are counted from each row's first real token.
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        return self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=keep,
+        )

@@ -1,0 +1,226 @@
+"""The engine: the only module that knows Accelerate and DeepSpeed.
+
+It turns a DeepSpeed JSON into a running engine, with whatever number of processes the launcher started, and checks that
+what runs is what was asked for: Accelerate can fall back to one process, or drop DeepSpeed, without a word.
+"""
+
+import json
+import logging
+import os
+import socket
+import warnings
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor, nn
+
+from rectvlm.config import PhaseConfig
+from rectvlm.train.memory import peak_memory_bytes
+from rectvlm.types import UserError
+
+log = logging.getLogger(__name__)
+
+
+def _defaults_for_one_process() -> None:
+    """A plain `accelerate launch` on a CPU machine starts one process and sets no rendezvous; DeepSpeed needs one."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ.update(alone)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"No DeepSpeed configuration at {path}: expected one JSON file a phase in ds_configs/.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}.") from error
+
+
+class Engine:
+    """Processes, sharding, backward, optimizer step, and the state of all that."""
+
+    def __init__(self, ds_config: Path, phase: PhaseConfig, clip: float, run_folder: Path) -> None:
+        """Start.
+
+        Args:
+            ds_config: DeepSpeed JSON; `auto` is filled from the configuration.
+            phase: batch sizes.
+            clip: largest gradient norm.
+            run_folder: where trackers write.
+
+        Raises:
+            UserError: no such JSON, or Accelerate was told to run without DeepSpeed.
+        """
+        settings = _read_json(ds_config)
+        filled = {
+            "train_micro_batch_size_per_gpu": phase.micro_batch,
+            "gradient_accumulation_steps": phase.accumulation,
+            "gradient_clipping": clip,
+        }
+        settings.update({key: value for key, value in filled.items() if settings.get(key, "auto") == "auto"})
+        self.zero_stage: int = settings["zero_optimization"]["stage"]
+        _defaults_for_one_process()
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        # A launcher's own DeepSpeed settings would win over the JSON of the phase.
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_DEEPSPEED_")]:
+            del os.environ[name]
+        self.accelerator = Accelerator(
+            mixed_precision="bf16",
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
+            log_with="wandb",
+            project_dir=str(run_folder),
+        )
+        self._check(ds_config)
+        self.model: Any = None
+        self.optimizer: Any = None
+
+    def _check(self, ds_config: Path) -> None:
+        kind = self.accelerator.distributed_type
+        if kind != DistributedType.DEEPSPEED:
+            raise UserError(
+                f"Accelerate started as {kind.value}, not with DeepSpeed as {ds_config} asks; unset ACCELERATE_USE_CPU "
+                "and drop `--cpu` from `accelerate launch`."
+            )
+        wanted = int(os.environ["WORLD_SIZE"])
+        found = (self.accelerator.num_processes, dist.get_world_size())
+        assert found == (wanted, wanted), f"{wanted} processes started, Accelerate and torch see {found}"
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return dist.get_rank()
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return dist.get_world_size()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what exists once."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        return self.accelerator.device
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Shard the model and the optimizer state."""
+        self._packed = [name for name, p in model.named_parameters() if type(p).__name__ == "Params4bit"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model.train()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch."""
+        self.model.backward(loss)
+
+    def step(self) -> float | None:
+        """End a micro-batch; at the last of a step the weights change and the gradient norm comes back."""
+        boundary = self.model.is_gradient_accumulation_boundary()
+        self.model.step()
+        return float(self.model.get_global_grad_norm()) if boundary else None
+
+    def mean(self, values: Tensor, counts: Tensor) -> Tensor:
+        """Mean over the ranks that know something; both (n,) float, NaN where no rank does."""
+        both = torch.stack([values * (counts > 0), (counts > 0).float()]).float().to(self.device)
+        dist.all_reduce(both)
+        return both[0] / both[1].where(both[1] > 0, torch.nan)
+
+    def sum(self, value: float) -> int:
+        """The sum of all ranks' values."""
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return int(tensor)
+
+    def largest(self, value: float) -> float:
+        """The largest of all ranks' values."""
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor)
+
+    def describe(self) -> dict[str, Any]:
+        """What runs, measured on every rank after `prepare`."""
+        mine = {
+            "rank": self.rank,
+            "device": str(self.device),
+            "packed_bytes": self._packed_bytes(local=True),
+            "packed_bytes_of_model": self._packed_bytes(local=False),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        ranks: list[Any] = [None] * self.world
+        dist.all_gather_object(ranks, mine)
+        return {
+            "distributed_type": self.accelerator.distributed_type.value,
+            "zero_stage": self.model.zero_optimization_stage(),
+            "world_size": self.world,
+            "ranks": ranks,
+        }
+
+    def _packed_bytes(self, local: bool) -> int:
+        """Bytes of packed 4-bit weights: of this rank's shard, or of the whole model."""
+        total = 0
+        parameters = dict(self.model.module.named_parameters())
+        for name in self._packed:
+            parameter = parameters[name]
+            if hasattr(parameter, "ds_tensor"):
+                numel = parameter.ds_tensor.numel() if local else parameter.ds_numel
+                # A gathered parameter lies whole on this rank, whatever its shard.
+                if local and parameter.ds_status == ZeroParamStatus.AVAILABLE:
+                    numel = parameter.ds_numel
+                total += numel * parameter.ds_tensor.element_size()
+            else:
+                total += parameter.numel() * parameter.element_size()
+        return total
+
+    def gather(self, names: list[str]) -> dict[str, Tensor]:
+        """Whole tensors by name, on the CPU of rank 0; every rank must call it."""
+        module = self.model.module
+        own: dict[str, Any] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        found = {}
+        for name in names:  # one at a time: no rank ever holds more than one whole tensor
+            tensor = own[name]
+            sharded = [tensor] if hasattr(tensor, "ds_tensor") else []
+            with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+                if self.is_main:
+                    found[name] = tensor.detach().to("cpu", copy=True)
+        return found
+
+    def save_state(self, folder: Path) -> None:
+        """Optimizer state and trained weights, one file a rank; every rank must call it."""
+        self.model.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True)
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from `save_state`.
+
+        Raises:
+            UserError: the state does not fit this number of ranks.
+        """
+        path, _ = self.model.load_checkpoint(str(folder), tag="state", load_module_strict=False)
+        if path is None:
+            raise UserError(f"No engine state for rank {self.rank} of {self.world} in {folder}: resume on as many ranks.")
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    def close(self) -> None:
+        """End trackers and leave the group of processes."""
+        self.accelerator.end_training()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,147 @@
+"""One phase, from the command line to its last checkpoint: parse, build, train.
+
+    accelerate launch launch/phase1.py [--config demo] [--resume | --restart] [part.field=value …]
+"""
+
+import argparse
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.logging import RichHandler
+
+from rectvlm import checkpoint, weights
+from rectvlm.config import Config, load
+from rectvlm.data.loader import train_loader
+from rectvlm.models import RectVLM
+from rectvlm.models.text import Prompts
+from rectvlm.train.engine import Engine
+from rectvlm.train.loop import Position, train
+from rectvlm.train.optim import build_optimizer, freeze_all_but
+from rectvlm.train.phases import PHASES, Phase
+from rectvlm.types import UserError
+
+log = logging.getLogger(__name__)
+
+
+def main(number: int, checkout: Path, argv: Sequence[str] | None = None) -> None:
+    """Run a phase as a command: exit code 2 and one sentence for what the user can mend."""
+    phase = PHASES[number]
+    args = _parse(phase, argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    logging.getLogger("rectvlm").setLevel(logging.INFO)
+    try:
+        run(phase, load(args.config, args.overrides), checkout, args.resume, args.restart)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+def _parse(phase: Phase, argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"launch/phase{phase.number}.py",
+        description=f"Phase {phase.number}: {', '.join(phase.tasks)}. Trains {', '.join(phase.parts)}.",
+    )
+    parser.add_argument("--config", default="demo", help="name or path of a configuration (default: demo)")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on from this phase's newest checkpoint")
+    start.add_argument("--restart", action="store_true", help="delete this phase's earlier run and begin anew")
+    parser.add_argument("overrides", nargs="*", metavar="part.field=value", help="change a value of the configuration")
+    return parser.parse_args(argv)
+
+
+def run(phase: Phase, config: Config, checkout: Path, resume: bool, restart: bool) -> None:
+    """Train one phase.
+
+    Raises:
+        UserError: missing shards, a missing or unfit checkpoint of the phase before, an earlier run in the way.
+    """
+    settings = phase.settings(config)
+    folder = Path(config.train.runs) / config.name / f"phase{phase.number}"
+    source = _source(phase, config)
+    start = _start(folder, phase, resume)
+    engine = Engine(checkout / "ds_configs" / f"phase{phase.number}.json", settings, config.train.clip, folder)
+    if not engine.is_main:
+        logging.getLogger("rectvlm").setLevel(logging.WARNING)
+    if not resume:
+        _clear(folder, restart, engine)
+
+    torch.manual_seed(config.train.seed)
+    model = build(phase, config, source)
+    freeze_all_but(model, settings.lr)
+    optimizer = build_optimizer(model, config.train, settings)
+    position = Position(step=0, samples_seen=0)
+    if start is not None:
+        state = checkpoint.read_state(start)
+        position = Position(state.step, state.samples_seen)
+    loader = train_loader(
+        config.data,
+        settings.micro_batch,
+        engine.rank,
+        engine.world,
+        config.train.seed,
+        seen=position.samples_seen,
+        pin=engine.device.type == "cuda",
+    )
+    names = checkpoint.saved_names(model)
+    engine.prepare(model, optimizer)
+    if start is not None:
+        engine.load_state(start / checkpoint.ENGINE)
+        log.info("resumed from %s", start)
+    train(engine, loader, phase, config, folder, names, position)
+    engine.close()
+
+
+def build(phase: Phase, config: Config, source: Path | None) -> RectVLM:
+    """The model of a phase, with the weights of the phase before.
+
+    Raises:
+        UserError: the weights do not fit, naming what is missing or unexpected.
+    """
+    language = weights.resolve(config.generator.model) if "generator" in phase.parts else None
+    if source is None:
+        prompts = Prompts.embed(weights.resolve(config.text.model), config.text.max_tokens)
+        return RectVLM(config, phase.parts, prompts, language)
+    tensors = checkpoint.read_weights(source)
+    model = RectVLM(config, phase.parts, checkpoint.prompts_of(tensors, source), language)
+    before = checkpoint.read_state(source).parts
+    expected = [name for name in checkpoint.saved_names(model) if name.partition(".")[0] in (*before, "prompts")]
+    checkpoint.load_weights(model, tensors, expected, source)
+    log.info("starting from %s", source)
+    return model
+
+
+def _source(phase: Phase, config: Config) -> Path | None:
+    """The checkpoint of the phase before."""
+    if phase.init_from is None:
+        return None
+    folder = Path(config.train.runs) / config.name / f"phase{phase.init_from}"
+    remedy = (
+        f"phase {phase.number} starts from phase {phase.init_from}'s, so run "
+        f"`accelerate launch launch/phase{phase.init_from}.py --config {config.name}` first"
+    )
+    return checkpoint.find(folder, remedy)
+
+
+def _start(folder: Path, phase: Phase, resume: bool) -> Path | None:
+    if not resume:
+        return None
+    return checkpoint.find(folder, f"there is nothing to resume, so run phase {phase.number} without --resume")
+
+
+def _clear(folder: Path, restart: bool, engine: Engine) -> None:
+    """Never write over an earlier run unasked."""
+    earlier = checkpoint.all_checkpoints(folder)
+    engine.barrier()  # all ranks have looked before any removes
+    if earlier and not restart:
+        raise UserError(
+            f"{folder} already holds a run (up to {earlier[-1].name}): go on with --resume, begin anew with --restart, "
+            "or write elsewhere with name=NEW."
+        )
+    if engine.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    engine.barrier()

