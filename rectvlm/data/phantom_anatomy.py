@@ -42,14 +42,18 @@ def draw_chest(canvas: Canvas, rng: np.random.Generator) -> None:
     airways(canvas)
 
 
-def _superellipse(canvas: Canvas, a: Field, b: Field, y0: float = 0.0) -> Field:
-    """Distance along the ray from the axis to a cross-section |x/a|^2.5 + |y/b|^2.5 = 1, positive inside."""
+def _superellipse(canvas: Canvas, a: Field, b: Field, y0: float = 0.0, aside: Field | None = None) -> Field:
+    """Distance along the ray from the axis to a cross-section |x/a|^2.5 + |y/b|^2.5 = 1, positive inside.
+
+    With `aside`, each half of the body has its own axis, that far from the midline.
+    """
     y = canvas.y - np.float32(y0)
-    u, v = np.abs(canvas.x) / a, np.abs(y) / b
+    x = np.abs(canvas.x) if aside is None else np.abs(canvas.x) - aside
+    u, v = np.abs(x) / a, np.abs(y) / b
     u *= u * np.sqrt(u)
     v *= v * np.sqrt(v)
     level = np.maximum(u + v, np.float32(1e-4)) ** np.float32(0.4)
-    radius = np.sqrt(canvas.x**2 + y**2) + np.float32(0.1)
+    radius = np.sqrt(x**2 + y**2) + np.float32(0.1)
     return np.asarray(radius * (1 / level - 1), dtype=np.float32)
 
 
@@ -58,7 +62,10 @@ def _distances(canvas: Canvas) -> None:
     side = np.abs(x)
     apex = np.sqrt(np.clip(1 - np.clip((z + 30) / 158, 0, 1) ** 2.6, 0.0004, 1)).astype(np.float32)
     wide = 126 + 6 * ramp(-z, 0, 100)
-    cavity = _superellipse(canvas, wide * apex, (88 + 4 * ramp(-z, 0, 90)) * np.sqrt(apex) * (0.35 + 0.65 * apex), 2)
+    # Each lung narrows towards its own apex, beside the great vessels and not over them.
+    aside = np.float32(34) * ramp(z, 20, 120)
+    deep = (88 + 4 * ramp(-z, 0, 90)) * np.sqrt(apex) * (0.35 + 0.65 * apex)
+    cavity = _superellipse(canvas, np.maximum(wide * apex - aside, 4), deep, 2, aside)
     # The cage goes on above the lungs: without this the ribs would close over the apex.
     shell = np.maximum(apex, np.float32(0.45))
     canvas.fields["cage"] = _superellipse(canvas, wide * shell, (88 + 4 * ramp(-z, 0, 90)) * (0.3 + 0.7 * shell), 2)
@@ -70,8 +77,8 @@ def _distances(canvas: Canvas) -> None:
     medial = side < 64
     reach = np.where(medial, np.float32(125), np.float32(66))
     bowl = ((side - 64) / reach) ** 2 + ((y + 8) / 78) ** 2
-    top = np.where(right, np.float32(-58), np.float32(-70)) + np.float32(canvas.build.dome)
-    dome = (z - (top - 46 * bowl)) * np.float32(0.8)
+    top = np.where(right, np.float32(-50), np.float32(-64)) + np.float32(canvas.build.dome)
+    dome = (z - (top - 58 * bowl)) * np.float32(0.8)
 
     heart = _heart_distance(canvas)
     gap = 5.0 + canvas.build.pericardial
@@ -98,7 +105,7 @@ def _heart_distance(canvas: Canvas) -> Field:
     eye = np.eye(3)
     for centre, frame, axes in (
         basis,
-        ((-18, -26, -34), eye, (32, 36, 40)),
+        ((-14, -28, -36), eye, (30, 34, 40)),
         ((0, 4, -14), eye, (36, 20, 24)),
     ):
         # A large heart grows to the left and down, away from the great vessels.
@@ -107,7 +114,12 @@ def _heart_distance(canvas: Canvas) -> Field:
         level = np.sqrt(sum((v / np.float32(a * size)) ** 2 for v, a in zip(local, axes, strict=True)))
         length = np.sqrt(d[0] ** 2 + d[1] ** 2 + d[2] ** 2) + np.float32(0.1)
         parts.append(length * (1 / np.maximum(level, np.float32(0.02)) - 1))
-    return np.asarray(np.maximum(np.maximum(parts[0], parts[1]), parts[2]), dtype=np.float32)
+    # Smooth unions: the chambers bulge from one organ, with no cleft between them.
+    whole = parts[0]
+    for part in parts[1:]:
+        blend = np.clip(1 - np.abs(whole - part) / 28, 0, 1)
+        whole = np.maximum(whole, part) + 7 * blend * blend
+    return np.asarray(whole, dtype=np.float32)
 
 
 def _body(canvas: Canvas, rng: np.random.Generator) -> None:
@@ -330,7 +342,7 @@ def _grow(
     for n in range(len(nodes) - 1, 0, -1):
         tips[n] = max(tips[n], 1)
         tips[parent[n]] += tips[n]
-    radii = np.minimum(0.62 * tips ** (1 / 3), 4.0)
+    radii = np.minimum(0.85 * tips ** (1 / 3), 4.8)
     return [(nodes[parent[n]], nodes[n], float(radii[n])) for n in range(1, len(nodes))]
 
 
@@ -363,5 +375,7 @@ def airways(canvas: Canvas) -> None:
 
 def bronchus(canvas: Canvas, path: NDArray[np.float64], lumen: NDArray[np.float64], wall: float) -> None:
     """One airway: lumen radii and wall thickness in mm."""
-    canvas.paint(tube(canvas, path, lumen + wall), 20)
-    canvas.paint(tube(canvas, path, lumen), -985)
+    for radii, hu in ((lumen + wall, 20), (lumen, -985)):
+        part = tube(canvas, path, radii)
+        # A large heart pushes airways aside; it is not pierced by them.
+        canvas.paint(Part(part.box, part.occupancy * (canvas.fields["heart"][part.box] < -4)), hu)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rectvlm.labels import REGION_BY_NAME
 
-Field = NDArray[np.float32]
+Field = NDArray[np.floating]
 Box = tuple[slice, slice, slice]
 Point = tuple[float, float, float]
 """(x, y, z) in patient millimetres."""

@@ -35,7 +35,7 @@ Mask = NDArray[np.bool_]
 
 
 def draw_findings(canvas: Canvas, plan: Plan, rng: np.random.Generator) -> None:
-    """Paint everything that the plan names. Fluid first (it displaces lung), devices last (they hide what is behind)."""
+    """Paint everything that the plan names. Fluid comes first: it displaces lung."""
     if plan.build.pericardial:
         _pericardial_effusion(canvas, rng)
     _pleural_effusions(canvas, plan, rng)
@@ -102,7 +102,7 @@ def _pleural_effusions(canvas: Canvas, plan: Plan, rng: np.random.Generator) -> 
 def _patch(canvas: Canvas, rng: np.random.Generator, free: Mask, volume: float, ragged: float) -> Part:
     """An irregular patch of about `volume` ml within `free`: the voxels nearest to a random centre, unevenly."""
     flat = np.flatnonzero(free)
-    middle = flat[int(rng.integers(flat.size * 0.25, flat.size * 0.75))]
+    middle = flat[int(rng.integers(flat.size // 4, flat.size * 3 // 4))]
     centre = np.unravel_index(middle, free.shape)
     scale, build = canvas.build.scale, canvas.build
     dx = (canvas.x - canvas.x[centre]) * np.float32(scale[0])
@@ -130,7 +130,7 @@ def _consolidations(canvas: Canvas, plan: Plan, rng: np.random.Generator) -> Non
         _outline(canvas, "consolidation", part)
         # Air bronchograms: the lobe's airways stay open.
         branch = tube(canvas, curve(BRONCHI[lobe], 7), np.linspace(3.6, 1.6, 7))
-        canvas.paint(branch, -950)
+        canvas.paint(Part(branch.box, branch.occupancy * (canvas.fields["heart"][branch.box] < -4)), -950)
 
 
 def _ground_glass(canvas: Canvas, plan: Plan, rng: np.random.Generator) -> None:

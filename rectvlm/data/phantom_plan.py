@@ -10,7 +10,7 @@ import numpy as np
 from rectvlm.data.phantom_canvas import Build
 from rectvlm.labels import FINDINGS, LESIONS, LOBES, Side
 
-PREVALENCE: dict[str, float] = {finding: 0.35 for finding in FINDINGS} | {
+PREVALENCE: dict[str, float] = dict.fromkeys(FINDINGS, 0.35) | {
     "Pleural effusion": 0.4,
     "Lung nodule": 0.4,
     "Consolidation": 0.4,

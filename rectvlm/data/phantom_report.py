@@ -144,19 +144,16 @@ def _impression(plan: Plan, choose: Callable[[Phrases], str]) -> str:
     """What matters most, at most three statements."""
     points = []
     if plan.consolidations:
-        points.append(
-            choose(("{} consolidation, suggesting pneumonia", "{} consolidation")).format(
-                lobe_words(plan.consolidations)
-            )
-        )
+        words = choose(("consolidation in {}, suggesting pneumonia", "consolidation in {}"))
+        points.append(words.format(lobes_phrase(plan.consolidations)))
     if plan.effusions:
         points.append(f"{_effusion_side(plan)} pleural effusion")
     if plan.present["Pericardial effusion"]:
         points.append("pericardial effusion")
     if plan.nodules:
-        lobes = lobe_words([nodule.lobe for nodule in plan.nodules])
+        lobes = lobes_phrase([nodule.lobe for nodule in plan.nodules])
         noun = "nodules" if len(plan.nodules) > 1 else "nodule"
-        points.append(choose(("{} {}, follow-up advised", "{} {}")).format(lobes, noun))
+        points.append(choose(("{} in {}, follow-up advised", "{} in {}")).format(noun, lobes))
     if plan.ground_glass:
         points.append(f"ground-glass opacity in {lobes_phrase(plan.ground_glass)}")
     for finding in ("Lymphadenopathy", "Cardiomegaly", "Emphysema", "Hiatal hernia"):
