@@ -1,0 +1,106 @@
+"""What preprocessing works on: a case, whatever data set it comes from, and its way to a sample.
+
+A data set plugs in as a function that lists `Case`s; each knows how to load its own `CaseData`, in a worker process,
+when its turn comes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from rectvlm.data.sample import versions
+from rectvlm.data.volume import Volume, canonical_affine, require_overlap, resample_to_grid, to_hu
+from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS
+from rectvlm.types import Geometry, Sample, SampleMeta, Split
+
+
+@dataclass(frozen=True)
+class CaseData:
+    """All that is known of a case, as it comes from its files."""
+
+    volume: Volume
+    """The CT, HU or stored numbers."""
+    labels: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(FINDINGS))
+    """By finding: 1, 0, or None for unknown; all 18."""
+    findings: str | None = None
+    impression: str | None = None
+    lesions: Sequence[Volume] = ()
+    """uint8 lesion bits, each on its own grid and affine; they are united."""
+    lesions_annotated: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(LESION_BY_KEY, False))
+    """By lesion key, all 5: whether it was looked for. What was not annotated is not absent."""
+    regions: Volume | None = None
+    """uint8 region ids, on its own grid and affine."""
+    regions_source: str | None = None
+    slope: float | None = None
+    """RescaleSlope and RescaleIntercept of the series, where known; `to_hu` decides whether they still apply."""
+    intercept: float | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of a data set, before it is read."""
+
+    key: str
+    """Unique; letters, digits, '_' and '-' only."""
+    split: Split
+    patient: str
+    source: str
+    """Data set and file, for the sample's record and for the quarantine list."""
+    load: Callable[[], CaseData]
+    """Reads it; runs in another process, so a module's function or a `functools.partial` of one."""
+    identity: tuple[str, ...]
+    """What decides the loaded data, such as names, sizes and times of files: when it changes, the case is redone."""
+
+
+def file_identity(*paths: Path) -> tuple[str, ...]:
+    """Name, size and modification time of each file; a missing file counts as such."""
+    stats = [(path, path.stat() if path.is_file() else None) for path in paths]
+    return tuple(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" if stat else f"{path}:missing" for path, stat in stats)
+
+
+def case_to_sample(case: Case, grid: tuple[int, int, int], spacing: tuple[float, float, float]) -> Sample:
+    """Load a case and bring it to the canonical grid.
+
+    Args:
+        grid: voxels (z, y, x).
+        spacing: mm (z, y, x).
+
+    Raises:
+        UserError: a file that cannot be read, numbers that are not HU, or a mask that lies elsewhere.
+    """
+    data = case.load()
+    native = data.volume
+    hu, decision = to_hu(native, data.slope, data.intercept)
+    affine = canonical_affine(native.affine, hu.shape, hu, grid, spacing)
+    for mask in [*data.lesions, *([data.regions] if data.regions else [])]:
+        require_overlap(mask.affine, mask.array.shape, native.affine, hu.shape, mask.where)
+    lesions = np.zeros(grid, np.uint8)
+    for mask in data.lesions:
+        lesions |= resample_to_grid(mask.array, mask.affine, affine, grid, "bits")
+    drawn = {lesion.key for lesion in LESIONS if (lesions >> lesion.bit & 1).any()}
+    assert all(data.lesions_annotated[key] for key in drawn), f"{case.key}: {drawn} drawn but not annotated"
+    regions = np.zeros(grid, np.uint8)
+    if data.regions is not None:
+        regions = resample_to_grid(data.regions.array, data.regions.affine, affine, grid, "labels")
+    meta = SampleMeta(
+        key=case.key,
+        split=case.split,
+        source=case.source,
+        patient=case.patient,
+        labels=data.labels,
+        findings=data.findings,
+        impression=data.impression,
+        spacing=spacing,
+        geometry=Geometry(
+            grid_affine=affine.tolist(),
+            native_shape=(hu.shape[0], hu.shape[1], hu.shape[2]),
+            native_affine=native.affine.tolist(),
+        ),
+        hu=decision,
+        lesions_annotated=data.lesions_annotated,
+        regions_source=data.regions_source,
+        versions=versions(),
+    )
+    return Sample(resample_to_grid(hu, native.affine, affine, grid, "ct"), lesions, regions, meta)
