@@ -1,0 +1,117 @@
+"""Shared material, made once a session: phantoms as samples and shards, and an untrained tiny model's checkpoint."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rectvlm.config import Config, Part, load
+from rectvlm.data.phantom import Phantom, make_phantom
+from rectvlm.data.sample import write_shards
+from rectvlm.data.volume import Volume, canonical_affine, resample_to_grid, to_hu
+from rectvlm.types import Geometry, Sample, SampleMeta, Split
+
+
+def phantom_sample(seed: int, config: Config, split: Split = "train") -> Sample:
+    """A phantom on the grid of a configuration."""
+    phantom = make_phantom(seed)
+    shape = (phantom.hu.shape[0], phantom.hu.shape[1], phantom.hu.shape[2])
+    hu, decision = to_hu(Volume(phantom.hu, phantom.affine, f"phantom {seed}"))
+    grid, spacing = config.data.grid, config.data.spacing
+    grid_affine = canonical_affine(phantom.affine, shape, hu, grid, spacing)
+    meta = SampleMeta(
+        key=f"phantom_{seed}",
+        split=split,
+        source=f"phantom {seed}",
+        patient=f"phantom_{seed}",
+        labels=phantom.labels,
+        findings=phantom.findings,
+        impression=phantom.impression,
+        spacing=spacing,
+        geometry=Geometry(grid_affine.tolist(), shape, phantom.affine.tolist()),
+        hu=decision,
+        lesions_annotated=phantom.lesions_annotated,
+        regions_source="phantom",
+    )
+    arrays = [
+        resample_to_grid(array, phantom.affine, grid_affine, grid, kind)
+        for array, kind in ((hu, "ct"), (phantom.lesions, "bits"), (phantom.regions, "labels"))
+    ]
+    return Sample(*arrays, meta=meta)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Bundled models that tests build go to a folder of the session, unless one is given."""
+    os.environ.setdefault("RECTVLM_MODELS", str(tmp_path_factory.mktemp("models")))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Config:
+    """The tiny configuration."""
+    return load("tiny")
+
+
+@pytest.fixture(scope="session")
+def phantom_shards(tmp_path_factory: pytest.TempPathFactory, tiny: Config) -> Path:
+    """Shards of the tiny grid: six phantoms to train on and three to validate."""
+    folder = tmp_path_factory.mktemp("shards")
+    splits: list[Split] = ["train"] * 6 + ["valid"] * 3
+    write_shards((phantom_sample(seed, tiny, split) for seed, split in enumerate(splits)), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantoms() -> Callable[[int], Phantom]:
+    """Phantoms by seed, made once."""
+    made: dict[int, Phantom] = {}
+    return lambda seed: made[seed] if seed in made else made.setdefault(seed, make_phantom(seed))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny: Config, phantom_shards: Path) -> Callable[[int], Path]:
+    """The phase folder of an untrained tiny model with the parts of a phase."""
+    from rectvlm import checkpoint, weights
+    from rectvlm.models import RectVLM
+    from rectvlm.models.text import Prompts
+
+    parts: dict[int, tuple[Part, ...]] = {
+        1: ("encoder", "classifier"),
+        2: ("encoder", "classifier", "localizer"),
+        3: ("encoder", "classifier", "localizer", "generator"),
+    }
+    made: dict[int, Path] = {}
+
+    def build(phase: int) -> Path:
+        if phase not in made:
+            config = load("tiny", [f"data.shards={phantom_shards}"])
+            torch.manual_seed(0)
+            prompts = Prompts.embed(weights.resolve(config.text.model), config.text.max_tokens)
+            language = weights.resolve(config.generator.model) if phase == 3 else None
+            model = RectVLM(config, parts[phase], prompts, language)
+            own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            tensors = {name: own[name].detach() for name in checkpoint.saved_names(model)}
+            run = tmp_path_factory.mktemp("run") / f"phase{phase}"
+            folder = checkpoint.step_folder(run, 0)
+            folder.mkdir(parents=True)
+            checkpoint.write(
+                folder, tensors, config, checkpoint.State(phase, parts[phase], 0, 0, 1, checkpoint.versions())
+            )
+            made[phase] = run
+        return made[phase]
+
+    return build
+
+
+def write_nifti(array: np.ndarray, affine: np.ndarray, path: Path) -> Path:
+    """A NIfTI file with both its forms set."""
+    import nibabel as nib
+
+    image = nib.Nifti1Image(array, affine)
+    image.set_sform(affine, 1)
+    image.set_qform(affine, 1)
+    nib.save(image, path)
+    return path
