@@ -139,8 +139,8 @@ class _Lobes:
         self.flat = regions.reshape(-1)
         self.shape = regions.shape
         self.spacing = np.asarray(spacing)
-        # About 40,000 voxels keep the tree quick; its grid is then a few mm, far below the size of a lobe.
-        step = max(1, round((regions.size / 300_000) ** (1 / 3) * 1.0))
+        # Some 50,000 voxels keep the tree quick; its grid is then a few mm, far below the size of a lobe.
+        step = max(1, round((regions.size / 300_000) ** (1 / 3)))
         steps = (1 if spacing[0] > 2 * spacing[1] else step, step, step)
         coarse = regions[:: steps[0], :: steps[1], :: steps[2]]
         points = np.argwhere((coarse > 0) & (coarse <= len(LOBES)))
@@ -233,13 +233,19 @@ def _lung_extent(ct: Int16Volume) -> tuple[int, int] | None:
     """First and last slice of the lung field: air between the body's walls, on at least 5% of its widest slice."""
     thin, _ = _thin(ct)
     body = thin > BODY_HU
-    started = np.logical_or.accumulate(body, axis=2)
-    ending = np.logical_or.accumulate(body[:, :, ::-1], axis=2)[:, :, ::-1]
-    # Rows bounded in front and behind as well: a table in front of nothing is not a chest.
-    above = np.logical_or.accumulate(body, axis=1)
-    below = np.logical_or.accumulate(body[:, ::-1], axis=1)[:, ::-1]
-    area = ((thin < LUNG_HU) & started & ending & above & below).sum(axis=(1, 2))
+    # Air between the first and the last tissue of its row lies inside the chest (or between body and table, which is
+    # little), and so does air between the first and the last tissue of its column.
+    area = (_between(body, 2) & _between(body, 1) & (thin < LUNG_HU)).sum(axis=(1, 2))
     if area.max() < 20:
         return None
     inside = np.flatnonzero(area > 0.05 * area.max())
     return int(inside[0]), int(inside[-1])
+
+
+def _between(body: NDArray[np.bool_], axis: int) -> NDArray[np.bool_]:
+    """True from the first to the last true voxel along an axis."""
+    size = body.shape[axis]
+    first = np.expand_dims(np.where(body.any(axis), body.argmax(axis), size), axis)
+    last = size - 1 - np.expand_dims(np.flip(body, axis).argmax(axis), axis)
+    along = np.arange(size, dtype=np.int32).reshape([-1 if n == axis else 1 for n in range(body.ndim)])
+    return np.asarray((along >= first) & (along <= last))

@@ -42,7 +42,10 @@ class Phantom:
 
 
 def make_phantom(seed: int) -> Phantom:
-    """The phantom of a seed; the same on every machine (to within a rounded HU: mathematical libraries differ).
+    """The phantom of a seed.
+
+    Labels, report and places are the same on every machine; voxels too, but for the last digit of a machine's
+    mathematical functions.
 
     About 60 × 144 × 144 voxels of about 4.5 × 2.5 × 2.5 mm, with axis order and directions that vary with the seed.
     """

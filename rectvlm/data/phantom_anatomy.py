@@ -80,7 +80,8 @@ def _distances(canvas: Canvas) -> None:
     top = np.where(right, np.float32(-50), np.float32(-64)) + np.float32(canvas.build.dome)
     dome = (z - (top - 58 * bowl)) * np.float32(0.8)
 
-    heart = _heart_distance(canvas)
+    # A large heart, with its fluid, flattens against the chest wall.
+    heart = np.minimum(_heart_distance(canvas), cavity - 4 - np.float32(canvas.build.pericardial))
     gap = 5.0 + canvas.build.pericardial
     waist = 6 + 17 * np.exp(-(((y - 2) / 42) ** 2)) + 9 * np.exp(-((z - 4) ** 2) / 600) * np.exp(-((y - 5) ** 2) / 900)
     spine = 23 - np.sqrt(x**2 + np.minimum(y - 52, 0) ** 2)

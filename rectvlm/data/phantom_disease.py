@@ -78,6 +78,7 @@ def _pericardial_effusion(canvas: Canvas, rng: np.random.Generator) -> None:
     # The sac ends below the great vessels and rests on the diaphragm.
     np.minimum(rim, 18 - canvas.z, out=rim)
     np.minimum(rim, dome + 4, out=rim)
+    np.minimum(rim, canvas.fields["cavity"] - 2, out=rim)
     spared = (canvas.regions > 0) & (canvas.regions != REGION["heart"]) & (canvas.regions > 5)
     part = Part(WHOLE, soft(np.asarray(rim, np.float32)) * ~spared)
     canvas.paint(part, 12 + 3 * smooth_noise(rng, canvas, 15), 0)
@@ -307,8 +308,8 @@ def _device(canvas: Canvas, plan: Plan, rng: np.random.Generator) -> None:
     if plan.device == "sternal wires":
         for height in np.linspace(-45, 70, 6):
             loop = np.linspace(0, 2 * np.pi, 13)
-            ring = np.stack([12 * np.cos(loop), -95 + 8 * np.sin(loop), np.full(13, height)], axis=1)
-            canvas.paint(tube(canvas, ring, 1.5, flat=0.7), 2600)
+            ring = np.stack([13 * np.cos(loop), -98 + 8 * np.sin(loop), np.full(13, height)], axis=1)
+            canvas.paint(tube(canvas, ring, 1.9, flat=0.4), 3000)
         return
     side = 1 if plan.device == "pacemaker" else -1
     size = (20.0, 6.0, 22.0) if plan.device == "pacemaker" else (11.0, 6.0, 11.0)

@@ -86,7 +86,7 @@ def draw_plan(seed: int) -> Plan:
     def some_lobes(most: int) -> list[str]:
         return [lobes[n] for n in sorted(rng.choice(5, int(rng.integers(1, most + 1)), replace=False))]
 
-    diameter = float(rng.uniform(9, 24))
+    diameter = float(rng.uniform(10.5, 24))
     nodules = [Nodule(lobe, diameter * float(rng.uniform(0.85, 1.0))) for lobe in some_lobes(2)]
     stations = tuple(STATIONS[n] for n in sorted(rng.choice(3, int(rng.integers(1, 4)), replace=False)))
     lobe_of = {
