@@ -109,7 +109,10 @@ def _header(path: Path, packed: bool) -> nib.Nifti1Header:
         kind = next((_HEADERS[n] for n in size if n in _HEADERS), None)
         if kind is None:
             raise HeaderDataError("it does not start with a NIfTI header")
-        header = kind(block[: kind.template_dtype.itemsize], check=True)
+        if len(block) < kind.template_dtype.itemsize:
+            raise HeaderDataError(f"it ends after {len(block)} bytes, inside its header")
+        # Unchecked: nibabel's check would turn a spacing of 0 into 1 mm, with only a line in the log.
+        header = kind(block[: kind.template_dtype.itemsize], check=False)
         header.get_data_dtype()
     except (HeaderDataError, nib.spatialimages.HeaderTypeError, EOFError, zlib.error, OSError, ValueError) as error:
         raise UserError(
@@ -144,7 +147,10 @@ def _shape(header: nib.Nifti1Header, path: Path, packed: bool) -> tuple[int, int
 def _affine(header: nib.Nifti1Header, path: Path) -> Affine:
     zooms = header["pixdim"][1:4].astype(float)
     codes = int(header["sform_code"]), int(header["qform_code"])
-    affine = np.asarray(header.get_best_affine(), np.float64)
+    try:
+        affine = np.asarray(header.get_best_affine(), np.float64)
+    except (HeaderDataError, ValueError) as error:
+        raise UserError(f"{path} has no valid orientation ({error}): convert the DICOM series again.") from None
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.isfinite(zooms).all() and np.isfinite(affine).all() and (zooms > 0).all() and (spacing > 1e-3).all()):
         raise UserError(
@@ -196,6 +202,8 @@ def _gunzip(path: Path, needed: int) -> bytes | bytearray:
     try:
         with gzip.open(path, "rb") as file:
             part = file.read(needed)
+            while file.read(1 << 20):
+                """To the end, where the checksum is."""
     except (EOFError, zlib.error, OSError) as error:
         raise UserError(f"{path} is cut short or damaged ({error}): copy it again.") from None
     if len(part) < needed:
