@@ -1,6 +1,6 @@
 """Phase 1: encoder and classifier.
 
-    accelerate launch launch/phase1.py [--config demo] [--resume | --restart] [part.field=value …]
+accelerate launch launch/phase1.py [--config demo] [--resume | --restart] [part.field=value …]
 """
 
 from pathlib import Path

@@ -101,7 +101,7 @@ def _unpack(archive: Path, names: dict[str, str], folder: Path) -> None:
 
     def save(name: str, stream: IO[bytes] | None) -> None:
         if stream is None:
-            raise KeyError(names[name])
+            raise UserError(f"{archive.name} holds no file {names[name]}: another version of the archive is needed.")
         with stream, (folder / name).open("wb") as file:
             shutil.copyfileobj(stream, file)
             file.flush()
@@ -110,8 +110,9 @@ def _unpack(archive: Path, names: dict[str, str], folder: Path) -> None:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as zipped:
+                inside = set(zipped.namelist())
                 for name, member in names.items():
-                    save(name, zipped.open(member))
+                    save(name, zipped.open(member) if member in inside else None)
         else:
             with tarfile.open(archive) as tar:
                 for name, member in names.items():

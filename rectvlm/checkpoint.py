@@ -202,4 +202,3 @@ def load_model(folder: str | Path, device: torch.device | str | None = None) -> 
     load_weights(model, tensors, saved_names(model), checkpoint)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval().to(device), config
-

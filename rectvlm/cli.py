@@ -86,6 +86,7 @@ def _start_logging(verbose: bool) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from rectvlm.predict import predict
 
+    _check_device(options.device)
     for folder in predict(options.source, options.checkpoint, options.out, options.device):
         sys.stdout.write(f"{folder / 'index.html'}\n")
 
@@ -93,6 +94,7 @@ def _predict(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from rectvlm.evaluate import evaluate, output_path
 
+    _check_device(options.device)
     result = evaluate(
         options.checkpoint,
         options.shards,
@@ -105,6 +107,18 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
     _show(result)
     sys.stdout.write(f"{output_path(options.checkpoint, options.split, options.out)}\n")
+
+
+def _check_device(name: str | None) -> None:
+    import torch
+
+    from rectvlm.types import UserError
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"Device {name!r} cannot be used ({reason}): give cpu, or leave --device out.") from None
 
 
 def _pull(options: argparse.Namespace) -> None:

@@ -128,7 +128,11 @@ def lesion_prompt(lesion: Lesion) -> str:
     return f"{lesion.name.capitalize()} on chest CT."
 
 
-WINDOWS: dict[str, tuple[float, float]] = {"lung": (-600.0, 1500.0), "mediastinal": (40.0, 400.0), "bone": (400.0, 1800.0)}
+WINDOWS: dict[str, tuple[float, float]] = {
+    "lung": (-600.0, 1500.0),
+    "mediastinal": (40.0, 400.0),
+    "bone": (400.0, 1800.0),
+}
 """Centre and width of each display window, HU."""
 
 AIR_HU = -1024

@@ -79,6 +79,7 @@ def render(case: CaseView) -> str:
     depth, height, width = case.ct.shape
     return _template().render(
         case=case,
+        sections=None if case.sections is None else [(title, _printable(text)) for title, text in case.sections],
         data=data,
         first_image=images["lung"][first],
         total_slices=depth,
@@ -120,27 +121,29 @@ def window(hu: NDArray[Any], name: str) -> NDArray[np.uint8]:
     return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
 
 
-def outline_paths(mask: NDArray[np.bool_]) -> list[str]:
-    """SVG paths around a mask (Y, X), longest first; a pixel (y, x) covers the square from (x, y) to (x + 1, y + 1)."""
+def outline_paths(mask: NDArray[np.bool_], most: int = MOST_OUTLINES) -> tuple[str, int]:
+    """One SVG path around a mask (Y, X), and how many of its outlines, the shortest, are left out.
+
+    A pixel (y, x) covers the square from (x, y) to (x + 1, y + 1).
+    """
     contours = find_contours(np.pad(mask, 1).astype(np.float32), 0.5)
     contours.sort(key=len, reverse=True)
-    paths = []
-    for contour in contours:
+    path = []
+    for contour in contours[:most]:
         # Padding moved the mask by one pixel; a pixel's centre lies half a pixel inside its square.
         points = approximate_polygon(contour - 1 + 0.5, tolerance=0.2)
-        steps = "L".join(f"{x:.4g} {y:.4g}" for y, x in points[:-1])
-        paths.append(f"M{steps}Z")
-    return paths
+        path.append("M" + "L".join(f"{x:.4g} {y:.4g}" for y, x in points[:-1]) + "Z")
+    return "".join(path), max(0, len(contours) - most)
 
 
 def _outlines(lesions: MaskVolume, shown: NDArray[np.int64], found: list[Lesion]) -> tuple[dict[str, list[str]], bool]:
     """By lesion key: one SVG path a slice; and whether small outlines were left out."""
-    result, left_out = {}, False
+    result, left_out = {}, 0
     for lesion in found:
-        paths = [outline_paths((lesions[z] >> lesion.bit & 1).astype(bool)) for z in shown]
-        left_out |= any(len(path) > MOST_OUTLINES for path in paths)
-        result[lesion.key] = ["".join(path[:MOST_OUTLINES]) for path in paths]
-    return result, left_out
+        drawn = [outline_paths((lesions[z] >> lesion.bit & 1).astype(bool)) for z in shown]
+        result[lesion.key] = [path for path, _ in drawn]
+        left_out += sum(count for _, count in drawn)
+    return result, left_out > 0
 
 
 def _areas(lesions: MaskVolume, lesion: Lesion) -> NDArray[np.int64]:
@@ -173,6 +176,11 @@ def _scout(ct: Int16Volume) -> str:
     mean = np.clip(ct, -1000, 1000).mean(axis=1)[::-1]
     low, high = np.percentile(mean, [1, 99.5])
     return _jpeg(np.clip((mean - low) / max(high - low, 1) * 255, 0, 255).astype(np.uint8))
+
+
+def _printable(text: str) -> str:
+    """Without control characters, which an untrained language model writes and HTML does not allow."""
+    return "".join(letter for letter in text if letter.isprintable() or letter == "\n")
 
 
 def _jpeg(grey: NDArray[np.uint8]) -> str:

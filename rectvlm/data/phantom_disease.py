@@ -6,14 +6,7 @@ Every painter reads the plan and paints what it says; the ones of the five lesio
 import numpy as np
 from numpy.typing import NDArray
 
-from rectvlm.data.phantom_anatomy import (
-    AORTA,
-    BRONCHI,
-    DESCENDING,
-    LAD,
-    bronchus,
-    oblique_fissure,
-)
+from rectvlm.data.phantom_anatomy import oblique_fissure
 from rectvlm.data.phantom_canvas import (
     REGION,
     WHOLE,
@@ -29,6 +22,7 @@ from rectvlm.data.phantom_canvas import (
     tube,
 )
 from rectvlm.data.phantom_plan import Plan
+from rectvlm.data.phantom_vessels import AORTA, BRONCHI, DESCENDING, LAD, bronchus
 from rectvlm.labels import LESION_BY_KEY
 
 Mask = NDArray[np.bool_]
@@ -131,7 +125,7 @@ def _consolidations(canvas: Canvas, plan: Plan, rng: np.random.Generator) -> Non
         _outline(canvas, "consolidation", part)
         # Air bronchograms: the lobe's airways stay open.
         branch = tube(canvas, curve(BRONCHI[lobe], 7), np.linspace(3.6, 1.6, 7))
-        canvas.paint(Part(branch.box, branch.occupancy * (canvas.fields["heart"][branch.box] < -4)), -950)
+        canvas.paint(Part(branch.box, branch.occupancy * lobe_mask(canvas, lobe)[branch.box]), -950)
 
 
 def _ground_glass(canvas: Canvas, plan: Plan, rng: np.random.Generator) -> None:
@@ -304,11 +298,19 @@ def _coronary_calcification(canvas: Canvas, plan: Plan, rng: np.random.Generator
     _specks(canvas, points, rng)
 
 
+def _sternum(canvas: Canvas, height: float) -> float:
+    """y of the sternum's middle at a height, mm."""
+    box = canvas.box(np.array([(0.0, -150.0, height), (0.0, 0.0, height)]), 0.1)
+    column = box[0].start, slice(box[1].start, box[1].stop), box[2].start
+    return float(canvas.y[column][np.argmin(np.abs(canvas.fields["cage"][column] + 8))])
+
+
 def _device(canvas: Canvas, plan: Plan, rng: np.random.Generator) -> None:
     if plan.device == "sternal wires":
         for height in np.linspace(-45, 70, 6):
             loop = np.linspace(0, 2 * np.pi, 13)
-            ring = np.stack([13 * np.cos(loop), -98 + 8 * np.sin(loop), np.full(13, height)], axis=1)
+            front = _sternum(canvas, float(height))
+            ring = np.stack([13 * np.cos(loop), front + 8 * np.sin(loop), np.full(13, height)], axis=1)
             canvas.paint(tube(canvas, ring, 1.9, flat=0.4), 3000)
         return
     side = 1 if plan.device == "pacemaker" else -1

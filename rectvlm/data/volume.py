@@ -113,7 +113,10 @@ def _header(path: Path, packed: bool) -> nib.Nifti1Header:
             raise HeaderDataError(f"it ends after {len(block)} bytes, inside its header")
         # Unchecked: nibabel's check would turn a spacing of 0 into 1 mm, with only a line in the log.
         header = kind(block[: kind.template_dtype.itemsize], check=False)
-        header.get_data_dtype()
+        if int(header["datatype"]) not in nib.nifti1.data_type_codes.dtype:
+            raise HeaderDataError(f"voxel type {int(header['datatype'])} is unknown")
+        if not header["vox_offset"] >= kind.template_dtype.itemsize + 4:
+            raise HeaderDataError(f"its voxels would start at byte {float(header['vox_offset']):g}, inside the header")
     except (HeaderDataError, nib.spatialimages.HeaderTypeError, EOFError, zlib.error, OSError, ValueError) as error:
         raise UserError(
             f"{path} is not a NIfTI file (.nii or .nii.gz): {error}; convert it or copy it again."
@@ -147,31 +150,37 @@ def _shape(header: nib.Nifti1Header, path: Path, packed: bool) -> tuple[int, int
 def _affine(header: nib.Nifti1Header, path: Path) -> Affine:
     zooms = header["pixdim"][1:4].astype(float)
     codes = int(header["sform_code"]), int(header["qform_code"])
-    try:
-        affine = np.asarray(header.get_best_affine(), np.float64)
-    except (HeaderDataError, ValueError) as error:
-        raise UserError(f"{path} has no valid orientation ({error}): convert the DICOM series again.") from None
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not (np.isfinite(zooms).all() and np.isfinite(affine).all() and (zooms > 0).all() and (spacing > 1e-3).all()):
+    if not (np.isfinite(zooms).all() and (zooms > 0).all()):
         raise UserError(
-            f"{path} has voxel size {zooms.tolist()} mm in its header, {spacing.round(4).tolist()} mm in its affine: "
-            f"expected positive numbers; write the spacing of the series into it."
+            f"{path} has voxel size {zooms.tolist()} mm: expected positive numbers; write the series' spacing."
         )
-    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 0.5:
-        raise UserError(f"{path} has an affine whose axes are not at right angles: resample it to a straight grid.")
     if not any(codes):
         raise UserError(
             f"{path} has no orientation (sform and qform codes are 0), so left and right are unknown: "
             f"convert the DICOM series again, with its orientation."
         )
-    if all(codes):
-        names = [nib.aff2axcodes(form) for form in (header.get_sform(), header.get_qform())]
-        if names[0] != names[1]:
+    try:
+        forms = [form for form, code in zip((header.get_sform, header.get_qform), codes, strict=True) if code]
+        affines = [np.asarray(form(), np.float64) for form in forms]
+    except (HeaderDataError, ValueError, np.linalg.LinAlgError) as error:
+        raise UserError(f"{path} has no valid orientation ({error}): convert the DICOM series again.") from None
+    for affine in affines:
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        if not (np.isfinite(affine).all() and ((spacing > 1e-3) & (spacing < 1e3)).all()):
             raise UserError(
-                f"{path} names two orientations, {''.join(names[0])} (sform) and {''.join(names[1])} (qform), so left "
-                f"and right are unknown: convert the DICOM series again."
+                f"{path} has voxel size {spacing.round(4).tolist()} mm in its affine: expected positive numbers; "
+                f"write the series' spacing into it."
             )
-    return affine
+        if abs(np.linalg.det(affine[:3, :3] / spacing)) < 0.5:
+            raise UserError(f"{path} has an affine whose axes are not at right angles: resample it to a straight grid.")
+    names = ["".join(nib.aff2axcodes(affine)) for affine in affines]
+    if len(set(names)) > 1:
+        raise UserError(
+            f"{path} names two orientations, {names[0]} (sform) and {names[1]} (qform), so left and right are unknown: "
+            f"convert the DICOM series again."
+        )
+    # As everywhere in NIfTI, the sform counts before the qform.
+    return affines[0]
 
 
 def _voxels(header: nib.Nifti1Header, shape: tuple[int, int, int], path: Path, packed: bool) -> NDArray[Any]:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -77,5 +78,5 @@ def bertscore(candidates: Sequence[str], truths: Sequence[str], model: str | Pat
         _, _, f1 = scorer.score([candidates[i] for i in filled], [truths[i] for i in filled])
         scores[filled] = f1.numpy()
     name = Path(model).name if Path(model).is_dir() else str(model)
-    version = f"bert-score {bert_score.__version__}"
-    return float(scores.mean()), f"{version}, {name}, layer {layers}, no idf, no rescaling, mean F1 over cases"
+    library = f"bert-score {version('bert-score')}"
+    return float(scores.mean()), f"{library}, {name}, layer {layers}, no idf, no rescaling, mean F1 over cases"

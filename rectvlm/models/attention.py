@@ -28,7 +28,8 @@ class SliceRegionAttention(nn.Module):
         super().__init__()
         assert width % heads == 0, f"width {width} is not a multiple of heads {heads}"
         self.heads, self.slices = heads, slices
-        self.qkv = nn.Linear(width, 3 * width)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
         self.slice_bias = nn.Parameter(torch.zeros(heads, 2 * slices - 1))
 
@@ -44,17 +45,12 @@ class SliceRegionAttention(nn.Module):
         Returns:
             (B, 1 + N, C) and (B, R, C), both after the output projection.
         """
-        width = tokens.shape[-1]
-        q, k, v = (self._split(x) for x in self.qkv(tokens).chunk(3, dim=-1))
-        k_regions, v_regions = (
-            self._split(x)
-            for x in F.linear(regions, self.qkv.weight[width:], self.qkv.bias[width:]).chunk(2, dim=-1)
-        )
-        attended = self._folded(
-            q, torch.cat([k, k_regions], 2), torch.cat([v, v_regions], 2), slice_index, log_prior.to(q.dtype)
-        )
+        n = tokens.shape[1]
+        q = self._split(self.q(tokens))
+        k, v = (self._split(x) for x in self.kv(torch.cat([tokens, regions], dim=1)).chunk(2, dim=-1))
+        attended = self._folded(q, k, v, slice_index, log_prior.to(q.dtype))
         weights = log_prior.float().softmax(dim=1).to(v.dtype)  # over patches: (B, N, R)
-        pooled = torch.einsum("bnr,bhnd->bhrd", weights, v[:, :, 1:])
+        pooled = torch.einsum("bnr,bhnd->bhrd", weights, v[:, :, 1:n])
         return self.out(self._merge(attended)), self.out(self._merge(pooled))
 
     def _folded(self, q: Tensor, k: Tensor, v: Tensor, slice_index: Tensor, log_prior: Tensor) -> Tensor:
@@ -67,9 +63,7 @@ class SliceRegionAttention(nn.Module):
 
         distance = slice_index[:, None] - torch.arange(self.slices, device=q.device) + self.slices - 1
         slice_part = self.slice_bias.to(q.dtype)[:, distance]  # (H, N, Z)
-        q_bias = torch.cat(
-            [slice_part.expand(b, h, n, self.slices), log_prior[:, None].expand(b, h, n, r)], dim=-1
-        )
+        q_bias = torch.cat([slice_part.expand(b, h, n, self.slices), log_prior[:, None].expand(b, h, n, r)], dim=-1)
         q = torch.cat([q, F.pad(q_bias * root, (0, pad, 1, 0))], dim=-1)
 
         codes = torch.zeros(1 + n + r, extra + pad, device=q.device, dtype=q.dtype)

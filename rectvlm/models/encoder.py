@@ -3,7 +3,7 @@
 Shapes: B samples, Z × Y × X voxels, W windows, z × y × x patches, N = z · y · x, R regions (20), C width.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,12 @@ PRIOR_FLOOR = 1e-3
 """Smallest p(r | patch): a region that a patch does not touch is unlikely, not impossible."""
 
 
-@dataclass
-class Features:
-    """What the encoder says of a batch."""
+class Features(NamedTuple):
+    """What the encoder says of a batch.
+
+    What modules hand on is a named tuple everywhere: ZeRO-3 hooks the tensors that it finds in tuples, and a module
+    whose output it cannot see loses its own parameters before its backward pass.
+    """
 
     whole: Tensor
     """(B, C), the global token."""

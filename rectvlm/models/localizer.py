@@ -12,7 +12,7 @@ K levels of the U-Net (level 0 is full resolution).
    lesions; the token alone tells it which one to draw.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,7 @@ from rectvlm.models.text import Prompts
 Triple = tuple[int, int, int]
 
 
-@dataclass
-class Localization:
+class Localization(NamedTuple):
     """What the localizer says of a batch; all logits are float32."""
 
     masks: Tensor

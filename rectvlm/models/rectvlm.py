@@ -4,8 +4,9 @@ Shapes: B samples, Z × Y × X voxels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +24,7 @@ from rectvlm.places import describe, locate
 from rectvlm.types import Batch, Prediction
 
 
-@dataclass
-class Outputs:
+class Outputs(NamedTuple):
     """What a training forward gives; a part that the model lacks gives None."""
 
     findings: Tensor
@@ -115,7 +115,7 @@ class RectVLM(nn.Module):
         Truth alone would teach the language model to copy what it will not have; predictions alone are noise at first.
         """
         assert localization is not None, "the generator's prompt carries lesions: build the localizer with it"
-        # What is unknown stays the model's guess: a finding without a label or a lesion that no one outlined is not absent.
+        # What is unknown stays the model's guess: no label, or a lesion that no one outlined, does not mean absent.
         true = torch.rand(len(batch.keys)).to(batch.ct.device) < self.config.generator.true_cues
         told = batch.labels_known & true[:, None]
         findings = torch.where(told, batch.labels, logits.detach().sigmoid())

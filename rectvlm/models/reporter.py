@@ -8,8 +8,7 @@ so that all reports end at the same position and logits are computed for those p
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +52,7 @@ class Resampler(nn.Module):
         return self.scale(self.project(self.norm(x)))
 
 
-@dataclass
-class ReportLoss:
+class ReportLoss(NamedTuple):
     """Negative log-likelihood of the reports."""
 
     per_sample: Tensor
@@ -111,10 +109,14 @@ class ReportGenerator(nn.Module):
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         ).view_as(labels)
         count = (labels != IGNORED).sum(1)
-        return ReportLoss(loss.sum(1) / count.clamp_min(1), count, -loss, sum(len(b) + visual.shape[1] + len(a) for b, a in rows))
+        return ReportLoss(
+            loss.sum(1) / count.clamp_min(1), count, -loss, sum(len(b) + visual.shape[1] + len(a) for b, a in rows)
+        )
 
     @torch.no_grad()
-    def generate(self, features: Features, cues: Sequence[str], max_tokens: int | None = None, **options: Any) -> list[str]:
+    def generate(
+        self, features: Features, cues: Sequence[str], max_tokens: int | None = None, **options: Any
+    ) -> list[str]:
         """Write a report for each sample; greedy unless `options` (of `generate` in Transformers) say otherwise."""
         visual = self.resampler(features)
         embeds, mask = self._embed(visual, [self.prompt(cue) for cue in cues])

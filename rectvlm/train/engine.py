@@ -33,7 +33,13 @@ def _defaults_for_one_process() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         os.environ.update(alone)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -43,7 +49,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"No DeepSpeed configuration at {path}: expected one JSON file a phase in ds_configs/.") from None
+        raise UserError(
+            f"No DeepSpeed configuration at {path}: expected one JSON file a phase in ds_configs/."
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}.") from error
 
@@ -74,7 +82,9 @@ class Engine:
         _defaults_for_one_process()
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         # A launcher's own DeepSpeed settings would win over the JSON of the phase.
-        for name in [name for name in os.environ if name.startswith("ACCELERATE_DEEPSPEED_")]:
+        for name in [
+            name for name in os.environ if name.startswith(("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_"))
+        ]:
             del os.environ[name]
         self.accelerator = Accelerator(
             mixed_precision="bf16",
@@ -213,7 +223,9 @@ class Engine:
         """
         path, _ = self.model.load_checkpoint(str(folder), tag="state", load_module_strict=False)
         if path is None:
-            raise UserError(f"No engine state for rank {self.rank} of {self.world} in {folder}: resume on as many ranks.")
+            raise UserError(
+                f"No engine state for rank {self.rank} of {self.world} in {folder}: resume on as many ranks."
+            )
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -45,7 +45,5 @@ class Phase:
 PHASES: dict[int, Phase] = {
     1: Phase(1, ("encoder", "classifier"), ("classification",)),
     2: Phase(2, ("encoder", "classifier", "localizer"), ("classification", "localization")),
-    3: Phase(
-        3, ("encoder", "classifier", "localizer", "generator"), ("classification", "localization", "report")
-    ),
+    3: Phase(3, ("encoder", "classifier", "localizer", "generator"), ("classification", "localization", "report")),
 }

@@ -1,8 +1,8 @@
 """What a run leaves to read: metrics.jsonl, engine.json, one trace a rank, W&B, and the progress bar.
 
-    RUN/phaseN/metrics.jsonl        one line a step
-    RUN/phaseN/engine.json          what really runs: kind, ZeRO stage, ranks, bytes of packed weights on each
-    RUN/phaseN/ranks/rank-0000.jsonl   the samples that a rank took at each step
+RUN/phaseN/metrics.jsonl        one line a step
+RUN/phaseN/engine.json          what really runs: kind, ZeRO stage, ranks, bytes of packed weights on each
+RUN/phaseN/ranks/rank-0000.jsonl   the samples that a rank took at each step
 """
 
 import contextlib
@@ -110,11 +110,18 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 def _start_wandb(engine: Engine, config: Config, folder: Path) -> None:
     """Online when the user is logged in, else offline; `WANDB_MODE` decides when it is set."""
-    if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
-        os.environ["WANDB_MODE"] = "offline"
-    os.environ.setdefault("WANDB_SILENT", "true")
+    if not engine.is_main:
+        return
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
     engine.accelerator.init_trackers(
         "rectvlm",
         config=config.model_dump(mode="json"),
-        init_kwargs={"wandb": {"dir": str(folder), "name": f"{config.name}-{folder.name}"}},
+        init_kwargs={
+            "wandb": {
+                "dir": str(folder),
+                "name": f"{config.name}-{folder.name}",
+                "mode": mode,
+                "settings": wandb.Settings(silent=True, console="off"),
+            }
+        },
     )

@@ -1,6 +1,6 @@
 """One phase, from the command line to its last checkpoint: parse, build, train.
 
-    accelerate launch launch/phase1.py [--config demo] [--resume | --restart] [part.field=value …]
+accelerate launch launch/phase1.py [--config demo] [--resume | --restart] [part.field=value …]
 """
 
 import argparse
