@@ -188,6 +188,17 @@ def test_lesions_survive_the_demo_grid(seed: int) -> None:
     assert ndimage.gaussian_filter(c.hu.astype(np.float32), sigma)[nodules].max() > -500
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_air_where_none_belongs(seed: int) -> None:
+    """Airways, holes and hernias stay in the chest: no gas in the liver, the heart, fluid or bone."""
+    c = canonical(seed)
+    for name in ("liver", "spleen", "heart", "aorta", "spine", "left ribs", "right ribs"):
+        solid = ndimage.binary_erosion(c.regions == ID[name])
+        assert (c.hu[solid] > -300).all(), name
+    fluid = ndimage.binary_erosion(mask_of(seed, "pleural_effusion"))
+    assert (c.hu[fluid] > -500).all()  # its edge blends into lung
+
+
 def test_not_annotated_is_not_negative() -> None:
     plans = {seed: draw_plan(seed) for seed in range(60)}
     lesion_of = {lesion.key: lesion for lesion in LESIONS}
