@@ -289,23 +289,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _summary(outcome: Outcome, folder: Path) -> Table:
     index = outcome.index
     grid, spacing = " × ".join(map(str, index.grid)), " × ".join(f"{mm:g}" for mm in index.spacing)
-    table = Table(title=f"{folder}: {grid} voxels of {spacing} mm", title_justify="left")
+    caption = f"{len(outcome.rejected)} cases set aside" + (f", see {folder / QUARANTINE}" if outcome.rejected else "")
+    table = Table(title=f"{folder}: {grid} voxels of {spacing} mm", caption=caption, title_justify="left")
     table.add_column("split")
-    for name in ("cases", "shards", "MiB", "with a lesion outlined", "set aside"):
+    for name in ("cases", "shards", "MiB", *(lesion.name for lesion in labels.LESIONS)):
         table.add_column(name, justify="right")
     for split in ("train", "valid"):
         shards = [shard for shard in index.shards if shard.samples[0].split == split]
-        outlined = sum(kind["present"] for kind in index.counts[split]["lesions"].values())
         table.add_row(
             split,
             str(sum(len(shard.samples) for shard in shards)),
             str(len(shards)),
             f"{sum(shard.bytes for shard in shards) / 2**20:.1f}",
-            str(outlined),
-            "",
+            *(str(index.counts[split]["lesions"][lesion.key]["present"]) for lesion in labels.LESIONS),
         )
-    table.add_section()
-    table.add_row("all", "", "", "", "", str(len(outcome.rejected)))
     return table
 
 

@@ -2,7 +2,9 @@
 
 import gzip
 import itertools
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nibabel as nib
 import numpy as np
@@ -422,3 +424,16 @@ def test_a_huge_header_in_a_small_gzip_allocates_nothing(tmp_path: Path) -> None
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     with pytest.raises(UserError, match="header is damaged"):
         read_volume(packed)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 347), st.integers(0, 255)), min_size=1, max_size=4))
+def test_a_damaged_header_gives_a_user_error_or_a_volume(changes: list[tuple[int, int]]) -> None:
+    with TemporaryDirectory() as folder:
+        path = save(Path(folder) / "a.nii", chest()[0][:4, :4, :4])
+        data = bytearray(path.read_bytes())
+        for place, value in changes:
+            data[place] = value
+        path.write_bytes(data)
+        with suppress(UserError):
+            assert read_volume(path).array.ndim == 3

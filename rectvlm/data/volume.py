@@ -115,8 +115,8 @@ def _header(path: Path, packed: bool) -> nib.Nifti1Header:
         header = kind(block[: kind.template_dtype.itemsize], check=False)
         if int(header["datatype"]) not in nib.nifti1.data_type_codes.dtype:
             raise HeaderDataError(f"voxel type {int(header['datatype'])} is unknown")
-        if not header["vox_offset"] >= kind.template_dtype.itemsize + 4:
-            raise HeaderDataError(f"its voxels would start at byte {float(header['vox_offset']):g}, inside the header")
+        if not kind.template_dtype.itemsize + 4 <= header["vox_offset"] < 1 << 20:
+            raise HeaderDataError(f"its voxels would start at byte {float(header['vox_offset']):g}")
     except (HeaderDataError, nib.spatialimages.HeaderTypeError, EOFError, zlib.error, OSError, ValueError) as error:
         raise UserError(
             f"{path} is not a NIfTI file (.nii or .nii.gz): {error}; convert it or copy it again."
