@@ -126,7 +126,7 @@ class GeneratorConfig(_Section):
     depth: Positive
     heads: Positive
     lora_rank: Positive
-    lora_alpha: PositiveFloat
+    lora_alpha: Positive
     lora_dropout: Fraction
     lora_targets: Literal["attention", "all-linear"]
     max_report_tokens: Positive
@@ -249,7 +249,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not separator:
         raise UserError(f"Override {override!r} is not of the form part.field=value.")
     *parents, leaf = [int(name) if name.isdigit() else name for name in dotted.split(".")]
-    node, done = tree, []
+    node: dict[Any, Any] = tree
+    done: list[str | int] = []
     for name in parents:
         if not isinstance(node.get(name), dict):
             raise UserError(f"Override {override!r}: {_unknown([*done, name], node)}.")

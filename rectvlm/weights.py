@@ -179,7 +179,8 @@ def _tiny_llama(folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model: torch.nn.Module = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
 
 

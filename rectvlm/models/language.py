@@ -46,14 +46,14 @@ def load_language_model(config: GeneratorConfig, folder: str | Path) -> Language
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, quantization_config=quantization(config), low_cpu_mem_usage=True
     )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     # `generate` warns about sampling settings that greedy decoding ignores; the caller chooses them anew.
     model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
-    embedding = model.get_input_embeddings().weight
+    embedding: torch.Tensor = model.get_input_embeddings().weight
     if config.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
