@@ -1,0 +1,111 @@
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import phantom_sample
+
+from rectvlm import checkpoint
+from rectvlm.data.sample import read_index, write_shards
+from rectvlm.evaluate import THRESHOLDS, evaluate, read_thresholds
+from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.types import UserError
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluation") / "metrics.json"
+    return evaluate(tiny_run(3), out=out, device="cpu", batch_size=2), out
+
+
+def test_the_file_holds_what_is_returned_and_where_it_came_from(evaluated, tiny_run):
+    result, out = evaluated
+    assert json.loads(out.read_text()) == result
+    assert result["n_cases"] == 3 and result["split"] == "valid" and result["config"] == "tiny"
+    assert result["checkpoint"] == str(checkpoint.find(tiny_run(3), ""))
+    assert result["machine"]["cores"] >= 1 and result["device"] == "cpu" and result["versions"]["torch"]
+    assert set(result["classification"]["per_finding"]) == set(FINDINGS)
+    assert set(result["localization"]["per_lesion"]) == {lesion.key for lesion in LESIONS}
+
+
+def test_unknown_labels_and_unannotated_lesions_are_not_counted(evaluated, phantom_shards):
+    counts = read_index(phantom_shards).counts["valid"]
+    result, _ = evaluated
+    for name, row in result["classification"]["per_finding"].items():
+        known = counts["labels"][name]
+        assert (row["n_known"], row["n_positive"]) == (known["present"] + known["absent"], known["present"])
+    for key, row in result["localization"]["per_lesion"].items():
+        assert row["n_annotated"] == counts["lesions"][key]["annotated"]
+    annotated = [row["n_annotated"] for row in result["localization"]["per_lesion"].values()]
+    assert min(annotated) < 3, "the phantoms should hold a lesion that was not annotated"
+
+
+def test_thresholds_come_from_the_train_split_and_are_kept_for_prediction(evaluated, tiny_run):
+    result, _ = evaluated
+    thresholds = result["thresholds"]
+    assert thresholds["n_cases"] == 6 and "train split" in thresholds["source"] and not thresholds["same_data"]
+    assert read_thresholds(checkpoint.find(tiny_run(3), "")) == thresholds["values"]
+    used = {name: row["threshold"] for name, row in result["classification"]["per_finding"].items()}
+    assert used == thresholds["values"] and len(set(used.values())) > 2
+
+
+def test_reports_stand_beside_their_references_and_the_control(evaluated, phantom_shards):
+    result, out = evaluated
+    rows = [json.loads(line) for line in out.with_name("reports.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in rows] == [entry.key for entry in read_index(phantom_shards).select("valid")]
+    assert all(row["reference"].startswith("Findings: ") for row in rows)
+    assert any(row["generated"] != row["generated_without_image"] for row in rows)
+    image, ablated = result["reports"]["image"], result["reports"]["image_ablated"]
+    assert image["n"] == ablated["n"] == 3
+    assert 0 < image["bertscore_f1"] < 1 and "tiny-bert" in image["signatures"]["bertscore_f1"]
+
+
+def test_a_limit_cuts_a_batch_and_the_batch_size_changes_nothing(tiny_run, tmp_path):
+    def run(**options):
+        result = evaluate(tiny_run(2), out=tmp_path / "m.json", device="cpu", **options)
+        assert result["reports"] is None
+        return result
+
+    by_one, by_two = run(limit=2, batch_size=1), run(limit=2, batch_size=3)
+    assert by_one["n_cases"] == by_two["n_cases"] == 2
+    assert by_one["localization"] == by_two["localization"]
+    for name in FINDINGS:
+        one, two = (r["classification"]["per_finding"][name]["auroc"] for r in (by_one, by_two))
+        assert one == two
+    assert not (tmp_path / "reports.jsonl").exists()
+
+
+def test_a_model_without_localizer_has_no_localization(tiny_run, tmp_path):
+    assert evaluate(tiny_run(1), out=tmp_path / "m.json", device="cpu")["localization"] is None
+
+
+def test_without_a_train_split_thresholds_stay_at_one_half(tiny_run, tiny, tmp_path):
+    sample = phantom_sample(8, tiny, "valid")
+    no_report = replace(sample.meta, key="silent", patient="silent", findings=None, impression=None)
+    write_shards([sample, replace(sample, meta=no_report)], tmp_path / "shards")
+    result = evaluate(tiny_run(3), tmp_path / "shards", out=tmp_path / "m.json", device="cpu")
+    assert set(result["thresholds"]["values"].values()) == {0.5}
+    assert "no train split" in result["thresholds"]["source"] and len(result["thresholds"]["not_fitted"]) == 18
+    assert (result["reports"]["image"]["n"], result["reports"]["image"]["n_without_reference"]) == (1, 1)
+
+
+def test_evaluation_leaves_the_weights_alone(tiny_run, tmp_path):
+    folder = checkpoint.find(tiny_run(1), "")
+    before = checkpoint.read_weights(folder)
+    evaluate(folder, out=tmp_path / "m.json", device="cpu", split="train", limit=1)
+    after = checkpoint.read_weights(folder)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_bad_inputs_give_one_clear_sentence(tiny_run, tmp_path):
+    with pytest.raises(UserError, match="No checkpoint in"):
+        evaluate(tmp_path)
+    with pytest.raises(UserError, match="No shards in"):
+        evaluate(tiny_run(1), tmp_path / "none", device="cpu")
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint.find(tiny_run(1), ""), folder)
+    assert read_thresholds(folder) is None or (folder / THRESHOLDS).is_file()
+    (folder / THRESHOLDS).write_text("[]")
+    with pytest.raises(UserError, match="damaged"):
+        read_thresholds(folder)
