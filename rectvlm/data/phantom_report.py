@@ -42,7 +42,7 @@ _LOBAR: dict[str, Phrases] = {
 }
 _CONSOLIDATION: Phrases = (
     "Consolidation in {}.",
-    "Consolidation with air bronchograms is seen in {}.",
+    "Patchy consolidation is seen in {}.",
     "There is airspace consolidation in {}.",
 )
 _GROUND_GLASS: Phrases = (
@@ -65,7 +65,8 @@ _ABSENT: dict[str, Phrases] = {
 _NEGATIVES = 3
 """At most this many absent findings are mentioned."""
 _LONG = 9
-"""With this many sentences on what is present, absent findings are left out."""
+"""With this many findings present, the shortest phrasings are used and absent findings left out: a small language
+model has room for about 140 tokens."""
 
 
 def lobes_phrase(lobes: list[str]) -> str:
@@ -75,27 +76,29 @@ def lobes_phrase(lobes: list[str]) -> str:
 
 
 class _Choice:
-    """Picks phrasings from the plan's random numbers."""
+    """Picks phrasings from the plan's random numbers, or the shortest one."""
 
-    def __init__(self, numbers: list[int]) -> None:
-        self.numbers = iter(numbers)
+    def __init__(self, numbers: list[int], terse: bool) -> None:
+        self.numbers, self.terse = iter(numbers), terse
 
     def __call__(self, phrases: Phrases) -> str:
-        return phrases[next(self.numbers) % len(phrases)]
+        number = next(self.numbers)
+        return min(phrases, key=len) if self.terse else phrases[number % len(phrases)]
 
 
 def write_report(plan: Plan) -> tuple[str, str]:
     """Findings and impression of a plan."""
-    choose = _Choice(plan.order)
+    terse = sum(plan.present.values()) >= _LONG
+    choose = _Choice(plan.order, terse)
     lungs, chest = _lung_sentences(plan, choose), _chest_sentences(plan, choose)
     present = chest + lungs if next(choose.numbers) % 2 else lungs + chest
     absent = []
-    if len(present) < _LONG:
+    if not terse:
         candidates = [finding for finding in _ABSENT if not plan.present[finding]]
         start = next(choose.numbers) % max(1, len(candidates))
         candidates = candidates[start:] + candidates[:start]
         absent = [choose(_ABSENT[finding]) for finding in candidates[:_NEGATIVES]]
-    return " ".join(present + absent), _impression(plan, choose)
+    return " ".join(present + absent), _impression(plan, choose, most=2 if terse else 3)
 
 
 def _lung_sentences(plan: Plan, choose: Callable[[Phrases], str]) -> list[str]:
@@ -140,8 +143,8 @@ def _effusion_side(plan: Plan) -> str:
     return "bilateral" if len(plan.effusions) == 2 else next(iter(plan.effusions))
 
 
-def _impression(plan: Plan, choose: Callable[[Phrases], str]) -> str:
-    """What matters most, at most three statements."""
+def _impression(plan: Plan, choose: Callable[[Phrases], str], most: int) -> str:
+    """What matters most, in at most `most` statements."""
     points = []
     if plan.consolidations:
         words = choose(("consolidation in {}, suggesting pneumonia", "consolidation in {}"))
@@ -161,4 +164,4 @@ def _impression(plan: Plan, choose: Callable[[Phrases], str]) -> str:
             points.append(finding.lower())
     if not points:
         return choose(("No acute finding in the chest.", "No acute cardiopulmonary abnormality."))
-    return " ".join(f"{point[0].upper()}{point[1:]}." for point in points[:3])
+    return " ".join(f"{point[0].upper()}{point[1:]}." for point in points[:most])
