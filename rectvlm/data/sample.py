@@ -1,13 +1,12 @@
 """The shard schema, both ways: samples to WebDataset tars with an index, and back, one sample at a time.
 
 A shard is a plain WebDataset tar of one split. Each sample is four members, `KEY.ct`, `KEY.lesions`, `KEY.regions`
-(one line of JSON with dtype and shape, then one blosc2 buffer) and `KEY.json` (the `SampleMeta`). `index.json` beside
+(see `packing`) and `KEY.json` (the `SampleMeta`). `index.json` beside
 the shards says where each member lies, so that any sample can be read without a scan.
 """
 
 import hashlib
 import json
-import math
 import os
 import re
 import tarfile
@@ -18,14 +17,14 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
-import blosc2
 import numpy as np
 import webdataset
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
+from rectvlm.data.packing import pack, unpack
 from rectvlm.labels import FINDINGS, LESIONS, N_LESIONS, N_REGIONS
 from rectvlm.types import Sample, SampleMeta, Split, UserError
 
@@ -34,10 +33,6 @@ INDEX = "index.json"
 MEMBERS = ("ct", "lesions", "regions", "json")
 _DTYPES: dict[str, np.dtype[Any]] = {"ct": np.dtype("<i2"), "lesions": np.dtype("u1"), "regions": np.dtype("u1")}
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
-# A fixed block size: blosc2's own choice depends on the machine's caches, and shards must repeat byte for byte.
-_BLOCK = 1 << 18
-_HEADER_LIMIT = 256
-_VOXEL_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,7 @@ def encode(sample: Sample) -> dict[str, bytes]:
     arrays: dict[str, NDArray[Any]] = {"ct": sample.ct, "lesions": sample.lesions, "regions": sample.regions}
     for name, array in arrays.items():
         assert array.dtype == _DTYPES[name], f"{name} is {array.dtype}"
-    members = {name: _pack(array) for name, array in arrays.items()}
+    members = {name: pack(array) for name, array in arrays.items()}
     members["json"] = _META.dump_json(meta)
     return members
 
@@ -122,47 +117,10 @@ def decode(members: Mapping[str, bytes], where: str = "sample") -> Sample:
     missing = [name for name in MEMBERS if name not in members]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}: expected the members {', '.join(MEMBERS)}.")
-    arrays = {name: _unpack(members[name], dtype, f"{where}, member {name}") for name, dtype in _DTYPES.items()}
+    arrays = {name: unpack(members[name], dtype, f"{where}, member {name}") for name, dtype in _DTYPES.items()}
     sample = Sample(**arrays, meta=_read_meta(members["json"], where))
     _check_sample(sample, where)
     return sample
-
-
-def _pack(array: NDArray[Any]) -> bytes:
-    array = np.ascontiguousarray(array)
-    header = json.dumps({"dtype": array.dtype.name, "shape": array.shape}).encode() + b"\n"
-    body = blosc2.compress2(
-        array,
-        codec=blosc2.Codec.ZSTD,
-        clevel=5,
-        typesize=array.itemsize,
-        filters=[blosc2.Filter.SHUFFLE],
-        filters_meta=[0],
-        blocksize=_BLOCK,
-        nthreads=1,
-    )
-    return header + cast(bytes, body)
-
-
-def _unpack(data: bytes, dtype: np.dtype[Any], where: str) -> NDArray[Any]:
-    """Sizes are compared before anything is allocated: a damaged header must not ask for all the memory."""
-    header, newline, body = bytes(data[:_HEADER_LIMIT]).partition(b"\n")
-    body = data[len(header) + 1 :]
-    try:
-        described = json.loads(header) if newline else {}
-        shape = tuple(int(n) for n in described["shape"])
-        if described["dtype"] != dtype.name or len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"found {described}")
-        n_bytes, packed_bytes, _ = blosc2.get_cbuffer_sizes(body)
-        if n_bytes != math.prod(shape) * dtype.itemsize or packed_bytes != len(body) or n_bytes > _VOXEL_LIMIT:
-            raise ValueError(f"{len(body)} bytes for shape {shape}")
-        array = np.empty(shape, dtype)
-        blosc2.decompress2(body, dst=array, nthreads=1)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(
-            f"{where} is damaged: expected a {dtype.name} volume, {error}; make the shards again."
-        ) from None
-    return array
 
 
 def _read_meta(data: bytes, where: str) -> SampleMeta:

@@ -312,7 +312,7 @@ def _finish(array: NDArray[Any], slope: float, intercept: float, reason: str) ->
     if values.dtype.kind == "f":
         values = np.rint(values)
     padding = int(np.count_nonzero(values < HU_LOW))
-    hu = np.clip(values, HU_LOW, HU_HIGH).astype(np.int16)
+    hu = np.clip(values, HU_LOW, HU_HIGH).astype(np.int16, copy=False)
     if padding:
         reason += f"; {padding} voxels below {HU_LOW} set to air"
     return hu, HuDecision(slope, intercept, reason, padding)

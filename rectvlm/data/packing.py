@@ -1,0 +1,60 @@
+"""A volume as bytes and back: a line of JSON (dtype, shape), then a blosc2 buffer (zstd, shuffled); no pickle."""
+
+import json
+import math
+from typing import Any, cast
+
+import blosc2
+import numpy as np
+from numpy.typing import NDArray
+
+from rectvlm.types import UserError
+
+# A fixed block size: blosc2's own choice depends on the machine's caches, and shards must repeat byte for byte.
+_BLOCK = 1 << 18
+_HEADER_LIMIT = 256
+_VOXEL_LIMIT = 1 << 30
+
+
+def pack(array: NDArray[Any]) -> bytes:
+    """A volume as bytes, the same on every machine."""
+    array = np.ascontiguousarray(array)
+    header = json.dumps({"dtype": array.dtype.name, "shape": array.shape}).encode() + b"\n"
+    body = blosc2.compress2(
+        array,
+        codec=blosc2.Codec.ZSTD,
+        clevel=5,
+        typesize=array.itemsize,
+        filters=[blosc2.Filter.SHUFFLE],
+        filters_meta=[0],
+        blocksize=_BLOCK,
+        nthreads=1,
+    )
+    return header + cast(bytes, body)
+
+
+def unpack(data: bytes, dtype: np.dtype[Any], where: str) -> NDArray[Any]:
+    """The volume of `pack`.
+
+    Sizes are compared before anything is allocated: a damaged header must not ask for all the memory.
+
+    Raises:
+        UserError: damaged, or another type than `dtype`; `where` names the source.
+    """
+    header, newline, body = bytes(data[:_HEADER_LIMIT]).partition(b"\n")
+    body = data[len(header) + 1 :]
+    try:
+        described = json.loads(header) if newline else {}
+        shape = tuple(int(n) for n in described["shape"])
+        if described["dtype"] != dtype.name or len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"found {described}")
+        n_bytes, packed_bytes, _ = blosc2.get_cbuffer_sizes(body)
+        if n_bytes != math.prod(shape) * dtype.itemsize or packed_bytes != len(body) or n_bytes > _VOXEL_LIMIT:
+            raise ValueError(f"{len(body)} bytes for shape {shape}")
+        array = np.empty(shape, dtype)
+        blosc2.decompress2(body, dst=array, nthreads=1)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{where} is damaged: expected a {dtype.name} volume, {error}; make the shards again."
+        ) from None
+    return array
