@@ -195,7 +195,7 @@ def test_no_air_where_none_belongs(seed: int) -> None:
     for name in ("liver", "spleen", "heart", "aorta", "spine", "left ribs", "right ribs"):
         solid = ndimage.binary_erosion(c.regions == ID[name])
         assert (c.hu[solid] > -300).all(), name
-    fluid = ndimage.binary_erosion(mask_of(seed, "pleural_effusion"))
+    fluid = ndimage.binary_erosion(mask_of(seed, "pleural_effusion") | mask_of(seed, "pericardial_effusion"))
     assert (c.hu[fluid] > -500).all()  # its edge blends into lung
 
 

@@ -258,6 +258,8 @@ def _hiatal_hernia(canvas: Canvas, plan: Plan, rng: np.random.Generator) -> None
     centre = (6.0, 24.0, -72.0)
     pouch = ellipsoid(canvas, centre, (r * 1.15, r * 0.85, r))
     canvas.paint(pouch, 42, REGION["stomach"])
+    # What it displaces is no longer there to be outlined.
+    canvas.lesions[pouch.box][pouch.occupancy > 0.5] = 0
     inside = ellipsoid(canvas, centre, (r * 1.15 - 5, r * 0.85 - 5, r - 5))
     canvas.paint(inside, 18)
     air = Part(inside.box, inside.occupancy * soft(centre[1] - canvas.y[inside.box]))
