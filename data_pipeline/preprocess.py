@@ -35,7 +35,7 @@ from data_pipeline.cases import Case, case_to_sample
 from data_pipeline.demo import demo_cases
 from data_pipeline.samples import FOLDER as SAMPLES
 from rectvlm import config, labels
-from rectvlm.data import frame, sample, volume
+from rectvlm.data import frame, packing, sample, volume
 from rectvlm.data.sample import INDEX, Index, Shard, atomic_file, read_index, versions, write_index, write_shard
 from rectvlm.types import Sample, Split, UserError
 
@@ -186,7 +186,7 @@ def _digest(facts: object) -> str:
 @cache
 def _code() -> str:
     """Digest of the modules that decide what a sample looks like."""
-    modules = (cases_module, frame, labels, sample, volume)
+    modules = (cases_module, frame, labels, packing, sample, volume)
     return hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()
 
 
