@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -75,10 +76,12 @@ def _start_logging(verbose: bool) -> None:
     from rich.logging import RichHandler
 
     handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
-    level = logging.DEBUG if verbose else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
-    logging.getLogger("rectvlm").setLevel(level)
+    # Libraries warn about kernels and layers that the user of a command cannot act upon.
+    others = logging.WARNING if verbose else logging.ERROR
+    logging.basicConfig(level=others, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("rectvlm").setLevel(logging.DEBUG if verbose else logging.INFO)
     if not verbose:
+        warnings.filterwarnings("ignore", category=FutureWarning)
         # Progress bars of weights that load in a second are noise between two log lines.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -140,25 +143,22 @@ def _show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{result['config']}, {result['split']} split, {result['n_cases']} cases")
-    for column in ("task", "metric", "value", "n"):
-        table.add_column(column, justify="right" if column in ("value", "n") else "left")
-    classes = result["classification"]
+    for column in ("", "metric", "value", "without image", "n"):
+        table.add_column(column, justify="right" if column in ("value", "without image") else "left")
     for kind in ("macro", "weighted"):
+        mean = result["classification"][kind]
         for score in ("auroc", "f1", "precision", "recall"):
-            mean = classes[kind]
             table.add_row(
-                "findings", f"{kind} {score}", _number(mean[score]), f"{mean[f'n_findings_{score}']} findings"
+                "findings", f"{kind} {score}", _number(mean[score]), "", f"{mean[f'n_findings_{score}']} of 18"
             )
-    if result["localization"]:
-        for key, row in result["localization"]["per_lesion"].items():
-            counts = f"{row['n_cases']} cases, {row['n_present']} with it"
-            table.add_row("lesions", f"Dice {key.replace('_', ' ')}", _number(row["dice"]), counts)
+    for key, row in (result["localization"] or {"per_lesion": {}})["per_lesion"].items():
+        cases = f"{row['n_cases']}, {row['n_present']} with it"
+        table.add_row("lesions", f"Dice {key.replace('_', ' ')}", _number(row["dice"]), "", cases)
     if result["reports"]:
-        with_image, without = result["reports"]["image"], result["reports"]["image_ablated"]
+        image, ablated = result["reports"]["image"], result["reports"]["image_ablated"]
         for score in ("bleu_1", "bleu_4", "rouge_l", "bertscore_f1"):
-            if score in with_image:
-                value = f"{_number(with_image[score])} (without image {_number(without[score])})"
-                table.add_row("reports", score, value, f"{with_image['n']} reports")
+            if score in image:
+                table.add_row("reports", score, _number(image[score]), _number(ablated[score]), str(image["n"]))
     Console().print(table)
 
 

@@ -34,6 +34,8 @@ THRESHOLDS = "thresholds.json"
 MOST_FITTED = 64
 """Training cases that thresholds are fitted on."""
 LESION_THRESHOLD = 0.5
+LOG_EVERY = 10.0
+"""Seconds between two lines of progress."""
 PACKAGES = (
     "rectvlm", "torch", "transformers", "peft", "bitsandbytes", "numpy", "scikit-learn", "sacrebleu", "rouge-score",
     "bert-score",
@@ -179,6 +181,7 @@ def _run(model: RectVLM, data: DataConfig, split: Split, batch_size: int, limit:
     generated: list[str] = []
     without_image: list[str] = []
     arrays: list[tuple[NDArray[Any], ...]] = []
+    told = time.monotonic()
     for batch in _first(eval_loader(data, split, batch_size), limit):
         on_device = batch.to(device)
         prediction = model.predict(on_device, generate=generate)
@@ -194,7 +197,10 @@ def _run(model: RectVLM, data: DataConfig, split: Split, batch_size: int, limit:
         arrays.append((prediction.findings.cpu().numpy(), *truth, np.stack(overlap), flags))
         keys += batch.keys
         references += batch.reports
-        log.info("%s: %d cases", split, len(keys))
+        if time.monotonic() - told > LOG_EVERY:
+            log.info("%s: %d cases so far", split, len(keys))
+            told = time.monotonic()
+    log.info("%s: %d cases", split, len(keys))
     probabilities, labels, known, counts, annotated = (np.concatenate(parts) for parts in zip(*arrays, strict=True))
     return _Run(keys, probabilities, labels, known, counts, annotated, references, generated, without_image)
 

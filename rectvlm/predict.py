@@ -311,7 +311,7 @@ def _facts(reader: _Reader, case: _Case, ct: Int16Volume, affine: Affine) -> lis
     return [
         ("File", Path(case.volume.where).name),
         ("Volume", f"{' × '.join(map(str, ct.shape[::-1]))} voxels of {x:.2f} × {y:.2f} × {z:.2f} mm (x, y, z)"),
-        ("Hounsfield units", case.decision.reason),
+        ("Hounsfield units", case.decision.reason[:1].upper() + case.decision.reason[1:]),
         ("Seen by the model", f"{seen}, on a grid of {grid} voxels of {step} mm (z, y, x)"),
         ("Model", f"{reader.config.name}, {reader.checkpoint}, step {reader.step}, rectvlm {version('rectvlm')}"),
     ]
