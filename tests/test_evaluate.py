@@ -105,7 +105,6 @@ def test_bad_inputs_give_one_clear_sentence(tiny_run, tmp_path):
         evaluate(tiny_run(1), tmp_path / "none", device="cpu")
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint.find(tiny_run(1), ""), folder)
-    assert read_thresholds(folder) is None or (folder / THRESHOLDS).is_file()
     (folder / THRESHOLDS).write_text("[]")
     with pytest.raises(UserError, match="damaged"):
         read_thresholds(folder)
