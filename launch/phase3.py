@@ -5,7 +5,7 @@ accelerate launch launch/phase3.py [--config demo] [--resume | --restart] [part.
 
 from pathlib import Path
 
-from rectvlm.train import main
-
 if __name__ == "__main__":
+    from rectvlm.train import main  # here, so that loader processes do not import the engine
+
     main(3, checkout=Path(__file__).resolve().parents[1])
