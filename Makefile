@@ -1,0 +1,58 @@
+# Everything that a newcomer types. `make` alone lists the targets.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+CONFIG ?= demo
+OUT ?=
+PHANTOMS ?=
+ARGS ?=
+CT_RATE ?=
+
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+STAMP := $(VENV)/.installed
+# DeepSpeed looks for ninja on the path; tools of the environment come first.
+export PATH := $(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup preprocess demo test test-slow bench clean
+
+help: ## list the targets
+	@echo "make TARGET [NAME=value …]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), TORCH=$(TORCH) (installed first), ARGS (for the command behind)"
+
+setup: $(STAMP) ## make .venv and install the project into it (the other targets do this by themselves)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11 or missing: name a newer one with PYTHON=…" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing $(TORCH), then the project, into $(VENV) (some minutes the first time)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$(TORCH)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[dev]" "$(TORCH)"
+	@touch $@
+
+preprocess: $(if $(CT_RATE),,$(STAMP)) ## shards of two real CTs and synthetic ones [CONFIG=demo OUT=folder PHANTOMS=48]
+	@test -z "$(CT_RATE)" || \
+		{ echo "Preprocessing of CT-RATE is not there yet: leave CT_RATE out for the shards of the demo." >&2; exit 1; }
+	@$(BIN)/python -m data_pipeline.preprocess --config $(CONFIG) $(if $(OUT),--out $(OUT)) \
+		$(if $(PHANTOMS),--phantoms $(PHANTOMS)) $(ARGS)
+
+demo: $(STAMP) ## all of it in small: shards, three phases on two processes, evaluation, a predicted CT
+	@$(BIN)/python launch/demo.py --config $(CONFIG) $(ARGS)
+
+test: $(STAMP) ## lint, types and the quick tests
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check --quiet || { echo "Some files are not formatted: run $(VENV)/bin/ruff format." >&2; exit 1; }
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(STAMP) ## the tests that take minutes
+	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+bench: $(STAMP) ## speed and memory of a training step, phase by phase, to benchmarks/results
+	@$(BIN)/python benchmarks/train_step.py $(ARGS)
+
+clean: ## remove runs, shards and caches (not .venv, not what was downloaded)
+	@rm -rf runs data/shards build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
