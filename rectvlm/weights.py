@@ -72,8 +72,10 @@ def _bundled(name: str) -> Path:
         if not (folder / "config.json").is_file():
             log.info("preparing %s in %s", name, folder)
             with _quiet(), tempfile.TemporaryDirectory(dir=models_folder(), prefix=f".{name}-") as work:
-                BUNDLED[name](Path(work) / "model")
-                (Path(work) / "model").rename(folder)
+                made = Path(work) / "model"
+                BUNDLED[name](made)
+                assert (made / "config.json").is_file(), f"{name} was not saved; prepare models before processes join"
+                made.rename(folder)
     return folder
 
 

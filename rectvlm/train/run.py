@@ -63,6 +63,7 @@ def run(phase: Phase, config: Config, checkout: Path, resume: bool, restart: boo
     folder = Path(config.train.runs) / config.name / f"phase{phase.number}"
     source = _source(phase, config)
     start = _start(folder, phase, resume)
+    _prepare_models(phase, config)
     engine = Engine(checkout / "ds_configs" / f"phase{phase.number}.json", settings, config.train.clip, folder)
     if not engine.is_main:
         logging.getLogger("rectvlm").setLevel(logging.WARNING)
@@ -93,6 +94,15 @@ def run(phase: Phase, config: Config, checkout: Path, resume: bool, restart: boo
         log.info("resumed from %s", start)
     train(engine, loader, phase, config, folder, names, position)
     engine.close()
+
+
+def _prepare_models(phase: Phase, config: Config) -> None:
+    """Fetch or build bundled models before processes join: from then on Transformers saves on rank 0 alone, whichever
+    rank prepares, and under ZeRO-3 it builds what it loads in shards."""
+    if phase.init_from is None:
+        weights.resolve(config.text.model)
+    if "generator" in phase.parts:
+        weights.resolve(config.generator.model)
 
 
 def build(phase: Phase, config: Config, source: Path | None) -> RectVLM:
