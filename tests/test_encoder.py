@@ -1,0 +1,160 @@
+"""The encoder: exact region shares, known and unknown region maps, windows, and that it reads the image."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rectvlm.config import Config
+from rectvlm.labels import N_REGIONS, WINDOWS
+from rectvlm.models.encoder import Encoder, Features, apply_windows, region_mix
+
+
+@pytest.fixture
+def encoder(tiny: Config) -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(tiny.encoder, tiny.data)
+
+
+@pytest.fixture
+def inputs(tiny: Config) -> tuple[Tensor, Tensor]:
+    """CT of noise, and regions in blocks that do not follow the patches, of two samples."""
+    generator = torch.Generator().manual_seed(1)
+    ct = torch.randint(-1024, 600, (2, *tiny.data.grid), generator=generator, dtype=torch.int16)
+    blocks = torch.randint(0, N_REGIONS + 1, (2, 1, 4, 4, 4), generator=generator)
+    regions = torch.nn.functional.interpolate(blocks.float(), tiny.data.grid, mode="nearest")[:, 0].to(torch.uint8)
+    return ct, regions
+
+
+KNOWN = torch.tensor([True, True])
+
+
+def differ(a: Features, b: Features) -> tuple[float, float, float]:
+    return tuple((x - y).abs().max().item() for x, y in zip(a[:3], b[:3], strict=True))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("patch", [(2, 3, 2), (4, 4, 4), (1, 1, 1)])
+def test_region_mix_equals_naive_loop(patch: tuple[int, int, int]) -> None:
+    shape = tuple(side * count for side, count in zip(patch, (3, 2, 4), strict=True))
+    regions = torch.randint(0, N_REGIONS + 1, (2, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mix = region_mix(regions, patch)
+    assert mix.shape == (2, 3 * 2 * 4, N_REGIONS + 1)
+    pz, py, px = patch
+    for b in range(2):
+        row = 0
+        for z in range(3):
+            for y in range(2):
+                for x in range(4):
+                    cube = regions[b, z * pz : (z + 1) * pz, y * py : (y + 1) * py, x * px : (x + 1) * px].flatten()
+                    wanted = torch.bincount(cube.long(), minlength=N_REGIONS + 1) / cube.numel()
+                    torch.testing.assert_close(mix[b, row], wanted)
+                    row += 1
+
+
+def test_unknown_map_is_not_an_empty_map(encoder: Encoder, inputs: tuple[Tensor, Tensor]) -> None:
+    ct, regions = inputs
+    empty = torch.zeros_like(regions)
+    encoder = encoder.double()
+    with torch.no_grad():
+        unknown = encoder(ct, empty, torch.tensor([False, False]))
+        none = encoder(ct, empty, KNOWN)
+    whole, patches, _ = differ(unknown, none)
+    assert whole > 1e-7  # through the patches, from the second block on
+    assert patches > 1e-4
+
+
+def test_an_unknown_map_is_not_read(encoder: Encoder, inputs: tuple[Tensor, Tensor]) -> None:
+    ct, regions = inputs
+    known = torch.tensor([True, False])
+    with torch.no_grad():
+        first, second = encoder(ct, regions, known), encoder(ct, regions.flip(1), known)
+    assert torch.equal(first.patches[1], second.patches[1])
+    assert not torch.allclose(first.patches[0], second.patches[0])
+
+
+def test_unknown_prior_learns_from_unknown_maps_alone(encoder: Encoder, inputs: tuple[Tensor, Tensor]) -> None:
+    def gradient(known: list[bool]) -> Tensor:
+        encoder.zero_grad()
+        encoder(*inputs, torch.tensor(known)).whole.square().sum().backward()
+        assert encoder.unknown_prior.grad is not None
+        return encoder.unknown_prior.grad.clone()
+
+    assert gradient([True, False]).abs().max() > 0
+    assert gradient([True, True]).abs().max() == 0
+
+
+def test_regions_change_features(encoder: Encoder, inputs: tuple[Tensor, Tensor]) -> None:
+    ct, regions = inputs
+    encoder = encoder.double()
+    with torch.no_grad():
+        whole, patches, pooled = differ(encoder(ct, regions, KNOWN), encoder(ct, regions.flip(3), KNOWN))
+    assert whole > 1e-7
+    assert patches > 1e-4
+    assert pooled > 1e-2
+
+
+def test_another_image_changes_every_feature(encoder: Encoder, inputs: tuple[Tensor, Tensor]) -> None:
+    ct, regions = inputs
+    with torch.no_grad():
+        assert min(differ(encoder(ct, regions, KNOWN), encoder(ct.flip(0), regions, KNOWN))) > 1e-3
+
+
+def test_samples_of_a_batch_do_not_mix(encoder: Encoder, inputs: tuple[Tensor, Tensor]) -> None:
+    ct, regions = inputs
+    with torch.no_grad():
+        both, alone = encoder(ct, regions, KNOWN), encoder(ct[1:], regions[1:], KNOWN[1:])
+    for x, y in zip(both[:3], alone[:3], strict=True):
+        torch.testing.assert_close(x[1:], y, rtol=1e-5, atol=1e-5)
+
+
+def test_patches_see_each_other_across_the_volume(encoder: Encoder, inputs: tuple[Tensor, Tensor]) -> None:
+    ct, regions = inputs
+    changed = ct.clone()
+    changed[:, -4:, -8:, -8:] = 600  # the last patch
+    with torch.no_grad():
+        before, after = encoder(ct, regions, KNOWN), encoder(changed, regions, KNOWN)
+    assert (before.patches[:, 0] - after.patches[:, 0]).abs().max() > 1e-6  # the first patch, at the other end
+
+
+def test_patch_order_is_slices_outermost(encoder: Encoder, inputs: tuple[Tensor, Tensor], tiny: Config) -> None:
+    z, y, x = encoder.grid
+    assert encoder.slice_index.tolist() == [k for k in range(z) for _ in range(y * x)]
+    ct, regions = inputs
+    with torch.no_grad():
+        cell = (1, 2, 3)
+        changed = ct.clone()
+        lows = [c * p for c, p in zip(cell, tiny.encoder.patch, strict=True)]
+        changed[:, lows[0] : lows[0] + 4, lows[1] : lows[1] + 8, lows[2] : lows[2] + 8] += 400
+        moved = (encoder(ct, regions, KNOWN).patches - encoder(changed, regions, KNOWN).patches).abs().sum((0, 2))
+    assert moved.argmax().item() == (cell[0] * y + cell[1]) * x + cell[2]
+
+
+def test_shapes_and_grid(encoder: Encoder, inputs: tuple[Tensor, Tensor], tiny: Config) -> None:
+    features = encoder(*inputs, KNOWN)
+    assert features.grid == (4, 6, 6)
+    assert features.whole.shape == (2, 48)
+    assert features.patches.shape == (2, 4 * 6 * 6, 48)
+    assert features.regions.shape == (2, N_REGIONS, 48)
+    with pytest.raises(AssertionError, match="on a grid of"):
+        encoder(inputs[0][:, :8], inputs[1][:, :8], KNOWN)
+
+
+def test_windows_are_channels_in_order() -> None:
+    names = ("lung", "mediastinal", "bone")
+    for channel, name in enumerate(names):
+        centre, width = WINDOWS[name]
+        hu = torch.tensor([-5000.0, centre - width / 2, centre, centre + width / 4, centre + width / 2, 5000.0])
+        low, foot, middle, above, top, high = apply_windows(hu.view(1, 1, 1, -1), names)[0, channel].flatten().tolist()
+        assert low == foot < high == top
+        assert middle == pytest.approx((low + high) / 2)
+        assert above == pytest.approx(low + 0.75 * (high - low))
+
+
+def test_recomputing_changes_nothing(tiny: Config, inputs: tuple[Tensor, Tensor]) -> None:
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = Encoder(tiny.encoder.model_copy(update={"checkpointing": checkpointing}), tiny.data)
+        features = model(*inputs, torch.tensor([True, False]))
+        sum(x.square().mean() for x in features[:3]).backward()
+        results.append((features[:3], [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)

@@ -1,0 +1,163 @@
+"""What carries loss and what does not: the unknown and the unannotated never do."""
+
+import pytest
+import torch
+from monai.losses import DiceLoss
+from torch import Tensor
+
+from rectvlm.config import Config
+from rectvlm.labels import N_FINDINGS, N_LESIONS
+from rectvlm.models import Outputs
+from rectvlm.models.localizer import Localization
+from rectvlm.models.reporter import ReportLoss
+from rectvlm.train import objectives
+from rectvlm.train.objectives import classification, localization, losses, total
+
+GRID, HALF, COARSE = (8, 16, 16), (8, 8, 8), (2, 2, 2)
+
+
+def boxes() -> Tensor:
+    """Bits of two samples: every lesion of the first fills a box of its own, the second has only lesion 2."""
+    bits = torch.zeros(2, *GRID, dtype=torch.uint8)
+    for k in range(N_LESIONS):
+        bits[0, k : k + 2, 2 * k : 2 * k + 6, 3:9] |= 1 << k
+    bits[1, 2:5, 4:9, 4:9] |= 1 << 2
+    return bits
+
+
+def masks_of(bits: Tensor) -> Tensor:
+    return torch.stack([(bits >> k & 1).float() for k in range(N_LESIONS)], dim=1)
+
+
+def drawn(masks: Tensor, sure: float = 30.0) -> Localization:
+    """A localizer that draws these masks, at all three resolutions."""
+    at = [masks, *(torch.nn.functional.adaptive_max_pool3d(masks, size) for size in (HALF, COARSE))]
+    return Localization(*((m * 2 - 1) * sure for m in at), denoising=torch.zeros(()))
+
+
+def noise(scale: float = 1.0) -> Localization:
+    torch.manual_seed(0)
+    sizes = (GRID, HALF, COARSE)
+    logits = [(torch.randn(2, N_LESIONS, *size) * scale).requires_grad_() for size in sizes]
+    return Localization(*logits, denoising=torch.zeros((), requires_grad=True))
+
+
+ALL = torch.ones(2, N_LESIONS, dtype=torch.bool)
+
+
+def test_unknown_labels_carry_no_loss_and_no_gradient() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, N_FINDINGS, requires_grad=True)
+    labels = torch.randint(0, 2, (3, N_FINDINGS)).float()
+    known = torch.rand(3, N_FINDINGS) < 0.5
+    loss = classification(logits, labels, known)
+    loss.value.backward()
+    assert loss.count == known.sum()
+    assert logits.grad is not None
+    assert (logits.grad[~known] == 0).all()
+    assert (logits.grad[known] != 0).all()
+    other = classification(logits, torch.where(known, labels, 1 - labels), known)
+    assert other.value == loss.value
+    p = logits.detach().sigmoid()
+    by_hand = -(labels * p.log() + (1 - labels) * (1 - p).log())[known].mean()
+    torch.testing.assert_close(loss.value.detach(), by_hand)
+
+
+def test_no_label_at_all_is_zero_with_a_graph() -> None:
+    logits = torch.randn(2, N_FINDINGS, requires_grad=True)
+    loss = classification(logits, torch.ones(2, N_FINDINGS), torch.zeros(2, N_FINDINGS, dtype=torch.bool))
+    assert (loss.value, loss.count) == (0, 0)
+    loss.value.backward()
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_sure_and_right_is_near_zero_and_sure_and_wrong_is_not() -> None:
+    labels = torch.randint(0, 2, (2, N_FINDINGS), generator=torch.Generator().manual_seed(0)).float()
+    known = torch.ones(2, N_FINDINGS, dtype=torch.bool)
+    assert classification((labels * 2 - 1) * 30, labels, known).value < 1e-6
+    assert classification((1 - labels * 2) * 30, labels, known).value > 10
+
+
+def test_unannotated_lesions_carry_no_loss_and_no_gradient() -> None:
+    annotated = ALL.clone()
+    annotated[0, 1] = annotated[1, 2] = False
+    found, bits = noise(), boxes()
+    loss = localization(found, bits, annotated)
+    loss.value.backward()
+    assert loss.count == annotated.sum()
+    for logits in found[:3]:
+        assert logits.grad is not None
+        touched = logits.grad.flatten(2).abs().amax(2) > 0
+        assert torch.equal(touched, annotated)
+    without = bits.clone()
+    without[0] &= ~torch.tensor(1 << 1, dtype=torch.uint8)
+    without[1] = 0
+    assert localization(noise(), without, annotated).value == loss.value
+
+
+def test_nothing_annotated_is_zero_with_a_graph() -> None:
+    found = noise()
+    loss = localization(found, boxes(), ~ALL)
+    assert (loss.value, loss.count) == (0, 0)
+    loss.value.backward()
+    for logits in found[:3]:
+        assert logits.grad is not None
+        assert not logits.grad.any()
+
+
+def test_perfect_masks_cost_nearly_nothing() -> None:
+    bits = boxes()
+    assert localization(drawn(masks_of(bits)), bits, ALL).value < 1e-3
+    assert localization(drawn(masks_of(bits.flip(3))), bits, ALL).value > 1
+
+
+@pytest.mark.parametrize("lesion", range(N_LESIONS))
+def test_each_lesion_reads_its_own_bit(lesion: int) -> None:
+    bits = boxes()
+    masks = masks_of(bits)
+    masks[0, lesion] = 0  # all lesions right but one, which is missed
+    annotated = torch.zeros_like(ALL)
+    annotated[0] = True
+    others = annotated.clone()
+    others[0, lesion] = False
+    assert localization(drawn(masks), bits, annotated).value > 0.1
+    assert localization(drawn(masks), bits, others).value < 1e-3
+
+
+def test_an_absent_lesion_that_was_looked_for_pulls_its_mask_down() -> None:
+    found = noise()
+    annotated = torch.zeros_like(ALL)
+    annotated[1, 0] = True  # not in the second sample
+    localization(found, boxes(), annotated).value.backward()
+    assert found.masks.grad is not None
+    assert (found.masks.grad[1, 0] > 0).all()
+
+
+def test_a_lesion_smaller_than_a_patch_marks_its_patch() -> None:
+    bits = torch.zeros(1, *GRID, dtype=torch.uint8)
+    bits[0, 5, 13, 2] = 1 << 4
+    coarse = torch.zeros(1, N_LESIONS, *COARSE, requires_grad=True)
+    found = Localization(torch.zeros(1, N_LESIONS, *GRID), torch.zeros(1, N_LESIONS, *HALF), coarse, torch.zeros(()))
+    localization(found, bits, torch.ones(1, N_LESIONS, dtype=torch.bool)).value.backward()
+    assert coarse.grad is not None
+    assert (coarse.grad < 0).nonzero().tolist() == [[0, 4, 1, 1, 0]]
+
+
+def test_soft_dice_is_monais() -> None:
+    torch.manual_seed(0)
+    logits, masks = torch.randn(2, N_LESIONS, *GRID), masks_of(boxes())
+    wanted = DiceLoss(sigmoid=True, reduction="none")(logits, masks).flatten(1)
+    torch.testing.assert_close(objectives._soft_dice(logits, masks), wanted, rtol=0, atol=1e-7)
+
+
+def test_report_loss_is_the_mean_over_samples_that_have_one(tiny: Config) -> None:
+    per_sample = torch.tensor([3.0, 0.0, 5.0], requires_grad=True)
+    report = ReportLoss(per_sample, torch.tensor([7, 0, 9]), torch.zeros(3, 9), 48)
+    outputs = Outputs(torch.zeros(3, N_FINDINGS), None, report, 0)
+    found = losses(outputs, None, ("report",))  # type: ignore[arg-type]  # the batch holds nothing for this task
+    assert (found["report"].value, found["report"].count) == (4, 2)
+    assert total(found, tiny.train.losses).item() == pytest.approx(4 * tiny.train.losses.report)
+    found["report"].value.backward()
+    assert per_sample.grad is not None
+    assert per_sample.grad.tolist() == [0.5, 0, 0.5]

@@ -1,0 +1,103 @@
+"""Which parameters train, at what rate, with what decay."""
+
+import pytest
+import torch
+from torch import nn
+
+from rectvlm.config import Config, load
+from rectvlm.train.optim import build_optimizer, freeze_all_but, rate_factor, set_rates
+from rectvlm.train.phases import PHASES
+from rectvlm.types import UserError
+
+
+class TwoParts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+        self.classifier = nn.Linear(4, 2)
+        self.prompts = nn.Linear(2, 2)
+
+
+@pytest.fixture
+def model(tiny: Config) -> TwoParts:
+    model = TwoParts()
+    freeze_all_but(model, tiny.train.phases[1].lr)
+    return model
+
+
+def test_parts_without_a_rate_are_frozen(model: TwoParts) -> None:
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trains == {name for name, _ in model.named_parameters() if not name.startswith("prompts")}
+    freeze_all_but(model, {"classifier": 1e-3})
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+
+
+def test_every_trainable_parameter_once_and_vectors_without_decay(model: TwoParts, tiny: Config) -> None:
+    optimizer = build_optimizer(model, tiny.train, tiny.train.phases[1])
+    members = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in members} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(members) == len({id(p) for p in members})
+    for group in optimizer.param_groups:
+        decay = tiny.train.weight_decay
+        assert all(group["weight_decay"] == (decay if p.ndim > 1 else 0) for p in group["params"])
+        assert group["betas"] == tiny.train.betas
+
+
+def test_rates_warm_up_and_fall_to_the_last(tiny: Config) -> None:
+    phase = tiny.train.phases[1].model_copy(update={"steps": 100, "warmup": 10, "final_lr": 0.1})
+    factors = [rate_factor(step, phase) for step in range(100)]
+    assert factors[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
+    assert factors[10] == pytest.approx(1)
+    assert factors[99] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(factors[9:], factors[10:], strict=False))
+    # half-way down the cosine lies the mean of both ends
+    middle = (rate_factor(54, phase) + rate_factor(55, phase)) / 2
+    assert middle == pytest.approx(0.55, abs=1e-3)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 5), (4, 4), (3, 2)])
+def test_short_runs_have_sound_rates(tiny: Config, steps: int, warmup: int) -> None:
+    phase = tiny.train.phases[1].model_copy(update={"steps": steps, "warmup": warmup})
+    assert all(0 < rate_factor(step, phase) <= 1 for step in range(steps))
+
+
+def test_each_part_has_its_own_rate(model: TwoParts) -> None:
+    phase = load("tiny", ["train.phases.1.lr={encoder: 0.5, classifier: 0.25}"]).train.phases[1]
+    optimizer = build_optimizer(model, load("tiny").train, phase)
+    rates = set_rates(optimizer.param_groups, 0, phase)
+    factor = 1 / phase.warmup
+    assert rates == {"encoder": 0.5 * factor, "classifier": 0.25 * factor}
+    encoder = {id(p) for p in model.encoder.parameters()}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            assert group["lr"] == (rates["encoder"] if id(p) in encoder else rates["classifier"])
+
+
+def test_a_part_that_the_phase_lacks_is_refused() -> None:
+    config = load("tiny", ["train.phases.1.lr={encoder: 0.1, localizer: 0.1}"])
+    with pytest.raises(UserError, match="localizer"):
+        PHASES[1].settings(config)
+    with pytest.raises(UserError, match="no part"):
+        PHASES[1].settings(load("tiny", ["train.phases.1.lr={}"]))
+    with pytest.raises(UserError, match=r"train\.phases\.3"):
+        PHASES[3].settings(load("tiny", ["train.phases={1: " + str(_plain(config)) + "}"]))
+
+
+def _plain(config: Config) -> dict[str, object]:
+    return config.train.phases[1].model_dump(mode="json")
+
+
+def test_phases_follow_each_other() -> None:
+    assert [PHASES[n].init_from for n in (1, 2, 3)] == [None, 1, 2]
+    for n in (2, 3):
+        assert set(PHASES[n - 1].parts) < set(PHASES[n].parts)
+        assert set(PHASES[n - 1].tasks) < set(PHASES[n].tasks)
+
+
+def test_a_step_of_the_optimizer_moves_only_what_trains(model: TwoParts, tiny: Config) -> None:
+    optimizer = build_optimizer(model, tiny.train, tiny.train.phases[1])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.prompts(model.classifier(model.encoder(torch.randn(5, 3)))).square().sum().backward()
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
