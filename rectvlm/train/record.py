@@ -7,7 +7,9 @@ RUN/phaseN/ranks/rank-0000.jsonl   the samples that a rank took at each step
 
 import contextlib
 import json
+import logging
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -19,6 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rectvlm.config import Config
 from rectvlm.train.engine import Engine
 from rectvlm.train.phases import Phase
+
+log = logging.getLogger(__name__)
+
+LOG_EVERY = 20.0
+"""Seconds between two lines of progress where there is no terminal for a bar."""
 
 
 class Record:
@@ -33,24 +40,19 @@ class Record:
         trace.parent.mkdir(parents=True, exist_ok=True)
         self._files["trace"] = _continue(trace, step)
         self._progress: Progress | None = None
+        self._told = time.monotonic()
         described = engine.describe()
         if engine.is_main:
             described["llm_quantization"] = config.generator.quantization if "generator" in phase.parts else None
             (folder / "engine.json").write_text(json.dumps(described, indent=2) + "\n")
             (folder / "config.yaml").write_text(config.to_yaml())
             self._files["metrics"] = _continue(folder / "metrics.jsonl", step)
-            self._progress = Progress(
-                TextColumn("phase {task.fields[number]}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._task = self._progress.add_task(
-                "train", total=self._steps, completed=step, number=phase.number, text=""
-            )
+            console = Console(stderr=True)
+            if console.is_terminal:
+                self._progress = _bar(console)
+                self._task = self._progress.add_task(
+                    "train", total=self._steps, completed=step, number=phase.number, text=""
+                )
         _start_wandb(engine, config, folder)
 
     def __enter__(self) -> "Record":
@@ -69,14 +71,34 @@ class Record:
     def write(self, line: dict[str, Any], samples: list[str]) -> None:
         """One step."""
         _append(self._files["trace"], {"step": line["step"], "samples": samples})
-        if self._progress is None:
+        if not self.engine.is_main:
             return
         _append(self._files["metrics"], line)
-        rate = self.engine.world * len(samples) / line["seconds"]["total"]
+        self._tell(line, self.engine.world * len(samples) / line["seconds"]["total"])
+        self.engine.accelerator.log(_flat(line), step=line["step"])
+
+    def _tell(self, line: dict[str, Any], rate: float) -> None:
+        """To whoever watches: a bar on a terminal, now and then a line in a log."""
+        step, last = line["step"], line["step"] == self._steps
         parts = " ".join(f"{task} {'–' if v is None else f'{v:.3f}'}" for task, v in line["losses"].items())
         text = f"loss {line['loss']:.3f} ({parts}) {rate:.1f} samples/s"
-        self._progress.update(self._task, completed=line["step"], text=text)
-        self.engine.accelerator.log(_flat(line), step=line["step"])
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, text=text)
+        elif last or time.monotonic() - self._told > LOG_EVERY:
+            log.info("phase %d: step %d of %d, %s", self.phase.number, step, self._steps, text)
+            self._told = time.monotonic()
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("phase {task.fields[number]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def _continue(path: Path, step: int) -> IO[str]:

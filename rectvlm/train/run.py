@@ -4,14 +4,16 @@ accelerate launch launch/phase1.py [--config demo] [--resume | --restart] [part.
 """
 
 import argparse
+import contextlib
+import io
 import logging
 import shutil
 import sys
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 import torch
-from rich.logging import RichHandler
 
 from rectvlm import checkpoint, weights
 from rectvlm.config import Config, load
@@ -31,8 +33,6 @@ def main(number: int, checkout: Path, argv: Sequence[str] | None = None) -> None
     """Run a phase as a command: exit code 2 and one sentence for what the user can mend."""
     phase = PHASES[number]
     args = _parse(phase, argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
-    logging.getLogger("rectvlm").setLevel(logging.INFO)
     try:
         run(phase, load(args.config, args.overrides), checkout, args.resume, args.restart)
     except UserError as error:
@@ -64,11 +64,12 @@ def run(phase: Phase, config: Config, checkout: Path, resume: bool, restart: boo
     source = _source(phase, config)
     start = _start(folder, phase, resume)
     _prepare_models(phase, config)
-    engine = Engine(checkout / "ds_configs" / f"phase{phase.number}.json", settings, config.train.clip, folder)
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints which op it has built
+        engine = Engine(checkout / "ds_configs" / f"phase{phase.number}.json", settings, config.train.clip, folder)
     if not engine.is_main:
         logging.getLogger("rectvlm").setLevel(logging.WARNING)
     if not resume:
-        _clear(folder, restart, engine)
+        _clear(folder, settings.steps, restart, engine)
 
     torch.manual_seed(config.train.seed)
     model = build(phase, config, source)
@@ -142,16 +143,24 @@ def _start(folder: Path, phase: Phase, resume: bool) -> Path | None:
     return checkpoint.find(folder, f"there is nothing to resume, so run phase {phase.number} without --resume")
 
 
-def _clear(folder: Path, restart: bool, engine: Engine) -> None:
-    """Never write over an earlier run unasked."""
+def _clear(folder: Path, steps: int, restart: bool, engine: Engine) -> None:
+    """Never write over an earlier run unasked: a finished one is moved aside, one that was cut off can go on."""
     earlier = checkpoint.all_checkpoints(folder)
     engine.barrier()  # all ranks have looked before any removes
-    if earlier and not restart:
+    finished = bool(earlier) and checkpoint.read_state(earlier[-1]).step >= steps
+    if earlier and not finished and not restart:
         raise UserError(
-            f"{folder} already holds a run (up to {earlier[-1].name}): go on with --resume, begin anew with --restart, "
-            "or write elsewhere with name=NEW."
+            f"{folder} already holds an unfinished run (up to {earlier[-1].name} of {steps} steps): go on with "
+            "--resume, begin anew with --restart, or write elsewhere with name=NEW."
         )
+    engine.barrier()  # all have read what moves now
     if engine.is_main:
+        if finished and not restart:
+            aside = next(
+                path for n in count(1) if not (path := folder.with_name(f"{folder.name}.earlier-{n}")).exists()
+            )
+            folder.rename(aside)
+            log.info("the earlier run of phase %s is now in %s", folder.name.removeprefix("phase"), aside)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     engine.barrier()
