@@ -12,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from rectvlm.config import DataConfig, EncoderConfig
 from rectvlm.labels import N_REGIONS, WINDOWS
 from rectvlm.models.attention import SliceRegionAttention
-from rectvlm.models.layers import Mlp
+from rectvlm.models.layers import Mlp, init_blocks
 
+POSITION_STD = 0.3
+"""Spread of each axis's position embeddings at the start; patch embeddings start with a spread of about 1."""
 PRIOR_FLOOR = 1e-3
 """Smallest p(r | patch): a region that a patch does not touch is unlikely, not impossible."""
 
@@ -36,12 +38,15 @@ class Features(NamedTuple):
 
 
 def apply_windows(ct: Tensor, windows: tuple[str, ...]) -> Tensor:
-    """HU (B, Z, Y, X) of any dtype to (B, W, Z, Y, X) float32 in [−1, 1], one channel a window."""
+    """HU (B, Z, Y, X) of any dtype to (B, W, Z, Y, X) float32 in [0, 1], one channel a window.
+
+    Air is 0, so that what lies outside the body adds nothing to a patch.
+    """
     hu = ct.float()
     channels = []
     for name in windows:
         centre, width = WINDOWS[name]
-        channels.append(((hu - centre) * (2 / width)).clamp(-1, 1))
+        channels.append(((hu - centre) / width + 0.5).clamp(0, 1))
     return torch.stack(channels, dim=1)
 
 
@@ -90,14 +95,17 @@ class Encoder(nn.Module):
         z, y, x = (g // p for g, p in zip(data.grid, config.patch, strict=True))
         self.grid = (z, y, x)
         self.embed = nn.Conv3d(len(data.windows), config.width, config.patch, stride=config.patch)
-        self.position_z = nn.Parameter(torch.randn(z, 1, 1, config.width) * 0.02)
-        self.position_y = nn.Parameter(torch.randn(1, y, 1, config.width) * 0.02)
-        self.position_x = nn.Parameter(torch.randn(1, 1, x, config.width) * 0.02)
-        self.whole = nn.Parameter(torch.randn(1, 1, config.width) * 0.02)
-        self.regions = nn.Parameter(torch.randn(1, N_REGIONS, config.width) * 0.02)
+        self.position_z = nn.Parameter(torch.randn(z, 1, 1, config.width) * POSITION_STD)
+        self.position_y = nn.Parameter(torch.randn(1, y, 1, config.width) * POSITION_STD)
+        self.position_x = nn.Parameter(torch.randn(1, 1, x, config.width) * POSITION_STD)
+        self.whole = nn.Parameter(torch.randn(1, 1, config.width) * POSITION_STD)
+        self.regions = nn.Parameter(torch.randn(1, N_REGIONS, config.width) * POSITION_STD)
         self.unknown_prior = nn.Parameter(torch.zeros(N_REGIONS))
         self.blocks = nn.ModuleList(EncoderBlock(config, z) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
+        init_blocks(self.blocks)
+        nn.init.normal_(self.embed.weight, std=2 / self.embed.weight[0].numel() ** 0.5)  # windows have a spread of ~0.5
+        nn.init.zeros_(self.embed.bias)  # type: ignore[arg-type]
         self.register_buffer("slice_index", torch.arange(z).repeat_interleave(y * x), persistent=False)
 
     def forward(self, ct: Tensor, regions: Tensor, regions_known: Tensor) -> Features:

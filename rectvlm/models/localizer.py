@@ -55,13 +55,18 @@ def level_strides(patch: Triple) -> list[Triple]:
     return strides  # type: ignore[return-value]
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(4, channels), channels)
+class _ConvBlock(nn.Module):
+    """3 × 3 × 3 convolution, group norm, GELU."""
 
-
-class _ConvBlock(nn.Sequential):
     def __init__(self, inputs: int, outputs: int, stride: Triple = (1, 1, 1)) -> None:
-        super().__init__(nn.Conv3d(inputs, outputs, 3, stride=stride, padding=1), _norm(outputs), nn.GELU())
+        super().__init__()
+        self.conv = nn.Conv3d(inputs, outputs, 3, stride=stride, padding=1)
+        self.norm = nn.GroupNorm(min(4, outputs), outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # With few channels the convolution is twice as fast channels-last, the norm 20 times as fast channels-first.
+        x = self.conv(x.contiguous(memory_format=torch.channels_last_3d))
+        return F.gelu(self.norm(x.contiguous()))
 
 
 class Denoiser(nn.Module):
@@ -107,9 +112,10 @@ class Gate(nn.Module):
         self.text = nn.Linear(text_width, channels)
         self.weight = nn.Conv3d(channels, 1, 1)
 
-    def forward(self, skip: Tensor, rising: Tensor, text: Tensor) -> Tensor:
-        """The skip connection, voxels weighted: (B, c, …) to (B, c, …)."""
-        seen = self.skip(skip) + self.rising(rising) + self.text(text)[:, :, None, None, None]
+    def forward(self, skip: Tensor, seen: Tensor, rising: Tensor, text: Tensor) -> Tensor:
+        """The skip connection, voxels weighted: (B, c, …) to (B, c, …). `seen` is `self.skip(skip)`: it is the same
+        for every lesion, so the caller computes it once."""
+        seen = seen + self.rising(rising) + self.text(text)[:, :, None, None, None]
         return skip * self.weight(F.gelu(seen)).sigmoid()
 
 
@@ -123,11 +129,11 @@ class Level(nn.Module):
         self.gate = Gate(channels, text_width)
         self.merge = _ConvBlock(channels, channels)
 
-    def forward(self, rising: Tensor, skip: Tensor, text: Tensor) -> Tensor:
+    def forward(self, rising: Tensor, skip: Tensor, seen: Tensor, text: Tensor) -> Tensor:
         """(B, inputs, coarse grid) and skip (B, c, fine grid) to (B, c, fine grid)."""
         scale = tuple(float(s) for s in self.stride)
-        rising = F.interpolate(self.reduce(rising), scale_factor=scale, mode="trilinear")
-        return self.merge((rising + self.gate(skip, rising, text)).contiguous())
+        rising = F.interpolate(self.reduce(rising), scale_factor=scale, mode="nearest")
+        return self.merge(rising + self.gate(skip, seen, rising, text))
 
 
 class Localizer(nn.Module):
@@ -175,14 +181,15 @@ class Localizer(nn.Module):
         skips = [self.stem(apply_windows(ct, self.windows).to(dtype))]
         for down in self.down:
             skips.append(down(skips[-1]))
+        seen = [self.up[k].gate.skip(skip) for k, skip in enumerate(skips)]  # type: ignore[union-attr, operator]
 
         masks, halves = [], []
         for lesion in lesions.unbind(1):
             # One lesion at a time: the decoder's full-resolution activations exist once, not L times.
             mask, half = (
-                checkpoint(self._draw, bottom, lesion, *skips, use_reentrant=False)
+                checkpoint(self._draw, bottom, lesion, skips, seen, use_reentrant=False)
                 if self.checkpointing and torch.is_grad_enabled()
-                else self._draw(bottom, lesion, *skips)
+                else self._draw(bottom, lesion, skips, seen)
             )
             masks.append(mask)
             halves.append(half)
@@ -193,12 +200,12 @@ class Localizer(nn.Module):
             denoising,
         )
 
-    def _draw(self, bottom: Tensor, lesion: Tensor, *skips: Tensor) -> tuple[Tensor, Tensor]:
+    def _draw(self, bottom: Tensor, lesion: Tensor, skips: list[Tensor], seen: list[Tensor]) -> tuple[Tensor, Tensor]:
         scale, shift = self.film(lesion)[..., None, None, None].chunk(2, dim=1)
         rising = bottom * (1 + scale) + shift
         half = None
         for k in reversed(range(len(self.up))):
-            rising = self.up[k](rising, skips[k], lesion)
+            rising = self.up[k](rising, skips[k], seen[k], lesion)
             if k == 1:
                 half = self.head_half(rising)
         assert half is not None, "a U-Net of one level has no deep supervision"

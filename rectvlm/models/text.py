@@ -15,13 +15,17 @@ from rectvlm.labels import FINDINGS, LESIONS, finding_prompts, lesion_prompt
 
 @torch.no_grad()
 def embed_texts(model: str | Path, texts: list[str], max_tokens: int) -> Tensor:
-    """Mean of the last hidden states over each text's tokens, scaled to length 1: (len(texts), T) float32."""
+    """Mean of the last hidden states over each text's tokens, scaled to a spread of 1: (len(texts), T) float32.
+
+    Sentence encoders give vectors of length 1, whose entries are far smaller than what the layers behind them expect.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model)
     encoder = AutoModel.from_pretrained(model, dtype=torch.float32).eval()
     tokens = tokenizer(texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
     hidden = encoder(**tokens).last_hidden_state
     mask = tokens["attention_mask"][..., None].to(hidden.dtype)
-    return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    mean = (hidden * mask).sum(1) / mask.sum(1)
+    return nn.functional.normalize(mean, dim=-1) * mean.shape[-1] ** 0.5
 
 
 class Prompts(nn.Module):
