@@ -22,6 +22,7 @@ help: ## list the targets
 	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), TORCH=$(TORCH) (installed first), ARGS (for the command behind)"
 
 setup: $(STAMP) ## make .venv and install the project into it (the other targets do this by themselves)
+	@:
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -124,8 +124,9 @@ def run_stage(stage: Stage, logs: Path, environment: dict[str, str], console: Co
     shown = shlex.join([Path(stage.command[0]).name, *stage.command[1:]])
     console.print(f"[bold]{stage.name:<11}[/]{shown}", soft_wrap=True, highlight=False)
     begin = time.monotonic()
-    columns = (TextColumn("           "), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with log.open("w") as file, Progress(*columns, console=console, transient=True) as progress:
+    columns = (TextColumn(" " * 11), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    live = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with log.open("w") as file, live as progress:
         bar = progress.add_task("starting", total=stage.steps)
         process = subprocess.Popen(
             stage.command,
@@ -136,7 +137,7 @@ def run_stage(stage: Stage, logs: Path, environment: dict[str, str], console: Co
         try:
             while process.poll() is None:
                 time.sleep(0.2)
-                if console.is_terminal and stage.metrics is not None:
+                if not live.disable and stage.metrics is not None:
                     _show_step(stage, begin, progress, bar)
         finally:
             if process.poll() is None:
@@ -225,29 +226,27 @@ def _main_figures(figures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def result_table(summary: dict[str, Any]) -> Table:
-    """The few lines that end a run."""
+def result_tables(summary: dict[str, Any]) -> list[Table]:
+    """The few lines that end a run: what was trained, and what the evaluation found."""
     engine, evaluation = summary["engine"], summary["evaluation"]
     language = f", language model in {engine['llm_quantization']}" if engine["llm_quantization"] else ""
     title = f"{engine['world_size']} processes, {engine['distributed_type']}, ZeRO-{engine['zero_stage']}{language}"
-    table = Table(title=title, title_justify="left")
-    for column in ("", "steps", "loss, first", "loss, last", "seconds"):
-        table.add_column(column, justify="left" if not column else "right")
+    trained = Table(title=title, title_justify="left")
+    for column in ("phase", "steps", "loss, first", "loss, last", "seconds"):
+        trained.add_column(column, justify="right")
     for row in summary["phases"]:
         losses = f"{row['loss_first']:.3f}", f"{row['loss_last']:.3f}"
-        table.add_row(f"phase {row['phase']}", str(row["steps"]), *losses, f"{row['seconds']:.0f}")
-    table.add_section()
-    figures = {"macro AUROC": evaluation["macro"]["auroc"], "macro F1": evaluation["macro"]["f1"]}
-    figures |= {f"Dice {key.replace('_', ' ')}": value for key, value in evaluation["dice"].items()}
+        trained.add_row(str(row["phase"]), str(row["steps"]), *losses, f"{row['seconds']:.0f}")
+    figures = {"findings, macro AUROC": evaluation["macro"]["auroc"], "findings, macro F1": evaluation["macro"]["f1"]}
+    figures |= {f"Dice, {key.replace('_', ' ')}": value for key, value in evaluation["dice"].items()}
     if evaluation["reports"]:
-        for name, row in evaluation["reports"].items():
-            figures[f"BLEU-1 {'without the image' if name == 'image_ablated' else 'of reports'}"] = row["bleu_1"]
+        figures["reports, BLEU-1"] = evaluation["reports"]["image"]["bleu_1"]
+        figures["the same without the image"] = evaluation["reports"]["image_ablated"]["bleu_1"]
+    cases = f"{evaluation['n_cases']} cases of the {evaluation['split']} split"
+    evaluated = Table(title=cases, title_justify="left", show_header=False)
     for name, value in figures.items():
-        table.add_row(name, "", "", "–" if value is None else f"{value:.3f}", "")
-    table.caption = (
-        f"{evaluation['n_cases']} cases of the {evaluation['split']} split; {summary['seconds']:.0f} s in all"
-    )
-    return table
+        evaluated.add_row(name, "–" if value is None else f"{value:.3f}")
+    return [trained, evaluated]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -256,7 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     if options.accelerate == TWO_CPU_PROCESSES:
-        environment["CUDA_VISIBLE_DEVICES"] = ""  # two CPU processes on any machine, also on one with a single GPU
+        # Two CPU processes on any machine, also on one with a single GPU.
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     os.chdir(CHECKOUT)
     try:
         stages = plan(options.config, options.overrides, options.phases, options.accelerate)
@@ -278,7 +278,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     summary = summarize(folder, options.phases, done)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    console.print(result_table(summary))
+    console.print(
+        *result_tables(summary), f"{summary['seconds']:.0f} s in all; all figures are in {folder}/summary.json."
+    )
     for prediction in summary["predictions"]:
         console.print(f"Open {prediction['page']} in a browser.", highlight=False, soft_wrap=True)
     return 0

@@ -1,0 +1,34 @@
+"""Whether a summary of the demo is whole: `python .ci/check_summary.py runs/demo/summary.json`."""
+
+import json
+import sys
+from pathlib import Path
+
+ENGINE = {"distributed_type": "DEEPSPEED", "zero_stage": 3, "world_size": 2, "llm_quantization": "nf4"}
+
+
+def faults(summary: dict) -> list[str]:
+    """What is missing or wrong."""
+    found = []
+    if summary.get("engine") != ENGINE:
+        found.append(f"engine is {summary.get('engine')}, expected {ENGINE}")
+    phases = summary.get("phases", [])
+    if [row.get("phase") for row in phases] != [1, 2, 3]:
+        found.append(f"phases are {[row.get('phase') for row in phases]}, expected 1, 2, 3")
+    for row in phases:
+        missing = {"steps", "loss_first", "loss_last", "seconds"} - row.keys()
+        if missing:
+            found.append(f"phase {row.get('phase')} has no {', '.join(sorted(missing))}")
+        elif not row["loss_last"] < row["loss_first"]:
+            found.append(f"the loss of phase {row['phase']} went from {row['loss_first']} to {row['loss_last']}")
+    if not summary.get("evaluation"):
+        found.append("no evaluation")
+    pages = [Path(row["dir"]) / "index.html" for row in summary.get("predictions", [])]
+    if not pages:
+        found.append("no predictions")
+    return found + [f"{page} is not there" for page in pages if not page.is_file()]
+
+
+if __name__ == "__main__":
+    faulty = faults(json.loads(Path(sys.argv[1]).read_text()))
+    sys.exit("\n".join(faulty) if faulty else 0)
