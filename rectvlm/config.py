@@ -74,12 +74,6 @@ class EncoderConfig(_Section):
     checkpointing: bool
     """Recompute each block in the backward pass."""
 
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "EncoderConfig":
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        return self
-
 
 class TextConfig(_Section):
     """The frozen text encoder that turns prompts into embeddings."""
@@ -194,6 +188,26 @@ class Config(_Section):
     def _patches_tile_the_grid(self) -> "Config":
         if any(g % p for g, p in zip(self.data.grid, self.encoder.patch, strict=True)):
             raise ValueError(f"encoder.patch {self.encoder.patch} does not tile data.grid {self.data.grid}")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "Config":
+        for name in ("encoder", "localizer", "generator"):
+            part = getattr(self, name)
+            if part.width % part.heads:
+                raise ValueError(f"{name}.width {part.width} is not a multiple of {name}.heads {part.heads}")
+        return self
+
+    @model_validator(mode="after")
+    def _u_net_reaches_the_patches(self) -> "Config":
+        if any(side & (side - 1) for side in self.encoder.patch):
+            raise ValueError(f"encoder.patch {self.encoder.patch} is not made of powers of 2")
+        levels = max(self.encoder.patch).bit_length() - 1
+        if levels < 2 or len(self.localizer.channels) != levels:
+            raise ValueError(
+                f"localizer.channels {self.localizer.channels} must have one entry a level: encoder.patch "
+                f"{self.encoder.patch} makes {levels}, and 2 are the least"
+            )
         return self
 
     def to_yaml(self) -> str:

@@ -1,0 +1,117 @@
+"""The configuration: what is written reads back, and every mistake is one sentence that names it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rectvlm.config import CONFIGS, Config, from_tree, load
+from rectvlm.types import UserError
+
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def test_tiny_and_demo_are_there() -> None:
+    assert {"tiny", "demo"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_size_loads_under_its_own_name_and_reads_back(name: str, tmp_path: Path) -> None:
+    config = load(name)
+    assert config.name == name
+    written = tmp_path / "written.yaml"
+    written.write_text(config.to_yaml())
+    assert load(written) == config
+    assert load(str(written), ["train.seed=5"]) != config
+
+
+def test_overrides_change_their_value_alone() -> None:
+    config = load("tiny", ["train.phases.1.steps=11", "data.windows=[bone]", "generator.quantization=none"])
+    assert config.train.phases[1].steps == 11
+    assert config.data.windows == ("bone",)
+    assert config.generator.quantization == "none"
+    tree = config.model_dump()
+    plain = load("tiny").model_dump()
+    tree["train"]["phases"][1]["steps"] = plain["train"]["phases"][1]["steps"]
+    tree["data"]["windows"] = plain["data"]["windows"]
+    tree["generator"]["quantization"] = plain["generator"]["quantization"]
+    assert tree == plain
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("encoder.witdh=64", "unknown key 'encoder.witdh', did you mean 'width'"),
+        ("encodr.width=64", "unknown key 'encodr', did you mean 'encoder'"),
+        ("train.phases.4.steps=1", "unknown key 'train.phases.4'"),
+        ("train.phases.one.steps=1", "unknown key 'train.phases.one'"),
+        ("train.seed.more=1", "unknown key"),
+        ("train.seed", "not of the form part.field=value"),
+        ("=3", "unknown key"),
+        ("train.seed=[", "not a YAML value"),
+        ("train.phases.1.steps=many", "train.phases.1.steps = 'many'"),
+        ("train.phases.1.steps=0", "greater than 0"),
+        ("train.phases.1.steps=1.5", "train.phases.1.steps"),
+        ("train.clip=0", "train.clip"),
+        ("train.clip=.nan", "train.clip"),
+        ("train.phases.1.lr.encodr=0.1", "encodr"),
+        ("train.phases.1.lr={encodr: 0.1}", "encodr"),
+        ("train.phases.1.lr={encoder: fast}", "train.phases.1.lr.encoder"),
+        ("generator.storage=float16", "generator.storage = 'float16'"),
+        ("generator.quantization=fp4", "generator.quantization"),
+        ("data.windows=[lungs]", "data.windows"),
+        ("data.grid=[16, 48]", "data.grid"),
+        ("data.grid=[16, 48, 50]", "does not tile data.grid"),
+        ("data.spacing=[1, 1, -1]", "data.spacing"),
+        ("encoder.heads=5", "encoder.width 48 is not a multiple of encoder.heads 5"),
+        ("localizer.heads=5", "localizer.width 48 is not a multiple of localizer.heads 5"),
+        ("generator.heads=5", "generator.width 48 is not a multiple of generator.heads 5"),
+        ("localizer.channels=[4, 8]", "localizer.channels"),
+        ("encoder.patch=[4, 6, 6]", "power"),
+        ("encoder.patch=[2, 2, 2]", "localizer.channels"),
+    ],
+)
+def test_mistakes_are_one_sentence(override: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load("tiny", [override])
+    message = str(caught.value)
+    assert said in message
+    assert "\n" not in message
+    assert message.endswith(".")
+
+
+def test_every_fault_is_named_at_once() -> None:
+    with pytest.raises(UserError, match=r"train\.seed.*train\.clip|train\.clip.*train\.seed"):
+        load("tiny", ["train.seed=x", "train.clip=-1"])
+
+
+def test_a_file_must_name_every_value(tmp_path: Path) -> None:
+    tree = yaml.safe_load((CONFIGS / "tiny.yaml").read_text())
+    del tree["encoder"]["depth"]
+    with pytest.raises(UserError, match=r"missing key 'encoder\.depth'"):
+        from_tree(tree, "here")
+    tree["encoder"] |= {"depth": 2, "dropout": 0.1}
+    with pytest.raises(UserError, match=r"here: unknown key 'encoder\.dropout'"):
+        from_tree(tree, "here")
+
+
+@pytest.mark.parametrize("text", ["- a list", "", "a: [", "just words"])
+def test_files_that_hold_no_settings(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"bad\.yaml") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_configuration_names_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'huge'.*demo.*tiny"):
+        load("huge")
+    with pytest.raises(UserError, match="nowhere"):
+        load(tmp_path / "nowhere.yaml")
+
+
+def test_values_cannot_be_changed_afterwards() -> None:
+    config: Config = load("tiny")
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.seed = 3

@@ -1,0 +1,220 @@
+"""Classifier and localizer: gradients reach everything, text and image decide, noise only in training."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from rectvlm import weights
+from rectvlm.config import Config
+from rectvlm.data.loader import ShardDataset, collate
+from rectvlm.labels import N_FINDINGS, N_LESIONS
+from rectvlm.models import RectVLM
+from rectvlm.models.encoder import Features
+from rectvlm.models.localizer import Localizer, level_strides
+from rectvlm.models.text import Prompts, embed_texts
+from rectvlm.train.objectives import losses, total
+from rectvlm.types import Batch
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny: Config) -> Prompts:
+    return Prompts.embed(weights.resolve(tiny.text.model), tiny.text.max_tokens)
+
+
+@pytest.fixture(scope="module")
+def batch(tiny: Config, phantom_shards: object) -> Batch:
+    """Two phantoms, the second without a region map."""
+    data = tiny.data.model_copy(update={"shards": str(phantom_shards)})
+    dataset = ShardDataset(data, "train")
+    made = collate([dataset[0], dataset[1]])
+    made.regions_known[1] = False
+    return made
+
+
+@pytest.fixture
+def model(tiny: Config, prompts: Prompts) -> RectVLM:
+    torch.manual_seed(0)
+    return RectVLM(tiny, ("encoder", "classifier", "localizer"), prompts)
+
+
+def without_gradient(module: nn.Module) -> Iterator[str]:
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and (parameter.grad is None or not parameter.grad.any()):
+            yield name
+
+
+def swapped(prompts: Prompts, lesion_order: list[int], finding_order: list[int]) -> Prompts:
+    return Prompts(prompts.present[finding_order], prompts.absent[finding_order], prompts.lesions[lesion_order])
+
+
+def test_gradients_reach_every_parameter(model: RectVLM, batch: Batch, tiny: Config) -> None:
+    found = losses(model(batch), batch, ("classification", "localization"))
+    total(found, tiny.train.losses).backward()
+    assert list(without_gradient(model)) == []
+
+
+def test_classification_alone_reaches_encoder_and_classifier(tiny: Config, prompts: Prompts, batch: Batch) -> None:
+    torch.manual_seed(0)
+    model = RectVLM(tiny, ("encoder", "classifier"), prompts)
+    losses(model(batch), batch, ("classification",))["classification"].value.backward()
+    assert list(without_gradient(model)) == []
+
+
+def test_prompts_are_frozen_and_differ(prompts: Prompts) -> None:
+    assert not list(prompts.parameters())
+    for embeddings in (prompts.present, prompts.absent, prompts.lesions):
+        assert not embeddings.requires_grad
+        assert embeddings.isfinite().all()
+        assert torch.cdist(embeddings, embeddings).add(torch.eye(len(embeddings)) * 9).min() > 1e-2
+    assert prompts.present.shape == prompts.absent.shape == (N_FINDINGS, prompts.width)
+    assert prompts.lesions.shape == (N_LESIONS, prompts.width)
+    assert (prompts.present - prompts.absent).abs().amax(1).min() > 1e-4
+
+
+def test_padding_does_not_change_an_embedding(tiny: Config) -> None:
+    folder = weights.resolve(tiny.text.model)
+    short = "The chest CT shows emphysema."
+    alone = embed_texts(folder, [short], 64)
+    beside = embed_texts(folder, [short, "There is no evidence of the lungs are clear. The heart is enlarged. " * 2], 64)
+    torch.testing.assert_close(alone[0], beside[0], rtol=1e-5, atol=1e-5)
+
+
+def test_findings_depend_on_image_and_prompt(model: RectVLM, batch: Batch, prompts: Prompts) -> None:
+    model.eval()
+    with torch.no_grad():
+        features = model.encoder(batch.ct, batch.regions, batch.regions_known)
+        logits = model.classifier(features, prompts)
+        assert logits.shape == (2, N_FINDINGS)
+        assert logits.dtype == torch.float32
+        assert (logits[0] - logits[1]).abs().max() > 1e-4
+        order = [1, 0, *range(2, N_FINDINGS)]
+        others = model.classifier(features, swapped(prompts, list(range(N_LESIONS)), order))
+    assert (others - logits)[:, :2].abs().min() > 0
+    torch.testing.assert_close(others[:, 2:], logits[:, 2:])  # a finding reads its own prompt alone
+
+
+def test_localization_shapes(model: RectVLM, batch: Batch, tiny: Config) -> None:
+    found = model(batch).localization
+    assert found is not None
+    z, y, x = tiny.data.grid
+    assert found.masks.shape == (2, N_LESIONS, z, y, x)
+    assert found.half.shape == (2, N_LESIONS, z, y // 2, x // 2)
+    assert found.coarse.shape == (2, N_LESIONS, 4, 6, 6)
+    assert {found.masks.dtype, found.half.dtype, found.coarse.dtype} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("patch", "wanted"),
+    [
+        ((4, 8, 8), [(1, 2, 2), (2, 2, 2), (2, 2, 2)]),
+        ((4, 16, 16), [(1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2)]),
+        ((8, 8, 8), [(2, 2, 2)] * 3),
+        ((8, 4, 4), [(2, 1, 1), (2, 2, 2), (2, 2, 2)]),
+    ],
+)
+def test_level_strides(patch: tuple[int, int, int], wanted: list[tuple[int, int, int]]) -> None:
+    assert level_strides(patch) == wanted
+
+
+def test_noise_only_in_training(model: RectVLM, batch: Batch) -> None:
+    def masks() -> torch.Tensor:
+        with torch.no_grad():
+            found = model(batch).localization
+        assert found is not None
+        noisy.append(found.denoising.item())
+        return found.masks
+
+    noisy: list[float] = []
+    model.train()
+    assert not torch.equal(masks(), masks())
+    assert min(noisy) > 0
+    model.eval()
+    noisy.clear()
+    assert torch.equal(masks(), masks())
+    assert noisy == [0, 0]
+
+
+def test_no_noise_when_the_configuration_says_so(tiny: Config, prompts: Prompts, batch: Batch) -> None:
+    config = tiny.model_copy(update={"localizer": tiny.localizer.model_copy(update={"noise": 0.0})})
+    torch.manual_seed(0)
+    model = RectVLM(config, ("encoder", "classifier", "localizer"), prompts).train()
+    with torch.no_grad():
+        first, second = model(batch).localization, model(batch).localization
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first.masks, second.masks)
+
+
+@pytest.mark.parametrize("resolution", ["masks", "half", "coarse"])
+def test_another_prompt_draws_another_mask(
+    model: RectVLM, batch: Batch, prompts: Prompts, resolution: str
+) -> None:
+    assert model.localizer is not None
+    model.eval()
+    order = [1, 0, 2, 3, 4]
+    with torch.no_grad():
+        features = model.encoder(batch.ct, batch.regions, batch.regions_known)
+        own = getattr(model.localizer(batch.ct, features, prompts), resolution)
+        other = getattr(model.localizer(batch.ct, features, swapped(prompts, order, list(range(N_FINDINGS)))), resolution)
+    assert (own - other)[:, :2].abs().amax(dim=(2, 3, 4)).min() > 1e-5
+
+
+def test_masks_read_the_ct_at_full_resolution(model: RectVLM, batch: Batch, prompts: Prompts) -> None:
+    """With the encoder's features held fixed, one changed voxel changes the mask around it."""
+    assert model.localizer is not None
+    model.eval()
+    changed = batch.ct.clone()
+    changed[:, 8, 24, 24] += 300
+    with torch.no_grad():
+        features = model.encoder(batch.ct, batch.regions, batch.regions_known)
+        before = model.localizer(batch.ct, features, prompts).masks
+        after = model.localizer(changed, features, prompts).masks
+    moved = (before - after).abs()[0].amax(0)
+    assert moved.max() > 1e-6
+    assert moved.argmax() in [moved.flatten().topk(27).indices[k] for k in range(27)]
+    z, y, x = torch.unravel_index(moved.argmax(), moved.shape)
+    assert max(abs(z - 8), abs(y - 24), abs(x - 24)) <= 4
+
+
+def test_masks_read_the_features(model: RectVLM, batch: Batch, prompts: Prompts) -> None:
+    assert model.localizer is not None
+    model.eval()
+    with torch.no_grad():
+        features = model.encoder(batch.ct, batch.regions, batch.regions_known)
+        other = Features(features.whole, features.patches.flip(1), features.regions, features.grid)
+        before, after = (model.localizer(batch.ct, f, prompts).masks for f in (features, other))
+    assert (before - after).abs().max() > 1e-4
+
+
+def test_recomputing_changes_nothing(tiny: Config, prompts: Prompts, batch: Batch) -> None:
+    """Outputs and gradients with and without activation checkpointing."""
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        localizer_config = tiny.localizer.model_copy(update={"checkpointing": checkpointing})
+        localizer = Localizer(localizer_config, tiny.data, tiny.encoder.patch, tiny.encoder.width, prompts.width)
+        torch.manual_seed(1)
+        features = Features(torch.randn(2, 48), torch.randn(2, 144, 48), torch.randn(2, 20, 48), (4, 6, 6))
+        out = localizer(batch.ct, features, prompts)
+        (out.masks.square().mean() + out.half.square().mean() + out.coarse.square().mean() + out.denoising).backward()
+        found.append((list(out), [p.grad for p in localizer.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+def test_predict_refuses_training_mode(model: RectVLM, batch: Batch) -> None:
+    with pytest.raises(AssertionError, match="eval"):
+        model.train().predict(batch)
+
+
+def test_predict_gives_probabilities_and_the_ablation_forgets_the_image(model: RectVLM, batch: Batch) -> None:
+    model.eval()
+    seen, blind = model.predict(batch), model.predict(batch, ablate_image=True)
+    for prediction in (seen, blind):
+        assert prediction.reports is None
+        for values in (prediction.findings, prediction.lesions):
+            assert ((values > 0) & (values < 1)).all()
+    assert not torch.allclose(seen.findings[0], seen.findings[1])
+    assert torch.allclose(blind.findings[0], blind.findings[1])
+    assert torch.allclose(blind.lesions[0], blind.lesions[1], atol=1e-6)
