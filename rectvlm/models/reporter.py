@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from rectvlm.config import GeneratorConfig
@@ -77,15 +78,18 @@ class ReportGenerator(nn.Module):
 
     def prompt(self, cues: str) -> tuple[list[int], list[int]]:
         """Token ids before and after the visual tokens."""
-        messages = [
-            {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": f"{MARKER}\n{cues}\n{REQUEST}"},
-        ]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        turn = f"{MARKER}\n{cues}\n{REQUEST}"
+        try:
+            text = self._chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": turn}])
+        except TemplateError:  # Gemma's template knows no system role
+            text = self._chat([{"role": "user", "content": f"{SYSTEM}\n\n{turn}"}])
         before, marker, after = text.partition(MARKER)
         assert marker, "the chat template dropped the user's turn"
         encode = self.tokenizer.encode
         return encode(before, add_special_tokens=False), encode(after, add_special_tokens=False)
+
+    def _chat(self, messages: list[dict[str, str]]) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def forward(self, features: Features, cues: Sequence[str], reports: Sequence[str | None]) -> ReportLoss:
         """Loss of each report, given the image and the cues. A sample without a report takes part with loss 0."""

@@ -1,0 +1,256 @@
+"""The report generator on a tiny Llama: where the image enters, what carries loss, what LoRA and 4 bits touch."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from rectvlm import weights
+from rectvlm.config import Config, GeneratorConfig
+from rectvlm.models.encoder import Features
+from rectvlm.models.language import load_language_model, lora_targets
+from rectvlm.models.reporter import MARKER, REQUEST, SYSTEM, ReportGenerator
+from rectvlm.types import UserError
+
+WIDTH = 48
+SHORT, LONG = "No findings suggested.", "Findings suggested: emphysema, lung nodule, atelectasis. " * 4
+REPORT = "Findings: The heart is enlarged. Impression: cardiomegaly."
+OTHER = "Findings: There is a nodule in the right upper lobe, and the lungs are clear. Impression: lung nodule."
+ROUNDING = 0.02
+"""What bfloat16 may do to a loss of about 7."""
+
+
+@pytest.fixture(scope="module")
+def llama(models_folder: None) -> str:
+    return weights.resolve("bundled:tiny-llama")
+
+
+def build(tiny: Config, folder: str | Path, **changes: Any) -> ReportGenerator:
+    config: GeneratorConfig = tiny.generator.model_copy(update=changes)
+    torch.manual_seed(0)
+    return ReportGenerator(config, WIDTH, load_language_model(config, folder)).eval()
+
+
+@pytest.fixture(scope="module", params=["nf4", "none"])
+def generator(request: pytest.FixtureRequest, tiny: Config, llama: str) -> ReportGenerator:
+    return build(tiny, llama, quantization=request.param)
+
+
+def features(count: int, seed: int = 0) -> Features:
+    torch.manual_seed(seed)
+    return Features(torch.randn(count, WIDTH), torch.randn(count, 12, WIDTH), torch.randn(count, 20, WIDTH), (3, 2, 2))
+
+
+def only(some: Features, row: int) -> Features:
+    return Features(some.whole[row : row + 1], some.patches[row : row + 1], some.regions[row : row + 1], some.grid)
+
+
+def what_the_model_sees(generator: ReportGenerator, act: Callable[[], Any]) -> dict[str, Tensor]:
+    """The arguments of the language model's first call."""
+    calls: list[dict[str, Tensor]] = []
+    handle = generator.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            act()
+    finally:
+        handle.remove()
+    return calls[0]
+
+
+def test_visual_tokens_land_at_the_marker(generator: ReportGenerator) -> None:
+    image = features(2)
+    seen = what_the_model_sees(generator, lambda: generator(image, [SHORT, LONG], [REPORT, OTHER]))
+    words = generator.language_model.get_input_embeddings()
+    tokenizer = generator.tokenizer
+    with torch.no_grad():
+        visual = generator.resampler(image).to(torch.bfloat16)
+    for row, (cue, report) in enumerate(((SHORT, REPORT), (LONG, OTHER))):
+        messages = [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": f"{MARKER}\n{cue}\n{REQUEST}"},
+        ]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        start, end = (tokenizer.encode(part, add_special_tokens=False) for part in text.split(MARKER))
+        end += [*tokenizer.encode(report, add_special_tokens=False), tokenizer.eos_token_id]
+        with torch.no_grad():
+            wanted = torch.cat([words(torch.tensor(start)), visual[row], words(torch.tensor(end))])
+        length = len(wanted)
+        assert torch.equal(seen["inputs_embeds"][row, -length:], wanted)
+        mask = seen["attention_mask"][row]
+        assert mask.sum() == length
+        assert mask[-length:].all()
+        assert seen["position_ids"][row, -length:].tolist() == list(range(length))
+
+
+def test_loss_is_that_of_the_report_tokens(generator: ReportGenerator) -> None:
+    """Against a plain forward of one unpadded row, with the log-likelihoods summed by hand."""
+    image = features(2)
+    with torch.no_grad():
+        found = generator(image, [SHORT, LONG], [REPORT, OTHER])
+    for row, (cue, report) in enumerate(((SHORT, REPORT), (LONG, OTHER))):
+        target = [*generator.tokenizer.encode(report, add_special_tokens=False), generator.tokenizer.eos_token_id]
+        before, after = generator.prompt(cue)
+        words = generator.language_model.get_input_embeddings()
+        with torch.no_grad():
+            parts = [words(torch.tensor(before)), generator.resampler(only(image, row))[0].bfloat16()]
+            parts.append(words(torch.tensor(after + target)))
+            logits = generator.language_model(inputs_embeds=torch.cat(parts)[None]).logits[0]
+        likelihood = logits[-len(target) - 1 : -1].float().log_softmax(-1)
+        wanted = -likelihood.gather(1, torch.tensor(target)[:, None]).mean()
+        assert found.tokens[row] == len(target)
+        assert found.per_sample[row].item() == pytest.approx(wanted.item(), abs=ROUNDING)
+        assert (found.log_likelihood[row] != 0).sum() == len(target)
+        assert (found.log_likelihood[row, : -len(target)] == 0).all()
+
+
+def test_padding_and_neighbours_do_not_change_a_loss(generator: ReportGenerator) -> None:
+    image = features(2)
+    with torch.no_grad():
+        alone = generator(only(image, 0), [SHORT], [REPORT]).per_sample[0].item()
+        for cue, report in ((LONG, OTHER), (LONG, None), (SHORT, OTHER)):
+            beside = generator(image, [SHORT, cue], [REPORT, report]).per_sample[0].item()
+            assert beside == pytest.approx(alone, abs=ROUNDING)
+
+
+def test_without_a_report_there_is_no_loss_but_a_graph(generator: ReportGenerator) -> None:
+    found = generator(features(2), [SHORT, LONG], [REPORT, None])
+    assert (found.per_sample[1], found.tokens[1]) == (0, 0)
+    assert found.per_sample[0] > 1
+    nothing = generator(features(2), [SHORT, LONG], [None, None])
+    assert nothing.tokens.tolist() == [0, 0]
+    assert nothing.per_sample.tolist() == [0, 0]
+    generator.zero_grad()
+    nothing.per_sample.sum().backward()
+    reached = [p for p in generator.parameters() if p.requires_grad and p.grad is not None]
+    assert reached
+    assert not any(p.grad.any() for p in reached)
+    generator.zero_grad()
+
+
+def test_a_long_report_is_cut_and_still_ends(generator: ReportGenerator) -> None:
+    most = generator.config.max_report_tokens
+    seen = what_the_model_sees(generator, lambda: generator(features(1), [SHORT], [OTHER * 20]))
+    end = generator.language_model.get_input_embeddings()(torch.tensor(generator.tokenizer.eos_token_id))
+    assert torch.equal(seen["inputs_embeds"][0, -1], end)
+    with torch.no_grad():
+        assert generator(features(1), [SHORT], [OTHER * 20]).tokens.tolist() == [most]
+
+
+def test_another_image_changes_the_token_probabilities(generator: ReportGenerator) -> None:
+    with torch.no_grad():
+        one, two = (generator(features(1, seed), [SHORT], [REPORT]).log_likelihood for seed in (0, 1))
+    assert (one - two).abs().max() > 10 * torch.finfo(torch.bfloat16).eps
+
+
+def test_other_cues_change_the_token_probabilities(generator: ReportGenerator) -> None:
+    with torch.no_grad():
+        one, two = (generator(features(1), [cue], [REPORT]).log_likelihood for cue in (SHORT, LONG))
+    assert (one - two).abs().max() > 10 * torch.finfo(torch.bfloat16).eps
+
+
+def test_generate_repeats_itself_and_ignores_neighbours(tiny: Config, llama: str) -> None:
+    generator = build(tiny, llama, quantization="none").float()
+    image = features(2)
+    first = generator.generate(image, [SHORT, LONG], max_tokens=12)
+    assert first == generator.generate(image, [SHORT, LONG], max_tokens=12)
+    alone = generator.generate(only(image, 0), [SHORT], max_tokens=12)
+    assert first[0] == alone[0]
+    assert len(first) == 2
+    assert all(isinstance(text, str) and text for text in first)
+    assert REQUEST not in first[0]
+
+
+def test_gradients_reach_resampler_and_lora_alone(generator: ReportGenerator) -> None:
+    generator.train()
+    trains = {name for name, p in generator.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or name.startswith("resampler.") for name in trains)
+    assert len([name for name in trains if "lora_" in name]) == 2 * 4 * 2  # A and B of q, k, v, o in two layers
+    optimizer = torch.optim.SGD([p for p in generator.parameters() if p.requires_grad], lr=0.0)
+    # LoRA's B starts at zero, which keeps the gradient of A at zero until B has moved.
+    with torch.no_grad():
+        for name, parameter in generator.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+    generator(features(2), [SHORT, LONG], [REPORT, OTHER]).per_sample.sum().backward()
+    silent = [name for name, p in generator.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    optimizer.zero_grad()
+    generator.eval()
+    assert silent == []
+
+
+def test_nf4_packs_and_none_does_not(tiny: Config, llama: str) -> None:
+    kinds = {}
+    sizes = {}
+    for quantization in ("nf4", "none"):
+        model = build(tiny, llama, quantization=quantization).language_model
+        packed = [p for p in model.parameters() if type(p).__name__ == "Params4bit"]
+        kinds[quantization] = len(packed)
+        sizes[quantization] = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "base_layer" in n)
+        for parameter in packed:
+            assert parameter.quant_state.quant_type == "nf4"
+            assert parameter.quant_state.nested == tiny.generator.double_quantization
+            assert parameter.dtype == getattr(torch, tiny.generator.storage)
+    assert kinds["none"] == 0
+    assert kinds["nf4"] == 2 * 7
+    assert sizes["nf4"] == sizes["none"] / 4  # 4 bits for 16; LoRA sits on the attention layers
+
+
+@pytest.mark.parametrize(
+    ("choice", "wanted"),
+    [
+        ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_lora_targets(llama: str, choice: str, wanted: set[str]) -> None:
+    names = lora_targets(AutoModelForCausalLM.from_pretrained(llama), choice)
+    assert {name.rpartition(".")[2] for name in names} == wanted
+    assert len(names) == 2 * len(wanted)
+
+
+def test_a_model_without_linear_attention_is_refused() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8))
+    with pytest.raises(UserError, match="GPT2LMHeadModel.*lora_targets"):
+        lora_targets(model, "attention")
+
+
+def copied(llama: str, folder: Path, template: str | None) -> Path:
+    """The tiny Llama with another chat template, or none."""
+    shutil.copytree(llama, folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_no_chat_template_is_one_sentence(tiny: Config, llama: str, tmp_path: Path) -> None:
+    folder = copied(llama, tmp_path / "plain", None)
+    with pytest.raises(UserError, match="no chat template") as caught:
+        load_language_model(tiny.generator, folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_knows_no_system_role_keeps_the_instruction(tiny: Config, llama: str, tmp_path: Path) -> None:
+    """Gemma 2's template raises at a system turn."""
+    template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    )
+    generator = build(tiny, copied(llama, tmp_path / "gemma", template), quantization="none")
+    before, after = (generator.tokenizer.decode(part) for part in generator.prompt(SHORT))
+    assert SYSTEM in before
+    assert SHORT in after
+    with torch.no_grad():
+        assert generator(features(1), [SHORT], [REPORT]).per_sample[0] > 1
