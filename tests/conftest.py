@@ -115,3 +115,25 @@ def write_nifti(array: np.ndarray, affine: np.ndarray, path: Path) -> Path:
     image.set_qform(affine, 1)
     nib.save(image, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def launched_phase1(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Path:
+    """The folder of a real run of phase 1 at `tiny`: six steps, one process, started as a user starts it."""
+    import subprocess
+    import sys
+
+    runs = tmp_path_factory.mktemp("launched")
+    checkout = Path(__file__).resolve().parents[1]
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--num_processes", "1", "launch/phase1.py"]
+    short = ["train.phases.1.steps=6", "train.phases.1.save_every=6", f"data.shards={phantom_shards}"]
+    done = subprocess.run(
+        [*command, "--config", "tiny", f"train.runs={runs}", *short],
+        cwd=checkout,
+        env={**os.environ, "WANDB_MODE": "disabled", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return runs / "tiny" / "phase1"

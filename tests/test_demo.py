@@ -1,0 +1,128 @@
+"""What a newcomer types: make's targets, the demo's stages, and its summary from the files of a real run."""
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_nifti
+from rich.console import Console
+
+from launch.demo import SAMPLE, Done, Stage, StageFailed, main, plan, result_tables, run_stage, summarize
+from rectvlm.data.phantom import make_phantom
+from rectvlm.evaluate import evaluate
+from rectvlm.predict import predict
+from rectvlm.types import UserError
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def demo_folder(launched_phase1: Path, phantom_shards: Path) -> Path:
+    """A real run of phase 1 with its evaluation and a predicted case."""
+    folder = launched_phase1.parent
+    evaluate(launched_phase1, phantom_shards, out=folder / "evaluation" / "metrics.json")
+    phantom = make_phantom(3)
+    predict(
+        write_nifti(phantom.hu, phantom.affine, folder / "case.nii.gz"), launched_phase1, folder / "predictions", "cpu"
+    )
+    return folder
+
+
+def test_help_lists_every_target() -> None:
+    listed = make().stdout
+    for target in ("help", "setup", "preprocess", "demo", "test", "test-slow", "bench", "clean"):
+        assert f"\n  {target} " in listed
+    assert listed == make("help").stdout
+
+
+def test_ct_rate_is_refused_in_one_sentence_before_anything_is_installed() -> None:
+    done = make("preprocess", "CT_RATE=/data/CT-RATE", "PYTHON=/nowhere")
+    assert done.returncode != 0
+    assert "not there yet" in done.stderr.splitlines()[0]
+
+
+def test_the_commands_are_those_a_user_would_type() -> None:
+    stages = plan("demo", ["name=other"], [1, 2, 3], "launch/accelerate/cpu2.yaml")
+    names = [stage.name for stage in stages]
+    assert names == ["shards", "phase 1", "phase 2", "phase 3", "evaluation", "prediction"]
+    for stage in stages[1:4]:
+        assert stage.command[1:4] == ("launch", "--config_file", "launch/accelerate/cpu2.yaml")
+        assert "name=other" in stage.command
+        assert stage.metrics is not None and stage.metrics.parts[:2] == ("runs", "other")
+    assert "runs/other/phase3" in stages[4].command
+    assert SAMPLE in stages[5].command
+    for stage in stages:
+        assert (CHECKOUT / stage.command[4]).is_file() or not stage.name.startswith("phase")
+
+
+def test_a_phase_that_the_configuration_lacks_is_named(tmp_path: Path) -> None:
+    text = (CHECKOUT / "rectvlm" / "configs" / "tiny.yaml").read_text()
+    short = tmp_path / "short.yaml"
+    short.write_text("\n".join(line for line in text.splitlines() if not line.startswith("    3: {")))
+    with pytest.raises(UserError, match=r"train\.phases\.3"):
+        plan(str(short), [], [1, 2, 3], "launch/accelerate/cpu2.yaml")
+
+
+def test_a_wrong_configuration_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(CHECKOUT)
+    assert main(["--config", "demo", "encoder.widht=3"]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and "width" in error
+
+
+def test_a_failed_command_is_an_error_with_its_log(tmp_path: Path) -> None:
+    code = "import sys; print('what went wrong'); sys.exit(3)"
+    with pytest.raises(StageFailed, match="exit code 3") as failed:
+        run_stage(Stage("phase 9", (sys.executable, "-c", code), 1), tmp_path, dict(os.environ), Console(stderr=True))
+    assert failed.value.log.read_text() == "what went wrong\n"
+
+
+def test_the_summary_says_what_the_run_wrote(demo_folder: Path) -> None:
+    done = [Done("phase 1", "…", 12.5, "log"), Done("evaluation", "…", 3.0, "log")]
+    summary = summarize(demo_folder, [1], done)
+    lines = [json.loads(line) for line in (demo_folder / "phase1" / "metrics.jsonl").read_text().splitlines()]
+    assert summary["engine"] == {
+        "distributed_type": "DEEPSPEED",
+        "zero_stage": 1,
+        "world_size": 1,
+        "llm_quantization": None,
+    }
+    (phase,) = summary["phases"]
+    assert (phase["phase"], phase["steps"], phase["seconds"], phase["loss_over"]) == (1, 6, 12.5, 3)
+    assert phase["loss_first"] == pytest.approx(sum(line["loss"] for line in lines[:3]) / 3)
+    assert phase["loss_last"] == pytest.approx(sum(line["loss"] for line in lines[-3:]) / 3)
+    assert phase["losses"]["classification"]["last"] == pytest.approx(phase["loss_last"])
+    assert summary["evaluation"]["n_cases"] == 3
+    assert summary["evaluation"]["reports"] is None and summary["evaluation"]["dice"] == {}
+    (prediction,) = summary["predictions"]
+    assert prediction["case"] == "case" and Path(prediction["page"]).is_file()
+    assert summary["machine"]["cores"] >= 1 and summary["seconds"] == 15.5
+    json.dumps(summary, allow_nan=False)
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(*result_tables(summary))
+    assert f"{phase['loss_last']:.3f}" in console.export_text()
+
+
+def test_the_check_of_continuous_integration_sees_what_is_missing(demo_folder: Path) -> None:
+    spec = importlib.util.spec_from_file_location("check_summary", CHECKOUT / ".ci" / "check_summary.py")
+    assert spec is not None and spec.loader is not None
+    check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check)
+    summary = summarize(demo_folder, [1], [Done("phase 1", "…", 12.5, "log")])
+    found = check.faults(summary)
+    assert any("engine" in fault for fault in found) and any("phases are [1]" in fault for fault in found)
+    row = summary["phases"][0] | {"loss_first": 2.0, "loss_last": 1.0}
+    whole = summary | {"engine": check.ENGINE, "phases": [row | {"phase": n} for n in (1, 2, 3)]}
+    assert check.faults(whole) == []
+    risen = [row | {"phase": 1}, row | {"phase": 2}, row | {"phase": 3, "loss_last": 3.0}]
+    assert check.faults(whole | {"phases": risen}) == ["the loss of phase 3 went from 2.0 to 3.0"]
+    assert check.faults(whole | {"predictions": []}) == ["no predictions"]
