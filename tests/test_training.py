@@ -1,0 +1,318 @@
+"""Training as users run it: real processes, real shards, kills, and what is left on the disk."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from rectvlm import checkpoint
+from rectvlm.config import Config, load
+from rectvlm.data.loader import eval_loader
+from rectvlm.data.sample import read_index
+from rectvlm.models import RectVLM
+from rectvlm.train.optim import rate_factor
+from rectvlm.train.phases import PHASES
+from rectvlm.types import Batch
+
+CHECKOUT = Path(__file__).parents[1]
+STEPS, SAVE_EVERY, WORLD, MICRO_BATCH = 12, 4, 2, 2
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+TWO = [*LAUNCH, "--config_file", "launch/accelerate/cpu2.yaml"]
+TIMEOUT = 240.0
+VOLATILE = ("seconds", "memory_bytes")
+"""Fields of `metrics.jsonl` that no two runs share."""
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a user without a GPU, a W&B account or an Accelerate configuration of their own."""
+    found = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WANDB_"))}
+    return found | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "WANDB_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def settings(phase: int, shards: Path, runs: Path, steps: int = STEPS) -> list[str]:
+    """Arguments of a phase at the tiny size."""
+    return [
+        *("--config", "tiny", f"data.shards={shards}", f"train.runs={runs}"),
+        *(f"train.phases.{phase}.steps={steps}", f"train.phases.{phase}.save_every={SAVE_EVERY}"),
+    ]
+
+
+def start(command: Sequence[str], folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, cwd=CHECKOUT, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and stderr."""
+    try:
+        _, stderr = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+    return process.returncode, stderr
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """End the launcher and every process below it at once, as a power cut does."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.send_signal(signal.SIGKILL)
+    psutil.wait_procs(family, timeout=20)
+    process.communicate()
+
+
+def run(command: Sequence[str], folder: Path) -> None:
+    code, stderr = finish(start(command, folder))
+    assert code == 0, f"{' '.join(command)} gave {code}:\n{stderr[-4000:]}"
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metrics(phase_folder: Path) -> list[dict[str, Any]]:
+    return lines(phase_folder / "metrics.jsonl")
+
+
+def traces(phase_folder: Path) -> list[list[dict[str, Any]]]:
+    return [lines(path) for path in sorted((phase_folder / "ranks").glob("rank-*.jsonl"))]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Callable[[int], Path]:
+    """The folder of a phase, trained without a break on two processes; the phases before it are trained first."""
+    folder = tmp_path_factory.mktemp("trained")
+    done: set[int] = set()
+
+    def train(phase: int) -> Path:
+        for number in range(1, phase + 1):
+            if number not in done:
+                run([*TWO, f"launch/phase{number}.py", *settings(number, phantom_shards, folder)], folder)
+                done.add(number)
+        return folder / "tiny" / f"phase{phase}"
+
+    return train
+
+
+EACH_PHASE = pytest.mark.parametrize("phase", [1, 2, 3])
+
+
+@EACH_PHASE
+def test_what_runs_is_what_was_asked_for(trained: Callable[[int], Path], phase: int) -> None:
+    found = json.loads((trained(phase) / "engine.json").read_text())
+    assert found["distributed_type"] == "DEEPSPEED"
+    assert found["zero_stage"] == phase
+    assert found["world_size"] == WORLD
+    assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
+    assert found["llm_quantization"] == ("nf4" if phase == 3 else None)
+    for rank in found["ranks"]:
+        if phase == 3:
+            assert rank["packed_bytes_of_model"] > 0
+            assert 0.45 < rank["packed_bytes"] / rank["packed_bytes_of_model"] < 0.55
+        else:
+            assert rank["packed_bytes_of_model"] == 0
+
+
+@EACH_PHASE
+def test_one_whole_line_a_step(trained: Callable[[int], Path], phase: int, tiny: Config) -> None:
+    found = metrics(trained(phase))
+    plan = tiny.train.phases[phase].model_copy(update={"steps": STEPS})  # type: ignore[index]
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    for line in found:
+        assert line["samples_seen"] == line["step"] * WORLD * MICRO_BATCH
+        assert set(line["losses"]) == set(PHASES[phase].tasks)
+        weighted = sum(getattr(tiny.train.losses, task) * value for task, value in line["losses"].items())
+        assert line["loss"] == pytest.approx(weighted)
+        assert math.isfinite(line["loss"])
+        assert line["grad_norm"] > 0
+        factor = rate_factor(line["step"] - 1, plan)
+        assert line["lr"] == pytest.approx({part: peak * factor for part, peak in plan.lr.items()})
+        least = WORLD * MICRO_BATCH * 4 * 6 * 6  # patches of every sample; phase 3 adds words
+        assert line["tokens"] == least if phase < 3 else line["tokens"] > least
+        assert line["seconds"]["total"] >= line["seconds"]["forward"] + line["seconds"]["backward"] > 0
+
+
+@EACH_PHASE
+def test_loss_falls(trained: Callable[[int], Path], phase: int) -> None:
+    found = [line["loss"] for line in metrics(trained(phase))]
+    quarter = STEPS // 4
+    assert sum(found[-quarter:]) < sum(found[:quarter])
+
+
+def test_report_loss_falls(trained: Callable[[int], Path]) -> None:
+    found = [line["losses"]["report"] for line in metrics(trained(3))]
+    assert found[-1] < found[0] - 0.05
+
+
+@EACH_PHASE
+def test_ranks_share_each_epoch(trained: Callable[[int], Path], phase: int, phantom_shards: Path) -> None:
+    ranks = traces(trained(phase))
+    assert len(ranks) == WORLD
+    row = []
+    for step, both in enumerate(zip(*ranks, strict=True), start=1):
+        assert [line["step"] for line in both] == [step] * WORLD
+        assert both[0]["samples"] != both[1]["samples"]
+        row += [key for line in both for key in line["samples"]]
+    everyone = sorted(entry.key for entry in read_index(phantom_shards).select("train"))
+    epochs = [row[k : k + len(everyone)] for k in range(0, len(row), len(everyone))]
+    assert len(row) == STEPS * WORLD * MICRO_BATCH
+    assert all(sorted(epoch) == everyone for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+@EACH_PHASE
+def test_checkpoints_hold_what_trained(trained: Callable[[int], Path], phase: int) -> None:
+    folder = trained(phase)
+    kept = checkpoint.all_checkpoints(folder)
+    assert [path.name for path in kept] == ["step-000008", "step-000012"]
+    state = checkpoint.read_state(kept[-1])
+    assert (state.phase, state.step, state.world_size) == (phase, STEPS, WORLD)
+    assert state.samples_seen == STEPS * WORLD * MICRO_BATCH
+    assert checkpoint.read_config(kept[-1]).train.phases[phase].steps == STEPS  # type: ignore[index]
+    earlier, last = (checkpoint.read_weights(path) for path in kept)
+    assert earlier.keys() == last.keys()
+    assert not any("base_layer" in name for name in last)  # frozen weights stay where they are
+    assert all(tensor.isfinite().all() for tensor in last.values())
+    parts = {name.partition(".")[0] for name in last}
+    assert parts == {*PHASES[phase].parts, "prompts"}
+    for part in PHASES[phase].parts:
+        moved = [n for n in last if n.startswith(part) and not torch.equal(last[n], earlier[n])]
+        assert len(moved) > 0.5 * sum(name.startswith(part) for name in last), f"{part} stood still"
+
+
+@pytest.mark.parametrize("phase", [2, 3])
+def test_a_phase_starts_from_the_weights_of_the_one_before(trained: Callable[[int], Path], phase: int) -> None:
+    """The first loss of a task that was learnt before is near its last, not near that of random weights."""
+    trained(phase)
+    before, after = metrics(trained(phase - 1)), metrics(trained(phase))
+    task = PHASES[phase - 1].tasks[-1]
+    first, last = before[0]["losses"][task], sum(line["losses"][task] for line in before[-3:]) / 3
+    assert after[0]["losses"][task] < (first + last) / 2
+
+
+def test_the_loaded_model_is_the_checkpoint(trained: Callable[[int], Path]) -> None:
+    newest = checkpoint.find(trained(3), "")
+    model, config = checkpoint.load_model(newest, "cpu")
+    assert config.data.grid == load("tiny").data.grid
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    saved = checkpoint.read_weights(newest)
+    assert set(checkpoint.saved_names(model)) == set(saved)
+    for name, tensor in saved.items():
+        assert torch.equal(own[name].to(tensor.dtype), tensor), name
+
+
+@pytest.fixture(scope="session")
+def final(trained: Callable[[int], Path]) -> tuple[RectVLM, Batch]:
+    """The model after phase 3 and two samples that it has not seen."""
+    model, config = checkpoint.load_model(trained(3), "cpu")
+    batch: Any = next(iter(eval_loader(config.data, "valid", 2)))
+    return model, batch
+
+
+def test_the_image_decides_what_the_trained_model_says(final: tuple[RectVLM, Batch]) -> None:
+    model, batch = final
+    other = replace(batch, ct=batch.ct.flip(0), regions=batch.regions.flip(0))
+    with torch.no_grad():
+        own, swapped = model.predict(batch, generate=False), model.predict(other, generate=False)
+        torch.testing.assert_close(swapped.findings.flip(0), own.findings, rtol=1e-3, atol=1e-4)
+        assert (swapped.findings - own.findings).abs().max() > 1e-3
+        assert (swapped.lesions - own.lesions).abs().max() > 1e-3
+        assert model.generator is not None
+        cues, reports = ["No findings suggested."] * 2, [batch.reports[0]] * 2
+        told = [
+            model.generator(model.encoder(b.ct, b.regions, b.regions_known), cues, reports).log_likelihood
+            for b in (batch, other)
+        ]
+    assert (told[0] - told[1]).abs().max() > 1e-3
+
+
+def test_the_trained_model_writes_the_same_report_twice(final: tuple[RectVLM, Batch]) -> None:
+    model, batch = final
+    first = model.predict(batch).reports
+    assert first is not None
+    assert len(first) == 2
+    assert model.predict(batch).reports == first
+
+
+@pytest.mark.parametrize("phase", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+def test_a_killed_run_resumes_to_the_last_digit(
+    trained: Callable[[int], Path], phase: int, phantom_shards: Path, tmp_path: Path
+) -> None:
+    whole = trained(phase)
+    if phase > 1:
+        shutil.copytree(trained(phase - 1), tmp_path / "tiny" / f"phase{phase - 1}")
+    command = [*TWO, f"launch/phase{phase}.py", *settings(phase, phantom_shards, tmp_path)]
+    cut = tmp_path / "tiny" / f"phase{phase}"
+    process = start(command, tmp_path)
+    deadline = time.monotonic() + TIMEOUT
+    while not ((cut / "metrics.jsonl").exists() and len((cut / "metrics.jsonl").read_text().splitlines()) > SAVE_EVERY):
+        assert process.poll() is None, f"ended before it was killed: {process.communicate()[1][-3000:]}"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    kill(process)
+    assert checkpoint.read_state(checkpoint.all_checkpoints(cut)[-1]).step < STEPS
+    with (cut / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 6, "lo')  # what a kill within a write leaves
+    run([*command, "--resume"], tmp_path)
+    for ours, theirs in zip(metrics(cut), metrics(whole), strict=True):
+        assert {k: v for k, v in ours.items() if k not in VOLATILE} == {
+            k: v for k, v in theirs.items() if k not in VOLATILE
+        }
+    assert traces(cut) == traces(whole)
+    ours, theirs = (checkpoint.read_weights(checkpoint.find(folder, "")) for folder in (cut, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_plain_launch_trains_on_one_process(phantom_shards: Path, tmp_path: Path) -> None:
+    """`accelerate launch launch/phase1.py`, with no configuration of Accelerate anywhere."""
+    run([*LAUNCH, "launch/phase1.py", *settings(1, phantom_shards, tmp_path, steps=2)], tmp_path)
+    folder = tmp_path / "tiny" / "phase1"
+    found = json.loads((folder / "engine.json").read_text())
+    assert (found["distributed_type"], found["world_size"], found["zero_stage"]) == ("DEEPSPEED", 1, 1)
+    assert [line["samples_seen"] for line in metrics(folder)] == [MICRO_BATCH, 2 * MICRO_BATCH]
+
+
+def test_mistakes_end_in_one_sentence(phantom_shards: Path, tmp_path: Path) -> None:
+    """Run beside each other, since most of their time is Python's imports."""
+    unfinished = tmp_path / "unfinished"
+    folder = checkpoint.step_folder(unfinished / "tiny" / "phase1", 1)
+    folder.mkdir(parents=True)
+    checkpoint.write(folder, {}, load("tiny"), checkpoint.State(1, PHASES[1].parts, 1, 4, 2, {}))
+    mistakes = {
+        "index.json": ["launch/phase1.py", *settings(1, tmp_path / "nowhere", tmp_path / "a")],
+        "phase1": ["launch/phase2.py", *settings(2, phantom_shards, tmp_path / "b")],
+        "'width'": ["launch/phase1.py", *settings(1, phantom_shards, tmp_path / "c"), "encoder.witdh=3"],
+        "--restart": ["launch/phase1.py", *settings(1, phantom_shards, unfinished)],
+        "nothing to resume": ["launch/phase1.py", *settings(1, phantom_shards, tmp_path / "d"), "--resume"],
+    }
+    started = {said: start([sys.executable, *command], tmp_path) for said, command in mistakes.items()}
+    for said, process in started.items():
+        code, stderr = finish(process)
+        assert code == 2, stderr
+        assert "Traceback" not in stderr
+        sentences = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert len(sentences) == 1, stderr
+        assert said in sentences[0]
+        assert sentences[0].endswith(".")
+    assert folder.is_dir()
