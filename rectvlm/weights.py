@@ -152,7 +152,7 @@ def _tiny_tokenizer() -> PreTrainedTokenizerFast:
     corpus += [
         "Findings: Impression: You are a radiologist. You write truthful, concise reports of chest CT scans.",
         "Lesions outlined: (12 ml) Findings suggested: Write the Findings and Impression sections of the report.",
-        "There is no evidence of the lungs are clear. The heart is enlarged. No mediastinal lymph nodes. left right lung",
+        "There is no evidence of. The lungs are clear. The heart is enlarged. No enlarged lymph nodes. left right",
     ]
     trainer = trainers.BpeTrainer(
         vocab_size=1024,

@@ -2,15 +2,15 @@
 
 Shapes: B samples, F findings (18), M image tokens, C encoder width, T text width, S shared width.
 
-A finding's direction is the difference of its two prompts, presence minus absence, in the shared space: d_f = t_f⁺ − t_f⁻.
+A finding's direction is its prompt of presence minus that of absence, in the shared space: d_f = t_f⁺ − t_f⁻.
 Every image token u_m (global, regions, patches) gives its evidence e_fm = u_m · d_f / √S, and the evidence is pooled by
 attention whose query is the prompt of presence, sharpened by the evidence itself:
 
     logit_f = Σ_m a_fm · e_fm + b_f,   a_f = softmax_m(u_m · q(t_f⁺) / √S + β · e_fm)
 
 With β > 0 a small finding in one patch is not averaged away by a thousand quiet ones. Tokens are centred over the
-patient first, and the product is inner, not a cosine: most of an image feature is common to all tokens and patients, and
-a cosine is nearly blind to what remains (with it, training did not overfit eight patients in 50 steps).
+patient first, and the product is inner, not a cosine: most of an image feature is common to all tokens and patients,
+and a cosine is nearly blind to what remains (with it, training did not overfit eight patients in 50 steps).
 
 The text encoder is frozen; projections, prompt offsets, sharpness and bias learn.
 """

@@ -9,7 +9,8 @@ K levels of the U-Net (level 0 is full resolution).
    the patches that hold each lesion, by the product of lesion token and patch.
 3. Attention U-Net: a convolutional pathway reads the CT at full resolution; the decoder rises from the denoised patch
    grid, and at every level a gate that sees the lesion token decides which CT detail passes. One decoder serves all
-   lesions; the token alone tells it which one to draw.
+   lesions; the token alone tells it which one to draw. Its logits refine those of the patches, which reach the masks
+   by interpolation.
 """
 
 from typing import NamedTuple
@@ -193,12 +194,15 @@ class Localizer(nn.Module):
             )
             masks.append(mask)
             halves.append(half)
+        coarse = coarse.unflatten(2, features.grid)
         return Localization(
-            torch.cat(masks, 1).float(),
-            torch.cat(halves, 1).float(),
-            coarse.unflatten(2, features.grid),
-            denoising,
+            self._refine(torch.cat(masks, 1), coarse), self._refine(torch.cat(halves, 1), coarse), coarse, denoising
         )
+
+    @staticmethod
+    def _refine(detail: Tensor, coarse: Tensor) -> Tensor:
+        """The decoder's logits, added to those of the patches: it says where inside a marked patch the lesion is."""
+        return detail.float() + F.interpolate(coarse, size=detail.shape[2:], mode="trilinear")
 
     def _draw(self, bottom: Tensor, lesion: Tensor, skips: list[Tensor], seen: list[Tensor]) -> tuple[Tensor, Tensor]:
         scale, shift = self.film(lesion)[..., None, None, None].chunk(2, dim=1)
