@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -258,6 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Two CPU processes on any machine, also on one with a single GPU.
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     os.chdir(CHECKOUT)
+    # A terminated run takes its processes along, as an interrupted one does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         stages = plan(options.config, options.overrides, options.phases, options.accelerate)
         config = load(options.config, options.overrides)
