@@ -18,7 +18,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
@@ -26,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rectvlm import weights
-from rectvlm.config import Config, Part, from_tree
+from rectvlm.config import Config, Part, load
 from rectvlm.models import RectVLM
 from rectvlm.models.text import Prompts
 from rectvlm.types import UserError
@@ -81,7 +80,8 @@ def step_folder(phase_folder: Path, step: int) -> Path:
 
 def all_checkpoints(phase_folder: Path) -> list[Path]:
     """Whole checkpoints of a phase, oldest first."""
-    return sorted(path.parent for path in phase_folder.glob(f"checkpoints/step-*/{STATE}"))
+    found = [path.parent for path in phase_folder.glob(f"checkpoints/step-*/{STATE}")]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
 def prune(phase_folder: Path, keep: int) -> None:
@@ -118,8 +118,12 @@ def read_state(folder: Path) -> State:
 
 
 def read_config(folder: Path) -> Config:
-    """The configuration that a checkpoint was trained with."""
-    return from_tree(yaml.safe_load((folder / CONFIG).read_text()), where=str(folder / CONFIG))
+    """The configuration that a checkpoint was trained with.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    return load(folder / CONFIG)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -35,7 +35,9 @@ def differ(a: Features, b: Features) -> tuple[float, float, float]:
 @pytest.mark.parametrize("patch", [(2, 3, 2), (4, 4, 4), (1, 1, 1)])
 def test_region_mix_equals_naive_loop(patch: tuple[int, int, int]) -> None:
     shape = tuple(side * count for side, count in zip(patch, (3, 2, 4), strict=True))
-    regions = torch.randint(0, N_REGIONS + 1, (2, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    regions = torch.randint(
+        0, N_REGIONS + 1, (2, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     mix = region_mix(regions, patch)
     assert mix.shape == (2, 3 * 2 * 4, N_REGIONS + 1)
     pz, py, px = patch

@@ -77,7 +77,9 @@ def test_padding_does_not_change_an_embedding(tiny: Config) -> None:
     folder = weights.resolve(tiny.text.model)
     short = "The chest CT shows emphysema."
     alone = embed_texts(folder, [short], 64)
-    beside = embed_texts(folder, [short, "There is no evidence of the lungs are clear. The heart is enlarged. " * 2], 64)
+    beside = embed_texts(
+        folder, [short, "There is no evidence of the lungs are clear. The heart is enlarged. " * 2], 64
+    )
     torch.testing.assert_close(alone[0], beside[0], rtol=1e-5, atol=1e-5)
 
 
@@ -148,16 +150,16 @@ def test_no_noise_when_the_configuration_says_so(tiny: Config, prompts: Prompts,
 
 
 @pytest.mark.parametrize("resolution", ["masks", "half", "coarse"])
-def test_another_prompt_draws_another_mask(
-    model: RectVLM, batch: Batch, prompts: Prompts, resolution: str
-) -> None:
+def test_another_prompt_draws_another_mask(model: RectVLM, batch: Batch, prompts: Prompts, resolution: str) -> None:
     assert model.localizer is not None
     model.eval()
     order = [1, 0, 2, 3, 4]
     with torch.no_grad():
         features = model.encoder(batch.ct, batch.regions, batch.regions_known)
         own = getattr(model.localizer(batch.ct, features, prompts), resolution)
-        other = getattr(model.localizer(batch.ct, features, swapped(prompts, order, list(range(N_FINDINGS)))), resolution)
+        other = getattr(
+            model.localizer(batch.ct, features, swapped(prompts, order, list(range(N_FINDINGS)))), resolution
+        )
     assert (own - other)[:, :2].abs().amax(dim=(2, 3, 4)).min() > 1e-5
 
 

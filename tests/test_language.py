@@ -180,7 +180,9 @@ def test_gradients_reach_resampler_and_lora_alone(generator: ReportGenerator) ->
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
     generator(features(2), [SHORT, LONG], [REPORT, OTHER]).per_sample.sum().backward()
-    silent = [name for name, p in generator.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    silent = [
+        name for name, p in generator.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
     optimizer.zero_grad()
     generator.eval()
     assert silent == []
@@ -193,7 +195,9 @@ def test_nf4_packs_and_none_does_not(tiny: Config, llama: str) -> None:
         model = build(tiny, llama, quantization=quantization).language_model
         packed = [p for p in model.parameters() if type(p).__name__ == "Params4bit"]
         kinds[quantization] = len(packed)
-        sizes[quantization] = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "base_layer" in n)
+        sizes[quantization] = sum(
+            p.numel() * p.element_size() for n, p in model.named_parameters() if "base_layer" in n
+        )
         for parameter in packed:
             assert parameter.quant_state.quant_type == "nf4"
             assert parameter.quant_state.nested == tiny.generator.double_quantization
@@ -218,7 +222,7 @@ def test_lora_targets(llama: str, choice: str, wanted: set[str]) -> None:
 
 def test_a_model_without_linear_attention_is_refused() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8))
-    with pytest.raises(UserError, match="GPT2LMHeadModel.*lora_targets"):
+    with pytest.raises(UserError, match=r"GPT2LMHeadModel.*lora_targets"):
         lora_targets(model, "attention")
 
 

@@ -1,5 +1,7 @@
 """Which parameters train, at what rate, with what decay."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -49,7 +51,7 @@ def test_rates_warm_up_and_fall_to_the_last(tiny: Config) -> None:
     assert factors[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
     assert factors[10] == pytest.approx(1)
     assert factors[99] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(factors[9:], factors[10:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[9:]))
     # half-way down the cosine lies the mean of both ends
     middle = (rate_factor(54, phase) + rate_factor(55, phase)) / 2
     assert middle == pytest.approx(0.55, abs=1e-3)

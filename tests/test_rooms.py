@@ -21,7 +21,7 @@ def name(path: Path) -> str:
 
 def room(module: str) -> str:
     """First name below the package: `data`, `models`, `predict`, …"""
-    return (module.split(".") + [""])[1]
+    return module.partition(".")[2].partition(".")[0]
 
 
 def imports(path: Path) -> Iterator[str]:

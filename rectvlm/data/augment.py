@@ -22,7 +22,7 @@ def augment(batch: Batch, config: AugmentConfig) -> Batch:
     chosen = torch.rand(len(batch.keys)) < config.probability
     theta = _affines(len(batch.keys), batch.spacing, tuple(batch.ct.shape[1:]), config)
     intensity = torch.randn(len(batch.keys), 2)
-    ct, lesions, regions = batch.ct.float(), batch.lesions, batch.regions
+    ct, lesions, regions = batch.ct.to(torch.float32, copy=True), batch.lesions, batch.regions
     for i in torch.nonzero(chosen).flatten().tolist():  # a sample that is not chosen stays exactly as it was
         grid = F.affine_grid(theta[i : i + 1].to(ct.device), [1, 1, *ct.shape[1:]], align_corners=False)
         moved = F.grid_sample(ct[i][None, None] - AIR_HU, grid, mode="bilinear", align_corners=False)[0, 0] + AIR_HU

@@ -1,0 +1,133 @@
+"""Order, split, resume: every sample once an epoch, on any number of ranks, from any point on."""
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import phantom_sample
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rectvlm.config import Config, DataConfig
+from rectvlm.data.loader import ShardDataset, TrainOrder, collate, eval_loader, train_loader
+from rectvlm.data.sample import write_shards
+from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.types import Batch, UserError
+
+
+@pytest.fixture(scope="module")
+def data(tiny: Config, phantom_shards: Path) -> DataConfig:
+    return tiny.data.model_copy(update={"shards": str(phantom_shards)})
+
+
+def row(samples: int, micro_batch: int, world: int, seed: int, seen: int, count: int) -> list[int]:
+    """The first `count` samples after `seen`, of all ranks together in their order."""
+    steps = -(-count // (micro_batch * world))
+    ranks = [islice(TrainOrder(samples, micro_batch, rank, world, seed, seen), steps) for rank in range(world)]
+    return [number for step in zip(*ranks, strict=True) for part in step for number in part][:count]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_an_epoch_holds_each_sample_once(world: int, micro_batch: int) -> None:
+    found = row(7, micro_batch, world, seed=3, seen=0, count=3 * 7)
+    epochs = [found[k : k + 7] for k in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert found != row(7, micro_batch, world, seed=4, seen=0, count=3 * 7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    samples=st.integers(1, 20),
+    seed=st.integers(0, 2**31),
+    seen=st.integers(0, 60),
+    before=st.tuples(st.integers(1, 4), st.integers(1, 3)),
+    after=st.tuples(st.integers(1, 4), st.integers(1, 3)),
+)
+def test_resume_goes_on_exactly_on_another_number_of_ranks(
+    samples: int, seed: int, seen: int, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    whole = row(samples, before[1], before[0], seed, seen=0, count=seen + 30)
+    assert row(samples, after[1], after[0], seed, seen=seen, count=30) == whole[seen:]
+
+
+def first(data: DataConfig, count: int, rank: int = 0, world: int = 1, seen: int = 0) -> list[Batch]:
+    return list(islice(train_loader(data, 2, rank, world, seed=0, seen=seen), count))  # type: ignore[arg-type]
+
+
+def same(a: Batch, b: Batch) -> bool:
+    tensors = ("ct", "lesions", "regions", "regions_known", "lesions_annotated", "labels", "labels_known")
+    return (
+        a.keys == b.keys and a.reports == b.reports and all(torch.equal(getattr(a, n), getattr(b, n)) for n in tensors)
+    )
+
+
+def test_ranks_take_different_samples_and_every_rank_has_a_next(data: DataConfig) -> None:
+    both = [first(data, 3, rank, 2) for rank in (0, 1)]
+    keys = [key for step in zip(*both, strict=True) for batch in step for key in batch.keys]
+    assert sorted(keys[:6]) == sorted(keys[6:12]) == sorted(f"phantom_{k}" for k in range(6))
+    assert not any(set(one.keys) == set(two.keys) for one, two in zip(*both, strict=True))
+
+
+def test_a_resumed_loader_gives_the_next_batch(data: DataConfig) -> None:
+    whole = first(data, 4)
+    assert all(same(a, b) for a, b in zip(first(data, 2, seen=4), whole[2:], strict=True))
+
+
+def test_worker_processes_give_the_same_batches(data: DataConfig) -> None:
+    with_workers = first(data.model_copy(update={"workers": 2}), 4)
+    assert all(same(a, b) for a, b in zip(with_workers, first(data, 4), strict=True))
+
+
+def test_evaluation_reads_each_sample_once_in_order(data: DataConfig) -> None:
+    keys = [key for batch in eval_loader(data, "valid", 2) for key in batch.keys]  # type: ignore[attr-defined]
+    assert keys == ["phantom_6", "phantom_7", "phantom_8"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"grid": (16, 48, 64)}, "16, 48, 64"),
+        ({"spacing": (16.0, 7.2, 7.0)}, "7.0"),
+        ({"shards": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_shards_that_do_not_fit_are_refused(data: DataConfig, change: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        train_loader(data.model_copy(update=change), 1, 0, 1, 0)
+
+
+def test_unknown_stays_unknown(tiny: Config) -> None:
+    sample = phantom_sample(0, tiny)
+    labels = dict(zip(FINDINGS, [None, 1, 0, *[None] * 14, 1], strict=True))
+    annotated = {lesion.key: lesion.bit % 2 == 0 for lesion in LESIONS}
+    bare = replace(
+        sample.meta,
+        labels=labels,
+        lesions_annotated=annotated,
+        findings=None,
+        impression=None,
+        regions_source=None,
+    )
+    batch = collate([replace(sample, meta=bare), sample])
+    assert batch.labels_known[0].tolist() == [value is not None for value in labels.values()]
+    assert batch.labels[0].tolist() == [float(value or 0) for value in labels.values()]
+    assert batch.lesions_annotated.tolist() == [
+        [True, False, True, False, True],
+        list(sample.meta.lesions_annotated.values()),
+    ]
+    assert batch.regions_known.tolist() == [False, True]
+    assert batch.reports[0] is None
+    assert batch.reports[1] is not None
+    assert sample.meta.findings in batch.reports[1]
+    assert batch.labels_known[1].all()
+    assert torch.equal(batch.ct[0], torch.from_numpy(sample.ct))
+
+
+def test_a_split_without_samples_is_refused(tmp_path: Path, tiny: Config) -> None:
+    write_shards([phantom_sample(0, tiny)], tmp_path)
+    with pytest.raises(UserError, match="'valid'"):
+        ShardDataset(tiny.data.model_copy(update={"shards": str(tmp_path)}), "valid")
