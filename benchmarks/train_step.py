@@ -26,7 +26,6 @@ import torch
 from rich.console import Console
 
 from rectvlm.config import load
-from rectvlm.evaluate import machine
 from rectvlm.types import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -149,6 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     options = _parse(arguments)
     logging.basicConfig(level=logging.ERROR)
+    from rectvlm.evaluate import machine  # libraries speak when they are imported, unless logging was set before
+
     console = Console(stderr=True)
     begin = time.monotonic()
     rows: list[dict[str, Any]] = []
