@@ -42,7 +42,7 @@ LOSS_OVER = 5
 SHOWN_OF_FAILURE = 20
 """Last lines of a failed command's log that are shown."""
 EVALUATED_AT_ONCE = "7"
-"""Half of the validation cases: the language model unpacks its weights once a token, for however many cases."""
+"""Cases at once; reports are generated for the first batch only, twice: with the image and, as a control, without."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def plan(source: str, overrides: Sequence[str], phases: Sequence[int], launcher:
         )
     rectvlm, checkpoint = str(tools / "rectvlm"), str(folder / f"phase{phases[-1]}")
     out = str(folder / "evaluation" / "metrics.json")
-    evaluate = (rectvlm, "evaluate", "--checkpoint", checkpoint, "--batch-size", EVALUATED_AT_ONCE, "--out", out)
+    amount = ("--batch-size", EVALUATED_AT_ONCE, "--report-limit", EVALUATED_AT_ONCE)
+    evaluate = (rectvlm, "evaluate", "--checkpoint", checkpoint, *amount, "--out", out)
     predict = (rectvlm, "predict", SAMPLE, "--checkpoint", checkpoint, "--out", str(folder / "predictions"))
     return [*stages, Stage("evaluation", evaluate, cores), Stage("prediction", predict, cores)]
 

@@ -49,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", choices=("valid", "train"), default="valid")
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="by default in the checkpoint's folder")
     evaluate.add_argument("--no-reports", action="store_true", help="do not generate reports, which take longest")
+    evaluate.add_argument(
+        "--report-limit",
+        type=_positive,
+        metavar="N",
+        help="generate reports for the first N cases only, batch by batch",
+    )
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="evaluate the first N cases only")
     evaluate.add_argument("--batch-size", type=_positive, default=1, metavar="B")
     evaluate.add_argument("--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one")
@@ -104,6 +110,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.split,
         options.out,
         reports=not options.no_reports,
+        report_limit=options.report_limit,
         limit=options.limit,
         batch_size=options.batch_size,
         device=options.device,

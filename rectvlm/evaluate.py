@@ -71,6 +71,7 @@ def evaluate(
     out: str | Path | None = None,
     *,
     reports: bool = True,
+    report_limit: int | None = None,
     limit: int | None = None,
     batch_size: int = 1,
     device: str | None = None,
@@ -87,6 +88,7 @@ def evaluate(
         split: `valid` or `train`.
         out: the JSON; by default `evaluation-SPLIT/metrics.json` in the checkpoint's folder.
         reports: generate reports, if the model can.
+        report_limit: generate reports for the first cases only; the metrics say for how many.
         limit: evaluate the first cases only.
         batch_size: cases at once.
         device: by default the GPU if there is one.
@@ -99,7 +101,8 @@ def evaluate(
     model, config = checkpoints.load_model(folder, device)
     data = config.data if shards is None else config.data.model_copy(update={"shards": str(shards)})
     write_reports = reports and model.has_generator
-    run = _run(model, data, split, batch_size, limit, write_reports)
+    written = (limit if report_limit is None else report_limit) if write_reports else 0
+    run = _run(model, data, split, batch_size, limit, written)
     thresholds = _fit(model, data, batch_size)
     target = output_path(folder, split, out)
     result = {
@@ -169,12 +172,21 @@ def _cpuinfo() -> list[str]:
 def _fit(model: RectVLM, data: DataConfig, batch_size: int) -> metrics.Thresholds:
     if not read_index(Path(data.shards)).select("train"):
         return metrics.Thresholds.unfitted("0.5 for every finding: the shards hold no train split")
-    fitting = _run(model, data, "train", batch_size, MOST_FITTED, generate=False)
+    fitting = _run(model, data, "train", batch_size, MOST_FITTED, written=0, localize=False)
     source = f"maximum F1 on the first {len(fitting.keys)} cases of the train split of {data.shards}"
     return metrics.fit_thresholds(fitting.probabilities, fitting.labels, fitting.known, source)
 
 
-def _run(model: RectVLM, data: DataConfig, split: Split, batch_size: int, limit: int | None, generate: bool) -> _Run:
+def _run(
+    model: RectVLM,
+    data: DataConfig,
+    split: Split,
+    batch_size: int,
+    limit: int | None,
+    written: int | None,
+    localize: bool = True,
+) -> _Run:
+    """Predictions beside the truth; reports for the first `written` cases (all when None), batch by batch."""
     device = next(model.parameters()).device
     keys: list[str] = []
     references: list[str | None] = []
@@ -184,7 +196,8 @@ def _run(model: RectVLM, data: DataConfig, split: Split, batch_size: int, limit:
     told = time.monotonic()
     for batch in _first(eval_loader(data, split, batch_size), limit):
         on_device = batch.to(device)
-        prediction = model.predict(on_device, generate=generate)
+        generate = written is None or len(generated) < written
+        prediction = model.predict(on_device, generate=generate, localize=localize)
         if generate:
             control = model.predict(on_device, generate=True, ablate_image=True)
             assert prediction.reports is not None and control.reports is not None
@@ -231,21 +244,23 @@ def _localization(model: RectVLM, run: _Run) -> dict[str, Any] | None:
 
 
 def _reports(run: _Run, config: Config) -> dict[str, Any]:
+    references = run.references[: len(run.generated)]
     encoder: str | None = None
     try:
         encoder = weights.resolve(config.text.model)
     except UserError as error:
         log.warning("BERTScore is left out: %s", error)
     return {
-        "image": metrics.reports(run.generated, run.references, encoder),
-        "image_ablated": metrics.reports(run.without_image, run.references, encoder),
+        "image": metrics.reports(run.generated, references, encoder),
+        "image_ablated": metrics.reports(run.without_image, references, encoder),
     }
 
 
 def _write_reports(path: Path, run: _Run) -> None:
     with atomic_file(path) as file:
+        n = len(run.generated)
         for key, reference, text, control in zip(
-            run.keys, run.references, run.generated, run.without_image, strict=True
+            run.keys[:n], run.references[:n], run.generated, run.without_image, strict=True
         ):
             row = {"key": key, "reference": reference, "generated": text, "generated_without_image": control}
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())

@@ -30,7 +30,7 @@ class Classifier(nn.Module):
     def __init__(self, config: ClassifierConfig, image_width: int, text_width: int) -> None:
         super().__init__()
         width = config.width
-        self.text = nn.Linear(text_width, width)
+        self.text = nn.Linear(text_width, width, bias=False)  # a bias would cancel in the difference
         self.query = nn.Linear(text_width, width)
         self.image = nn.Linear(image_width, width)
         self.norm = nn.LayerNorm(width)

@@ -85,7 +85,9 @@ class RectVLM(nn.Module):
         return Outputs(findings, localization, report, tokens + (0 if report is None else report.positions))
 
     @torch.no_grad()
-    def predict(self, batch: Batch, generate: bool = True, ablate_image: bool = False) -> Prediction:
+    def predict(
+        self, batch: Batch, generate: bool = True, ablate_image: bool = False, localize: bool = True
+    ) -> Prediction:
         """Findings, masks and, if asked and possible, reports.
 
         Args:
@@ -93,14 +95,16 @@ class RectVLM(nn.Module):
             generate: write reports.
             ablate_image: replace the CT by air and forget the region map. Reports that score as well without the image
                 were not read from it: the control that belongs beside every report metric.
+            localize: outline lesions; when False all masks are empty, and nothing can be generated.
         """
+        assert localize or not generate, "the report's prompt carries the lesions"
         assert not self.training, "predict needs eval mode: noise and dropout would change the result"
         ct, known = batch.ct, batch.regions_known
         if ablate_image:
             ct, known = torch.full_like(ct, AIR_HU), torch.zeros_like(known)
         features: Features = self.encoder(ct, batch.regions, known)
         findings = self.classifier(features, self.prompts).sigmoid()
-        if self.localizer is None:
+        if self.localizer is None or not localize:
             lesions = torch.zeros(len(ct), N_LESIONS, *ct.shape[1:], device=ct.device)
         else:
             lesions = self.localizer(ct, features, self.prompts).masks.sigmoid()

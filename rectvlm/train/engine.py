@@ -26,6 +26,9 @@ from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
 
+MOST_RESIDENT = 1_000_000
+"""Largest parameter that ZeRO-3 leaves whole on every rank: rank-64 LoRA of a 70B passes, its layers do not."""
+
 
 def _defaults_for_one_process() -> None:
     """A plain `accelerate launch` on a CPU machine starts one process and sets no rendezvous; DeepSpeed needs one."""
@@ -130,7 +133,12 @@ class Engine:
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Shard the model and the optimizer state."""
-        self._packed = [name for name, p in model.named_parameters() if type(p).__name__ == "Params4bit"]
+        packed = {name: p.numel() for name, p in model.named_parameters() if type(p).__name__ == "Params4bit"}
+        self._packed = list(packed)
+        zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        if zero.get("stage3_param_persistence_threshold") == "auto":
+            # Smaller parameters stay whole on every rank: adapters and norms should, packed weights must not.
+            zero["stage3_param_persistence_threshold"] = min([*packed.values(), MOST_RESIDENT]) - 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -165,7 +173,7 @@ class Engine:
         return float(tensor)
 
     def describe(self) -> dict[str, Any]:
-        """What runs, measured on every rank after `prepare`."""
+        """What runs, measured on every rank; after a step, when what stays resident is resident."""
         mine = {
             "rank": self.rank,
             "device": str(self.device),

@@ -41,10 +41,9 @@ class Record:
         self._files["trace"] = _continue(trace, step)
         self._progress: Progress | None = None
         self._told = time.monotonic()
-        described = engine.describe()
+        self._quantization = config.generator.quantization if "generator" in phase.parts else None
+        self._described = False
         if engine.is_main:
-            described["llm_quantization"] = config.generator.quantization if "generator" in phase.parts else None
-            (folder / "engine.json").write_text(json.dumps(described, indent=2) + "\n")
             (folder / "config.yaml").write_text(config.to_yaml())
             self._files["metrics"] = _continue(folder / "metrics.jsonl", step)
             console = Console(stderr=True)
@@ -69,13 +68,22 @@ class Record:
             handle.close()
 
     def write(self, line: dict[str, Any], samples: list[str]) -> None:
-        """One step."""
+        """One step; every rank must call it."""
+        if not self._described:
+            self._describe()
         _append(self._files["trace"], {"step": line["step"], "samples": samples})
         if not self.engine.is_main:
             return
         _append(self._files["metrics"], line)
         self._tell(line, self.engine.world * len(samples) / line["seconds"]["total"])
         self.engine.accelerator.log(_flat(line), step=line["step"])
+
+    def _describe(self) -> None:
+        """After the first step: what ZeRO keeps whole on a rank is known by then."""
+        described = self.engine.describe() | {"llm_quantization": self._quantization}
+        if self.engine.is_main:
+            (self.folder / "engine.json").write_text(json.dumps(described, indent=2) + "\n")
+        self._described = True
 
     def _tell(self, line: dict[str, Any], rate: float) -> None:
         """To whoever watches: a bar on a terminal, now and then a line in a log."""
