@@ -44,6 +44,8 @@ class AugmentConfig(_Section):
     """Largest offset of the HU scale, HU."""
     noise: float
     """Largest standard deviation of added noise, HU."""
+    hide_regions: Fraction
+    """Share of samples whose region map is hidden: a new CT comes without one."""
 
 
 class DataConfig(_Section):

@@ -12,8 +12,8 @@ from rectvlm.data.loader import ShardDataset, collate
 from rectvlm.labels import AIR_HU, REGIONS
 from rectvlm.types import Batch
 
-STRONG = AugmentConfig(probability=1, rotate=20, scale=0.2, shift=0.1, intensity=0, noise=0)
-NOTHING = AugmentConfig(probability=1, rotate=0, scale=0, shift=0, intensity=0, noise=0)
+STRONG = AugmentConfig(probability=1, rotate=20, scale=0.2, shift=0.1, intensity=0, noise=0, hide_regions=0)
+NOTHING = AugmentConfig(probability=1, rotate=0, scale=0, shift=0, intensity=0, noise=0, hide_regions=0)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_what_enters_from_outside_is_air_without_region(batch: Batch) -> None:
 
 
 def test_nothing_is_mirrored(batch: Batch) -> None:
-    config = AugmentConfig(probability=1, rotate=45, scale=0.5, shift=0.2, intensity=0, noise=0)
+    config = AugmentConfig(probability=1, rotate=45, scale=0.5, shift=0.2, intensity=0, noise=0, hide_regions=0)
     torch.manual_seed(0)
     theta = _affines(500, batch.spacing, tuple(batch.ct.shape[1:]), config)
     assert (torch.linalg.det(theta[:, :, :3]) > 0).all()
@@ -150,3 +150,10 @@ def test_only_the_chosen_share_changes(batch: Batch) -> None:
     torch.manual_seed(0)
     changed = sum(int((augment(batch, config).ct != batch.ct.float()).flatten(1).any(1).sum()) for _ in range(20))
     assert 20 < changed < 60  # of 80
+
+
+def test_hidden_regions_are_unknown_and_nothing_else_changes(batch: Batch) -> None:
+    hidden = augment(batch, NOTHING.model_copy(update={"hide_regions": 1.0}))
+    assert batch.regions_known.any() and not hidden.regions_known.any()
+    torch.testing.assert_close(hidden.regions, batch.regions)
+    assert augment(batch, NOTHING).regions_known.equal(batch.regions_known)

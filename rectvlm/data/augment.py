@@ -34,7 +34,9 @@ def augment(batch: Batch, config: AugmentConfig) -> Batch:
         regions[i] = F.grid_sample(regions[i][None, None].float(), grid, mode="nearest", align_corners=False)[0, 0].to(
             regions.dtype
         )
-    return replace(batch, ct=ct, lesions=lesions, regions=regions)
+    shown = torch.rand(len(batch.keys)) >= config.hide_regions
+    known = batch.regions_known & shown.to(batch.regions_known.device)
+    return replace(batch, ct=ct, lesions=lesions, regions=regions, regions_known=known)
 
 
 def _own(tensor: Tensor, original: Tensor) -> Tensor:
