@@ -7,7 +7,7 @@ of its own; its output goes to RUN/logs/. What came of it is read back from the 
 
     engine        of the last phase: distributed_type, zero_stage, world_size, llm_quantization
     phases        of each phase: phase, steps, loss_first and loss_last (mean total loss of the first and of the last
-                  `loss_over` steps: 5, or half of fewer than 10), the same by task, seconds of the command,
+                  `loss_over` steps: 20, or half of fewer than 40), the same by task, seconds of the command,
                   seconds_training of its steps, peak_memory_bytes of the largest rank
     evaluation    the main figures of the evaluation, and the file that holds all of them
     predictions   of each predicted case: case, dir, page
@@ -37,7 +37,7 @@ from rectvlm.types import UserError
 CHECKOUT = Path(__file__).resolve().parents[1]
 TWO_CPU_PROCESSES = "launch/accelerate/cpu2.yaml"
 SAMPLE = "data/samples/lung1.nii.gz"
-LOSS_OVER = 5
+LOSS_OVER = 20
 """Steps that the first and the last loss are the mean of."""
 SHOWN_OF_FAILURE = 20
 """Last lines of a failed command's log that are shown."""
