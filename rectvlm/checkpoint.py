@@ -49,10 +49,10 @@ class State:
 _STATE = TypeAdapter(State)
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python, of the packages that decide what a model says, and of `more`."""
     found = {"python": platform.python_version()}
-    for name in ("rectvlm", "torch", "accelerate", "deepspeed", "transformers", "peft", "bitsandbytes"):
+    for name in ("rectvlm", "torch", "accelerate", "deepspeed", "transformers", "peft", "bitsandbytes", *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -10,7 +10,6 @@ import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,8 @@ MOST_FITTED = 64
 LESION_THRESHOLD = 0.5
 LOG_EVERY = 10.0
 """Seconds between two lines of progress."""
-PACKAGES = (
-    "rectvlm", "torch", "transformers", "peft", "bitsandbytes", "numpy", "scikit-learn", "sacrebleu", "rouge-score",
-    "bert-score",
-)  # fmt: skip
+METRICS = ("numpy", "scikit-learn", "sacrebleu", "rouge-score", "bert-score")
+"""Packages that decide a figure, beside those that decide what a model says."""
 
 
 @dataclass
@@ -119,7 +116,7 @@ def evaluate(
         "reports": _reports(run, config) if write_reports else None,
         "machine": machine(),
         "device": str(next(model.parameters()).device),
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": checkpoints.versions(*METRICS),
         "seconds": round(time.monotonic() - started, 1),
     }
     _write_json(folder / THRESHOLDS, thresholds.as_dict())

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from rectvlm import checkpoint as checkpoints
 from rectvlm.config import Config
 from rectvlm.data.loader import collate
-from rectvlm.data.sample import atomic_file, split_report
+from rectvlm.data.report import split_report
+from rectvlm.data.sample import atomic_file
 from rectvlm.data.volume import Volume, canonical_affine, mask_to_native, read_volume, resample_to_grid, to_hu
 from rectvlm.evaluate import read_thresholds
 from rectvlm.labels import FINDINGS, LESIONS

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -134,8 +135,12 @@ def _smollm2(folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.load_state_dict(read.state_dict())
         model.generation_config = read.generation_config
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _save(model, tokenizer, folder)
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _has_gguf_config() -> bool:
@@ -181,9 +186,7 @@ def _tiny_llama(folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    model: torch.nn.Module = LlamaForCausalLM(config)
-    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
-    tokenizer.save_pretrained(folder)
+    _save(LlamaForCausalLM(config).bfloat16(), tokenizer, folder)
 
 
 def _tiny_bert(folder: Path) -> None:
@@ -198,8 +201,7 @@ def _tiny_bert(folder: Path) -> None:
         max_position_embeddings=128,
         pad_token_id=tokenizer.pad_token_id,
     )
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _save(BertModel(config), tokenizer, folder)
 
 
 BUNDLED: dict[str, Callable[[Path], None]] = {

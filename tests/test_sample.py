@@ -12,14 +12,13 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rectvlm.data.report import report_text, split_report
 from rectvlm.data.sample import (
     MEMBERS,
     decode,
     encode,
     read_index,
     read_sample,
-    report_text,
-    split_report,
     write_shards,
 )
 from rectvlm.labels import FINDINGS, LESIONS
@@ -204,8 +203,9 @@ def test_a_truncated_shard_and_a_missing_folder_are_named(tmp_path: Path) -> Non
         read_index(tmp_path)
 
 
-_TEXT = st.none() | st.text(st.characters(codec="utf-8", exclude_characters=":\r"), min_size=1).map(str.strip).filter(
-    lambda text: any(c.isalnum() for c in text)  # a section of nothing but markup is read as an empty one
+# Markup around a heading is taken for part of it, so a section that begins with '*' or '#' is not read back whole.
+_TEXT = st.none() | st.text(st.characters(codec="utf-8", exclude_characters=":\r*#"), min_size=1).map(str.strip).filter(
+    bool
 )
 
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from rectvlm.config import DataConfig
-from rectvlm.data.sample import Entry, read_index, read_sample, report_text
+from rectvlm.data.report import report_text
+from rectvlm.data.sample import Entry, read_index, read_sample
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.types import Batch, Sample, Split, UserError
 

@@ -21,7 +21,7 @@ from rectvlm.models.localizer import Localization, Localizer
 from rectvlm.models.reporter import ReportGenerator, ReportLoss
 from rectvlm.models.text import Prompts
 from rectvlm.places import describe, locate
-from rectvlm.types import Batch, Prediction
+from rectvlm.types import Batch, Prediction, lesion_masks
 
 
 class Outputs(NamedTuple):
@@ -124,7 +124,7 @@ class RectVLM(nn.Module):
         told = batch.labels_known & true[:, None]
         findings = torch.where(told, batch.labels, logits.detach().sigmoid())
         shown = (batch.lesions_annotated & true[:, None])[..., None, None, None]
-        lesions = torch.where(shown, _unpack(batch.lesions), localization.masks.detach().sigmoid())
+        lesions = torch.where(shown, lesion_masks(batch.lesions), localization.masks.detach().sigmoid())
         return self._cues(batch, findings, lesions, batch.regions_known)
 
     def _cues(self, batch: Batch, findings: Tensor, lesions: Tensor, known: Tensor) -> list[str]:
@@ -132,12 +132,6 @@ class RectVLM(nn.Module):
             _cues(findings[i], lesions[i], batch.ct[i], batch.regions[i] if known[i] else None, batch.spacing)
             for i in range(len(batch.keys))
         ]
-
-
-def _unpack(bits: Tensor) -> Tensor:
-    """Lesion bits (B, Z, Y, X) to (B, 5, Z, Y, X) float."""
-    shifts = torch.arange(N_LESIONS, device=bits.device, dtype=torch.uint8)[:, None, None, None]
-    return (bits[:, None].bitwise_right_shift(shifts) & 1).float()
 
 
 def _cues(

@@ -81,7 +81,6 @@ class Engine:
             "gradient_clipping": clip,
         }
         settings.update({key: value for key, value in filled.items() if settings.get(key, "auto") == "auto"})
-        self.zero_stage: int = settings["zero_optimization"]["stage"]
         _defaults_for_one_process()
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         # A launcher's own DeepSpeed settings would win over the JSON of the phase.

@@ -4,7 +4,6 @@ Everything random in a step is drawn after seeding with (seed, step, rank), so a
 without stored random states.
 """
 
-import json
 import logging
 import shutil
 import time
@@ -172,8 +171,3 @@ def save(
         checkpoint.prune(folder, config.train.keep)
         log.info("saved %s", target)
     engine.barrier()
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a phase's `metrics.jsonl`."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rectvlm.config import LossConfig
-from rectvlm.labels import N_LESIONS
 from rectvlm.models import Outputs
 from rectvlm.models.localizer import Localization
 from rectvlm.train.phases import Task
-from rectvlm.types import Batch
+from rectvlm.types import Batch, lesion_masks
 
 HALF_WEIGHT, COARSE_WEIGHT, DENOISING_WEIGHT = 0.5, 0.5, 0.1
 
@@ -67,8 +66,7 @@ def localization(found: Localization, bits: Tensor, annotated: Tensor) -> Loss:
         bits: (B, Z, Y, X) uint8, lesion bits.
         annotated: (B, L) bool.
     """
-    shifts = torch.arange(N_LESIONS, device=bits.device, dtype=torch.uint8)[:, None, None, None]
-    masks = (bits[:, None].bitwise_right_shift(shifts) & 1).float()
+    masks = lesion_masks(bits)
     # The largest value, not the mean: a nodule smaller than a cell still marks it.
     half = F.adaptive_max_pool3d(masks, found.half.shape[2:])
     coarse = F.adaptive_max_pool3d(masks, found.coarse.shape[2:])
