@@ -30,6 +30,10 @@ class CaseData:
     """uint8 lesion bits, each on its own grid and affine; they are united."""
     lesions_annotated: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(LESION_BY_KEY, False))
     """By lesion key, all 5: whether it was looked for. What was not annotated is not absent."""
+    lesions_partial: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(LESION_BY_KEY, False))
+    """By lesion key: some are outlined, others may not be; never together with annotated."""
+    lesions_source: str | None = None
+    """Where the outlines came from."""
     regions: Volume | None = None
     """uint8 region ids, on its own grid and affine."""
     regions_source: str | None = None
@@ -52,6 +56,10 @@ class Case:
     """Reads it; runs in another process, so a module's function or a `functools.partial` of one."""
     identity: tuple[str, ...]
     """What decides the loaded data, such as names, sizes and times of files: when it changes, the case is redone."""
+    scan: str = ""
+    """The examination that its reconstructions share; empty when the case is the only one."""
+    series: dict[str, str | float | None] = field(default_factory=dict)
+    """What is known of the reconstruction, for the sample's record."""
 
 
 def file_identity(*paths: Path) -> tuple[str, ...]:
@@ -80,7 +88,8 @@ def case_to_sample(case: Case, grid: tuple[int, int, int], spacing: tuple[float,
     for mask in data.lesions:
         lesions |= resample_to_grid(mask.array, mask.affine, affine, grid, "bits")
     drawn = {lesion.key for lesion in LESIONS if (lesions >> lesion.bit & 1).any()}
-    assert all(data.lesions_annotated[key] for key in drawn), f"{case.key}: {drawn} drawn but not annotated"
+    looked_for = {key for key in LESION_BY_KEY if data.lesions_annotated[key] or data.lesions_partial[key]}
+    assert drawn <= looked_for, f"{case.key}: {drawn - looked_for} drawn but not annotated"
     regions = np.zeros(grid, np.uint8)
     if data.regions is not None:
         regions = resample_to_grid(data.regions.array, data.regions.affine, affine, grid, "labels")
@@ -89,6 +98,7 @@ def case_to_sample(case: Case, grid: tuple[int, int, int], spacing: tuple[float,
         split=case.split,
         source=case.source,
         patient=case.patient,
+        scan=case.scan or case.key,
         labels=data.labels,
         findings=data.findings,
         impression=data.impression,
@@ -101,6 +111,9 @@ def case_to_sample(case: Case, grid: tuple[int, int, int], spacing: tuple[float,
         hu=decision,
         lesions_annotated=data.lesions_annotated,
         regions_source=data.regions_source,
+        lesions_partial=data.lesions_partial,
+        lesions_source=data.lesions_source,
+        series=case.series,
         versions=versions(),
     )
     return Sample(resample_to_grid(hu, native.affine, affine, grid, "ct"), lesions, regions, meta)

@@ -36,7 +36,9 @@ from data_pipeline.demo import demo_cases
 from data_pipeline.samples import FOLDER as SAMPLES
 from rectvlm import config, labels
 from rectvlm.data import frame, packing, sample, volume
-from rectvlm.data.sample import INDEX, Index, Shard, atomic_file, read_index, versions, write_index, write_shard
+from rectvlm.data.sample import versions
+from rectvlm.data.shards import INDEX, Index, Shard, read_index, write_index, write_shard
+from rectvlm.data.store import atomic_file
 from rectvlm.types import Sample, Split, UserError
 
 log = logging.getLogger(__name__)

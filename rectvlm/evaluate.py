@@ -22,7 +22,8 @@ from rectvlm import checkpoint as checkpoints
 from rectvlm import metrics, weights
 from rectvlm.config import Config, DataConfig
 from rectvlm.data.loader import eval_loader
-from rectvlm.data.sample import atomic_file, read_index
+from rectvlm.data.shards import read_index
+from rectvlm.data.store import atomic_file
 from rectvlm.models import RectVLM
 from rectvlm.types import Batch, Split, UserError
 

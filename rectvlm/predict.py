@@ -23,7 +23,7 @@ from rectvlm import checkpoint as checkpoints
 from rectvlm.config import Config
 from rectvlm.data.loader import collate
 from rectvlm.data.report import split_report
-from rectvlm.data.sample import atomic_file
+from rectvlm.data.store import atomic_file
 from rectvlm.data.volume import Volume, canonical_affine, mask_to_native, read_volume, resample_to_grid, to_hu
 from rectvlm.evaluate import read_thresholds
 from rectvlm.labels import FINDINGS, LESIONS
@@ -190,6 +190,7 @@ def _sample(name: str, volume: Volume, hu: Int16Volume, decision: HuDecision, co
         split="valid",
         source=volume.where,
         patient=name,
+        scan=name,
         labels=dict.fromkeys(FINDINGS),
         findings=None,
         impression=None,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rectvlm.labels import N_LESIONS
+from rectvlm.labels import LESION_BY_KEY, N_LESIONS
 
 Int16Volume = NDArray[np.int16]
 """HU, indexed (z, y, x) in the canonical frame or (i, j, k) in a file's own."""
@@ -18,9 +18,30 @@ Affine = NDArray[np.float64]
 
 Split = Literal["train", "valid"]
 
+COARSE = "coarse"
+"""The source of a region map that was estimated from the CT alone: good for sides and zones, not for lobes."""
+
 
 class UserError(Exception):
     """Something that the user can mend: one sentence with what was expected, what was found, where, and what to do."""
+
+
+class InputError(UserError):
+    """A file that cannot be used, in the parts that a quarantine list keeps."""
+
+    def __init__(self, file: object, reason: str, *, expected: str, found: str, remedy: str) -> None:
+        """One sentence: FILE REASON: expected EXPECTED, found FOUND; REMEDY."""
+        super().__init__(f"{file} {reason}: expected {expected}, found {found}; {remedy}.")
+        self.file, self.reason, self.expected, self.found, self.remedy = str(file), reason, expected, found, remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions pickle by their positional arguments alone; this one crosses process borders.
+        parts = (self.file, self.reason, self.expected, self.found, self.remedy)
+        return _input_error, parts
+
+
+def _input_error(file: str, reason: str, expected: str, found: str, remedy: str) -> InputError:
+    return InputError(file, reason, expected=expected, found=found, remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -61,6 +82,9 @@ class SampleMeta:
     """Data set and file that the volume came from."""
     patient: str
     """Patient id: a patient is in one split only."""
+    scan: str
+    """The examination. Its reconstructions share labels and report, so results count scans; the key itself where
+    there is only one volume."""
     labels: dict[str, int | None]
     """All 18 findings: 1 present, 0 absent, None unknown. Unknown is never read as negative."""
     findings: str | None
@@ -72,11 +96,18 @@ class SampleMeta:
     geometry: Geometry
     hu: HuDecision
     lesions_annotated: dict[str, bool]
-    """By lesion key: whether this lesion was looked for. A lesion that was not annotated is not absent."""
+    """By lesion key: whether every lesion of the kind was outlined. A lesion that was not annotated is not absent."""
     regions_source: str | None
-    """Where the region map came from; None when there is none."""
+    """Where the region map came from; None when there is none, `COARSE` when it was estimated from the CT."""
+    lesions_partial: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(LESION_BY_KEY, False))
+    """By lesion key: some are outlined, others may not be. What is drawn is sure, what is empty is unknown; such a
+    lesion does not count as annotated."""
+    lesions_source: str | None = None
+    """Where the outlines came from; None when there are none."""
+    series: dict[str, str | float | None] = field(default_factory=dict)
+    """What is known of the reconstruction (kernel, slice spacing, and why it was chosen), for the record."""
     versions: dict[str, str] = field(default_factory=dict)
-    schema: int = 1
+    schema: int = 2
 
 
 @dataclass
@@ -107,6 +138,8 @@ class Batch:
     """(B,) bool: False where no region map exists."""
     lesions_annotated: torch.Tensor
     """(B, 5) bool: False where a lesion was not looked for."""
+    lesions_partial: torch.Tensor
+    """(B, 5) bool: True where outlines exist but others may be missing; never where `lesions_annotated` is."""
     labels: torch.Tensor
     """(B, 18) float32, 0 or 1; 0 where unknown, so always read with `labels_known`."""
     labels_known: torch.Tensor

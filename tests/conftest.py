@@ -10,7 +10,7 @@ import torch
 
 from rectvlm.config import Config, Part, load
 from rectvlm.data.phantom import Phantom, make_phantom
-from rectvlm.data.sample import write_shards
+from rectvlm.data.shards import write_shards
 from rectvlm.data.volume import Volume, canonical_affine, resample_to_grid, to_hu
 from rectvlm.types import Geometry, Sample, SampleMeta, Split
 
@@ -27,6 +27,7 @@ def phantom_sample(seed: int, config: Config, split: Split = "train") -> Sample:
         split=split,
         source=f"phantom {seed}",
         patient=f"phantom_{seed}",
+        scan=f"phantom_{seed}",
         labels=phantom.labels,
         findings=phantom.findings,
         impression=phantom.impression,

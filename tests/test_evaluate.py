@@ -7,7 +7,7 @@ import pytest
 from conftest import phantom_sample
 
 from rectvlm import checkpoint
-from rectvlm.data.sample import read_index, write_shards
+from rectvlm.data.shards import read_index, write_shards
 from rectvlm.evaluate import THRESHOLDS, evaluate, read_thresholds
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.types import UserError

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rectvlm.config import Config, DataConfig
 from rectvlm.data.loader import ShardDataset, TrainOrder, collate, eval_loader, train_loader
-from rectvlm.data.sample import write_shards
+from rectvlm.data.shards import write_shards
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.types import Batch, UserError
 

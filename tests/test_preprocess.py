@@ -19,7 +19,7 @@ from data_pipeline.preprocess import preprocess
 from data_pipeline.samples import read_nrrd
 from rectvlm import assets
 from rectvlm.data.phantom import make_phantom
-from rectvlm.data.sample import read_index, read_sample
+from rectvlm.data.shards import read_index, read_sample
 from rectvlm.data.volume import Volume, mask_to_native, read_mask, read_volume
 from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS
 from rectvlm.types import UserError

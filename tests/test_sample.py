@@ -17,10 +17,8 @@ from rectvlm.data.sample import (
     MEMBERS,
     decode,
     encode,
-    read_index,
-    read_sample,
-    write_shards,
 )
+from rectvlm.data.shards import read_index, read_sample, write_shards
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.types import Geometry, HuDecision, Sample, SampleMeta, Split, UserError
 
@@ -34,6 +32,7 @@ def make_sample(number: int, split: Split = "train", **changes: object) -> Sampl
         split=split,
         source="test",
         patient=f"patient_{number}",
+        scan=f"scan_{number}",
         labels={finding: (0, 1, None)[(i + number) % 3] for i, finding in enumerate(FINDINGS)},
         findings="Clear lungs. É ≥ 3 mm.",
         impression=None,
@@ -155,7 +154,7 @@ def test_two_grids_are_refused(tmp_path: Path) -> None:
         (lambda tree: tree["labels"].pop("Emphysema"), "Emphysema"),
         (lambda tree: tree["labels"].update(Emphysema=2), "labels"),
         (lambda tree: tree["lesions_annotated"].pop("lung_nodule"), "lung_nodule"),
-        (lambda tree: tree.update(schema=2), "schema"),
+        (lambda tree: tree.update(schema=1), "schema"),
         (lambda tree: tree.update(split="test"), "split"),
     ],
 )

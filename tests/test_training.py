@@ -20,7 +20,7 @@ import torch
 from rectvlm import checkpoint
 from rectvlm.config import Config, load
 from rectvlm.data.loader import eval_loader
-from rectvlm.data.sample import read_index
+from rectvlm.data.shards import read_index
 from rectvlm.models import RectVLM
 from rectvlm.train.optim import rate_factor
 from rectvlm.train.phases import PHASES

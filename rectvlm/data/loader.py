@@ -9,7 +9,6 @@ batches, and an epoch holds each sample exactly once.
 import functools
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from rectvlm.config import DataConfig
 from rectvlm.data.report import report_text
-from rectvlm.data.sample import Entry, read_index, read_sample
+from rectvlm.data.shards import Entry, read_index, read_sample
+from rectvlm.data.store import Store
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.types import Batch, Sample, Split, UserError
 
@@ -32,23 +32,23 @@ class ShardDataset(Dataset[Sample]):
         Raises:
             UserError: no shards there, shards of another grid or spacing, or no sample of the split.
         """
-        self.folder = Path(config.shards)
-        index = read_index(self.folder)
+        self.store = Store(config.shards)
+        index = read_index(self.store)
         if tuple(index.grid) != config.grid or not np.allclose(index.spacing, config.spacing):
             raise UserError(
-                f"Shards in {self.folder} have grid {tuple(index.grid)} at {tuple(index.spacing)} mm, but the "
+                f"Shards in {self.store} have grid {tuple(index.grid)} at {tuple(index.spacing)} mm, but the "
                 f"configuration asks for {config.grid} at {config.spacing} mm: point data.shards at matching shards, "
                 "or make them with `make preprocess`."
             )
         self.entries: list[Entry] = index.select(split)
         if not self.entries:
-            raise UserError(f"Shards in {self.folder} hold no sample of the split {split!r}.")
+            raise UserError(f"Shards in {self.store} hold no sample of the split {split!r}.")
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, number: int) -> Sample:
-        return read_sample(self.folder, self.entries[number])
+        return read_sample(self.store, self.entries[number])
 
 
 class TrainOrder:
@@ -89,6 +89,9 @@ def collate(samples: list[Sample]) -> Batch:
         regions_known=torch.tensor([sample.meta.regions_source is not None for sample in samples]),
         lesions_annotated=torch.tensor(
             [[sample.meta.lesions_annotated[lesion.key] for lesion in LESIONS] for sample in samples]
+        ),
+        lesions_partial=torch.tensor(
+            [[sample.meta.lesions_partial[lesion.key] for lesion in LESIONS] for sample in samples]
         ),
         labels=torch.tensor([[float(value or 0) for value in row] for row in labels]),
         labels_known=torch.tensor([[value is not None for value in row] for row in labels]),

@@ -1,0 +1,278 @@
+"""Shards, both ways: samples to WebDataset tars with an index, and back, one sample at a time.
+
+A shard is a plain WebDataset tar of one split; each sample is the four members of `sample`. `index.json` beside the
+shards says where each member lies, so that any sample can be read without a scan, from a disk or from a URL.
+"""
+
+import hashlib
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+from pydantic import TypeAdapter, ValidationError
+
+from rectvlm.data.sample import MEMBERS, SCHEMA, decode, encode, versions
+from rectvlm.data.store import Store
+from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.types import Sample, SampleMeta, Split, UserError
+
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one sample lies."""
+
+    key: str
+    split: Split
+    patient: str
+    shard: str
+    """File name of the tar, in the index's folder."""
+    members: dict[str, tuple[int, int]]
+    """By member (`ct`, `lesions`, `regions`, `json`): offset and size in the tar, bytes."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of one split."""
+
+    name: str
+    bytes: int
+    sha256: str
+    samples: list[Entry]
+    counts: dict[str, dict[str, dict[str, int]]]
+    """`labels`: by finding, how many samples are present, absent, unknown; `lesions`: by key, present, annotated."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a folder of shards holds; `index.json`."""
+
+    grid: tuple[int, int, int]
+    """Voxels (z, y, x)."""
+    spacing: tuple[float, float, float]
+    """Voxel size (z, y, x), mm."""
+    shards: list[Shard]
+    counts: dict[str, dict[str, dict[str, dict[str, int]]]]
+    """By split, as in a shard."""
+    versions: dict[str, str]
+    fingerprint: str | None = None
+    """Digest of the inputs and settings that the shards were made from."""
+    schema: int = SCHEMA
+
+    def select(self, split: Split | None) -> list[Entry]:
+        """The samples of a split (of both, train first, when None), in the order in which they were written."""
+        wanted: tuple[Split, ...] = ("train", "valid") if split is None else (split,)
+        return [entry for one in wanted for shard in self.shards for entry in shard.samples if entry.split == one]
+
+
+_INDEX = TypeAdapter(Index)
+
+
+# Writing
+
+
+def write_shard(samples: Iterable[Sample], place: str | Path | Store, name: str) -> Shard | None:
+    """Write samples of one split to the file `name`, the same bytes for the same samples; None when there are none.
+
+    Raises:
+        UserError: a key twice, or whatever `encode` refuses.
+    """
+    stream = iter(samples)
+    first = next(stream, None)
+    if first is None:
+        return None
+    metas: list[SampleMeta] = []
+    tally = _Tally()
+    with Store(place).writing(name) as file:
+        with webdataset.TarWriter(file, user="rectvlm", group="rectvlm", encoder=False, mtime=0) as tar:
+            for sample in chain([first], stream):
+                assert sample.meta.split == first.meta.split, "a shard holds one split"
+                if any(meta.key == sample.meta.key for meta in metas):
+                    raise UserError(f"Two cases have the key {sample.meta.key}: keys must be unique, rename one.")
+                tar.write({"__key__": sample.meta.key, **encode(sample)})
+                metas.append(sample.meta)
+                tally.add(sample)
+        file.flush()
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:") as written:
+            places = {member.name: (member.offset_data, member.size) for member in written}
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    entries = [
+        Entry(m.key, m.split, m.patient, name, {member: places[f"{m.key}.{member}"] for member in MEMBERS})
+        for m in metas
+    ]
+    return Shard(name, size, digest, entries, tally.counts())
+
+
+def write_index(
+    place: str | Path | Store,
+    shards: Sequence[Shard],
+    *,
+    grid: tuple[int, int, int],
+    spacing: tuple[float, float, float],
+    fingerprint: str | None = None,
+) -> Index:
+    """Write `index.json` for finished shards, and remove tars that it does not name.
+
+    Args:
+        grid: voxels (z, y, x) of every sample.
+        spacing: mm (z, y, x) of every sample.
+        fingerprint: digest of inputs and settings, for `Index.fingerprint`.
+
+    Raises:
+        UserError: a key in two shards, or a patient in both splits.
+    """
+    splits: dict[str, Split] = {}
+    keys: set[str] = set()
+    for entry in (entry for shard in shards for entry in shard.samples):
+        if entry.key in keys:
+            raise UserError(f"Two cases have the key {entry.key}: keys must be unique, rename one.")
+        keys.add(entry.key)
+        if splits.setdefault(entry.patient, entry.split) != entry.split:
+            raise UserError(f"Patient {entry.patient} is in train and in valid: put all cases of a patient in one.")
+    counts = {
+        split: _sum_counts([shard.counts for shard in shards if shard.samples[0].split == split])
+        for split in ("train", "valid")
+    }
+    index = Index(grid, spacing, list(shards), counts, versions(), fingerprint)
+    store = Store(place)
+    store.write(INDEX, _INDEX.dump_json(index, indent=1))
+    named = {shard.name for shard in shards}
+    for name in store.names():
+        if name.endswith(".tar") and name not in named:
+            store.remove(name)
+    return index
+
+
+def write_shards(samples: Iterable[Sample], place: str | Path | Store, samples_per_shard: int = 16) -> Index:
+    """Write samples to `train-000000.tar`, `valid-000000.tar`, … and `index.json`; samples of a split keep their order.
+
+    The old index goes first and the new one comes last, so a folder with an index is complete.
+
+    Raises:
+        UserError: no sample, two grids or spacings, or whatever `write_shard` and `write_index` refuse.
+    """
+    store = Store(place)
+    store.remove(INDEX)
+    shards: list[Shard] = []
+    numbers: Counter[str] = Counter()
+    grids: dict[tuple[Any, Any], str] = {}
+
+    def flush(waiting: list[Sample], split: Split) -> None:
+        shard = write_shard(waiting, store, f"{split}-{numbers[split]:06d}.tar")
+        if shard is not None:
+            shards.append(shard)
+            numbers[split] += 1
+
+    waiting: dict[Split, list[Sample]] = {"train": [], "valid": []}
+    for sample in samples:
+        grids.setdefault((sample.ct.shape, sample.meta.spacing), sample.meta.key)
+        if len(grids) > 1:
+            raise UserError(f"All samples must have one grid and spacing, found (grid, spacing) by key: {grids}.")
+        split = sample.meta.split
+        waiting[split].append(sample)
+        if len(waiting[split]) == samples_per_shard:
+            flush(waiting[split], split)
+            waiting[split] = []
+    for split, rest in waiting.items():
+        flush(rest, split)
+    if not shards:
+        raise UserError(f"No sample to write to {store}: give at least one case that can be used.")
+    (grid, spacing) = next(iter(grids))
+    return write_index(store, sorted(shards, key=lambda shard: shard.name), grid=grid, spacing=spacing)
+
+
+@dataclass
+class _Tally:
+    """Counts of findings and lesions."""
+
+    labels: Counter[tuple[str, str]] = field(default_factory=Counter)
+    lesions: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def add(self, sample: Sample) -> None:
+        words = {0: "absent", 1: "present", None: "unknown"}
+        self.labels.update((finding, words[value]) for finding, value in sample.meta.labels.items())
+        bits = int(np.bitwise_or.reduce(sample.lesions, axis=None))
+        self.lesions.update((lesion.key, "present") for lesion in LESIONS if bits >> lesion.bit & 1)
+        self.lesions.update((key, "annotated") for key, looked in sample.meta.lesions_annotated.items() if looked)
+
+    def counts(self) -> dict[str, dict[str, dict[str, int]]]:
+        return {
+            "labels": {f: {w: self.labels[f, w] for w in ("present", "absent", "unknown")} for f in FINDINGS},
+            "lesions": {le.key: {w: self.lesions[le.key, w] for w in ("present", "annotated")} for le in LESIONS},
+        }
+
+
+def _sum_counts(many: Sequence[dict[str, dict[str, dict[str, int]]]]) -> dict[str, dict[str, dict[str, int]]]:
+    total = _Tally().counts()
+    for counts in many:
+        for kind, by_name in counts.items():
+            for name, by_word in by_name.items():
+                for word, number in by_word.items():
+                    total[kind][name][word] += number
+    return total
+
+
+# Reading
+
+
+def read_index(place: str | Path | Store) -> Index:
+    """The index of a folder (or URL) of shards.
+
+    Raises:
+        UserError: no folder, no index, or an index of another schema.
+    """
+    store = Store(place)
+    try:
+        data = store.read(INDEX)
+    except FileNotFoundError:
+        raise UserError(
+            f"No shards in {store} (expected {INDEX}): run `make preprocess`, or set data.shards to their folder."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{store / INDEX} cannot be read ({error}): check the place and the access to it.") from None
+    try:
+        return _INDEX.validate_json(data)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"])) or "top level"
+        raise UserError(
+            f"{store / INDEX} is damaged at {place}: {fault['msg']}; run `make preprocess` again."
+        ) from None
+
+
+def read_sample(place: str | Path | Store, entry: Entry) -> Sample:
+    """One sample, by its offsets and in one read.
+
+    Raises:
+        UserError: the shard is missing, cut short or damaged.
+    """
+    store = Store(place)
+    path = store / entry.shard
+    start = min(offset for offset, _ in entry.members.values())
+    end = max(offset + size for offset, size in entry.members.values())
+    try:
+        data = store.read_range(entry.shard, start, end - start)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"Shard {path} cannot be read ({reason}): copy it again or run `make preprocess`.") from None
+    if len(data) != end - start:
+        raise UserError(
+            f"Shard {path} is cut short: sample {entry.key} should end at byte {end}, the file ends at "
+            f"{start + len(data)}; run `make preprocess` again or copy it again."
+        )
+    members = {name: data[offset - start : offset - start + size] for name, (offset, size) in entry.members.items()}
+    sample = decode(members, where=f"Shard {path}, sample {entry.key}")
+    if sample.meta.key != entry.key:
+        raise UserError(f"Shard {path} and its index disagree: {entry.key} expected, {sample.meta.key} found.")
+    return sample

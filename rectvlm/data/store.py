@@ -1,0 +1,152 @@
+"""A folder of files, on a disk or at any URL that fsspec knows (s3://, gs://, https://, memory://).
+
+Shards are written and read through it. A file appears under its name whole or not at all: on a disk it is written
+beside its place, forced to the disk and renamed; an object store shows an upload when it is complete.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import fsspec
+
+from rectvlm.types import UserError
+
+_TRIES = 4
+_T = TypeVar("_T")
+
+
+class Store:
+    """Files by name in one folder; names may hold `/`. Safe to send to another process."""
+
+    def __init__(self, place: "str | Path | Store") -> None:
+        """Open a folder by path or URL; nothing is made or read yet.
+
+        Raises:
+            UserError: a URL whose protocol is unknown or lacks its package.
+        """
+        self.place: str = str(place.place if isinstance(place, Store) else place).rstrip("/") or "/"
+        self.folder: Path | None = None
+        if "://" not in self.place or self.place.startswith("file://"):
+            self.folder = Path(self.place.removeprefix("file://"))
+            return
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.place)
+        except (ValueError, ImportError) as error:
+            raise UserError(
+                f"{self.place} cannot be opened ({error}): give a folder or a URL whose fsspec package is installed."
+            ) from None
+
+    def __str__(self) -> str:
+        return self.place
+
+    def __truediv__(self, name: str) -> str:
+        """The path or URL of a file, for messages."""
+        return str(self.folder / name) if self.folder is not None else f"{self.place}/{name}"
+
+    def read(self, name: str) -> bytes:
+        """A whole file.
+
+        Raises:
+            OSError: it is not there (`FileNotFoundError`) or cannot be read.
+        """
+        if self.folder is not None:
+            return (self.folder / name).read_bytes()
+        return bytes(self._patiently(lambda: self._fs.cat_file(self._at(name))))
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        """`size` bytes from `start` on; fewer where the file ends before.
+
+        Opens a local file anew each time, so threads and processes do not interfere.
+
+        Raises:
+            OSError: as `read`.
+        """
+        if self.folder is not None:
+            with (self.folder / name).open("rb") as file:
+                file.seek(start)
+                return file.read(size)
+        return bytes(self._patiently(lambda: self._fs.cat_file(self._at(name), start=start, end=start + size)))
+
+    def size(self, name: str) -> int | None:
+        """Size of a file, bytes; None when it is not there."""
+        if self.folder is not None:
+            path = self.folder / name
+            return path.stat().st_size if path.is_file() else None
+        try:
+            return int(self._patiently(lambda: self._fs.size(self._at(name))))
+        except FileNotFoundError:
+            return None
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names of the files right in the store, or in one of its folders; sorted."""
+        if self.folder is not None:
+            root = self.folder / folder
+            found = [path.name for path in root.iterdir() if path.is_file()] if root.is_dir() else []
+        else:
+            try:
+                listed = self._patiently(lambda: self._fs.ls(self._at(folder), detail=True))
+            except FileNotFoundError:
+                listed = []
+            found = [entry["name"].rsplit("/", 1)[-1] for entry in listed if entry["type"] == "file"]
+        return sorted(f"{folder}/{name}" if folder else name for name in found)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        if self.folder is not None:
+            (self.folder / name).unlink(missing_ok=True)
+        elif self.size(name) is not None:
+            self._patiently(lambda: self._fs.rm_file(self._at(name)))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a whole file; see `writing`."""
+        with self.writing(name) as file:
+            file.write(data)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[IO[bytes]]:
+        """A file that appears under its name complete, or not at all; readable and seekable while it is written."""
+        if self.folder is not None:
+            with atomic_file(self.folder / name) as file:
+                yield file
+            return
+        with tempfile.NamedTemporaryFile(prefix="rectvlm-") as temporary:
+            yield temporary
+            temporary.flush()
+            self._fs.makedirs(os.path.dirname(self._at(name)), exist_ok=True)
+            self._patiently(lambda: self._fs.put_file(temporary.name, self._at(name)))
+
+    def _at(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}".rstrip("/")
+
+    def _patiently(self, call: Callable[[], _T]) -> _T:
+        """The call's result; a failure that may pass is tried again, since a long run must outlive one lost reply."""
+        for attempt in range(_TRIES):
+            try:
+                return call()
+            except FileNotFoundError:
+                raise
+            except Exception as error:
+                if attempt + 1 == _TRIES:
+                    raise OSError(f"{type(error).__name__}: {error}") from error
+                time.sleep(0.25 * 4**attempt)
+        raise AssertionError("unreachable")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[Any]]:
+    """A local file that appears under its name complete and on disk, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
