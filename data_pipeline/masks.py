@@ -1,15 +1,27 @@
 """Masks that lie beside a data set's volumes: which files belong to a volume, and what they hold.
 
 `MaskFolders.of(key)` looks for the files, `CaseMasks.load(volume)` reads them in a worker process. Each mask keeps its
-own grid and affine; bringing it to the sample's grid is `rectvlm.data.frame`'s.
+own grid and affine; bringing it to the sample's grid is `rectvlm.data.frame`'s. What the numbers of a file mean is
+`totalsegmentator.py`'s and `rexgrounding.py`'s.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from rectvlm.data.volume import Volume
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline import rexgrounding, totalsegmentator
+from data_pipeline.rexgrounding import Entry as RexEntry
+from rectvlm.data.volume import Volume, read_mask, require_overlap
 from rectvlm.labels import LESION_BY_KEY
+from rectvlm.types import Affine, InputError, MaskVolume, UserError
+
+MIN_OVERLAP = 0.5
+"""Least share of the smaller box, mask's or volume's, that the two have in common. Of one scan, one box holds the other
+(a mask of part of it, a crop of the CT), so the share is near 1; half leaves room for two different crops of one scan
+and still finds most masks of another patient, who lay elsewhere on the table."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +46,26 @@ class CaseMasks:
     """The mask files of one volume."""
 
     key: str
-    paths: tuple[Path, ...] = ()
-    """Every file that `load` reads: part of the case's identity."""
+    lesions: tuple[tuple[str, Path], ...] = ()
+    """Lesion key and its file."""
+    tasks: tuple[tuple[str, Path], ...] = ()
+    """Folder name of a TotalSegmentator task that outlines lesions, and its file."""
+    region_map: Path | None = None
+    """A multi-label map, or a folder with one file a class."""
+    rex_files: tuple[Path, ...] = ()
+    """A ReXGroundingCT mask and the tables that explain it."""
+    rex_entry: RexEntry | None = None
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every file that `load` reads: part of the case's identity."""
+        whole: Iterable[Path] = ()
+        if self.region_map is not None:
+            whole = sorted(self.region_map.glob("*.nii*")) if self.region_map.is_dir() else (self.region_map,)
+        return (*(path for _, path in (*self.lesions, *self.tasks)), *self.rex_files, *whole)
 
     def load(self, volume: Volume) -> LoadedMasks:
-        """Read them.
+        """Read them. Sources unite; one that outlined all of a lesion counts before one that outlined some.
 
         Args:
             volume: the CT that they were drawn on, as read from its file.
@@ -46,7 +73,40 @@ class CaseMasks:
         Raises:
             UserError: a mask that cannot be read, that lies elsewhere or whose side is unknown.
         """
-        return LoadedMasks()
+        union, complete, partly, sources = _Union(), set[str](), set[str](), list[str]()
+        for key, path in self.lesions:
+            mask = _on(volume, read_mask(path))
+            union.add(mask, (mask.array > 0) * np.uint8(1 << LESION_BY_KEY[key].bit))
+            complete.add(key)
+            sources.append("lesion files")
+        for task, path in self.tasks:
+            mask, looked_for = totalsegmentator.read_lesions(path, task)
+            union.add(_on(volume, mask), mask.array)
+            complete |= looked_for
+            sources.append("TotalSegmentator")
+        if self.rex_files and self.rex_entry is not None:
+            outlines = rexgrounding.read(self.rex_files[0], self.rex_entry, volume)
+            union.add(outlines.lesions, outlines.lesions.array)
+            complete |= outlines.annotated
+            partly |= outlines.partial
+            sources += ["ReXGroundingCT"] if outlines.annotated or outlines.partial else []
+        regions, how = self._regions(volume)
+        return LoadedMasks(
+            lesions=union.volumes,
+            lesions_annotated={key: key in complete for key in LESION_BY_KEY},
+            lesions_partial={key: key in partly - complete for key in LESION_BY_KEY},
+            lesions_source=", ".join(dict.fromkeys(sources)) or None,
+            regions=regions,
+            regions_source=how,
+        )
+
+    def _regions(self, volume: Volume) -> tuple[Volume | None, str | None]:
+        if self.region_map is None:
+            return None, None
+        if self.region_map.is_dir():
+            return _on(volume, totalsegmentator.read_class_folder(self.region_map)), "one file a class"
+        regions, how = totalsegmentator.read_regions(self.region_map)
+        return _on(volume, regions), how
 
 
 @dataclass(frozen=True)
@@ -58,10 +118,122 @@ class MaskFolders:
     rexgrounding: Path | None = None
     """ReXGroundingCT: `dataset.json` and `segmentations/KEY.nii.gz`."""
     lesions: Path | None = None
-    """One NIfTI a lesion: `KEY/LESION.nii.gz` or `KEY_LESION.nii.gz`, LESION a key of `labels.LESION_BY_KEY`."""
+    """One NIfTI a lesion: `KEY/LESION.nii.gz` or `KEY_LESION.nii.gz`, LESION a key of `labels.LESION_BY_KEY`. One that
+    is all zero says that there is none; a lesion without a file is not annotated."""
     regions: Path | None = None
-    """Region maps: `KEY.nii.gz` with TotalSegmentator's class ids, or `KEY/CLASS.nii.gz`, one file a class."""
+    """Region maps: `KEY.nii.gz` with TotalSegmentator's classes, or `KEY/CLASS.nii.gz`, one file a class. They count
+    before `ts_seg`."""
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            folder = getattr(self, one.name)
+            if folder is not None and not Path(folder).is_dir():
+                raise UserError(
+                    f"{folder} is not a folder: expected the one given as {one.name} masks; check its path."
+                )
 
     def of(self, key: str) -> CaseMasks:
-        """The masks of the volume `key` (its file's name without `.nii.gz`); none is no error."""
-        return CaseMasks(key)
+        """The masks of the volume `key` (its file's name without `.nii.gz`); none is no error.
+
+        Raises:
+            InputError: the ReXGroundingCT folder lacks its table, or has one of another form.
+        """
+        entry = None if self.rexgrounding is None else rexgrounding.entry(self.rexgrounding, key)
+        return CaseMasks(
+            key,
+            lesions=tuple(_lesion_files(self.lesions, key)) if self.lesions else (),
+            tasks=tuple(_task_files(self.ts_seg, key)) if self.ts_seg else (),
+            region_map=self._region_map(key),
+            rex_files=rexgrounding.files(self.rexgrounding, key) if self.rexgrounding and entry else (),
+            rex_entry=entry,
+        )
+
+    def _region_map(self, key: str) -> Path | None:
+        if self.regions is not None:
+            own = _nifti(self.regions / key)
+            if own is not None:
+                return own
+            if (self.regions / key).is_dir():
+                return self.regions / key
+        return None if self.ts_seg is None else _in_tree(self.ts_seg / "ts_total", key)
+
+
+def _nifti(stem: Path) -> Path | None:
+    """The file of this name, packed or not."""
+    return next((path for path in (Path(f"{stem}.nii.gz"), Path(f"{stem}.nii")) if path.is_file()), None)
+
+
+def _lesion_files(folder: Path, key: str) -> Iterable[tuple[str, Path]]:
+    for lesion in LESION_BY_KEY:
+        for path in (_nifti(folder / key / lesion), _nifti(folder / f"{key}_{lesion}")):
+            if path is not None:
+                yield lesion, path
+
+
+def _task_files(folder: Path, key: str) -> Iterable[tuple[str, Path]]:
+    for task in totalsegmentator.LESION_TASKS:
+        path = _in_tree(folder / task, key)
+        if path is not None:
+            yield task, path
+
+
+def _in_tree(folder: Path, key: str) -> Path | None:
+    """A file in CT-RATE's tree: `train_fixed/train_1/train_1_a/train_1_a_1.nii.gz`, or straight in a folder."""
+    parts = key.split("_")
+    nested = Path("_".join(parts[:2])) / "_".join(parts[:3]) / key
+    stems = [folder / split / where for split in (f"{parts[0]}_fixed", parts[0], "") for where in (nested, Path(key))]
+    return next((path for path in map(_nifti, stems) if path is not None), None)
+
+
+class _Union:
+    """Lesion bits of several files: those on one grid share an array, so that five files need no five arrays."""
+
+    def __init__(self) -> None:
+        self.volumes: list[Volume] = []
+
+    def add(self, mask: Volume, bits: MaskVolume) -> None:
+        for volume in self.volumes:
+            if volume.array.shape == bits.shape and np.array_equal(volume.affine, mask.affine):
+                np.bitwise_or(volume.array, bits, out=volume.array)
+                return
+        self.volumes.append(Volume(bits, mask.affine, mask.where))
+
+
+def _on(volume: Volume, mask: Volume) -> Volume:
+    """The mask, when its affine says where it lies on the volume.
+
+    Raises:
+        UserError: an affine that says nothing about sides, or a box that hardly lies on the volume.
+    """
+    if np.array_equal(mask.affine, np.eye(4)) and not np.array_equal(volume.affine, np.eye(4)):
+        raise InputError(
+            mask.where,
+            "has an identity affine, which says nothing about its place or which side is left",
+            expected="the affine of the grid that it was drawn on",
+            found=f"the identity, shape {mask.array.shape}",
+            remedy="write that affine into it (the masks of RadGenome-ChestCT need it), or leave it out",
+        )
+    require_overlap(mask.affine, mask.array.shape, volume.affine, volume.array.shape, mask.where)
+    share = _overlap(mask, volume)
+    if share < MIN_OVERLAP:
+        raise InputError(
+            mask.where,
+            f"hardly lies on its volume {volume.where}",
+            expected=f"at least {MIN_OVERLAP:.0%} of the smaller of the two boxes in common",
+            found=f"{share:.0%}",
+            remedy="check that it belongs to this scan",
+        )
+    return mask
+
+
+def _overlap(mask: Volume, volume: Volume) -> float:
+    """Share of the smaller box that both have in common; boxes along the world's axes."""
+    (low, high), (other_low, other_high) = (_box(one.affine, one.array.shape) for one in (mask, volume))
+    common = np.prod(np.clip(np.minimum(high, other_high) - np.maximum(low, other_low), 0, None))
+    return float(common / min(np.prod(high - low), np.prod(other_high - other_low)))
+
+
+def _box(affine: Affine, shape: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in shape])).reshape(3, -1)
+    world = affine[:3, :3] @ corners + affine[:3, 3:]
+    return world.min(axis=1), world.max(axis=1)

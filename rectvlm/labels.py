@@ -81,7 +81,7 @@ REGIONS: tuple[Region, ...] = (
     Region(4, "left upper lobe", "left", ("lung_upper_lobe_left",)),
     Region(5, "left lower lobe", "left", ("lung_lower_lobe_left",)),
     Region(6, "trachea", None, ("trachea",)),
-    Region(7, "heart", None, ("heart", "atrial_appendage_left")),
+    Region(7, "heart", None, ("heart", "heart_*", "atrial_appendage_left")),
     Region(8, "aorta", None, ("aorta",)),
     Region(9, "pulmonary veins", None, ("pulmonary_vein",)),
     Region(

@@ -1,0 +1,190 @@
+"""TotalSegmentator's outputs: which class a number stands for, and which of our regions or lesions a class belongs to.
+
+Class numbers follow TotalSegmentator's `map_to_binary.py` (Wasserthal et al., Radiology: AI 2023). A file may carry the
+names of its classes in its header (an XML list that TotalSegmentator writes as a NIfTI extension); they then count
+before the tables here.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from rectvlm.data.volume import Volume, read_mask
+from rectvlm.labels import LESION_BY_KEY, REGIONS
+from rectvlm.types import InputError, MaskVolume
+
+Classes = Mapping[int, str]
+"""Number in a file → class name."""
+
+_VERTEBRAE = " ".join(
+    f"vertebrae_{part}{n}" for part, top in (("L", 5), ("T", 12), ("C", 7)) for n in range(top, 0, -1)
+)
+_RIBS = " ".join(f"rib_{side}_{n}" for side in ("left", "right") for n in range(1, 13))
+_LOBES = "lung_upper_lobe_left lung_lower_lobe_left lung_upper_lobe_right lung_middle_lobe_right lung_lower_lobe_right"
+_ILIAC = "iliac_artery_left iliac_artery_right iliac_vena_left iliac_vena_right"
+_GLUTEI = " ".join(f"gluteus_{size}_{side}" for size in ("maximus", "medius", "minimus") for side in ("left", "right"))
+_BACK = "autochthon_left autochthon_right iliopsoas_left iliopsoas_right"
+_LIMBS = "humerus_left humerus_right scapula_left scapula_right clavicula_left clavicula_right femur_left femur_right"
+
+
+def _numbered(names: str) -> dict[int, str]:
+    return dict(enumerate(names.split(), start=1))
+
+
+TOTAL_V2: Classes = _numbered(
+    "spleen kidney_right kidney_left gallbladder liver stomach pancreas adrenal_gland_right adrenal_gland_left "
+    f"{_LOBES} esophagus trachea thyroid_gland small_bowel duodenum colon urinary_bladder prostate kidney_cyst_left "
+    f"kidney_cyst_right sacrum vertebrae_S1 {_VERTEBRAE} heart aorta pulmonary_vein brachiocephalic_trunk "
+    "subclavian_artery_right subclavian_artery_left common_carotid_artery_right common_carotid_artery_left "
+    "brachiocephalic_vein_left brachiocephalic_vein_right atrial_appendage_left superior_vena_cava inferior_vena_cava "
+    f"portal_vein_and_splenic_vein {_ILIAC} {_LIMBS} hip_left hip_right spinal_cord {_GLUTEI} {_BACK} brain skull "
+    f"{_RIBS} sternum costal_cartilages"
+)
+"""Task `total` of version 2, 117 classes."""
+
+TOTAL_V1: Classes = _numbered(
+    "spleen kidney_right kidney_left gallbladder liver stomach aorta inferior_vena_cava portal_vein_and_splenic_vein "
+    f"pancreas adrenal_gland_right adrenal_gland_left {_LOBES} {_VERTEBRAE} esophagus trachea heart_myocardium "
+    "heart_atrium_left heart_ventricle_left heart_atrium_right heart_ventricle_right pulmonary_artery brain "
+    f"{_ILIAC} small_bowel duodenum colon {_RIBS} {_LIMBS} hip_left hip_right sacrum face {_GLUTEI} {_BACK} "
+    "urinary_bladder"
+)
+"""Task `total` of version 1, 104 classes."""
+
+LESION_TASKS: dict[str, Classes] = {
+    "ts_lung_nodules": {1: "lung", 2: "lung_nodules"},
+    "ts_pleural_pericard_effusion": {1: "lung_pleural", 2: "pleural_effusion", 3: "pericardial_effusion"},
+}
+"""The tasks that outline lesions, by their folder in CT-RATE."""
+
+_LESION_OF_CLASS = {
+    "lung_nodules": "lung_nodule",
+    "pleural_effusion": "pleural_effusion",
+    "pericardial_effusion": "pericardial_effusion",
+}
+_LABEL = re.compile(r'<Label Key="(\d+)"[^>]*>\s*(?:<!\[CDATA\[)?\s*([^\]<]+?)\s*(?:\]\]>)?\s*</Label>')
+_V2_LOBES, _V2_THIN = slice(10, 13), slice(15, 18)
+
+
+def region_id(name: str) -> int:
+    """The region of `labels.REGIONS` that a class belongs to; 0 for a class outside all of them."""
+    for region in REGIONS:
+        if any(fnmatchcase(name, pattern) for pattern in region.totalsegmentator):
+            return region.id
+    return 0
+
+
+def lesion_key(name: str) -> str | None:
+    """The lesion that a class of `LESION_TASKS` outlines; None for the organs among them."""
+    return _LESION_OF_CLASS.get(name)
+
+
+def named_classes(path: Path) -> Classes | None:
+    """The class names that a NIfTI carries in its header; None when it carries none."""
+    image = nib.load(path)
+    assert isinstance(image, nib.Nifti1Image)
+    for extension in image.header.extensions:
+        content = extension.get_content()
+        text = content.decode("utf-8", "replace") if isinstance(content, bytes) else str(content)
+        found = {int(number): name for number, name in _LABEL.findall(text)}
+        if found:
+            return found
+    return None
+
+
+def read_regions(path: Path) -> tuple[Volume, str]:
+    """A multi-label map of the task `total` as uint8 region ids, and how its numbers were read.
+
+    Without names in its header a map is read by version 2, or by version 1 where only that makes sense of it.
+
+    Raises:
+        UserError: a file that cannot be read as a mask, or a number that no class has.
+    """
+    mask, counts, classes = _read(path)
+    how = "classes named in the file"
+    if classes is None:
+        # Version 1 has lobes where version 2 has esophagus, trachea and thyroid; those are never larger than lobes.
+        old = counts[_V2_THIN].sum() > counts[_V2_LOBES].sum()
+        classes, how = (TOTAL_V1, "version 1 classes") if old else (TOTAL_V2, "version 2 classes")
+    return _translate(mask, counts, classes, region_id), f"TotalSegmentator, {how}"
+
+
+def read_lesions(path: Path, task: str) -> tuple[Volume, set[str]]:
+    """A map of a lesion task as uint8 lesion bits, and the lesions that the task looks for.
+
+    Raises:
+        UserError: as `read_regions`.
+    """
+    mask, counts, named = _read(path)
+    classes = named or LESION_TASKS[task]
+
+    def bit(name: str) -> int:
+        key = lesion_key(name)
+        return 0 if key is None else 1 << LESION_BY_KEY[key].bit
+
+    looked_for = {key for key in map(lesion_key, {*classes.values(), *LESION_TASKS[task].values()}) if key}
+    return _translate(mask, counts, classes, bit), looked_for
+
+
+def read_class_folder(folder: Path) -> Volume:
+    """A folder with one NIfTI a class (`CLASS.nii.gz`), all on one grid, as uint8 region ids.
+
+    Raises:
+        UserError: no class among the names, files on different grids, or one that cannot be read.
+    """
+    files = {path.name.split(".")[0]: path for path in sorted([*folder.glob("*.nii.gz"), *folder.glob("*.nii")])}
+    wanted = sorted((region_id(name), path) for name, path in files.items() if region_id(name))
+    if not wanted:
+        raise InputError(
+            folder,
+            "has no anatomical class",
+            expected="files named like TotalSegmentator's classes, such as lung_upper_lobe_left.nii.gz",
+            found=", ".join(sorted(files)[:5]) or "no NIfTI file",
+            remedy="rename its files",
+        )
+    whole: Volume | None = None
+    for number, path in wanted:
+        mask = read_mask(path)
+        if whole is None:
+            whole = Volume(np.zeros_like(mask.array), mask.affine, str(folder))
+        if mask.array.shape != whole.array.shape or not np.allclose(mask.affine, whole.affine, atol=1e-3):
+            raise InputError(
+                path,
+                "is on another grid than its neighbours",
+                expected=f"shape {whole.array.shape} and the affine of {wanted[0][1].name}",
+                found=f"shape {mask.array.shape}",
+                remedy="save all classes of a scan on one grid",
+            )
+        whole.array[(mask.array > 0) & (whole.array == 0)] = number
+    assert whole is not None
+    return whole
+
+
+def _read(path: Path) -> tuple[Volume, NDArray[np.int64], Classes | None]:
+    mask = read_mask(path)
+    # Plane by plane: bincount makes a copy in 64 bits of what it counts.
+    planes = mask.array.transpose(2, 1, 0)
+    counts = sum((np.bincount(plane.ravel(), minlength=256) for plane in planes), np.zeros(256, np.int64))
+    return mask, counts, named_classes(path)
+
+
+def _translate(mask: Volume, counts: NDArray[np.int64], classes: Classes, value: Callable[[str], int]) -> Volume:
+    unknown = sorted({int(n) for n in np.flatnonzero(counts)} - {0} - set(classes))
+    if unknown:
+        raise InputError(
+            mask.where,
+            "has numbers that are no class",
+            expected=f"0 and the {len(classes)} classes from {min(classes)} to {max(classes)}",
+            found=", ".join(map(str, unknown[:10])),
+            remedy="save it with TotalSegmentator's class names in its header (--ml), or leave it out",
+        )
+    table: MaskVolume = np.zeros(256, np.uint8)
+    for number, name in classes.items():
+        if 0 < number < 256:
+            table[number] = value(name)
+    return Volume(table[mask.array], mask.affine, mask.where)
