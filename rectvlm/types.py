@@ -45,6 +45,18 @@ def _input_error(file: str, reason: str, expected: str, found: str, remedy: str)
 
 
 @dataclass(frozen=True)
+class Volume:
+    """An array with its place in the world."""
+
+    array: NDArray[Any]
+    """(i, j, k), numbers as the file means them (its header's own scaling applied), often read-only."""
+    affine: Affine
+    """4 × 4, index to RAS+ mm."""
+    where: str
+    """The file or case, for messages."""
+
+
+@dataclass(frozen=True)
 class Geometry:
     """Where a sample's grid lies, and where it came from, so that masks can go back.
 

@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage, sparse
 
-from rectvlm.labels import LESIONS, N_LESIONS
-from rectvlm.types import Affine, Int16Volume, MaskVolume, UserError
+from rectvlm.labels import AIR_HU, LESIONS, N_LESIONS
+from rectvlm.types import Affine, InputError, Int16Volume, MaskVolume
 
-AIR = -1024
 _DIRECTIONS = np.array([[0.0, 0.0, 1.0], [0.0, -1.0, 0.0], [-1.0, 0.0, 0.0]])
 """World direction of each canonical axis: superior, posterior, left."""
 _COARSE_MM = 6.0
@@ -91,7 +90,7 @@ def _coarse(
     """The volume averaged to a canonical 6 mm grid, and that grid's low edges. Thin things such as tables fade."""
     shape = np.ceil((high - low) / _COARSE_MM - 1e-6).astype(int)
     edge = (low + high) / 2 - shape * _COARSE_MM / 2
-    return edge, _resample(hu, affine, _grid_affine(edge, np.full(3, _COARSE_MM)), tuple(shape.tolist()), AIR)
+    return edge, _resample(hu, affine, _grid_affine(edge, np.full(3, _COARSE_MM)), tuple(shape.tolist()), AIR_HU)
 
 
 def _largest(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -132,9 +131,12 @@ def require_overlap(
         def words(a: NDArray[np.float64], b: NDArray[np.float64]) -> str:
             return ", ".join(f"{name} {x:.0f} to {y:.0f}" for name, x, y in zip("SPL", a, b, strict=True))
 
-        raise UserError(
-            f"{where} does not lie on its volume: it covers {words(mask_low, mask_high)} mm, the volume "
-            f"{words(low, high)} mm (superior, posterior, left): give the mask the affine of the scan it was drawn on."
+        raise InputError(
+            where,
+            "does not lie on its volume",
+            expected=f"an overlap with {words(low, high)} mm (superior, posterior, left)",
+            found=words(mask_low, mask_high),
+            remedy="give the mask the affine of the scan that it was drawn on",
         )
 
 
@@ -160,7 +162,7 @@ def resample_to_grid(
         fill: value outside the array; default −1024 HU for `ct`, 0 for masks.
     """
     if kind == "ct":
-        hu = _resample(array, affine, grid_affine, grid, AIR if fill is None else fill)
+        hu = _resample(array, affine, grid_affine, grid, AIR_HU if fill is None else fill)
         return np.rint(hu).astype(np.int16)
     if kind == "labels":
         return _nearest(array, affine, grid_affine, grid, fill or 0)
@@ -326,13 +328,18 @@ def _separable(array: NDArray[Any], weights: list[sparse.csr_array], fill: float
     slow, rows, fast = (int(axis) for axis in np.argsort([-abs(stride) for stride in array.strides], kind="stable"))
     planes, result = array.transpose(slow, rows, fast), out.transpose(slow, rows, fast)
     by_plane, by_row, by_column = weights[slow], weights[rows], weights[fast]
+    # Fresh memory costs several times the arithmetic here, so two planes of it serve throughout.
+    mixed, term = np.empty(planes.shape[1:], np.float32), np.empty(planes.shape[1:], np.float32)
     for target in range(by_plane.shape[0]):
         span = slice(by_plane.indptr[target], by_plane.indptr[target + 1])
         if span.start == span.stop:
             continue
-        mixed = np.zeros(planes.shape[1:], np.float32)
+        mixed[...] = 0
         for source, share in zip(by_plane.indices[span], by_plane.data[span], strict=True):
-            mixed += share * (planes[source].astype(np.float32) - np.float32(fill))
+            np.copyto(term, planes[source], casting="unsafe")
+            term *= share
+            mixed += term
+        mixed -= np.float32(fill) * by_plane.data[span].sum()
         result[target] += (by_column @ (by_row @ mixed).T).T
     return out
 

@@ -1,4 +1,4 @@
-"""A volume as bytes and back: a line of JSON (dtype, shape), then a blosc2 buffer (zstd, shuffled); no pickle."""
+"""A volume as bytes and back: a line of JSON (dtype, shape), then a blosc2 buffer (zstd, bits shuffled); no pickle."""
 
 import json
 import math
@@ -23,9 +23,9 @@ def pack(array: NDArray[Any]) -> bytes:
     body = blosc2.compress2(
         array,
         codec=blosc2.Codec.ZSTD,
-        clevel=5,
+        clevel=1,
         typesize=array.itemsize,
-        filters=[blosc2.Filter.SHUFFLE],
+        filters=[blosc2.Filter.BITSHUFFLE],
         filters_meta=[0],
         blocksize=_BLOCK,
         nthreads=1,
