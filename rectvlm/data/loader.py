@@ -1,30 +1,48 @@
 """From shards to batches: which sample goes where, and the batches themselves.
 
-The order of training is a function of (seed, epoch) alone: a permutation of all samples of the split. Rank r of W takes
-the r-th of W equal slices of each batch of all ranks. So one number, the samples seen so far by all ranks together, is
-the whole state: a run resumes at the exact next sample, on any number of ranks, every rank gets the same number of
-batches, and an epoch holds each sample exactly once.
+The order of training is a function of (seed, epoch) alone: a permutation of all samples of the split, across shards.
+Epoch after epoch makes one endless row, and rank r of W takes the r-th of W equal slices of each batch of all ranks. So
+one number, the samples seen so far by all ranks together, is the whole state: a run resumes at the exact next sample,
+on any number of ranks and workers, every rank gets the same number of batches, and an epoch holds each sample exactly
+once. Where an epoch does not divide, the batch that crosses its end begins the next epoch.
+
+A sample is one contiguous range of a tar and one read. At the large grid that is several MB, so that fetching in random
+order costs a seek (about 10 ms of a disk's 100) or a request (which workers overlap), not a scan. There is no shuffle
+buffer, and no memory to fill before the first batch.
 """
 
+import atexit
+import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+import math
+import shutil
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rectvlm.config import DataConfig
 from rectvlm.data.report import report_text
 from rectvlm.data.shards import Entry, read_index, read_sample
 from rectvlm.data.store import Store
 from rectvlm.labels import FINDINGS, LESIONS
-from rectvlm.types import Batch, Sample, Split, UserError
+from rectvlm.types import Batch, Sample, SampleMeta, Split, UserError
+
+VOLUMES = {"ct": torch.int16, "lesions": torch.uint8, "regions": torch.uint8}
+_PREFETCH = 2
+"""Batches that each worker holds ready."""
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 class ShardDataset(Dataset[Sample]):
-    """The samples of a split, read by number."""
+    """The samples of a split, read by number, one at a time or as a batch."""
 
     def __init__(self, config: DataConfig, split: Split) -> None:
         """Open the index.
@@ -40,6 +58,7 @@ class ShardDataset(Dataset[Sample]):
                 f"configuration asks for {config.grid} at {config.spacing} mm: point data.shards at matching shards, "
                 "or make them with `make preprocess`."
             )
+        self.grid = config.grid
         self.entries: list[Entry] = index.select(split)
         if not self.entries:
             raise UserError(f"Shards in {self.store} hold no sample of the split {split!r}.")
@@ -49,6 +68,39 @@ class ShardDataset(Dataset[Sample]):
 
     def __getitem__(self, number: int) -> Sample:
         return read_sample(self.store, self.entries[number])
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Some samples as a batch; each volume is decoded right into its place there.
+
+        Raises:
+            UserError: see `read_sample`.
+        """
+        volumes = {name: _allocate((len(numbers), *self.grid), dtype) for name, dtype in VOLUMES.items()}
+        arrays: dict[str, NDArray[Any]] = {name: volume.numpy() for name, volume in volumes.items()}
+        metas = [
+            read_sample(self.store, self.entries[number], {name: array[i] for name, array in arrays.items()}).meta
+            for i, number in enumerate(numbers)
+        ]
+        return _batch(volumes, metas)
+
+    def __getitems__(self, numbers: list[int]) -> Batch | UserError:
+        # What DataLoader calls. It would wrap a worker's exception in a traceback: an error that is for the user
+        # travels as a value, and `_Batches` raises it.
+        try:
+            return self.batch(numbers)
+        except UserError as error:
+            if get_worker_info() is None:
+                raise
+            return error
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An empty tensor; in a worker, in the shared memory through which it will reach the main process anyway."""
+    if get_worker_info() is None:
+        # NumPy asks for huge pages, torch does not.
+        return torch.from_numpy(np.empty(shape, torch.empty(0, dtype=dtype).numpy().dtype))
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 class TrainOrder:
@@ -80,45 +132,127 @@ def _permutation(samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples; unknown labels and missing maps keep their flags."""
-    labels = [[sample.meta.labels[name] for name in FINDINGS] for sample in samples]
+    volumes = {name: torch.from_numpy(np.stack([getattr(sample, name) for sample in samples])) for name in VOLUMES}
+    return _batch(volumes, [sample.meta for sample in samples])
+
+
+def _batch(volumes: dict[str, Tensor], metas: list[SampleMeta]) -> Batch:
+    labels = [[meta.labels[name] for name in FINDINGS] for meta in metas]
     return Batch(
-        keys=[sample.meta.key for sample in samples],
-        ct=torch.from_numpy(np.stack([sample.ct for sample in samples])),
-        lesions=torch.from_numpy(np.stack([sample.lesions for sample in samples])),
-        regions=torch.from_numpy(np.stack([sample.regions for sample in samples])),
-        regions_known=torch.tensor([sample.meta.regions_source is not None for sample in samples]),
-        lesions_annotated=torch.tensor(
-            [[sample.meta.lesions_annotated[lesion.key] for lesion in LESIONS] for sample in samples]
-        ),
-        lesions_partial=torch.tensor(
-            [[sample.meta.lesions_partial[lesion.key] for lesion in LESIONS] for sample in samples]
-        ),
+        keys=[meta.key for meta in metas],
+        ct=volumes["ct"],
+        lesions=volumes["lesions"],
+        regions=volumes["regions"],
+        regions_known=torch.tensor([meta.regions_source is not None for meta in metas]),
+        lesions_annotated=torch.tensor([[meta.lesions_annotated[lesion.key] for lesion in LESIONS] for meta in metas]),
+        lesions_partial=torch.tensor([[meta.lesions_partial[lesion.key] for lesion in LESIONS] for meta in metas]),
         labels=torch.tensor([[float(value or 0) for value in row] for row in labels]),
         labels_known=torch.tensor([[value is not None for value in row] for row in labels]),
-        reports=[report_text(sample.meta.findings, sample.meta.impression) for sample in samples],
-        spacing=samples[0].meta.spacing,
-        meta=[sample.meta for sample in samples],
+        reports=[report_text(meta.findings, meta.impression) for meta in metas],
+        spacing=metas[0].spacing,
+        meta=metas,
     )
+
+
+class Loader:
+    """Batches in a given order. Each iteration starts anew, with worker processes of its own."""
+
+    def __init__(self, dataset: ShardDataset, order: Iterable[list[int]], workers: int = 0, pin: bool = False) -> None:
+        """Batches of `dataset`, the numbers of each from `order`; `pin` puts them in page-locked memory."""
+        self.dataset, self.order, self.workers, self.pin = dataset, order, workers, pin
+
+    def __iter__(self) -> "_Batches":
+        return _Batches(self)
+
+
+class _Batches(Iterator[Batch]):
+    """One iteration. Workers end when it does, when it is dropped, or when the interpreter exits."""
+
+    def __init__(self, loader: Loader) -> None:
+        order = _Stoppable(loader.order)
+        self._inner: Iterator[Any] = iter(
+            DataLoader(
+                loader.dataset,
+                batch_sampler=order,
+                collate_fn=_as_it_is,
+                num_workers=loader.workers,
+                pin_memory=loader.pin,
+                prefetch_factor=_PREFETCH if loader.workers else None,
+                # The engine starts threads before the loader starts; a forked child of such a process can hang.
+                multiprocessing_context="spawn" if loader.workers else None,
+            )
+        )
+        self.close = weakref.finalize(self, _finish, order, self._inner)
+        # `finalize` has an exit hook too, but multiprocessing's may come first and kill the workers at work.
+        self.close.atexit = False
+        atexit.register(self.close)
+
+    def __next__(self) -> Batch:
+        item = next(self._inner)
+        if isinstance(item, UserError):
+            self.close()
+            raise item
+        assert isinstance(item, Batch)
+        return item
+
+
+class _Stoppable:
+    """An order that can be cut off."""
+
+    def __init__(self, order: Iterable[list[int]]) -> None:
+        self.order, self.stopped = order, False
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return itertools.takewhile(lambda _: not self.stopped, self.order)
+
+
+def _finish(order: _Stoppable, inner: Iterator[Any]) -> None:
+    """Let workers hand over what they hold ready, whereupon DataLoader ends them.
+
+    A worker that ends while its queue's thread is inside torch, sending a batch, aborts ("terminate called without an
+    active exception"): CPython ends such threads by unwinding their stack, which C++ does not allow.
+    """
+    order.stopped = True
+    with contextlib.suppress(RuntimeError):  # a worker that has died already
+        for _ in inner:
+            pass
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def train_loader(
     config: DataConfig, micro_batch: int, rank: int, world: int, seed: int, seen: int = 0, pin: bool = False
-) -> DataLoader[Sample]:
-    """Endless micro-batches of one rank, from the sample after `seen` on."""
+) -> Loader:
+    """Endless micro-batches of one rank, from the sample after `seen` on.
+
+    Raises:
+        UserError: see `ShardDataset`, or too little shared memory for the workers' batches.
+    """
     dataset = ShardDataset(config, "train")
+    _require_shared_memory(config, micro_batch)
     order = TrainOrder(len(dataset), micro_batch, rank, world, seed, seen)
-    return DataLoader(
-        dataset,
-        batch_sampler=order,
-        collate_fn=collate,
-        num_workers=config.workers,
-        pin_memory=pin,
-        persistent_workers=config.workers > 0,
-        # The engine starts threads before the loader starts; a forked child of such a process can hang.
-        multiprocessing_context="spawn" if config.workers else None,
-    )
+    return Loader(dataset, order, config.workers, pin)
 
 
-def eval_loader(config: DataConfig, split: Split, batch_size: int) -> DataLoader[Sample]:
+def eval_loader(config: DataConfig, split: Split, batch_size: int) -> Loader:
     """Every sample of a split once, in order, unchanged."""
-    return DataLoader(ShardDataset(config, split), batch_size=batch_size, shuffle=False, collate_fn=collate)
+    dataset = ShardDataset(config, split)
+    numbers = range(len(dataset))
+    return Loader(dataset, [list(numbers[i : i + batch_size]) for i in numbers[::batch_size]])
+
+
+def _require_shared_memory(config: DataConfig, micro_batch: int) -> None:
+    """Workers die of a bus error, without a word, where shared memory is too small: containers often give 64 MB."""
+    if not (config.workers and _SHARED_MEMORY.is_dir()):
+        return
+    voxel_bytes = sum(dtype.itemsize for dtype in VOLUMES.values())
+    needed = config.workers * (_PREFETCH + 1) * micro_batch * math.prod(config.grid) * voxel_bytes
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if free < needed:
+        raise UserError(
+            f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, but {config.workers} loader workers with micro-batches of "
+            f"{micro_batch} need {needed / 1e6:.0f} MB a rank: start the container with a larger --shm-size, or lower "
+            "data.workers."
+        )

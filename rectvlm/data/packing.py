@@ -33,16 +33,16 @@ def pack(array: NDArray[Any]) -> bytes:
     return header + cast(bytes, body)
 
 
-def unpack(data: bytes, dtype: np.dtype[Any], where: str) -> NDArray[Any]:
-    """The volume of `pack`.
+def unpack(data: bytes | memoryview, dtype: np.dtype[Any], where: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    """The volume of `pack`, in an array of its own or in `out` (contiguous, of the type), which then is returned.
 
     Sizes are compared before anything is allocated: a damaged header must not ask for all the memory.
 
     Raises:
-        UserError: damaged, or another type than `dtype`; `where` names the source.
+        UserError: damaged, another type than `dtype`, or another shape than `out`; `where` names the source.
     """
-    header, newline, body = bytes(data[:_HEADER_LIMIT]).partition(b"\n")
-    body = data[len(header) + 1 :]
+    header, newline, _ = bytes(data[:_HEADER_LIMIT]).partition(b"\n")
+    body = memoryview(data)[len(header) + 1 :]
     try:
         described = json.loads(header) if newline else {}
         shape = tuple(int(n) for n in described["shape"])
@@ -51,7 +51,10 @@ def unpack(data: bytes, dtype: np.dtype[Any], where: str) -> NDArray[Any]:
         n_bytes, packed_bytes, _ = blosc2.get_cbuffer_sizes(body)
         if n_bytes != math.prod(shape) * dtype.itemsize or packed_bytes != len(body) or n_bytes > _VOXEL_LIMIT:
             raise ValueError(f"{len(body)} bytes for shape {shape}")
-        array = np.empty(shape, dtype)
+        if out is not None and out.shape != shape:
+            raise ValueError(f"of shape {out.shape}, found {shape}")
+        array = np.empty(shape, dtype) if out is None else out
+        assert array.dtype == dtype and array.flags.c_contiguous
         blosc2.decompress2(body, dst=array, nthreads=1)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(

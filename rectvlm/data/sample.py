@@ -47,17 +47,27 @@ def encode(sample: Sample) -> dict[str, bytes]:
     return members
 
 
-def decode(members: Mapping[str, bytes], where: str = "sample") -> Sample:
+def decode(
+    members: Mapping[str, bytes | memoryview], where: str = "sample", into: Mapping[str, NDArray[Any]] | None = None
+) -> Sample:
     """A sample from its four members, as WebDataset gives them (other keys are ignored).
 
+    Args:
+        members: by name.
+        where: the source, for messages.
+        into: arrays by name (`ct`, `lesions`, `regions`) that receive the volumes and become the sample's.
+
     Raises:
-        UserError: a member is missing, damaged, or not of this schema; `where` names the source.
+        UserError: a member is missing, damaged, not of this schema, or not of the shape of `into`.
     """
     missing = [name for name in MEMBERS if name not in members]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}: expected the members {', '.join(MEMBERS)}.")
-    arrays = {name: unpack(members[name], dtype, f"{where}, member {name}") for name, dtype in _DTYPES.items()}
-    sample = Sample(**arrays, meta=_read_meta(members["json"], where))
+    arrays = {
+        name: unpack(members[name], dtype, f"{where}, member {name}", None if into is None else into[name])
+        for name, dtype in _DTYPES.items()
+    }
+    sample = Sample(**arrays, meta=_read_meta(bytes(members["json"]), where))
     _check_sample(sample, where)
     return sample
 

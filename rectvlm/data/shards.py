@@ -8,7 +8,7 @@ import hashlib
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import webdataset
+from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from rectvlm.data.sample import MEMBERS, SCHEMA, decode, encode, versions
@@ -251,8 +252,13 @@ def read_index(place: str | Path | Store) -> Index:
         ) from None
 
 
-def read_sample(place: str | Path | Store, entry: Entry) -> Sample:
+def read_sample(place: str | Path | Store, entry: Entry, into: Mapping[str, NDArray[Any]] | None = None) -> Sample:
     """One sample, by its offsets and in one read.
+
+    Args:
+        place: folder or URL of the shards.
+        entry: which.
+        into: arrays by member that receive the volumes; see `decode`.
 
     Raises:
         UserError: the shard is missing, cut short or damaged.
@@ -271,8 +277,9 @@ def read_sample(place: str | Path | Store, entry: Entry) -> Sample:
             f"Shard {path} is cut short: sample {entry.key} should end at byte {end}, the file ends at "
             f"{start + len(data)}; run `make preprocess` again or copy it again."
         )
-    members = {name: data[offset - start : offset - start + size] for name, (offset, size) in entry.members.items()}
-    sample = decode(members, where=f"Shard {path}, sample {entry.key}")
+    view = memoryview(data)
+    members = {name: view[offset - start : offset - start + size] for name, (offset, size) in entry.members.items()}
+    sample = decode(members, f"Shard {path}, sample {entry.key}", into)
     if sample.meta.key != entry.key:
         raise UserError(f"Shard {path} and its index disagree: {entry.key} expected, {sample.meta.key} found.")
     return sample
