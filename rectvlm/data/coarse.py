@@ -1,0 +1,226 @@
+"""A coarse region map from the CT alone, for volumes that have none: lungs by side, airway, heart zone and spine.
+
+It is good for sides and zones. The lobes are the lungs cut by planes where the fissures usually run, hence only rough
+(`types.COARSE` marks such a map); what cannot be told from density and place alone stays 0. Arrays are canonical,
+(z, y, x) = (superior, posterior, left), so the patient's left is at large x.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from rectvlm.labels import REGION_BY_NAME
+from rectvlm.types import Int16Volume, MaskVolume
+
+Bools = NDArray[np.bool_]
+
+_STEP_MM = 5.0
+"""Sampling that the work is done at."""
+_BODY_HU, _LUNG_HU, _AIR_HU, _BONE_HU = -400, -500, -975, 180
+_MIN_LUNG_ML = 100.0
+_MIN_PART = 0.08
+"""A second pocket of lung has at least this share of the largest."""
+_IN_PLANE = np.zeros((3, 3, 3), bool)
+_IN_PLANE[1, 1, :] = _IN_PLANE[1, :, 1] = True
+
+
+def coarse_regions(ct: Int16Volume, spacing: tuple[float, float, float]) -> MaskVolume:
+    """Region ids (Z, Y, X) estimated from the CT; all 0 where no lung is found.
+
+    Args:
+        ct: (Z, Y, X) HU, canonical.
+        spacing: (z, y, x) in mm.
+    """
+    steps = [max(1, round(_STEP_MM / size)) for size in spacing]
+    thin = ct[:: steps[0], :: steps[1], :: steps[2]]
+    size = np.array([step * one for step, one in zip(steps, spacing, strict=True)])
+    out = np.zeros(thin.shape, np.uint8)
+    # Noise of single voxels, not edges: the median keeps those.
+    hu = ndimage.median_filter(thin, (1, 3, 3)) if max(steps) > 1 else thin
+    body = _body(hu)
+    inside = _filled(body)
+    gas = _gas(hu, inside, size)
+    if gas is None:
+        return np.zeros(ct.shape, np.uint8)
+    frame = _Frame.of(hu, inside, gas, size)
+    airway = _airway(gas, frame)
+    left, right = _sides(gas & ~airway, inside, hu, frame)
+    for side, lung in (("right", right), ("left", left)):
+        _write_lobes(out, lung, side)
+    out[_heart(hu, left, right, frame)] = REGION_BY_NAME["heart"].id
+    out[frame.spine & (out == 0)] = REGION_BY_NAME["spine"].id
+    out[airway] = REGION_BY_NAME["trachea"].id
+    places = [np.minimum(np.arange(n) // step, m - 1) for n, step, m in zip(ct.shape, steps, out.shape, strict=True)]
+    return out[np.ix_(*places)]
+
+
+def _body(hu: Int16Volume) -> Bools:
+    """The largest solid part, without table and sheets."""
+    solid = ndimage.binary_opening(hu > _BODY_HU, _IN_PLANE)
+    parts, count = ndimage.label(solid)
+    return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]) if count else solid
+
+
+def _filled(mask: Bools) -> Bools:
+    """Each slice with its holes: what is outside and does not reach the slice's edge belongs to it."""
+    outside, _ = ndimage.label(~mask, _IN_PLANE)
+    edges = [outside[:, 0], outside[:, -1], outside[:, :, 0], outside[:, :, -1]]
+    open_air = np.zeros(outside.max() + 1, bool)
+    open_air[np.unique(np.concatenate([edge.ravel() for edge in edges]))] = True
+    return mask | ~open_air[outside]
+
+
+def _gas(hu: Int16Volume, inside: Bools, size: NDArray[np.float64]) -> Bools | None:
+    """Lungs and airway: pockets of the body with the density of lung; None when there is too little."""
+    candidate = inside & (hu < _LUNG_HU)
+    parts, count = ndimage.label(candidate)
+    if not count:
+        return None
+    sizes = np.bincount(parts.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    # Bowel gas and air between arm and chest are empty; lung is not, even in emphysema.
+    large = np.flatnonzero(sizes >= max(1, _MIN_PART * sizes.max()))
+    middles = ndimage.median(hu, parts, large)
+    lung = large[np.atleast_1d(middles) > _AIR_HU]
+    if sizes[lung].sum() * np.prod(size) / 1000 < _MIN_LUNG_ML:
+        return None
+    return np.isin(parts, lung)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where things lie in the thin copy."""
+
+    size: NDArray[np.float64]
+    """Voxel size (z, y, x), mm."""
+    middle: float
+    """Column of the midline."""
+    spine: Bools
+    slices: tuple[int, int]
+    """First and one past the last slice with lung."""
+    rows: tuple[int, int]
+    """First (anterior) and one past the last (posterior) row with lung."""
+
+    @classmethod
+    def of(cls, hu: Int16Volume, inside: Bools, gas: Bools, size: NDArray[np.float64]) -> "_Frame":
+        (z0, z1), (y0, y1) = (_extent(gas.any(axis=other)) for other in ((1, 2), (0, 2)))
+        columns = inside[z0:z1].any(axis=1)
+        first = columns.argmax(axis=1)
+        last = columns.shape[1] - 1 - columns[:, ::-1].argmax(axis=1)
+        middle = float(np.median((first + last) / 2))
+        spine = _spine(hu, inside, middle, y0 + 0.55 * (y1 - y0), size)
+        found = np.nonzero(spine)[2]
+        # A body that is cut off at one side has its middle elsewhere; the spine stays.
+        if found.size * np.prod(size) > 20e3:
+            middle = float(np.median(found))
+        return cls(size, middle, spine, (z0, z1), (y0, y1))
+
+
+def _extent(mask: Bools) -> tuple[int, int]:
+    where = np.flatnonzero(mask)
+    return int(where[0]), int(where[-1]) + 1
+
+
+def _spine(hu: Int16Volume, inside: Bools, middle: float, front: float, size: NDArray[np.float64]) -> Bools:
+    """Bone behind the middle of the chest, near the midline: the largest piece, closed."""
+    _, y, x = np.ogrid[: hu.shape[0], : hu.shape[1], : hu.shape[2]]
+    bone = inside & (hu > _BONE_HU) & (y >= front) & (abs(x - middle) * size[2] < 55)
+    parts, count = ndimage.label(bone, np.ones((3, 3, 3)))
+    if not count:
+        return bone
+    largest = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+    centre = np.median(np.nonzero(largest)[2])
+    near = largest & (abs(x - centre) * size[2] < 30)
+    return _filled(ndimage.binary_closing(near, _IN_PLANE)) & inside
+
+
+def _airway(gas: Bools, frame: _Frame) -> Bools:
+    """Small round pockets near the midline in the upper two thirds, apart from the lungs in their slice."""
+    parts, count = ndimage.label(gas, _IN_PLANE)
+    if not count:
+        return gas
+    areas = np.bincount(parts.ravel(), minlength=count + 1) * frame.size[1] * frame.size[2]
+    centres = np.array(ndimage.center_of_mass(gas, parts, np.arange(1, count + 1)))
+    off = abs(centres[:, 2] - frame.middle) * frame.size[2]
+    z0, z1 = frame.slices
+    keep = np.zeros(count + 1, bool)
+    keep[1:] = (areas[1:] < 700) & (off < 25) & (centres[:, 0] > z0 + (z1 - z0) / 3)
+    chosen = keep[parts]
+    pieces, count = ndimage.label(chosen, np.ones((3, 3, 3)))
+    if not count:
+        return chosen
+    # The trachea runs through several slices; specks between the lungs do not.
+    return np.asarray(pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:]))
+
+
+def _sides(gas: Bools, inside: Bools, hu: Int16Volume, frame: _Frame) -> tuple[Bools, Bools]:
+    """Left and right lung, with the vessels and solid patches that they enclose.
+
+    Where a slice shows a lung apart from the other it goes whole to the side that most of it lies on, since lungs bulge
+    over the midline in front; where the two run together the midline cuts them.
+    """
+    parts, count = ndimage.label(gas, _IN_PLANE)
+    is_left = np.broadcast_to(np.arange(gas.shape[2]) > frame.middle, gas.shape)
+    share = ndimage.mean(is_left, parts, np.arange(count + 1)) if count else np.zeros(1)
+    share = share[parts]
+    left = gas & np.where(share >= 0.8, True, np.where(share <= 0.2, False, is_left))
+    right = gas & ~left
+    ball = _ball(12.0, frame.size)
+    lungs = []
+    for lung, other in ((left, right), (right, left)):
+        closed = _closed(lung, ball)
+        lungs.append(_filled(closed) & inside & ~other)
+    both = lungs[0] & lungs[1]
+    return lungs[0] & ~(both & ~is_left), lungs[1] & ~(both & is_left)
+
+
+def _ball(radius: float, size: NDArray[np.float64]) -> Bools:
+    reach = np.maximum(1, np.floor(radius / size)).astype(int)
+    grid = np.meshgrid(*[np.arange(-n, n + 1) * one for n, one in zip(reach, size, strict=True)], indexing="ij")
+    return np.asarray(sum(axis**2 for axis in grid) <= max(radius, float(size.min())) ** 2)
+
+
+def _closed(mask: Bools, ball: Bools) -> Bools:
+    """Closing that treats the volume's edge as if the lung went on: it may be cut there."""
+    pad = [(n // 2, n // 2) for n in ball.shape]
+    wide = np.pad(mask, pad, mode="edge")
+    closed = ndimage.binary_closing(wide, ball)
+    return closed[tuple(slice(a, n - b) for (a, b), n in zip(pad, wide.shape, strict=True))] | mask
+
+
+def _write_lobes(out: MaskVolume, lung: Bools, side: str) -> None:
+    """Cut a lung where its fissures usually run.
+
+    The oblique fissure falls from four fifths of the height at the back to the base, a tenth behind the front; the
+    horizontal fissure of the right lung lies at half the height.
+    """
+    if not lung.any():
+        return
+    (z0, z1), (y0, y1) = (_extent(lung.any(axis=other)) for other in ((1, 2), (0, 2)))
+    z, y, _ = np.ogrid[: lung.shape[0], : lung.shape[1], : lung.shape[2]]
+    height, depth = (z + 0.5 - z0) / (z1 - z0), (y + 0.5 - y0) / (y1 - y0)
+    lower = height < 0.8 * (depth - 0.1) / 0.9
+    middle = ~lower & (height < 0.5) & (side == "right")
+    names = np.where(lower, REGION_BY_NAME[f"{side} lower lobe"].id, REGION_BY_NAME[f"{side} upper lobe"].id)
+    names = np.where(middle, REGION_BY_NAME["right middle lobe"].id, names)
+    out[lung] = np.broadcast_to(names, lung.shape)[lung]
+
+
+def _heart(hu: Int16Volume, left: Bools, right: Bools, frame: _Frame) -> Bools:
+    """Soft tissue between the lungs, in front of the spine, in the lower half of the chest: a zone, not an outline."""
+    z0, z1 = frame.slices
+    y0, y1 = frame.rows
+    z, y, x = np.ogrid[: hu.shape[0], : hu.shape[1], : hu.shape[2]]
+    width = hu.shape[2]
+    # Row by row: from the right lung's inner edge (its last column) to the left lung's (its first).
+    begin = width - 1 - right[:, :, ::-1].argmax(axis=2)[..., None]
+    end = left.argmax(axis=2)[..., None]
+    both = (right.any(axis=2) & left.any(axis=2))[..., None]
+    between = both & (x > begin) & (x < end)
+    level = (z >= z0 + 0.1 * (z1 - z0)) & (z < z0 + 0.55 * (z1 - z0))
+    ahead = y < y0 + 0.7 * (y1 - y0)
+    zone = between & level & ahead & (hu > -100) & (hu < 300)
+    parts, count = ndimage.label(ndimage.binary_opening(zone, _IN_PLANE))
+    return np.asarray(parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])) if count else zone
