@@ -162,8 +162,7 @@ def resample_to_grid(
         fill: value outside the array; default −1024 HU for `ct`, 0 for masks.
     """
     if kind == "ct":
-        hu = _resample(array, affine, grid_affine, grid, AIR_HU if fill is None else fill)
-        return np.rint(hu).astype(np.int16)
+        return _resample(array, affine, grid_affine, grid, AIR_HU if fill is None else fill, np.int16)
     if kind == "labels":
         return _nearest(array, affine, grid_affine, grid, fill or 0)
     return _resample_bits(array, affine, grid_affine, grid)
@@ -232,8 +231,13 @@ def _rescue(
 
 
 def _resample(
-    array: NDArray[Any], affine: Affine, target_affine: Affine, shape: tuple[int, int, int], fill: float
-) -> NDArray[np.float32]:
+    array: NDArray[Any],
+    affine: Affine,
+    target_affine: Affine,
+    shape: tuple[int, int, int],
+    fill: float,
+    dtype: type[np.float32] | type[np.int16] = np.float32,
+) -> NDArray[Any]:
     """Area-weighted (finer to coarser) or linear (coarser to finer) resampling, by axis where the axes allow it."""
     to_target = np.linalg.inv(target_affine) @ affine
     axes = _axis_pairs(to_target, array.shape)
@@ -244,7 +248,7 @@ def _resample(
         _axis_weights(array.shape[source], shape[axis], to_target[axis, source], to_target[axis, 3])
         for axis, source in enumerate(axes)
     ]
-    return _separable(array.transpose(axes), weights, fill)
+    return _separable(array.transpose(axes), weights, fill, dtype)
 
 
 def _axis_pairs(to_target: Affine, shape: Sequence[int]) -> tuple[int, int, int] | None:
@@ -312,13 +316,15 @@ def _axis_weights(n_source: int, n_target: int, step: float, offset: float) -> s
     return sparse.csr_array(entries, shape=(n_target, n_source))
 
 
-def _separable(array: NDArray[Any], weights: list[sparse.csr_array], fill: float) -> NDArray[np.float32]:
-    """Apply one weight matrix an axis to (a, b, c), plane by plane, so that no float copy of the input exists.
+def _separable(
+    array: NDArray[Any], weights: list[sparse.csr_array], fill: float, dtype: type[np.float32] | type[np.int16]
+) -> NDArray[Any]:
+    """Apply one weight matrix an axis to (a, b, c), plane by plane, so that no float copy of the whole exists.
 
-    Outside counts as `fill`: the weights act on the difference from it.
+    Outside counts as `fill`: the weights act on the difference from it. Whole numbers are rounded.
     """
     used = [np.unique(weight.indices) for weight in weights]
-    out = np.full([weight.shape[0] for weight in weights], fill, np.float32)
+    out = np.full([weight.shape[0] for weight in weights], fill, dtype)
     if any(len(columns) == 0 for columns in used):
         return out
     crop = tuple(slice(int(columns[0]), int(columns[-1]) + 1) for columns in used)
@@ -340,7 +346,9 @@ def _separable(array: NDArray[Any], weights: list[sparse.csr_array], fill: float
             term *= share
             mixed += term
         mixed -= np.float32(fill) * by_plane.data[span].sum()
-        result[target] += (by_column @ (by_row @ mixed).T).T
+        plane = by_column @ (by_row @ mixed).T
+        plane += np.float32(fill)
+        result[target] = (np.rint(plane, out=plane) if dtype == np.int16 else plane).T
     return out
 
 

@@ -39,14 +39,17 @@ _HEADER_BYTES = 540
 _HEADERS: dict[int, type[nib.Nifti1Header]] = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 
 
-def read_volume(path: Path) -> Volume:
+def read_volume(path: Path, blank: Affine | None = None) -> Volume:
     """Read a CT from a NIfTI file; voxels keep their stored type where the header does not scale them.
+
+    Args:
+        blank: 4 × 4, index to RAS+ mm, for a file whose header has no orientation, when it is known from elsewhere.
 
     Raises:
         UserError: no such file, not a NIfTI, cut short, not 3-D, too large for memory, no orientation, a spacing that
             is zero or not finite, voxels that are not finite, or one value throughout.
     """
-    volume = _read(path)
+    volume = _read(path, blank)
     if volume.array.min() == volume.array.max():
         raise InputError(
             path,
@@ -78,11 +81,11 @@ def read_mask(path: Path) -> Volume:
     return Volume(array, volume.affine, volume.where)
 
 
-def _read(path: Path) -> Volume:
+def _read(path: Path, blank: Affine | None = None) -> Volume:
     packed = _is_packed(path)
     header = _header(path, packed)
     shape = _shape(header, path, packed)
-    affine = _affine(header, path)
+    affine = _affine(header, path, blank)
     array = _voxels(header, shape, path, packed)
     slope, inter = header.get_slope_inter()
     if slope is not None and (slope, inter) != (1, 0):
@@ -215,12 +218,14 @@ def _cut_short(path: Path, expected: int, found: int) -> InputError:
     )
 
 
-def _affine(header: nib.Nifti1Header, path: Path) -> Affine:
+def _affine(header: nib.Nifti1Header, path: Path, blank: Affine | None) -> Affine:
     zooms = header["pixdim"][1:4].astype(float)
     codes = int(header["sform_code"]), int(header["qform_code"])
     if not (np.isfinite(zooms).all() and (zooms > 0).all()):
         raise _bad_spacing(path, f"{zooms.tolist()} mm")
     if not any(codes):
+        if blank is not None:
+            return blank
         raise InputError(
             path,
             "has no orientation, so left and right are unknown",
