@@ -1,12 +1,20 @@
 """What carries loss and what does not: the unknown and the unannotated never do."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from conftest import phantom_sample
 from monai.losses import DiceLoss
 from torch import Tensor
 
 from rectvlm.config import Config
-from rectvlm.labels import N_FINDINGS, N_LESIONS
+from rectvlm.data.loader import collate
+from rectvlm.data.phantom import make_phantom
+from rectvlm.labels import LESION_BY_KEY, N_FINDINGS, N_LESIONS
+from rectvlm.metrics.localization import lesion_counts
+from rectvlm.metrics.localization import localization as scores
 from rectvlm.models import Outputs
 from rectvlm.models.localizer import Localization
 from rectvlm.models.reporter import ReportLoss
@@ -43,6 +51,9 @@ def noise(scale: float = 1.0) -> Localization:
 
 
 ALL = torch.ones(2, N_LESIONS, dtype=torch.bool)
+NONE = ~ALL
+SIZES = (GRID, HALF, COARSE)
+WEIGHTS = (1.0, objectives.HALF_WEIGHT, objectives.COARSE_WEIGHT)
 
 
 def test_unknown_labels_carry_no_loss_and_no_gradient() -> None:
@@ -83,7 +94,7 @@ def test_unannotated_lesions_carry_no_loss_and_no_gradient() -> None:
     annotated = ALL.clone()
     annotated[0, 1] = annotated[1, 2] = False
     found, bits = noise(), boxes()
-    loss = localization(found, bits, annotated)
+    loss = localization(found, bits, annotated, NONE)
     loss.value.backward()
     assert loss.count == annotated.sum()
     for logits in found[:3]:
@@ -93,12 +104,12 @@ def test_unannotated_lesions_carry_no_loss_and_no_gradient() -> None:
     without = bits.clone()
     without[0] &= ~torch.tensor(1 << 1, dtype=torch.uint8)
     without[1] = 0
-    assert localization(noise(), without, annotated).value == loss.value
+    assert localization(noise(), without, annotated, NONE).value == loss.value
 
 
 def test_nothing_annotated_is_zero_with_a_graph() -> None:
     found = noise()
-    loss = localization(found, boxes(), ~ALL)
+    loss = localization(found, boxes(), ~ALL, NONE)
     assert (loss.value, loss.count) == (0, 0)
     loss.value.backward()
     for logits in found[:3]:
@@ -108,8 +119,8 @@ def test_nothing_annotated_is_zero_with_a_graph() -> None:
 
 def test_perfect_masks_cost_nearly_nothing() -> None:
     bits = boxes()
-    assert localization(drawn(masks_of(bits)), bits, ALL).value < 1e-3
-    assert localization(drawn(masks_of(bits.flip(3))), bits, ALL).value > 1
+    assert localization(drawn(masks_of(bits)), bits, ALL, NONE).value < 1e-3
+    assert localization(drawn(masks_of(bits.flip(3))), bits, ALL, NONE).value > 1
 
 
 @pytest.mark.parametrize("lesion", range(N_LESIONS))
@@ -121,15 +132,15 @@ def test_each_lesion_reads_its_own_bit(lesion: int) -> None:
     annotated[0] = True
     others = annotated.clone()
     others[0, lesion] = False
-    assert localization(drawn(masks), bits, annotated).value > 0.1
-    assert localization(drawn(masks), bits, others).value < 1e-3
+    assert localization(drawn(masks), bits, annotated, NONE).value > 0.1
+    assert localization(drawn(masks), bits, others, NONE).value < 1e-3
 
 
 def test_an_absent_lesion_that_was_looked_for_pulls_its_mask_down() -> None:
     found = noise()
     annotated = torch.zeros_like(ALL)
     annotated[1, 0] = True  # not in the second sample
-    localization(found, boxes(), annotated).value.backward()
+    localization(found, boxes(), annotated, NONE).value.backward()
     assert found.masks.grad is not None
     assert (found.masks.grad[1, 0] > 0).all()
 
@@ -139,9 +150,86 @@ def test_a_lesion_smaller_than_a_patch_marks_its_patch() -> None:
     bits[0, 5, 13, 2] = 1 << 4
     coarse = torch.zeros(1, N_LESIONS, *COARSE, requires_grad=True)
     found = Localization(torch.zeros(1, N_LESIONS, *GRID), torch.zeros(1, N_LESIONS, *HALF), coarse, torch.zeros(()))
-    localization(found, bits, torch.ones(1, N_LESIONS, dtype=torch.bool)).value.backward()
+    localization(found, bits, torch.ones(1, N_LESIONS, dtype=torch.bool), NONE[:1]).value.backward()
     assert coarse.grad is not None
     assert (coarse.grad < 0).nonzero().tolist() == [[0, 4, 1, 1, 0]]
+
+
+def test_a_partly_outlined_lesion_teaches_where_it_is_drawn_and_nowhere_else() -> None:
+    found, bits = noise(), boxes()
+    partial = NONE.clone()
+    partial[0, 1] = partial[1, 2] = partial[1, 3] = True  # the last one has no outline at all
+    loss = localization(found, bits, NONE, partial)
+    loss.value.backward()
+    assert loss.count == 2
+    expected = torch.zeros(())
+    for logits, size, weight in zip(found[:3], SIZES, WEIGHTS, strict=True):
+        cells = torch.nn.functional.adaptive_max_pool3d(masks_of(bits), size)
+        known = cells * partial[:, :, None, None, None]
+        assert logits.grad is not None
+        assert torch.equal(logits.grad != 0, known.bool())
+        # Cross-entropy against 1: the mean over a lesion's drawn voxels, then over the two lesions. No Dice.
+        share = weight * known / known.flatten(2).sum(2).clamp_min(1)[:, :, None, None, None] / 2
+        torch.testing.assert_close(logits.grad, (logits.detach().sigmoid() - 1) * share)
+        expected = expected - (logits.detach().sigmoid().log() * share).sum()
+    torch.testing.assert_close(loss.value.detach(), expected)
+
+
+def test_what_is_empty_in_a_partial_outline_is_neither_right_nor_wrong() -> None:
+    bits = boxes()
+    partial = NONE.clone()
+    partial[0, 4] = True
+    masks = masks_of(bits)
+    everywhere = masks.clone()
+    everywhere[0, 4] = 1
+    assert localization(drawn(everywhere), bits, NONE, partial).value < 1e-6
+    assert localization(drawn(masks), bits, NONE, partial).value < 1e-6
+    assert localization(drawn(masks * 0), bits, NONE, partial).value > 10
+
+
+def test_partial_outlines_leave_annotated_lesions_as_they_are() -> None:
+    bits = boxes()
+    annotated, partial = NONE.clone(), NONE.clone()
+    annotated[0], partial[1, 2] = True, True
+    mixed, alone = noise(), noise()
+    loss = localization(mixed, bits, annotated, partial)
+    loss.value.backward()
+    localization(alone, bits, annotated, NONE).value.backward()
+    assert loss.count == N_LESIONS + 1
+    assert mixed.coarse.grad is not None and alone.coarse.grad is not None
+    share = N_LESIONS / (N_LESIONS + 1)  # one more lesion takes part in the mean
+    torch.testing.assert_close(mixed.coarse.grad[0], alone.coarse.grad[0] * share)
+    assert mixed.masks.grad is not None
+    undrawn = masks_of(bits)[1, 2] == 0
+    assert not mixed.masks.grad[1, 2][undrawn].any()
+    assert mixed.masks.grad[1, 2][~undrawn].all()
+
+
+def test_partial_without_any_outline_is_zero_with_a_graph() -> None:
+    found = noise()
+    loss = localization(found, torch.zeros_like(boxes()), NONE, ALL)
+    assert (loss.value, loss.count) == (0, 0)
+    loss.value.backward()
+    for logits in found[:3]:
+        assert logits.grad is not None
+        assert not logits.grad.any()
+
+
+def test_partial_lesions_count_in_no_figure(tiny: Config) -> None:
+    """Evaluation scores annotated lesions, by the batch's flags and these two functions."""
+    sample = phantom_sample(0, tiny)
+    key = next(place.lesion for place in make_phantom(0).truth)
+    bit = LESION_BY_KEY[key].bit
+    flags = {**sample.meta.lesions_annotated, key: False}
+    partial = {**sample.meta.lesions_partial, key: True}
+    batch = collate([replace(sample, meta=replace(sample.meta, lesions_annotated=flags, lesions_partial=partial))])
+    assert batch.lesions_partial[0].nonzero().flatten().tolist() == [bit]
+    assert not batch.lesions_annotated[0, bit]
+    truth = batch.lesions.numpy()[0]
+    assert (truth >> bit & 1).any()
+    counts = lesion_counts(np.zeros((N_LESIONS, *truth.shape), bool), truth)
+    scored = scores(counts[None], batch.lesions_annotated.numpy())["per_lesion"][key]
+    assert (scored["n_annotated"], scored["n_present"], scored["n_missed"], scored["dice"]) == (0, 0, 0, None)
 
 
 def test_soft_dice_is_monais() -> None:

@@ -38,7 +38,9 @@ def losses(outputs: Outputs, batch: Batch, tasks: tuple[Task, ...]) -> dict[Task
         found["classification"] = classification(outputs.findings, batch.labels, batch.labels_known)
     if "localization" in tasks:
         assert outputs.localization is not None
-        found["localization"] = localization(outputs.localization, batch.lesions, batch.lesions_annotated)
+        found["localization"] = localization(
+            outputs.localization, batch.lesions, batch.lesions_annotated, batch.lesions_partial
+        )
     if "report" in tasks:
         assert outputs.report is not None
         has_report = outputs.report.tokens > 0
@@ -57,33 +59,37 @@ def classification(logits: Tensor, labels: Tensor, known: Tensor) -> Loss:
     return Loss(_mean(each, known), known.sum())
 
 
-def localization(found: Localization, bits: Tensor, annotated: Tensor) -> Loss:
-    """Dice and binary cross-entropy at full and half resolution, over annotated lesions; the patches that hold a
-    lesion; and the denoising error.
+def localization(found: Localization, bits: Tensor, annotated: Tensor, partial: Tensor) -> Loss:
+    """Dice and binary cross-entropy at full and half resolution; the patches that hold a lesion; the denoising error.
+
+    A lesion counts in full where it is annotated. Where it is outlined in part, its drawn voxels (and the cells that
+    hold one) carry cross-entropy and nothing else does: what is empty there is unknown, so there is no Dice either.
 
     Args:
         found: what the localizer says.
         bits: (B, Z, Y, X) uint8, lesion bits.
         annotated: (B, L) bool.
+        partial: (B, L) bool, True where outlines exist but others may be missing; never where `annotated` is.
     """
     masks = lesion_masks(bits)
+    drawn = partial & masks.flatten(2).any(2)
     # The largest value, not the mean: a nodule smaller than a cell still marks it.
     half = F.adaptive_max_pool3d(masks, found.half.shape[2:])
     coarse = F.adaptive_max_pool3d(masks, found.coarse.shape[2:])
     value = (
-        _dice_and_entropy(found.masks, masks, annotated)
-        + HALF_WEIGHT * _dice_and_entropy(found.half, half, annotated)
-        + COARSE_WEIGHT * _mean(_entropy(found.coarse, coarse), annotated)
+        _dice_and_entropy(found.masks, masks, annotated, drawn)
+        + HALF_WEIGHT * _dice_and_entropy(found.half, half, annotated, drawn)
+        + COARSE_WEIGHT * _mean(_entropy(found.coarse, coarse, drawn), annotated | drawn)
         + DENOISING_WEIGHT * found.denoising
     )
-    return Loss(value, annotated.sum())
+    return Loss(value, (annotated | drawn).sum())
 
 
-def _dice_and_entropy(logits: Tensor, masks: Tensor, annotated: Tensor) -> Tensor:
+def _dice_and_entropy(logits: Tensor, masks: Tensor, annotated: Tensor, drawn: Tensor) -> Tensor:
     dice = _soft_dice(logits, masks)
     # Soft Dice against an empty mask is 1 whatever is drawn: there, cross-entropy alone says "none".
     present = annotated & masks.flatten(2).any(2)
-    return _mean(dice, present) + _mean(_entropy(logits, masks), annotated)
+    return _mean(dice, present) + _mean(_entropy(logits, masks, drawn), annotated | drawn)
 
 
 def _soft_dice(logits: Tensor, masks: Tensor, smooth: float = 1e-5) -> Tensor:
@@ -95,8 +101,11 @@ def _soft_dice(logits: Tensor, masks: Tensor, smooth: float = 1e-5) -> Tensor:
     return 1 - (2 * (p * g).sum(2) + smooth) / (p.sum(2) + g.sum(2) + smooth)
 
 
-def _entropy(logits: Tensor, masks: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, masks, reduction="none").flatten(2).mean(2)
+def _entropy(logits: Tensor, masks: Tensor, drawn: Tensor) -> Tensor:
+    """Mean over the voxels, or over those in the mask alone where it is `drawn` in part: (B, L)."""
+    each = F.binary_cross_entropy_with_logits(logits, masks, reduction="none").flatten(2)
+    counted = torch.where(drawn[:, :, None], masks.flatten(2), 1.0)
+    return (each * counted).sum(2) / counted.sum(2)
 
 
 def _mean(values: Tensor, known: Tensor) -> Tensor:
