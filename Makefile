@@ -52,7 +52,7 @@ test-slow: $(STAMP) ## the tests that take minutes
 	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 bench: $(STAMP) ## speed and memory of a training step, phase by phase, to benchmarks/results
-	@$(BIN)/python benchmarks/train_step.py $(ARGS)
+	@$(BIN)/python -m benchmarks.train_step $(ARGS)
 
 clean: ## remove runs, shards and caches (not .venv, not what was downloaded)
 	@rm -rf runs data/shards build .pytest_cache .mypy_cache .ruff_cache .hypothesis

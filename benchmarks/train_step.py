@@ -1,18 +1,17 @@
 """Speed and memory of a training step: real launches of every phase for a few steps, read from their metrics.jsonl.
 
-    python benchmarks/train_step.py [--sizes demo tiny] [--phases 1 2 3] [--processes 1 2] [--steps 4] [--warmup 2]
+    python -m benchmarks.train_step [--sizes demo tiny] [--phases 1 2 3] [--processes 1 2] [--steps 4] [--warmup 2]
 
 Each size and number of processes trains the phases in order on synthetic shards in a temporary folder, so no run and no
 data of the checkout is touched. The first `--warmup` steps are left out: they compile, allocate and fill caches. On a
 GPU machine the processes take one GPU each; elsewhere they share the cores. Results go to
-benchmarks/results/MACHINE-DATE.json and .md.
+benchmarks/results/train-step-MACHINE-DATE.json and .md.
 """
 
 import argparse
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -25,11 +24,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks.common import CHECKOUT, RESULTS, header, save
 from rectvlm.config import load
 from rectvlm.types import UserError
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-RESULTS = CHECKOUT / "benchmarks" / "results"
 PARTS = ("data", "forward", "backward", "optimizer")
 PHANTOMS = 8
 SHOWN_OF_FAILURE = 20
@@ -118,14 +116,10 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
 def to_markdown(result: dict[str, Any]) -> str:
     """The result as a page."""
     where = result["machine"]
-    gpus = ", ".join(where["gpus"]) or "no GPU"
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     head = (
-        f"# Training step, {result['date']}\n\n"
-        f"{where['cpu']}, {where['cores']} cores, {where['memory_gb']} GB; {gpus}. {versions}. Written by "
-        f"`benchmarks/train_step.py`, {result['seconds']:.0f} s in all.\n\n"
-        f"Each row is a launch of {result['warmup']} steps of warm-up, which do not count, and {result['steps']} that "
-        "do. Samples and tokens are those of all processes together; seconds of a step's parts are rank 0's; memory is "
+        header("Training step", "python -m benchmarks.train_step", result)
+        + f"Each row is a launch of {result['warmup']} steps of warm-up, which do not count, and {result['steps']} "
+        "that do. Samples and tokens are those of all processes together; seconds of a step's parts are rank 0's; memory is "
         f"the peak of the rank that held most ({'of the GPU' if where['gpus'] else 'resident'}).\n\n"
     )
     columns = ["size", "phase", "processes", "samples/s", "tokens/s", "s/step", *PARTS, "other", "peak GB"]
@@ -136,12 +130,6 @@ def to_markdown(result: dict[str, Any]) -> str:
         cells += [f"{row['seconds_per_step']:.3f}", *(f"{row['seconds'][part]:.3f}" for part in (*PARTS, "other"))]
         lines.append(f"| {' | '.join(cells)} | {row['peak_memory_bytes'] / 1e9:.2f} |")
     return head + "\n".join(lines) + "\n"
-
-
-def file_stem(where: dict[str, Any], date: str) -> str:
-    """`MACHINE-DATE`: the GPU, or else the CPU and its cores."""
-    name = f"{len(where['gpus'])}x {where['gpus'][0]}" if where["gpus"] else f"{where['cpu']} {where['cores']} cores"
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-") + f"-{date}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -185,11 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rows": rows,
         "seconds": round(time.monotonic() - begin, 1),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / file_stem(result["machine"], result["date"])
-    stem.with_name(stem.name + ".json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    page = stem.with_name(stem.name + ".md")
-    page.write_text(to_markdown(result))
+    page = save(options.out, "train-step", result, to_markdown(result))
     console.print(to_markdown(result), markup=False, highlight=False, soft_wrap=True)
     console.print(str(page), highlight=False, soft_wrap=True)
     return 0
@@ -197,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="benchmarks/train_step.py", description="Speed and memory of a training step."
+        prog="python -m benchmarks.train_step", description="Speed and memory of a training step."
     )
     parser.add_argument("--sizes", nargs="+", metavar="NAME", help="default: demo, and tiny")
     parser.add_argument("--phases", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], metavar="N")
