@@ -1,0 +1,313 @@
+"""Pictures of what a data set of shards holds, and `stats.json` beside them.
+
+Colours keep apart for colour-blind readers and in grey (Okabe and Ito, 2008).
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+from data_pipeline.stats import Facts, Statistics, count_labels, spread
+from rectvlm.data.hounsfield import HU_HIGH, HU_LOW
+from rectvlm.data.shards import read_index, read_sample
+from rectvlm.data.store import Store, atomic_file
+from rectvlm.labels import FINDINGS, LESIONS, WINDOWS, Lesion
+from rectvlm.types import Sample
+
+log = logging.getLogger(__name__)
+
+SHEET_SAMPLES, SHEET_COLUMNS = 24, 6
+_SHADES = {"present": "#0072B2", "absent": "#9CCBE8", "unknown": "#E3E3E3"}
+_SPLITS = {"train": "#0072B2", "valid": "#D55E00"}
+_DOTS = 300
+"""Lesions of one kind up to which each is drawn as a dot."""
+_DARK, _LIGHT = "#111111", "#EEEEEE"
+
+
+def write_statistics(statistics: Statistics, place: str | Path | Store, out: Path) -> list[Path]:
+    """Write `stats.json` and the pictures to a folder; what was written.
+
+    Args:
+        statistics: of at least one sample.
+        place: the shards, for the slices of the contact sheet.
+
+    Raises:
+        UserError: a sample of the contact sheet cannot be read any more.
+    """
+    figures = {
+        "labels.png": labels_figure(statistics),
+        "sampling.png": sampling_figure(statistics),
+        "hu.png": hu_figure(statistics),
+        "lesions.png": lesions_figure(statistics),
+        "contact_sheet.png": contact_sheet(_sheet_samples(statistics.facts, Store(place))),
+    }
+    with atomic_file(out / "stats.json") as file:
+        file.write(statistics.json())
+    for name, figure in figures.items():
+        with atomic_file(out / name) as file:
+            figure.savefig(file, format="png", dpi=120)
+    return [out / name for name in ("stats.json", *figures)]
+
+
+def _figure(width: float, height: float, **options: Any) -> Figure:
+    """A figure that no display and no global state knows of."""
+    figure = Figure(figsize=(width, height), layout="constrained", **options)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _bare(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _parts(statistics: Statistics) -> dict[str, list[Facts]]:
+    return {split: part for split in ("train", "valid") if (part := statistics.of(split))}
+
+
+# Figures
+
+
+def labels_figure(statistics: Statistics) -> Figure:
+    """Findings by split: how many samples have each present, absent and unknown."""
+    parts = _parts(statistics)
+    figure = _figure(4.5 + 4.5 * len(parts), 7.5)
+    columns = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+    rows = np.arange(len(FINDINGS))
+    for axes, (split, facts) in zip(columns, parts.items(), strict=True):
+        counts, left = count_labels(facts), np.zeros(len(FINDINGS))
+        for word, colour in _SHADES.items():
+            numbers = np.array([counts[finding][word] for finding in FINDINGS])
+            axes.barh(rows, numbers, left=left, color=colour, edgecolor="white", linewidth=0.5)
+            left += numbers
+        for row, finding in enumerate(FINDINGS):
+            known = counts[finding]["present"] + counts[finding]["absent"]
+            share = f" ({counts[finding]['present'] / known:.0%} of known)" if known else " (none known)"
+            axes.text(len(facts) * 1.02, row, f"{counts[finding]['present']:,}{share}", va="center", fontsize=9)
+        axes.set(title=f"{split}: {len(facts):,} samples", xlabel="samples", xlim=(0, len(facts) * 1.45))
+        axes.set_xticks(
+            [tick for tick in MaxNLocator(4, integer=True).tick_values(0, len(facts)) if tick <= len(facts)]
+        )
+        axes.set_yticks(rows, FINDINGS)
+        axes.tick_params(axis="y", length=0)
+        _bare(axes)
+    columns[0].invert_yaxis()
+    shades = [Patch(color=colour, label=word) for word, colour in _SHADES.items()]
+    figure.legend(handles=shades, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle("Findings (at the right: present)")
+    return figure
+
+
+def sampling_figure(statistics: Statistics) -> Figure:
+    """Native spacing in-plane and between slices, and the number of slices; shares of each split."""
+    figure = _figure(13, 4.2)
+    columns = figure.subplots(1, 3)
+    views = (
+        ("in-plane spacing, mm", [one.spacing[0] for one in statistics.facts]),
+        ("slice spacing, mm", [one.spacing[1] for one in statistics.facts]),
+        ("slices", [one.slices for one in statistics.facts]),
+    )
+    splits = np.array([one.split for one in statistics.facts])
+    for axes, (name, listed) in zip(columns, views, strict=True):
+        values = np.array(listed, dtype=float)
+        low, high = values.min(), values.max()
+        margin = max((high - low) * 0.02, abs(high) * 0.02)
+        edges = np.linspace(low - margin, high + margin, 31)
+        for split, colour in _SPLITS.items():
+            of_split = values[splits == split]
+            if of_split.size:
+                weights = np.full(of_split.size, 100 / of_split.size)
+                axes.hist(of_split, edges, weights=weights, color=colour, alpha=0.25)
+                axes.hist(of_split, edges, weights=weights, color=colour, histtype="step", linewidth=1.5)
+        axes.set(xlabel=name, ylabel="% of the split's samples")
+        _bare(axes)
+    _split_legend(figure, statistics)
+    figure.suptitle("Native sampling of the files")
+    return figure
+
+
+def hu_figure(statistics: Statistics) -> Figure:
+    """Shares of the shards' voxels by HU, on a logarithmic scale."""
+    figure = _figure(10, 4.8)
+    axes = figure.subplots()
+    width = 16
+    centres = HU_LOW + width * (np.arange((HU_HIGH - HU_LOW + 1) // width) + 0.5)
+    for split, counts in statistics.hu.items():
+        shares = 100 * counts.reshape(-1, width).sum(axis=1) / max(1, counts.sum())
+        axes.step(centres, np.where(shares > 0, shares, np.nan), where="mid", color=_SPLITS[split], linewidth=1.3)
+    for low, high, name in ((-1024, -700, "air, lung"), (-150, 150, "soft tissue")):
+        axes.axvspan(low, high, color="#000000", alpha=0.07, linewidth=0)
+        axes.text((low + high) / 2, 0.97, name, transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=9)
+    axes.set(yscale="log", xlim=(HU_LOW - 50, HU_HIGH + 50), xlabel="HU", ylabel=f"% of voxels, in steps of {width} HU")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylim(top=300)
+    _bare(axes)
+    _split_legend(figure, statistics)
+    figure.suptitle(f"HU on the grid ({HU_LOW}: air, and what lies outside the files)")
+    return figure
+
+
+def lesions_figure(statistics: Statistics) -> Figure:
+    """Outlined volume of each lesion by split: 5 to 95 %, quartiles and median, with a dot a sample where few."""
+    figure = _figure(10, 5)
+    axes = figure.subplots()
+    parts = _parts(statistics)
+    rng = np.random.default_rng(0)
+    for lesion in LESIONS:
+        for number, (split, facts) in enumerate(parts.items()):
+            row = lesion.bit + (number - (len(parts) - 1) / 2) * 0.38
+            volumes = np.array([ml for one in facts if (ml := one.lesion_ml[lesion.bit])])
+            axes.text(1.01, row, f"{volumes.size:,}", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+            if not volumes.size:
+                continue
+            p5, p25, p50, p75, p95 = np.percentile(volumes, [5, 25, 50, 75, 95])
+            colour = _SPLITS[split]
+            axes.plot([p5, p95], [row, row], color=colour, linewidth=1.2, solid_capstyle="butt")
+            axes.plot([p25, p75], [row, row], color=colour, linewidth=9, alpha=0.35, solid_capstyle="butt")
+            axes.plot([p50, p50], [row - 0.13, row + 0.13], color=colour, linewidth=2.5)
+            if volumes.size <= _DOTS:
+                jitter = rng.uniform(-0.1, 0.1, volumes.size)
+                axes.plot(volumes, row + jitter, "o", color=colour, markersize=3.5, alpha=0.7, markeredgewidth=0)
+    axes.text(1.01, -0.62, "outlined", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+    axes.set_yticks(range(len(LESIONS)), [lesion.name for lesion in LESIONS])
+    axes.set(xscale="log", xlabel="outlined volume on the grid, ml", ylim=(len(LESIONS) - 0.4, -0.75))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    _bare(axes)
+    _split_legend(figure, statistics)
+    figure.suptitle("Lesions: median, quartiles, 5 to 95 %")
+    return figure
+
+
+def _split_legend(figure: Figure, statistics: Statistics) -> None:
+    lines = [
+        Line2D([], [], color=_SPLITS[split], linewidth=3, label=f"{split} ({len(facts):,} samples)")
+        for split, facts in _parts(statistics).items()
+    ]
+    figure.legend(handles=lines, loc="outside lower center", ncols=2, frameon=False)
+
+
+# Contact sheet
+
+
+def _sheet_samples(facts: Sequence[Facts], store: Store) -> list[Sample]:
+    """Samples to look at: some with each lesion, the rest spread over all; in the order of their keys."""
+    chosen: dict[str, Facts] = {}
+    for lesion in LESIONS:
+        chosen |= {one.key: one for one in spread([f for f in facts if f.lesion_ml[lesion.bit]], 3)}
+    others = [one for one in facts if one.key not in chosen]
+    chosen |= {one.key: one for one in spread(others, SHEET_SAMPLES - len(chosen))}
+    entries = {entry.key: entry for entry in read_index(store).select(None)}
+    return [read_sample(store, entries[key]) for key in sorted(chosen) if key in entries]
+
+
+def contact_sheet(samples: Sequence[Sample]) -> Figure:
+    """Of each sample the axial slice with most lesion (else the middle one), and below it the coronal one likewise.
+
+    The patient's right is at the left of each picture, as radiologists look at it.
+    """
+    columns = min(SHEET_COLUMNS, max(3, len(samples)))
+    rows = -(-len(samples) // columns)
+    views = [[_axial(sample) for sample in samples], [_coronal(sample) for sample in samples]]
+    heights = [max(one.height / one.width for one in view) for view in views]
+    size = 2.5
+    figure = _figure(size * columns, rows * (size * sum(heights) + 0.85) + 0.9, facecolor=_DARK)
+    grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=heights * rows)
+    for axes in grid.ravel():
+        axes.set_axis_off()
+    for number in range(len(samples)):
+        row, column = divmod(number, columns)
+        for below, view in enumerate(views):
+            _draw(grid[2 * row + below, column], view[number])
+    lines: list[Any] = [Line2D([], [], color=lesion.colour, linewidth=2.5, label=lesion.name) for lesion in LESIONS]
+    lines.append(Line2D([], [], color=_LIGHT, linewidth=1.5, linestyle="--", label="dashed: annotated in part"))
+    figure.legend(
+        handles=lines, loc="outside lower center", ncols=min(6, columns), frameon=False, labelcolor=_LIGHT, fontsize=10
+    )
+    title = "Axial and coronal slice with most lesion, else the middle one (R, L, H: the patient's right, left, head)"
+    figure.suptitle(title, color=_LIGHT, fontsize=12)
+    return figure
+
+
+class _View:
+    """One slice as it is drawn: rows downwards, columns to the right."""
+
+    def __init__(
+        self, sample: Sample, hu: NDArray[np.int16], bits: NDArray[np.uint8], size: tuple[float, float], caption: str
+    ) -> None:
+        self.sample, self.hu, self.bits, self.caption = sample, hu, bits, caption
+        self.height, self.width = hu.shape[0] * size[0], hu.shape[1] * size[1]
+        self.coronal = False
+        self.window = _window(bits)
+
+
+def _axial(sample: Sample) -> _View:
+    z = _most(sample.lesions, 0)
+    _, sy, sx = sample.meta.spacing
+    view = _View(sample, sample.ct[z], sample.lesions[z], (sy, sx), "")
+    view.caption = f"{sample.meta.key}\n{sample.meta.split}, {view.window} window"
+    return view
+
+
+def _coronal(sample: Sample) -> _View:
+    y = _most(sample.lesions, 1)
+    sz, _, sx = sample.meta.spacing
+    # Index z grows towards the head, which is drawn at the top.
+    view = _View(sample, sample.ct[::-1, y], sample.lesions[::-1, y], (sz, sx), "")
+    view.coronal = True
+    return view
+
+
+def _most(lesions: NDArray[np.uint8], axis: int) -> int:
+    """Index along an axis where most lesion voxels lie; the middle where there are none."""
+    others = tuple(other for other in range(3) if other != axis)
+    counts = np.count_nonzero(lesions, axis=others)
+    return int(counts.argmax()) if counts.any() else lesions.shape[axis] // 2
+
+
+def _window(bits: NDArray[np.uint8]) -> str:
+    """The window that shows the largest lesion of a slice best; without one, mediastinal."""
+    areas = {lesion: np.count_nonzero(bits >> lesion.bit & 1) for lesion in LESIONS}
+    largest: Lesion = max(areas, key=lambda lesion: areas[lesion])
+    return "lung" if areas[largest] and largest.site == "lung" else "mediastinal"
+
+
+def _draw(axes: Axes, view: _View) -> None:
+    centre, width = WINDOWS[view.window]
+    axes.imshow(
+        view.hu,
+        cmap="gray",
+        vmin=centre - width / 2,
+        vmax=centre + width / 2,
+        extent=(0, view.width, view.height, 0),
+        interpolation="bilinear",
+    )
+    rows, columns = view.hu.shape
+    # One pixel of nothing around, so that an outline at the edge closes.
+    y = (np.arange(-1, rows + 1) + 0.5) * view.height / rows
+    x = (np.arange(-1, columns + 1) + 0.5) * view.width / columns
+    for lesion in LESIONS:
+        mask = np.pad(view.bits >> lesion.bit & 1, 1)
+        if mask.any():
+            style = "dashed" if view.sample.meta.lesions_partial[lesion.key] else "solid"
+            axes.contour(x, y, mask, [0.5], colors=[lesion.colour], linewidths=1.4, linestyles=[style])
+    axes.set(xlim=(0, view.width), ylim=(view.height, 0))
+    marks = [(0.02, 0.5, "R", "left", "center"), (0.98, 0.5, "L", "right", "center")]
+    if view.coronal:
+        marks.append((0.5, 0.98, "H", "center", "top"))
+    for across, up, letter, ha, va in marks:
+        box = {"facecolor": _DARK, "alpha": 0.6, "edgecolor": "none", "pad": 1.5}
+        axes.text(across, up, letter, transform=axes.transAxes, ha=ha, va=va, color=_LIGHT, fontsize=9, bbox=box)
+    if view.caption:
+        axes.set_title(view.caption, color=_LIGHT, fontsize=8.5, pad=4)
