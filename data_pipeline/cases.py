@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from rectvlm.data import coarse
 from rectvlm.data.sample import versions
 from rectvlm.data.volume import Volume, canonical_affine, require_overlap, resample_to_grid, to_hu
 from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS
-from rectvlm.types import Geometry, Sample, SampleMeta, Split
+from rectvlm.types import COARSE, Geometry, Sample, SampleMeta, Split
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,15 @@ def file_identity(*paths: Path) -> tuple[str, ...]:
     return tuple(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" if stat else f"{path}:missing" for path, stat in stats)
 
 
-def case_to_sample(case: Case, grid: tuple[int, int, int], spacing: tuple[float, float, float]) -> Sample:
+def case_to_sample(
+    case: Case, grid: tuple[int, int, int], spacing: tuple[float, float, float], coarse_regions: bool = False
+) -> Sample:
     """Load a case and bring it to the canonical grid.
 
     Args:
         grid: voxels (z, y, x).
         spacing: mm (z, y, x).
+        coarse_regions: estimate regions from the CT where no map exists; `COARSE` is then their source.
 
     Raises:
         UserError: a file that cannot be read, numbers that are not HU, or a mask that lies elsewhere.
@@ -90,9 +94,13 @@ def case_to_sample(case: Case, grid: tuple[int, int, int], spacing: tuple[float,
     drawn = {lesion.key for lesion in LESIONS if (lesions >> lesion.bit & 1).any()}
     looked_for = {key for key in LESION_BY_KEY if data.lesions_annotated[key] or data.lesions_partial[key]}
     assert drawn <= looked_for, f"{case.key}: {drawn - looked_for} drawn but not annotated"
-    regions = np.zeros(grid, np.uint8)
+    ct = resample_to_grid(hu, native.affine, affine, grid, "ct")
+    regions, regions_source = np.zeros(grid, np.uint8), data.regions_source
     if data.regions is not None:
         regions = resample_to_grid(data.regions.array, data.regions.affine, affine, grid, "labels")
+    elif coarse_regions:
+        regions = coarse.coarse_regions(ct, spacing)
+        regions_source = COARSE if regions.any() else None
     meta = SampleMeta(
         key=case.key,
         split=case.split,
@@ -110,10 +118,10 @@ def case_to_sample(case: Case, grid: tuple[int, int, int], spacing: tuple[float,
         ),
         hu=decision,
         lesions_annotated=data.lesions_annotated,
-        regions_source=data.regions_source,
+        regions_source=regions_source,
         lesions_partial=data.lesions_partial,
         lesions_source=data.lesions_source,
         series=case.series,
         versions=versions(),
     )
-    return Sample(resample_to_grid(hu, native.affine, affine, grid, "ct"), lesions, regions, meta)
+    return Sample(ct, lesions, regions, meta)

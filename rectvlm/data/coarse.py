@@ -120,8 +120,8 @@ class _Frame:
 
     @classmethod
     def of(cls, hu: HU, inside: Bools, gas: Bools, size: NDArray[np.float64]) -> "_Frame":
-        (z0, z1), (y0, y1) = (_extent(gas.any(axis=other)) for other in ((1, 2), (0, 2)))
-        columns = inside[z0:z1].any(axis=1)
+        (z0, z1), (y0, y1) = (_extent(np.any(gas, axis=other)) for other in ((1, 2), (0, 2)))
+        columns = np.any(inside[z0:z1], axis=1)
         first = columns.argmax(axis=1)
         last = columns.shape[1] - 1 - columns[:, ::-1].argmax(axis=1)
         middle = float(np.median((first + last) / 2))
@@ -210,7 +210,7 @@ def _write_lobes(out: MaskVolume, lung: Bools, side: str) -> None:
     """
     if not lung.any():
         return
-    (z0, z1), (y0, y1) = (_extent(lung.any(axis=other)) for other in ((1, 2), (0, 2)))
+    (z0, z1), (y0, y1) = (_extent(np.any(lung, axis=other)) for other in ((1, 2), (0, 2)))
     z, y, _ = np.ogrid[: lung.shape[0], : lung.shape[1], : lung.shape[2]]
     height, depth = (z + 0.5 - z0) / (z1 - z0), (y + 0.5 - y0) / (y1 - y0)
     lower = height < 0.8 * (depth - 0.1) / 0.9
@@ -229,7 +229,7 @@ def _heart(hu: HU, left: Bools, right: Bools, frame: _Frame) -> Bools:
     # Row by row: from the right lung's inner edge (its last column) to the left lung's (its first).
     begin = width - 1 - right[:, :, ::-1].argmax(axis=2)[..., None]
     end = left.argmax(axis=2)[..., None]
-    both = (right.any(axis=2) & left.any(axis=2))[..., None]
+    both = (np.any(right, axis=2) & np.any(left, axis=2))[..., None]
     between = both & (x > begin) & (x < end)
     level = (z >= z0 + 0.15 * (z1 - z0)) & (z < z0 + 0.55 * (z1 - z0))
     ahead = y < y0 + 0.7 * (y1 - y0)

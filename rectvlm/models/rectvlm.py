@@ -21,7 +21,7 @@ from rectvlm.models.localizer import Localization, Localizer
 from rectvlm.models.reporter import ReportGenerator, ReportLoss
 from rectvlm.models.text import Prompts
 from rectvlm.places import describe, locate
-from rectvlm.types import Batch, Prediction, lesion_masks
+from rectvlm.types import COARSE, Batch, Prediction, lesion_masks
 
 
 class Outputs(NamedTuple):
@@ -128,8 +128,10 @@ class RectVLM(nn.Module):
         return self._cues(batch, findings, lesions, batch.regions_known)
 
     def _cues(self, batch: Batch, findings: Tensor, lesions: Tensor, known: Tensor) -> list[str]:
+        # The lobes of a coarse map are only roughly placed: lesions are then worded by side and zone, as without a map.
+        lobes = [bool(k) and meta.regions_source != COARSE for k, meta in zip(known, batch.meta, strict=True)]
         return [
-            _cues(findings[i], lesions[i], batch.ct[i], batch.regions[i] if known[i] else None, batch.spacing)
+            _cues(findings[i], lesions[i], batch.ct[i], batch.regions[i] if lobes[i] else None, batch.spacing)
             for i in range(len(batch.keys))
         ]
 
