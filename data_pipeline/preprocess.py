@@ -1,6 +1,7 @@
 """Cases to shards.
 
-    python -m data_pipeline.preprocess [--config demo] [--out DIR] [--phantoms 48] [part.field=value …]
+    python -m data_pipeline.preprocess [--config demo] [--out DIR_OR_URL] [--phantoms 48] [part.field=value …]
+    python -m data_pipeline.preprocess --config large --ct-rate /data/CT-RATE --out /data/shards
 
 With no arguments: two real chest CTs and seeded phantoms, on the grid of the `demo` configuration, to its folder of
 shards. Shards are made in parallel, each by one process; a finished one is recorded in `.parts/`, so that a run that
@@ -9,94 +10,43 @@ was stopped goes on where it was, and one without changes has nothing to do. Wha
 """
 
 import argparse
-import hashlib
-import json
 import logging
-import multiprocessing
 import os
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
-from pydantic import TypeAdapter, ValidationError
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from data_pipeline import cases as cases_module
-from data_pipeline.cases import Case, case_to_sample
+from data_pipeline import ct_rate
+from data_pipeline.cases import Case
 from data_pipeline.demo import demo_cases
+from data_pipeline.planning import PARTS, Part, Rejected, SampleOptions, Task, digest, finished, plan, samples_for
+from data_pipeline.progress import Progress
+from data_pipeline.running import InProcesses, Runner, in_this_process, run, writing_to
 from data_pipeline.samples import FOLDER as SAMPLES
 from rectvlm import config, labels
-from rectvlm.data import frame, packing, sample, volume
+from rectvlm.data.manifest import MANIFEST, Manifest, Provenance, read_manifest
 from rectvlm.data.sample import versions
-from rectvlm.data.shards import INDEX, Index, Shard, read_index, write_index, write_shard
-from rectvlm.data.store import atomic_file
-from rectvlm.types import Sample, Split, UserError
+from rectvlm.data.shards import INDEX, Index, Written, read_index, write_index
+from rectvlm.data.store import Store
+from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
 
-PARTS = ".parts"
 QUARANTINE = "quarantine.jsonl"
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A case that could not be used."""
-
-    key: str
-    source: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Part:
-    """The record of one finished shard; `.parts/NAME.json`."""
-
-    fingerprint: str
-    """Of the cases, the grid and the code that it was made from."""
-    shard: Shard | None
-    """None when no case of it could be used."""
-    rejected: list[Rejected]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One shard to make."""
-
-    name: str
-    cases: tuple[Case, ...]
-    folder: Path
-    grid: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-    fingerprint: str
-
-    @property
-    def record(self) -> Path:
-        return self.folder / PARTS / f"{self.name}.json"
-
-    def done(self) -> Part | None:
-        """The record of this very shard, when it was made before and is still there."""
-        try:
-            part = _PART.validate_json(self.record.read_bytes())
-        except (OSError, ValidationError):
-            return None
-        if part.fingerprint != self.fingerprint:
-            return None
-        path = self.folder / self.name
-        whole = part.shard is None or (path.is_file() and path.stat().st_size == part.shard.bytes)
-        return part if whole else None
-
-
-_PART = TypeAdapter(Part)
+_LOCK = f"{PARTS}/lock"
+_LISTED = 10
+"""Cases set aside that the end of a run names; the list has them all."""
+_REJECTED = TypeAdapter(Rejected)
 
 
 @dataclass
@@ -104,6 +54,7 @@ class Outcome:
     """What a run of `preprocess` came to."""
 
     index: Index
+    manifest: Manifest
     rejected: list[Rejected] = field(default_factory=list)
     made: int = 0
     """Shards that were made now; 0 when all was up to date."""
@@ -111,14 +62,20 @@ class Outcome:
 
 def preprocess(
     cases: Sequence[Case],
-    folder: Path,
+    place: str | Path | Store,
     grid: tuple[int, int, int],
     spacing: tuple[float, float, float],
     *,
+    coarse_regions: bool = False,
     samples_per_shard: int = 8,
-    workers: int = 1,
+    workers: int = 0,
+    runner: Runner | None = None,
+    timeout: float | None = None,
+    retry: bool = False,
+    policy: Mapping[str, Any] | None = None,
+    dropped: Mapping[str, int] | None = None,
 ) -> Outcome:
-    """Bring cases to shards in `folder`; only shards whose cases, grid or code changed are made anew.
+    """Bring cases to shards in a folder or at a URL; only shards whose cases, options or code changed are made anew.
 
     The result does not depend on `workers` or on how often it was interrupted. `index.json` is written last: a folder
     with an index is complete.
@@ -126,184 +83,202 @@ def preprocess(
     Args:
         grid: voxels (z, y, x).
         spacing: mm (z, y, x).
-        workers: processes; 1 works in this one.
+        coarse_regions: estimate a region map from the CT where a case has none.
+        workers: processes; 0 works in this one.
+        runner: another way to run than `workers`, such as `on_ray.OnRay`.
+        timeout: seconds that one case may take before it is set aside.
+        retry: make the shards anew from which a case was set aside.
+        policy: how the data set chose its cases, for the manifest.
+        dropped: how many volumes it left out, by reason, for the manifest.
 
     Raises:
-        UserError: a key twice, a patient in both splits, no usable case, or a worker that was killed.
+        UserError: a key twice, a patient in both splits, no usable case, another run at work on the same folder, or
+            an output that cannot be written.
     """
-    tasks = _plan(cases, folder, grid, spacing, samples_per_shard)
-    parts = {task.name: part for task in tasks if (part := task.done())}
-    waiting = [task for task in tasks if task.name not in parts]
-    fingerprint = _digest([task.fingerprint for task in tasks])
-    if not waiting and (folder / INDEX).is_file():
-        index = read_index(folder)
-        if index.fingerprint == fingerprint:
-            return Outcome(index, _rejected(tasks, parts))
-    (folder / PARTS).mkdir(parents=True, exist_ok=True)
-    (folder / INDEX).unlink(missing_ok=True)
-    for task, part in _run(waiting, workers):
-        parts[task.name] = part
-    rejected = _rejected(tasks, parts)
-    with atomic_file(folder / QUARANTINE) as file:
-        file.writelines(TypeAdapter(Rejected).dump_json(one) + b"\n" for one in rejected)
+    store = Store(place)
+    if store.folder is not None:
+        store = Store(store.folder.absolute())  # workers elsewhere have another working directory
+    tasks = plan(cases, str(store), SampleOptions(grid, spacing, coarse_regions), samples_per_shard, timeout)
+    settings = {**(asdict(tasks[0].options) if tasks else {}), "samples_per_shard": samples_per_shard}
+    settings |= {"policy": dict(policy)} if policy else {}
+    fingerprint = digest([[task.fingerprint for task in tasks], settings, dict(dropped or {}), versions()])
+    if done := _done_before(store, fingerprint, retry):
+        return done
+    with _alone(store):
+        parts = finished(tasks, store)
+        if retry:
+            parts = {name: part for name, part in parts.items() if not part.rejected}
+        with writing_to(store):
+            store.sweep()
+            store.sweep(PARTS)
+            for name in (INDEX, MANIFEST, QUARANTINE):
+                store.remove(name)
+        waiting = [task for task in tasks if task.name not in parts]
+        try:
+            _make(waiting, parts, len(cases), runner or (InProcesses(workers) if workers else in_this_process))
+        finally:
+            if store.folder is None or store.folder.is_dir():
+                store.sweep()
+        rejected = [one for task in tasks for one in parts[task.name].rejected]
+        provenance = Provenance(
+            fingerprint,
+            tasks[0].code if tasks else None,
+            settings,
+            dict(dropped or {}),
+            dict(sorted(Counter(one.reason for one in rejected).items())),
+        )
+        with writing_to(store):
+            index = _close(store, tasks, parts, rejected, provenance)
+    return Outcome(index, read_manifest(store), rejected, len(waiting))
+
+
+def _make(waiting: Sequence[Task], parts: dict[str, Part], total: int, runner: Runner) -> None:
+    before = total - sum(len(task.cases) for task in waiting)
+    if waiting and before:
+        log.info("%d of %d cases were done before; %d shards are left", before, total, len(waiting))
+    with Progress(total, before) as progress:
+        for task, part in run(waiting, runner):
+            parts[task.name] = part
+            progress.advance(len(task.cases), len(part.rejected))
+
+
+def _close(
+    store: Store, tasks: Sequence[Task], parts: dict[str, Part], rejected: list[Rejected], provenance: Provenance
+) -> Index:
+    """Write quarantine list, manifest and index, and remove records of an earlier plan."""
+    store.write(QUARANTINE, b"".join(_REJECTED.dump_json(one) + b"\n" for one in rejected))
     shards = [shard for task in tasks if (shard := parts[task.name].shard)]
     if not shards:
-        raise UserError(f"None of {len(cases)} cases could be used: see the reasons in {folder / QUARANTINE}.")
-    index = write_index(folder, shards, grid=grid, spacing=spacing, fingerprint=fingerprint)
-    for stale in set((folder / PARTS).iterdir()) - {task.record for task in tasks}:
-        stale.unlink()
-    return Outcome(index, rejected, len(waiting))
+        number = sum(len(task.cases) for task in tasks)
+        raise UserError(f"None of {number} cases could be used: see the reasons in {store / QUARANTINE}.")
+    _require_whole(store, shards)
+    options = tasks[0].options
+    index = write_index(store, shards, grid=options.grid, spacing=options.spacing, provenance=provenance)
+    for stale in set(store.names(PARTS)) - {task.record for task in tasks} - {_LOCK}:
+        store.remove(stale)
+    return index
 
 
-def _plan(
-    cases: Sequence[Case],
-    folder: Path,
-    grid: tuple[int, int, int],
-    spacing: tuple[float, float, float],
-    samples_per_shard: int,
-) -> list[Task]:
-    """Which case goes to which shard: a matter of the list alone, so that any run makes the same shards."""
-    twice = [key for key, number in Counter(case.key for case in cases).items() if number > 1]
-    if twice:
-        raise UserError(f"Several cases have the key {twice[0]} ({len(twice)} such keys): keys must be unique.")
-    splits: dict[str, Split] = {}
-    for case in cases:
-        if splits.setdefault(case.patient, case.split) != case.split:
-            raise UserError(f"Patient {case.patient} is in train and in valid: put all cases of a patient in one.")
-    tasks = []
-    for split in ("train", "valid"):
-        part = [case for case in cases if case.split == split]
-        for number, start in enumerate(range(0, len(part), samples_per_shard)):
-            chosen = tuple(part[start : start + samples_per_shard])
-            facts = [[c.key, c.patient, c.source, c.identity] for c in chosen]
-            fingerprint = _digest([facts, grid, spacing, _code(), versions()])
-            tasks.append(Task(f"{split}-{number:06d}.tar", chosen, folder, grid, spacing, fingerprint))
-    return tasks
+def _require_whole(store: Store, shards: Sequence[Written]) -> None:
+    sizes = store.sizes()
+    gone = [one.facts.name for one in shards if sizes.get(one.facts.name) != one.facts.bytes]
+    if gone:
+        raise UserError(
+            f"{store} lacks {len(gone)} shards that were written, such as {gone[0]}: expected a folder that stays and "
+            f"that all workers share; check it, then give the same command again."
+        )
 
 
-def _digest(facts: object) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-@cache
-def _code() -> str:
-    """Digest of the modules that decide what a sample looks like."""
-    modules = (cases_module, frame, labels, packing, sample, volume)
-    return hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()
-
-
-def _rejected(tasks: Sequence[Task], parts: dict[str, Part]) -> list[Rejected]:
-    return [one for task in tasks for one in parts[task.name].rejected]
-
-
-# Running
-
-
-def make_shard(task: Task) -> Part:
-    """Make one shard and record it; runs in a worker."""
-    # Without its record a shard counts as not made, so a kill between the two cannot pair an old record with it.
-    task.record.unlink(missing_ok=True)
-    rejected: list[Rejected] = []
-
-    def samples() -> Iterator[Sample]:
-        for case in task.cases:
-            try:
-                yield case_to_sample(case, task.grid, task.spacing)
-            except UserError as error:
-                rejected.append(Rejected(case.key, case.source, str(error)))
-            except Exception as error:
-                # One odd file among fifty thousand must not stop the rest; the trace goes to the log.
-                log.exception("%s failed", case.key)
-                rejected.append(Rejected(case.key, case.source, f"unexpected {type(error).__name__}: {error}"))
-
-    part = Part(task.fingerprint, write_shard(samples(), task.folder, task.name), rejected)
-    with atomic_file(task.record) as file:
-        file.write(_PART.dump_json(part))
-    return part
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def _run(tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Part]]:
-    """Finished shards, in the order in which they finish, under a progress bar that counts cases."""
-    columns = (TextColumn("cases"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("cases", total=sum(len(task.cases) for task in tasks))
-        for task, part in _in_order(tasks) if workers <= 1 else _in_parallel(tasks, workers):
-            progress.advance(bar, len(task.cases))
-            yield task, part
-
-
-def _in_order(tasks: Sequence[Task]) -> Iterator[tuple[Task, Part]]:
-    for task in tasks:
-        yield task, make_shard(task)
-
-
-def _in_parallel(tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Part]]:
-    spawn = multiprocessing.get_context("spawn")
-    with _single_threaded_children(), ProcessPoolExecutor(workers, spawn, _one_thread) as pool:
-        futures: dict[Future[Part], Task] = {pool.submit(make_shard, task): task for task in tasks}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                f"A worker was killed, most likely for memory ({workers} work at once): run it again with fewer "
-                f"--workers; finished shards are kept."
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+def _done_before(store: Store, fingerprint: str, retry: bool) -> Outcome | None:
+    """The outcome of an earlier run to the same end, if nothing of it has gone."""
+    try:
+        index, manifest = read_index(store), read_manifest(store)
+        lines = store.read(QUARANTINE).splitlines()
+    except (UserError, OSError):
+        return None
+    sizes = store.sizes()
+    whole = all(sizes.get(one.name) == one.bytes for one in manifest.shards)
+    if not whole or manifest.provenance.fingerprint != fingerprint or (retry and lines):
+        return None
+    return Outcome(index, manifest, [_REJECTED.validate_json(line) for line in lines])
 
 
 @contextmanager
-def _single_threaded_children() -> Iterator[None]:
-    """Numerical libraries read these variables when a process first loads them, so children must inherit them."""
-    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
+def _alone(store: Store) -> Iterator[None]:
+    """Keep a second run off a folder. The system takes the lock back from a run that is killed; a URL has none."""
+    if store.folder is None:
+        yield
+        return
+    with writing_to(store):
+        (store.folder / PARTS).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(store.folder / _LOCK, timeout=3)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"Another run is writing to {store}: wait for its end, stop it, or name another folder with --out."
+            ) from None
+        except NotImplementedError:
+            log.warning("%s cannot be locked on its file system: start no second run on it.", store)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        lock.release()
 
 
 # Command line
 
 
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.preprocess", description="Make shards from cases.")
-    parser.add_argument("--config", default="demo", help="configuration whose grid, spacing and folder are used")
-    parser.add_argument("--out", type=Path, help="folder of the shards (default: data.shards of the configuration)")
-    parser.add_argument("--phantoms", type=int, default=48, help="synthetic training cases (default 48)")
-    parser.add_argument("--valid-phantoms", type=int, default=12, help="synthetic validation cases (default 12)")
-    parser.add_argument("--no-samples", action="store_true", help="leave the two real CTs out; needs no network")
-    parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
-    parser.add_argument("--samples-per-shard", type=int, default=8, help="cases of one tar (default 8)")
-    parser.add_argument("overrides", nargs="*", metavar="part.field=value", help="changes of the configuration")
+    add = parser.add_argument
+    add("--config", default="demo", help="configuration whose grid, spacing and folder are used")
+    add("--out", help="folder or fsspec URL of the shards (default: data.shards of the configuration)")
+    add("--phantoms", type=int, help="synthetic training cases (default 48; none with --ct-rate)")
+    add("--valid-phantoms", type=int, help="synthetic validation cases (default 12; none with --ct-rate)")
+    add("--no-samples", action="store_true", help="leave the two real CTs out; needs no network")
+    add("--workers", type=int, default=_cpus(), help="processes (default: CPUs at hand, %(default)s); 0: in this one")
+    add("--ray", metavar="ADDRESS", help="work on a Ray cluster instead: its address, auto, or local")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--samples-per-shard", type=int, default=8, help="cases of one tar (default 8)")
+    size.add_argument("--shard-mb", type=float, help="choose the number of cases so that a tar has about so many MiB")
+    add("--timeout", type=float, default=600, help="seconds after which a case is set aside (default 600; 0: never)")
+    add("--coarse-regions", action=argparse.BooleanOptionalAction, default=False,
+        help="estimate a region map where a case has none (default: no)")  # fmt: skip
+    add("--retry", action="store_true", help="try the cases again that an earlier run set aside")
+    add("--strict", action="store_true", help="exit with 1 when a case was set aside, after all others are done")
+    ct_rate.add_arguments(parser)
+    add("overrides", nargs="*", metavar="part.field=value", help="changes of the configuration")
     return parser.parse_intermixed_args(arguments)
 
 
-def _summary(outcome: Outcome, folder: Path) -> Table:
-    index = outcome.index
-    grid, spacing = " × ".join(map(str, index.grid)), " × ".join(f"{mm:g}" for mm in index.spacing)
-    caption = f"{len(outcome.rejected)} cases set aside" + (f", see {folder / QUARANTINE}" if outcome.rejected else "")
-    table = Table(title=f"{folder}: {grid} voxels of {spacing} mm", caption=caption, title_justify="left")
+def _cases(options: argparse.Namespace, slice_spacing: float) -> tuple[list[Case], dict[str, Any], dict[str, int]]:
+    """Cases, policy and dropped volumes of what the command line names."""
+    if options.ct_rate is None:
+        train, valid = options.phantoms, options.valid_phantoms
+        samples = None if options.no_samples else SAMPLES
+        return demo_cases(48 if train is None else train, 12 if valid is None else valid, samples), {}, {}
+    found = ct_rate.ct_rate_cases(options.ct_rate, ct_rate.options_from(options, slice_spacing))
+    phantoms = demo_cases(options.phantoms or 0, options.valid_phantoms or 0, None)
+    dropped = {reason: len(names) for reason, names in sorted(found.dropped.items())}
+    for reason, number in dropped.items():
+        log.info("left out: %d volumes, %s", number, reason)
+    return found.cases + phantoms, {"CT-RATE": {**found.policy, "counts": found.counts}}, dropped
+
+
+def _runner(options: argparse.Namespace) -> Runner | None:
+    if options.ray is None:
+        return None
+    from data_pipeline.on_ray import OnRay
+
+    return OnRay(options.ray)
+
+
+def _summary(outcome: Outcome, place: str, seconds: float) -> Table:
+    manifest, settings = outcome.manifest, outcome.manifest.provenance.settings
+    grid, spacing = " × ".join(map(str, settings["grid"])), " × ".join(f"{mm:g}" for mm in settings["spacing"])
+    aside = len(outcome.rejected)
+    caption = f"{aside} cases set aside" + (f", see {Store(place) / QUARANTINE}" if aside else "")
+    total = sum(one.samples for one in manifest.shards) + aside
+    if outcome.made:
+        caption = f"{total} cases in {seconds:.0f} s, {outcome.made} shards made now; {caption}"
+    table = Table(title=f"{place}: {grid} voxels of {spacing} mm", caption=caption, title_justify="left")
     table.add_column("split")
     for name in ("cases", "shards", "MiB", *(lesion.name for lesion in labels.LESIONS)):
         table.add_column(name, justify="right")
     for split in ("train", "valid"):
-        shards = [shard for shard in index.shards if shard.samples[0].split == split]
+        shards = [one for one in manifest.shards if one.split == split]
         table.add_row(
             split,
-            str(sum(len(shard.samples) for shard in shards)),
+            str(sum(one.samples for one in shards)),
             str(len(shards)),
-            f"{sum(shard.bytes for shard in shards) / 2**20:.1f}",
-            *(str(index.counts[split]["lesions"][lesion.key]["present"]) for lesion in labels.LESIONS),
+            f"{sum(one.bytes for one in shards) / 2**20:.1f}",
+            *(str(manifest.counts[split]["lesions"][lesion.key]["present"]) for lesion in labels.LESIONS),
         )
     return table
 
@@ -312,27 +287,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = _parse(arguments)
+    start = time.monotonic()
     try:
         wanted = config.load(options.config, options.overrides).data
-        folder = options.out or Path(wanted.shards)
-        cases = demo_cases(options.phantoms, options.valid_phantoms, None if options.no_samples else SAMPLES)
+        place = options.out or str(wanted.shards)
+        cases, policy, dropped = _cases(options, wanted.spacing[0])
+        per_shard = samples_for(options.shard_mb, wanted.grid) if options.shard_mb else options.samples_per_shard
         outcome = preprocess(
             cases,
-            folder,
+            place,
             wanted.grid,
             wanted.spacing,
-            samples_per_shard=options.samples_per_shard,
+            coarse_regions=options.coarse_regions,
+            samples_per_shard=per_shard,
             workers=options.workers,
+            runner=_runner(options),
+            timeout=options.timeout or None,
+            retry=options.retry,
+            policy=policy,
+            dropped=dropped,
         )
     except UserError as error:
         log.error("%s", error)
         return 2
-    Console().print(_summary(outcome, folder))
-    for one in outcome.rejected:
-        log.warning("set aside %s: %s", one.key, one.reason)
+    except KeyboardInterrupt:
+        log.error("stopped; finished shards are kept, and the same command goes on with the rest")
+        return 130
+    Console().print(_summary(outcome, place, time.monotonic() - start))
+    for reason, number in outcome.manifest.provenance.set_aside.items():
+        log.warning("set aside: %d, %s", number, reason)
+    for one in outcome.rejected[:_LISTED]:
+        log.warning("set aside %s: %s", one.key, one.message)
     if not outcome.made:
         log.info("up to date")
-    return 0
+    return 1 if options.strict and outcome.rejected else 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 from conftest import phantom_sample
 
 from rectvlm import checkpoint
+from rectvlm.data.manifest import read_manifest
 from rectvlm.data.shards import read_index, write_shards
 from rectvlm.evaluate import THRESHOLDS, evaluate, read_thresholds
 from rectvlm.labels import FINDINGS, LESIONS
@@ -30,7 +31,7 @@ def test_the_file_holds_what_is_returned_and_where_it_came_from(evaluated, tiny_
 
 
 def test_unknown_labels_and_unannotated_lesions_are_not_counted(evaluated, phantom_shards):
-    counts = read_index(phantom_shards).counts["valid"]
+    counts = read_manifest(phantom_shards).counts["valid"]
     result, _ = evaluated
     for name, row in result["classification"]["per_finding"].items():
         known = counts["labels"][name]

@@ -96,13 +96,14 @@ def test_bad_cases_are_set_aside_with_their_reason_and_the_rest_goes_on(tmp_path
     outcome = preprocess([text, good, elsewhere, bug], tmp_path / "out", GRID, SPACING)
     assert [entry.key for entry in outcome.index.select(None)] == ["good"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
-    assert [(line["key"], line["source"]) for line in lines] == [
+    assert [(line["key"], Path(line["file"]).name) for line in lines] == [
         ("text", "text.nii.gz"),
-        ("elsewhere", "elsewhere.nii.gz"),
+        ("elsewhere", "elsewhere_mask.nii.gz"),
         ("bug", "nowhere"),
     ]
     assert "not a NIfTI" in lines[0]["reason"] and "does not lie on its volume" in lines[1]["reason"]
-    assert "ZeroDivisionError" in lines[2]["reason"]
+    assert lines[2]["reason"] == "unexpected ZeroDivisionError" and "a bug" in lines[2]["message"]
+    assert sum(outcome.manifest.provenance.set_aside.values()) == 3
     with pytest.raises(UserError, match="None of 1 cases"):
         preprocess([bug], tmp_path / "none", GRID, SPACING)
 
@@ -181,18 +182,12 @@ def test_a_killed_run_goes_on_to_the_same_shards(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_killed_worker_is_a_user_error(tmp_path: Path) -> None:
-    case = Case("b", "train", "b", "phantom", partial(die_on_first_call, tmp_path / "flag", 9), ("9",))
-    with pytest.raises(UserError, match="killed"):
-        preprocess([case], tmp_path / "out", GRID, SPACING, workers=2)
-
-
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     case = file_case(tmp_path, "a", 1)
     first = preprocess([case], tmp_path / "out", GRID, SPACING)
     changed = file_case(tmp_path, "a", 2)
     second = preprocess([changed], tmp_path / "out", GRID, SPACING)
-    assert second.made == 1 and second.index.shards[0].sha256 != first.index.shards[0].sha256
+    assert second.made == 1 and second.manifest.shards[0].sha256 != first.manifest.shards[0].sha256
     assert read_sample(tmp_path / "out", second.index.select("train")[0]).meta.key == "a"
 
 

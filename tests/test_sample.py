@@ -1,5 +1,6 @@
 """Shards: what goes in comes out, the same bytes each time, by WebDataset and by offset; damage is named."""
 
+import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -12,6 +13,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rectvlm.data.manifest import read_manifest
 from rectvlm.data.report import report_text, split_report
 from rectvlm.data.sample import (
     MEMBERS,
@@ -102,27 +104,36 @@ def test_shards_repeat_byte_for_byte_and_name_their_digest(tmp_path: Path) -> No
         assert (tmp_path / "a" / shard.name).read_bytes() == (tmp_path / "b" / shard.name).read_bytes()
     changed = mixed()
     changed[0].ct[0, 0, 0] ^= 1
-    assert write_shards(changed, tmp_path / "c", samples_per_shard=2).shards[0].sha256 != first.shards[0].sha256
+    write_shards(changed, tmp_path / "c", samples_per_shard=2)
+    of_a, of_c = (read_manifest(tmp_path / name).shards for name in "ac")
+    assert of_a[0].sha256 == hashlib.sha256((tmp_path / "a" / of_a[0].name).read_bytes()).hexdigest()
+    assert of_a[0].sha256 != of_c[0].sha256 and of_a[1] == of_c[1]
 
 
 def test_counts_are_by_split(tmp_path: Path) -> None:
     samples = mixed()
-    index = write_shards(samples, tmp_path)
+    write_shards(samples, tmp_path)
+    found = read_manifest(tmp_path).counts
     for split in ("train", "valid"):
         part = [sample for sample in samples if sample.meta.split == split]
-        for finding, counts in index.counts[split]["labels"].items():
+        for finding, counts in found[split]["labels"].items():
             values = [sample.meta.labels[finding] for sample in part]
             assert counts == {"present": values.count(1), "absent": values.count(0), "unknown": values.count(None)}
         for lesion in LESIONS:
             annotated = sum(sample.meta.lesions_annotated[lesion.key] for sample in part)
             present = sum(bool((sample.lesions >> lesion.bit & 1).any()) for sample in part)
-            assert index.counts[split]["lesions"][lesion.key] == {"present": present, "annotated": annotated}
+            assert found[split]["lesions"][lesion.key] == {"present": present, "annotated": annotated}
 
 
 def test_a_smaller_second_run_leaves_no_stale_shard(tmp_path: Path) -> None:
     write_shards(mixed(), tmp_path, samples_per_shard=1)
     write_shards(mixed()[:2], tmp_path, samples_per_shard=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["index.json", "train-000000.tar", "train-000001.tar"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "index.json",
+        "manifest.json",
+        "train-000000.tar",
+        "train-000001.tar",
+    ]
 
 
 @pytest.mark.parametrize("key", ["train_1.nii", "a/b", "", "x" * 81, "ä"])

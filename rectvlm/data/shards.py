@@ -1,7 +1,8 @@
 """Shards, both ways: samples to WebDataset tars with an index, and back, one sample at a time.
 
 A shard is a plain WebDataset tar of one split; each sample is the four members of `sample`. `index.json` beside the
-shards says where each member lies, so that any sample can be read without a scan, from a disk or from a URL.
+shards says where each member lies, so that any sample can be read without a scan, from a disk or from a URL;
+`manifest.json` holds checksums, counts and provenance.
 """
 
 import hashlib
@@ -9,19 +10,28 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import webdataset
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
+from rectvlm.data.manifest import (
+    MANIFEST,
+    Counts,
+    Manifest,
+    Provenance,
+    ShardFacts,
+    Tally,
+    add_counts,
+    dump_manifest,
+    lesion_bits,
+)
 from rectvlm.data.sample import MEMBERS, SCHEMA, decode, encode, versions
 from rectvlm.data.store import Store
-from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.types import Sample, SampleMeta, Split, UserError
 
 INDEX = "index.json"
@@ -42,30 +52,40 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of one split."""
+    """One tar of one split, as the index has it."""
 
     name: str
-    bytes: int
-    sha256: str
     samples: list[Entry]
-    counts: dict[str, dict[str, dict[str, int]]]
-    """`labels`: by finding, how many samples are present, absent, unknown; `lesions`: by key, present, annotated."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """One tar as it was written: what the index and the manifest say of it."""
+
+    facts: ShardFacts
+    samples: list[Entry]
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A sample as bytes, with what is kept of it outside the tar."""
+
+    meta: SampleMeta
+    members: dict[str, bytes]
+    bits: int
+    """Lesion bits that occur in it."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """What a folder of shards holds; `index.json`."""
+    """What a reader needs to find the samples of a folder; `index.json`."""
 
     grid: tuple[int, int, int]
     """Voxels (z, y, x)."""
     spacing: tuple[float, float, float]
     """Voxel size (z, y, x), mm."""
     shards: list[Shard]
-    counts: dict[str, dict[str, dict[str, dict[str, int]]]]
-    """By split, as in a shard."""
-    versions: dict[str, str]
-    fingerprint: str | None = None
-    """Digest of the inputs and settings that the shards were made from."""
     schema: int = SCHEMA
 
     def select(self, split: Split | None) -> list[Entry]:
@@ -80,27 +100,39 @@ _INDEX = TypeAdapter(Index)
 # Writing
 
 
-def write_shard(samples: Iterable[Sample], place: str | Path | Store, name: str) -> Shard | None:
+def pack_sample(sample: Sample) -> Packed:
+    """A sample ready to be written.
+
+    Raises:
+        UserError: as `sample.encode`.
+    """
+    return Packed(sample.meta, encode(sample), lesion_bits(sample.lesions))
+
+
+def write_shard(samples: Iterable[Sample | Packed], place: str | Path | Store, name: str) -> Written | None:
     """Write samples of one split to the file `name`, the same bytes for the same samples; None when there are none.
+
+    Samples are taken one at a time, so a generator keeps memory at one of them.
 
     Raises:
         UserError: a key twice, or whatever `encode` refuses.
+        OSError: the place cannot be written.
     """
-    stream = iter(samples)
+    stream = (one if isinstance(one, Packed) else pack_sample(one) for one in samples)
     first = next(stream, None)
     if first is None:
         return None
     metas: list[SampleMeta] = []
-    tally = _Tally()
+    tally = Tally()
     with Store(place).writing(name) as file:
         with webdataset.TarWriter(file, user="rectvlm", group="rectvlm", encoder=False, mtime=0) as tar:
-            for sample in chain([first], stream):
-                assert sample.meta.split == first.meta.split, "a shard holds one split"
-                if any(meta.key == sample.meta.key for meta in metas):
-                    raise UserError(f"Two cases have the key {sample.meta.key}: keys must be unique, rename one.")
-                tar.write({"__key__": sample.meta.key, **encode(sample)})
-                metas.append(sample.meta)
-                tally.add(sample)
+            for packed in chain([first], stream):
+                assert packed.meta.split == first.meta.split, "a shard holds one split"
+                if any(meta.key == packed.meta.key for meta in metas):
+                    raise UserError(f"Two cases have the key {packed.meta.key}: keys must be unique, rename one.")
+                tar.write({"__key__": packed.meta.key, **packed.members})
+                metas.append(packed.meta)
+                tally.add(packed.meta, packed.bits)
         file.flush()
         file.seek(0)
         with tarfile.open(fileobj=file, mode="r:") as written:
@@ -112,23 +144,23 @@ def write_shard(samples: Iterable[Sample], place: str | Path | Store, name: str)
         Entry(m.key, m.split, m.patient, name, {member: places[f"{m.key}.{member}"] for member in MEMBERS})
         for m in metas
     ]
-    return Shard(name, size, digest, entries, tally.counts())
+    return Written(ShardFacts(name, first.meta.split, len(metas), size, digest), entries, tally.counts())
 
 
 def write_index(
     place: str | Path | Store,
-    shards: Sequence[Shard],
+    shards: Sequence[Written],
     *,
     grid: tuple[int, int, int],
     spacing: tuple[float, float, float],
-    fingerprint: str | None = None,
+    provenance: Provenance | None = None,
 ) -> Index:
-    """Write `index.json` for finished shards, and remove tars that it does not name.
+    """Write `manifest.json` and then `index.json` for finished shards, and remove tars that they do not name.
 
     Args:
         grid: voxels (z, y, x) of every sample.
         spacing: mm (z, y, x) of every sample.
-        fingerprint: digest of inputs and settings, for `Index.fingerprint`.
+        provenance: for the manifest.
 
     Raises:
         UserError: a key in two shards, or a patient in both splits.
@@ -141,14 +173,16 @@ def write_index(
         keys.add(entry.key)
         if splits.setdefault(entry.patient, entry.split) != entry.split:
             raise UserError(f"Patient {entry.patient} is in train and in valid: put all cases of a patient in one.")
+    facts = [shard.facts for shard in shards]
     counts = {
-        split: _sum_counts([shard.counts for shard in shards if shard.samples[0].split == split])
+        split: add_counts([shard.counts for shard in shards if shard.facts.split == split])
         for split in ("train", "valid")
     }
-    index = Index(grid, spacing, list(shards), counts, versions(), fingerprint)
     store = Store(place)
-    store.write(INDEX, _INDEX.dump_json(index, indent=1))
-    named = {shard.name for shard in shards}
+    store.write(MANIFEST, dump_manifest(Manifest(facts, counts, versions(), provenance or Provenance())))
+    index = Index(grid, spacing, [Shard(shard.facts.name, shard.samples) for shard in shards])
+    store.write(INDEX, _INDEX.dump_json(index) + b"\n")
+    named = {one.name for one in facts}
     for name in store.names():
         if name.endswith(".tar") and name not in named:
             store.remove(name)
@@ -165,7 +199,7 @@ def write_shards(samples: Iterable[Sample], place: str | Path | Store, samples_p
     """
     store = Store(place)
     store.remove(INDEX)
-    shards: list[Shard] = []
+    shards: list[Written] = []
     numbers: Counter[str] = Counter()
     grids: dict[tuple[Any, Any], str] = {}
 
@@ -190,38 +224,7 @@ def write_shards(samples: Iterable[Sample], place: str | Path | Store, samples_p
     if not shards:
         raise UserError(f"No sample to write to {store}: give at least one case that can be used.")
     (grid, spacing) = next(iter(grids))
-    return write_index(store, sorted(shards, key=lambda shard: shard.name), grid=grid, spacing=spacing)
-
-
-@dataclass
-class _Tally:
-    """Counts of findings and lesions."""
-
-    labels: Counter[tuple[str, str]] = field(default_factory=Counter)
-    lesions: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-    def add(self, sample: Sample) -> None:
-        words = {0: "absent", 1: "present", None: "unknown"}
-        self.labels.update((finding, words[value]) for finding, value in sample.meta.labels.items())
-        bits = int(np.bitwise_or.reduce(sample.lesions, axis=None))
-        self.lesions.update((lesion.key, "present") for lesion in LESIONS if bits >> lesion.bit & 1)
-        self.lesions.update((key, "annotated") for key, looked in sample.meta.lesions_annotated.items() if looked)
-
-    def counts(self) -> dict[str, dict[str, dict[str, int]]]:
-        return {
-            "labels": {f: {w: self.labels[f, w] for w in ("present", "absent", "unknown")} for f in FINDINGS},
-            "lesions": {le.key: {w: self.lesions[le.key, w] for w in ("present", "annotated")} for le in LESIONS},
-        }
-
-
-def _sum_counts(many: Sequence[dict[str, dict[str, dict[str, int]]]]) -> dict[str, dict[str, dict[str, int]]]:
-    total = _Tally().counts()
-    for counts in many:
-        for kind, by_name in counts.items():
-            for name, by_word in by_name.items():
-                for word, number in by_word.items():
-                    total[kind][name][word] += number
-    return total
+    return write_index(store, sorted(shards, key=lambda shard: shard.facts.name), grid=grid, spacing=spacing)
 
 
 # Reading

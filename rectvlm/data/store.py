@@ -5,6 +5,7 @@ beside its place, forced to the disk and renamed; an object store shows an uploa
 """
 
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import fsspec
 from rectvlm.types import UserError
 
 _TRIES = 4
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 _T = TypeVar("_T")
 
 
@@ -87,16 +89,23 @@ class Store:
 
     def names(self, folder: str = "") -> list[str]:
         """Names of the files right in the store, or in one of its folders; sorted."""
+        return sorted(self.sizes(folder))
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Bytes of each file right in the store, or in one of its folders, by one listing."""
         if self.folder is not None:
             root = self.folder / folder
-            found = [path.name for path in root.iterdir() if path.is_file()] if root.is_dir() else []
+            files = (path for path in root.iterdir() if path.is_file()) if root.is_dir() else ()
+            found = {path.name: path.stat().st_size for path in files}
         else:
             try:
+                # Anew each time: s3fs would answer from what it listed before other processes wrote.
+                self._fs.invalidate_cache()
                 listed = self._patiently(lambda: self._fs.ls(self._at(folder), detail=True))
             except FileNotFoundError:
                 listed = []
-            found = [entry["name"].rsplit("/", 1)[-1] for entry in listed if entry["type"] == "file"]
-        return sorted(f"{folder}/{name}" if folder else name for name in found)
+            found = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in listed if entry["type"] == "file"}
+        return {f"{folder}/{name}" if folder else name: int(size or 0) for name, size in found.items()}
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -110,6 +119,12 @@ class Store:
         with self.writing(name) as file:
             file.write(data)
 
+    def sweep(self, folder: str = "") -> None:
+        """Remove the half-written files of processes that were killed; only where no other writes."""
+        for name in self.names(folder):
+            if self.folder is not None and _TEMPORARY.fullmatch(name.rpartition("/")[2]):
+                self.remove(name)
+
     @contextmanager
     def writing(self, name: str) -> Iterator[IO[bytes]]:
         """A file that appears under its name complete, or not at all; readable and seekable while it is written."""
@@ -117,11 +132,16 @@ class Store:
             with atomic_file(self.folder / name) as file:
                 yield file
             return
-        with tempfile.NamedTemporaryFile(prefix="rectvlm-") as temporary:
+        # A file without a name, so that a kill leaves nothing in the temporary folder.
+        with tempfile.TemporaryFile(prefix="rectvlm-") as temporary:
             yield temporary
             temporary.flush()
             self._fs.makedirs(os.path.dirname(self._at(name)), exist_ok=True)
-            self._patiently(lambda: self._fs.put_file(temporary.name, self._at(name)))
+            self._patiently(lambda: self._put(temporary, name))
+
+    def _put(self, file: IO[bytes], name: str) -> None:
+        file.seek(0)
+        self._fs.put_file(f"/dev/fd/{file.fileno()}", self._at(name))
 
     def _at(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}".rstrip("/")

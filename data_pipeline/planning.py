@@ -1,0 +1,217 @@
+"""Which case goes to which shard, what a finished shard leaves on record, and when it has to be made anew.
+
+The plan is a matter of the list of cases alone, not of the machine, the number of workers or an earlier run: so a run
+that was stopped, or one with other workers, makes the same shards with the same bytes.
+"""
+
+import ast
+import hashlib
+import importlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from data_pipeline.cases import Case
+from rectvlm.data.sample import versions
+from rectvlm.data.shards import Written
+from rectvlm.data.store import Store
+from rectvlm.types import InputError, Split, UserError
+
+PARTS = ".parts"
+_ROOTS = ("data_pipeline.cases", "rectvlm.data.sample")
+"""What decides a sample of any data set; the module that loads a case is added, and all of ours that they import."""
+_OURS = ("data_pipeline", "rectvlm")
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How a case becomes a sample."""
+
+    grid: tuple[int, int, int]
+    """Voxels (z, y, x)."""
+    spacing: tuple[float, float, float]
+    """mm (z, y, x)."""
+    coarse_regions: bool = False
+    """Estimate a region map from the CT where a case has none."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A case that could not be used; a line of the quarantine list."""
+
+    key: str
+    file: str
+    """The file at fault, or the case's source where it is not known."""
+    reason: str
+    """The same words for the same fault, to be counted."""
+    expected: str | None
+    found: str | None
+    remedy: str | None
+    message: str
+    """All of it in one sentence."""
+
+    @classmethod
+    def of(cls, case: Case, error: BaseException) -> "Rejected":
+        """From what was raised while the case was worked on."""
+        if isinstance(error, InputError):
+            parts = (error.file, error.reason, error.expected, error.found, error.remedy)
+            return cls(case.key, *parts, str(error))
+        if isinstance(error, UserError):
+            return cls(case.key, case.source, "cannot be used", None, None, None, str(error))
+        name = type(error).__name__
+        return cls(case.key, case.source, f"unexpected {name}", None, None, None, f"unexpected {name}: {error}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The record of one finished shard; `.parts/NAME.json`."""
+
+    fingerprint: str
+    """Of the cases, the options and the code that it was made from."""
+    shard: Written | None
+    """None when no case of it could be used."""
+    rejected: list[Rejected]
+
+
+PART: TypeAdapter[Part] = TypeAdapter(Part)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to make; small enough to send to any machine, since cases are not loaded yet."""
+
+    name: str
+    cases: tuple[Case, ...]
+    place: str
+    options: SampleOptions
+    modules: tuple[str, ...]
+    """Modules whose code is in the fingerprint."""
+    code: str
+    """Their digest where the plan was made."""
+    fingerprint: str
+    timeout: float | None = None
+    """Seconds that one case may take."""
+    fatal: tuple[str, ...] = ()
+    """Keys of cases that were seen to end the process that works on them."""
+
+    @property
+    def record(self) -> str:
+        return f"{PARTS}/{self.name}.json"
+
+
+def plan(
+    cases: Sequence[Case],
+    place: str,
+    options: SampleOptions,
+    samples_per_shard: int,
+    timeout: float | None = None,
+) -> list[Task]:
+    """The shards of both splits, `samples_per_shard` cases each in the order of the list.
+
+    Raises:
+        UserError: a key twice, or a patient in both splits.
+    """
+    twice = [key for key, number in Counter(case.key for case in cases).items() if number > 1]
+    if twice:
+        raise UserError(f"Several cases have the key {twice[0]} ({len(twice)} such keys): keys must be unique.")
+    splits: dict[str, Split] = {}
+    for case in cases:
+        if splits.setdefault(case.patient, case.split) != case.split:
+            raise UserError(f"Patient {case.patient} is in train and in valid: put all cases of a patient in one.")
+    modules = _modules_of(cases)
+    code = code_digest(modules)
+    tasks = []
+    for split in ("train", "valid"):
+        part = [case for case in cases if case.split == split]
+        for number, start in enumerate(range(0, len(part), samples_per_shard)):
+            chosen = tuple(part[start : start + samples_per_shard])
+            facts = [[c.key, c.patient, c.scan, c.source, c.identity, c.series] for c in chosen]
+            fingerprint = digest([facts, asdict(options), code, versions()])
+            name = f"{split}-{number:06d}.tar"
+            tasks.append(Task(name, chosen, place, options, modules, code, fingerprint, timeout))
+    return tasks
+
+
+def samples_for(megabytes: float, grid: tuple[int, int, int]) -> int:
+    """How many samples make a shard of about so many MiB: a CT packs to about half of its two bytes a voxel."""
+    return max(1, round(megabytes * 2**20 / (grid[0] * grid[1] * grid[2])))
+
+
+def finished(tasks: Sequence[Task], store: Store) -> dict[str, Part]:
+    """By name, the records of shards that were made before from the same cases and code and are still there."""
+    if not tasks:
+        return {}
+    sizes = {**store.sizes(), **store.sizes(PARTS)}
+    recorded = [task for task in tasks if task.record in sizes]
+    with ThreadPoolExecutor(16) as threads:  # each is a request where the store is remote
+        parts = threads.map(partial(_read_part, store), recorded)
+        found = {task.name: part for task, part in zip(recorded, parts, strict=True) if part is not None}
+    return {
+        name: part for name, part in found.items() if part.shard is None or sizes.get(name) == part.shard.facts.bytes
+    }
+
+
+def _read_part(store: Store, task: Task) -> Part | None:
+    try:
+        part = PART.validate_json(store.read(task.record))
+    except (OSError, ValidationError):
+        return None
+    return part if part.fingerprint == task.fingerprint else None
+
+
+def digest(facts: object) -> str:
+    """SHA-256 of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def code_digest(modules: tuple[str, ...]) -> str:
+    """SHA-256 of the source of modules, as they are on this machine."""
+    return hashlib.sha256(b"".join(map(_source, modules))).hexdigest()
+
+
+def _modules_of(cases: Sequence[Case]) -> tuple[str, ...]:
+    """The modules whose code decides what these cases become, sorted."""
+    waiting = {*_ROOTS, *(_unwrapped(case.load).__module__ for case in cases)}
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        waiting |= _imports(name) - found
+    return tuple(sorted(found))
+
+
+@cache
+def _imports(module: str) -> frozenset[str]:
+    """Our modules that a module imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(_source(module))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(name for name in names if name.partition(".")[0] in _OURS and _is_module(name))
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # a name of a module's own, such as a class
+        return False
+
+
+def _source(module: str) -> bytes:
+    return Path(str(importlib.import_module(module).__file__)).read_bytes()
+
+
+def _unwrapped(function: object) -> object:
+    while isinstance(function, partial):
+        function = function.func
+    return function
