@@ -31,6 +31,8 @@ _SHADES = {"present": "#0072B2", "absent": "#9CCBE8", "unknown": "#E3E3E3"}
 _SPLITS = {"train": "#0072B2", "valid": "#D55E00"}
 _DOTS = 300
 """Lesions of one kind up to which each is drawn as a dot."""
+_CELL, _CAPTION, _GAP, _MARGIN = 2.5, 0.42, 0.06, 0.5
+"""Of the contact sheet, inches: side of a picture, height of its caption, gaps, and room above and below all."""
 _DARK, _LIGHT = "#111111", "#EEEEEE"
 
 
@@ -100,7 +102,7 @@ def labels_figure(statistics: Statistics) -> Figure:
         axes.set_yticks(rows, FINDINGS)
         axes.tick_params(axis="y", length=0)
         _bare(axes)
-    columns[0].invert_yaxis()
+    columns[0].set_ylim(len(FINDINGS) - 0.4, -0.6)
     shades = [Patch(color=colour, label=word) for word, colour in _SHADES.items()]
     figure.legend(handles=shades, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle("Findings (at the right: present)")
@@ -141,18 +143,22 @@ def hu_figure(statistics: Statistics) -> Figure:
     axes = figure.subplots()
     width = 16
     centres = HU_LOW + width * (np.arange((HU_HIGH - HU_LOW + 1) // width) + 0.5)
+    lowest = 1.0
     for split, counts in statistics.hu.items():
         shares = 100 * counts.reshape(-1, width).sum(axis=1) / max(1, counts.sum())
-        axes.step(centres, np.where(shares > 0, shares, np.nan), where="mid", color=_SPLITS[split], linewidth=1.3)
+        lowest = min(lowest, shares[shares > 0].min(initial=1.0))
+        axes.step(centres, np.maximum(shares, 1e-12), where="mid", color=_SPLITS[split], linewidth=1.3)
     for low, high, name in ((-1024, -700, "air, lung"), (-150, 150, "soft tissue")):
         axes.axvspan(low, high, color="#000000", alpha=0.07, linewidth=0)
-        axes.text((low + high) / 2, 0.97, name, transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=9)
+        axes.text(
+            (low + high) / 2, 0.97, name, transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=8.5
+        )
     axes.set(yscale="log", xlim=(HU_LOW - 50, HU_HIGH + 50), xlabel="HU", ylabel=f"% of voxels, in steps of {width} HU")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_ylim(top=300)
+    axes.set_ylim(lowest / 2, 300)
     _bare(axes)
     _split_legend(figure, statistics)
-    figure.suptitle(f"HU on the grid ({HU_LOW}: air, and what lies outside the files)")
+    figure.suptitle(f"HU on the grid (−{-HU_LOW}: air, and what lies outside the files)")
     return figure
 
 
@@ -220,23 +226,27 @@ def contact_sheet(samples: Sequence[Sample]) -> Figure:
     columns = min(SHEET_COLUMNS, max(3, len(samples)))
     rows = -(-len(samples) // columns)
     views = [[_axial(sample) for sample in samples], [_coronal(sample) for sample in samples]]
-    heights = [max(one.height / one.width for one in view) for view in views]
-    size = 2.5
-    figure = _figure(size * columns, rows * (size * sum(heights) + 0.85) + 0.9, facecolor=_DARK)
-    grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=heights * rows)
-    for axes in grid.ravel():
-        axes.set_axis_off()
+    heights = [_CELL * max(one.height / one.width for one in view) for view in views]
+    block = _CAPTION + sum(heights) + 3 * _GAP
+    width, height = columns * (_CELL + _GAP) + _GAP, rows * block + 2 * _MARGIN
+    figure = Figure(figsize=(width, height), facecolor=_DARK)
+    FigureCanvasAgg(figure)
     for number in range(len(samples)):
         row, column = divmod(number, columns)
-        for below, view in enumerate(views):
-            _draw(grid[2 * row + below, column], view[number])
+        left, top = _GAP + column * (_CELL + _GAP), height - _MARGIN - row * block - _CAPTION
+        for view, tall in zip(views, heights, strict=True):
+            place = (left / width, (top - tall) / height, _CELL / width, tall / height)
+            _draw(figure.add_axes(place), view[number])
+            top -= tall + _GAP
     lines: list[Any] = [Line2D([], [], color=lesion.colour, linewidth=2.5, label=lesion.name) for lesion in LESIONS]
     lines.append(Line2D([], [], color=_LIGHT, linewidth=1.5, linestyle="--", label="dashed: annotated in part"))
     figure.legend(
-        handles=lines, loc="outside lower center", ncols=min(6, columns), frameon=False, labelcolor=_LIGHT, fontsize=10
+        handles=lines, loc="lower center", ncols=3 if columns < 5 else 6, frameon=False, labelcolor=_LIGHT, fontsize=10
     )
-    title = "Axial and coronal slice with most lesion, else the middle one (R, L, H: the patient's right, left, head)"
-    figure.suptitle(title, color=_LIGHT, fontsize=12)
+    title = "Axial and coronal slice with most lesion,\nelse the middle one (R, L, H: the patient's right, left, head)"
+    if columns > 4:
+        title = title.replace("\n", " ")
+    figure.text(0.5, 1 - 0.1 / height, title, color=_LIGHT, fontsize=12, ha="center", va="top")
     return figure
 
 
@@ -303,6 +313,7 @@ def _draw(axes: Axes, view: _View) -> None:
             style = "dashed" if view.sample.meta.lesions_partial[lesion.key] else "solid"
             axes.contour(x, y, mask, [0.5], colors=[lesion.colour], linewidths=1.4, linestyles=[style])
     axes.set(xlim=(0, view.width), ylim=(view.height, 0))
+    axes.set_axis_off()
     marks = [(0.02, 0.5, "R", "left", "center"), (0.98, 0.5, "L", "right", "center")]
     if view.coronal:
         marks.append((0.5, 0.98, "H", "center", "top"))

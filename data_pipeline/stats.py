@@ -255,7 +255,10 @@ def _general(figures: dict[str, Any]) -> Table:
 
 
 def _words(spread: dict[str, float] | None) -> str:
-    return "–" if spread is None else f"{spread['median']:.3g} ({spread['p5']:.3g}–{spread['p95']:.3g})"
+    if spread is None:
+        return "–"
+    median, low, high = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (spread[k] for k in ("median", "p5", "p95")))
+    return f"{median} ({low}–{high})"
 
 
 def _labels(figures: dict[str, Any]) -> Table:
@@ -268,9 +271,9 @@ def _labels(figures: dict[str, Any]) -> Table:
 
 
 def _lesions(figures: dict[str, Any]) -> Table:
-    words = {"present": "outlined", "annotated": "annotated", "partial": "in part", "not annotated": "not"}
+    words = {"present": "outlined", "annotated": "in full", "partial": "in part", "not annotated": "not"}
     table = _table(
-        "Lesions: samples with outlines, and in how many each was annotated in full, in part, or not",
+        "Lesions: samples with each outlined; annotated in full, in part, or not",
         *("lesion", "split", *words.values(), "ml: median (5–95 %)"),
     )
     for lesion in LESIONS:

@@ -30,7 +30,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from data_pipeline.checks import Remark, Remarks, ShardReport, check_entry, check_shard
 from data_pipeline.stats import SPLITS, Facts, Statistics, count_labels, count_lesions, spread, tables
 from rectvlm import config
-from rectvlm.data.manifest import MANIFEST, Counts, Manifest, read_manifest
+from rectvlm.data.manifest import MANIFEST, Manifest, add_counts, read_manifest
 from rectvlm.data.sample import MEMBERS, SCHEMA
 from rectvlm.data.shards import INDEX, Entry, Index, Shard, read_index
 from rectvlm.data.store import Store
@@ -269,17 +269,18 @@ def _check_versions(manifest: Manifest, facts: Sequence[Facts]) -> Iterator[Rema
 
 
 def _check_counts(manifest: Manifest, statistics: Statistics) -> Iterator[Remark]:
-    """Recount labels and lesions by split."""
+    """Recount labels and lesions by split, in the words that a manifest uses."""
+    words = add_counts([])
     for split in sorted({*manifest.counts, *SPLITS}):
-        stated, facts = manifest.counts.get(split, {}), statistics.of("train" if split == "train" else "valid")
-        found: Counts = {"labels": count_labels(facts), "lesions": count_lesions(facts)}
-        for kind in sorted({*stated, *found}):
-            for name, numbers in {**found.get(kind, {}), **stated.get(kind, {})}.items():
-                counted = found.get(kind, {}).get(name, {})
-                recount = {word: counted.get(word, 0) for word in numbers}
-                told = stated.get(kind, {}).get(name, {})
-                if told != recount:
-                    yield Remark(MANIFEST, None, f"{split} {kind} of {name}: {told} as it says", f"{recount}")
+        facts = [one for one in statistics.facts if one.split == split]
+        recount = {"labels": count_labels(facts), "lesions": count_lesions(facts)}
+        stated = manifest.counts.get(split, {})
+        for kind in sorted({*stated, *words}):
+            told, template = stated.get(kind, {}), words.get(kind, {})
+            for name in {**template, **told}:
+                found = {word: recount[kind][name][word] for word in template.get(name, {})}
+                if told.get(name) != found:
+                    yield Remark(MANIFEST, None, f"{split} {kind}, {name}: {found}, as counted", str(told.get(name)))
 
 
 # Running
