@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CONFIG ?= demo
 OUT ?=
+STATS ?=
 PHANTOMS ?=
 ARGS ?=
 CT_RATE ?=
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup preprocess demo test test-slow bench clean
+.PHONY: help setup preprocess verify demo test test-slow bench clean
 
 help: ## list the targets
 	@echo "make TARGET [NAME=value …]"
@@ -33,11 +34,12 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[dev]" "$(TORCH)"
 	@touch $@
 
-preprocess: $(if $(CT_RATE),,$(STAMP)) ## shards of two real CTs and synthetic ones [CONFIG=demo OUT=folder PHANTOMS=48]
-	@test -z "$(CT_RATE)" || \
-		{ echo "Preprocessing of CT-RATE is not there yet: leave CT_RATE out for the shards of the demo." >&2; exit 1; }
-	@$(BIN)/python -m data_pipeline.preprocess --config $(CONFIG) $(if $(OUT),--out $(OUT)) \
-		$(if $(PHANTOMS),--phantoms $(PHANTOMS)) $(ARGS)
+preprocess: $(STAMP) ## shards of a CT-RATE download [CT_RATE=folder], or of two real CTs and phantoms [PHANTOMS=48]
+	@$(BIN)/python -m data_pipeline.preprocess --config $(CONFIG) $(if $(CT_RATE),--ct-rate "$(CT_RATE)") \
+		$(if $(OUT),--out "$(OUT)") $(if $(PHANTOMS),--phantoms $(PHANTOMS)) $(ARGS)
+
+verify: $(STAMP) ## read shards back and check every byte of them; OUT=folder or URL; STATS=folder for tables and pictures
+	@$(BIN)/python -m data_pipeline.verify $(if $(OUT),"$(OUT)") --config $(CONFIG) $(if $(STATS),--stats "$(STATS)") $(ARGS)
 
 demo: $(STAMP) ## all of it in small: shards, three phases on two processes, evaluation, a predicted CT
 	@$(BIN)/python launch/demo.py --config $(CONFIG) $(ARGS)

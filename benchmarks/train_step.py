@@ -119,8 +119,8 @@ def to_markdown(result: dict[str, Any]) -> str:
     head = (
         header("Training step", "python -m benchmarks.train_step", result)
         + f"Each row is a launch of {result['warmup']} steps of warm-up, which do not count, and {result['steps']} "
-        "that do. Samples and tokens are those of all processes together; seconds of a step's parts are rank 0's; memory is "
-        f"the peak of the rank that held most ({'of the GPU' if where['gpus'] else 'resident'}).\n\n"
+        "that do. Samples and tokens are those of all processes together; seconds of a step's parts are rank 0's; "
+        f"memory is the peak of the rank that held most ({'of the GPU' if where['gpus'] else 'resident'}).\n\n"
     )
     columns = ["size", "phase", "processes", "samples/s", "tokens/s", "s/step", *PARTS, "other", "peak GB"]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]

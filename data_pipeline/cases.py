@@ -91,7 +91,8 @@ def case_to_sample(
     lesions = np.zeros(grid, np.uint8)
     for mask in data.lesions:
         lesions |= resample_to_grid(mask.array, mask.affine, affine, grid, "bits")
-    drawn = {lesion.key for lesion in LESIONS if (lesions >> lesion.bit & 1).any()}
+    present = int(np.bitwise_or.reduce(lesions, axis=None))
+    drawn = {lesion.key for lesion in LESIONS if present >> lesion.bit & 1}
     looked_for = {key for key in LESION_BY_KEY if data.lesions_annotated[key] or data.lesions_partial[key]}
     assert drawn <= looked_for, f"{case.key}: {drawn - looked_for} drawn but not annotated"
     ct = resample_to_grid(hu, native.affine, affine, grid, "ct")

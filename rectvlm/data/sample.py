@@ -3,6 +3,7 @@
 `KEY.ct`, `KEY.lesions` and `KEY.regions` are volumes (see `packing`), `KEY.json` is the `SampleMeta`.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -119,6 +120,7 @@ def _check_sample(sample: Sample, where: str) -> None:
         raise UserError(f"{where}: lesion bits must be below {1 << N_LESIONS} and region ids at most {N_REGIONS}.")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of what decides a sample's voxels and bytes."""
     return {name: version(name) for name in ("rectvlm", "numpy", "nibabel", "blosc2")}
