@@ -129,7 +129,8 @@ def _work_on(case: Case, task: Task) -> Packed | Rejected:
                 remedy="look at its size, or give each worker more memory",
             )
         with _time_limit(task.timeout):
-            return pack_sample(case_to_sample(case, options.grid, options.spacing))
+            sample = case_to_sample(case, options.grid, options.spacing, coarse_regions=options.coarse_regions)
+            return pack_sample(sample)
     except _TooLong:
         late = InputError(
             case.source,

@@ -12,52 +12,16 @@ import numpy as np
 from rectvlm.data.phantom import Phantom, make_phantom
 from rectvlm.labels import FINDINGS, LESIONS
 
-METADATA = [
-    "VolumeName",
-    "Manufacturer",
-    "SeriesDescription",
-    "ManufacturerModelName",
-    "PatientSex",
-    "PatientAge",
-    "ReconstructionDiameter",
-    "DistanceSourceToDetector",
-    "DistanceSourceToPatient",
-    "GantryDetectorTilt",
-    "TableHeight",
-    "RotationDirection",
-    "ExposureTime",
-    "XRayTubeCurrent",
-    "Exposure",
-    "FilterType",
-    "GeneratorPower",
-    "FocalSpots",
-    "ConvolutionKernel",
-    "PatientPosition",
-    "RevolutionTime",
-    "SingleCollimationWidth",
-    "TotalCollimationWidth",
-    "TableSpeed",
-    "TableFeedPerRotation",
-    "SpiralPitchFactor",
-    "DataCollectionCenterPatient",
-    "ReconstructionTargetCenterPatient",
-    "ExposureModulationType",
-    "CTDIvol",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "SliceLocation",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "Rows",
-    "Columns",
-    "XYSpacing",
-    "RescaleIntercept",
-    "RescaleSlope",
-    "RescaleType",
-    "NumberofSlices",
-    "ZSpacing",
-    "StudyDate",
-]
+_COLUMNS = """
+VolumeName Manufacturer SeriesDescription ManufacturerModelName PatientSex PatientAge ReconstructionDiameter
+DistanceSourceToDetector DistanceSourceToPatient GantryDetectorTilt TableHeight RotationDirection ExposureTime
+XRayTubeCurrent Exposure FilterType GeneratorPower FocalSpots ConvolutionKernel PatientPosition RevolutionTime
+SingleCollimationWidth TotalCollimationWidth TableSpeed TableFeedPerRotation SpiralPitchFactor
+DataCollectionCenterPatient ReconstructionTargetCenterPatient ExposureModulationType CTDIvol ImagePositionPatient
+ImageOrientationPatient SliceLocation SamplesPerPixel PhotometricInterpretation Rows Columns XYSpacing
+RescaleIntercept RescaleSlope RescaleType NumberofSlices ZSpacing StudyDate
+"""
+METADATA = _COLUMNS.split()
 REPORT = ["VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"]
 LABELS = ["VolumeName", *FINDINGS]
 LONG = {"train": "train", "valid": "validation"}
@@ -80,7 +44,8 @@ class Tree:
     columns: dict[str, list[str]] = field(
         default_factory=lambda: {"labels": list(LABELS), "reports": list(REPORT), "metadata": list(METADATA)}
     )
-    name_as: Callable[[str], str] = staticmethod(lambda name: f"{name}.nii.gz")
+    name_as: Callable[[str], str] = "{}.nii.gz".format
+    """How the tables write a name."""
 
     @property
     def dataset(self) -> Path:

@@ -50,7 +50,7 @@ def coarse_regions(ct: Int16Volume, spacing: tuple[float, float, float]) -> Mask
     out[_heart(hu, left, right, frame)] = REGION_BY_NAME["heart"].id
     out[frame.spine & (out == 0)] = REGION_BY_NAME["spine"].id
     out[airway] = REGION_BY_NAME["trachea"].id
-    places = [np.minimum(np.arange(n) // step, m - 1) for n, step, m in zip(ct.shape, steps, out.shape, strict=True)]
+    places = [np.arange(n) // step for n, step in zip(ct.shape, steps, strict=True)]
     return out[np.ix_(*places)]
 
 
