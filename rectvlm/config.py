@@ -25,6 +25,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 
+ELASTIC_LATTICE_MM = 60.0
+"""Distance of the control points of the elastic augmentation."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True)
 
@@ -36,14 +40,25 @@ class AugmentConfig(_Section):
     """Share of samples that are changed at all."""
     rotate: float
     """Largest rotation about the body's long axis, degrees."""
+    tilt: float
+    """Largest rotation about each of the other two axes, degrees."""
     scale: Fraction
     """Largest relative change of size."""
     shift: Fraction
     """Largest shift, as a share of each side of the grid."""
+    elastic: Annotated[float, Field(ge=0, le=0.4 * ELASTIC_LATTICE_MM)]
+    """Largest move of a control point of the elastic deformation along each axis, mm. Above 0.4 of their distance the
+    tissue could fold (Choi and Lee, 2000)."""
+    contrast: Fraction
+    """Largest relative change of HU above 0, as tube voltage and contrast medium make it; air and water are calibrated
+    and stay."""
     intensity: float
     """Largest offset of the HU scale, HU."""
     noise: float
     """Largest standard deviation of added noise, HU."""
+    mirror: Fraction
+    """Share of the changed samples that are mirrored left for right, with their text and region ids, where that is
+    safe: see `rectvlm.data.mirror` for what it teaches, and why it is 0 by default."""
     hide_regions: Fraction
     """Share of samples whose region map is hidden: a new CT comes without one."""
 
