@@ -7,6 +7,7 @@ STATS ?=
 PHANTOMS ?=
 ARGS ?=
 CT_RATE ?=
+BENCH ?= preprocess loader train_step
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -53,8 +54,8 @@ test: $(STAMP) ## lint, types and the quick tests
 test-slow: $(STAMP) ## the tests that take minutes
 	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
-bench: $(STAMP) ## speed and memory of a training step, phase by phase, to benchmarks/results
-	@$(BIN)/python -m benchmarks.train_step $(ARGS)
+bench: $(STAMP) ## speed and memory, to benchmarks/results [BENCH="preprocess loader train_step", ARGS to each]
+	@set -e; for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
 clean: ## remove runs, shards and caches (not .venv, not what was downloaded)
 	@rm -rf runs data/shards build .pytest_cache .mypy_cache .ruff_cache .hypothesis
