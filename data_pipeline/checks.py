@@ -8,7 +8,7 @@ import hashlib
 import io
 import tarfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -28,6 +28,8 @@ from rectvlm.labels import AIR_HU, LESION_BY_KEY, LESIONS, REGION_BY_NAME
 from rectvlm.types import COARSE, Affine, Sample, SampleMeta, UserError, Volume
 
 _BLOCK = 8 << 20
+_NAMED = 8
+"""Samples that one remark names."""
 _ENOUGH = 20
 """Voxels of a region from which its place says something."""
 _ORDER: tuple[tuple[int, str, tuple[str, ...], tuple[str, ...]], ...] = (
@@ -99,7 +101,7 @@ class ShardReport:
     name: str
     remarks: Remarks = field(default_factory=Remarks)
     facts: list[Facts] = field(default_factory=list)
-    """Of every sample that could be decoded."""
+    """Of every sample that could be decoded and has sound affines."""
     hu: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     """By split: voxels at each HU, as `stats.hu_counts`."""
     bytes: int = 0
@@ -132,7 +134,7 @@ def check_shard(
             return report
         if facts is not None:
             checker.expect(size == facts.bytes, f"{facts.bytes} bytes", f"{size} bytes")
-        stream = _Hashed(store, shard.name)
+        stream = _Hashed(store, shard.name, size or 0)
         reader = io.BufferedReader(stream, _BLOCK)
         _check_tar(reader, size or 0, shard, grid, spacing, report)
         while reader.read(_BLOCK):
@@ -148,16 +150,18 @@ def check_shard(
 
 
 class _Hashed(io.RawIOBase):
-    """A stored file read from its start to its end, digested on the way."""
+    """A stored file of a known size read from its start to its end, digested on the way."""
 
-    def __init__(self, store: Store, name: str) -> None:
-        self.store, self.name, self.position, self.digest = store, name, 0, hashlib.sha256()
+    def __init__(self, store: Store, name: str, size: int) -> None:
+        self.store, self.name, self.size, self.position, self.digest = store, name, size, 0, hashlib.sha256()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self.store.read_range(self.name, self.position, len(buffer))
+        # A server answers a range beyond the end with an error.
+        wanted = min(len(buffer), self.size - self.position)
+        data = self.store.read_range(self.name, self.position, wanted) if wanted > 0 else b""
         buffer[: len(data)] = data
         self.position += len(data)
         self.digest.update(data)
@@ -177,6 +181,7 @@ def _check_tar(
     entries = {entry.key: entry for entry in shard.samples}
     places: dict[str, tuple[int, int]] = {}
     order: list[str] = []
+    unknown: list[str] = []
     try:
         for record in group_by_keys(_members(reader, size, places, checker)):
             key = record["__key__"]
@@ -184,7 +189,8 @@ def _check_tar(
             one = _Checker(report.remarks, shard.name, key)
             members = {name: data for name, data in record.items() if not name.startswith("__")}
             found = {name: places.pop(f"{key}.{name}") for name in members if f"{key}.{name}" in places}
-            if not one.expect(key in entries, "a sample that the index names", "one that it does not"):
+            if key not in entries:
+                unknown.append(key)
                 continue
             one.expect(set(members) == set(MEMBERS), f"the members {', '.join(MEMBERS)}", ", ".join(members))
             wanted = entries[key].members
@@ -194,13 +200,20 @@ def _check_tar(
         checker.expect(
             False, "a plain WebDataset tar", f"{type(error).__name__}: {error.args[0] if error.args else ''}"
         )
-    for key in entries:
-        _Checker(report.remarks, shard.name, key).expect(
-            key in order, "the sample in the tar, as the index says", "no such members"
-        )
+    checker.expect(not unknown, "only samples that the index names", f"{_some(unknown)}, which it does not")
+    missing = [key for key in entries if key not in order]
+    checker.expect(
+        not missing, f"{len(entries)} samples that the index names", f"none of the members of {_some(missing)}"
+    )
     wanted_order = [entry.key for entry in shard.samples]
     if set(order) == set(wanted_order):
-        checker.expect(order == wanted_order, f"samples in the index's order {wanted_order}", order)
+        checker.expect(order == wanted_order, f"samples in the index's order {_some(wanted_order)}", _some(order))
+
+
+def _some(names: Sequence[str]) -> str:
+    """A few names in words, however many there are."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _places(members: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
@@ -235,17 +248,15 @@ def _check_members(
 ) -> None:
     try:
         sample = decode(members, where="it")
+        if check_sample(sample, entry, grid, spacing, checker):
+            report.facts.append(Facts.of(sample, checker.shard))
+            counts = hu_counts(sample.ct)
+            report.hu[sample.meta.split] = report.hu.get(sample.meta.split, np.zeros_like(counts)) + counts
     except UserError as error:
         checker.expect(False, "a sample of this schema", f"that {error}")
-        return
     except Exception as error:
         # Damaged bytes can upset any library; the shard's other samples are still to be read.
         checker.expect(False, "a sample of this schema", f"unexpected {type(error).__name__}: {error}")
-        return
-    check_sample(sample, entry, grid, spacing, checker)
-    report.facts.append(Facts.of(sample, checker.shard))
-    counts = hu_counts(sample.ct)
-    report.hu[sample.meta.split] = report.hu.get(sample.meta.split, np.zeros_like(counts)) + counts
 
 
 # One sample
@@ -259,7 +270,16 @@ def check_entry(
     checker = _Checker(report.remarks, entry.shard, entry.key)
     members = {}
     try:
+        end = store.size(entry.shard)
+        if not checker.expect(end is not None, "this shard, which the index names", "no such file"):
+            return report
         for name, (offset, size) in entry.members.items():
+            # Before anything of a size that a damaged index asks for is read.
+            inside = min(offset, size) >= 0 and offset + size <= (end or 0)
+            if not checker.expect(
+                inside, f"{name} within the {end} bytes of the file", f"{size} bytes from {offset} on"
+            ):
+                return report
             members[name] = store.read_range(entry.shard, offset, size)
             report.bytes += len(members[name])
     except (OSError, ValueError) as error:
@@ -275,34 +295,44 @@ def check_sample(
     grid: tuple[int, int, int],
     spacing: tuple[float, float, float],
     checker: _Checker,
-) -> None:
-    """What must hold of a decoded sample: agreement with the index, HU, masks, geometry, report."""
+) -> bool:
+    """What must hold of a decoded sample: agreement with the index, HU, masks, geometry, report.
+
+    Returns:
+        Whether its affines and voxels are sound enough for figures.
+    """
     meta = sample.meta
     for name in ("key", "split", "patient"):
         stated, held = getattr(entry, name), getattr(meta, name)
         checker.expect(held == stated, f"{name} {stated!r} as in the index", repr(held))
     checker.expect(meta.spacing == spacing, f"a spacing of {spacing} mm", meta.spacing)
     if not checker.expect(sample.ct.shape == grid, f"volumes of {grid} voxels", sample.ct.shape):
-        return
-    if _check_geometry(sample, checker):
+        return False
+    usable = _check_affines(sample, checker)
+    if usable and _check_geometry(sample, checker):
         _check_outside(sample, checker)
     _check_hu(sample, checker)
     _check_lesions(sample, checker)
     _check_regions(sample, checker)
     _check_report(meta, checker)
+    return usable
+
+
+def _check_affines(sample: Sample, checker: _Checker) -> bool:
+    """Both affines and the native shape can be reckoned with."""
+    geometry = sample.meta.geometry
+    for name, rows in (("grid", geometry.grid_affine), ("native", geometry.native_affine)):
+        good = [len(row) for row in rows] == [4] * 4 and bool(np.isfinite(rows).all()) and rows[3] == [0, 0, 0, 1]
+        good = good and bool(abs(np.linalg.det(np.array(rows)[:3, :3])) > 1e-9)
+        if not checker.expect(good, f"an invertible 4 × 4 {name} affine", rows):
+            return False
+    return checker.expect(min(geometry.native_shape) > 0, "a native shape of positive sides", geometry.native_shape)
 
 
 def _check_geometry(sample: Sample, checker: _Checker) -> bool:
-    """Both affines are usable, the grid's is canonical, and the grid lies on the native volume."""
+    """The grid's affine is canonical, and the grid lies on the native volume."""
     geometry, spacing = sample.meta.geometry, sample.meta.spacing
     grid_affine, native = np.array(geometry.grid_affine), np.array(geometry.native_affine)
-    for name, affine in (("grid", grid_affine), ("native", native)):
-        good = affine.shape == (4, 4) and np.isfinite(affine).all() and (affine[3] == [0, 0, 0, 1]).all()
-        good = good and abs(np.linalg.det(affine[:3, :3])) > 1e-9
-        if not checker.expect(bool(good), f"an invertible 4 × 4 {name} affine", affine.tolist()):
-            return False
-    if not checker.expect(min(geometry.native_shape) > 0, "a native shape of positive sides", geometry.native_shape):
-        return False
     axes, straight = nib.aff2axcodes(grid_affine), np.count_nonzero(np.abs(grid_affine[:3, :3]) > 1e-6) == 3
     canonical = checker.expect(
         axes == ("S", "P", "L") and straight,

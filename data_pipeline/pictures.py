@@ -5,6 +5,7 @@ Colours keep apart for colour-blind readers and in grey (Okabe and Ito, 2008).
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from data_pipeline.stats import Facts, Statistics, count_labels, spread
 from rectvlm.data.hounsfield import HU_HIGH, HU_LOW
 from rectvlm.data.shards import read_index, read_sample
 from rectvlm.data.store import Store, atomic_file
-from rectvlm.labels import FINDINGS, LESIONS, WINDOWS, Lesion
-from rectvlm.types import Sample
+from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS, WINDOWS, Lesion
+from rectvlm.types import Sample, UserError
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ _DOTS = 300
 """Lesions of one kind up to which each is drawn as a dot."""
 _CELL, _CAPTION, _GAP, _MARGIN = 2.5, 0.42, 0.06, 0.5
 """Of the contact sheet, inches: side of a picture, height of its caption, gaps, and room above and below all."""
+_LETTERS = 36
+"""Of a caption."""
 _DARK, _LIGHT = "#111111", "#EEEEEE"
 
 
@@ -43,16 +46,16 @@ def write_statistics(statistics: Statistics, place: str | Path | Store, out: Pat
         statistics: of at least one sample.
         place: the shards, for the slices of the contact sheet.
 
-    Raises:
-        UserError: a sample of the contact sheet cannot be read any more.
+    A sample that cannot be read is left out of the contact sheet.
     """
     figures = {
         "labels.png": labels_figure(statistics),
         "sampling.png": sampling_figure(statistics),
         "hu.png": hu_figure(statistics),
         "lesions.png": lesions_figure(statistics),
-        "contact_sheet.png": contact_sheet(_sheet_samples(statistics.facts, Store(place))),
     }
+    if samples := _sheet_samples(statistics.facts, Store(place)):
+        figures["contact_sheet.png"] = contact_sheet(samples)
     with atomic_file(out / "stats.json") as file:
         file.write(statistics.json())
     for name, figure in figures.items():
@@ -102,6 +105,7 @@ def labels_figure(statistics: Statistics) -> Figure:
         axes.set_yticks(rows, FINDINGS)
         axes.tick_params(axis="y", length=0)
         _bare(axes)
+        axes.spines["bottom"].set_bounds(0, len(facts))
     columns[0].set_ylim(len(FINDINGS) - 0.4, -0.6)
     shades = [Patch(color=colour, label=word) for word, colour in _SHADES.items()]
     figure.legend(handles=shades, loc="outside lower center", ncols=3, frameon=False)
@@ -121,9 +125,7 @@ def sampling_figure(statistics: Statistics) -> Figure:
     splits = np.array([one.split for one in statistics.facts])
     for axes, (name, listed) in zip(columns, views, strict=True):
         values = np.array(listed, dtype=float)
-        low, high = values.min(), values.max()
-        margin = max((high - low) * 0.02, abs(high) * 0.02)
-        edges = np.linspace(low - margin, high + margin, 31)
+        edges = _edges(values, whole=name == "slices")
         for split, colour in _SPLITS.items():
             of_split = values[splits == split]
             if of_split.size:
@@ -135,6 +137,16 @@ def sampling_figure(statistics: Statistics) -> Figure:
     _split_legend(figure, statistics)
     figure.suptitle("Native sampling of the files")
     return figure
+
+
+def _edges(values: NDArray[np.float64], whole: bool) -> NDArray[np.float64]:
+    """Edges of about 30 steps that hold all values; of whole numbers, equally many in each step."""
+    low, high = values.min(), values.max()
+    if whole:
+        width = max(1, -(-int(high - low + 1) // 30))
+        return np.arange(low - 0.5 - width, high + 0.5 + 2 * width, width)
+    margin = max((high - low) * 0.02, abs(high) * 0.02)
+    return np.linspace(low - margin, high + margin, 31)
 
 
 def hu_figure(statistics: Statistics) -> Figure:
@@ -215,7 +227,12 @@ def _sheet_samples(facts: Sequence[Facts], store: Store) -> list[Sample]:
     others = [one for one in facts if one.key not in chosen]
     chosen |= {one.key: one for one in spread(others, SHEET_SAMPLES - len(chosen))}
     entries = {entry.key: entry for entry in read_index(store).select(None)}
-    return [read_sample(store, entries[key]) for key in sorted(chosen) if key in entries]
+    samples = []
+    for key in sorted(chosen):
+        # What cannot be read is a fault that `verify` names.
+        with suppress(UserError, KeyError):
+            samples.append(read_sample(store, entries[key]))
+    return samples
 
 
 def contact_sheet(samples: Sequence[Sample]) -> Figure:
@@ -223,8 +240,9 @@ def contact_sheet(samples: Sequence[Sample]) -> Figure:
 
     The patient's right is at the left of each picture, as radiologists look at it.
     """
-    columns = min(SHEET_COLUMNS, max(3, len(samples)))
-    rows = -(-len(samples) // columns)
+    rows = -(-len(samples) // SHEET_COLUMNS)
+    # Rows of one length, so that little stays empty; at least three wide, for the legend.
+    columns = max(3, -(-len(samples) // rows))
     views = [[_axial(sample) for sample in samples], [_coronal(sample) for sample in samples]]
     heights = [_CELL * max(one.height / one.width for one in view) for view in views]
     block = _CAPTION + sum(heights) + 3 * _GAP
@@ -266,7 +284,7 @@ def _axial(sample: Sample) -> _View:
     z = _most(sample.lesions, 0)
     _, sy, sx = sample.meta.spacing
     view = _View(sample, sample.ct[z], sample.lesions[z], (sy, sx), "")
-    view.caption = f"{sample.meta.key}\n{sample.meta.split}, {view.window} window"
+    view.caption = f"{_short(sample.meta.key)}\n{sample.meta.split}"
     return view
 
 
@@ -279,6 +297,11 @@ def _coronal(sample: Sample) -> _View:
     return view
 
 
+def _short(key: str) -> str:
+    """A key that fits above a picture; its end tells more than its middle."""
+    return key if len(key) <= _LETTERS else f"{key[: _LETTERS // 2]}…{key[-_LETTERS // 2 :]}"
+
+
 def _most(lesions: NDArray[np.uint8], axis: int) -> int:
     """Index along an axis where most lesion voxels lie; the middle where there are none."""
     others = tuple(other for other in range(3) if other != axis)
@@ -287,10 +310,12 @@ def _most(lesions: NDArray[np.uint8], axis: int) -> int:
 
 
 def _window(bits: NDArray[np.uint8]) -> str:
-    """The window that shows the largest lesion of a slice best; without one, mediastinal."""
+    """The window that shows the lesions of a slice best: lung where ground-glass is among them, as no other shows it,
+    or where the largest lies in the lung; else mediastinal."""
     areas = {lesion: np.count_nonzero(bits >> lesion.bit & 1) for lesion in LESIONS}
     largest: Lesion = max(areas, key=lambda lesion: areas[lesion])
-    return "lung" if areas[largest] and largest.site == "lung" else "mediastinal"
+    glass = areas[LESION_BY_KEY["ground_glass_opacity"]]
+    return "lung" if glass or (areas[largest] and largest.site == "lung") else "mediastinal"
 
 
 def _draw(axes: Axes, view: _View) -> None:
@@ -317,8 +342,10 @@ def _draw(axes: Axes, view: _View) -> None:
     marks = [(0.02, 0.5, "R", "left", "center"), (0.98, 0.5, "L", "right", "center")]
     if view.coronal:
         marks.append((0.5, 0.98, "H", "center", "top"))
-    for across, up, letter, ha, va in marks:
+    marks.append((0.02, 0.02, view.window, "left", "bottom"))
+    for across, up, word, ha, va in marks:
         box = {"facecolor": _DARK, "alpha": 0.6, "edgecolor": "none", "pad": 1.5}
-        axes.text(across, up, letter, transform=axes.transAxes, ha=ha, va=va, color=_LIGHT, fontsize=9, bbox=box)
+        size = 9 if len(word) == 1 else 7.5
+        axes.text(across, up, word, transform=axes.transAxes, ha=ha, va=va, color=_LIGHT, fontsize=size, bbox=box)
     if view.caption:
         axes.set_title(view.caption, color=_LIGHT, fontsize=8.5, pad=4)

@@ -271,10 +271,10 @@ def _labels(figures: dict[str, Any]) -> Table:
 
 
 def _lesions(figures: dict[str, Any]) -> Table:
-    words = {"present": "outlined", "annotated": "in full", "partial": "in part", "not annotated": "not"}
+    words = {"present": "outlined", "annotated": "full", "partial": "part", "not annotated": "not"}
     table = _table(
         "Lesions: samples with each outlined; annotated in full, in part, or not",
-        *("lesion", "split", *words.values(), "ml: median (5–95 %)"),
+        *("lesion", "split", *words.values(), "ml, median (5–95 %)"),
     )
     for lesion in LESIONS:
         for split, part in figures.items():

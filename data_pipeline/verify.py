@@ -1,6 +1,6 @@
 """Read shards back and check everything in them.
 
-    python -m data_pipeline.verify [FOLDER or URL] [--stats OUT] [--workers 2] [--sample N]
+    python -m data_pipeline.verify [FOLDER or URL] [--stats OUT] [--workers 2] [--sample N] [--show 100]
 
 Reads each shard once, whole: sizes, checksums, the tar as WebDataset walks it, the offsets of the index, and every
 sample (see `data_pipeline.checks`); then what must hold across shards. Each fault is one line; the exit status is 1
@@ -9,6 +9,7 @@ when there is any. `--sample N` reads only N samples, spread over the shards, by
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -30,9 +31,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from data_pipeline.checks import Remark, Remarks, ShardReport, check_entry, check_shard
 from data_pipeline.stats import SPLITS, Facts, Statistics, count_labels, count_lesions, spread, tables
 from rectvlm import config
-from rectvlm.data.manifest import MANIFEST, Manifest, add_counts, read_manifest
+from rectvlm.data.manifest import MANIFEST, Manifest, add_counts, dump_manifest, read_manifest
 from rectvlm.data.sample import MEMBERS, SCHEMA
-from rectvlm.data.shards import INDEX, Entry, Index, Shard, read_index
+from rectvlm.data.shards import INDEX, Entry, Index, Shard, dump_index, read_index
 from rectvlm.data.store import Store
 from rectvlm.types import UserError
 
@@ -115,7 +116,9 @@ def verify(place: str | Path | Store, *, workers: int = 1, sample: int | None = 
     outcome.shards = len({report.name for report in reports})
     faults += _check_together(outcome.statistics.facts)
     if sample is None and manifest is not None:
-        faults += _check_counts(manifest, outcome.statistics)
+        # Where samples could not be read the counts differ for that reason, which is named already.
+        if len(outcome.statistics.facts) == sum(len(shard.samples) for shard in index.shards):
+            faults += _check_counts(manifest, outcome.statistics)
         outcome.remarks.notes += _check_versions(manifest, outcome.statistics.facts)
     outcome.seconds = time.monotonic() - began
     return outcome
@@ -126,7 +129,7 @@ def verify(place: str | Path | Store, *, workers: int = 1, sample: int | None = 
 
 def _check_index(store: Store, index: Index) -> Iterator[Remark]:
     """What the index must be by itself: of the schema, with each shard and key once and each patient in one split."""
-    yield from _check_fields(store, INDEX, index)
+    yield from _check_fields(store, INDEX, index, dump_index(index))
     if index.schema != SCHEMA:
         yield Remark(INDEX, None, f"schema {SCHEMA}", f"schema {index.schema}")
     if min(index.grid) < 1 or not all(0 < mm < 1e3 for mm in index.spacing):
@@ -147,16 +150,23 @@ def _check_index(store: Store, index: Index) -> Iterator[Remark]:
             yield Remark(INDEX, None, f"patient {patient} in one split", f"samples in {' and '.join(sorted(splits))}")
 
 
-def _check_fields(store: Store, name: str, understood: Index | Manifest) -> Iterator[Remark]:
-    """Nothing in the file but what was read from it: no unknown field, no default in place of a missing one."""
-    stored, read = json.loads(store.read(name)), json.loads(json.dumps(asdict(understood)))
+def _check_fields(store: Store, name: str, understood: Index | Manifest, written: bytes) -> Iterator[Remark]:
+    """Nothing in the file but what was read from it: no unknown field, no default in place of a missing one, and
+    no byte other than preprocessing writes."""
+    data = store.read(name)
+    stored, read = json.loads(data), json.loads(json.dumps(asdict(understood)))
     if stored != read:
         yield Remark(name, None, "the fields and types of its schema only", _first_difference(read, stored))
+    elif data != written:
+        yield Remark(name, None, "JSON as preprocessing writes it", "the same values in other bytes")
 
 
 def _check_manifest(store: Store, manifest: Manifest, index: Index) -> Iterator[Remark]:
     """The manifest is of the schema and speaks of the index's shards, once each."""
-    yield from _check_fields(store, MANIFEST, manifest)
+    yield from _check_fields(store, MANIFEST, manifest, dump_manifest(manifest))
+    digest = hashlib.sha256(store.read(MANIFEST)).hexdigest()
+    if digest != index.manifest:
+        yield Remark(MANIFEST, None, f"SHA-256 {index.manifest or '(none)'}, which the index has", digest)
     if manifest.schema != SCHEMA:
         yield Remark(MANIFEST, None, f"schema {SCHEMA}", f"schema {manifest.schema}")
     indexed = {shard.name: shard for shard in index.shards}
@@ -263,9 +273,10 @@ def _check_together(facts: Sequence[Facts]) -> Iterator[Remark]:
 
 def _check_versions(manifest: Manifest, facts: Sequence[Facts]) -> Iterator[Remark]:
     """Samples made by other versions than the manifest's may differ in the last digit."""
-    for one in facts:
-        if one.versions and dict(one.versions) != manifest.versions:
-            yield Remark(one.shard, one.key, f"the manifest's versions {manifest.versions}", str(dict(one.versions)))
+    others = Counter(one.versions for one in facts if one.versions and dict(one.versions) != manifest.versions)
+    for versions, number in others.items():
+        found = f"{dict(versions)} in {_count(number, 'sample')}"
+        yield Remark(MANIFEST, None, f"samples of the manifest's versions {manifest.versions}", found)
 
 
 def _check_counts(manifest: Manifest, statistics: Statistics) -> Iterator[Remark]:
@@ -277,10 +288,12 @@ def _check_counts(manifest: Manifest, statistics: Statistics) -> Iterator[Remark
         stated = manifest.counts.get(split, {})
         for kind in sorted({*stated, *words}):
             told, template = stated.get(kind, {}), words.get(kind, {})
-            for name in {**template, **told}:
-                found = {word: recount[kind][name][word] for word in template.get(name, {})}
-                if told.get(name) != found:
-                    yield Remark(MANIFEST, None, f"{split} {kind}, {name}: {found}, as counted", str(told.get(name)))
+            counted = {name: {word: recount[kind][name][word] for word in of} for name, of in template.items()}
+            wrong = [name for name in {**counted, **told} if counted.get(name) != told.get(name)]
+            if wrong:
+                name, more = wrong[0], f", and {len(wrong) - 1} more {kind} wrong" if wrong[1:] else ""
+                expected = f"{split} {kind}, {name}: {counted.get(name)}, as counted"
+                yield Remark(MANIFEST, None, expected, f"{told.get(name)}{more}")
 
 
 # Running
@@ -328,6 +341,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stats", type=Path, metavar="OUT", help="print figures, and write them and pictures to OUT")
     parser.add_argument("--workers", type=_positive, default=2, help="processes (default 2)")
     parser.add_argument("--sample", type=_positive, metavar="N", help="read only N samples, not whole shards")
+    parser.add_argument(
+        "--show",
+        type=_positive,
+        metavar="N",
+        default=100,
+        help="faults and notes to print, at most N of each (default 100)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -357,8 +377,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return 2
     for kind, remarks in (("note", outcome.remarks.notes), ("fault", outcome.remarks.faults)):
-        for remark in remarks:
+        for remark in remarks[: options.show]:
             console.print(f"{kind}: {remark}", soft_wrap=True, markup=False)
+        if (more := len(remarks) - options.show) > 0:
+            console.print(f"and {_count(more, f'more {kind}')} (--show {len(remarks)} prints all)", soft_wrap=True)
     console.print(outcome.summary(), soft_wrap=True, markup=False)
     return 1 if outcome.remarks.faults else 0
 

@@ -87,6 +87,8 @@ class Index:
     """Voxel size (z, y, x), mm."""
     shards: list[Shard]
     schema: int = SCHEMA
+    manifest: str = ""
+    """SHA-256 of `manifest.json`: no other file vouches for its bytes."""
 
     def select(self, split: Split | None) -> list[Entry]:
         """The samples of a split (of both, train first, when None), in the order in which they were written."""
@@ -147,6 +149,11 @@ def write_shard(samples: Iterable[Sample | Packed], place: str | Path | Store, n
     return Written(ShardFacts(name, first.meta.split, len(metas), size, digest), entries, tally.counts())
 
 
+def dump_index(index: Index) -> bytes:
+    """The bytes of `index.json`."""
+    return _INDEX.dump_json(index) + b"\n"
+
+
 def write_index(
     place: str | Path | Store,
     shards: Sequence[Written],
@@ -179,9 +186,11 @@ def write_index(
         for split in ("train", "valid")
     }
     store = Store(place)
-    store.write(MANIFEST, dump_manifest(Manifest(facts, counts, versions(), provenance or Provenance())))
-    index = Index(grid, spacing, [Shard(shard.facts.name, shard.samples) for shard in shards])
-    store.write(INDEX, _INDEX.dump_json(index) + b"\n")
+    manifest = dump_manifest(Manifest(facts, counts, versions(), provenance or Provenance()))
+    store.write(MANIFEST, manifest)
+    listed = [Shard(shard.facts.name, shard.samples) for shard in shards]
+    index = Index(grid, spacing, listed, manifest=hashlib.sha256(manifest).hexdigest())
+    store.write(INDEX, dump_index(index))
     named = {one.name for one in facts}
     for name in store.names():
         if name.endswith(".tar") and name not in named:
