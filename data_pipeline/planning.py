@@ -51,22 +51,18 @@ class Rejected:
     """The file at fault, or the case's source where it is not known."""
     reason: str
     """The same words for the same fault, to be counted."""
-    expected: str | None
-    found: str | None
-    remedy: str | None
+    expected: str
+    found: str
+    remedy: str
     message: str
     """All of it in one sentence."""
 
     @classmethod
     def of(cls, case: Case, error: BaseException) -> "Rejected":
         """From what was raised while the case was worked on."""
-        if isinstance(error, InputError):
-            parts = (error.file, error.reason, error.expected, error.found, error.remedy)
-            return cls(case.key, *parts, str(error))
-        if isinstance(error, UserError):
-            return cls(case.key, case.source, "cannot be used", None, None, None, str(error))
-        name = type(error).__name__
-        return cls(case.key, case.source, f"unexpected {name}", None, None, None, f"unexpected {name}: {error}")
+        if not isinstance(error, InputError):
+            error = _in_parts(case.source, error)
+        return cls(case.key, error.file, error.reason, error.expected, error.found, error.remedy, str(error))
 
 
 @dataclass(frozen=True)
@@ -78,6 +74,20 @@ class Part:
     shard: Written | None
     """None when no case of it could be used."""
     rejected: list[Rejected]
+
+
+def _in_parts(source: str, error: BaseException) -> InputError:
+    """What was raised without its parts, with those of a quarantine list."""
+    found = " ".join(str(error).split()).removesuffix(".") or "no message"
+    if isinstance(error, UserError):
+        return InputError(source, "cannot be used", expected="a case of use", found=found, remedy="mend it")
+    if isinstance(error, MemoryError):
+        expected = "a case that the free memory can hold"
+        remedy = "look at its size, lower --workers, then try again with --retry"
+        return InputError(source, "needs too much memory", expected=expected, found=found, remedy=remedy)
+    name = type(error).__name__
+    remedy = "look at its trace in the log, and report it if the file is sound"
+    return InputError(source, f"met an unexpected {name}", expected="no such error", found=found, remedy=remedy)
 
 
 PART: TypeAdapter[Part] = TypeAdapter(Part)

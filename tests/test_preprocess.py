@@ -23,8 +23,7 @@ from rectvlm.data.shards import read_index, read_sample
 from rectvlm.data.volume import Volume, mask_to_native, read_mask, read_volume
 from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS
 from rectvlm.types import UserError
-
-GRID, SPACING = (16, 48, 48), (16.0, 7.2, 7.2)
+from tests.small_cases import GRID, SPACING, contents, die_once, raise_bug, small_cases
 
 
 def load_files(ct: Path, mask: Path) -> CaseData:
@@ -45,46 +44,6 @@ def file_case(folder: Path, key: str, seed: int, split: str = "train") -> Case:
     return Case(key, split, key, ct.name, partial(load_files, ct, mask), file_identity(ct, mask))  # type: ignore[arg-type]
 
 
-def load_small(seed: int) -> CaseData:
-    """A body with two lungs and a nodule in noise: quick to make."""
-    rng = np.random.default_rng(seed)
-    x, y, _ = np.indices((24, 24, 12)) - 11.5
-    hu = np.where(x**2 / 100 + y**2 / 60 < 1, 40.0, -1000.0)
-    hu[((abs(x) - 4.5) / 3.5) ** 2 + (y / 5) ** 2 < 1] = -850
-    mask = np.zeros(hu.shape, np.uint8)
-    mask[5:8, 9:13, 2 : 4 + seed % 5] = 1 << 4
-    affine = np.diag([-14.0, -14.0, 20.0, 1.0])
-    return CaseData(
-        volume=Volume((hu + rng.normal(0, 20, hu.shape)).astype(np.int16), affine, f"small {seed}"),
-        lesions=[Volume(mask, affine, f"small {seed}")],
-        lesions_annotated={key: key == "lung_nodule" for key in LESION_BY_KEY},
-    )
-
-
-def small_cases(train: int, valid: int) -> list[Case]:
-    splits = ["train"] * train + ["valid"] * valid
-    return [
-        Case(f"small_{n}", split, f"small_{n}", f"small {n}", partial(load_small, n), (str(n),))  # type: ignore[arg-type]
-        for n, split in enumerate(splits)
-    ]
-
-
-def raise_bug() -> CaseData:
-    raise ZeroDivisionError("a bug")
-
-
-def die_on_first_call(flag: Path, seed: int) -> CaseData:
-    """Kills its process once, as the memory killer would."""
-    if not flag.exists():
-        flag.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return load_small(seed)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
-
-
 def test_bad_cases_are_set_aside_with_their_reason_and_the_rest_goes_on(tmp_path: Path) -> None:
     good = file_case(tmp_path, "good", 1)
     text, elsewhere = file_case(tmp_path, "text", 2), file_case(tmp_path, "elsewhere", 3)
@@ -102,7 +61,7 @@ def test_bad_cases_are_set_aside_with_their_reason_and_the_rest_goes_on(tmp_path
         ("bug", "nowhere"),
     ]
     assert "not a NIfTI" in lines[0]["reason"] and "does not lie on its volume" in lines[1]["reason"]
-    assert lines[2]["reason"] == "unexpected ZeroDivisionError" and "a bug" in lines[2]["message"]
+    assert lines[2]["reason"] == "met an unexpected ZeroDivisionError" and "a bug" in lines[2]["message"]
     assert sum(outcome.manifest.provenance.set_aside.values()) == 3
     with pytest.raises(UserError, match="None of 1 cases"):
         preprocess([bug], tmp_path / "none", GRID, SPACING)
@@ -165,7 +124,7 @@ def test_runs_agree_byte_for_byte_and_a_second_one_has_nothing_to_do(tmp_path: P
 
 def test_a_killed_run_goes_on_to_the_same_shards(tmp_path: Path) -> None:
     def cases(flag: Path) -> list[Case]:
-        return [*small_cases(2, 0), Case("b", "train", "b", "phantom", partial(die_on_first_call, flag, 9), ("9",))]
+        return [*small_cases(2, 0), Case("b", "train", "b", "phantom", partial(die_once, flag, 9), ("9",))]
 
     flag = tmp_path / "flag"
     run = multiprocessing.get_context("spawn").Process(

@@ -47,10 +47,19 @@ def read_volume(path: Path, blank: Affine | None = None) -> Volume:
         blank: 4 × 4, index to RAS+ mm, for a file whose header has no orientation, when it is known from elsewhere.
 
     Raises:
-        UserError: no such file, not a NIfTI, cut short, not 3-D, too large for memory, no orientation, a spacing that
-            is zero or not finite, voxels that are not finite, or one value throughout.
+        UserError: no such file, not a NIfTI, cut short or longer than its header says, not 3-D, a single slice, too
+            large for memory, no orientation, a spacing that is zero or not finite, voxels that are not finite, or one
+            value throughout.
     """
     volume = _read(path, blank)
+    if min(volume.array.shape) == 1:
+        raise InputError(
+            path,
+            "is a single slice",
+            expected="a volume of many",
+            found=f"shape {volume.array.shape}",
+            remedy="give the whole series",
+        )
     few = volume.array[..., :: max(1, volume.array.shape[2] // 8)]
     if few.min() == few.max() and volume.array.min() == volume.array.max():
         raise InputError(
@@ -88,8 +97,8 @@ def _read(path: Path, blank: Affine | None = None) -> Volume:
     header = _header(path, packed)
     shape = _shape(header, path, packed)
     affine = _affine(header, path, blank)
+    slope, inter = _scaling(header, path)
     array = _voxels(header, shape, path, packed)
-    slope, inter = header.get_slope_inter()
     if slope is not None and (slope, inter) != (1, 0):
         array = array.astype(np.float32) * np.float32(slope) + np.float32(inter)
     if array.dtype.kind == "f":
@@ -196,9 +205,12 @@ def _shape(header: nib.Nifti1Header, path: Path, packed: bool) -> tuple[int, int
         )
     size = path.stat().st_size
     needed = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    end = needed + int(header["vox_offset"])
     room = min(_MAX_BYTES, psutil.virtual_memory().available)
-    if not packed and needed + int(header["vox_offset"]) > size:
-        raise _cut_short(path, needed + int(header["vox_offset"]), size)
+    if not packed and end > size:
+        raise _cut_short(path, end, size)
+    if not packed and size - end >= needed // shape[2]:
+        raise _too_long(path, end, size)
     if needed > room or needed > size * _MAX_DEFLATE_RATIO:
         raise InputError(
             path,
@@ -218,6 +230,31 @@ def _cut_short(path: Path, expected: int, found: int) -> InputError:
         found=f"{found}",
         remedy="copy it again",
     )
+
+
+def _too_long(path: Path, expected: int, found: int) -> InputError:
+    return InputError(
+        path,
+        "holds more than its header says",
+        expected=f"{expected} bytes, with less than a slice after them",
+        found=f"at least {found}",
+        remedy="export the series again",
+    )
+
+
+def _scaling(header: nib.Nifti1Header, path: Path) -> tuple[float | None, float | None]:
+    """Slope and intercept of the header; None for both where it does not scale."""
+    try:
+        slope, inter = header.get_slope_inter()
+    except HeaderDataError:
+        raise InputError(
+            path,
+            "has an impossible scaling",
+            expected="a finite slope and intercept",
+            found=f"slope {header['scl_slope']:g} and intercept {header['scl_inter']:g}",
+            remedy="export the series again",
+        ) from None
+    return slope, inter
 
 
 def _affine(header: nib.Nifti1Header, path: Path, blank: Affine | None) -> Affine:
@@ -287,7 +324,7 @@ def _voxels(header: nib.Nifti1Header, shape: tuple[int, int, int], path: Path, p
     dtype, offset = header.get_data_dtype(), int(header["vox_offset"])
     count = int(np.prod(shape))
     if packed:
-        data = _gunzip(path, offset + count * dtype.itemsize)
+        data = _gunzip(path, offset + count * dtype.itemsize, count // shape[2] * dtype.itemsize)
         array = np.frombuffer(data, dtype, count, offset)
     else:
         array = np.fromfile(path, dtype, count, offset=offset)
@@ -317,8 +354,11 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _gunzip(path: Path, needed: int) -> bytes | bytearray:
-    """At least `needed` bytes of a gzip file; libdeflate where it is one plain member, the standard library else."""
+def _gunzip(path: Path, needed: int, surplus: int) -> bytes | bytearray:
+    """The first `needed` bytes of a gzip file with less than `surplus` more.
+
+    By libdeflate where it is one plain member, by the standard library else.
+    """
     try:
         data = _scratch.fill(path)
     except OSError as error:
@@ -334,8 +374,8 @@ def _gunzip(path: Path, needed: int) -> bytes | bytearray:
     try:
         with gzip.open(path, "rb") as file:
             part = file.read(needed)
-            while file.read(1 << 20):
-                """To the end, where the checksum is."""
+            # The checksum lies at the end; but a bomb has none that a run would live to see.
+            rest = len(file.read(surplus))
     except (EOFError, zlib.error, OSError) as error:
         raise InputError(
             path,
@@ -346,4 +386,6 @@ def _gunzip(path: Path, needed: int) -> bytes | bytearray:
         ) from None
     if len(part) < needed:
         raise _cut_short(path, needed, len(part))
+    if rest >= surplus:
+        raise _too_long(path, needed, needed + rest)
     return part
