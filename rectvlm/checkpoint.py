@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from rectvlm import weights
 from rectvlm.config import Config, Part, load
 from rectvlm.models import RectVLM
+from rectvlm.models.language import load_language_model
 from rectvlm.models.text import Prompts
 from rectvlm.types import UserError
 
@@ -201,7 +202,9 @@ def load_model(folder: str | Path, device: torch.device | str | None = None) -> 
     """
     checkpoint = find(folder, "train first, for example `accelerate launch launch/phase1.py`")
     state, config, tensors = read_state(checkpoint), read_config(checkpoint), read_weights(checkpoint)
-    language = weights.resolve(config.generator.model) if "generator" in state.parts else None
+    language = None
+    if "generator" in state.parts:
+        language = load_language_model(config.generator, weights.resolve(config.generator.model))
     model = RectVLM(config, state.parts, prompts_of(tensors, checkpoint), language)
     load_weights(model, tensors, saved_names(model), checkpoint)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

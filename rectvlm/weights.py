@@ -6,6 +6,7 @@
 
 import copy
 import fcntl
+import json
 import logging
 import os
 import tempfile
@@ -18,12 +19,14 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -34,6 +37,7 @@ from rectvlm.types import UserError
 log = logging.getLogger(__name__)
 
 SCHEME = "bundled:"
+GEOMETRIES = Path(__file__).parent / "configs" / "models"
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -59,6 +63,26 @@ def resolve(reference: str) -> str:
     if looks_like_path and not (path / "config.json").is_file():
         raise UserError(f"No model at {path}: expected a folder with config.json, a hub id, or one of {_names()}.")
     return str(path) if path.is_dir() else reference
+
+
+def geometry(reference: str) -> PretrainedConfig:
+    """Layers and widths of a text or language model, without its weights.
+
+    Those that the configurations name are kept in `rectvlm/configs/models`, so that planning needs no network and no
+    licence.
+
+    Raises:
+        UserError: a model that is neither known nor in a folder nor on the hub within reach.
+    """
+    for path in sorted(GEOMETRIES.glob("*.json")):
+        tree = json.loads(path.read_text())
+        if tree.pop("_source") == reference:
+            return AutoConfig.for_model(**tree)
+    try:
+        return AutoConfig.from_pretrained(resolve(reference))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"The configuration of the model {reference!r} cannot be read ({reason}).") from None
 
 
 def _names() -> str:

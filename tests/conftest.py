@@ -77,6 +77,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny: Config, phantom_sha
     """The phase folder of an untrained tiny model with the parts of a phase."""
     from rectvlm import checkpoint, weights
     from rectvlm.models import RectVLM
+    from rectvlm.models.language import load_language_model
     from rectvlm.models.text import Prompts
 
     parts: dict[int, tuple[Part, ...]] = {
@@ -91,7 +92,9 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny: Config, phantom_sha
             config = load("tiny", [f"data.shards={phantom_shards}"])
             torch.manual_seed(0)
             prompts = Prompts.embed(weights.resolve(config.text.model), config.text.max_tokens)
-            language = weights.resolve(config.generator.model) if phase == 3 else None
+            language = None
+            if phase == 3:
+                language = load_language_model(config.generator, weights.resolve(config.generator.model))
             model = RectVLM(config, parts[phase], prompts, language)
             own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
             tensors = {name: own[name].detach() for name in checkpoint.saved_names(model)}

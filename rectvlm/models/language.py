@@ -49,11 +49,17 @@ def load_language_model(config: GeneratorConfig, folder: str | Path) -> Language
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, quantization_config=quantization(config), low_cpu_mem_usage=True
     )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
     # `generate` warns about sampling settings that greedy decoding ignores; the caller chooses them anew.
     model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     embedding: torch.Tensor = model.get_input_embeddings().weight
+    width, std = embedding.shape[1], embedding.float().std().item()
+    return LanguageModel(adapt(model, config), tokenizer, width, std)
+
+
+def adapt(model: Any, config: GeneratorConfig) -> Any:
+    """Freeze a causal LM and put LoRA on it, in bf16: one dtype is what ZeRO-3 can shard together."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
     if config.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -64,9 +70,7 @@ def load_language_model(config: GeneratorConfig, folder: str | Path) -> Language
         target_modules=lora_targets(model, config.lora_targets),
         task_type="CAUSAL_LM",
     )
-    width, std = embedding.shape[1], embedding.float().std().item()
-    adapted = get_peft_model(model, lora, autocast_adapter_dtype=False).to(torch.bfloat16)
-    return LanguageModel(adapted, tokenizer, width, std)
+    return get_peft_model(model, lora, autocast_adapter_dtype=False).to(torch.bfloat16)
 
 
 def quantization(config: GeneratorConfig) -> BitsAndBytesConfig | None:

@@ -5,7 +5,6 @@ Shapes: B samples, Z × Y × X voxels.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from rectvlm.config import Config, Part
 from rectvlm.labels import AIR_HU, FINDINGS, N_LESIONS
 from rectvlm.models.classifier import Classifier
 from rectvlm.models.encoder import Encoder, Features
-from rectvlm.models.language import load_language_model
+from rectvlm.models.language import LanguageModel
 from rectvlm.models.localizer import Localization, Localizer
 from rectvlm.models.reporter import ReportGenerator, ReportLoss
 from rectvlm.models.text import Prompts
@@ -39,15 +38,15 @@ class RectVLM(nn.Module):
     """3D chest-CT vision-language model. Plain PyTorch: it runs with or without a launcher."""
 
     def __init__(
-        self, config: Config, parts: Sequence[Part], prompts: Prompts, language_folder: str | Path | None = None
+        self, config: Config, parts: Sequence[Part], prompts: Prompts, language: LanguageModel | None = None
     ) -> None:
-        """Build with random weights (the language model's are loaded).
+        """Build with random weights around a language model that is loaded already.
 
         Args:
             config: sizes.
             parts: which parts to build; the encoder and the classifier always belong to them.
             prompts: embeddings of the finding and lesion prompts.
-            language_folder: where the language model lies; needed with the generator.
+            language: needed with the generator.
         """
         super().__init__()
         self.config, self.parts = config, tuple(parts)
@@ -63,8 +62,7 @@ class RectVLM(nn.Module):
         )
         self.generator = None
         if "generator" in parts:
-            assert language_folder is not None, "the generator needs a language model"
-            language = load_language_model(config.generator, language_folder)
+            assert language is not None, "the generator needs a language model"
             self.generator = ReportGenerator(config.generator, width, language)
 
     @property

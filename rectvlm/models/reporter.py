@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rectvlm.config import GeneratorConfig
 from rectvlm.models.encoder import Features
 from rectvlm.models.language import LanguageModel
-from rectvlm.models.layers import Block
+from rectvlm.models.layers import Block, Mlp
 
 MARKER = "<volume>"
 SYSTEM = "You are a radiologist. You write truthful, concise reports of chest CT scans."
@@ -36,9 +36,7 @@ class Resampler(nn.Module):
         self.queries = nn.Parameter(torch.randn(1, config.queries, config.width) * 0.02)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
-        self.project = nn.Sequential(
-            nn.Linear(config.width, language_width), nn.GELU(), nn.Linear(language_width, language_width)
-        )
+        self.project = Mlp(config.width, 4.0, out=language_width)
         self.scale = nn.LayerNorm(language_width)
         # Visual tokens start with the spread of word embeddings; far larger ones drown the prompt.
         nn.init.constant_(self.scale.weight, embedding_std)

@@ -19,6 +19,7 @@ from rectvlm import checkpoint, weights
 from rectvlm.config import Config, load
 from rectvlm.data.loader import train_loader
 from rectvlm.models import RectVLM
+from rectvlm.models.language import load_language_model
 from rectvlm.models.text import Prompts
 from rectvlm.train.engine import Engine
 from rectvlm.train.loop import Position, train
@@ -112,7 +113,9 @@ def build(phase: Phase, config: Config, source: Path | None) -> RectVLM:
     Raises:
         UserError: the weights do not fit, naming what is missing or unexpected.
     """
-    language = weights.resolve(config.generator.model) if "generator" in phase.parts else None
+    language = None
+    if "generator" in phase.parts:
+        language = load_language_model(config.generator, weights.resolve(config.generator.model))
     if source is None:
         prompts = Prompts.embed(weights.resolve(config.text.model), config.text.max_tokens)
         return RectVLM(config, phase.parts, prompts, language)

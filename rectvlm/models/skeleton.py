@@ -1,0 +1,36 @@
+"""The model without memory: every parameter with its shape and dtype, on the meta device.
+
+What a configuration costs is read from it, so a plan counts the very modules that train.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from rectvlm.config import Config, Part
+from rectvlm.labels import N_FINDINGS, N_LESIONS
+from rectvlm.models.language import LanguageModel, adapt
+from rectvlm.models.rectvlm import RectVLM
+from rectvlm.models.text import Prompts
+
+
+def skeleton(config: Config, parts: Sequence[Part], text_width: int, language: PretrainedConfig | None) -> RectVLM:
+    """Build a model on the meta device.
+
+    The language model is not packed here: its linear layers have their bf16 shapes.
+
+    Args:
+        config: sizes.
+        parts: which parts.
+        text_width: channels of a prompt embedding.
+        language: geometry of the language model; needed with the generator.
+    """
+    with torch.device("meta"):
+        prompts = Prompts(*(torch.empty(n, text_width) for n in (N_FINDINGS, N_FINDINGS, N_LESIONS)))
+        adapted = None
+        if "generator" in parts:
+            assert language is not None, "the generator needs the geometry of a language model"
+            model = AutoModelForCausalLM.from_config(language, dtype=torch.bfloat16)
+            adapted = LanguageModel(adapt(model, config.generator), None, language.hidden_size, 0.0)
+        return RectVLM(config, parts, prompts, adapted)
