@@ -4,6 +4,7 @@ Shards are written and read through it. A file appears under its name whole or n
 beside its place, forced to the disk and renamed; an object store shows an upload when it is complete.
 """
 
+import errno
 import os
 import re
 import tempfile
@@ -18,6 +19,10 @@ import fsspec
 from rectvlm.types import UserError
 
 _TRIES = 4
+_FIRST_PAUSE = 0.25
+"""Seconds before the second try; each further pause is four times as long."""
+_SILENCE_SECONDS = 60.0
+"""How long a web server may send nothing. The whole answer may take any time: a shard over a slow line does."""
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 _T = TypeVar("_T")
 
@@ -37,7 +42,7 @@ class Store:
             self.folder = Path(self.place.removeprefix("file://"))
             return
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.place)
+            self._fs, self._root = fsspec.core.url_to_fs(self.place, **_options(self.place))
         except (ValueError, ImportError) as error:
             raise UserError(
                 f"{self.place} cannot be opened ({error}): give a folder or a URL whose fsspec package is installed."
@@ -151,13 +156,23 @@ class Store:
         for attempt in range(_TRIES):
             try:
                 return call()
-            except FileNotFoundError:
-                raise
+            except FileNotFoundError as error:  # without a reason, in most of fsspec
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(error)) from None
             except Exception as error:
                 if attempt + 1 == _TRIES:
                     raise OSError(f"{type(error).__name__}: {error}") from error
-                time.sleep(0.25 * 4**attempt)
+                time.sleep(_FIRST_PAUSE * 4**attempt)
         raise AssertionError("unreachable")
+
+
+def _options(url: str) -> dict[str, Any]:
+    """What fsspec is told beside the URL: aiohttp would give up after five minutes in all, and not notice silence."""
+    if not url.startswith(("http://", "https://")):
+        return {}
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE_SECONDS, sock_read=_SILENCE_SECONDS)
+    return {"client_kwargs": {"timeout": timeout}}
 
 
 @contextmanager
