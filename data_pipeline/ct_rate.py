@@ -21,7 +21,7 @@ from data_pipeline.ct_rate_download import Facts, dataset_folder, expected_path,
 from data_pipeline.ct_rate_options import CtRateOptions, add_arguments, options_from, policy
 from data_pipeline.ct_rate_series import choose, kernel_class, series_affine
 from data_pipeline.ct_rate_tables import Labels, Report, VolumeName, read_held_out, read_names
-from data_pipeline.masks import CaseMasks
+from data_pipeline.masks import CaseMasks, says_nothing
 from data_pipeline.rexgrounding import TABLES as REX_TABLES
 from rectvlm.data.volume import Volume, read_volume
 from rectvlm.labels import FINDINGS
@@ -142,14 +142,16 @@ def load_case(path: Path, row: _Row, masks: CaseMasks) -> CaseData:
 
 def _placed(volume: Volume, affine: Affine | None) -> Volume:
     """The volume where it lies: the first release left its headers blank, so side and size are the metadata's."""
-    if not np.array_equal(np.abs(volume.affine), np.eye(4)):
+    if not says_nothing(volume.affine):
         return volume
-    if affine is None:
+    size = np.abs(np.diag(volume.affine)[:3])
+    fits = affine is not None and np.allclose(size, np.linalg.norm(affine[:3, :3], axis=0), rtol=0.01)
+    if affine is None or not (fits or (size == 1).all()):
         raise InputError(
             volume.where,
-            "has a blank header (voxels of 1 mm at the origin) and no metadata",
+            "has a blank header (voxels along the world's axes, at the origin) and no metadata that fits",
             expected="an affine, or position, orientation and spacing in the metadata",
-            found="neither, so left and right are unknown",
+            found=f"voxels of {', '.join(f'{one:g}' for one in size)} mm, so left and right are unknown",
             remedy="take the volume of the fixed tree",
         )
     return replace(volume, affine=affine)

@@ -18,10 +18,13 @@ from rectvlm.data.volume import Volume, read_mask, require_overlap
 from rectvlm.labels import LESION_BY_KEY
 from rectvlm.types import Affine, InputError, MaskVolume, UserError
 
-MIN_OVERLAP = 0.5
-"""Least share of the smaller box, mask's or volume's, that the two have in common. Of one scan, one box holds the other
-(a mask of part of it, a crop of the CT), so the share is near 1; half leaves room for two different crops of one scan
-and still finds most masks of another patient, who lay elsewhere on the table."""
+MIN_OVERLAP = 0.75
+"""Least share of the shorter box, mask's or volume's, that the two have in common along each axis. Of one scan, one box
+holds the other (a mask of part of it, a crop of the CT), so the share is near 1; three quarters leave room for two
+crops of one scan and still find most masks of another patient, who lay elsewhere on the table."""
+MIN_COVER = 2 / 3
+"""Least share of the volume along each axis that a mask's box spans for its empty voxels to say that there is nothing.
+A box around the body or the lungs does; of one that is smaller no one knows whether the rest was looked at."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class CaseMasks:
     key: str
     lesions: tuple[tuple[str, Path], ...] = ()
     """Lesion key and its file."""
+    strays: tuple[Path, ...] = ()
+    """Files among its lesion files that bear the name of no lesion and of no anatomical class."""
     tasks: tuple[tuple[str, Path], ...] = ()
     """Folder name of a TotalSegmentator task that outlines lesions, and its file."""
     region_map: Path | None = None
@@ -71,18 +76,27 @@ class CaseMasks:
             volume: the CT that they were drawn on, as read from its file.
 
         Raises:
-            UserError: a mask that cannot be read, that lies elsewhere or whose side is unknown.
+            UserError: a mask that cannot be read, that lies elsewhere, whose side is unknown or wrong, or whose name
+                says nothing.
         """
         union, complete, partly, sources = _Union(), set[str](), set[str](), list[str]()
+        if self.strays:
+            raise InputError(
+                self.strays[0],
+                "is the mask of nothing that is known",
+                expected=f"a name among {', '.join(LESION_BY_KEY)}",
+                found=self.strays[0].name,
+                remedy="rename it, or move it elsewhere",
+            )
         for key, path in self.lesions:
             mask = _on(volume, read_mask(path))
             union.add(mask, (mask.array > 0) * np.uint8(1 << LESION_BY_KEY[key].bit))
-            complete.add(key)
+            (complete if _covers(mask, volume) else partly).add(key)
             sources.append("lesion files")
         for task, path in self.tasks:
             mask, looked_for = totalsegmentator.read_lesions(path, task)
             union.add(_on(volume, mask), mask.array)
-            complete |= looked_for
+            (complete if _covers(mask, volume) else partly).update(looked_for)
             sources.append("TotalSegmentator")
         if self.rex_files and self.rex_entry is not None:
             outlines = rexgrounding.read(self.rex_files[0], self.rex_entry, volume)
@@ -104,9 +118,12 @@ class CaseMasks:
         if self.region_map is None:
             return None, None
         if self.region_map.is_dir():
-            return _on(volume, totalsegmentator.read_class_folder(self.region_map)), "one file a class"
-        regions, how = totalsegmentator.read_regions(self.region_map)
-        return _on(volume, regions), how
+            regions, how = totalsegmentator.read_class_folder(self.region_map), "one file a class"
+        else:
+            regions, how = totalsegmentator.read_regions(self.region_map)
+        totalsegmentator.require_sides(_on(volume, regions))
+        # Every chest has regions: a map without any is no map.
+        return (regions, how) if regions.array.any() else (None, None)
 
 
 @dataclass(frozen=True)
@@ -142,6 +159,7 @@ class MaskFolders:
         return CaseMasks(
             key,
             lesions=tuple(_lesion_files(self.lesions, key)) if self.lesions else (),
+            strays=tuple(_strays(self.lesions / key)) if self.lesions else (),
             tasks=tuple(_task_files(self.ts_seg, key)) if self.ts_seg else (),
             region_map=self._region_map(key),
             rex_files=rexgrounding.files(self.rexgrounding, key) if self.rexgrounding and entry else (),
@@ -168,6 +186,13 @@ def _lesion_files(folder: Path, key: str) -> Iterable[tuple[str, Path]]:
         for path in (_nifti(folder / key / lesion), _nifti(folder / f"{key}_{lesion}")):
             if path is not None:
                 yield lesion, path
+
+
+def _strays(folder: Path) -> Iterable[Path]:
+    for path in sorted(folder.glob("*.nii*")):
+        name = path.name.split(".")[0]
+        if not (path.name.startswith(".") or name in LESION_BY_KEY or totalsegmentator.is_class(name)):
+            yield path
 
 
 def _task_files(folder: Path, key: str) -> Iterable[tuple[str, Path]]:
@@ -199,38 +224,51 @@ class _Union:
         self.volumes.append(Volume(bits, mask.affine, mask.where))
 
 
+def says_nothing(affine: Affine) -> bool:
+    """Whether an affine is a voxel size at most: axes along the world's, origin at exactly 0, as programs write it
+    that know no better. No scanner puts its first voxel there."""
+    return not affine[:3, 3].any() and np.count_nonzero(affine[:3, :3]) == 3 and bool(np.diag(affine).all())
+
+
 def _on(volume: Volume, mask: Volume) -> Volume:
     """The mask, when its affine says where it lies on the volume.
 
     Raises:
         UserError: an affine that says nothing about sides, or a box that hardly lies on the volume.
     """
-    if np.array_equal(mask.affine, np.eye(4)) and not np.array_equal(volume.affine, np.eye(4)):
+    if says_nothing(mask.affine) and not np.allclose(mask.affine, volume.affine):
         raise InputError(
             mask.where,
-            "has an identity affine, which says nothing about its place or which side is left",
+            "has an affine that says nothing about its place or which side is left",
             expected="the affine of the grid that it was drawn on",
-            found=f"the identity, shape {mask.array.shape}",
+            found=f"voxels of {', '.join(f'{size:g}' for size in np.diag(mask.affine)[:3])} mm at the origin",
             remedy="write that affine into it (the masks of RadGenome-ChestCT need it), or leave it out",
         )
     require_overlap(mask.affine, mask.array.shape, volume.affine, volume.array.shape, mask.where)
-    share = _overlap(mask, volume)
+    common, (size, whole) = _overlap(mask, volume)
+    share = (common / np.minimum(size, whole)).min()
     if share < MIN_OVERLAP:
         raise InputError(
             mask.where,
-            f"hardly lies on its volume {volume.where}",
-            expected=f"at least {MIN_OVERLAP:.0%} of the smaller of the two boxes in common",
-            found=f"{share:.0%}",
+            "hardly lies on its volume",
+            expected=f"at least {MIN_OVERLAP:.0%} of the shorter of the two boxes in common along each axis",
+            found=f"{share:.0%} with {volume.where}",
             remedy="check that it belongs to this scan",
         )
     return mask
 
 
-def _overlap(mask: Volume, volume: Volume) -> float:
-    """Share of the smaller box that both have in common; boxes along the world's axes."""
+def _covers(mask: Volume, volume: Volume) -> bool:
+    """Whether a mask spans enough of its volume to say where nothing is."""
+    common, (_, whole) = _overlap(mask, volume)
+    return bool((common / whole).min() >= MIN_COVER)
+
+
+def _overlap(mask: Volume, volume: Volume) -> tuple[NDArray[np.float64], tuple[NDArray[np.float64], ...]]:
+    """What two boxes along the world's axes have in common, and the size of each, mm along (x, y, z)."""
     (low, high), (other_low, other_high) = (_box(one.affine, one.array.shape) for one in (mask, volume))
-    common = np.prod(np.clip(np.minimum(high, other_high) - np.maximum(low, other_low), 0, None))
-    return float(common / min(np.prod(high - low), np.prod(other_high - other_low)))
+    common = np.clip(np.minimum(high, other_high) - np.maximum(low, other_low), 0, None)
+    return common, (high - low, other_high - other_low)
 
 
 def _box(affine: Affine, shape: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -68,7 +68,16 @@ _LESION_OF_CLASS = {
     "pericardial_effusion": "pericardial_effusion",
 }
 _LABEL = re.compile(r'<Label Key="(\d+)"[^>]*>\s*(?:<!\[CDATA\[)?\s*([^\]<]+?)\s*(?:\]\]>)?\s*</Label>')
-_V2_LOBES, _V2_THIN = slice(10, 13), slice(15, 18)
+_V2_LOBES, _V1_LOBES = slice(10, 13), slice(15, 18)
+"""Numbers that stand for lobes in one version and for nothing large in the other: pancreas and adrenal glands in the
+first, esophagus, trachea and thyroid in the second."""
+_LUNG_ML = 300
+"""More than those organs have, and less than three lobes."""
+_SIDED = ((("left lobes", (4, 5)), ("right lobes", (1, 2, 3))), (("left ribs", (15,)), ("right ribs", (14,))))
+_SPINE = ("spine", (13,))
+
+
+_KNOWN = {*TOTAL_V1.values(), *TOTAL_V2.values()}
 
 
 def region_id(name: str) -> int:
@@ -77,6 +86,11 @@ def region_id(name: str) -> int:
         if any(fnmatchcase(name, pattern) for pattern in region.totalsegmentator):
             return region.id
     return 0
+
+
+def is_class(name: str) -> bool:
+    """Whether TotalSegmentator has such a class."""
+    return name in _KNOWN or region_id(name) > 0
 
 
 def lesion_key(name: str) -> str | None:
@@ -100,25 +114,69 @@ def named_classes(path: Path) -> Classes | None:
 def read_regions(path: Path) -> tuple[Volume, str]:
     """A multi-label map of the task `total` as uint8 region ids, and how its numbers were read.
 
-    Without names in its header a map is read by version 2, or by version 1 where only that makes sense of it.
+    Without names in its header a map is read by the version that gives it lungs of the size of lungs. Read by the
+    other, left lobes would be right ones, so a map that fits neither well is refused.
 
     Raises:
-        UserError: a file that cannot be read as a mask, or a number that no class has.
+        UserError: a file that cannot be read as a mask, a number that no class has, or a map that both versions fit.
     """
     mask, counts, classes = _read(path)
     how = "classes named in the file"
     if classes is None:
-        # Version 1 has lobes where version 2 has esophagus, trachea and thyroid; those are never larger than lobes.
-        old = counts[_V2_THIN].sum() > counts[_V2_LOBES].sum()
-        classes, how = (TOTAL_V1, "version 1 classes") if old else (TOTAL_V2, "version 2 classes")
+        classes, how = _version(mask, counts)
     return _translate(mask, counts, classes, region_id), f"TotalSegmentator, {how}"
+
+
+def _version(mask: Volume, counts: NDArray[np.int64]) -> tuple[Classes, str]:
+    voxel = abs(np.linalg.det(mask.affine[:3, :3])) / 1000
+    new, old = (float(counts[lobes].sum() * voxel) for lobes in (_V2_LOBES, _V1_LOBES))
+    if counts[1:].any() and (max(new, old) < _LUNG_ML or max(new, old) < 2 * min(new, old)):
+        raise InputError(
+            mask.where,
+            "does not tell which version of TotalSegmentator numbered its classes",
+            expected=f"lobes, more than {_LUNG_ML} ml under 10 to 12 (version 2) or 15 to 17 (version 1)",
+            found=f"{new:.0f} ml and {old:.0f} ml, and no names in its header",
+            remedy="save it with the names of its classes (--ml), or leave it out",
+        )
+    return (TOTAL_V2, "version 2 classes") if new >= old else (TOTAL_V1, "version 1 classes")
+
+
+def require_sides(regions: Volume) -> None:
+    """Refuse a region map whose left lies to the right, by its affine: it was mirrored, or its affine is wrong.
+
+    Args:
+        regions: uint8 region ids (i, j, k).
+
+    Raises:
+        InputError: left and right lobes or ribs are on the wrong side of each other, or of the spine.
+    """
+    steps = [max(1, n // 128) for n in regions.array.shape]
+    thin = regions.array[:: steps[0], :: steps[1], :: steps[2]]
+    right_axis = regions.affine[0, :3] * steps
+
+    def place(ids: tuple[int, ...]) -> float | None:
+        """Mean place along the world's axis to the right, mm; of a few voxels none."""
+        where = np.argwhere(np.isin(thin, ids))
+        return float((where @ right_axis).mean()) if len(where) >= 50 else None
+
+    for left, right in _SIDED:
+        for one, other in ((left, right), (left, _SPINE), (_SPINE, right)):
+            here, there = place(one[1]), place(other[1])
+            if here is not None and there is not None and here > there:
+                raise InputError(
+                    regions.where,
+                    "has left and right exchanged",
+                    expected=f"{one[0]} to the left of the {other[0]}",
+                    found=f"them {here - there:.0f} mm to the right",
+                    remedy="correct its affine, or leave it out",
+                )
 
 
 def read_lesions(path: Path, task: str) -> tuple[Volume, set[str]]:
     """A map of a lesion task as uint8 lesion bits, and the lesions that the task looks for.
 
     Raises:
-        UserError: as `read_regions`.
+        UserError: as `read_regions`, or classes of another task.
     """
     mask, counts, named = _read(path)
     classes = named or LESION_TASKS[task]
@@ -127,7 +185,15 @@ def read_lesions(path: Path, task: str) -> tuple[Volume, set[str]]:
         key = lesion_key(name)
         return 0 if key is None else 1 << LESION_BY_KEY[key].bit
 
-    looked_for = {key for key in map(lesion_key, {*classes.values(), *LESION_TASKS[task].values()}) if key}
+    looked_for = {key for key in map(lesion_key, classes.values()) if key}
+    if not looked_for & {lesion_key(name) for name in LESION_TASKS[task].values()}:
+        raise InputError(
+            path,
+            f"is no output of the task {task}",
+            expected=" or ".join(name for name in LESION_TASKS[task].values() if lesion_key(name)),
+            found=", ".join(list(classes.values())[:5]),
+            remedy="put it into the folder of its own task",
+        )
     return _translate(mask, counts, classes, bit), looked_for
 
 

@@ -21,6 +21,8 @@ MIN_ML = 0.05
 """Smaller lesions are specks (an 8 mm nodule has 0.27 ml) and get no place."""
 MIN_SHARE = 0.15
 """A lobe, side or zone is named when it holds at least this share of the lesion."""
+MIN_LUNG_SHARE = 0.02
+"""A lung with less of the lobes' voxels is missing from a region map."""
 BODY_HU = -300
 LUNG_HU = -500
 _SAMPLE = 2000
@@ -87,7 +89,8 @@ def locate(
     """One place for each lesion that is outlined, in the order of their bits.
 
     lesions: (Z, Y, X) lesion bits; ct: (Z, Y, X) HU; regions: (Z, Y, X) region ids, or None where no map exists (a map
-    without a lobe counts as none); spacing: (z, y, x) in mm. Lesions below `MIN_ML` are left out.
+    that lacks the lobes of a side counts as none: the lobe nearest to a lesion there lies in the other lung);
+    spacing: (z, y, x) in mm. Lesions below `MIN_ML` are left out.
     """
     assert lesions.shape == ct.shape and (regions is None or regions.shape == ct.shape), "one grid for all volumes"
     flat = np.flatnonzero(lesions)
@@ -145,7 +148,8 @@ class _Lobes:
         coarse = regions[:: steps[0], :: steps[1], :: steps[2]]
         points = np.argwhere((coarse > 0) & (coarse <= len(LOBES)))
         self.ids = coarse[tuple(points.T)]
-        self.found = bool(len(points))
+        is_left = np.isin(self.ids, [lobe.id for lobe in LOBES if lobe.side == "left"])
+        self.found = len(points) > 0 and MIN_LUNG_SHARE <= is_left.mean() <= 1 - MIN_LUNG_SHARE
         self.points = points * np.asarray(steps) * self.spacing
         self._tree: cKDTree | None = None
 
