@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from rectvlm.config import Config, DataConfig
 from rectvlm.data.loader import ShardDataset, TrainOrder, collate, eval_loader, train_loader
 from rectvlm.data.shards import write_shards
-from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.labels import FINDINGS, LESIONS, WINDOWS
+from rectvlm.models.encoder import apply_windows
 from rectvlm.types import Batch, UserError
 
 
@@ -80,6 +81,28 @@ def test_a_resumed_loader_gives_the_next_batch(data: DataConfig) -> None:
 def test_worker_processes_give_the_same_batches(data: DataConfig) -> None:
     with_workers = first(data.model_copy(update={"workers": 2}), 4)
     assert all(same(a, b) for a, b in zip(with_workers, first(data, 4), strict=True))
+
+
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_hu_travel_as_int16_and_windows_are_made_on_the_device(data: DataConfig, device: str) -> None:
+    """Two bytes a voxel to the device, whatever the number of windows; nothing of the scale is lost before them."""
+    pin = device == "cuda"
+    batch = next(iter(train_loader(data.model_copy(update={"workers": 0}), 2, 0, 1, seed=0, pin=pin)))
+    assert batch.ct.dtype == torch.int16 and batch.ct.is_pinned() == pin
+    moved = batch.to(device)
+    assert (moved.ct.dtype, moved.ct.device.type, moved.lesions.dtype) == (torch.int16, device, torch.uint8)
+    windows = apply_windows(moved.ct, data.windows)
+    assert windows.dtype == torch.float32 and windows.device.type == device
+    for channel, name in enumerate(data.windows):
+        centre, width = WINDOWS[name]
+        by_hand = ((batch.ct.double() - (centre - width / 2)) / width).clamp(0, 1)
+        torch.testing.assert_close(windows[:, channel].cpu().double(), by_hand, rtol=0, atol=1e-6)
+        assert windows[:, channel].unique().numel() > 20
 
 
 def test_evaluation_reads_each_sample_once_in_order(data: DataConfig) -> None:
