@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from typing import Any, Protocol
 
 import torch
@@ -223,8 +225,7 @@ class InProcesses:
         waiting, at_once = deque(tasks), 1 if alone else self.workers
         free: list[_Worker] = []
         busy: dict[Future[Any], tuple[_Worker, Task]] = {}
-        spawn = multiprocessing.get_context("spawn")
-        leash, hold = spawn.Pipe(duplex=False)
+        leash, hold = multiprocessing.Pipe(duplex=False)
         with _single_threaded_children():
             try:
                 while waiting or busy:
@@ -252,8 +253,7 @@ class _Worker:
     """One process that works for as long as it lives."""
 
     def __init__(self, leash: Connection) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.executor = ProcessPoolExecutor(1, spawn, _start_worker, (leash,))
+        self.executor = ProcessPoolExecutor(1, _context(), _start_worker, (leash,))
         self._started = self.executor.submit(os.getpid)
 
     def require_start(self) -> None:
@@ -268,6 +268,16 @@ class _Worker:
                 "A worker process did not start (see the lines above): free memory or lower --workers; finished "
                 "shards are kept, and the same command goes on."
             )
+
+
+def _context() -> BaseContext:
+    """How workers start: on Linux as copies of a process that holds the libraries, at once and with their memory
+    shared; elsewhere libraries may not survive such a copy."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _start_worker(leash: Connection) -> None:

@@ -134,6 +134,8 @@ DAMAGED = "is cut short or damaged"
 SPACING_ROW = ("has an impossible voxel size", "positive numbers")
 
 KINDS = [
+    # First, and so in another shard than the case that kills, which is tried more than once.
+    Broken("never ends", None, "took too long", "a case within 3 seconds", "no end", file="source", load=never_end),
     # The file as such
     Broken("missing", lambda f: f.ct.unlink(), "does not exist", NIFTI, "nothing"),
     Broken("dangling link", lambda f: in_place(f.ct, lambda p: p.symlink_to("gone")), "does not exist", NIFTI,
@@ -229,17 +231,18 @@ KINDS = [
     Broken("mask cut short", lambda f: os.truncate(f.lesion, f.lesion.stat().st_size - 20), DAMAGED,
            "a whole gzip file", "ended before", file="lesion"),
     Broken("mask gone", lambda f: f.lesion.unlink(), "does not exist", NIFTI, "nothing", file="lesion"),
-    Broken("unknown classes", lambda f: save(MASK * np.uint8(200), f.regions), "does not tell which version of TotalSegmentator numbered its classes",
-           "117 classes", "200", file="regions"),
+    Broken("unknown classes", lambda f: save(MASK * np.uint8(200) + (HU < -700) * np.uint8(10), f.regions),
+           "has numbers that are no class", "117 classes", "210", file="regions"),
     # What no file tells
     Broken("bug", None, "met an unexpected ZeroDivisionError", "no such error", "a bug", file="source", load=raise_bug),
     Broken("without its library", None, "cannot be used", "a case of use", "needs pynrrd", file="source",
            load=say_what_is_wrong),
     Broken("too large for memory", None, "needs too much memory", "the free memory", "Unable to allocate 4.00 EiB",
            file="source", load=ask_for_all_memory),
-    Broken("never ends", None, "took too long", "a case within 3 seconds", "no end", file="source", load=never_end),
     Broken("kills its process", None, "ended the process that worked on it", "a case that a process can hold",
            "killed each time", file="source", load=die),
+    *[Broken("no permission", lambda f: f.ct.chmod(0), "cannot be read", "a readable file", "Permission denied")
+      for _ in range(os.geteuid() != 0)],  # root may read all
 ]  # fmt: skip
 
 GOOD = {0, 17, 40}
