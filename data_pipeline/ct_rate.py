@@ -104,7 +104,10 @@ def ct_rate_cases(root: Path, options: CtRateOptions) -> CtRateCases:
     cases = []
     for name in kept:
         path = files.get(name) or expected_path(dataset, name, options)
-        cases.append(_case(name, path, dataset, facts, chosen[name], masks.of(name.key)))
+        own = masks.of(name.key)
+        if own.rex_files:
+            counts["findings of ReXGroundingCT that are none of the five lesions"] += own.ignored
+        cases.append(_case(name, path, dataset, facts, chosen[name], own))
     _count_unknowns(kept, facts, counts)
     _require_apart(cases)
     return CtRateCases(

@@ -69,6 +69,12 @@ class CaseMasks:
             whole = sorted(self.region_map.glob("*.nii*")) if self.region_map.is_dir() else (self.region_map,)
         return (*(path for _, path in (*self.lesions, *self.tasks)), *self.rex_files, *whole)
 
+    @property
+    def ignored(self) -> int:
+        """Findings of ReXGroundingCT with a mask that are none of the lesions."""
+        findings = self.rex_entry.findings if self.rex_entry is not None and self.rex_files else ()
+        return sum(not rexgrounding.meaning(*finding) for finding in findings)
+
     def load(self, volume: Volume) -> LoadedMasks:
         """Read them. Sources unite; one that outlined all of a lesion counts before one that outlined some.
 

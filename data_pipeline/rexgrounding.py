@@ -182,11 +182,11 @@ def read(path: Path, listed: Entry, volume: Volume) -> Outlines:
         InputError: not one mask a finding on the volume's array, a volume that is not in the order of the released
             files, or a file that is damaged.
     """
-    header = _header(path, listed, volume)
+    stored = _stored(path, listed, volume)
     meanings = [meaning(*finding) for finding in listed.findings]
     sure = {n: [key for key, how in lesions.items() if how == "sure"] for n, lesions in enumerate(meanings)}
     bits = {n: sum(1 << LESION_BY_KEY[key].bit for key in keys) for n, keys in sure.items() if keys}
-    array, drawn = _stream(path, header, volume.array.shape, bits)
+    array, drawn = _stream(path, stored, volume.array.shape, bits)
     outlined = {key for n in bits if n in drawn for key in sure[n]}
     doubtful = {key for lesions in meanings for key, how in lesions.items() if how == "perhaps"}
     doubtful |= {key for n in bits if n not in drawn for key in sure[n]}
@@ -194,7 +194,8 @@ def read(path: Path, listed: Entry, volume: Volume) -> Outlines:
     return Outlines(Volume(array, volume.affine, str(path)), whole, frozenset(outlined - whole))
 
 
-def _header(path: Path, listed: Entry, volume: Volume) -> nib.Nifti1Header:
+def _stored(path: Path, listed: Entry, volume: Volume) -> nib.arrayproxy.ArrayProxy:
+    """How the file stores its voxels. (The header of a loaded image does not tell: nibabel clears offset and scale.)"""
     order = nib.aff2axcodes(volume.affine)
     if order != _ORDER:
         raise InputError(
@@ -208,8 +209,9 @@ def _header(path: Path, listed: Entry, volume: Volume) -> nib.Nifti1Header:
         image = nib.load(path)
         if not isinstance(image, nib.Nifti1Image) or image.get_data_dtype().kind not in "biuf":
             raise ValueError(f"it is a {type(image).__name__}, not numbers in a NIfTI")
-        if image.header.get_slope_inter()[1]:
-            raise ValueError(f"its header adds {image.header.get_slope_inter()[1]:g} to every voxel, 0 included")
+        assert isinstance(image.dataobj, nib.arrayproxy.ArrayProxy)
+        if image.dataobj.inter:
+            raise ValueError(f"its header adds {image.dataobj.inter:g} to every voxel, 0 included")
     except (nib.filebasedimages.ImageFileError, ValueError, EOFError, OSError, zlib.error) as error:
         raise InputError(
             path, "cannot be read", expected="a NIfTI mask", found=str(error), remedy="download it again"
@@ -224,17 +226,17 @@ def _header(path: Path, listed: Entry, volume: Volume) -> nib.Nifti1Header:
             found=str(shape),
             remedy="give the volume that it was drawn on, and the dataset.json of the same download",
         )
-    return image.header
+    return image.dataobj
 
 
 def _stream(
-    path: Path, header: nib.Nifti1Header, shape: tuple[int, ...], bits: Mapping[int, int]
+    path: Path, stored: nib.arrayproxy.ArrayProxy, shape: tuple[int, ...], bits: Mapping[int, int]
 ) -> tuple[MaskVolume, set[int]]:
     """The union of the chosen findings as bits (i, j, k), and the findings that have any voxel.
 
     The finding axis runs fastest in the file, so each block holds some voxels of all findings.
     """
-    count, dtype = int(header.get_data_shape()[0]), header.get_data_dtype()
+    count, dtype = int(stored.shape[0]), stored.dtype
     voxels = int(np.prod(shape))
     out = np.zeros(voxels, np.uint8)
     step = max(1, _BLOCK_BYTES // (count * dtype.itemsize))
@@ -243,7 +245,7 @@ def _stream(
         packed = raw.read(2) == b"\x1f\x8b"
     try:
         with gzip.open(path, "rb") if packed else path.open("rb") as file:
-            file.read(int(header["vox_offset"]))
+            file.read(stored.offset)
             for start in range(0, voxels, step):
                 size = min(step, voxels - start) * count * dtype.itemsize
                 block = file.read(size)
