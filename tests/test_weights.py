@@ -9,6 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from rectvlm import weights
 from rectvlm.types import UserError
+from rectvlm.weights import bundled, catalog
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_a_cut_off_preparation_is_begun_anew(models: Path, monkeypatch: pytest.M
         (folder / "tokenizer.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(weights.BUNDLED, "tiny-bert", broken)
+    monkeypatch.setitem(bundled.BUILDERS, "tiny-bert", broken)
     with pytest.raises(KeyboardInterrupt):
         weights.resolve("bundled:tiny-bert")
     assert not (models / "tiny-bert").exists()
@@ -85,3 +86,7 @@ def test_folders_and_hub_ids_pass_through(tmp_path: Path) -> None:
     assert weights.resolve("organization/model") == "organization/model"
     with pytest.raises(UserError, match=r"config\.json"):
         weights.resolve(str(tmp_path.parent))
+
+
+def test_every_bundled_name_has_a_builder() -> None:
+    assert catalog.BUNDLED.keys() == bundled.BUILDERS.keys()

@@ -1,14 +1,12 @@
-"""Where a model reference leads: a folder, a hub id, or a bundled model that is fetched or built once.
+"""Small models that need no hub, prepared once.
 
-`bundled:NAME` names a small model that needs no hub: MiniLM and SmolLM2-135M travel in packages of the package index,
-`tiny-bert` and `tiny-llama` are built here with seeded random weights, for tests.
+MiniLM and SmolLM2-135M travel in packages of the package index; `tiny-bert` and `tiny-llama` are built here with seeded
+random weights, for tests.
 """
 
 import copy
 import fcntl
-import json
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,25 +17,19 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
-    PretrainedConfig,
     PreTrainedTokenizerFast,
 )
 
 from rectvlm import assets
 from rectvlm.labels import FINDINGS, LESIONS, REGIONS, finding_prompts
-from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
-
-SCHEME = "bundled:"
-GEOMETRIES = Path(__file__).parent / "configs" / "models"
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -45,60 +37,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def models_folder() -> Path:
-    """Where bundled models are kept: `$RECTVLM_MODELS`, or `data/models`."""
-    return Path(os.environ.get("RECTVLM_MODELS", "data/models"))
-
-
-def resolve(reference: str) -> str:
-    """The folder or hub id of a model reference; a bundled model is fetched or built on first use.
-
-    Raises:
-        UserError: an unknown bundled name, or a path that does not exist.
-    """
-    if reference.startswith(SCHEME):
-        return str(_bundled(reference.removeprefix(SCHEME)))
-    looks_like_path = reference.startswith((".", "/", "~")) or reference.count("/") > 1
-    path = Path(reference).expanduser()
-    if looks_like_path and not (path / "config.json").is_file():
-        raise UserError(f"No model at {path}: expected a folder with config.json, a hub id, or one of {_names()}.")
-    return str(path) if path.is_dir() else reference
-
-
-def geometry(reference: str) -> PretrainedConfig:
-    """Layers and widths of a text or language model, without its weights.
-
-    Those that the configurations name are kept in `rectvlm/configs/models`, so that planning needs no network and no
-    licence.
-
-    Raises:
-        UserError: a model that is neither known nor in a folder nor on the hub within reach.
-    """
-    for path in sorted(GEOMETRIES.glob("*.json")):
-        tree = json.loads(path.read_text())
-        if tree.pop("_source") == reference:
-            return AutoConfig.for_model(**tree)
-    try:
-        return AutoConfig.from_pretrained(resolve(reference))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"The configuration of the model {reference!r} cannot be read ({reason}).") from None
-
-
-def _names() -> str:
-    return ", ".join(SCHEME + name for name in BUNDLED)
-
-
-def _bundled(name: str) -> Path:
-    if name not in BUNDLED:
-        raise UserError(f"No bundled model {name!r}: choose one of {_names()}.")
-    folder = models_folder() / name
-    with _locked(models_folder() / f".{name}.lock"):
+def prepare(name: str, models_folder: Path) -> Path:
+    """The folder of a bundled model, which is fetched or built on first use."""
+    folder = models_folder / name
+    with _locked(models_folder / f".{name}.lock"):
         if not (folder / "config.json").is_file():
             log.info("preparing %s in %s", name, folder)
-            with _quiet(), tempfile.TemporaryDirectory(dir=models_folder(), prefix=f".{name}-") as work:
+            with _quiet(), tempfile.TemporaryDirectory(dir=models_folder, prefix=f".{name}-") as work:
                 made = Path(work) / "model"
-                BUNDLED[name](made)
+                BUILDERS[name](made)
                 assert (made / "config.json").is_file(), f"{name} was not saved; prepare models before processes join"
                 made.rename(folder)
     return folder
@@ -228,7 +175,7 @@ def _tiny_bert(folder: Path) -> None:
     _save(BertModel(config), tokenizer, folder)
 
 
-BUNDLED: dict[str, Callable[[Path], None]] = {
+BUILDERS: dict[str, Callable[[Path], None]] = {
     "minilm-l6-v2": _minilm,
     "smollm2-135m-instruct": _smollm2,
     "tiny-bert": _tiny_bert,
