@@ -27,7 +27,7 @@ def to_hu(volume: Volume, slope: float | None = None, intercept: float | None = 
         intercept: as above (RescaleIntercept).
 
     Raises:
-        UserError: a windowed picture, or numbers that are not HU with or without slope and intercept.
+        UserError: a windowed picture, or numbers that are not HU with or without slope and intercept, or both ways.
     """
     sample = _sample(volume.array)
     levels = _grey_levels(sample)
@@ -41,15 +41,22 @@ def to_hu(volume: Volume, slope: float | None = None, intercept: float | None = 
         )
     as_stored = Evidence.of(sample)
     given = (1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept))
+    rescaled = as_stored if given == (1.0, 0.0) else Evidence.of(sample * np.float32(given[0]) + np.float32(given[1]))
+    if as_stored.is_hu and rescaled.is_hu and given != (1.0, 0.0):
+        raise InputError(
+            volume.where,
+            "may be in HU or not",
+            expected="numbers that are HU either as stored or with slope and intercept",
+            found=f"{as_stored} as stored; with slope {given[0]:g} and intercept {given[1]:g} {rescaled}",
+            remedy="convert the series again, to HU",
+        )
     if as_stored.is_hu:
         _refuse_clipped(sample, volume.where)
         unused = "" if given == (1.0, 0.0) else f"; slope {given[0]:g} and intercept {given[1]:g} not applied again"
         return _finish(volume.array, 1.0, 0.0, f"already HU: {as_stored}{unused}")
-    if given != (1.0, 0.0):
-        rescaled = Evidence.of(sample * np.float32(given[0]) + np.float32(given[1]))
-        if rescaled.is_hu:
-            reason = f"stored numbers were not HU ({as_stored}); with slope and intercept {rescaled}"
-            return _finish(volume.array, *given, reason)
+    if rescaled.is_hu:
+        reason = f"stored numbers were not HU ({as_stored}); with slope and intercept {rescaled}"
+        return _finish(volume.array, *given, reason)
     tried = f"; slope {given[0]:g} and intercept {given[1]:g} do not mend it" if given != (1.0, 0.0) else ""
     raise InputError(
         volume.where,
@@ -69,8 +76,13 @@ class Evidence:
 
     @classmethod
     def of(cls, values: NDArray[Any]) -> "Evidence":
-        """Of numbers taken to be HU."""
+        """Of numbers taken to be HU.
+
+        The lowest number does not count: it may be padding. Stored numbers with padding at −1024 (−2048 HU, once their
+        intercept of −1024 is applied) and air at 0 would else pass for HU, the padding for air and the air for tissue.
+        """
         inside = values[values >= AIR_HU - 26]
+        inside = inside[inside > inside.min()] if inside.size else inside
         count = max(1, inside.size)
         air = np.count_nonzero(inside <= -700) / count
         soft = np.count_nonzero((inside >= -150) & (inside <= 150)) / count
