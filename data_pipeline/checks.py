@@ -192,22 +192,25 @@ def _check_tar(
             if key not in entries:
                 unknown.append(key)
                 continue
-            one.expect(set(members) == set(MEMBERS), f"the members {', '.join(MEMBERS)}", ", ".join(members))
+            complete = set(members) == set(MEMBERS)
+            if not one.expect(complete, f"the members {', '.join(MEMBERS)}", ", ".join(members)):
+                continue
             wanted = entries[key].members
             one.expect(found == wanted, f"members at (offset, size) {_places(wanted)} as in the index", _places(found))
             _check_members(members, entries[key], grid, spacing, one, report)
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        checker.expect(
-            False, "a plain WebDataset tar", f"{type(error).__name__}: {error.args[0] if error.args else ''}"
-        )
+    except ValueError as error:  # from `group_by_keys`: a file twice in a sample
+        _not_a_tar(checker, error)
     checker.expect(not unknown, "only samples that the index names", f"{_some(unknown)}, which it does not")
     missing = [key for key in entries if key not in order]
-    checker.expect(
-        not missing, f"{len(entries)} samples that the index names", f"none of the members of {_some(missing)}"
-    )
+    checker.expect(not missing, f"{len(entries)} samples that the index names", f"{_some(missing)} not, or not whole")
     wanted_order = [entry.key for entry in shard.samples]
     if set(order) == set(wanted_order):
         checker.expect(order == wanted_order, f"samples in the index's order {_some(wanted_order)}", _some(order))
+
+
+def _not_a_tar(checker: _Checker, error: Exception) -> None:
+    found = f"{type(error).__name__}: {error.args[0] if error.args else ''}"
+    checker.expect(False, "a plain WebDataset tar", found)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -223,19 +226,24 @@ def _places(members: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
 def _members(
     reader: BinaryIO, size: int, places: dict[str, tuple[int, int]], checker: _Checker
 ) -> Iterator[dict[str, Any]]:
-    """The files of a tar as WebDataset's own reader yields them; `places` gets offset and size of each."""
-    with tarfile.open(fileobj=reader, mode="r|", bufsize=1 << 20) as tar:
-        for member in tar:
-            if not checker.expect(member.isreg(), "regular files only", f"{member.name!r} of another type"):
-                continue
-            if member.offset_data + member.size > size:
-                raise tarfile.ReadError(f"{member.name!r} would end at byte {member.offset_data + member.size}")
-            stored = tar.extractfile(member)
-            assert stored is not None
-            places[member.name] = (member.offset_data, member.size)
-            yield {"fname": member.name, "data": stored.read(), "__url__": checker.shard}
-            # tarfile keeps every header it has seen.
-            tar.members = []  # type: ignore[attr-defined]
+    """The files of a tar as WebDataset's own reader yields them, up to where it is damaged; `places` gets offset and
+    size of each."""
+    try:
+        with tarfile.open(fileobj=reader, mode="r|", bufsize=1 << 20) as tar:
+            for member in tar:
+                if not checker.expect(member.isreg(), "regular files only", f"{member.name!r} of another type"):
+                    continue
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"{member.name!r} would end at byte {member.offset_data + member.size}")
+                stored = tar.extractfile(member)
+                assert stored is not None
+                places[member.name] = (member.offset_data, member.size)
+                yield {"fname": member.name, "data": stored.read(), "__url__": checker.shard}
+                # tarfile keeps every header it has seen.
+                tar.members = []  # type: ignore[attr-defined]
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        # The samples before are still whole.
+        _not_a_tar(checker, error)
 
 
 def _check_members(

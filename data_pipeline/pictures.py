@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
@@ -336,7 +337,9 @@ def _draw(axes: Axes, view: _View) -> None:
         mask = np.pad(view.bits >> lesion.bit & 1, 1)
         if mask.any():
             style = "dashed" if view.sample.meta.lesions_partial[lesion.key] else "solid"
-            axes.contour(x, y, mask, [0.5], colors=[lesion.colour], linewidths=1.4, linestyles=[style])
+            line = axes.contour(x, y, mask, [0.5], colors=[lesion.colour], linewidths=1.4, linestyles=[style])
+            # A dark rim: yellow on white is not seen otherwise.
+            line.set_path_effects([withStroke(linewidth=2.6, foreground=_DARK, alpha=0.7)])
     axes.set(xlim=(0, view.width), ylim=(view.height, 0))
     axes.set_axis_off()
     marks = [(0.02, 0.5, "R", "left", "center"), (0.98, 0.5, "L", "right", "center")]

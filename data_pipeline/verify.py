@@ -193,11 +193,13 @@ def _check_manifest(store: Store, manifest: Manifest, index: Index) -> Iterator[
 def _check_entries(shard: Shard) -> Iterator[Remark]:
     if not shard.samples:
         yield Remark(INDEX, None, f"at least one sample in {shard.name}", "none")
+    others = sorted({entry.shard for entry in shard.samples} - {shard.name})
+    if others:
+        yield Remark(INDEX, None, f"samples of {shard.name} under that name", f"some of {', '.join(others)}")
+    splits = {entry.split for entry in shard.samples}
+    if any(not shard.name.startswith(f"{split}-") for split in splits):
+        yield Remark(INDEX, None, f"samples of one split in {shard.name}, by its name", " and ".join(sorted(splits)))
     for entry in shard.samples:
-        if entry.shard != shard.name:
-            yield Remark(INDEX, entry.key, f"shard {shard.name}, under which it is listed", f"shard {entry.shard}")
-        if not shard.name.startswith(f"{entry.split}-"):
-            yield Remark(INDEX, entry.key, f"a shard named {entry.split}-…", shard.name)
         if set(entry.members) != set(MEMBERS):
             yield Remark(INDEX, entry.key, f"offsets of {', '.join(MEMBERS)}", f"of {', '.join(entry.members)}")
 
