@@ -88,6 +88,8 @@ class EncoderConfig(_Section):
     depth: Positive
     heads: Positive
     mlp_ratio: PositiveFloat
+    taps: tuple[Positive, ...]
+    """Blocks, counted from 1, whose patches the localizer reads beside those of the last."""
     checkpointing: bool
     """Recompute each block in the backward pass."""
 
@@ -141,6 +143,8 @@ class GeneratorConfig(_Section):
     lora_dropout: Fraction
     lora_targets: Literal["attention", "all-linear"]
     max_report_tokens: Positive
+    loss_chunk: Positive
+    """Report positions of a micro-batch whose logits exist at once; the loss is the same for any value."""
     true_cues: Fraction
     """Share of training samples whose prompt carries the true findings and lesions instead of the predicted ones."""
     checkpointing: bool
@@ -213,6 +217,13 @@ class Config(_Section):
             part = getattr(self, name)
             if part.width % part.heads:
                 raise ValueError(f"{name}.width {part.width} is not a multiple of {name}.heads {part.heads}")
+        return self
+
+    @model_validator(mode="after")
+    def _taps_are_inner_blocks(self) -> "Config":
+        taps = self.encoder.taps
+        if list(taps) != sorted(set(taps)) or (taps and taps[-1] >= self.encoder.depth):
+            raise ValueError(f"encoder.taps {taps} must rise and stay below encoder.depth {self.encoder.depth}")
         return self
 
     @model_validator(mode="after")

@@ -1,5 +1,8 @@
 """The encoder: exact region shares, known and unknown region maps, windows, and that it reads the image."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -119,7 +122,9 @@ def test_patches_see_each_other_across_the_volume(encoder: Encoder, inputs: tupl
 
 def test_patch_order_is_slices_outermost(encoder: Encoder, inputs: tuple[Tensor, Tensor], tiny: Config) -> None:
     z, y, x = encoder.grid
-    assert encoder.slice_index.tolist() == [k for k in range(z) for _ in range(y * x)]
+    assert encoder.slice_index(encoder.grid, torch.device("cpu")).tolist() == [
+        k for k in range(z) for _ in range(y * x)
+    ]
     ct, regions = inputs
     with torch.no_grad():
         cell = (1, 2, 3)
@@ -136,8 +141,86 @@ def test_shapes_and_grid(encoder: Encoder, inputs: tuple[Tensor, Tensor], tiny: 
     assert features.whole.shape == (2, 48)
     assert features.patches.shape == (2, 4 * 6 * 6, 48)
     assert features.regions.shape == (2, N_REGIONS, 48)
-    with pytest.raises(AssertionError, match="on a grid of"):
-        encoder(inputs[0][:, :8], inputs[1][:, :8], KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda ct, regions, known: (ct[:, :7], regions[:, :7], known), "not tiled by patches"),
+        (lambda ct, regions, known: (ct[0], regions[0], known), "must be .B, Z, Y, X."),
+        (lambda ct, regions, known: (ct, regions[:, :8], known), "regions must be uint8 of the CT's shape"),
+        (lambda ct, regions, known: (ct, regions.long(), known), "regions must be uint8"),
+        (lambda ct, regions, known: (ct, regions, known[:1]), "regions_known must be bool"),
+        (lambda ct, regions, known: (ct, regions, known.float()), "regions_known must be bool"),
+        (lambda ct, regions, known: (ct, regions + 100, known), "region ids must be 0 to 20, found 1"),
+        (lambda ct, regions, known: (ct.to("meta"), regions, known), "on one device"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(
+    encoder: Encoder, inputs: tuple[Tensor, Tensor], change: Callable[..., Any], said: str
+) -> None:
+    with pytest.raises(AssertionError, match=said):
+        encoder(*change(*inputs, KNOWN))
+
+
+@pytest.mark.parametrize("grid", [(8, 24, 40), (16, 48, 48), (24, 64, 32)])
+def test_other_grids(encoder: Encoder, grid: tuple[int, int, int]) -> None:
+    """Fewer and more patches an axis than the configuration's; on its own grid nothing is interpolated."""
+    torch.nn.init.normal_(encoder.blocks[0].attention.slice_bias)
+    generator = torch.Generator().manual_seed(1)
+    ct = torch.randint(-1024, 600, (1, *grid), generator=generator, dtype=torch.int16)
+    regions = torch.randint(0, N_REGIONS + 1, (1, *grid), generator=generator, dtype=torch.uint8)
+    features = encoder(ct, regions, torch.tensor([True]))
+    z, y, x = (n // p for n, p in zip(grid, encoder.patch, strict=True))
+    assert features.grid == (z, y, x) and features.patches.shape == (1, z * y * x, 48)
+    positions = encoder._positions(features.grid).view(z, y, x, -1)
+    # Along each axis the interpolated embeddings begin and end near those that were learned.
+    own = encoder._positions(encoder.grid).view(*encoder.grid, -1)
+    if features.grid == encoder.grid:
+        assert torch.equal(positions, own)
+    assert (positions[0, 0, 0] - own[0, 0, 0]).norm() < 0.75 * own[0, 0, 0].norm()
+    features.whole.square().sum().backward()
+    assert all(p.grad is not None for p in (encoder.position_z, encoder.position_y, encoder.position_x))
+
+
+def test_levels_are_the_tapped_blocks_and_the_last(tiny: Config, inputs: tuple[Tensor, Tensor]) -> None:
+    torch.manual_seed(0)
+    tapped = Encoder(tiny.encoder.model_copy(update={"taps": (1,)}), tiny.data)
+    features = tapped(*inputs, KNOWN)
+    first, last = features.levels.split(48, dim=-1)
+    assert torch.equal(last, features.patches)
+    assert not torch.equal(first, last)  # near it, since blocks start near the identity
+    torch.testing.assert_close(first.mean(-1), torch.zeros_like(first[..., 0]), rtol=0, atol=1e-5)
+
+
+def test_attention_maps_are_shares(encoder: Encoder, inputs: tuple[Tensor, Tensor]) -> None:
+    for block in (0, 1, -1):
+        shares = encoder.attention_map(*inputs, KNOWN, block=block)
+        assert shares.shape == (2, 3, 4, 6, 6) and (shares > 0).all()
+        assert (shares.sum((2, 3, 4)) < 1).all()  # the rest is the token's own and the regions'
+    assert torch.equal(encoder.attention_map(*inputs, KNOWN, 1), encoder.attention_map(*inputs, KNOWN))
+    # The last block's query and keys decide it: a patch whose key is the query's own direction draws it all.
+    attention = encoder.blocks[0].attention
+    tokens, regions = torch.randn(1, 5, 48), torch.randn(1, 20, 48)
+    q = attention.q(tokens[:, :1]).unflatten(-1, (3, 16)).transpose(1, 2)
+    k = attention.kv(torch.cat([tokens, regions], 1))[..., :48].unflatten(-1, (3, 16)).transpose(1, 2)
+    torch.testing.assert_close(attention.shares(tokens, regions), (q @ k.mT / 4).softmax(-1)[:, :, 0])
+
+
+def test_compiling_changes_nothing(encoder: Encoder, inputs: tuple[Tensor, Tensor]) -> None:
+    """Traced in one graph by the front end of torch.compile, forward and backward."""
+    block = encoder.blocks[0]
+    torch.nn.init.normal_(block.attention.slice_bias)
+    tokens, regions = torch.randn(2, 145, 48, requires_grad=True), torch.randn(2, 20, 48)
+    fixed = (encoder.slice_index(encoder.grid, tokens.device), encoder.log_prior(inputs[1], KNOWN).detach(), 4)
+    results = []
+    for call in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
+        encoder.zero_grad()
+        out = call(tokens, regions, *fixed)
+        (grad,) = torch.autograd.grad(sum(o.square().sum() for o in out), tokens, retain_graph=True)
+        sum(o.square().sum() for o in out).backward()
+        results.append([*out, grad, block.attention.slice_bias.grad.clone()])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 
 def test_windows_are_channels_in_order() -> None:

@@ -185,7 +185,7 @@ def test_masks_read_the_features(model: RectVLM, batch: Batch, prompts: Prompts)
     model.eval()
     with torch.no_grad():
         features = model.encoder(batch.ct, batch.regions, batch.regions_known)
-        other = Features(features.whole, features.patches.flip(1), features.regions, features.grid)
+        other = features._replace(patches=features.patches.flip(1), levels=features.levels.flip(1))
         before, after = (model.localizer(batch.ct, f, prompts).masks for f in (features, other))
     assert (before - after).abs().max() > 1e-4
 
@@ -196,9 +196,10 @@ def test_recomputing_changes_nothing(tiny: Config, prompts: Prompts, batch: Batc
     for checkpointing in (False, True):
         torch.manual_seed(0)
         localizer_config = tiny.localizer.model_copy(update={"checkpointing": checkpointing})
-        localizer = Localizer(localizer_config, tiny.data, tiny.encoder.patch, tiny.encoder.width, prompts.width)
+        localizer = Localizer(localizer_config, tiny.data, tiny.encoder, prompts.width)
         torch.manual_seed(1)
-        features = Features(torch.randn(2, 48), torch.randn(2, 144, 48), torch.randn(2, 20, 48), (4, 6, 6))
+        patches = torch.randn(2, 144, 48)
+        features = Features(torch.randn(2, 48), patches, torch.randn(2, 20, 48), (4, 6, 6), patches)
         out = localizer(batch.ct, features, prompts)
         (out.masks.square().mean() + out.half.square().mean() + out.coarse.square().mean() + out.denoising).backward()
         found.append((list(out), [p.grad for p in localizer.parameters()]))

@@ -46,11 +46,13 @@ def generator(request: pytest.FixtureRequest, tiny: Config, llama: str) -> Repor
 
 def features(count: int, seed: int = 0) -> Features:
     torch.manual_seed(seed)
-    return Features(torch.randn(count, WIDTH), torch.randn(count, 12, WIDTH), torch.randn(count, 20, WIDTH), (3, 2, 2))
+    whole, patches, regions = (torch.randn(count, *shape, WIDTH) for shape in ((), (12,), (20,)))
+    return Features(whole, patches, regions, (3, 2, 2), patches)
 
 
 def only(some: Features, row: int) -> Features:
-    return Features(some.whole[row : row + 1], some.patches[row : row + 1], some.regions[row : row + 1], some.grid)
+    whole, patches, regions = (part[row : row + 1] for part in some[:3])
+    return Features(whole, patches, regions, some.grid, patches)
 
 
 def wake(generator: ReportGenerator) -> None:

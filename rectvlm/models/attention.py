@@ -33,14 +33,23 @@ class SliceRegionAttention(nn.Module):
         self.out = nn.Linear(width, width)
         self.slice_bias = nn.Parameter(torch.zeros(heads, 2 * slices - 1))
 
-    def forward(self, tokens: Tensor, regions: Tensor, slice_index: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        tokens: Tensor,
+        regions: Tensor,
+        slice_index: Tensor,
+        log_prior: Tensor,
+        slices: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Attend.
 
         Args:
             tokens: (B, 1 + N, C), the global token first.
             regions: (B, R, C).
-            slice_index: (N,) int64, slice of each patch, 0 to Z − 1.
+            slice_index: (N,) int64, slice of each patch, from 0.
             log_prior: (B, N, R), log p(r | i).
+            slices: of this volume, where it is not the number that the module was made for; distances beyond those
+                that were learned count as the largest of them.
 
         Returns:
             (B, 1 + N, C) and (B, R, C), both after the output projection.
@@ -48,27 +57,34 @@ class SliceRegionAttention(nn.Module):
         n = tokens.shape[1]
         q = self._split(self.q(tokens))
         k, v = (self._split(x) for x in self.kv(torch.cat([tokens, regions], dim=1)).chunk(2, dim=-1))
-        attended = self._folded(q, k, v, slice_index, log_prior.to(q.dtype))
+        attended = self._folded(q, k, v, slice_index, log_prior.to(q.dtype), slices or self.slices)
         weights = log_prior.float().softmax(dim=1).to(v.dtype)  # over patches: (B, N, R)
         pooled = torch.einsum("bnr,bhnd->bhrd", weights, v[:, :, 1:n])
         return self.out(self._merge(attended)), self.out(self._merge(pooled))
 
-    def _folded(self, q: Tensor, k: Tensor, v: Tensor, slice_index: Tensor, log_prior: Tensor) -> Tensor:
+    def shares(self, tokens: Tensor, regions: Tensor) -> Tensor:
+        """How the global token's attention is shared out: (B, H, 1 + N + R), over itself, patches and region tokens."""
+        q = self._split(self.q(tokens[:, :1]))
+        k = self._split(self.kv(torch.cat([tokens, regions], dim=1)).chunk(2, dim=-1)[0])
+        return (q @ k.mT / q.shape[-1] ** 0.5)[:, :, 0].float().softmax(-1)
+
+    def _folded(self, q: Tensor, k: Tensor, v: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int) -> Tensor:
         """Fused attention with both biases as extra channels; q (B, H, 1+N, D), k and v (B, H, 1+N+R, D)."""
         b, h, _, d = q.shape
         n, r = log_prior.shape[1:]
-        extra = self.slices + r
+        extra = slices + r
         pad = -(d + extra) % 8  # fused kernels want a multiple of 8 channels
         root = d**0.5
 
-        distance = slice_index[:, None] - torch.arange(self.slices, device=q.device) + self.slices - 1
+        known = self.slices - 1
+        distance = (slice_index[:, None] - torch.arange(slices, device=q.device)).clamp(-known, known) + known
         slice_part = self.slice_bias.to(q.dtype)[:, distance]  # (H, N, Z)
-        q_bias = torch.cat([slice_part.expand(b, h, n, self.slices), log_prior[:, None].expand(b, h, n, r)], dim=-1)
+        q_bias = torch.cat([slice_part.expand(b, h, n, slices), log_prior[:, None].expand(b, h, n, r)], dim=-1)
         q = torch.cat([q, F.pad(q_bias * root, (0, pad, 1, 0))], dim=-1)
 
         codes = torch.zeros(1 + n + r, extra + pad, device=q.device, dtype=q.dtype)
-        codes[1 : 1 + n, : self.slices] = F.one_hot(slice_index, self.slices).to(q.dtype)
-        codes[1 + n :, self.slices : extra] = torch.eye(r, device=q.device, dtype=q.dtype)
+        codes[1 : 1 + n, :slices] = F.one_hot(slice_index, slices).to(q.dtype)
+        codes[1 + n :, slices:extra] = torch.eye(r, device=q.device, dtype=q.dtype)
         k = torch.cat([k, codes.expand(b, h, -1, -1)], dim=-1)
 
         v = F.pad(v, (0, extra + pad))

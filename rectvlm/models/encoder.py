@@ -6,6 +6,7 @@ Shapes: B samples, Z × Y × X voxels, W windows, z × y × x patches, N = z · 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,6 +36,9 @@ class Features(NamedTuple):
     """(B, R, C)."""
     grid: tuple[int, int, int]
     """Patches (z, y, x)."""
+    levels: Tensor
+    """(B, N, K · C): patches after the blocks that `encoder.taps` names, each with mean 0 and spread 1, then those of
+    the last block."""
 
 
 def apply_windows(ct: Tensor, windows: tuple[str, ...]) -> Tensor:
@@ -62,6 +66,10 @@ def region_mix(regions: Tensor, patch: tuple[int, int, int]) -> Tensor:
     """
     b, *shape = regions.shape
     (pz, py, px), (z, y, x) = patch, (s // p for s, p in zip(shape, patch, strict=True))
+    # A GPU would have to be waited for; there `scatter_add_` itself stops at an id that is out of range.
+    assert regions.is_meta or regions.is_cuda or int(regions.max()) <= N_REGIONS, (
+        f"region ids must be 0 to {N_REGIONS}, found {int(regions.max())}"
+    )
     voxels = regions.view(b, z, pz, y, py, x, px).permute(0, 1, 3, 5, 2, 4, 6).reshape(b, z * y * x, -1)
     mix = torch.zeros(b, z * y * x, N_REGIONS + 1, device=regions.device)
     share = torch.full((1, 1, 1), 1 / voxels.shape[-1], device=regions.device)
@@ -77,9 +85,11 @@ class EncoderBlock(nn.Module):
         self.attention = SliceRegionAttention(config.width, config.heads, slices)
         self.mlp = Mlp(config.width, config.mlp_ratio)
 
-    def forward(self, tokens: Tensor, regions: Tensor, slice_index: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1 + N, C) and (B, R, C) to the same shapes."""
-        attended, pooled = self.attention(self.norm1(tokens), self.norm1(regions), slice_index, log_prior)
+    def forward(
+        self, tokens: Tensor, regions: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int
+    ) -> tuple[Tensor, Tensor]:
+        """(B, 1 + N, C) and (B, R, C) to the same shapes; the rest is `SliceRegionAttention`'s."""
+        attended, pooled = self.attention(self.norm1(tokens), self.norm1(regions), slice_index, log_prior, slices)
         tokens, regions = tokens + attended, regions + pooled
         both = torch.cat([tokens, regions], dim=1)
         both = both + self.mlp(self.norm2(both))
@@ -92,6 +102,7 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig, data: DataConfig) -> None:
         super().__init__()
         self.patch, self.windows, self.checkpointing = config.patch, data.windows, config.checkpointing
+        self.taps = config.taps
         z, y, x = (g // p for g, p in zip(data.grid, config.patch, strict=True))
         self.grid = (z, y, x)
         self.embed = nn.Conv3d(len(data.windows), config.width, config.patch, stride=config.patch)
@@ -106,33 +117,100 @@ class Encoder(nn.Module):
         init_blocks(self.blocks)
         nn.init.normal_(self.embed.weight, std=2 / self.embed.weight[0].numel() ** 0.5)  # windows have a spread of ~0.5
         nn.init.zeros_(self.embed.bias)  # type: ignore[arg-type]
-        self.register_buffer("slice_index", torch.arange(z).repeat_interleave(y * x), persistent=False)
 
     def forward(self, ct: Tensor, regions: Tensor, regions_known: Tensor) -> Features:
         """Encode.
 
         Args:
-            ct: (B, Z, Y, X) HU, any dtype.
+            ct: (B, Z, Y, X) HU, any dtype; any size that patches tile. On another grid than the configuration's the
+                position embeddings are interpolated.
             regions: (B, Z, Y, X) uint8 ids.
             regions_known: (B,) bool; where False, `regions` is not read.
         """
-        expected = tuple(g * p for g, p in zip(self.grid, self.patch, strict=True))
-        assert tuple(ct.shape[1:]) == expected, f"CT of {tuple(ct.shape[1:])} voxels on a grid of {expected}"
+        tokens, region_tokens = self._start(ct, regions, regions_known)
+        levels: list[Tensor] = []
+        grid = self.grid_of(ct)
+        fixed = (self.slice_index(grid, ct.device), self.log_prior(regions, regions_known).to(tokens.dtype), grid[0])
+        for number, block in enumerate(self.blocks, start=1):
+            tokens, region_tokens = (
+                checkpoint(block, tokens, region_tokens, *fixed, use_reentrant=False)
+                if self.checkpointing and torch.is_grad_enabled()
+                else block(tokens, region_tokens, *fixed)
+            )
+            if number in self.taps:
+                levels.append(F.layer_norm(tokens[:, 1:], tokens.shape[-1:]))
+        tokens, region_tokens = self.norm(tokens), self.norm(region_tokens)
+        patches = tokens[:, 1:]
+        return Features(tokens[:, 0], patches, region_tokens, grid, torch.cat([*levels, patches], dim=-1))
+
+    @torch.no_grad()
+    def attention_map(self, ct: Tensor, regions: Tensor, regions_known: Tensor, block: int = -1) -> Tensor:
+        """Where the global token looks, for pictures: (B, H, z, y, x) shares of its attention, by head of one block.
+
+        Args:
+            ct: as in `forward`, like the next two.
+            regions: see above.
+            regions_known: see above.
+            block: its number from 0, or from the end.
+        """
+        tokens, region_tokens = self._start(ct, regions, regions_known)
+        grid = self.grid_of(ct)
+        fixed = (self.slice_index(grid, ct.device), self.log_prior(regions, regions_known).to(tokens.dtype), grid[0])
+        chosen = range(len(self.blocks))[block]
+        for earlier in self.blocks[:chosen]:
+            tokens, region_tokens = earlier(tokens, region_tokens, *fixed)
+        last = self.blocks[chosen]
+        assert isinstance(last, EncoderBlock)
+        shares = last.attention.shares(last.norm1(tokens), last.norm1(region_tokens))
+        return shares[:, :, 1 : tokens.shape[1]].unflatten(2, grid)
+
+    def grid_of(self, ct: Tensor) -> tuple[int, int, int]:
+        """Patches (z, y, x) of a CT (B, Z, Y, X)."""
+        z, y, x = (n // p for n, p in zip(ct.shape[1:], self.patch, strict=True))
+        return z, y, x
+
+    @staticmethod
+    def slice_index(grid: tuple[int, int, int], device: torch.device) -> Tensor:
+        """(N,) int64: the slice of each patch."""
+        z, y, x = grid
+        return torch.arange(z, device=device).repeat_interleave(y * x)
+
+    def _start(self, ct: Tensor, regions: Tensor, regions_known: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, 1 + N, C) and region tokens (B, R, C) before the first block."""
+        self._check(ct, regions, regions_known)
         channels = apply_windows(ct, self.windows).to(self.embed.weight.dtype)
         patches = self.embed(channels).flatten(2).transpose(1, 2)
-        position = (self.position_z + self.position_y + self.position_x).flatten(0, 2)
-        tokens = torch.cat([self.whole.expand(len(ct), -1, -1), patches + position], dim=1)
-        region_tokens = self.regions.expand(len(ct), -1, -1)
-        log_prior = self.log_prior(regions, regions_known).to(tokens.dtype)
-        for block in self.blocks:
-            inputs = (tokens, region_tokens, self.slice_index, log_prior)
-            tokens, region_tokens = (
-                checkpoint(block, *inputs, use_reentrant=False)
-                if self.checkpointing and torch.is_grad_enabled()
-                else block(*inputs)
-            )
-        tokens, region_tokens = self.norm(tokens), self.norm(region_tokens)
-        return Features(tokens[:, 0], tokens[:, 1:], region_tokens, self.grid)
+        tokens = torch.cat([self.whole.expand(len(ct), -1, -1), patches + self._positions(self.grid_of(ct))], dim=1)
+        return tokens, self.regions.expand(len(ct), -1, -1)
+
+    def _check(self, ct: Tensor, regions: Tensor, known: Tensor) -> None:
+        assert ct.ndim == 4, f"a CT must be (B, Z, Y, X), not {tuple(ct.shape)}"
+        assert all(n > 0 and n % p == 0 for n, p in zip(ct.shape[1:], self.patch, strict=True)), (
+            f"a CT of {tuple(ct.shape[1:])} voxels is not tiled by patches of {self.patch}"
+        )
+        assert regions.shape == ct.shape and regions.dtype == torch.uint8, (
+            f"regions must be uint8 of the CT's shape {tuple(ct.shape)}, not {regions.dtype} {tuple(regions.shape)}"
+        )
+        assert known.shape == ct.shape[:1] and known.dtype == torch.bool, (
+            f"regions_known must be bool of shape ({len(ct)},), not {known.dtype} {tuple(known.shape)}"
+        )
+        places = {ct.device, regions.device, known.device, self.embed.weight.device}
+        assert len(places) == 1, f"CT, regions and encoder must be on one device, not on {places}"
+
+    def _positions(self, grid: tuple[int, int, int]) -> Tensor:
+        """(N, C): the sum of one embedding an axis."""
+        axes: list[Tensor] = []
+        for axis, learned in enumerate((self.position_z, self.position_y, self.position_x)):
+            embedding: Tensor = learned
+            count = embedding.shape[axis]
+            if grid[axis] != count:
+                line = embedding.reshape(1, count, -1).transpose(1, 2)
+                line = F.interpolate(line.float(), grid[axis], mode="linear", align_corners=False).to(embedding.dtype)
+                shape = [1, 1, 1, embedding.shape[-1]]
+                shape[axis] = grid[axis]
+                embedding = line.transpose(1, 2).reshape(shape)
+            axes.append(embedding)
+        return (axes[0] + axes[1] + axes[2]).flatten(0, 2)
 
     def log_prior(self, regions: Tensor, known: Tensor) -> Tensor:
         """log p(r | patch), (B, N, R); the learned vector where a sample has no region map."""

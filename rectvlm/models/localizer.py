@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rectvlm.config import DataConfig, LocalizerConfig
+from rectvlm.config import DataConfig, EncoderConfig, LocalizerConfig
 from rectvlm.labels import N_LESIONS
 from rectvlm.models.encoder import Features, apply_windows
 from rectvlm.models.layers import Block, Mlp
@@ -73,10 +73,10 @@ class _ConvBlock(nn.Module):
 class Denoiser(nn.Module):
     """Stage 2: lesion tokens and patch features in one transformer."""
 
-    def __init__(self, config: LocalizerConfig, image_width: int) -> None:
+    def __init__(self, config: LocalizerConfig, image_width: int, levels: int) -> None:
         super().__init__()
         self.noise = config.noise
-        self.inputs = nn.Linear(image_width, config.width)
+        self.inputs = nn.Linear(image_width * levels, config.width)
         self.level = Mlp(1, config.width, out=config.width)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
@@ -84,14 +84,14 @@ class Denoiser(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))
         self.bias = nn.Parameter(torch.full((N_LESIONS,), -2.0))
 
-    def forward(self, patches: Tensor, lesions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Patches (B, N, C) and lesion tokens (B, L, D) to denoised patches (B, N, D), tokens, coarse logits
-        (B, L, N) and the denoising loss."""
+    def forward(self, levels: Tensor, patches: Tensor, lesions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Patches of several encoder levels (B, N, K · C), of the last (B, N, C), and lesion tokens (B, L, D) to
+        denoised patches (B, N, D), tokens, coarse logits (B, L, N) and the denoising loss."""
         strength = torch.zeros(len(patches), 1, 1, device=patches.device, dtype=patches.dtype)
-        noisy = patches
+        noisy = levels
         if self.training:
             strength = torch.rand_like(strength) * self.noise
-            noisy = patches + strength * patches.detach().std(dim=(1, 2), keepdim=True) * torch.randn_like(patches)
+            noisy = levels + strength * patches.detach().std(dim=(1, 2), keepdim=True) * torch.randn_like(levels)
         x = torch.cat([lesions, self.inputs(noisy) + self.level(strength)], dim=1)
         for block in self.blocks:
             x = block(x)
@@ -140,16 +140,16 @@ class Level(nn.Module):
 class Localizer(nn.Module):
     """Text, denoising transformer, text-guided attention U-Net."""
 
-    def __init__(self, config: LocalizerConfig, data: DataConfig, patch: Triple, image_width: int, text_width: int):
+    def __init__(self, config: LocalizerConfig, data: DataConfig, encoder: EncoderConfig, text_width: int) -> None:
         super().__init__()
-        strides = level_strides(patch)
+        strides = level_strides(encoder.patch)
         assert len(config.channels) == len(strides), (
-            f"localizer.channels needs {len(strides)} entries for patch {patch}, one a level; got {config.channels}"
+            f"localizer.channels {config.channels} must have {len(strides)} entries for patch {encoder.patch}"
         )
         self.windows, self.checkpointing = data.windows, config.checkpointing
         self.text = nn.Linear(text_width, config.width)
         self.text_offset = nn.Parameter(torch.zeros(N_LESIONS, text_width))
-        self.denoiser = Denoiser(config, image_width)
+        self.denoiser = Denoiser(config, encoder.width, 1 + len(encoder.taps))
 
         channels = [*config.channels, config.width]
         self.stem = _ConvBlock(len(data.windows), channels[0])
@@ -175,7 +175,7 @@ class Localizer(nn.Module):
         """
         dtype = self.text.weight.dtype
         text = self.text(prompts.lesions.to(dtype) + self.text_offset).expand(len(ct), -1, -1)
-        patches, lesions, coarse, denoising = self.denoiser(features.patches, text)
+        patches, lesions, coarse, denoising = self.denoiser(features.levels, features.patches, text)
         lesions = lesions + text
         bottom = patches.transpose(1, 2).unflatten(2, features.grid)
 

@@ -56,9 +56,7 @@ class RectVLM(nn.Module):
         self.encoder = Encoder(config.encoder, config.data)
         self.classifier = Classifier(config.classifier, width, prompts.width)
         self.localizer = (
-            Localizer(config.localizer, config.data, config.encoder.patch, width, prompts.width)
-            if "localizer" in parts
-            else None
+            Localizer(config.localizer, config.data, config.encoder, prompts.width) if "localizer" in parts else None
         )
         self.generator = None
         if "generator" in parts:
