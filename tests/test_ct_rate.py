@@ -622,6 +622,27 @@ def test_a_header_without_orientation_takes_it_from_the_metadata_too(volumes: Tr
     np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_header_of_voxel_sizes_alone_tells_no_side(volumes: Tree, sign: int) -> None:
+    """Programs write it that know the spacing only; it claims an orientation, mostly the wrong one."""
+    image = nib.load(volumes.path("train_1_a_1"))
+    size = np.linalg.norm(image.affine[:3, :3], axis=0)
+    volumes.add("train_5_a_1", 3, layout="v1")
+    path = volumes.path("train_5_a_1", "v1")
+    hu = np.asarray(image.dataobj)
+    nib.save(nib.Nifti1Image(hu, np.diag([sign * size[0], sign * size[1], size[2], 1])), path)
+    case = by_key(ct_rate_cases(volumes.write(), CtRateOptions()), "train_5_a_1")
+    made, fixed = sample(case), sample(by_key(ct_rate_cases(volumes.root, CtRateOptions()), "train_1_a_1"))
+    assert np.abs(made.ct.astype(int) - fixed.ct).max() <= 1
+    # Of another size than the metadata's, it is another volume.
+    nib.save(nib.Nifti1Image(hu, np.diag([size[0] * 1.3, size[1] * 1.3, size[2], 1])), path)
+    with pytest.raises(InputError, match=r"blank header.*no metadata that fits.*left and right are unknown"):
+        case.load()
+    path.unlink()
+    volumes.labels.pop("train_5_a_1"), volumes.reports.pop("train_5_a_1"), volumes.metadata.pop("train_5_a_1")
+    volumes.write()
+
+
 @pytest.mark.parametrize("column", ["ImagePositionPatient", "ImageOrientationPatient", "XYSpacing", "ZSpacing"])
 def test_a_blank_header_without_metadata_is_refused(volumes: Tree, column: str) -> None:
     kept = dict(volumes.metadata["train_2_a_1"])

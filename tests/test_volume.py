@@ -185,6 +185,41 @@ def test_oblique_volumes_give_the_straight_sample(order: tuple, angles: list[flo
         assert dice(back >> bit & 1, mask >> bit & 1) > 0.8
 
 
+@pytest.mark.parametrize(
+    ("angles", "orders"),
+    [
+        ((12, -9, 14), ORDERS[::7]),
+        *(
+            pytest.param(angles, ORDERS, marks=pytest.mark.slow)
+            for angles in ((0, 0, 17), (12, -9, 14), (-20, 15, -25))
+        ),
+    ],
+)
+def test_axis_orders_of_an_oblique_volume_give_one_canonical_sample(angles: tuple, orders: list) -> None:
+    """Placed by itself, as a file is; left stays left, and the place in the world is the painted one."""
+    grid, spacing = GRIDS["coarser"]
+    tilt = np.eye(4)
+    tilt[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    shape, centred = (56, 52, 26), RAS.copy()
+    centred[:3, 3] = -RAS[:3, :3] @ (np.array(shape) - 1) / 2
+    affine = tilt @ centred
+    affine[2, 3] += 1020
+    hu, lesions = paint(affine, shape)
+    hu = np.rint(hu).astype(np.int16)
+    placed, ct, bits, _ = canonical(hu, lesions, affine, grid, spacing)
+    painted = paint(placed @ np.eye(4)[:, [2, 1, 0, 3]], grid[::-1])[1].transpose(2, 1, 0)
+    for bit in (1, 2):
+        assert dice(bits >> bit & 1, painted >> bit & 1) > 0.8
+        assert dice(bits[..., ::-1] >> bit & 1, painted >> bit & 1) < 0.3
+    for order, flips in orders:
+        native, turned = reorder(hu, affine, order, flips)
+        mask, _ = reorder(lesions, affine, order, flips)
+        one_placed, one_ct, one_bits, _ = canonical(native, mask, turned, grid, spacing)
+        np.testing.assert_allclose(one_placed, placed, atol=1e-6)
+        assert np.abs(one_ct.astype(int) - ct).max() <= 1
+        np.testing.assert_array_equal(one_bits, bits)
+
+
 def test_oblique_placement_is_canonical_and_centred() -> None:
     tilt = np.eye(4)
     tilt[:3, :3] = Rotation.from_euler("z", 10, degrees=True).as_matrix()
