@@ -8,14 +8,18 @@
 
 A checkpoint is written under a temporary name and renamed when it is whole. It is read without pickle; only resuming
 a run reads `engine/`, which the engine pickles, so resume from your own runs alone.
+
+An exported model (`rectvlm.pretrained`) is read by the same functions, so whatever takes a checkpoint takes it too.
 """
 
 import json
 import platform
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -24,12 +28,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rectvlm import weights
-from rectvlm.config import Config, Part, load
+from rectvlm import pretrained, weights
+from rectvlm.config import PARTS, Config, Part, load
 from rectvlm.models import RectVLM
 from rectvlm.models.language import load_language_model
 from rectvlm.models.text import Prompts
 from rectvlm.types import UserError
+
+M = TypeVar("M", bound=RectVLM)
 
 WEIGHTS, CONFIG, STATE, ENGINE = "weights.safetensors", "config.yaml", "state.json", "engine"
 
@@ -92,13 +98,13 @@ def prune(phase_folder: Path, keep: int) -> None:
 
 
 def find(folder: str | Path, remedy: str) -> Path:
-    """The checkpoint that a folder means: itself, or the newest of a phase folder.
+    """The checkpoint that a folder means: itself, the newest of a phase folder, or an exported model.
 
     Raises:
         UserError: none there; `remedy` says what to do.
     """
     folder = Path(folder)
-    if (folder / STATE).is_file():
+    if (folder / STATE).is_file() or pretrained.is_pretrained(folder):
         return folder
     found = all_checkpoints(folder)
     if not found:
@@ -112,6 +118,9 @@ def read_state(folder: Path) -> State:
     Raises:
         UserError: the file is damaged.
     """
+    if pretrained.is_pretrained(folder):
+        found = pretrained.read_description(folder)
+        return State(parts=found.parts, versions=found.versions, **asdict(found.training))
     try:
         return _STATE.validate_json((folder / STATE).read_bytes())
     except ValidationError as error:
@@ -124,19 +133,25 @@ def read_config(folder: Path) -> Config:
     Raises:
         UserError: the file is missing or damaged.
     """
+    if pretrained.is_pretrained(folder):
+        return pretrained.config_of(pretrained.read_description(folder), folder)
     return load(folder / CONFIG)
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint.
+def read_weights(folder: Path, parts: Sequence[Part] | None = None) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, or those of some parts, with the prompts.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: a file is missing or damaged.
     """
+    if pretrained.is_pretrained(folder):
+        return pretrained.read_tensors(folder, pretrained.read_description(folder), parts)
     try:
-        return load_file(folder / WEIGHTS)
+        tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS} cannot be read ({error}); use another checkpoint.") from error
+    left_out = set(PARTS) - set(PARTS if parts is None else parts)
+    return {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] not in left_out}
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], expected: Iterable[str], where: Path) -> None:
@@ -151,7 +166,23 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], expected: Iterabl
     Raises:
         UserError: naming what is missing, what is unexpected and what has another shape.
     """
+    expected = set(expected)
+    check_weights(model, tensors, expected, where)
     own: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for name in expected:
+            own[name].copy_(tensors[name])
+
+
+def check_weights(model: nn.Module, tensors: dict[str, Tensor], expected: Iterable[str], where: Path) -> None:
+    """Whether tensors fit a model; it may lie on the meta device.
+
+    Raises:
+        UserError: naming what is missing, what is unexpected and what has another shape.
+    """
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # ZeRO-3 leaves a sharded parameter without entries and keeps its shape here.
+    shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in own.items()}
     expected = set(expected)
     faults = [
         ("missing", sorted(expected - tensors.keys())),
@@ -159,18 +190,15 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], expected: Iterabl
         (
             "of another shape",
             [
-                f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+                f"{name} {tuple(tensors[name].shape)} instead of {shapes[name]}"
                 for name in sorted(expected & tensors.keys())
-                if tensors[name].shape != own[name].shape
+                if tuple(tensors[name].shape) != shapes[name]
             ],
         ),
     ]
     if any(names for _, names in faults):
         text = "; ".join(f"{kind}: {_shortened(names)}" for kind, names in faults if names)
         raise UserError(f"The weights in {where} do not fit the model: {text}; use the configuration they came from.")
-    with torch.no_grad():
-        for name in expected:
-            own[name].copy_(tensors[name])
 
 
 def _shortened(names: Sequence[str], most: int = 8) -> str:
@@ -194,18 +222,41 @@ def load_model(folder: str | Path, device: torch.device | str | None = None) -> 
     """A trained model, ready to predict.
 
     Args:
-        folder: a phase folder of a run, or one checkpoint.
+        folder: a phase folder of a run, one checkpoint, or an exported model.
         device: by default the GPU if there is one.
 
     Raises:
         UserError: no checkpoint there, or one that does not fit.
     """
+    return load_as(RectVLM, folder, device)
+
+
+def load_as(
+    kind: type[M],
+    folder: str | Path,
+    device: torch.device | str | None = None,
+    parts: Sequence[Part] | None = None,
+    language_model: str | None = None,
+) -> tuple[M, Config]:
+    """`load_model` for a class of its own, or for some parts.
+
+    Args:
+        kind: class of the model.
+        folder: a phase folder of a run, one checkpoint, or an exported model.
+        device: by default the GPU if there is one.
+        parts: build and read these alone, by default all.
+        language_model: folder or hub id to take the language model from, by default the one of the configuration.
+
+    Raises:
+        UserError: no checkpoint there, or one that does not fit.
+    """
     checkpoint = find(folder, "train first, for example `accelerate launch launch/phase1.py`")
-    state, config, tensors = read_state(checkpoint), read_config(checkpoint), read_weights(checkpoint)
+    config, tensors = read_config(checkpoint), read_weights(checkpoint, parts)
+    parts = read_state(checkpoint).parts if parts is None else parts
     language = None
-    if "generator" in state.parts:
-        language = load_language_model(config.generator, weights.resolve(config.generator.model))
-    model = RectVLM(config, state.parts, prompts_of(tensors, checkpoint), language)
+    if "generator" in parts:
+        language = load_language_model(config.generator, weights.resolve(language_model or config.generator.model))
+    model = kind(config, parts, prompts_of(tensors, checkpoint), language)
     load_weights(model, tensors, saved_names(model), checkpoint)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval().to(device), config

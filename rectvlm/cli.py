@@ -1,4 +1,4 @@
-"""The command `rectvlm`: predict, evaluate, weights, version.
+"""The command `rectvlm`: predict, evaluate, export, weights, version.
 
 Heavy modules are imported when a command needs them, so that `rectvlm --help` answers at once.
 """
@@ -66,6 +66,17 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("names", nargs="+", metavar="NAME", help="for example minilm-l6-v2")
     pull.set_defaults(run=_pull)
 
+    export = commands.add_parser("export", help="a checkpoint as a folder in the layout of Hugging Face")
+    export.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    export.add_argument("--base-model", metavar="ID", help="how others find the language model, if not as configured")
+    export.add_argument("--license", metavar="ID", help="for the model card, for example apache-2.0")
+    export.add_argument("--dataset", action="append", default=[], metavar="ID", help="for the model card; repeatable")
+    export.add_argument("--metrics", type=Path, metavar="FILE", help="by default those of `evaluate`, if it has run")
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="split larger weights (default: 5GB)")
+    export.add_argument("--overwrite", action="store_true", help="replace the model in a folder that is there")
+    export.set_defaults(run=_export)
+
     commands.add_parser("version", help="versions of rectvlm, Python and torch").set_defaults(run=_version)
     return parser
 
@@ -117,6 +128,21 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
     _show(result)
     sys.stdout.write(f"{output_path(options.checkpoint, options.split, options.out)}\n")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from rectvlm.hub import export
+
+    chosen = {
+        "base_model": options.base_model,
+        "license_id": options.license,
+        "datasets": options.dataset,
+        "max_shard_size": options.max_shard_size,
+        "overwrite": options.overwrite,
+    }
+    if options.metrics is not None:
+        chosen["metrics"] = options.metrics
+    sys.stdout.write(f"{export(options.checkpoint, options.out, **chosen)}\n")
 
 
 def _check_device(name: str | None) -> None:

@@ -1,0 +1,369 @@
+"""`RectVLM.from_pretrained` and `save_pretrained`: models in the layout of Hugging Face, from a folder or the Hub.
+
+    from rectvlm import RectVLM
+    model = RectVLM.from_pretrained("owner/name")
+    model.save_pretrained("folder")
+
+The layout is in `rectvlm.pretrained`. Command: `rectvlm export --checkpoint runs/demo/phase3 --out folder`.
+"""
+
+import copy
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from rectvlm import checkpoint as checkpoints
+from rectvlm import models, pretrained, weights
+from rectvlm.card import HUB_ID, model_card
+from rectvlm.checkpoint import State
+from rectvlm.config import PARTS, Config, Part
+from rectvlm.evaluate import THRESHOLDS
+from rectvlm.models.language import load_language_model
+from rectvlm.models.skeleton import skeleton
+from rectvlm.pretrained import Training
+from rectvlm.types import UserError
+
+log = logging.getLogger(__name__)
+
+SHARD = "5GB"
+"""Size above which weights are split over files, as in Transformers."""
+
+
+class RectVLM(models.RectVLM):
+    """The model, with the two methods of Hugging Face."""
+
+    state: State | None = None
+    """How the weights came about, when they were loaded."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        reference: str | Path,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        *,
+        parts: Sequence[Part] | None = None,
+        language_model: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | None = None,
+    ) -> "RectVLM":
+        """Load a model in eval mode.
+
+        Args:
+            reference: an exported folder, a run's phase folder or checkpoint, or a hub id.
+            device: by default the GPU if there is one.
+            revision: branch, tag or commit on the Hub.
+            parts: only these; the encoder and the classifier always belong to them. By default all that are there.
+            language_model: folder or hub id to take the language model from, by default the one the folder names.
+            cache_dir: of the Hub's files, by default that of huggingface_hub.
+            token: of the Hub, by default that of the login.
+
+        Raises:
+            UserError: nothing there, no access, or weights that do not fit.
+        """
+        folder = locate(reference, revision, parts, cache_dir, token)
+        state = checkpoints.read_state(folder)
+        if parts is not None:
+            _check_parts(parts, state.parts, folder)
+        model, _ = checkpoints.load_as(cls, folder, device, parts, language_model)
+        model.state = state
+        return model
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Write the model into a folder; see `rectvlm.hub.save_pretrained` for the options."""
+        return save_pretrained(self, folder, **{"state": self.state, **options})
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a folder says beside the weights, and how it is written."""
+
+    base_model: str | None = None
+    """How others find the language model, where the configuration has a path of this machine."""
+    license_id: str | None = None
+    """For the card, for example `apache-2.0`; left to whoever publishes by default."""
+    datasets: Sequence[str] = ()
+    """What it was trained on, hub ids or names, for the card."""
+    metrics: str | Path | None = None
+    """JSON of `rectvlm evaluate`, for the card."""
+    thresholds: str | Path | None = None
+    """Fitted thresholds of the findings, for predictions."""
+    max_shard_size: str = SHARD
+    """Size above which `model.safetensors` is split."""
+    overwrite: bool = False
+    """Replace the model in a folder that is there; other files in it stay."""
+
+
+def save_pretrained(
+    model: models.RectVLM,
+    folder: str | Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    state: State | None = None,
+    **options: Any,
+) -> Path:
+    """Write a model into a folder, and compare what was written with the model to the last bit.
+
+    Args:
+        model: whole, or sharded by ZeRO-3 when `state_dict` is given.
+        folder: appears complete or not at all.
+        state_dict: gathered tensors by name, where the model's own are sharded.
+        state: how far it was trained, for the record.
+        options: fields of `Options`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder is there, or tensors are missing, unexpected, sharded or of another shape.
+    """
+    own = _own(model)
+    names = portable_names(model)
+    if state_dict is None:
+        empty = [name for name in names if hasattr(own[name], "ds_id") or own[name].is_meta]
+        if empty:
+            raise UserError(
+                f"{len(empty)} tensors of the model, such as {empty[0]}, are sharded or have no values: give gathered "
+                "ones as `state_dict`, or export the run's checkpoint with `rectvlm export`."
+            )
+        state_dict = {name: own[name].detach() for name in names}
+    checkpoints.check_weights(model, dict(state_dict), names, Path("state_dict"))
+    if state is None:
+        # The phase is the one that trains these parts; how far is not known.
+        state = State(len(model.parts) - 1, model.parts, 0, 0, 1, checkpoints.versions())
+    state = replace(state, parts=model.parts)
+    return _write(dict(state_dict), model, state, Path(folder), Options(**options))
+
+
+def export(checkpoint: str | Path, folder: str | Path, **options: Any) -> Path:
+    """Write a run's checkpoint as a folder. The language model is not loaded, so any machine can do it.
+
+    Thresholds and metrics of an evaluation that lie with the checkpoint come along.
+
+    Args:
+        checkpoint: a run's phase folder, or one checkpoint in it.
+        folder: appears complete or not at all.
+        options: fields of `Options`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: no checkpoint, one that does not fit its configuration, or the folder is there.
+    """
+    source = checkpoints.find(checkpoint, "give a run's phase folder")
+    state, config, tensors = (
+        checkpoints.read_state(source),
+        checkpoints.read_config(source),
+        checkpoints.read_weights(source),
+    )
+    width = checkpoints.prompts_of(tensors, source).width
+    geometry = weights.geometry(config.generator.model) if "generator" in state.parts else None
+    frame = skeleton(config, state.parts, width, geometry)
+    checkpoints.check_weights(frame, tensors, portable_names(frame), source)
+    beside = {"thresholds": source / THRESHOLDS, "metrics": source / "evaluation-valid" / "metrics.json"}
+    found: dict[str, Any] = {name: path for name, path in beside.items() if path.is_file()}
+    return _write(tensors, frame, state, Path(folder), Options(**(found | options)))
+
+
+def load_part(
+    reference: str | Path, part: Part, device: torch.device | str | None = None, revision: str | None = None
+) -> nn.Module:
+    """One part alone, such as the encoder, as a plain module in eval mode; the other parts are not read.
+
+    Raises:
+        UserError: nothing there, the part is not in it, or its weights do not fit.
+    """
+    folder = locate(reference, revision, [part])
+    state, config = checkpoints.read_state(folder), checkpoints.read_config(folder)
+    if part not in state.parts:
+        raise UserError(f"{folder} has no {part}: it holds {', '.join(state.parts)}.")
+    tensors = checkpoints.read_weights(folder, [part])
+    language = None
+    if part == "generator":
+        language = load_language_model(config.generator, weights.resolve(config.generator.model))
+    needed = [name for name in PARTS if name in ("encoder", "classifier", part)]
+    model = models.RectVLM(config, needed, checkpoints.prompts_of(tensors, folder), language)
+    expected = [name for name in portable_names(model) if name.partition(".")[0] in (part, "prompts")]
+    checkpoints.load_weights(model, tensors, expected, folder)
+    return model.get_submodule(part).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def portable_names(model: models.RectVLM) -> list[str]:
+    """Names of what travels: everything but the language model's own weights, whether it is frozen or not."""
+    trained = [
+        name
+        for name, _ in model.named_parameters()
+        if not name.startswith(pretrained.LANGUAGE_MODEL) or ".lora_" in name
+    ]
+    return trained + [f"prompts.{name}" for name, _ in model.prompts.named_buffers()]
+
+
+def locate(
+    reference: str | Path,
+    revision: str | None = None,
+    parts: Sequence[Part] | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+) -> Path:
+    """The local folder of a model; from the Hub only what `parts` need is fetched, and never a pickle.
+
+    Raises:
+        UserError: no such folder, no such repository or revision, no access to it, or no way to the Hub.
+    """
+    path, name = Path(reference).expanduser(), str(reference)
+    if path.is_dir():
+        if revision is not None:
+            raise UserError(f"{path} is a folder here, which has no revision {revision!r}: leave the revision out.")
+        return checkpoints.find(path, f"or {pretrained.CONFIG} of an exported model; give one of the two")
+    if not HUB_ID.fullmatch(name):
+        raise UserError(
+            f"No model at {name}: expected an exported folder, a run's phase folder or a hub id owner/name."
+        )
+    patterns = [pretrained.CONFIG, "model*.safetensors", pretrained.INDEX, THRESHOLDS]
+    if parts is None or "generator" in parts:
+        patterns += [f"{pretrained.ADAPTER}/{file}" for file in (pretrained.ADAPTER_CONFIG, pretrained.ADAPTER_WEIGHTS)]
+    try:
+        fetched = snapshot_download(
+            name, revision=revision, allow_patterns=patterns, cache_dir=cache_dir, token=token, library_name="rectvlm"
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise UserError(_why(error, name, revision)) from None
+    folder = Path(fetched)
+    if not pretrained.is_pretrained(folder):
+        raise UserError(f"{name} on the Hub is no model of rectvlm: it has no {pretrained.CONFIG}.")
+    return folder
+
+
+def _why(error: Exception, name: str, revision: str | None) -> str:
+    """One sentence for what went wrong on the way to the Hub."""
+    if isinstance(error, GatedRepoError):
+        return f"{name} is gated: accept its terms on its page of the Hub, then `hf auth login` or set HF_TOKEN."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{name} has no revision {revision!r}: give a branch, a tag or a commit that its page lists."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{name} is neither a folder here nor a repository that you may see on the Hub: check the spelling, or log "
+            "in with `hf auth login` if it is private."
+        )
+    if isinstance(error, LocalEntryNotFoundError):
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+        return f"{name} is neither a folder here nor in the local cache, and {reason}: fetch it once, or give a folder."
+    return f"{name} cannot be fetched from the Hub: {str(error).splitlines()[0].rstrip('.')}."
+
+
+def _check_parts(parts: Sequence[Part], there: Sequence[Part], folder: Path) -> None:
+    missing = [part for part in parts if part not in there]
+    if missing:
+        raise UserError(f"{folder} has no {', '.join(missing)}: it holds {', '.join(there)}.")
+    if not {"encoder", "classifier"} <= set(parts):
+        raise UserError(
+            f"parts {tuple(parts)} make no model: the encoder and the classifier belong to every one; "
+            "rectvlm.hub.load_part loads one part alone."
+        )
+    if "generator" in parts and "localizer" not in parts:
+        raise UserError("parts with the generator need the localizer too: its prompt carries the lesions.")
+
+
+def _own(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _write(tensors: dict[str, Tensor], model: models.RectVLM, state: State, folder: Path, options: Options) -> Path:
+    """Write all files beside the folder, read them again, then move them."""
+    config, lora = _published(model, options.base_model)
+    training = Training(state.phase, state.step, state.samples_seen, state.world_size)
+    description = pretrained.describe(config, state.parts, training, state.versions)
+    metrics = None if options.metrics is None else Path(options.metrics)
+    card = model_card(folder.name, description, config, tensors, options.license_id, options.datasets, metrics)
+    with _staged(folder, options.overwrite) as work:
+        pretrained.write(work, tensors, description, lora, options.max_shard_size)
+        (work / pretrained.CARD).write_text(card, encoding="utf-8")
+        if options.thresholds is not None:
+            shutil.copyfile(options.thresholds, work / THRESHOLDS)
+        verify(work, tensors)
+    return folder
+
+
+def verify(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Read a folder as `from_pretrained` does and compare it with what it should hold, to the last bit.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    description = pretrained.read_description(folder)
+    pretrained.config_of(description, folder)
+    wrong = pretrained.differing(pretrained.read_tensors(folder, description), dict(tensors))
+    if wrong:
+        raise UserError(f"{folder} does not hold what was written to it ({', '.join(wrong[:8])}): check the disk.")
+
+
+def _published(model: models.RectVLM, base_model: str | None) -> tuple[Config, LoraConfig | None]:
+    """Configuration and LoRA settings that name the language model as others find it."""
+    config = model.config
+    if model.generator is None:
+        return config, None
+    if base_model is not None:
+        config = config.model_copy(update={"generator": config.generator.model_copy(update={"model": base_model})})
+    name = config.generator.model
+    if Path(name).expanduser().is_dir():
+        log.warning(
+            "the language model is named as %s, a folder of this machine; base_model gives it another name", name
+        )
+    lora = copy.deepcopy(model.generator.language_model.peft_config["default"])
+    lora.base_model_name_or_path, lora.inference_mode = name, True
+    return config, lora
+
+
+@contextmanager
+def _staged(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """An empty folder beside the one to write; it takes that one's place when all is written."""
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken and (not overwrite or not folder.is_dir()):
+        raise UserError(f"{folder} exists and is not empty: give a new folder, or overwrite the model in it.")
+    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+        yield work
+        for path in work.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        if taken:
+            _replace(work, folder)
+        else:
+            work.replace(folder)  # an empty folder gives way
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _replace(work: Path, folder: Path) -> None:
+    """Put the files of one model in the place of another's.
+
+    Without `config.json` a folder is no model, so it goes first and comes last: a kill leaves no mixture that loads.
+    """
+    (folder / pretrained.CONFIG).unlink(missing_ok=True)
+    for path in [*folder.glob("model*.safetensors"), folder / pretrained.INDEX, folder / THRESHOLDS]:
+        path.unlink(missing_ok=True)
+    shutil.rmtree(folder / pretrained.ADAPTER, ignore_errors=True)
+    for path in sorted(work.iterdir(), key=lambda path: path.name == pretrained.CONFIG):
+        path.replace(folder / path.name)

@@ -1,0 +1,279 @@
+"""A trained model as a folder, in the layout of Hugging Face: what is in it, written and read here alone.
+
+    FOLDER/
+        config.json                     model_type "rectvlm": parts, configuration, labels, training, versions
+        model.safetensors               encoder.*, classifier.*, localizer.*, generator.resampler.*, prompts.*
+        adapter/adapter_config.json     LoRA of the language model, as PEFT reads it
+        adapter/adapter_model.safetensors
+        thresholds.json                 fitted thresholds of the findings, where the model was evaluated
+        README.md                       model card (`rectvlm.card`)
+
+Above a size limit `model.safetensors` becomes `model-00001-of-0000N.safetensors` with `model.safetensors.index.json`,
+as Transformers does it. The language model itself is not in the folder: `config.json` says which one. Only safetensors
+and JSON are read; a pickle is never opened.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from peft import LoraConfig
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rectvlm.config import PARTS, Config, Part, from_tree
+from rectvlm.labels import FINDINGS, LESIONS, REGIONS
+from rectvlm.types import UserError
+
+CONFIG, WEIGHTS, INDEX, CARD = "config.json", "model.safetensors", "model.safetensors.index.json", "README.md"
+ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
+MODEL_TYPE, FORMAT = "rectvlm", 1
+LANGUAGE_MODEL = "generator.language_model."
+"""Prefix of the language model's names; of those that train, all are the adapter's."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def labels() -> dict[str, list[str]]:
+    """The vocabulary, in the order of the logits, masks and region ids."""
+    return {
+        "findings": list(FINDINGS),
+        "lesions": [lesion.key for lesion in LESIONS],
+        "regions": [region.name for region in REGIONS],
+    }
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the weights came about."""
+
+    phase: int
+    step: int
+    samples_seen: int
+    world_size: int
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Description:
+    """`config.json`."""
+
+    parts: tuple[Part, ...]
+    config: dict[str, Any]
+    """The whole configuration; `rectvlm.config.Config` validates it."""
+    labels: dict[str, list[str]]
+    training: Training
+    versions: dict[str, str]
+    """Of Python and of the packages that the weights were trained with."""
+    architectures: tuple[str, ...] = ("RectVLM",)
+    model_type: str = MODEL_TYPE
+    format: int = FORMAT
+
+
+_DESCRIPTION = TypeAdapter(Description)
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Whether a folder has the layout above; a run's checkpoint has `config.yaml` instead."""
+    return (folder / CONFIG).is_file()
+
+
+def describe(config: Config, parts: Collection[Part], training: Training, versions: dict[str, str]) -> Description:
+    """The description of a model."""
+    tree = config.model_dump(mode="json")
+    return Description(tuple(part for part in PARTS if part in parts), tree, labels(), training, versions)
+
+
+def read_description(folder: Path) -> Description:
+    """Read and check `config.json`.
+
+    Raises:
+        UserError: missing, damaged, of another kind of model, or with other labels than this version's.
+    """
+    path = folder / CONFIG
+    tree = _read_json(path)
+    kind = tree.get("model_type")
+    if kind != MODEL_TYPE:
+        raise UserError(f"{path} describes a model of type {kind!r}, not {MODEL_TYPE!r}: give a folder of rectvlm.")
+    if isinstance(tree.get("format"), int) and tree["format"] > FORMAT:
+        raise UserError(f"{path} has format {tree['format']}, this version reads up to {FORMAT}: update rectvlm.")
+    try:
+        found = _DESCRIPTION.validate_python(tree)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise UserError(f"{path} is damaged: {where}: {fault['msg']}; fetch or export the model again.") from None
+    for name, own in labels().items():
+        if found.labels.get(name) != own:
+            raise UserError(
+                f"{path} lists other {name} than this version of rectvlm, or in another order, so that its weights "
+                "would be read under wrong names; use the version that wrote it."
+            )
+    return found
+
+
+def config_of(description: Description, where: Path) -> Config:
+    """The validated configuration.
+
+    Raises:
+        UserError: a key is missing, unknown or of the wrong type.
+    """
+    tree = description.config
+    phases = tree["train"].get("phases") if isinstance(tree.get("train"), dict) else None
+    if isinstance(phases, dict):  # JSON knows no numbers as keys
+        numbered = {int(key) if str(key).isdigit() else key: phase for key, phase in phases.items()}
+        tree = tree | {"train": tree["train"] | {"phases": numbered}}
+    return from_tree(tree, where=str(where / CONFIG))
+
+
+def write(
+    folder: Path, tensors: dict[str, Tensor], description: Description, lora: LoraConfig | None, max_shard_size: str
+) -> None:
+    """Write the layout into an empty folder, `config.json` last.
+
+    Args:
+        folder: exists.
+        tensors: by their names in the model, on the CPU or not.
+        description: goes to `config.json`.
+        lora: the adapter's settings; needed when `tensors` holds an adapter.
+        max_shard_size: for example `5GB`.
+    """
+    adapter = {name: tensor for name, tensor in tensors.items() if name.startswith(LANGUAGE_MODEL)}
+    others = {name: tensors[name].detach().cpu() for name in sorted(tensors.keys() - adapter.keys())}
+    split = split_torch_state_dict_into_shards(others, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        # A copy each: safetensors refuses tensors that share memory or are not contiguous.
+        _save({name: others[name].contiguous().clone() for name in names}, folder / file)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(folder / INDEX, index)
+    if adapter:
+        assert lora is not None, "an adapter needs its settings"
+        (folder / ADAPTER).mkdir()
+        renamed = {_adapter_name(name): tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
+        _save(renamed, folder / ADAPTER / ADAPTER_WEIGHTS)
+        lora.save_pretrained(str(folder / ADAPTER))
+    _write_json(folder / CONFIG, _DESCRIPTION.dump_python(description, mode="json"))
+
+
+def read_tensors(folder: Path, description: Description, parts: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Tensors by their names in the model.
+
+    Args:
+        folder: has the layout above.
+        description: of that folder.
+        parts: read these parts and the prompts only, by default everything. What belongs to no part is always read, so
+            that it can be named as unexpected.
+
+    Raises:
+        UserError: a file is missing or damaged, the index does not fit its files, or the adapter's settings contradict
+            the configuration.
+    """
+    left_out = set(PARTS) - set(description.parts if parts is None else parts) if parts is not None else set()
+    tensors: dict[str, Tensor] = {}
+    for path, names in _files(folder):
+        with _opened(path) as file:
+            if names is not None and set(file.keys()) != names:
+                odd = sorted(set(file.keys()) ^ names)[0]
+                raise UserError(f"{folder / INDEX} and {path.name} disagree about {odd}: fetch the model again.")
+            wanted = [name for name in file.keys() if name.partition(".")[0] not in left_out]  # noqa: SIM118
+            tensors |= {name: file.get_tensor(name) for name in wanted}
+    if "generator" in description.parts and "generator" not in left_out:
+        _check_adapter(folder, description)
+        with _opened(folder / ADAPTER / ADAPTER_WEIGHTS) as file:
+            tensors |= {_own_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+def differing(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that are not the same to the last bit, in dtype and in shape, or are in one only."""
+    names = tensors.keys() ^ others.keys()
+    return sorted(names | {name for name in tensors.keys() & others.keys() if not _same(tensors[name], others[name])})
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    # As bytes: NaN differs from itself, and −0 equals 0.
+    first, second = (x.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for x in (one, other))
+    return torch.equal(first, second)
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:
+    """Weight files, with the names that the index says each holds (None without an index)."""
+    single, index = folder / WEIGHTS, folder / INDEX
+    if single.is_file() and index.is_file():
+        raise UserError(f"{folder} holds both {WEIGHTS} and {INDEX}: remove the one that is out of date.")
+    if single.is_file():
+        yield single, None
+        return
+    if not index.is_file():
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        found = f"found {', '.join(pickles)}, a pickle, which is never read" if pickles else "found neither"
+        raise UserError(f"No weights in {folder}: expected {WEIGHTS} or {INDEX}, {found}; export the model again.")
+    shards: dict[str, set[str]] = {}
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index} is damaged: it has no weight_map; fetch or export the model again.")
+    for name, file in weight_map.items():
+        if not re.fullmatch(r"[\w.-]+\.safetensors", str(file)):
+            raise UserError(f"{index} names the file {file!r}, which is not a safetensors file beside it.")
+        shards.setdefault(file, set()).add(name)
+    for file, names in shards.items():
+        yield folder / file, names
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}): fetch or export the model again.") from error
+
+
+def _check_adapter(folder: Path, description: Description) -> None:
+    """The settings that PEFT reads must be those that the model is built with, or the two would answer differently."""
+    path = folder / ADAPTER / ADAPTER_CONFIG
+    found, config = _read_json(path), config_of(description, folder).generator
+    expected = {"peft_type": "LORA", "r": config.lora_rank, "lora_alpha": config.lora_alpha}
+    plain = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")  # variants we do not build
+    wrong = [f"{key} = {found.get(key)!r}, not {value!r}" for key, value in expected.items() if found.get(key) != value]
+    wrong += [f"{key} = {found[key]!r}" for key in plain if found.get(key)]
+    if wrong:
+        raise UserError(f"{path} does not fit {CONFIG}: {', '.join(wrong)}; fetch or export the model again.")
+
+
+def _adapter_name(name: str) -> str:
+    """PEFT's files leave out the adapter's name, which the reader chooses."""
+    return re.sub(r"\.(lora_[AB])\.default\.", r".\1.", name.removeprefix(LANGUAGE_MODEL))
+
+
+def _own_name(name: str) -> str:
+    return LANGUAGE_MODEL + re.sub(r"\.(lora_[AB])\.(weight|bias)$", r".\1.default.\2", name)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): fetch or export the model again.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): fetch or export the model again.") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds a {type(tree).__name__}, not an object: fetch or export the model again.")
+    return tree
