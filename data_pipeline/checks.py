@@ -19,7 +19,7 @@ from webdataset.tariterators import group_by_keys
 
 from data_pipeline.stats import Facts, hu_counts
 from rectvlm.data.frame import require_overlap
-from rectvlm.data.hounsfield import HU_HIGH, HU_LOW, to_hu
+from rectvlm.data.hounsfield import HU_HIGH, HU_LOW, Evidence, to_hu
 from rectvlm.data.manifest import ShardFacts
 from rectvlm.data.sample import MEMBERS, decode
 from rectvlm.data.shards import Entry, Shard
@@ -32,6 +32,8 @@ _NAMED = 8
 """Samples that one remark names."""
 _ENOUGH = 20
 """Voxels of a region from which its place says something."""
+_TRACE = 0.01
+"""Share of air and of soft tissue from which a doubt about HU is a note."""
 _ORDER: tuple[tuple[int, str, tuple[str, ...], tuple[str, ...]], ...] = (
     (
         2,
@@ -390,10 +392,14 @@ def _check_hu(sample: Sample, checker: _Checker) -> None:
     for axis in range(3):
         used = np.flatnonzero(filled.any(axis=tuple(other for other in range(3) if other != axis)))
         spans.append(slice(used[0], used[-1] + 1))
+    part = sample.ct[tuple(spans)]
     try:
-        to_hu(Volume(sample.ct[tuple(spans)], np.array(sample.meta.geometry.grid_affine), "it"))
+        to_hu(Volume(part, np.array(sample.meta.geometry.grid_affine), "it"))
     except UserError as error:
-        checker.expect(False, "plausible HU", f"that {error}")
+        # A file that just passed may just fail when averaged to its grid; a wrong scale or offset leaves no trace.
+        evidence = Evidence.of(part)
+        judge = checker.note if min(evidence.air, evidence.soft) >= _TRACE else checker.expect
+        judge(False, "plausible HU", f"that {error}")
 
 
 def _check_lesions(sample: Sample, checker: _Checker) -> None:

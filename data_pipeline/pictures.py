@@ -258,7 +258,8 @@ def contact_sheet(samples: Sequence[Sample]) -> Figure:
             _draw(figure.add_axes(place), view[number])
             top -= tall + _GAP
     lines: list[Any] = [Line2D([], [], color=lesion.colour, linewidth=2.5, label=lesion.name) for lesion in LESIONS]
-    lines.append(Line2D([], [], color=_LIGHT, linewidth=1.5, linestyle="--", label="dashed: annotated in part"))
+    if any(any(sample.meta.lesions_partial.values()) for sample in samples):
+        lines.append(Line2D([], [], color=_LIGHT, linewidth=1.5, linestyle="--", label="dashed: annotated in part"))
     figure.legend(
         handles=lines, loc="lower center", ncols=3 if columns < 5 else 6, frameon=False, labelcolor=_LIGHT, fontsize=10
     )

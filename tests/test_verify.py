@@ -402,6 +402,22 @@ def test_a_lesion_in_a_case_labelled_without_is_a_note(shards: Path) -> None:
     assert [(note.sample, note.found) for note in outcome.remarks.notes] == [("small_0", "the label 0")]
 
 
+@pytest.mark.parametrize(("share", "is_fault"), [(0.02, False), (0.0, True)])
+def test_little_air_is_a_note_and_none_a_fault(shards: Path, share: float, is_fault: bool) -> None:
+    def change(sample: Sample) -> Packed:
+        dense = sample.ct.copy()
+        air = np.flatnonzero((dense > -1024) & (dense <= -600))
+        kept = int(share * np.count_nonzero(dense > -1024))
+        dense.ravel()[air[kept:]] = np.random.default_rng(0).integers(-100, 100, len(air) - kept)
+        return packing(replace(sample, ct=dense))
+
+    rewrite(shards, change)
+    outcome = verify(shards)
+    (remark,) = outcome.remarks.faults if is_fault else outcome.remarks.notes
+    assert (remark.sample, remark.expected) == ("small_0", "plausible HU")
+    assert not (outcome.remarks.notes if is_fault else outcome.remarks.faults)
+
+
 def test_a_patient_in_both_splits_and_a_key_twice(shards: Path) -> None:
     index = read_index(shards)
     train, _, valid = ([read_sample(shards, entry) for entry in shard.samples] for shard in index.shards)
