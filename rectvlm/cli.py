@@ -60,11 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one")
     evaluate.set_defaults(run=_evaluate)
 
-    weights = commands.add_parser("weights", help="fetch the weights of bundled models")
-    actions = weights.add_subparsers(required=True, metavar="ACTION")
-    pull = actions.add_parser("pull", help="fetch or build bundled models, so that later commands need no network")
-    pull.add_argument("names", nargs="+", metavar="NAME", help="for example minilm-l6-v2")
-    pull.set_defaults(run=_pull)
+    _add_weights(commands.add_parser("weights", help="fetch, publish, check and list weights"))
 
     export = commands.add_parser("export", help="a checkpoint as a folder in the layout of Hugging Face")
     export.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder")
@@ -79,6 +75,41 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("version", help="versions of rectvlm, Python and torch").set_defaults(run=_version)
     return parser
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    origin: dict[str, Any] = {"dest": "where", "metavar": "URL_OR_FOLDER"}
+    pull = actions.add_parser("pull", help="bring models here; what is there is checked, completed and repaired")
+    pull.add_argument("names", nargs="+", metavar="NAME", help="a name of `rectvlm weights list`, or OWNER/NAME")
+    _add_part(pull)
+    pull.add_argument("--from", **origin, help="a mirror or a folder instead of the hub")
+    pull.add_argument("--repo", metavar="OWNER/NAME", help="take it from this repository")
+    pull.add_argument("--revision", default="main", metavar="REV", help="branch, tag or commit")
+    pull.add_argument("--out", type=Path, metavar="DIR", help="folder of the files")
+    pull.set_defaults(run=_pull)
+
+    push = actions.add_parser("push", help="publish a model that `save_pretrained` exported, privately by default")
+    push.add_argument("folder", type=Path, metavar="FOLDER")
+    push.add_argument("--repo", required=True, metavar="OWNER/NAME")
+    _add_part(push)
+    push.add_argument("--to", **origin, help="another hub or a folder instead of the hub")
+    push.add_argument("--public", action="store_true", help="anyone may read it")
+    push.add_argument("--message", metavar="TEXT", help="of the commit")
+    push.set_defaults(run=_push)
+
+    verify = actions.add_parser("verify", help="recompute all checksums; names what differs, is missing or is extra")
+    verify.add_argument("targets", nargs="+", metavar="NAME_OR_FOLDER")
+    verify.set_defaults(run=_verify)
+
+    lister = actions.add_parser("list", help="all names, and what can be had of them now")
+    lister.add_argument("--from", **origin, help="ask this mirror, or look into this folder")
+    lister.set_defaults(run=_list)
+
+
+def _add_part(parser: argparse.ArgumentParser) -> None:
+    parts = ("encoder", "classifier", "localizer", "generator")
+    parser.add_argument("--part", action="append", choices=parts, help="this part alone; may be given several times")
 
 
 def _positive(text: str) -> int:
@@ -158,10 +189,52 @@ def _check_device(name: str | None) -> None:
 
 
 def _pull(options: argparse.Namespace) -> None:
-    from rectvlm.weights import resolve
+    from rectvlm.types import UserError
+    from rectvlm.weights.pulling import pull
 
+    if len(options.names) > 1 and (options.out or options.repo):
+        raise UserError("--out and --repo are for one name: pull the models one by one.")
     for name in options.names:
-        sys.stdout.write(f"{resolve(f'bundled:{name}')}\n")
+        folder = pull(name, options.part or (), options.where, options.repo, options.revision, options.out)
+        sys.stdout.write(f"{folder}\n")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from rectvlm.weights.pushing import push
+
+    place = push(options.folder, options.repo, options.part or (), options.where, options.public, options.message)
+    sys.stdout.write(f"{place}\n")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from rectvlm.types import UserError
+    from rectvlm.weights.checking import faults
+
+    wrong = 0
+    for target in options.targets:
+        folder, found = faults(target)
+        sys.stdout.writelines(f"{folder}: {fault}\n" for fault in found or ["whole"])
+        wrong += bool(found)
+    if wrong:
+        raise UserError(f"{wrong} of {len(options.targets)} do not verify: pull again to repair what was pulled.")
+
+
+def _list(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from rectvlm.weights.catalog import PUBLISHED
+    from rectvlm.weights.checking import rows
+
+    table = Table("name", "what", "repository", "state")
+    for row in rows(options.where):
+        table.add_row(*row)
+    Console().print(table)
+    if not PUBLISHED:
+        sys.stdout.write(
+            "No weights of rectvlm are published yet. Sizes can be pulled from a repository that you name (--repo), a "
+            "mirror or a folder (--from).\n"
+        )
 
 
 def _version(_options: argparse.Namespace) -> None:
