@@ -1,0 +1,234 @@
+"""Attention with slice bias and region prior: the folded form against what else could compute it.
+
+    python -m benchmarks.attention [--sides 8 16] [--heads 12] [--rounds 3] [--dtype float32]
+
+One attention of 16 slices of side × side patches, 12 heads of 64 channels and 20 region tokens, forward and backward to
+all inputs and to the learned slice bias. Ways: plain attention without the biases (what they cost is the difference),
+the folded form of `rectvlm/models/attention.py`, a dense mask given to the fused call, the formula written out with its
+N × N matrices as published code has it, and on a GPU FlexAttention. Ways take turns. On a CPU each measurement is a
+process of its own, whose memory is the growth of its resident peak. Results go to
+benchmarks/results/attention-MACHINE-DATE.json and .md.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks.common import CHECKOUT, RESULTS, header, save
+from rectvlm.labels import N_REGIONS
+from rectvlm.models.attention import SliceRegionAttention
+from rectvlm.train.memory import peak_memory_bytes, reset_peak_memory
+
+SLICES, CHANNELS = 16, 64
+WAYS = ("plain", "folded", "dense mask", "formula", "flex")
+_WORDS = {
+    "plain": "plain, no biases",
+    "folded": "folded (ours)",
+    "dense mask": "dense mask",
+    "formula": "formula, N × N matrices",
+    "flex": "FlexAttention",
+}
+
+
+class Example:
+    """Queries, keys and values (1, H, …, 64) with both biases, all requiring gradients."""
+
+    def __init__(self, side: int, heads: int, dtype: torch.dtype, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.n = SLICES * side * side
+        self.module = SliceRegionAttention(heads * CHANNELS, heads, SLICES).to(device, dtype)
+        torch.nn.init.normal_(self.module.slice_bias)
+
+        def leaf(*shape: int) -> Tensor:
+            return torch.randn(1, heads, *shape, dtype=dtype, device=device).requires_grad_()
+
+        keys = 1 + self.n + N_REGIONS
+        self.q, self.k, self.v = leaf(1 + self.n, CHANNELS), leaf(keys, CHANNELS), leaf(keys, CHANNELS)
+        self.slice_index = torch.arange(SLICES, device=device).repeat_interleave(side * side)
+        self.log_prior = torch.randn(1, self.n, N_REGIONS, dtype=dtype, device=device).log_softmax(-1)
+
+    def mask(self) -> Tensor:
+        """(1, H, 1 + N, 1 + N + R): both biases, dense."""
+        distance = self.slice_index[:, None] - self.slice_index[None] + SLICES - 1
+        patches = torch.cat(
+            [
+                self.module.slice_bias[:, distance],
+                self.log_prior.expand(self.module.heads, -1, -1).to(self.module.slice_bias.dtype),
+            ],
+            dim=-1,
+        )
+        return F.pad(patches, (1, 0, 1, 0))[None]
+
+    def attend(self, way: str) -> Tensor:
+        """(1, H, 1 + N, 64) by one of `WAYS`."""
+        if way == "plain":
+            return F.scaled_dot_product_attention(self.q, self.k, self.v)
+        if way == "folded":
+            return self.module._folded(self.q, self.k, self.v, self.slice_index, self.log_prior, SLICES)
+        if way == "dense mask":
+            return F.scaled_dot_product_attention(self.q, self.k, self.v, attn_mask=self.mask())
+        if way == "formula":
+            return (self.q @ self.k.mT / CHANNELS**0.5 + self.mask()).softmax(-1) @ self.v
+        return self._flex()
+
+    def _flex(self) -> Tensor:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        n, bias, prior, slices = self.n, self.module.slice_bias, self.log_prior, self.slice_index
+
+        def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            own, other = slices[(i - 1).clamp(min=0)], slices[(j - 1).clamp(0, n - 1)]
+            to_patch = bias[h, own - other + SLICES - 1]
+            to_region = prior[b, (i - 1).clamp(min=0), (j - 1 - n).clamp(min=0)]
+            added = torch.where(j == 0, 0.0, torch.where(j <= n, to_patch, to_region))
+            return value + torch.where(i == 0, 0.0, added)
+
+        global _compiled
+        _compiled = _compiled or torch.compile(flex_attention)
+        return _compiled(self.q, self.k, self.v, score_mod=score)
+
+
+_compiled: Callable[..., Any] | None = None
+
+
+def once(example: Example, way: str) -> float:
+    """Seconds of a forward and a backward pass."""
+    for tensor in (example.q, example.k, example.v, example.module.slice_bias):
+        tensor.grad = None
+    _wait(example.q.device)
+    begin = time.perf_counter()
+    example.attend(way).square().sum().backward()
+    _wait(example.q.device)
+    return time.perf_counter() - begin
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def on_gpu(side: int, heads: int, dtype: torch.dtype, rounds: int) -> dict[str, dict[str, Any]]:
+    """All ways in turns; a way that runs out of memory is named so."""
+    device = torch.device("cuda")
+    found: dict[str, dict[str, Any]] = {}
+    for way in WAYS:
+        example = Example(side, heads, dtype, device)
+        try:
+            once(example, way)
+            before = reset_peak_memory()
+            seconds = [once(example, way) for _ in range(rounds)]
+            found[way] = {"seconds": seconds, "peak_bytes": peak_memory_bytes() - before}
+        except torch.OutOfMemoryError:
+            found[way] = {"seconds": None, "peak_bytes": None}
+        del example
+        torch.cuda.empty_cache()
+    return found
+
+
+def in_process(way: str, side: int, heads: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """One way on the CPU, in this process: seconds, and how much its resident peak grew."""
+    example = Example(side, heads, dtype, torch.device("cpu"))
+    before = reset_peak_memory()
+    seconds = [once(example, way) for _ in range(rounds + 1)][1:]  # the first warms up
+    return {"seconds": seconds, "peak_bytes": peak_memory_bytes() - before}
+
+
+def on_cpu(side: int, heads: int, dtype: str, rounds: int) -> dict[str, dict[str, Any]]:
+    """All ways but FlexAttention, whose backward pass PyTorch has for GPUs only."""
+    found = {}
+    for way in WAYS[:-1]:
+        arguments = ["--sides", str(side), "--heads", str(heads), "--dtype", dtype, "--rounds", str(rounds)]
+        command = [sys.executable, "-m", "benchmarks.attention", "--one", way, *arguments]
+        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+        found[way] = json.loads(done.stdout)
+    return found
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """The result as a page."""
+    lines = [
+        header("Attention with slice bias and region prior", "python -m benchmarks.attention", result),
+        f"{result['heads']} heads of {CHANNELS} channels, {result['dtype']}, {SLICES} slices; forward and backward, "
+        f"median of {result['rounds']}; memory beyond the inputs.\n\n| patches | way | seconds | times plain | GB |\n"
+        "|---|---|---|---|---|\n",
+    ]
+    for row in result["rows"]:
+        plain = statistics.median(row["ways"]["plain"]["seconds"])
+        for way, one in row["ways"].items():
+            if one["seconds"] is None:
+                lines.append(f"| {row['patches']} | {_WORDS[way]} | out of memory | | |\n")
+                continue
+            seconds = statistics.median(one["seconds"])
+            lines.append(
+                f"| {row['patches']} | {_WORDS[way]} | {seconds:.4f} | {seconds / plain:.2f} "
+                f"| {one['peak_bytes'] / 1e9:.2f} |\n"
+            )
+    return "".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    options = _parse(arguments)
+    logging.basicConfig(level=logging.ERROR)
+    dtype = getattr(torch, options.dtype)
+    if options.one:
+        sys.stdout.write(json.dumps(in_process(options.one, options.sides[0], options.heads, dtype, options.rounds)))
+        return 0
+    from rectvlm.evaluate import machine
+
+    begin = time.monotonic()
+    gpu = torch.cuda.is_available()
+    rows = [
+        {
+            "patches": SLICES * side * side,
+            "ways": on_gpu(side, options.heads, dtype, options.rounds)
+            if gpu
+            else on_cpu(side, options.heads, options.dtype, options.rounds),
+        }
+        for side in options.sides
+    ]
+    result = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": {"torch": torch.__version__},
+        "heads": options.heads,
+        "dtype": options.dtype,
+        "rounds": options.rounds,
+        "rows": rows,
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+    page = to_markdown(result)
+    console = Console(stderr=True)
+    console.print(page, markup=False, highlight=False, soft_wrap=True)
+    console.print(str(save(options.out, "attention", result, page)), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=(__doc__ or "").split("\n")[0])
+    sides = [16, 24, 32] if gpu else [8, 12, 16]
+    parser.add_argument("--sides", type=int, nargs="+", default=sides, help=f"patches a row (default {sides})")
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each way (default 3)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if gpu else "float32")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Encoder and localizer, forward and backward: seconds, TFLOP/s, and how near they come to the matrix product's rate.
+
+    python -m benchmarks.encoder [--config large] [--parts encoder localizer] [--micro-batch 1] [--rounds 5]
+
+Plain PyTorch in bfloat16, as the engine trains, on a random CT of the configuration's grid. Floating-point operations
+are those that PyTorch counts in one forward and backward pass without recomputation (`flop_counter`); what
+checkpointing computes twice counts once, so the share is of useful work. The matrix product is square, in bfloat16, of
+8192 rows on a GPU and 2048 elsewhere. Results go to benchmarks/results/encoder-MACHINE-DATE.json and .md.
+"""
+
+import argparse
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.common import RESULTS, header, save
+from rectvlm.config import Config, load
+from rectvlm.labels import N_FINDINGS, N_LESIONS, N_REGIONS
+from rectvlm.models.encoder import Encoder, Features
+from rectvlm.models.localizer import Localizer
+from rectvlm.models.text import Prompts
+from rectvlm.train.memory import peak_memory_bytes, reset_peak_memory
+
+PARTS = ("encoder", "localizer")
+TEXT_WIDTH = 768
+
+
+class Inputs:
+    """A batch of noise on the grid of a configuration."""
+
+    def __init__(self, config: Config, micro_batch: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (micro_batch, *config.data.grid)
+        self.ct = torch.randint(-1024, 600, shape, generator=generator, dtype=torch.int16).to(device)
+        self.regions = torch.randint(0, N_REGIONS + 1, shape, generator=generator, dtype=torch.uint8).to(device)
+        self.known = torch.ones(micro_batch, dtype=torch.bool, device=device)
+        counts = (N_FINDINGS, N_FINDINGS, N_LESIONS)
+        self.prompts = Prompts(*(torch.randn(n, TEXT_WIDTH) for n in counts)).to(device)
+        z, y, x = (n // p for n, p in zip(config.data.grid, config.encoder.patch, strict=True))
+        levels, width = 1 + len(config.encoder.taps), config.encoder.width
+
+        def features(*size: int) -> Tensor:
+            return torch.randn(micro_batch, *size, device=device, dtype=torch.bfloat16).requires_grad_()
+
+        patches = features(z * y * x, width)
+        self.features = Features(
+            features(width), patches, features(N_REGIONS, width), (z, y, x), features(z * y * x, width * levels)
+        )
+
+
+def build(part: str, config: Config, checkpointing: bool) -> nn.Module:
+    """A part with random weights, in bfloat16."""
+    torch.manual_seed(0)
+    encoder = config.encoder.model_copy(update={"checkpointing": checkpointing})
+    if part == "encoder":
+        return Encoder(encoder, config.data).bfloat16()
+    localizer = config.localizer.model_copy(update={"checkpointing": checkpointing})
+    return Localizer(localizer, config.data, encoder, TEXT_WIDTH).bfloat16()
+
+
+def run(part: str, module: nn.Module, inputs: Inputs) -> Tensor:
+    """A forward pass, to a scalar."""
+    if part == "encoder":
+        features = module(inputs.ct, inputs.regions, inputs.known)
+        return features.whole.float().square().mean() + features.levels.float().square().mean()
+    found = module(inputs.ct, inputs.features, inputs.prompts)
+    return found.masks.square().mean() + found.half.square().mean() + found.coarse.square().mean() + found.denoising
+
+
+def count_flops(part: str, config: Config, micro_batch: int) -> int:
+    """Floating-point operations of a forward and a backward pass without recomputation, counted on the meta device."""
+    device = torch.device("meta")
+    with device:
+        module = build(part, config, checkpointing=False).train()
+    with FlopCounterMode(display=False) as counter:
+        run(part, module, Inputs(config, micro_batch, device)).backward()
+    return counter.get_total_flops()
+
+
+def measure(part: str, config: Config, micro_batch: int, rounds: int, checkpointing: bool) -> dict[str, Any]:
+    """Seconds forward and backward by round, and peak memory; seconds are None where it does not fit."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module, inputs = build(part, config, checkpointing).to(device).train(), Inputs(config, micro_batch, device)
+    row: dict[str, Any] = {"part": part, "checkpointing": checkpointing, "forward": [], "backward": []}
+    try:
+        for turn in range(rounds + 1):
+            module.zero_grad(set_to_none=True)
+            begin = _now(device)
+            loss = run(part, module, inputs)
+            middle = _now(device)
+            loss.backward()
+            end = _now(device)
+            if turn:  # the first warms up
+                row["forward"].append(middle - begin)
+                row["backward"].append(end - middle)
+            else:
+                reset_peak_memory()
+    except torch.OutOfMemoryError:
+        row |= {"forward": None, "backward": None}
+    return row | {"peak_bytes": peak_memory_bytes()}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def matrix_rate(rounds: int = 10) -> float:
+    """FLOP/s of a square bfloat16 matrix product, the best of some."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product: Callable[[], Tensor] = lambda: a @ b  # noqa: E731
+    product()
+    best = float("inf")
+    for _ in range(rounds):
+        begin = _now(device)
+        product()
+        best = min(best, _now(device) - begin)
+    return 2 * n**3 / best
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """The result as a page."""
+    rate = result["matrix_flops_per_second"]
+    lines = [
+        header("Encoder and localizer", "python -m benchmarks.encoder", result),
+        f"Configuration {result['config']}: grid {' × '.join(map(str, result['grid']))}, micro-batch "
+        f"{result['micro_batch']}, bfloat16, median of {result['rounds']}. A square bfloat16 matrix product does "
+        f"{rate / 1e12:.2f} TFLOP/s here.\n\n| part | checkpointing | forward s | backward s | TFLOP | TFLOP/s "
+        "| of the matrix product | peak GB |\n|---|---|---|---|---|---|---|---|\n",
+    ]
+    for row in result["rows"]:
+        name = f"| {row['part']} | {'yes' if row['checkpointing'] else 'no'} "
+        if row["forward"] is None:
+            lines.append(f"{name}| out of memory | | | | | |\n")
+            continue
+        forward, backward = statistics.median(row["forward"]), statistics.median(row["backward"])
+        done = row["flops"] / (forward + backward)
+        lines.append(
+            f"{name}| {forward:.3f} | {backward:.3f} | {row['flops'] / 1e12:.2f} | {done / 1e12:.2f} "
+            f"| {done / rate:.0%} | {row['peak_bytes'] / 1e9:.2f} |\n"
+        )
+    return "".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    options = _parse(arguments)
+    logging.basicConfig(level=logging.ERROR)
+    from rectvlm.evaluate import machine
+
+    begin = time.monotonic()
+    config = load(options.config, options.overrides)
+    rows = []
+    for part in options.parts:
+        flops = count_flops(part, config, options.micro_batch)
+        for checkpointing in (False, True):
+            row = measure(part, config, options.micro_batch, options.rounds, checkpointing)
+            rows.append(row | {"flops": flops})
+    result = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": {"torch": torch.__version__},
+        "config": config.name,
+        "grid": config.data.grid,
+        "micro_batch": options.micro_batch,
+        "rounds": options.rounds,
+        "matrix_flops_per_second": matrix_rate(),
+        "rows": rows,
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+    page = to_markdown(result)
+    console = Console(stderr=True)
+    console.print(page, markup=False, highlight=False, soft_wrap=True)
+    console.print(str(save(options.out, "encoder", result, page)), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.encoder", description=(__doc__ or "").split("\n")[0])
+    default = "large" if torch.cuda.is_available() else "demo"
+    parser.add_argument("--config", default=default, help="default: large on a GPU, else demo")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5, help="measurements (default 5)")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("overrides", nargs="*", metavar="part.field=value", help="changes of the configuration")
+    return parser.parse_intermixed_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
