@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from rectvlm import weights
 from rectvlm.config import Config, GeneratorConfig
 from rectvlm.models.encoder import Features
-from rectvlm.models.language import load_language_model, lora_targets
+from rectvlm.models.language import causal_lm, load_language_model, lora_targets
 from rectvlm.models.reporter import MARKER, REQUEST, SYSTEM, ReportGenerator
 from rectvlm.types import UserError
 
@@ -64,9 +64,9 @@ def wake(generator: ReportGenerator) -> None:
 
 
 def what_the_model_sees(generator: ReportGenerator, act: Callable[[], Any]) -> dict[str, Tensor]:
-    """The arguments of the language model's first call."""
+    """The arguments of the first call of the language model's decoder."""
     calls: list[dict[str, Tensor]] = []
-    handle = generator.language_model.register_forward_pre_hook(
+    handle = causal_lm(generator.language_model).base_model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True
     )
     try:

@@ -1,19 +1,34 @@
 """The language model: any causal LM of Transformers, 4-bit and frozen, with LoRA.
 
-Nothing here knows a family by name: which layers carry LoRA is read from the module tree.
+Nothing here knows a family by name: which layers carry LoRA is read from the module tree, the prompt is the model's own
+chat template, and what follows its last hidden state is its own code (`head_logits`).
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from rectvlm.config import GeneratorConfig
+from rectvlm.models.loading import (
+    Checkpoint,
+    Settle,
+    fill,
+    generation_config,
+    is_complete,
+    with_packed_layers,
+    without_memory,
+)
 from rectvlm.types import UserError
+
+ROWS = 2048
+"""Word embeddings that are measured at once."""
 
 
 @dataclass
@@ -25,18 +40,50 @@ class LanguageModel:
     width: int
     """Channels of a word embedding."""
     embedding_std: float
-    """Standard deviation of the word embeddings."""
+    """Standard deviation of the word embeddings, as they enter the first layer."""
 
 
-def load_language_model(config: GeneratorConfig, folder: str | Path) -> LanguageModel:
-    """Load, quantize and adapt a language model.
+def load_language_model(
+    config: GeneratorConfig, folder: str | Path, device: torch.device | None = None, settle: Settle | None = None
+) -> LanguageModel:
+    """Load, quantize and adapt a language model, one module at a time.
 
     Args:
         config: quantization and LoRA.
         folder: a local folder or a hub id.
+        device: where weights are packed and kept; by default the GPU if there is one and they are packed.
+        settle: called for each module as soon as it is whole; an engine shards it there.
 
     Raises:
-        UserError: the model has no chat template or no attention layers that LoRA can adapt.
+        UserError: an architecture that Transformers does not know, no chat template, no attention layers that LoRA can
+            adapt, or weights that are packed in another way than the configuration says.
+    """
+    geometry = _geometry(folder)
+    tokenizer = load_tokenizer(folder)
+    checkpoint = Checkpoint.open(str(folder))
+    _check_packing(config, geometry, folder, checkpoint)
+    settings = quantization(config)
+    model = without_memory(geometry)
+    if checkpoint is None or not is_complete(model, checkpoint):
+        # Another file format, or names that Transformers converts: it loads the whole model on every rank.
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=settings)
+        std = embedding_std(model.get_input_embeddings())
+    else:
+        if settings is not None:
+            with_packed_layers(model, settings, checkpoint.packed)
+        std = fill_and_measure(model, checkpoint, device or _default_device(config), settle)
+        model.generation_config = generation_config(str(folder), geometry)
+    # `generate` warns about sampling settings that greedy decoding ignores; the caller chooses them anew.
+    model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+    width = model.get_input_embeddings().embedding_dim
+    return LanguageModel(adapt(model, config), tokenizer, width, std)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a language model, able to pad.
+
+    Raises:
+        UserError: it has no chat template.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.chat_template is None:
@@ -46,14 +93,63 @@ def load_language_model(config: GeneratorConfig, folder: str | Path) -> Language
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=quantization(config), low_cpu_mem_usage=True
-    )
-    # `generate` warns about sampling settings that greedy decoding ignores; the caller chooses them anew.
-    model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
-    embedding: torch.Tensor = model.get_input_embeddings().weight
-    width, std = embedding.shape[1], embedding.float().std().item()
-    return LanguageModel(adapt(model, config), tokenizer, width, std)
+    return tokenizer
+
+
+def _geometry(folder: str | Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except ValueError as error:  # OSError speaks of a folder or hub id that is not there, in words of its own
+        raise UserError(
+            f"The language model {folder} is of a kind that this Transformers does not know "
+            f"({str(error).splitlines()[0]}); choose another, or update Transformers."
+        ) from error
+
+
+def _check_packing(config: GeneratorConfig, geometry: Any, folder: str | Path, checkpoint: Checkpoint | None) -> None:
+    """Weights that come packed must be packed as the configuration says."""
+    stored = getattr(geometry, "quantization_config", None)
+    if stored is None:
+        return
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    kind = stored.get("bnb_4bit_quant_type") if stored.get("load_in_4bit") else stored.get("quant_method")
+    if kind != config.quantization or checkpoint is None or not checkpoint.packed:
+        raise UserError(
+            f"The weights of {folder} are quantized already ({kind}), but generator.quantization is "
+            f"{config.quantization}; "
+            + ("set it to nf4." if kind == "nf4" else "choose a model in bfloat16, or packed to nf4 by bitsandbytes.")
+        )
+
+
+def _default_device(config: GeneratorConfig) -> torch.device:
+    on_gpu = config.quantization != "none" and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def fill_and_measure(model: Any, source: Any, device: torch.device, settle: Settle | None) -> float:
+    """`fill`, and the spread of the word embeddings, which is known only while they are whole."""
+    words, found = model.get_input_embeddings(), []
+
+    def measured(module: nn.Module) -> None:
+        if module is words:
+            found.append(embedding_std(words))
+        if settle is not None:
+            settle(module)
+
+    fill(model, source, device, measured)
+    return found[0]
+
+
+@torch.no_grad()
+def embedding_std(words: Any) -> float:
+    """Standard deviation of all word embeddings, by the module's own forward: some families scale there."""
+    total, squares = 0.0, 0.0
+    for ids in torch.arange(words.num_embeddings, device=words.weight.device).split(ROWS):
+        rows = words(ids).float()
+        total += rows.sum(dtype=torch.float64).item()
+        squares += rows.square().sum(dtype=torch.float64).item()
+    count = words.num_embeddings * words.embedding_dim
+    return max(0.0, (squares - total * total / count) / (count - 1)) ** 0.5
 
 
 def adapt(model: Any, config: GeneratorConfig) -> Any:
@@ -70,7 +166,12 @@ def adapt(model: Any, config: GeneratorConfig) -> Any:
         target_modules=lora_targets(model, config.lora_targets),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora, autocast_adapter_dtype=False).to(torch.bfloat16)
+    adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    for parameter in adapted.parameters():
+        # Parameters alone: in bf16, the frequencies of rotary positions would be wrong by 0.4%.
+        if parameter.is_floating_point() and parameter.dtype != torch.bfloat16:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return adapted
 
 
 def quantization(config: GeneratorConfig) -> BitsAndBytesConfig | None:
@@ -105,3 +206,36 @@ def lora_targets(model: nn.Module, choice: str) -> list[str]:
             "generator.lora_targets=attention needs; set generator.lora_targets=all-linear."
         )
     return names
+
+
+def causal_lm(model: Any) -> Any:
+    """The causal LM inside its adapter."""
+    return model.get_base_model()
+
+
+def hidden_states(model: Any, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    """What the decoder says, before the output layer: (B, T, E) from embeddings (B, T, E)."""
+    decoder = causal_lm(model).base_model
+    found = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
+    return found[0]
+
+
+class _GivenStates(nn.Module):
+    """Stands where the decoder stood."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def head_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits (B, P, V) of hidden states (B, P, E), by the model's own forward with its decoder left out.
+
+    Scales, soft caps and biases after the decoder are the family's own code, and its output layer is called as a
+    module, so that an engine which shards gathers it.
+    """
+    whole = causal_lm(model)
+    assert whole.base_model is not whole, f"{type(whole).__name__} has no decoder of its own"
+    head = copy.copy(whole)
+    head._modules = {**whole._modules, whole.base_model_prefix: _GivenStates()}
+    # `forward`, not a call: hooks of the whole model stay out of it.
+    return head.forward(inputs_embeds=hidden, use_cache=False).logits

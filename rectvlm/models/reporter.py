@@ -4,9 +4,10 @@ Shapes: B samples, M image tokens, Q visual tokens, T text positions, E width of
 
 The prompt is the model's own chat template. Its user turn holds a marker, where the visual tokens go, and the cues: the
 findings and the lesions with their places, in words. Only the report's tokens carry loss. Rows are padded on the left,
-so that all reports end at the same position and logits are computed for those positions alone.
+so that all reports end at the same position and logits are computed for those positions alone, some at a time.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from jinja2 import TemplateError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rectvlm.config import GeneratorConfig
 from rectvlm.models.encoder import Features
-from rectvlm.models.language import LanguageModel
+from rectvlm.models.language import LanguageModel, head_logits, hidden_states
 from rectvlm.models.layers import Block, Mlp
 
 MARKER = "<volume>"
@@ -100,16 +102,18 @@ class ReportGenerator(nn.Module):
             targets.append(target)
         embeds, mask = self._embed(visual, rows)
 
-        longest = max(1, *(len(t) for t in targets))
+        chunks = math.ceil(len(rows) * self.config.max_report_tokens / self.config.loss_chunk)
+        longest = max(math.ceil(chunks / len(rows)), *(len(target) for target in targets))
         labels = torch.full((len(rows), longest), IGNORED, device=visual.device)
         for row, target in enumerate(targets):
             if target:
                 labels[row, -len(target) :] = torch.tensor(target, device=visual.device)
+        # Padding is on the left, so positions are counted from each row's first real token.
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
         # Position t predicts token t + 1: the last `longest + 1` positions, without the very last.
-        logits = self._run(embeds, mask, keep=longest + 1).logits[:, :-1]
-        loss = F.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-        ).view_as(labels)
+        hidden = hidden_states(self.language_model, embeds, mask, positions)[:, -longest - 1 : -1]
+        assert hidden.shape[1] == longest, "the prompt is shorter than the number of chunks"
+        loss = self._losses(hidden.flatten(0, 1), labels.flatten(), chunks).view_as(labels)
         count = (labels != IGNORED).sum(1)
         return ReportLoss(
             loss.sum(1) / count.clamp_min(1), count, -loss, sum(len(b) + visual.shape[1] + len(a) for b, a in rows)
@@ -122,7 +126,9 @@ class ReportGenerator(nn.Module):
         """Write a report for each sample; greedy unless `options` (of `generate` in Transformers) say otherwise."""
         visual = self.resampler(features)
         embeds, mask = self._embed(visual, [self.prompt(cue) for cue in cues])
-        options = {"do_sample": False, **options}
+        # Sharded by an engine, all ranks must run until the longest report has ended.
+        shared = any(hasattr(parameter, "ds_id") for parameter in self.language_model.parameters())
+        options = {"do_sample": False, "synced_gpus": shared, **options}
         tokens = self.language_model.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -154,13 +160,18 @@ class ReportGenerator(nn.Module):
         embeds = words.masked_scatter(is_visual[..., None], visual.to(words.dtype))
         return embeds, mask
 
-    def _run(self, embeds: Tensor, mask: Tensor, keep: int) -> Any:
-        # Padding is on the left, so positions are counted from each row's first real token.
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        return self.language_model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=keep,
-        )
+    def _losses(self, hidden: Tensor, labels: Tensor, chunks: int) -> Tensor:
+        """Negative log-likelihoods (P,) float32 of labels (P,) after hidden states (P, E); 0 where ignored.
+
+        Logits of one chunk exist at a time, here and in the backward pass, which computes them again. The number of
+        chunks is a function of the configuration and the batch size, not of the reports: under ZeRO-3 every rank must
+        call the output layer equally often.
+        """
+        parts = []
+        for states, wanted in zip(hidden.tensor_split(chunks), labels.tensor_split(chunks), strict=True):
+            parts.append(checkpoint(self._chunk_losses, states, wanted, use_reentrant=False, preserve_rng_state=False))
+        return torch.cat(parts)
+
+    def _chunk_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = head_logits(self.language_model, hidden[None])[0]
+        return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")

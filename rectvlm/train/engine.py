@@ -4,7 +4,6 @@ It turns a DeepSpeed JSON into a running engine, with whatever number of process
 what runs is what was asked for: Accelerate can fall back to one process, or drop DeepSpeed, without a word.
 """
 
-import json
 import logging
 import os
 import socket
@@ -17,17 +16,16 @@ import torch
 import torch.distributed as dist
 from accelerate.accelerator import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
+from bitsandbytes.nn import Linear4bit
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from rectvlm.config import PhaseConfig
 from rectvlm.train.memory import peak_memory_bytes
+from rectvlm.train.sharding import persistence_threshold, read_settings
 from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
-
-MOST_RESIDENT = 1_000_000
-"""Largest parameter that ZeRO-3 leaves whole on every rank: rank-64 LoRA of a 70B passes, its layers do not."""
 
 
 def _defaults_for_one_process() -> None:
@@ -48,17 +46,6 @@ def _defaults_for_one_process() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"No DeepSpeed configuration at {path}: expected one JSON file a phase in ds_configs/."
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from error
-
-
 class Engine:
     """Processes, sharding, backward, optimizer step, and the state of all that."""
 
@@ -74,13 +61,7 @@ class Engine:
         Raises:
             UserError: no such JSON, or Accelerate was told to run without DeepSpeed.
         """
-        settings = _read_json(ds_config)
-        filled = {
-            "train_micro_batch_size_per_gpu": phase.micro_batch,
-            "gradient_accumulation_steps": phase.accumulation,
-            "gradient_clipping": clip,
-        }
-        settings.update({key: value for key, value in filled.items() if settings.get(key, "auto") == "auto"})
+        settings = read_settings(ds_config, phase, clip)
         _defaults_for_one_process()
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         # A launcher's own DeepSpeed settings would win over the JSON of the phase.
@@ -96,6 +77,7 @@ class Engine:
             project_dir=str(run_folder),
         )
         self._check(ds_config)
+        self._settled: Any = None
         self.model: Any = None
         self.optimizer: Any = None
 
@@ -130,14 +112,53 @@ class Engine:
         """Where batches go."""
         return self.accelerator.device
 
+    def settle(self, module: nn.Module) -> None:
+        """Under ZeRO-3, keep this rank's share of a module's own parameters alone; else nothing happens.
+
+        A model that is loaded module by module is never whole on any rank. Every rank must call it in the same order.
+        """
+        fresh = [p for p in module.parameters(recurse=False) if not hasattr(p, "ds_id")]
+        if not fresh or self._zero["stage"] != 3:
+            return
+        if self._settled is None:
+            settings = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "train_batch_size": self.world}
+            deepspeed.zero.Init(nn.ParameterList(fresh), config_dict_or_path=settings)
+            self._settled = fresh[0]
+        else:
+            self._settled.convert_to_zero_parameters(param_list=fresh)
+        if isinstance(module, Linear4bit):
+            # In eval mode it would repack the gathered weights, and the state that it shares with the shards.
+            module.support_avx512bf16_for_cpu = False
+
+    @property
+    def _zero(self) -> dict[str, Any]:
+        return self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+
+    def _cast_and_move(self, model: nn.Module) -> None:
+        """What DeepSpeed leaves out when a part of the model is sharded already: dtype, device, one value for all."""
+        for parameter in model.parameters():
+            if not hasattr(parameter, "ds_id"):  # DeepSpeed broadcasts it when it shards it
+                dtype = torch.bfloat16 if parameter.is_floating_point() else parameter.dtype
+                parameter.data = parameter.data.to(self.device, dtype)
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer = buffer.to(self.device).contiguous()
+                    dist.broadcast(buffer, 0)
+
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Shard the model and the optimizer state."""
-        packed = {name: p.numel() for name, p in model.named_parameters() if type(p).__name__ == "Params4bit"}
+        packed = {
+            name: getattr(p, "ds_numel", p.numel())
+            for name, p in model.named_parameters()
+            if type(p).__name__ == "Params4bit"
+        }
         self._packed = list(packed)
-        zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero = self._zero
         if zero.get("stage3_param_persistence_threshold") == "auto":
-            # Smaller parameters stay whole on every rank: adapters and norms should, packed weights must not.
-            zero["stage3_param_persistence_threshold"] = min([*packed.values(), MOST_RESIDENT]) - 1
+            zero["stage3_param_persistence_threshold"] = persistence_threshold(packed.values())
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            self._cast_and_move(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)

@@ -35,7 +35,8 @@ def main(number: int, checkout: Path, argv: Sequence[str] | None = None) -> None
     phase = PHASES[number]
     args = _parse(phase, argv)
     try:
-        run(phase, load(args.config, args.overrides), checkout, args.resume, args.restart)
+        ds_config = args.ds_config or checkout / "ds_configs" / f"phase{phase.number}.json"
+        run(phase, load(args.config, args.overrides), ds_config, args.resume, args.restart)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
@@ -50,11 +51,17 @@ def _parse(phase: Phase, argv: Sequence[str] | None) -> argparse.Namespace:
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on from this phase's newest checkpoint")
     start.add_argument("--restart", action="store_true", help="delete this phase's earlier run and begin anew")
+    parser.add_argument(
+        "--ds-config",
+        type=Path,
+        metavar="JSON",
+        help=f"instead of ds_configs/phase{phase.number}.json",
+    )
     parser.add_argument("overrides", nargs="*", metavar="part.field=value", help="change a value of the configuration")
     return parser.parse_args(argv)
 
 
-def run(phase: Phase, config: Config, checkout: Path, resume: bool, restart: bool) -> None:
+def run(phase: Phase, config: Config, ds_config: Path, resume: bool, restart: bool) -> None:
     """Train one phase.
 
     Raises:
@@ -66,14 +73,14 @@ def run(phase: Phase, config: Config, checkout: Path, resume: bool, restart: boo
     start = _start(folder, phase, resume)
     _prepare_models(phase, config)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints which op it has built
-        engine = Engine(checkout / "ds_configs" / f"phase{phase.number}.json", settings, config.train.clip, folder)
+        engine = Engine(ds_config, settings, config.train.clip, folder)
     if not engine.is_main:
         logging.getLogger("rectvlm").setLevel(logging.WARNING)
     if not resume:
         _clear(folder, settings.steps, restart, engine)
 
     torch.manual_seed(config.train.seed)
-    model = build(phase, config, source)
+    model = build(phase, config, source, engine)
     freeze_all_but(model, settings.lr)
     optimizer = build_optimizer(model, config.train, settings)
     position = Position(step=0, samples_seen=0)
@@ -107,15 +114,16 @@ def _prepare_models(phase: Phase, config: Config) -> None:
         weights.resolve(config.generator.model)
 
 
-def build(phase: Phase, config: Config, source: Path | None) -> RectVLM:
-    """The model of a phase, with the weights of the phase before.
+def build(phase: Phase, config: Config, source: Path | None, engine: Engine) -> RectVLM:
+    """The model of a phase, with the weights of the phase before; the engine shards the language model as it is read.
 
     Raises:
         UserError: the weights do not fit, naming what is missing or unexpected.
     """
     language = None
     if "generator" in phase.parts:
-        language = load_language_model(config.generator, weights.resolve(config.generator.model))
+        folder = weights.resolve(config.generator.model)
+        language = load_language_model(config.generator, folder, engine.device, engine.settle)
     if source is None:
         prompts = Prompts.embed(weights.resolve(config.text.model), config.text.max_tokens)
         return RectVLM(config, phase.parts, prompts, language)
