@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rectvlm.config import Config, DataConfig
-from rectvlm.data.loader import ShardDataset, TrainOrder, collate, eval_loader, train_loader
+from rectvlm.data.loader import VOLUMES, ShardDataset, TrainOrder, collate, eval_loader, train_loader
 from rectvlm.data.shards import write_shards
+from rectvlm.data.slots import Pool
 from rectvlm.labels import FINDINGS, LESIONS, WINDOWS
 from rectvlm.models.encoder import apply_windows
 from rectvlm.types import Batch, UserError
@@ -81,6 +82,52 @@ def test_a_resumed_loader_gives_the_next_batch(data: DataConfig) -> None:
 def test_worker_processes_give_the_same_batches(data: DataConfig) -> None:
     with_workers = first(data.model_copy(update={"workers": 2}), 4)
     assert all(same(a, b) for a, b in zip(with_workers, first(data, 4), strict=True))
+
+
+def test_what_a_consumer_keeps_is_never_written_over(data: DataConfig) -> None:
+    """Batches dropped at once take turns in a few slots; one kept whole, and a single volume's view, stay."""
+    expected = first(data, 14)
+    places, kept, view = set(), None, None
+    batches = iter(train_loader(data.model_copy(update={"workers": 1}), 2, 0, 1, seed=0))
+    for i, wanted in enumerate(expected):
+        batch = next(batches)
+        assert same(batch, wanted)
+        places.add(batch.ct.data_ptr())
+        if i == 2:
+            kept = batch
+        if i == 5:
+            view = batch.regions[1, 3]
+    assert kept is not None and view is not None
+    assert same(kept, expected[2]) and torch.equal(view, expected[5].regions[1, 3])
+    assert 2 <= len(places) <= 6
+    del batch
+    batches.close()
+    assert same(kept, expected[2])
+
+
+def test_more_batches_than_slots_can_be_kept(data: DataConfig) -> None:
+    kept = first(data.model_copy(update={"workers": 1}), 9)
+    assert len({batch.ct.data_ptr() for batch in kept}) == 9
+    assert all(same(a, b) for a, b in zip(kept, first(data, 9), strict=True))
+
+
+def test_a_slot_is_free_when_nothing_lies_on_its_volumes() -> None:
+    pool = Pool(2, 2, 3, VOLUMES, (2, 4, 8))
+    slot, arrays = pool.take(1, 2) or (None, {})
+    assert slot == 2, "the second worker's first"
+    for i, array in enumerate(arrays.values()):
+        array[:] = i + 1
+    opened = pool.open(2, 2)
+    assert {name: (v.dtype, tuple(v.shape), v.unique().tolist()) for name, v in opened.items()} == {
+        name: (dtype, (2, 2, 4, 8), [i + 1]) for i, (name, dtype) in enumerate(VOLUMES.items())
+    }
+    assert (pool.take(1, 3) or ())[0] == 3 and pool.take(1, 1) is None
+    assert (pool.take(0, 3) or ())[0] == 0 and pool.take(0, 4) is None
+    part = opened["lesions"][1].flatten()[4:]
+    del opened
+    assert pool.take(1, 1) is None
+    del part
+    assert (pool.take(1, 1) or ())[0] == 2
 
 
 CUDA = pytest.param(

@@ -18,7 +18,8 @@ import itertools
 import math
 import shutil
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,17 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from rectvlm.config import DataConfig
 from rectvlm.data.report import report_text
 from rectvlm.data.shards import Entry, read_index, read_sample
+from rectvlm.data.slots import Pool, find_pool
 from rectvlm.data.store import Store
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.types import Batch, Sample, SampleMeta, Split, UserError
 
 VOLUMES = {"ct": torch.int16, "lesions": torch.uint8, "regions": torch.uint8}
+_NUMPY = {"ct": np.int16, "lesions": np.uint8, "regions": np.uint8}
 _PREFETCH = 2
 """Batches that each worker holds ready."""
+_HELD = 2
+"""Batches that the main process holds at a time: the next one comes before the last one goes."""
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -75,32 +80,62 @@ class ShardDataset(Dataset[Sample]):
         Raises:
             UserError: see `read_sample`.
         """
-        volumes = {name: _allocate((len(numbers), *self.grid), dtype) for name, dtype in VOLUMES.items()}
-        arrays: dict[str, NDArray[Any]] = {name: volume.numpy() for name, volume in volumes.items()}
-        metas = [
+        # NumPy asks for huge pages, torch does not.
+        arrays = {name: np.empty((len(numbers), *self.grid), _NUMPY[name]) for name in VOLUMES}
+        metas = self.read(numbers, arrays)
+        return _batch({name: torch.from_numpy(array) for name, array in arrays.items()}, metas)
+
+    def read(self, numbers: Sequence[int], arrays: Mapping[str, NDArray[Any]]) -> list[SampleMeta]:
+        """Some samples, the volumes into arrays of (sample, z, y, x) by name.
+
+        Raises:
+            UserError: see `read_sample`.
+        """
+        return [
             read_sample(self.store, self.entries[number], {name: array[i] for name, array in arrays.items()}).meta
             for i, number in enumerate(numbers)
         ]
-        return _batch(volumes, metas)
 
-    def __getitems__(self, numbers: list[int]) -> Batch | UserError:
-        # What DataLoader calls. It would wrap a worker's exception in a traceback: an error that is for the user
-        # travels as a value, and `_Batches` raises it.
+    def __getitems__(self, numbers: list[int]) -> Batch:  # what DataLoader calls
+        return self.batch(numbers)
+
+
+class _InWorker(Dataset[Sample]):
+    """What a worker reads from: a dataset, and the slots that its batches go to."""
+
+    def __init__(self, dataset: ShardDataset, pool: Pool) -> None:
+        self.dataset, self.pool = dataset, pool
+
+    def __getitems__(self, numbers: list[int]) -> "_Parcel | Batch | UserError":
+        # DataLoader would wrap a worker's exception in a traceback: an error that is for the user travels as a value,
+        # and `_Batches` raises it.
+        worker = get_worker_info()
+        assert worker is not None
+        taken = self.pool.take(worker.id, len(numbers))
         try:
-            return self.batch(numbers)
+            if taken is None:
+                return self.dataset.batch(numbers)
+            slot, arrays = taken
+            return _Parcel(self.pool.number, slot, self.dataset.read(numbers, arrays))
         except UserError as error:
-            if get_worker_info() is None:
-                raise
             return error
 
 
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An empty tensor; in a worker, in the shared memory through which it will reach the main process anyway."""
-    if get_worker_info() is None:
-        # NumPy asks for huge pages, torch does not.
-        return torch.from_numpy(np.empty(shape, torch.empty(0, dtype=dtype).numpy().dtype))
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
+@dataclass(frozen=True)
+class _Parcel:
+    """A batch on its way from a worker: where its volumes lie, and all else."""
+
+    pool: int
+    slot: int
+    metas: list[SampleMeta]
+
+    def open(self) -> Batch:
+        """The batch, in the main process; once."""
+        return _batch(find_pool(self.pool).open(self.slot, len(self.metas)), self.metas)
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; called by torch's DataLoader, in a thread."""
+        return self.open().pin_memory()
 
 
 class TrainOrder:
@@ -170,9 +205,13 @@ class _Batches(Iterator[Batch]):
 
     def __init__(self, loader: Loader) -> None:
         order = _Stoppable(loader.order)
+        largest = len(next(iter(loader.order), [0]))
+        pool = (
+            Pool(loader.workers, _PREFETCH + _HELD, largest, VOLUMES, loader.dataset.grid) if loader.workers else None
+        )
         self._inner: Iterator[Any] = iter(
             DataLoader(
-                loader.dataset,
+                _InWorker(loader.dataset, pool) if pool else loader.dataset,
                 batch_sampler=order,
                 collate_fn=_as_it_is,
                 num_workers=loader.workers,
@@ -182,7 +221,7 @@ class _Batches(Iterator[Batch]):
                 multiprocessing_context="spawn" if loader.workers else None,
             )
         )
-        self.close = weakref.finalize(self, _finish, order, self._inner)
+        self.close = weakref.finalize(self, _finish, order, self._inner, pool)
         # `finalize` has an exit hook too, but multiprocessing's may come first and kill the workers at work.
         self.close.atexit = False
         atexit.register(self.close)
@@ -192,6 +231,8 @@ class _Batches(Iterator[Batch]):
         if isinstance(item, UserError):
             self.close()
             raise item
+        if isinstance(item, _Parcel):
+            return item.open()
         assert isinstance(item, Batch)
         return item
 
@@ -206,11 +247,12 @@ class _Stoppable:
         return itertools.takewhile(lambda _: not self.stopped, self.order)
 
 
-def _finish(order: _Stoppable, inner: Iterator[Any]) -> None:
+def _finish(order: _Stoppable, inner: Iterator[Any], pool: Pool | None) -> None:
     """Let workers hand over what they hold ready, whereupon DataLoader ends them.
 
     A worker that ends while its queue's thread is inside torch, sending a batch, aborts ("terminate called without an
-    active exception"): CPython ends such threads by unwinding their stack, which C++ does not allow.
+    active exception"): CPython ends such threads by unwinding their stack, which C++ does not allow. The pool must be
+    there for what is handed over.
     """
     order.stopped = True
     with contextlib.suppress(RuntimeError):  # a worker that has died already
@@ -248,7 +290,9 @@ def _require_shared_memory(config: DataConfig, micro_batch: int) -> None:
     if not (config.workers and _SHARED_MEMORY.is_dir()):
         return
     voxel_bytes = sum(dtype.itemsize for dtype in VOLUMES.values())
-    needed = config.workers * (_PREFETCH + 1) * micro_batch * math.prod(config.grid) * voxel_bytes
+    needed = (
+        (config.workers * _PREFETCH + max(config.workers, _HELD)) * micro_batch * math.prod(config.grid) * voxel_bytes
+    )
     free = shutil.disk_usage(_SHARED_MEMORY).free
     if free < needed:
         raise UserError(

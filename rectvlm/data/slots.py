@@ -1,0 +1,82 @@
+"""Room for batches in shared memory that workers and the main process use again and again.
+
+Fresh shared memory is handed out in small pages that the kernel clears one by one, which takes longer than decoding
+the voxels that go there. So the main process lays out some slots for each worker. A worker decodes into a slot of its
+own that is free; a byte for each volume, in shared memory too, says that it is in use, until the main process has
+dropped everything that lies on that volume.
+"""
+
+import itertools
+import math
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_PAGE = 4096
+_NUMBERS = itertools.count()
+_POOLS: "weakref.WeakValueDictionary[int, Pool]" = weakref.WeakValueDictionary()
+"""Those of this process that are in use, by number."""
+
+
+class Pool:
+    """Slots for batches of some volumes. Made in the main process, and sent to workers when they start."""
+
+    def __init__(
+        self, workers: int, slots: int, batch: int, volumes: Mapping[str, torch.dtype], grid: tuple[int, int, int]
+    ) -> None:
+        """`slots` for each of `workers`, each slot for `batch` samples; memory is taken as slots are first used."""
+        self.slots, self.batch, self.grid = slots, batch, grid
+        self.places: dict[str, tuple[int, np.dtype[Any]]] = {}
+        size = 0
+        for name, dtype in volumes.items():
+            self.places[name] = size, np.dtype(str(dtype).removeprefix("torch."))
+            size += math.ceil(batch * math.prod(grid) * dtype.itemsize / _PAGE) * _PAGE
+        self.memory = _shared(workers * slots * size).view(workers * slots, size)
+        self.in_use = _shared(workers * slots * len(volumes)).view(workers * slots, len(volumes))
+        self.number = next(_NUMBERS)
+        _POOLS[self.number] = self
+
+    def take(self, worker: int, count: int) -> tuple[int, dict[str, NDArray[Any]]] | None:
+        """In a worker: a free slot of its own, now in use, and its arrays for `count` samples; None when there is none.
+
+        There is none while a consumer keeps many batches, or for a batch larger than the slots.
+        """
+        own = range(worker * self.slots, (worker + 1) * self.slots)
+        # The first that is free: slots further on are touched, and take memory, only when they are needed.
+        slot = next((k for k in own if not self.in_use[k].any()), None)
+        if slot is None or count > self.batch:
+            return None
+        self.in_use[slot] = 1
+        return slot, self._arrays(slot, count)
+
+    def open(self, slot: int, count: int) -> dict[str, Tensor]:
+        """In the main process: the volumes of a slot. Each is free again when no tensor or array lies on it."""
+        flags = self.in_use[slot].numpy()
+        opened = {}
+        for i, (name, array) in enumerate(self._arrays(slot, count).items()):
+            # A tensor and all its views keep the array that it was made from.
+            weakref.finalize(array, flags.__setitem__, i, 0).atexit = False
+            opened[name] = torch.from_numpy(array)
+        return opened
+
+    def _arrays(self, slot: int, count: int) -> dict[str, NDArray[Any]]:
+        memory, shape = self.memory[slot].numpy(), (count, *self.grid)
+        return {
+            name: memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+            for name, (start, dtype) in self.places.items()
+        }
+
+
+def find_pool(number: int) -> Pool:
+    """A pool of this process."""
+    return _POOLS[number]
+
+
+def _shared(size: int) -> Tensor:
+    """Zeros, in memory that a process started from this one can share; pages that are never used take no memory."""
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
