@@ -6,8 +6,8 @@ that was stopped, or one with other workers, makes the same shards with the same
 
 import ast
 import hashlib
-import importlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -218,7 +218,10 @@ def _is_module(name: str) -> bool:
 
 
 def _source(module: str) -> bytes:
-    return Path(str(importlib.import_module(module).__file__)).read_bytes()
+    # Not imported for this: some of what is imported in passing takes seconds, and is never run here.
+    loaded = sys.modules.get(module)
+    spec = None if loaded is not None else find_spec(module)
+    return Path(str(loaded.__file__ if loaded is not None else spec and spec.origin)).read_bytes()
 
 
 def _unwrapped(function: object) -> object:

@@ -1,18 +1,22 @@
 """Cases that are quick to make and real enough to be taken for CTs: a body with two lungs and a nodule, in noise."""
 
 import os
+import shutil
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.cases import Case, CaseData
 from rectvlm.labels import LESION_BY_KEY
 from rectvlm.types import Split, UserError, Volume
-from tests.ct_rate_tree import Tree
+
+if TYPE_CHECKING:
+    from tests.ct_rate_tree import Tree
 
 GRID, SPACING = (16, 48, 48), (16.0, 7.2, 7.2)
 """Those of the `tiny` configuration."""
@@ -48,8 +52,13 @@ def small_cases(train: int, valid: int) -> list[Case]:
     return [small_case(seed, split) for seed, split in enumerate(splits)]
 
 
-def small_tree(root: Path, train: int, valid: int) -> Tree:
+def small_tree(root: Path, train: int, valid: int) -> "Tree":
     """A CT-RATE download of small bodies, with a nodule's mask each in `root/lesions`; the tables are written."""
+    # Workers import this module for their cases, and it should take them no time.
+    import nibabel as nib
+
+    from tests.ct_rate_tree import Tree
+
     tree = Tree(root)
     for seed in range(train + valid):
         name = f"train_{seed + 1}_a_1" if seed < train else f"valid_{seed + 1 - train}_a_1"
@@ -97,3 +106,13 @@ def die_once(flag: Path, seed: int) -> CaseData:
         flag.touch()
         die()
     return load_small(seed)
+
+
+def _lose(folder: Path, seed: int) -> CaseData:
+    shutil.rmtree(folder)
+    return load_small(seed)
+
+
+def lose_folder(case: Case, folder: Path) -> Case:
+    """The case, but a folder is gone once it is loaded."""
+    return replace(case, load=partial(_lose, folder, int(case.identity[0])))
