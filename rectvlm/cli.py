@@ -73,6 +73,26 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--overwrite", action="store_true", help="replace the model in a folder that is there")
     export.set_defaults(run=_export)
 
+    plan = commands.add_parser("plan", help="memory, FLOPs and time of a configuration, before a GPU is rented")
+    plan.add_argument("--config", default="demo", help="name or path of a configuration (default: demo)")
+    plan.add_argument("--phase", type=int, choices=(1, 2, 3), default=3)
+    plan.add_argument("--gpus", default="2", metavar="N[,N…]", help="how many GPUs; several numbers give a row each")
+    plan.add_argument("--nodes", type=int, metavar="N", help="full nodes, instead of --gpus")
+    plan.add_argument("--gpu-memory", type=float, default=141.0, metavar="GB", help="of each (default: 141, an H200)")
+    plan.add_argument("--tflops", type=float, default=989.0, help="dense bf16 rate of a GPU, TFLOP/s")
+    plan.add_argument("--efficiency", type=float, default=0.5, help="share of it that matrix products reach")
+    plan.add_argument("--bandwidth", type=float, default=4.8, metavar="TB/s", help="of a GPU's memory")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
+    plan.add_argument(
+        "--intra", type=float, default=450.0, metavar="GB/s", help="between GPUs of a node, one direction"
+    )
+    plan.add_argument("--inter", type=float, default=50.0, metavar="GB/s", help="between nodes, for each GPU")
+    plan.add_argument("--samples", type=int, default=24_128, metavar="N", help="in an epoch (default: CT-RATE's scans)")
+    plan.add_argument("--ds-configs", type=Path, metavar="DIR", help="DeepSpeed JSON; by default the checkout's")
+    plan.add_argument("--json", action="store_true", help="for programs")
+    plan.add_argument("overrides", nargs="*", metavar="part.field=value", help="change a value of the configuration")
+    plan.set_defaults(run=_plan)
+
     commands.add_parser("version", help="versions of rectvlm, Python and torch").set_defaults(run=_version)
     return parser
 
@@ -235,6 +255,12 @@ def _list(options: argparse.Namespace) -> None:
             "No weights of rectvlm are published yet. Sizes can be pulled from a repository that you name (--repo), a "
             "mirror or a folder (--from).\n"
         )
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from rectvlm.plan.command import run
+
+    run(options)
 
 
 def _version(_options: argparse.Namespace) -> None:

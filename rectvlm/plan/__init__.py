@@ -1,0 +1,11 @@
+"""What a configuration costs before a GPU is rented: parameters, memory by kind, FLOPs, time, disk.
+
+The skeleton of the model is rehearsed on the meta device, so every figure comes from the modules, losses and settings
+that train; nothing here repeats a size. What cannot be rehearsed (the CUDA context, the allocator's waste, rates of
+hardware) is a constant with its reason.
+"""
+
+from rectvlm.plan.planner import Plan, Planner
+from rectvlm.plan.speed import Hardware
+
+__all__ = ["Hardware", "Plan", "Planner"]

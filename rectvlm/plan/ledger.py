@@ -1,0 +1,138 @@
+"""What a step allocates and computes, read from the operations that run.
+
+On the meta device every operation runs with its shapes and without its numbers, so that a step of a 70B is rehearsed on
+a laptop in seconds, with the modules, losses and autograd that will train. The ledger sees each operation below
+autograd: the bytes that are alive, the bytes that move and the matrix products.
+"""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+Stage = Literal["forward", "recomputation", "backward"]
+BACKWARD = "backward and recomputation"
+"""What the backward pass allocates: gradients of activations and recomputed ones, whatever the part."""
+LOGITS = "logits"
+
+
+@dataclass
+class Work:
+    """Operations of a part in one stage of a step, one entry each, so that any machine's rates can be put to them."""
+
+    flops: list[float] = field(default_factory=list)
+    moved: list[float] = field(default_factory=list)
+    """Bytes read and written."""
+
+
+class Ledger(TorchDispatchMode):
+    """Active while a step is rehearsed."""
+
+    def __init__(self, known: Iterable[Tensor], vocabulary: int | None) -> None:
+        """Start with nothing alive.
+
+        Args:
+            known: tensors that exist already and are counted elsewhere: parameters and buffers.
+            vocabulary: a tensor with a side of this length is counted as logits.
+        """
+        super().__init__()
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._keep = list(known)
+        self._alive: dict[int, Any] = {}
+        self._vocabulary = vocabulary
+        self.part = "other"
+        self.in_backward = self._recomputing = False
+        self.live: dict[str, int] = defaultdict(int)
+        """Bytes alive by kind."""
+        self.total = self.peak = 0
+        self.at_peak: dict[str, int] = {}
+        self.work: dict[tuple[str, Stage], Work] = defaultdict(Work)
+
+    @contextmanager
+    def within(self, part: str) -> Iterator[None]:
+        """What happens inside belongs to a part."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+    @contextmanager
+    def recomputing(self, really: bool) -> Iterator[None]:
+        """What happens inside a custom function, where gradients are off, is recomputation all the same."""
+        before, self._recomputing = self._recomputing, really
+        try:
+            yield
+        finally:
+            self._recomputing = before
+
+    @property
+    def stage(self) -> Stage:
+        """Where in a step we are: recomputation builds a graph inside the backward pass, the backward itself does not."""
+        if not self.in_backward:
+            return "forward"
+        return "recomputation" if self._recomputing or torch.is_grad_enabled() else "backward"
+
+    @property
+    def _owner(self) -> str:
+        """The part whose operation runs: in the backward pass, the part that built the node of the graph."""
+        node: Any = torch._C._current_autograd_node() if self.in_backward else None
+        return self.part if node is None else node.metadata.get("part", self.part)
+
+    def sign(self, tensors: Iterable[Tensor]) -> None:
+        """Nodes of the graph behind a part's results, as far as no other part has signed them, are that part's."""
+        waiting: list[Any] = [t.grad_fn for t in tensors]
+        while waiting:
+            node = waiting.pop()
+            if node is not None and "part" not in node.metadata:
+                node.metadata["part"] = self.part
+                waiting += [following for following, _ in node.next_functions]
+
+    def add(self, flops: float, moved: float, stage: Stage | None = None) -> None:
+        """One operation."""
+        work = self.work[self._owner, stage or self.stage]
+        work.flops.append(flops)
+        work.moved.append(moved)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_meta]
+        fresh = [t for t in tensors if self._register(t)]
+        packet = func._overloadpacket
+        flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+        if flops or fresh or func._schema.is_mutable:
+            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_meta]
+            self.add(flops, sum(t.numel() * t.element_size() for t in (*inputs, *tensors)))
+        return out
+
+    def _register(self, tensor: Tensor) -> bool:
+        """Count a storage that was not there before; it is taken off when it is freed."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known or key in self._alive:
+            return False
+        size = storage.nbytes()
+        kind = BACKWARD if self.in_backward else self.part
+        if self._vocabulary is not None and self._vocabulary in tensor.shape:
+            kind = LOGITS
+
+        def forget(_: Any) -> None:
+            del self._alive[key]
+            self.live[kind] -= size
+            self.total -= size
+
+        self._alive[key] = weakref.ref(storage, forget)
+        self.live[kind] += size
+        self.total += size
+        if self.total > self.peak:
+            self.peak, self.at_peak = self.total, dict(self.live)
+        return True

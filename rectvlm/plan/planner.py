@@ -1,0 +1,235 @@
+"""From a configuration and a number of GPUs to a plan."""
+
+import math
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rectvlm import weights
+from rectvlm.config import Config
+from rectvlm.plan.rehearsal import Rehearsal, build, rehearse
+from rectvlm.plan.speed import Hardware, StepTime, step_time
+from rectvlm.plan.states import States, parameters, states, weights_of
+from rectvlm.train.phases import PHASES
+from rectvlm.train.sharding import read_settings
+from rectvlm.types import UserError
+
+GB = 1e9
+CONTEXT = 0.9e9
+"""CUDA context and kernels (about 0.5 GB), NCCL's communicators (about 0.4 GB): outside the allocator of torch."""
+WORKSPACE = 0.1e9
+"""Work areas of cuBLAS (32 MiB a handle and stream on Hopper) and of the convolutions that cuDNN chooses."""
+WASTE = 0.05
+"""Share of activations and gathered weights that the allocator holds in blocks that nothing fits in."""
+VOXEL_BYTES = 4
+"""CT int16, lesion bits and region ids uint8."""
+READY = 3
+"""Batches of a loader worker: two ready and one in the making."""
+PROCESS = 3e9
+"""Resident memory of a rank with torch, DeepSpeed and Transformers loaded, before the model."""
+CT_RATE_SCANS = 24_128
+"""Training scans of CT-RATE: what an epoch is, unless it is told otherwise."""
+
+
+@dataclass
+class Plan:
+    """One phase on a number of GPUs."""
+
+    config: str
+    phase: int
+    gpus: int
+    zero_stage: int
+    parameters: dict[str, int]
+    gpu_memory_gb: dict[str, float]
+    """By kind; `total` is their sum, `allocated` that without context and waste (what torch reports as its peak)."""
+    activations_gb: dict[str, float]
+    """By part, at the moment when most are alive."""
+    loading_peak_gb: float
+    capacity_gb: float
+    fits: bool
+    host_memory_gb: float
+    """Of each node."""
+    checkpoint_disk_gb: float
+    flops_per_step: dict[str, Any]
+    """TFLOP of one GPU in an optimizer step."""
+    time: dict[str, float]
+    speed: dict[str, float]
+    hardware: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+class Planner:
+    """Plans of one configuration; what does not depend on the number of GPUs is computed once."""
+
+    def __init__(self, config: Config, phase: int, ds_configs: Path, hardware: Hardware | None = None) -> None:
+        """Build the skeleton and rehearse a micro-batch.
+
+        Args:
+            config: what is planned.
+            phase: 1 to 3.
+            ds_configs: folder of the phases' DeepSpeed JSON.
+            hardware: rates for the estimate of time.
+
+        Raises:
+            UserError: a model whose geometry is not known, no DeepSpeed JSON, or no such phase in the configuration.
+        """
+        self.config, self.hardware = config, hardware or Hardware()
+        self.ds_configs, self.phase = ds_configs, PHASES[phase]
+        self.settings = self.phase.settings(config)
+        self.ds = read_settings(ds_configs / f"phase{phase}.json", self.settings, config.train.clip)
+        text = weights.geometry(config.text.model)
+        language = weights.geometry(config.generator.model) if "generator" in self.phase.parts else None
+        self.model = build(config, self.phase, text.hidden_size, language)
+        self.rehearsal: Rehearsal = rehearse(config, self.phase, self.model, self.settings.micro_batch)
+
+    def plan(self, gpus: int, capacity_gb: float, samples: int = CT_RATE_SCANS) -> Plan:
+        """The plan for a number of GPUs with so much memory each, and so many samples in an epoch."""
+        held = states(self.model, self.config, self.ds, gpus)
+        memory = self._memory(held)
+        counts = parameters(self.model)
+        flops = self._flops()
+        time = self._time(held, gpus)
+        loading = (held.loading + CONTEXT) / GB
+        peak = max(memory["total"], loading)
+        return Plan(
+            config=self.config.name,
+            phase=self.phase.number,
+            gpus=gpus,
+            zero_stage=self.ds["zero_optimization"]["stage"],
+            parameters=counts,
+            gpu_memory_gb=memory,
+            activations_gb={kind: size / GB for kind, size in self.rehearsal.at_peak.items() if size},
+            loading_peak_gb=loading,
+            capacity_gb=capacity_gb,
+            fits=peak <= capacity_gb,
+            host_memory_gb=self._host(counts["trainable"], gpus) / GB,
+            checkpoint_disk_gb=self._disk(counts["trainable"]) / GB,
+            flops_per_step=flops,
+            time=asdict(time),
+            speed=self._speed(time, flops, gpus, samples),
+            hardware=asdict(self.hardware),
+        )
+
+    def _memory(self, held: States) -> dict[str, float]:
+        peak = dict(self.rehearsal.at_peak)
+        inputs, logits = peak.pop("inputs", 0), peak.pop("logits", 0)
+        kinds: dict[str, float] = dict(held.held)
+        kinds |= {"activations": sum(peak.values()), "logits": logits, "inputs": inputs, "workspace": WORKSPACE}
+        # Activations are gone when the optimizer steps; the larger of the two counts.
+        kinds["optimizer_step"] = max(0, held.step - self.rehearsal.peak)
+        allocated = sum(kinds.values())
+        kinds["context"] = CONTEXT
+        kinds["waste"] = WASTE * (self.rehearsal.peak + held.held["gather_buffers"])
+        found = {kind: size / GB for kind, size in kinds.items()}
+        return found | {"allocated": allocated / GB, "total": sum(found.values())}
+
+    def _host(self, trainable: int, gpus: int) -> float:
+        """Loader workers' batches, the processes, the parts as they are built (fp32), a checkpoint being gathered."""
+        ranks = min(gpus, self.hardware.gpus_per_node)
+        batch = self.settings.micro_batch * math.prod(self.config.data.grid) * VOXEL_BYTES
+        loader = (self.config.data.workers * READY + 1) * batch
+        return ranks * (loader + PROCESS + 4 * trainable) + 2 * trainable
+
+    def _disk(self, trainable: int) -> float:
+        """bf16 weights twice (for use, and the engine's), fp32 master and moments; one checkpoint more while it is written."""
+        return (self.config.train.keep + 1) * (2 + 2 + 12) * trainable
+
+    def _flops(self) -> dict[str, Any]:
+        stages: dict[str, float] = defaultdict(float)
+        parts: dict[str, float] = defaultdict(float)
+        for (part, stage), work in self.rehearsal.work.items():
+            done = sum(work.flops) * self.settings.accumulation / 1e12
+            stages[stage] += done
+            parts[part] += done
+        model = stages["forward"] + stages["backward"]
+        return {
+            "forward": stages["forward"],
+            "backward": stages["backward"],
+            "recomputation": stages["recomputation"],
+            "model": model,
+            "hardware": model + stages["recomputation"],
+            "by_part": {part: done for part, done in parts.items() if done > 0},
+        }
+
+    def _time(self, held: States, gpus: int) -> StepTime:
+        found = weights_of(self.model, self.config)
+        # Parameters arrive one call a module; the modules that hold weights are about as many as matrices.
+        calls = sum(1 for w in found if w.packed) + 3 if held.gathered else 0
+        reductions = math.ceil(held.reduced / max(1, held.held["reduce_buckets"]))
+        return step_time(self.rehearsal.work, held, self.settings.accumulation, gpus, self.hardware, calls, reductions)
+
+    def _speed(self, time: StepTime, flops: dict[str, Any], gpus: int, samples: int) -> dict[str, float]:
+        batch = self.settings.micro_batch * self.settings.accumulation * gpus
+        tokens = self.rehearsal.positions * self.settings.accumulation / time.total
+        return {
+            "samples_per_step": batch,
+            "tokens_per_second_per_gpu": tokens,
+            "tokens_per_second": tokens * gpus,
+            "samples_per_day": batch * 86_400 / time.total,
+            "model_tflops_per_gpu": flops["model"] / time.total,
+            "hardware_tflops_per_gpu": flops["hardware"] / time.total,
+            "steps": self.settings.steps,
+            "days": self.settings.steps * time.total / 86_400,
+            "epochs": self.settings.steps * batch / samples,
+        }
+
+
+@dataclass
+class Knob:
+    """A change that saves memory."""
+
+    change: str
+    saved_gb: float
+    total_gb: float
+    fits: bool
+
+
+CHANGES = (
+    "generator.checkpointing=true",
+    "encoder.checkpointing=true",
+    "localizer.checkpointing=true",
+    "generator.quantization=nf4",
+    "generator.double_quantization=true",
+    "train.phases.{phase}.micro_batch=1",
+    "generator.max_report_tokens=512",
+    "data.grid=[{z},{y},{x}]",
+    "generator.model=google/gemma-2-27b-it",
+    "generator.model=meta-llama/Llama-3.1-8B-Instruct",
+)
+
+
+def knobs(planner: Planner, gpus: int, capacity_gb: float, load: Any) -> list[Knob]:
+    """Changes that save memory, the gentlest first, each planned anew.
+
+    Args:
+        planner: of the plan that does not fit.
+        gpus: of that plan.
+        capacity_gb: of a GPU.
+        load: a function of overrides that gives the configuration with them on top.
+    """
+    before = planner.plan(gpus, capacity_gb).gpu_memory_gb["total"]
+    found = []
+    z, y, x = planner.config.data.grid
+    for template in CHANGES:
+        change = template.format(phase=planner.phase.number, z=z, y=y // 2, x=x // 2)
+        try:
+            config = load([change])
+            if config == planner.config or ("generator" in change and planner.model.generator is None):
+                continue
+            other = Planner(config, planner.phase.number, planner.ds_configs, planner.hardware)
+        except UserError:  # the change does not go with the rest of this configuration
+            continue
+        plan = other.plan(gpus, capacity_gb)
+        total = plan.gpu_memory_gb["total"]
+        if before - total > 0.01:
+            found.append(Knob(change, before - total, total, plan.fits))
+    for more in (2 * gpus, 4 * gpus, 8 * gpus):
+        plan = planner.plan(more, capacity_gb)
+        total = plan.gpu_memory_gb["total"]
+        if before - total > 0.01:
+            found.append(Knob(f"--gpus {more}", before - total, total, plan.fits))
+    return found

@@ -1,0 +1,99 @@
+"""How long a step takes on stated hardware, alone and on many GPUs.
+
+Each operation takes the longest of its arithmetic, its memory traffic and its launch (roofline model: Williams et al.,
+2009). What GPUs say to each other is hidden behind the computation where DeepSpeed prefetches, and added where it waits.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from rectvlm.plan.ledger import Stage, Work
+from rectvlm.plan.states import States
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Rates of one GPU and of the network. Defaults are an H200 SXM's data sheet and shares that real runs reach."""
+
+    tflops: float = 989.0
+    """Dense bf16 matrix rate, TFLOP/s."""
+    efficiency: float = 0.5
+    """Share of it that matrix products reach."""
+    bandwidth: float = 4.8
+    """GPU memory, TB/s."""
+    bandwidth_efficiency: float = 0.7
+    launch: float = 6e-6
+    """Seconds that an operation takes at least: the host launches one after the other."""
+    gpus_per_node: int = 8
+    intra: float = 450.0
+    """NVLink 4, GB/s in one direction for each GPU."""
+    inter: float = 50.0
+    """InfiniBand NDR 400 Gb/s, GB/s for each GPU."""
+    network_efficiency: float = 0.7
+    hop: float = 5e-6
+    """Seconds of latency for each further member of a ring."""
+
+
+def seconds(work: Work, hardware: Hardware) -> float:
+    """Time of some operations on one GPU."""
+    flops, moved = np.asarray(work.flops), np.asarray(work.moved)
+    arithmetic = flops / (hardware.tflops * 1e12 * hardware.efficiency)
+    traffic = moved / (hardware.bandwidth * 1e12 * hardware.bandwidth_efficiency)
+    return float(np.maximum(np.maximum(arithmetic, traffic), hardware.launch).sum())
+
+
+@dataclass
+class Network:
+    """One collective over all GPUs: a ring within a node, rings through every node's adapters between them."""
+
+    gpus: int
+    hardware: Hardware
+
+    def seconds(self, size: float, calls: int) -> float:
+        """Time to gather (or reduce and scatter) `size` bytes in so many calls."""
+        if self.gpus == 1 or size == 0:
+            return 0.0
+        h = self.hardware
+        nodes = math.ceil(self.gpus / h.gpus_per_node)
+        local = min(self.gpus, h.gpus_per_node)
+        rate = h.intra if nodes == 1 else min(h.intra, h.inter * local)
+        hops = local - 1 + nodes - 1
+        return size * (self.gpus - 1) / self.gpus / (rate * 1e9 * h.network_efficiency) + calls * hops * h.hop
+
+
+@dataclass
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    compute: float
+    gathers: float
+    """Hidden behind the computation as far as that lasts."""
+    reductions: float
+    optimizer: float
+    total: float
+
+
+def step_time(
+    work: dict[tuple[str, Stage], Work],
+    held: States,
+    accumulation: int,
+    gpus: int,
+    hardware: Hardware,
+    gather_calls: int,
+    reduce_calls: int,
+) -> StepTime:
+    """Time of a step of all GPUs together.
+
+    Under ZeRO-3 every shared parameter is gathered twice in a micro-batch, forward and backward (what a checkpoint
+    recomputes stays for its backward); gradients go out once.
+    """
+    network = Network(gpus, hardware)
+    compute = sum(seconds(w, hardware) for w in work.values())
+    gathers = 2 * network.seconds(held.gathered, gather_calls)
+    reductions = network.seconds(held.reduced, reduce_calls)
+    # Adam reads and writes master, two moments and gradient, some of them twice.
+    optimizer = 3 * held.held["optimizer"] / (hardware.bandwidth * 1e12 * hardware.bandwidth_efficiency)
+    total = accumulation * (max(compute, gathers) + reductions) + optimizer
+    return StepTime(accumulation * compute, accumulation * gathers, accumulation * reductions, optimizer, total)
