@@ -25,6 +25,13 @@ MIN_LUNG_SHARE = 0.02
 """A lung with less of the lobes' voxels is missing from a region map."""
 BODY_HU = -300
 LUNG_HU = -500
+BONE_HU = 150
+_SPINE_MM, _SPINE_MM2 = 50.0, 150.0
+"""Width of a vertebra with its processes, and the least bone of it in a slice on average."""
+_SPINE_REACH_MM = 40.0
+"""Slices above and below a lesion in which the spine is looked for."""
+_CUT_MM = 25.0
+"""Farther than this from the spine the middle of what is seen of a body is not its midline."""
 _SAMPLE = 2000
 """Voxels that a nearest-lobe vote looks at: enough for a share, few enough to be quick."""
 
@@ -113,7 +120,7 @@ def locate(
                 shares = lobes.shares(own, nearest_only=lesion.site == "pleura")
                 side, names, words = _by_lobes(lesion, shares)
             else:
-                side, words = _by_geometry(lesion, own, ct)
+                side, words = _by_geometry(lesion, own, ct, spacing)
         basis: Literal["regions", "geometry"] = "geometry" if lobes is None else "regions"
         places.append(Place(lesion.key, volume, side, names, basis, words))
     return places
@@ -192,9 +199,11 @@ def _side(left_share: float) -> PlaceSide:
     return "left" if left_share > 0.5 else "right"
 
 
-def _by_geometry(lesion: Lesion, own: NDArray[np.intp], ct: Int16Volume) -> tuple[PlaceSide, str]:
+def _by_geometry(
+    lesion: Lesion, own: NDArray[np.intp], ct: Int16Volume, spacing: tuple[float, float, float]
+) -> tuple[PlaceSide, str]:
     z, _, x = np.unravel_index(own, ct.shape)
-    side = _side(float(np.mean(x > _midline(ct, np.unique(z)))))
+    side = _side(float(np.mean(x > _midline(ct, np.unique(z), spacing))))
     if lesion.site == "pleura":
         return side, side_words(lesion, side)
     extent = _lung_extent(ct)
@@ -217,20 +226,51 @@ def _thin(ct: Int16Volume) -> tuple[Int16Volume, int]:
     return ct[:, ::step, ::step], step
 
 
-def _midline(ct: Int16Volume, slices: NDArray[np.intp]) -> float:
+def _midline(ct: Int16Volume, slices: NDArray[np.intp], spacing: tuple[float, float, float]) -> float:
     """The column of the body's midline: the middle between its outermost columns, in the given slices.
 
-    Columns that hold little tissue (table, lines, sheets) do not count; the slices vote by their median.
+    Columns that hold little tissue (table, lines, sheets) do not count; the slices vote by their median. Where the
+    spine lies elsewhere, the body is cut off at a side, and the spine decides.
     """
     thin, step = _thin(ct)
     chosen = slices[:: max(1, slices.size // 16)]
-    columns = (thin[chosen] > BODY_HU).sum(axis=1)
+    body = _body_middle(thin[chosen])
+    middle = body * step if body is not None else (ct.shape[2] - 1) / 2
+    reach = round(_SPINE_REACH_MM / spacing[0])
+    around = slice(max(0, int(slices[0]) - reach), int(slices[-1]) + reach + 1)
+    column_mm = spacing[2] * step
+    spine = _spine_column(thin[around], column_mm, spacing[1] * step)
+    if spine is not None and abs(spine * step - middle) * spacing[2] > _CUT_MM:
+        return spine * step
+    return middle
+
+
+def _body_middle(slices: Int16Volume) -> float | None:
+    columns = (slices > BODY_HU).sum(axis=1)
     middles = []
     for column in columns:
         wide = np.flatnonzero(column > max(2, 0.15 * column.max()))
         if wide.size:
             middles.append((wide[0] + wide[-1]) / 2)
-    return float(np.median(middles)) * step if middles else (ct.shape[2] - 1) / 2
+    return float(np.median(middles)) if middles else None
+
+
+def _spine_column(slices: Int16Volume, column_mm: float, row_mm: float) -> float | None:
+    """The column where most bone of the back stands: ribs are thin and spread, the spine is in every slice."""
+    body = (slices > BODY_HU).any(axis=2)
+    rows = np.arange(slices.shape[1])
+    first = body.argmax(axis=1)[:, None]
+    last = slices.shape[1] - 1 - body[:, ::-1].argmax(axis=1)[:, None]
+    back = rows >= first + 0.5 * (last - first)
+    bone = ((slices > BONE_HU) & back[:, :, None]).sum(axis=(0, 1)).astype(float)
+    width = max(1, round(_SPINE_MM / column_mm))
+    held = np.convolve(bone, np.ones(width), mode="same")
+    best = int(held.argmax())
+    if held[best] * column_mm * row_mm / len(slices) < _SPINE_MM2:
+        return None
+    columns = np.arange(bone.size)
+    near = np.abs(columns - best) <= width / 2
+    return float(np.average(columns[near], weights=bone[near]))
 
 
 def _lung_extent(ct: Int16Volume) -> tuple[int, int] | None:

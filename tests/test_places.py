@@ -3,8 +3,10 @@ import time
 import numpy as np
 import pytest
 
+from rectvlm.config import load
 from rectvlm.labels import LESION_BY_KEY, REGION_BY_NAME
 from rectvlm.places import Place, describe, lobe_words, locate
+from tests.conftest import phantom_sample
 
 SPACING = (8.0, 3.6, 3.6)
 SHAPE = (32, 96, 96)
@@ -160,3 +162,29 @@ def _seconds(mask: np.ndarray, ct: np.ndarray, regions: np.ndarray | None) -> fl
     begin = time.perf_counter()
     locate(mask, ct, regions, SPACING)
     return time.perf_counter() - begin
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_body_that_is_cut_off_keeps_its_sides(side: str, padded: bool) -> None:
+    """A third of the body is missing, at the edge of the volume or before it; the lesion lies in the whole lung."""
+    config = load("demo")
+    for seed in (2, 4):
+        ct = phantom_sample(seed, config).ct.copy()
+        depth, height, width = ct.shape
+        column = round(width * (0.6 if side == "left" else 0.4))
+        box = (slice(depth // 2 - 2, depth // 2 + 2), slice(height // 2 - 6, height // 2 + 6))
+        mask = np.zeros(ct.shape, np.uint8)
+        mask[*box, column - 2 : column + 3] = bit("lung_nodule")
+        mask[ct > -500] = 0
+        assert mask.any()
+        third = width // 3
+        gone, kept = slice(0, third), slice(third, width)
+        if side == "right":
+            gone, kept = slice(width - third, width), slice(0, width - third)
+        if padded:
+            ct[:, :, gone] = -1024
+        else:
+            ct, mask = np.ascontiguousarray(ct[:, :, kept]), np.ascontiguousarray(mask[:, :, kept])
+        (place,) = locate(mask, ct, None, config.data.spacing)
+        assert (place.side, place.basis) == (side, "geometry")
