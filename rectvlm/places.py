@@ -257,7 +257,7 @@ def _body_middle(slices: Int16Volume) -> float | None:
 
 def _spine_column(slices: Int16Volume, column_mm: float, row_mm: float) -> float | None:
     """The column where most bone of the back stands: ribs are thin and spread, the spine is in every slice."""
-    body = (slices > BODY_HU).any(axis=2)
+    body: NDArray[np.bool_] = np.asarray((slices > BODY_HU).any(axis=2))
     rows = np.arange(slices.shape[1])
     first = body.argmax(axis=1)[:, None]
     last = slices.shape[1] - 1 - body[:, ::-1].argmax(axis=1)[:, None]
