@@ -53,6 +53,11 @@ class Job:
     head: bytes = b""
 
     @property
+    def name(self) -> str:
+        """For messages: the file at the source, or the one that is put together."""
+        return self.pieces[0].path if len(self.pieces) == 1 and not self.head else self.target.name
+
+    @property
     def size(self) -> int:
         """Bytes of the finished file."""
         return len(self.head) + sum(piece.end - piece.begin for piece in self.pieces)
@@ -114,7 +119,7 @@ def small(job: Job, source: Source) -> bytes:
         path = Path(folder) / job.target.name
         _fill(job, source, path, threading.Event())
         if fault := job.check(path):
-            raise UserError(f"{job.target.name} from {source.name} is not what it should be: {fault}.")
+            raise UserError(f"{job.name} from {source.name} is not what it should be: {fault}.")
         return path.read_bytes()
 
 
@@ -154,21 +159,19 @@ def _make(job: Job, source: Source, work: Path, stop: threading.Event) -> None:
     part = _part(job, work)
     begun = _length(part)
     if begun:
-        log.info("going on with %s at %.1f of %.1f MB", job.target.name, begun / 1e6, job.size / 1e6)
+        log.info("going on with %s at %.1f of %.1f MB", job.name, begun / 1e6, job.size / 1e6)
     else:
-        log.info("%s, %.1f MB", job.target.name, job.size / 1e6)
+        log.log(logging.INFO if job.size > 1e6 else logging.DEBUG, "%s, %.1f MB", job.name, job.size / 1e6)
     _fill(job, source, part, stop)
     fault = job.check(part)
     if fault and begun:
-        log.info("%s is fetched again from its start: %s", job.target.name, fault)
+        log.info("%s is fetched again from its start: %s", job.name, fault)
         part.unlink()
         _fill(job, source, part, stop)
         fault = job.check(part)
     if fault:
         part.unlink()
-        raise UserError(
-            f"{job.target.name} from {source.name} is not what it should be: {fault}; nothing was kept of it."
-        )
+        raise UserError(f"{job.name} from {source.name} is not what it should be: {fault}; nothing was kept of it.")
     _flush(part)
     job.target.parent.mkdir(parents=True, exist_ok=True)
     part.replace(job.target)
