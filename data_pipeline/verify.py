@@ -3,9 +3,9 @@
     python -m data_pipeline.verify [FOLDER or URL] [--stats OUT] [--workers 2] [--sample N] [--show 100]
 
 Reads each shard once, whole: sizes, checksums, the tar as WebDataset walks it, the offsets of the index, and every
-sample (see `data_pipeline.checks`); then what must hold across shards. Each fault is one line; the exit status is 1
-when there is any. `--sample N` reads only N samples, spread over the shards, by their offsets: no checksums, no counts.
-`--stats OUT` prints figures of what was read and writes them to OUT with pictures.
+sample (see `data_pipeline.sample_checks`); then what must hold across shards. Each fault is one line; the exit status
+is 1 when there is any. `--sample N` reads only N samples, spread over the shards, by their offsets: no checksums, no
+counts. `--stats OUT` prints figures of what was read and writes them to OUT with pictures.
 """
 
 import argparse
@@ -28,7 +28,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from data_pipeline.checks import Remark, Remarks, ShardReport, check_entry, check_shard
+from data_pipeline.checks import ShardReport, check_entry, check_shard
+from data_pipeline.sample_checks import Remark, Remarks
 from data_pipeline.stats import SPLITS, Facts, Statistics, count_labels, count_lesions, spread, tables
 from rectvlm import config
 from rectvlm.data.manifest import MANIFEST, Manifest, add_counts, dump_manifest, read_manifest

@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline import verify as module
-from data_pipeline.checks import Remark
 from data_pipeline.preprocess import preprocess
+from data_pipeline.sample_checks import Remark
 from data_pipeline.verify import Outcome, main, verify
 from rectvlm.data.manifest import Manifest, add_counts, dump_manifest, lesion_bits, read_manifest
 from rectvlm.data.packing import pack
