@@ -101,10 +101,8 @@ def _parts(description: Description, tensors: Mapping[str, Tensor]) -> list[dict
     rows = []
     for part in description.parts:
         count = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(f"{part}."))
-        files = f"{part}.* in {pretrained.WEIGHTS}"
-        if part == "generator":
-            files = f"{part}.resampler.* in {pretrained.WEIGHTS}, {pretrained.ADAPTER}/"
-        rows.append({"name": part, "parameters": f"{count:,}", "files": files})
+        names = f"`{part}.*`" if part != "generator" else f"`{part}.resampler.*`, and `{pretrained.ADAPTER}/`"
+        rows.append({"name": part, "parameters": f"{count:,}", "names": names})
     return rows
 
 

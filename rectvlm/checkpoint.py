@@ -38,6 +38,8 @@ from rectvlm.types import UserError
 M = TypeVar("M", bound=RectVLM)
 
 WEIGHTS, CONFIG, STATE, ENGINE = "weights.safetensors", "config.yaml", "state.json", "engine"
+THRESHOLDS = "thresholds.json"
+"""Fitted thresholds of the findings, in the checkpoint's folder, where prediction finds them."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from rectvlm import checkpoint as checkpoints
 from rectvlm import metrics, weights
+from rectvlm.checkpoint import THRESHOLDS
 from rectvlm.config import Config, DataConfig
 from rectvlm.data.loader import eval_loader
 from rectvlm.data.shards import read_index
@@ -29,8 +30,6 @@ from rectvlm.types import Batch, Split, UserError
 
 log = logging.getLogger(__name__)
 
-THRESHOLDS = "thresholds.json"
-"""Fitted thresholds, in the checkpoint's folder, where prediction finds them."""
 MOST_FITTED = 64
 """Training cases that thresholds are fitted on."""
 LESION_THRESHOLD = 0.5

@@ -19,27 +19,21 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from rectvlm import checkpoint as checkpoints
 from rectvlm import models, pretrained, weights
 from rectvlm.card import HUB_ID, model_card
-from rectvlm.checkpoint import State
+from rectvlm.checkpoint import THRESHOLDS, State
 from rectvlm.config import PARTS, Config, Part
-from rectvlm.evaluate import THRESHOLDS
 from rectvlm.models.language import load_language_model
 from rectvlm.models.skeleton import skeleton
 from rectvlm.pretrained import Training
 from rectvlm.types import UserError
+from rectvlm.weights import manifest
+from rectvlm.weights.sources import Hub, clear_errors
 
 log = logging.getLogger(__name__)
 
@@ -241,33 +235,30 @@ def locate(
     patterns = [pretrained.CONFIG, "model*.safetensors", pretrained.INDEX, THRESHOLDS]
     if parts is None or "generator" in parts:
         patterns += [f"{pretrained.ADAPTER}/{file}" for file in (pretrained.ADAPTER_CONFIG, pretrained.ADAPTER_WEIGHTS)]
-    try:
-        fetched = snapshot_download(
-            name, revision=revision, allow_patterns=patterns, cache_dir=cache_dir, token=token, library_name="rectvlm"
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise UserError(_why(error, name, revision)) from None
-    folder = Path(fetched)
-    if not pretrained.is_pretrained(folder):
+    with clear_errors(Hub(name, revision or constants.DEFAULT_REVISION)):
+        fetched = _snapshot(name, revision=revision, allow_patterns=patterns, cache_dir=cache_dir, token=token)
+    if not pretrained.is_pretrained(fetched):
         raise UserError(f"{name} on the Hub is no model of rectvlm: it has no {pretrained.CONFIG}.")
-    return folder
+    return fetched
 
 
-def _why(error: Exception, name: str, revision: str | None) -> str:
-    """One sentence for what went wrong on the way to the Hub."""
-    if isinstance(error, GatedRepoError):
-        return f"{name} is gated: accept its terms on its page of the Hub, then `hf auth login` or set HF_TOKEN."
-    if isinstance(error, RevisionNotFoundError):
-        return f"{name} has no revision {revision!r}: give a branch, a tag or a commit that its page lists."
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"{name} is neither a folder here nor a repository that you may see on the Hub: check the spelling, or log "
-            "in with `hf auth login` if it is private."
-        )
-    if isinstance(error, LocalEntryNotFoundError):
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
-        return f"{name} is neither a folder here nor in the local cache, and {reason}: fetch it once, or give a folder."
-    return f"{name} cannot be fetched from the Hub: {str(error).splitlines()[0].rstrip('.')}."
+def _snapshot(name: str, **options: Any) -> Path:
+    """Through the Hub's cache. A name that is not there may have been meant as a folder, which the message says."""
+    try:
+        return Path(snapshot_download(name, library_name="rectvlm", **options))
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{name} is neither a folder here nor a repository that you may see at {constants.ENDPOINT}: check the "
+            "spelling, or log in with `hf auth login` if it is private."
+        ) from None
+    except LocalEntryNotFoundError:
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        raise UserError(
+            f"{name} is neither a folder here nor whole in the Hub's cache, and {reason}: fetch it once with a "
+            "network, or give a folder."
+        ) from None
 
 
 def _check_parts(parts: Sequence[Part], there: Sequence[Part], folder: Path) -> None:
@@ -289,6 +280,7 @@ def _own(model: nn.Module) -> dict[str, Tensor]:
 
 def _write(tensors: dict[str, Tensor], model: models.RectVLM, state: State, folder: Path, options: Options) -> Path:
     """Write all files beside the folder, read them again, then move them."""
+    folder = folder.expanduser().resolve()  # "." has no name, and a link is not to be replaced
     config, lora = _published(model, options.base_model)
     training = Training(state.phase, state.step, state.samples_seen, state.world_size)
     description = pretrained.describe(config, state.parts, training, state.versions)
@@ -296,7 +288,7 @@ def _write(tensors: dict[str, Tensor], model: models.RectVLM, state: State, fold
     card = model_card(folder.name, description, config, tensors, options.license_id, options.datasets, metrics)
     with _staged(folder, options.overwrite) as work:
         pretrained.write(work, tensors, description, lora, options.max_shard_size)
-        (work / pretrained.CARD).write_text(card, encoding="utf-8")
+        (work / pretrained.CARD).write_text(card.rstrip() + "\n", encoding="utf-8")
         if options.thresholds is not None:
             shutil.copyfile(options.thresholds, work / THRESHOLDS)
         verify(work, tensors)
@@ -330,6 +322,7 @@ def _published(model: models.RectVLM, base_model: str | None) -> tuple[Config, L
         )
     lora = copy.deepcopy(model.generator.language_model.peft_config["default"])
     lora.base_model_name_or_path, lora.inference_mode = name, True
+    lora.target_modules = sorted(lora.target_modules)  # PEFT keeps a set, whose order differs from run to run
     return config, lora
 
 
@@ -338,7 +331,9 @@ def _staged(folder: Path, overwrite: bool) -> Iterator[Path]:
     """An empty folder beside the one to write; it takes that one's place when all is written."""
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken and (not overwrite or not folder.is_dir()):
-        raise UserError(f"{folder} exists and is not empty: give a new folder, or overwrite the model in it.")
+        raise UserError(
+            f"{folder} exists and is not empty: give a new folder, or replace the model in it with --overwrite."
+        )
     work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -346,6 +341,7 @@ def _staged(folder: Path, overwrite: bool) -> Iterator[Path]:
         yield work
         for path in work.rglob("*"):
             if path.is_file():
+                shutil.copymode(work / pretrained.CARD, path)  # safetensors lets only the owner read
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
         if taken:
@@ -362,7 +358,12 @@ def _replace(work: Path, folder: Path) -> None:
     Without `config.json` a folder is no model, so it goes first and comes last: a kill leaves no mixture that loads.
     """
     (folder / pretrained.CONFIG).unlink(missing_ok=True)
-    for path in [*folder.glob("model*.safetensors"), folder / pretrained.INDEX, folder / THRESHOLDS]:
+    for path in [
+        *folder.glob("model*.safetensors"),
+        folder / pretrained.INDEX,
+        folder / THRESHOLDS,
+        folder / manifest.FILE,
+    ]:
         path.unlink(missing_ok=True)
     shutil.rmtree(folder / pretrained.ADAPTER, ignore_errors=True)
     for path in sorted(work.iterdir(), key=lambda path: path.name == pretrained.CONFIG):

@@ -143,10 +143,16 @@ def write(
         description: goes to `config.json`.
         lora: the adapter's settings; needed when `tensors` holds an adapter.
         max_shard_size: for example `5GB`.
+
+    Raises:
+        UserError: `max_shard_size` is no size.
     """
     adapter = {name: tensor for name, tensor in tensors.items() if name.startswith(LANGUAGE_MODEL)}
     others = {name: tensors[name].detach().cpu() for name in sorted(tensors.keys() - adapter.keys())}
-    split = split_torch_state_dict_into_shards(others, max_shard_size=max_shard_size)
+    try:
+        split = split_torch_state_dict_into_shards(others, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise UserError(f"max_shard_size {max_shard_size!r} is no size ({error}): give one such as 5GB.") from None
     for file, names in split.filename_to_tensors.items():
         # A copy each: safetensors refuses tensors that share memory or are not contiguous.
         _save({name: others[name].contiguous().clone() for name in names}, folder / file)
@@ -159,7 +165,9 @@ def write(
         renamed = {_adapter_name(name): tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
         _save(renamed, folder / ADAPTER / ADAPTER_WEIGHTS)
         lora.save_pretrained(str(folder / ADAPTER))
-    _write_json(folder / CONFIG, _DESCRIPTION.dump_python(description, mode="json"))
+    tree = _DESCRIPTION.dump_python(description, mode="json")
+    first = {key: tree.pop(key) for key in ("model_type", "architectures", "format")}
+    _write_json(folder / CONFIG, first | tree)
 
 
 def read_tensors(folder: Path, description: Description, parts: Collection[str] | None = None) -> dict[str, Tensor]:

@@ -221,6 +221,22 @@ def test_the_loaded_model_is_the_checkpoint(trained: Callable[[int], Path]) -> N
         assert torch.equal(own[name].to(tensor.dtype), tensor), name
 
 
+def test_a_checkpoint_of_two_processes_exports_and_reloads(trained: Callable[[int], Path], tmp_path: Path) -> None:
+    """What ZeRO-3 held in shards and the engine gathered is in the exported folder to the last bit."""
+    from rectvlm import RectVLM as Exported
+    from rectvlm import hub, pretrained
+
+    source = checkpoint.read_weights(checkpoint.find(trained(3), ""))
+    folder = hub.export(trained(3), tmp_path / "model")
+    assert pretrained.differing(checkpoint.read_weights(folder), source) == []
+    assert checkpoint.read_state(folder).world_size == WORLD
+    model = Exported.from_pretrained(folder, "cpu")
+    whole, _ = checkpoint.load_model(trained(3), "cpu")
+    names = checkpoint.saved_names(whole)
+    ours, theirs = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (model, whole))
+    assert pretrained.differing({n: ours[n] for n in names}, {n: theirs[n] for n in names}) == []
+
+
 @pytest.fixture(scope="session")
 def final(trained: Callable[[int], Path]) -> tuple[RectVLM, Batch]:
     """The model after phase 3 and two samples that it has not seen."""
