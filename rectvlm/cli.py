@@ -17,7 +17,7 @@ from typing import Any
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. A user's error is one sentence on stderr and exit code 2."""
     options = _parser().parse_args(arguments)
-    _start_logging(options.verbose)
+    _start_logging(options.verbose, getattr(options, "progress", False))
     from rectvlm.types import UserError
 
     try:
@@ -107,7 +107,7 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     pull.add_argument("--repo", metavar="OWNER/NAME", help="take it from this repository")
     pull.add_argument("--revision", default="main", metavar="REV", help="branch, tag or commit")
     pull.add_argument("--out", type=Path, metavar="DIR", help="folder of the files")
-    pull.set_defaults(run=_pull)
+    pull.set_defaults(run=_pull, progress=True)
 
     push = actions.add_parser("push", help="publish a model that `save_pretrained` exported, privately by default")
     push.add_argument("folder", type=Path, metavar="FOLDER")
@@ -116,7 +116,7 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     push.add_argument("--to", **origin, help="another hub or a folder instead of the hub")
     push.add_argument("--public", action="store_true", help="anyone may read it")
     push.add_argument("--message", metavar="TEXT", help="of the commit")
-    push.set_defaults(run=_push)
+    push.set_defaults(run=_push, progress=True)
 
     verify = actions.add_parser("verify", help="recompute all checksums; names what differs, is missing or is extra")
     verify.add_argument("targets", nargs="+", metavar="NAME_OR_FOLDER")
@@ -139,7 +139,7 @@ def _positive(text: str) -> int:
     return number
 
 
-def _start_logging(verbose: bool) -> None:
+def _start_logging(verbose: bool, progress: bool = False) -> None:
     from rich.console import Console
     from rich.logging import RichHandler
 
@@ -151,7 +151,8 @@ def _start_logging(verbose: bool) -> None:
     if not verbose:
         warnings.filterwarnings("ignore", category=FutureWarning)
         # Progress bars of weights that load in a second are noise between two log lines.
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if not (progress and sys.stderr.isatty()):
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _predict(options: argparse.Namespace) -> None:

@@ -6,8 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hub_server
@@ -188,6 +189,31 @@ def test_a_killed_pull_goes_on_and_no_file_is_ever_half(hub: hub_server.Hub, exp
     assert contents(out) == contents(exported)
 
 
+def test_ctrl_c_stops_at_once_and_keeps_what_arrived(
+    hub: hub_server.Hub, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    published(hub, exported)
+    hub.faults.hold["model.safetensors"] = 100_000
+
+    def press() -> None:
+        hub.faults.held.wait(20)
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.3)
+        hub.faults.released.set()
+
+    main = threading.get_ident()
+    presser = threading.Thread(target=press)
+    presser.start()
+    with pytest.raises(KeyboardInterrupt):
+        pull("small", where=hub.url, repository=REPOSITORY, out=tmp_path / "out")
+    presser.join()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    hub.sent.clear()
+    assert contents(pull("small", where=hub.url, repository=REPOSITORY, out=tmp_path / "out")) == contents(exported)
+    assert hub.sent["model.safetensors"] < (exported / "model.safetensors").stat().st_size - 90_000
+
+
 def test_damage_is_named_and_repaired(hub: hub_server.Hub, exported: Path, capsys: pytest.CaptureFixture) -> None:
     published(hub, exported)
     pulled = pull("small", where=hub.url, repository=REPOSITORY)
@@ -323,14 +349,14 @@ def test_a_disk_that_fills_up_is_one_sentence(hub: hub_server.Hub, exported: Pat
         if path.name != "lock":
             path.unlink()
             path.symlink_to("/dev/full")
-    with pytest.raises(UserError, match="The disk is full"):
+    with pytest.raises(UserError, match=f"The disk is full at {out}"):
         pull("small", where=hub.url, repository=REPOSITORY, out=out)
 
 
 def test_push_then_pull_gives_the_same_folder(
     hub: hub_server.Hub, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"No repository|does not accept the token"):
+    with pytest.raises(UserError, match=r"wants to know who asks.*hf auth login"):
         push(exported, REPOSITORY, where=hub.url)
     monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
     address = push(exported, REPOSITORY, where=hub.url)
@@ -424,16 +450,18 @@ def bert(tmp_path: Path) -> dict[str, bytes]:
     return {**files, **dict.fromkeys(more, b"not needed")}
 
 
-def test_a_model_of_others_goes_to_the_cache_of_the_hub(hub: hub_server.Hub, bert: dict[str, bytes]) -> None:
+def test_a_model_of_others_goes_to_the_cache_of_the_hub(
+    hub: hub_server.Hub, bert: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.add("emilyalsentzer/Bio_ClinicalBERT", bert)
     snapshot = pull("bio-clinicalbert", where=hub.url)
     names = {path.name for path in snapshot.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not names & {"pytorch_model.bin", "tf_model.h5", "original", "onnx"}
     assert all(snapshot.joinpath(name).read_bytes() == bert[name] for name in names)
-    AutoModel.from_pretrained(
-        "emilyalsentzer/Bio_ClinicalBERT", local_files_only=True, cache_dir=constants.HF_HUB_CACHE
-    )
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        AutoModel.from_pretrained("emilyalsentzer/Bio_ClinicalBERT", cache_dir=constants.HF_HUB_CACHE)
     assert hub.sent["model.safetensors"] == len(bert["model.safetensors"])
     assert faults("bio-clinicalbert") == (snapshot.parents[1], [])
     blob = (snapshot / "model.safetensors").resolve()
@@ -476,3 +504,44 @@ def test_the_list_says_what_can_be_had(
     assert cli.main(["weights", "list"]) == 0
     printed = capsys.readouterr().out
     assert "No weights of rectvlm are published yet" in printed and "llama-3.1-70b" in printed
+
+
+def test_a_pulled_part_of_a_real_model_loads(
+    hub: hub_server.Hub, tiny_run: Callable[[int], Path], tmp_path: Path
+) -> None:
+    from rectvlm.hub import RectVLM
+
+    model = RectVLM.from_pretrained(tiny_run(2), device="cpu")
+    model.save_pretrained(tmp_path / "model")
+    published(hub, tmp_path / "model")
+    pulled = pull("small", ["encoder", "classifier"], hub.url, REPOSITORY)
+    part = RectVLM.from_pretrained(pulled, device="cpu", parts=("encoder", "classifier"))
+    assert part.localizer is None and equal(
+        part.state_dict(),
+        {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("localizer")},
+    )
+    with pytest.raises(UserError, match=r"missing: localizer"):
+        RectVLM.from_pretrained(pulled, device="cpu")
+
+
+def test_a_cached_model_that_lost_a_shard_is_named(hub: hub_server.Hub, bert: dict[str, bytes]) -> None:
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    files = {"config.json": bert["config.json"], "model.safetensors.index.json": json.dumps(index).encode()}
+    hub.add("other/sharded", {**files, "model-00001-of-00002.safetensors": b"1"})
+    snapshot = pull("other/sharded", where=hub.url)
+    assert faults("other/sharded")[1] == []
+    (snapshot / "model-00001-of-00002.safetensors").unlink()
+    assert faults("other/sharded")[1] == ["missing: model-00001-of-00002.safetensors"]
+    hub.sent.clear()
+    pull("other/sharded", where=hub.url)
+    assert faults("other/sharded")[1] == [] and not hub.sent, "the content was here, its name was not"
+
+
+def test_what_is_not_here_cannot_be_verified(hub: hub_server.Hub, tmp_path: Path) -> None:
+    for target in ("llama-3.1-70b", "large", "nowhere/at-all"):
+        with pytest.raises(UserError, match=rf"Nothing called '{target}' is here"):
+            faults(target)
+    with pytest.raises(UserError, match=r"No manifest\.json in"):
+        faults(str(tmp_path))
+    with pytest.raises(UserError, match="checked when it is prepared"):
+        faults("tiny-bert")

@@ -28,6 +28,11 @@ def faults(target: str) -> tuple[Path, list[str]]:
     folder = Path(target).expanduser()
     if folder.is_dir():
         return folder, manifest.faults(folder)
+    if target in BUNDLED:
+        raise UserError(
+            f"{target} is checked when it is prepared and has no {manifest.FILE}: to prepare it again, remove "
+            f"{models_folder() / target} and pull it."
+        )
     if target in SIZES:
         folder = models_folder() / f"rectvlm-{target}"
         if folder.is_dir():

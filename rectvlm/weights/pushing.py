@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from rectvlm.types import UserError
 from rectvlm.weights import manifest, transfer
@@ -110,9 +110,20 @@ def _push_to_hub(folder: Path, hub: Hub, listed: Manifest, public: bool, message
     stale = [name for name in there if name.endswith((".safetensors", ".safetensors.index.json"))]
     removals = [CommitOperationDelete(name) for name in stale if name not in listed.files]
     with clear_errors(hub):
-        commit = hub.api.create_commit(hub.repository, [*additions, *removals], commit_message=message)
+        try:
+            commit = hub.api.create_commit(hub.repository, [*additions, *removals], commit_message=message)
+        except RuntimeError as error:  # an upload failed in a thread of the library
+            raise error.__cause__ or error from None
+        except ValueError as error:
+            if isinstance(error, HfHubHTTPError):
+                raise
+            raise UserError(f"{hub.name} does not take the push ({_line(error)}).") from None
     _check_arrival(Hub(hub.repository, commit.oid, hub.endpoint), listed)
     return f"{hub.name}/tree/{commit.oid}"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _prepare(hub: Hub, listed: Manifest, public: bool) -> dict[str, RemoteFile]:

@@ -34,6 +34,8 @@ from rectvlm.weights import manifest
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 WAITS = (1.0, 2.0, 4.0)
 """Seconds between attempts, when a server says that it is busy or broken."""
 
@@ -223,10 +225,14 @@ def clear_errors(hub: Hub, path: str = "") -> Iterator[None]:
             "with --from; what has arrived is kept."
         ) from None
     except OSError as error:
+        if error.errno in FULL:
+            raise  # `transfer` knows the folder
         raise disk_error(error, what) from None
 
 
 def _status_message(status: int, what: str, endpoint: str) -> str:
+    if status == 401 and not get_token():
+        return f"{endpoint} wants to know who asks for {what}: log in with `hf auth login`, or set HF_TOKEN."
     if status == 401:
         return f"{endpoint} does not accept the token for {what}: log in again with `hf auth login`, or set HF_TOKEN."
     if status == 403:
@@ -240,7 +246,7 @@ def _status_message(status: int, what: str, endpoint: str) -> str:
 
 def disk_error(error: OSError, what: str) -> UserError:
     """An error of the disk, or of a transfer that gave another number of bytes, in one sentence."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return UserError(f"The disk is full at {what}: make room and pull again; what has arrived is kept.")
     reason = error.strerror or str(error).splitlines()[0]
     return UserError(f"{what} could not be transferred ({reason}): pull again; what has arrived is kept.")
