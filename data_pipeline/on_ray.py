@@ -34,13 +34,12 @@ class OnRay:
         self._ray = ray
         environment = {"py_modules": [data_pipeline, rectvlm], "env_vars": THREAD_VARIABLES}
         if not ray.is_initialized():
+            _require_answer(address)
             try:
                 # The modules are given here: Ray uploads those of a job, not those of a task.
                 ray.init(address=None if address == "local" else address, runtime_env=environment)
             except (ConnectionError, ValueError, RuntimeError) as error:
-                raise UserError(
-                    f"No Ray cluster at {address} ({error}): start one with `ray start --head`, or use --ray local."
-                ) from None
+                raise _no_cluster(address, error) from None
 
     def __call__(
         self, function: Callable[[Task], Any], tasks: Sequence[Task], alone: bool = False
@@ -71,6 +70,21 @@ class OnRay:
             except errors.RayTaskError as error:
                 raise error.cause from None
             yield task, result
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself tries an address that no one answers at for minutes, and says nothing meanwhile."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # auto, local, or what Ray explains at once
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str, error: Exception) -> UserError:
+    return UserError(f"No Ray cluster at {address} ({error}): start one with `ray start --head`, or use --ray local.")
 
 
 def _work(function: Callable[[Task], Any], task: Task) -> Any:

@@ -1,8 +1,10 @@
 """Cases that are quick to make and real enough to be taken for CTs: a body with two lungs and a nodule, in noise."""
 
+import json
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -116,3 +118,13 @@ def _lose(folder: Path, seed: int) -> CaseData:
 def lose_folder(case: Case, folder: Path) -> Case:
     """The case, but a folder is gone once it is loaded."""
     return replace(case, load=partial(_lose, folder, int(case.identity[0])))
+
+
+def load_on_ray(folder: Path, seed: int, seconds: float) -> CaseData:
+    """Takes its time, and leaves a note of the node that it ran on."""
+    import ray
+
+    note = json.dumps([seed, ray.get_runtime_context().get_node_id()])
+    (folder / f"{time.time_ns()}-{os.getpid()}").write_text(note)
+    time.sleep(seconds)
+    return load_small(seed)

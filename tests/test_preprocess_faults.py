@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_pipeline.preprocess import preprocess
+from data_pipeline.preprocess import main, preprocess
 from data_pipeline.running import worker_context
 from rectvlm.data.shards import read_index
 from rectvlm.types import UserError
@@ -225,13 +225,15 @@ class Download:
     seconds: float = 0
     """From then to its end."""
 
+    def arguments(self, out: Path, per_shard: int = PER_SHARD) -> list[str]:
+        tree = ["--config", "tiny", "--ct-rate", str(self.root), "--lesions", str(self.root / "lesions")]
+        return [*tree, "--out", str(out), "--workers", "2", "--samples-per-shard", str(per_shard)]
+
     def command(self, out: Path, per_shard: int = PER_SHARD, limit: int | None = None) -> "subprocess.Popen[str]":
         """In a process group of its own."""
-        arguments = ["--config", "tiny", "--ct-rate", str(self.root), "--lesions", str(self.root / "lesions")]
-        arguments += ["--out", str(out), "--workers", "2", "--samples-per-shard", str(per_shard)]
         within = ["prlimit", f"--fsize={limit}"] if limit else []
         return subprocess.Popen(
-            [*within, sys.executable, "-m", "data_pipeline.preprocess", *arguments],
+            [*within, sys.executable, "-m", "data_pipeline.preprocess", *self.arguments(out, per_shard)],
             cwd=CHECKOUT,
             start_new_session=True,
             stdout=subprocess.DEVNULL,
@@ -240,10 +242,8 @@ class Download:
         )
 
     def finish(self, out: Path) -> None:
-        """Give the command to its end; the result is that of an unbroken run."""
-        process = self.command(out)
-        _, said = process.communicate()
-        assert process.returncode == 0, said
+        """The same to its end, in this process; the result is that of an unbroken run."""
+        assert main(self.arguments(out)) == 0
         assert everything(out) == self.files
 
 
