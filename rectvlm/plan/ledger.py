@@ -33,21 +33,37 @@ class Work:
     """Bytes read and written."""
 
 
+_CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
+
+
+def _as_kernels_lay_it_out(packet: Any, args: Any, out: Any) -> Any:
+    """Convolutions of channels-last volumes give channels-last results on CPU and GPU, and the copies behind them
+    depend on that; the meta device does not follow in three dimensions."""
+    first = 0 if packet is torch.ops.aten.convolution else 1
+    source, result = args[first], (out if first == 0 else out[0])
+    last = torch.channels_last_3d
+    if source.ndim != 5 or result is None or source.is_contiguous() or not source.is_contiguous(memory_format=last):
+        return out
+    laid = torch.empty_like(result, memory_format=last)
+    return laid if first == 0 else (laid, *out[1:])
+
+
 class Ledger(TorchDispatchMode):
     """Active while a step is rehearsed."""
 
-    def __init__(self, known: Iterable[Tensor], vocabulary: int | None) -> None:
+    def __init__(self, known: Iterable[Tensor], vocabulary: int | None, device: str = "meta") -> None:
         """Start with nothing alive.
 
         Args:
             known: tensors that exist already and are counted elsewhere: parameters and buffers.
             vocabulary: a tensor with a side of this length is counted as logits.
+            device: tensors on it are counted; on a real one the ledger watches a real step.
         """
         super().__init__()
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._keep = list(known)
         self._alive: dict[int, Any] = {}
-        self._vocabulary = vocabulary
+        self._vocabulary, self._device = vocabulary, device
         self.part = "other"
         self.in_backward = self._recomputing = False
         self.live: dict[str, int] = defaultdict(int)
@@ -76,7 +92,7 @@ class Ledger(TorchDispatchMode):
 
     @property
     def stage(self) -> Stage:
-        """Where in a step we are: recomputation builds a graph inside the backward pass, the backward itself does not."""
+        """Where in a step we are: in the backward pass, recomputation alone builds a graph."""
         if not self.in_backward:
             return "forward"
         return "recomputation" if self._recomputing or torch.is_grad_enabled() else "backward"
@@ -105,12 +121,14 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_meta]
-        fresh = [t for t in tensors if self._register(t)]
         packet = func._overloadpacket
+        if self._device == "meta" and packet in _CONVOLUTIONS:
+            out = _as_kernels_lay_it_out(packet, args, out)
+        tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.device.type == self._device]
+        fresh = [t for t in tensors if self._register(t)]
         flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
         if flops or fresh or func._schema.is_mutable:
-            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_meta]
+            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.device.type == self._device]
             self.add(flops, sum(t.numel() * t.element_size() for t in (*inputs, *tensors)))
         return out
 

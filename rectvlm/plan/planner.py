@@ -135,7 +135,7 @@ class Planner:
         return ranks * (loader + PROCESS + 4 * trainable) + 2 * trainable
 
     def _disk(self, trainable: int) -> float:
-        """bf16 weights twice (for use, and the engine's), fp32 master and moments; one checkpoint more while it is written."""
+        """bf16 weights twice (for use, and the engine's), fp32 master and moments; and one checkpoint in the making."""
         return (self.config.train.keep + 1) * (2 + 2 + 12) * trainable
 
     def _flops(self) -> dict[str, Any]:

@@ -97,8 +97,8 @@ def show_scale(plans: Sequence[Plan], console: Console) -> None:
         "fits",
         "step s",
         "tokens/s",
-        "tokens/s a GPU",
-        "samples a step",
+        "a GPU",
+        "samples/step",
         "days",
         "epochs",
     ):

@@ -1,7 +1,7 @@
 """How long a step takes on stated hardware, alone and on many GPUs.
 
 Each operation takes the longest of its arithmetic, its memory traffic and its launch (roofline model: Williams et al.,
-2009). What GPUs say to each other is hidden behind the computation where DeepSpeed prefetches, and added where it waits.
+2009). What GPUs say to each other hides behind the computation where DeepSpeed prefetches, and is added elsewhere.
 """
 
 import math

@@ -103,16 +103,16 @@ def stand_ins(ledger: Ledger, packed: set[int], padded: bool) -> Iterator[None]:
         with ledger.recomputing(ledger.stage == "recomputation"):
             return _FusedAttention.apply(ledger, query, key, value)
 
-    F.linear, F.dropout, F.scaled_dot_product_attention = packed_linear, one_byte_dropout, fused_attention  # type: ignore[assignment]
+    F.linear, F.dropout, F.scaled_dot_product_attention = packed_linear, one_byte_dropout, fused_attention
     try:
         with _Values(padded):
             yield
     finally:
-        F.linear, F.dropout, F.scaled_dot_product_attention = linear, dropout, attention  # type: ignore[assignment]
+        F.linear, F.dropout, F.scaled_dot_product_attention = linear, dropout, attention
 
 
 def quantization_state_bytes(weights: int, double: bool) -> int:
-    """Bytes of the scales of one packed weight: a number for each 64 entries, in fp32, or in 8 bits with a second level.
+    """Bytes of the scales of a packed weight: one for each 64 entries, in fp32, or in 8 bits with a second level.
 
     QLoRA (Dettmers et al., 2023), section 3, as bitsandbytes stores it: the second level has blocks of 256, a table of
     256 fp32 codes and an offset; each weight keeps the table of its 16 codes.

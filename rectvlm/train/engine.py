@@ -46,6 +46,12 @@ def _defaults_for_one_process() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def _tensors_of(state: Any) -> list[Tensor]:
+    """Tensors of a weight's quantization state, with those of its second level."""
+    own = [value for value in (state.absmax, state.code, state.offset) if isinstance(value, Tensor)]
+    return own + (_tensors_of(state.state2) if state.state2 is not None else [])
+
+
 class Engine:
     """Processes, sharding, backward, optimizer step, and the state of all that."""
 
@@ -199,6 +205,7 @@ class Engine:
             "device": str(self.device),
             "packed_bytes": self._packed_bytes(local=True),
             "packed_bytes_of_model": self._packed_bytes(local=False),
+            "bytes": self._bytes_by_kind(),
             "peak_memory_bytes": peak_memory_bytes(),
         }
         ranks: list[Any] = [None] * self.world
@@ -209,6 +216,35 @@ class Engine:
             "world_size": self.world,
             "ranks": ranks,
         }
+
+    def _bytes_by_kind(self) -> dict[str, int]:
+        """What this rank holds between steps, by kind, as `rectvlm.plan` predicts it."""
+        found = dict.fromkeys(("weights_4bit", "weights_frozen", "weights_trainable", "weights_resident"), 0)
+        packed = set(self._packed)
+        for name, p in self.model.module.named_parameters():
+            kind = "weights_4bit" if name in packed else "weights_trainable" if p.requires_grad else "weights_frozen"
+            if not hasattr(p, "ds_tensor"):
+                found[kind] += p.numel() * p.element_size()
+                continue
+            found[kind] += p.ds_tensor.numel() * p.ds_tensor.element_size()
+            if p.ds_status == ZeroParamStatus.AVAILABLE:
+                found["weights_resident"] += p.ds_numel * p.ds_tensor.element_size()
+        layers: list[Any] = [m for m in self.model.module.modules() if isinstance(m, Linear4bit)]
+        tensors = [t for layer in layers for t in _tensors_of(layer.weight.quant_state)]
+        found["quantization_state"] = sum(t.numel() * t.element_size() for t in tensors)
+        zero = self.optimizer.optimizer
+        masters = zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else None
+        held = list(zero.single_partition_of_fp32_groups if masters is None else masters)
+        # Step counters are scalars.
+        held += [
+            t for state in zero.optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.ndim
+        ]
+        found["optimizer"] = sum(t.numel() * t.element_size() for t in held)
+        if masters is not None:
+            found["gradients"] = (
+                zero.grad_partitions_flat_buffer.numel() * zero.grad_partitions_flat_buffer.element_size()
+            )
+        return found
 
     def _packed_bytes(self, local: bool) -> int:
         """Bytes of packed 4-bit weights: of this rank's shard, or of the whole model."""

@@ -1,0 +1,299 @@
+"""The planner against what runs: the operations of a real step, the allocator's own record, and arithmetic by hand."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import phantom_sample
+from torch.profiler import ProfilerActivity, profile
+
+from rectvlm import cli, weights
+from rectvlm.config import Config, load
+from rectvlm.data.loader import collate
+from rectvlm.models import RectVLM
+from rectvlm.models.language import load_language_model
+from rectvlm.models.text import Prompts
+from rectvlm.plan import Hardware, Plan, Planner
+from rectvlm.plan.speed import Network
+from rectvlm.plan.standins import quantization_state_bytes
+from rectvlm.train.objectives import losses, total
+from rectvlm.train.optim import freeze_all_but
+from rectvlm.train.phases import PHASES
+from rectvlm.types import Batch
+
+DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
+CHECKPOINTED = ["encoder.checkpointing=true", "localizer.checkpointing=true"]
+LONG_REPORT = "opacity " * 3000
+
+
+def planner(name: str, phase: int = 3, *overrides: str) -> Planner:
+    return Planner(load(name, overrides), phase, DS_CONFIGS)
+
+
+@pytest.fixture(scope="module")
+def large() -> Planner:
+    return planner("large")
+
+
+@pytest.fixture(scope="module")
+def large_plan(large: Planner) -> Plan:
+    return large.plan(2, 141.0)
+
+
+def real(config: Config, phase: int) -> tuple[RectVLM, Batch]:
+    """A model with weights, in bf16 as the engine runs it, and a batch with reports of the greatest length."""
+    torch.manual_seed(0)
+    row = PHASES[phase]
+    language = None
+    if "generator" in row.parts:
+        language = load_language_model(config.generator, weights.resolve(config.generator.model))
+    prompts = Prompts.embed(weights.resolve(config.text.model), config.text.max_tokens)
+    model = RectVLM(config, row.parts, prompts, language).train()
+    freeze_all_but(model, row.settings(config).lr)
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.bfloat16()
+            parameter.register_post_accumulate_grad_hook(_drop)
+    prompts.bfloat16()
+    batch = collate([phantom_sample(seed, config) for seed in range(row.settings(config).micro_batch)])
+    batch.reports = [LONG_REPORT] * len(batch.keys)
+    return model, batch
+
+
+def _drop(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def step(model: RectVLM, batch: Batch, config: Config, phase: int) -> None:
+    outputs = model(batch)
+    loss = total(losses(outputs, batch, PHASES[phase].tasks), config.train.losses)
+    del outputs
+    loss.backward()
+
+
+def measured_peak(model: RectVLM, batch: Batch, config: Config, phase: int) -> int:
+    """Bytes that torch's CPU allocator held at most in a step, by its own record, with the batch."""
+    step(model, batch, config, phase)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step(model, batch, config, phase)
+    events: Any = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = sum(t.nbytes for t in (batch.ct, batch.lesions, batch.regions))
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("phase", [1, 2, 3])
+def test_the_peak_is_the_allocators(phase: int) -> None:
+    config = load("tiny")
+    predicted = Planner(config, phase, DS_CONFIGS).rehearsal.peak
+    assert predicted == pytest.approx(measured_peak(*real(config, phase), config, phase), rel=0.02)
+
+
+SIZES = [
+    pytest.param("demo", 2, [], id="demo-2"),
+    pytest.param("demo", 3, [], id="demo-3"),
+    pytest.param("demo", 3, ["generator.checkpointing=true"], id="demo-3-checkpointed"),
+    pytest.param("demo", 2, ["data.grid=[32,128,128]"], id="larger-grid"),
+    pytest.param("tiny", 3, ["encoder.depth=6", "encoder.taps=[2,4]", *CHECKPOINTED[:1]], id="encoder-checkpointed"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "phase", "overrides"), SIZES)
+def test_the_peak_is_the_allocators_at_other_sizes(name: str, phase: int, overrides: list[str]) -> None:
+    config = load(name, overrides)
+    predicted = Planner(config, phase, DS_CONFIGS).rehearsal.peak
+    assert predicted == pytest.approx(measured_peak(*real(config, phase), config, phase), rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "phase"), [("demo", 1), ("demo", 2), ("demo", 3), ("large", 1), ("large", 2)])
+def test_the_peak_is_the_gpus(name: str, phase: int) -> None:
+    config = load(name, ["text.model=bundled:minilm-l6-v2", "train.phases.1.micro_batch=1"])
+    predicted = Planner(config, phase, DS_CONFIGS)
+    model, batch = real(config, phase)
+    model, batch = model.cuda(), batch.to("cuda")
+    step(model, batch, config, phase)
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated() - sum(t.nbytes for t in (batch.ct, batch.lesions, batch.regions))
+    step(model, batch, config, phase)
+    found = torch.cuda.max_memory_allocated() - held
+    assert predicted.rehearsal.peak == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("part", ["encoder", "localizer"])
+def test_what_a_part_keeps_is_what_autograd_saves(part: str) -> None:
+    config = load("tiny")
+    model, batch = real(config, 2)
+    kept = Planner(config, 2, DS_CONFIGS).rehearsal.kept[part]
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    features = model.encoder(batch.ct, batch.regions, batch.regions_known)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        if part == "encoder":
+            features = model.encoder(batch.ct, batch.regions, batch.regions_known)
+            result: Any = features
+        else:
+            assert model.localizer is not None
+            own |= {t.untyped_storage().data_ptr() for t in (features.whole, features.patches, features.regions)}
+            own |= {t.untyped_storage().data_ptr() for t in getattr(features, "levels", ())}
+            result = model.localizer(batch.ct, features, model.prompts)
+    for tensor in result:  # results are alive too
+        for one in tensor if isinstance(tensor, tuple) else (tensor,):
+            if isinstance(one, torch.Tensor):
+                pack(one)
+    assert kept == pytest.approx(sum(saved.values()), rel=0.05)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [(64, 64), (128, 320), (33, 7)])
+def test_quantization_state_is_that_of_bitsandbytes(shape: tuple[int, int], double: bool) -> None:
+    import bitsandbytes.functional as bnb
+
+    _, state = bnb.quantize_4bit(
+        torch.randn(shape, dtype=torch.bfloat16), compress_statistics=double, quant_type="nf4", blocksize=64
+    )
+    tensors = [state.absmax, state.code]
+    if double:
+        tensors += [state.offset, state.state2.absmax, state.state2.code]
+    assert quantization_state_bytes(math.prod(shape), double) == sum(t.nbytes for t in tensors)
+
+
+@pytest.mark.slow
+def test_large_fits_two_h200s(large: Planner, large_plan: Plan) -> None:
+    assert large_plan.fits
+    assert large_plan.parameters["trainable"] == pytest.approx(460e6, rel=0.03)
+    memory = large_plan.gpu_memory_gb
+    assert memory["quantization_state"] == pytest.approx(1.09, abs=0.01)  # engine notes
+    assert memory["weights_4bit"] == pytest.approx(large_plan.parameters["total"] * 0.25e-9, rel=0.05)
+    kinds = {kind: size for kind, size in memory.items() if kind not in ("total", "allocated")}
+    assert memory["total"] == pytest.approx(sum(kinds.values()))
+    assert memory["allocated"] == pytest.approx(memory["total"] - memory["context"] - memory["waste"])
+    assert not large.plan(1, 40.0).fits
+
+
+@pytest.mark.slow
+def test_flops_are_those_of_the_formula(large_plan: Plan, large: Planner) -> None:
+    """LoRA: 2 N a token forward and 2 N backward; nothing is spent on the gradient of frozen weights."""
+    flops = large_plan.flops_per_step
+    language = [w for (part, _), w in large.rehearsal.work.items() if part == "language model"]
+    done = {stage: sum(w.flops) for (part, stage), w in large.rehearsal.work.items() if part == "language model"}
+    assert language
+    positions = large.rehearsal.positions - math.prod(large.model.encoder.grid)
+    once = 2 * large_plan.parameters["language_model_frozen"] * positions
+    assert done["forward"] == pytest.approx(once, rel=0.05)
+    assert done["backward"] == pytest.approx(once, rel=0.1)
+    assert flops["hardware"] == pytest.approx(flops["forward"] + flops["backward"] + flops["recomputation"])
+    assert flops["model"] < flops["hardware"] < 1.5 * flops["model"]
+
+
+@pytest.mark.slow
+def test_more_gpus_share_the_weights_and_pay_for_the_network(large: Planner) -> None:
+    plans = [large.plan(n, 141.0) for n in (2, 8, 64, 1024)]
+    memory = [plan.gpu_memory_gb["total"] for plan in plans]
+    seconds = [plan.time["total"] for plan in plans]
+    assert memory == sorted(memory, reverse=True) and seconds == sorted(seconds)
+    assert plans[-1].speed["tokens_per_second"] > 100 * plans[0].speed["tokens_per_second"]
+    assert plans[0].gpu_memory_gb["quantization_state"] == plans[-1].gpu_memory_gb["quantization_state"]
+
+
+def test_between_nodes_the_adapters_set_the_pace() -> None:
+    size = 40e9
+    alone, node, two = (Network(n, Hardware()).seconds(size, 1) for n in (1, 8, 16))
+    assert alone == 0
+    assert node == pytest.approx(size * 7 / 8 / (450e9 * 0.7), rel=0.01)
+    assert two == pytest.approx(size * 15 / 16 / (400e9 * 0.7), rel=0.01)
+
+
+def test_faster_hardware_takes_less_time() -> None:
+    config = load("tiny")
+    slow, fast = (Planner(config, 3, DS_CONFIGS, Hardware(tflops=t, bandwidth=b)) for t, b in ((1, 0.1), (1000, 5)))
+    assert fast.plan(2, 1.0).time["compute"] < slow.plan(2, 1.0).time["compute"]
+
+
+def test_settings_change_the_plan_where_they_should() -> None:
+    base = planner("tiny").plan(2, 1.0).gpu_memory_gb
+    single = planner("tiny", 3, "generator.double_quantization=false").plan(2, 1.0).gpu_memory_gb
+    bf16 = planner("tiny", 3, "generator.quantization=none").plan(2, 1.0).gpu_memory_gb
+    leaner = planner("tiny", 3, *CHECKPOINTED).plan(2, 1.0).gpu_memory_gb
+    assert bf16["weights_4bit"] == 0 and bf16["weights_frozen"] > base["weights_frozen"] + base["weights_4bit"]
+    assert {k for k in base if base[k] != single[k]} <= {"quantization_state", "total", "allocated"}
+    assert leaner["activations"] < base["activations"]
+    assert {k for k in base if base[k] != leaner[k]} <= {"activations", "waste", "total", "allocated", "optimizer_step"}
+
+
+def test_rehearsing_leaves_torch_as_it_was() -> None:
+    import torch.nn.functional as F
+
+    before = copy.copy((F.linear, F.dropout, F.scaled_dot_product_attention))
+    planner("tiny")
+    assert before == (F.linear, F.dropout, F.scaled_dot_product_attention)
+
+
+def test_the_command_speaks_json_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--config", "tiny", "--gpus", "2", "--gpu-memory", "141", "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert {"encoder", "classifier_trainable", "localizer", "generator_trainable", "trainable", "total"} <= set(
+        tree["parameters"]
+    )
+    assert tree["fits"] is True and tree["gpu_memory_gb"]["total"] > 0 and tree["knobs"] == []
+    assert cli.main(["plan", "--config", "tiny", "--gpus", "2,8", "--phase", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "ZeRO-2" in printed and "GPUs" in printed
+
+
+def test_what_does_not_fit_comes_with_knobs_that_were_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--config", "tiny", "--gpu-memory", "1", "--json", "generator.double_quantization=false"]
+    assert cli.main(arguments) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["fits"] is False
+    found = {knob["change"]: knob for knob in tree["knobs"]}
+    assert "localizer.checkpointing=true" in found
+    change = found["localizer.checkpointing=true"]
+    assert cli.main([*arguments, "localizer.checkpointing=true"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["gpu_memory_gb"]["total"] == pytest.approx(change["total_gb"])
+    assert tree["gpu_memory_gb"]["total"] - change["total_gb"] == pytest.approx(change["saved_gb"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config", "huge"], "'huge'"),
+        (["--config", "tiny", "--gpus", "0"], "'0'"),
+        (["--config", "tiny", "--gpus", "two"], "'two'"),
+        (["--config", "tiny", "--nodes", "0"], "--nodes"),
+        (["--config", "tiny", "--gpu-memory", "-1"], "--gpu-memory"),
+        (["--config", "tiny", "--efficiency", "2"], "--efficiency"),
+        (["--config", "tiny", "--ds-configs", "/nowhere"], "/nowhere"),
+        (["--config", "tiny", "generator.model=nobody/unknown-llm"], "nobody/unknown-llm"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert cli.main(["plan", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("rectvlm: ") and error.count("\n") == 1 and said in error and error.endswith(".\n")
+
+
+def test_the_command_does_not_load_the_engine() -> None:
+    code = "import sys, rectvlm.plan.command; sys.exit('deepspeed' in sys.modules or 'wandb' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]

@@ -1,0 +1,85 @@
+"""The plan against two real processes: what each rank holds, by kind, at sizes that a CPU can run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import phantom_sample
+from test_training import LAUNCH, TWO, run, trained  # noqa: F401
+
+from rectvlm import weights
+from rectvlm.config import CONFIGS, load
+from rectvlm.data.shards import write_shards
+from rectvlm.plan import Planner
+
+CHECKOUT = Path(__file__).parents[1]
+
+
+def scaled_large(folder: Path) -> Path:
+    """`large` with an eighth of every width, the same ratios of depths, and a language model of the same proportions."""
+    tree = yaml.safe_load((CONFIGS / "large.yaml").read_text())
+    tree["name"] = "large-eighth"
+    tree["data"] |= {"grid": [16, 64, 64], "spacing": [16.0, 5.5, 5.5], "workers": 0}
+    tree["text"]["model"] = "bundled:tiny-bert"
+    tree["encoder"] |= {"width": 96, "heads": 3, "depth": 6, "taps": [2, 4]}
+    tree["classifier"]["width"] //= 8
+    tree["localizer"] |= {"width": 64, "heads": 4, "depth": 4, "channels": [4, 4, 12, 80]}
+    tree["generator"] |= {"model": str(_language_model(folder / "llama")), "queries": 32, "width": 96, "heads": 3}
+    tree["generator"] |= {"depth": 3, "lora_rank": 8, "lora_alpha": 16, "max_report_tokens": 96}
+    for phase in tree["train"]["phases"].values():
+        phase |= {"steps": 2, "save_every": 2, "warmup": 0, "micro_batch": 1, "accumulation": 1}
+    path = folder / "large-eighth.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def _language_model(folder: Path) -> Path:
+    """Llama-3.1-70B by ratio: an eighth of the widths, 8 of 80 layers, the tokenizer of the tiny model."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(weights.resolve("bundled:tiny-llama"))
+    geometry = weights.geometry("meta-llama/Llama-3.1-70B-Instruct")
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
+        setattr(geometry, name, getattr(geometry, name) // 8)
+    geometry.num_key_value_heads //= 4
+    geometry.num_hidden_layers, geometry.vocab_size = 8, len(tokenizer)
+    geometry.pad_token_id = geometry.eos_token_id = tokenizer.eos_token_id
+    geometry.bos_token_id = None
+    torch.manual_seed(0)
+    LlamaForCausalLM(geometry).bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def agree(config_path: str, overrides: list[str], phase: int, described: Path) -> None:
+    """Every kind that a rank reports is the plan's within 1%, and so is the sum."""
+    found = json.loads(described.read_text())
+    plan = Planner(load(config_path, overrides), phase, CHECKOUT / "ds_configs").plan(found["world_size"], 141.0)
+    for rank in found["ranks"]:
+        for kind, size in rank["bytes"].items():
+            predicted = plan.gpu_memory_gb.get(kind, 0.0) * 1e9
+            assert predicted == pytest.approx(size, rel=0.01, abs=64), f"{kind} on rank {rank['rank']}"
+        assert sum(rank["bytes"].values()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", [1, 2, 3])
+def test_every_phase_holds_what_was_planned(trained: Callable[[int], Path], phase: int, phantom_shards: Path) -> None:
+    agree("tiny", [f"data.shards={phantom_shards}"], phase, trained(phase) / "engine.json")
+
+
+@pytest.mark.slow
+def test_a_scaled_down_large_holds_what_was_planned(tmp_path: Path) -> None:
+    path = scaled_large(tmp_path)
+    config = load(path)
+    shards = tmp_path / "shards"
+    write_shards((phantom_sample(seed, config) for seed in range(4)), shards)
+    common = ["--config", str(path), f"data.shards={shards}", f"train.runs={tmp_path / 'runs'}"]
+    for phase in (1, 2):
+        run([*LAUNCH, "--num_processes", "1", f"launch/phase{phase}.py", *common], tmp_path)
+    run([*TWO, "launch/phase3.py", *common], tmp_path)
+    described = tmp_path / "runs" / "large-eighth" / "phase3" / "engine.json"
+    agree(str(path), common[2:], 3, described)
