@@ -161,6 +161,14 @@ def test_a_cut_transfer_goes_on_where_it_was_cut(
     assert hub.sent["model.safetensors"] == size
 
 
+def wait_for_part(folder: Path, size: int) -> None:
+    """Until a file that is under way has grown to a size."""
+    deadline = time.monotonic() + 30
+    while not any(path.exists() and path.stat().st_size > size for path in (folder / ".pull").glob("*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_killed_pull_goes_on_and_no_file_is_ever_half(hub: hub_server.Hub, exported: Path, tmp_path: Path) -> None:
     big = {"localizer.wide": torch.arange(5_000_000, dtype=torch.int32), **tensors()}
     save_file(big, exported / "model.safetensors")
@@ -173,10 +181,7 @@ def test_a_killed_pull_goes_on_and_no_file_is_ever_half(hub: hub_server.Hub, exp
     environment.pop("HF_HUB_CACHE", None)
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     assert hub.faults.held.wait(60), process.communicate(timeout=5)
-    deadline = time.monotonic() + 20
-    while not any(path.stat().st_size > 5_000_000 for path in (out / ".pull").glob("*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_part(out, 5_000_000)
     process.send_signal(signal.SIGKILL)
     process.wait()
     hub.faults.released.set()
@@ -197,7 +202,7 @@ def test_ctrl_c_stops_at_once_and_keeps_what_arrived(
     hub.faults.hold["model.safetensors"] = 100_000
 
     def press() -> None:
-        hub.faults.held.wait(20)
+        wait_for_part(tmp_path / "out", 90_000)
         signal.pthread_kill(main, signal.SIGINT)
         time.sleep(0.3)
         hub.faults.released.set()
