@@ -24,13 +24,20 @@ from tests.small_cases import GRID, SPACING, contents, die_once, load_on_ray, sm
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
-def telling(cases: list[Case], folder: Path, seconds: float) -> list[Case]:
+def telling(cases: list[Case], folder: Path, seconds: list[float]) -> list[Case]:
     folder.mkdir()
-    return [replace(case, load=partial(load_on_ray, folder, int(case.identity[0]), seconds)) for case in cases]
+    return [
+        replace(case, load=partial(load_on_ray, folder, int(case.identity[0]), pause))
+        for case, pause in zip(cases, seconds, strict=True)
+    ]
 
 
 def nodes_of(folder: Path) -> set[str]:
     return {json.loads(text)[1] for path in folder.iterdir() if (text := path.read_text())}
+
+
+def tars(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(folder).items() if name.endswith(".tar")}
 
 
 @pytest.fixture
@@ -50,9 +57,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         cluster.shutdown()
 
 
-def test_two_nodes_make_the_same_bytes_as_this_process(
-    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_nodes_make_the_same_bytes_as_this_process(cluster: Any, tmp_path: Path) -> None:
     """The nodes get our code from the job: they were started where it cannot be found."""
     tree = small_tree(tmp_path / "ct", 6, 2)
     os.truncate(tree.path("train_2_a_1"), 3000)
@@ -64,21 +69,18 @@ def test_two_nodes_make_the_same_bytes_as_this_process(
 
 
 @pytest.mark.slow
-def test_both_nodes_work_and_one_that_goes_takes_nothing_with_it(
-    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_nodes_work_and_one_that_goes_takes_nothing_with_it(cluster: Any, tmp_path: Path) -> None:
     import ray
 
     ray.init(cluster.address, runtime_env={"env_vars": {"PYTHONPATH": str(CHECKOUT)}})
     notes, gone = tmp_path / "notes", []
-    cases = telling(small_cases(16, 2), notes, 1.0)
+    cases = telling(small_cases(16, 2), notes, [5.0] * 4 + [0.1] * 14)
     (second,) = cluster.worker_nodes
     head_id = ray.get_runtime_context().get_node_id()
 
     def remove() -> None:
         while not nodes_of(notes) - {head_id}:
             time.sleep(0.02)
-        time.sleep(0.5)
         gone.append(len(list((tmp_path / "out").glob("*.tar"))))
         cluster.remove_node(second, allow_graceful=False)
 
@@ -91,9 +93,7 @@ def test_both_nodes_work_and_one_that_goes_takes_nothing_with_it(
     assert [entry.key for entry in read_index(tmp_path / "out").select(None)] == [case.key for case in cases]
     assert len(list(notes.iterdir())) > len(cases), "what the node was at was done again"
     preprocess(small_cases(16, 2), tmp_path / "here", GRID, SPACING, samples_per_shard=1)
-    tars = [{name: data for name, data in contents(tmp_path / place).items() if name.endswith(".tar")} for place in
-            ("out", "here")]  # fmt: skip
-    assert tars[0] == tars[1]
+    assert tars(tmp_path / "out") == tars(tmp_path / "here")
 
 
 @pytest.mark.slow
