@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import (
@@ -96,6 +96,23 @@ class Folder:
                 file.write(data)
 
 
+class _FromHere:
+    """A file that begins where a piece does: releases of huggingface_hub before 2 take its position for the size."""
+
+    def __init__(self, file: BinaryIO, start: int) -> None:
+        self._file, self._start = file, start
+        self.write, self.flush = file.write, file.flush
+
+    def tell(self) -> int:
+        return self._file.tell() - self._start
+
+    def seek(self, position: int) -> int:
+        return self._file.seek(self._start + position) - self._start
+
+    def truncate(self) -> int:
+        return self._file.truncate() - self._start
+
+
 class Hub:
     """One revision of a repository on a hub."""
 
@@ -139,14 +156,13 @@ class Hub:
         headers = {**build_hf_headers(library_name="rectvlm"), "Accept-Encoding": "identity"}
         if (begin, end) != (0, size):
             headers["Range"] = f"bytes={begin}-{end - 1}"
-        start = file.tell() - done
+        piece: Any = _FromHere(file, file.tell() - done)
 
         def get() -> None:
-            file.flush()
             http_get(
                 url,
-                file,
-                resume_size=file.tell() - start,
+                piece,
+                resume_size=piece.tell(),
                 headers=headers,
                 expected_size=end - begin,
                 displayed_filename=path,
