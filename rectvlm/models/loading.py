@@ -38,8 +38,8 @@ class Source(Protocol):
     def __contains__(self, name: str) -> bool:
         """Whether there is a tensor of that name."""
 
-    def read(self, name: str, shape: torch.Size, device: torch.device) -> Tensor:
-        """A tensor; its shape is known where it is not packed."""
+    def read(self, name: str, shape: torch.Size | None, device: torch.device) -> Tensor:
+        """A tensor of a shape; None when it is stored in one of its own, packed."""
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
-    def read(self, name: str, shape: torch.Size, device: torch.device) -> Tensor:
+    def read(self, name: str, shape: torch.Size | None, device: torch.device) -> Tensor:
         """A tensor as it is stored.
 
         Raises:
@@ -94,7 +94,7 @@ class Checkpoint:
         """
         with safe_open(self.files[name], "pt", device=str(device)) as handle:
             tensor: Tensor = handle.get_tensor(name)
-        if name not in self.packed and tensor.shape != shape:
+        if shape is not None and tensor.shape != shape:
             raise UserError(
                 f"{self.files[name]} holds {name} as {tuple(tensor.shape)}, but its config.json asks for "
                 f"{tuple(shape)}; fetch the model again."
@@ -104,9 +104,7 @@ class Checkpoint:
     def statistics(self, name: str, device: torch.device) -> dict[str, Tensor]:
         """What bitsandbytes stored beside a packed weight, by its own names."""
         return {
-            key.removeprefix(f"{name}."): self.read(key, torch.Size(), device)
-            for key in self.packed[name]
-            if key in self.files
+            key.removeprefix(f"{name}."): self.read(key, None, device) for key in self.packed[name] if key in self.files
         }
 
 
@@ -240,7 +238,7 @@ def _parameter(
 
 def _stored_packed(module: Any, name: str, source: Checkpoint, device: torch.device) -> nn.Parameter:
     """A weight that was packed before: the same bytes, stored in the dtype that the configuration asks for."""
-    data = source.read(name, torch.Size(), device)
+    data = source.read(name, None, device)
     # A copy of the mapped file; dtypes of storage differ in what they call the bytes alone.
     stored = data.clone().view(-1).view(torch.uint8).view(module.quant_storage)[:, None]
     statistics = {key: value.clone() for key, value in source.statistics(name, device).items()}
