@@ -177,6 +177,25 @@ class LossConfig(_Section):
     report: float
 
 
+Weight = Annotated[float, Field(ge=0)]
+
+
+class LocalizationTerms(_Section):
+    """Weights of the localization loss's terms beside Dice and cross-entropy at full resolution, which count 1. A
+    term of weight 0 changes nothing."""
+
+    half: Weight
+    """Dice and cross-entropy at half resolution."""
+    coarse: Weight
+    """Cross-entropy of the patches that hold a lesion."""
+    denoising: Weight
+    """Squared error of the denoised patch features."""
+    consistency: Weight
+    """Squared difference between what the three resolutions say."""
+    alignment: Weight
+    """Cross-entropy of the match of image and lesion prompt, also where a label is all that is known of a lesion."""
+
+
 class TrainConfig(_Section):
     """What the three phases share, and the three phases."""
 
@@ -188,6 +207,7 @@ class TrainConfig(_Section):
     clip: PositiveFloat
     """Largest norm of all gradients together."""
     losses: LossConfig
+    localization: LocalizationTerms
     keep: Positive
     """Checkpoints that are kept."""
     phases: dict[Literal[1, 2, 3], PhaseConfig]

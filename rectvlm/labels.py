@@ -43,7 +43,9 @@ class Lesion:
     name: str
     """Name in text."""
     finding: str
-    """The finding of `FINDINGS` that this lesion implies."""
+    """The finding of `FINDINGS` that this lesion implies: where the finding is absent, so is the lesion."""
+    is_finding: bool
+    """Whether the finding implies the lesion too. An opacity of the lung need not be ground glass."""
     site: Literal["lung", "pleura", "pericardium"]
     """Where it lies, which decides how its place is worded."""
     colour: str
@@ -51,11 +53,11 @@ class Lesion:
 
 
 LESIONS: tuple[Lesion, ...] = (
-    Lesion(0, "pericardial_effusion", "pericardial effusion", "Pericardial effusion", "pericardium", "#CC79A7"),
-    Lesion(1, "pleural_effusion", "pleural effusion", "Pleural effusion", "pleura", "#56B4E9"),
-    Lesion(2, "consolidation", "consolidation", "Consolidation", "lung", "#E69F00"),
-    Lesion(3, "ground_glass_opacity", "ground-glass opacity", "Lung opacity", "lung", "#009E73"),
-    Lesion(4, "lung_nodule", "lung nodule", "Lung nodule", "lung", "#F0E442"),
+    Lesion(0, "pericardial_effusion", "pericardial effusion", "Pericardial effusion", True, "pericardium", "#CC79A7"),
+    Lesion(1, "pleural_effusion", "pleural effusion", "Pleural effusion", True, "pleura", "#56B4E9"),
+    Lesion(2, "consolidation", "consolidation", "Consolidation", True, "lung", "#E69F00"),
+    Lesion(3, "ground_glass_opacity", "ground-glass opacity", "Lung opacity", False, "lung", "#009E73"),
+    Lesion(4, "lung_nodule", "lung nodule", "Lung nodule", True, "lung", "#F0E442"),
 )
 """The five lesions, in the order of their bits."""
 
@@ -112,6 +114,10 @@ LOBES: tuple[Region, ...] = REGIONS[:5]
 """The five lobes of the lungs: the regions that a lung lesion's place is worded with."""
 
 N_FINDINGS, N_LESIONS, N_REGIONS = len(FINDINGS), len(LESIONS), len(REGIONS)
+
+LESION_FINDINGS = tuple(FINDINGS.index(lesion.finding) for lesion in LESIONS)
+"""Index of each lesion's finding."""
+LESION_IS_FINDING = tuple(lesion.is_finding for lesion in LESIONS)
 
 LESION_BY_KEY = {lesion.key: lesion for lesion in LESIONS}
 REGION_BY_NAME = {region.name: region for region in REGIONS}

@@ -50,7 +50,7 @@ def swapped(prompts: Prompts, lesion_order: list[int], finding_order: list[int])
 
 
 def test_gradients_reach_every_parameter(model: RectVLM, batch: Batch, tiny: Config) -> None:
-    found = losses(model(batch), batch, ("classification", "localization"))
+    found = losses(model(batch), batch, ("classification", "localization"), tiny.train.localization)
     total(found, tiny.train.losses).backward()
     assert list(without_gradient(model)) == []
 
@@ -58,7 +58,7 @@ def test_gradients_reach_every_parameter(model: RectVLM, batch: Batch, tiny: Con
 def test_classification_alone_reaches_encoder_and_classifier(tiny: Config, prompts: Prompts, batch: Batch) -> None:
     torch.manual_seed(0)
     model = RectVLM(tiny, ("encoder", "classifier"), prompts)
-    losses(model(batch), batch, ("classification",))["classification"].value.backward()
+    losses(model(batch), batch, ("classification",), tiny.train.localization)["classification"].value.backward()
     assert list(without_gradient(model)) == []
 
 

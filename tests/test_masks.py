@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from data_pipeline.cases import Case, CaseData, case_to_sample
 from data_pipeline.masks import CaseMasks, MaskFolders
 from data_pipeline.preprocess import preprocess
+from rectvlm.config import load
 from rectvlm.data.loader import collate
 from rectvlm.data.volume import Volume, read_volume
 from rectvlm.labels import LESION_BY_KEY, LESIONS
-from rectvlm.train.objectives import _dice_and_entropy
+from rectvlm.models.localizer import Localization
+from rectvlm.train.objectives import Outlines, Presence, localization
 from rectvlm.types import InputError, Sample, UserError
 from tests.ct_rate_tree import phantom
 from tests.grids import ORDERS, dice, grid_over, regrid, reorder, save
@@ -273,9 +275,12 @@ def test_what_no_one_outlined_moves_no_loss(tmp_path: Path) -> None:
     array, affine = turned("consolidation", 0)
     save(tmp_path / KEY / "consolidation.nii.gz", array, affine)
     batch = collate([sample(MaskFolders(lesions=tmp_path))])
-    masks = torch.stack([(batch.lesions >> lesion.bit & 1).float() for lesion in LESIONS], 1)
-    logits = torch.zeros_like(masks, requires_grad=True)
-    _dice_and_entropy(logits, masks, batch.lesions_annotated, batch.lesions_partial & False).backward()
+    logits = torch.zeros(1, len(LESIONS), *batch.lesions.shape[1:], requires_grad=True)
+    found = Localization(logits, logits[..., ::2], logits[..., ::4], logits.mean((2, 3, 4)), torch.zeros(()))
+    outlines = Outlines(batch.lesions, batch.lesions_annotated, batch.lesions_partial & False)
+    unlabelled = torch.zeros_like(batch.lesions_annotated)
+    terms = load("tiny").train.localization
+    localization(found, outlines, Presence(unlabelled, unlabelled), terms).value.backward()
     assert logits.grad is not None
     moved_by = {lesion.key for lesion in LESIONS if logits.grad[0, lesion.bit].any()}
     assert moved_by == {"consolidation"}

@@ -9,7 +9,7 @@ from conftest import phantom_sample
 from monai.losses import DiceLoss
 from torch import Tensor
 
-from rectvlm.config import Config
+from rectvlm.config import Config, LocalizationTerms
 from rectvlm.data.loader import collate
 from rectvlm.data.phantom import make_phantom
 from rectvlm.labels import LESION_BY_KEY, N_FINDINGS, N_LESIONS
@@ -19,7 +19,7 @@ from rectvlm.models import Outputs
 from rectvlm.models.localizer import Localization
 from rectvlm.models.reporter import ReportLoss
 from rectvlm.train import objectives
-from rectvlm.train.objectives import classification, localization, losses, total
+from rectvlm.train.objectives import Loss, Outlines, Presence, classification, losses, total
 
 GRID, HALF, COARSE = (8, 16, 16), (8, 8, 8), (2, 2, 2)
 
@@ -40,20 +40,40 @@ def masks_of(bits: Tensor) -> Tensor:
 def drawn(masks: Tensor, sure: float = 30.0) -> Localization:
     """A localizer that draws these masks, at all three resolutions."""
     at = [masks, *(torch.nn.functional.adaptive_max_pool3d(masks, size) for size in (HALF, COARSE))]
-    return Localization(*((m * 2 - 1) * sure for m in at), denoising=torch.zeros(()))
+    logits = ((m * 2 - 1) * sure for m in at)
+    return Localization(*logits, alignment=torch.zeros(masks.shape[:2]), denoising=torch.zeros(()))
 
 
 def noise(scale: float = 1.0) -> Localization:
     torch.manual_seed(0)
     sizes = (GRID, HALF, COARSE)
     logits = [(torch.randn(2, N_LESIONS, *size) * scale).requires_grad_() for size in sizes]
-    return Localization(*logits, denoising=torch.zeros((), requires_grad=True))
+    alignment = torch.randn(2, N_LESIONS, requires_grad=True)
+    return Localization(*logits, alignment, denoising=torch.zeros((), requires_grad=True))
 
 
 ALL = torch.ones(2, N_LESIONS, dtype=torch.bool)
 NONE = ~ALL
 SIZES = (GRID, HALF, COARSE)
-WEIGHTS = (1.0, objectives.HALF_WEIGHT, objectives.COARSE_WEIGHT)
+TERMS = LocalizationTerms(half=0.5, coarse=0.5, denoising=0.1, consistency=0, alignment=0)
+WEIGHTS = (1.0, TERMS.half, TERMS.coarse)
+UNLABELLED = Presence(NONE, NONE)
+
+
+def localization(
+    found: Localization,
+    bits: Tensor,
+    annotated: Tensor,
+    partial: Tensor,
+    labelled: Presence = UNLABELLED,
+    **weights: float,
+) -> Loss:
+    """What outlines teach, and nothing else unless it is weighed."""
+    b = len(bits)
+    some = Presence(labelled.present[:b], labelled.known[:b])
+    return objectives.localization(
+        found, Outlines(bits, annotated, partial), some, TERMS.model_copy(update=dict(weights))
+    )
 
 
 def test_unknown_labels_carry_no_loss_and_no_gradient() -> None:
@@ -149,7 +169,8 @@ def test_a_lesion_smaller_than_a_patch_marks_its_patch() -> None:
     bits = torch.zeros(1, *GRID, dtype=torch.uint8)
     bits[0, 5, 13, 2] = 1 << 4
     coarse = torch.zeros(1, N_LESIONS, *COARSE, requires_grad=True)
-    found = Localization(torch.zeros(1, N_LESIONS, *GRID), torch.zeros(1, N_LESIONS, *HALF), coarse, torch.zeros(()))
+    full, half, match = (torch.zeros(1, N_LESIONS, *size) for size in (GRID, HALF, ()))
+    found = Localization(full, half, coarse, match, torch.zeros(()))
     localization(found, bits, torch.ones(1, N_LESIONS, dtype=torch.bool), NONE[:1]).value.backward()
     assert coarse.grad is not None
     assert (coarse.grad < 0).nonzero().tolist() == [[0, 4, 1, 1, 0]]
@@ -236,14 +257,15 @@ def test_soft_dice_is_monais() -> None:
     torch.manual_seed(0)
     logits, masks = torch.randn(2, N_LESIONS, *GRID), masks_of(boxes())
     wanted = DiceLoss(sigmoid=True, reduction="none")(logits, masks).flatten(1)
-    torch.testing.assert_close(objectives._soft_dice(logits, masks), wanted, rtol=0, atol=1e-7)
+    own = objectives._soft_dice(logits.flatten(0, 1), masks.flatten(0, 1))
+    torch.testing.assert_close(own.view_as(wanted), wanted, rtol=0, atol=1e-7)
 
 
 def test_report_loss_is_the_mean_over_samples_that_have_one(tiny: Config) -> None:
     per_sample = torch.tensor([3.0, 0.0, 5.0], requires_grad=True)
     report = ReportLoss(per_sample, torch.tensor([7, 0, 9]), torch.zeros(3, 9), 48)
     outputs = Outputs(torch.zeros(3, N_FINDINGS), None, report, 0)
-    found = losses(outputs, None, ("report",))  # type: ignore[arg-type]  # the batch holds nothing for this task
+    found = losses(outputs, None, ("report",), TERMS)  # type: ignore[arg-type]  # the batch holds nothing for this task
     assert (found["report"].value, found["report"].count) == (4, 2)
     assert total(found, tiny.train.losses).item() == pytest.approx(4 * tiny.train.losses.report)
     found["report"].value.backward()

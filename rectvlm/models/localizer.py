@@ -13,7 +13,8 @@ K levels of the U-Net (level 0 is full resolution).
    by interpolation.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from rectvlm.config import DataConfig, EncoderConfig, LocalizerConfig
 from rectvlm.labels import N_LESIONS
 from rectvlm.models.encoder import Features, apply_windows
 from rectvlm.models.layers import Block, Mlp
+from rectvlm.models.lean import GeluConv, NormGelu
 from rectvlm.models.text import Prompts
 
 Triple = tuple[int, int, int]
@@ -38,8 +40,25 @@ class Localization(NamedTuple):
     """(B, L, …) logits of level 1, for deep supervision."""
     coarse: Tensor
     """(B, L, z, y, x) logits: does the patch hold the lesion?"""
+    alignment: Tensor
+    """(B, L) logits: do the patches that `coarse` points at match the lesion's prompt?"""
     denoising: Tensor
     """Scalar: mean squared error of the denoised patch features; 0 outside training."""
+
+
+class Denoised(NamedTuple):
+    """What the denoising transformer says."""
+
+    patches: Tensor
+    """(B, N, D), denoised."""
+    lesions: Tensor
+    """(B, L, D): each lesion's prompt and what the transformer made of it."""
+    coarse: Tensor
+    """(B, L, N) logits."""
+    alignment: Tensor
+    """(B, L) logits."""
+    denoising: Tensor
+    """Scalar loss."""
 
 
 def level_strides(patch: Triple) -> list[Triple]:
@@ -62,12 +81,12 @@ class _ConvBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: Triple = (1, 1, 1)) -> None:
         super().__init__()
         self.conv = nn.Conv3d(inputs, outputs, 3, stride=stride, padding=1)
-        self.norm = nn.GroupNorm(min(4, outputs), outputs)
+        self.norm = NormGelu(min(4, outputs), outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, …) to (B, outputs, …), smaller by the stride."""
         # With few channels the convolution is twice as fast channels-last, the norm 20 times as fast channels-first.
-        x = self.conv(x.contiguous(memory_format=torch.channels_last_3d))
-        return F.gelu(self.norm(x.contiguous()))
+        return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last_3d)).contiguous())
 
 
 class Denoiser(nn.Module):
@@ -75,7 +94,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, config: LocalizerConfig, image_width: int, levels: int) -> None:
         super().__init__()
-        self.noise = config.noise
+        self.noise, self.checkpointing = config.noise, config.checkpointing
         self.inputs = nn.Linear(image_width * levels, config.width)
         self.level = Mlp(1, config.width, out=config.width)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
@@ -84,24 +103,37 @@ class Denoiser(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))
         self.bias = nn.Parameter(torch.full((N_LESIONS,), -2.0))
 
-    def forward(self, levels: Tensor, patches: Tensor, lesions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Patches of several encoder levels (B, N, K · C), of the last (B, N, C), and lesion tokens (B, L, D) to
-        denoised patches (B, N, D), tokens, coarse logits (B, L, N) and the denoising loss."""
+    def forward(self, levels: Tensor, patches: Tensor, text: Tensor) -> Denoised:
+        """Read the patches.
+
+        Args:
+            levels: (B, N, K · C), patches of several encoder levels.
+            patches: (B, N, C), those of the last.
+            text: (B, L, D), the lesions' prompts.
+        """
         strength = torch.zeros(len(patches), 1, 1, device=patches.device, dtype=patches.dtype)
         noisy = levels
         if self.training:
             strength = torch.rand_like(strength) * self.noise
             noisy = levels + strength * patches.detach().std(dim=(1, 2), keepdim=True) * torch.randn_like(levels)
-        x = torch.cat([lesions, self.inputs(noisy) + self.level(strength)], dim=1)
+        x = torch.cat([text, self.inputs(noisy) + self.level(strength)], dim=1)
         for block in self.blocks:
-            x = block(x)
-        lesions, x = self.norm(x).split([lesions.shape[1], patches.shape[1]], dim=1)
-        similarity = torch.einsum("bld,bnd->bln", lesions.float(), x.float()) / x.shape[-1] ** 0.5
-        coarse = self.scale.float() * similarity + self.bias.float()[:, None]
+            x = _recomputed(block, x) if self.checkpointing else block(x)
+        tokens, x = self.norm(x).split([text.shape[1], patches.shape[1]], dim=1)
+        lesions = tokens + text
+        coarse = self._match("bld,bnd->bln", tokens, x)
+        pooled = coarse.softmax(-1) @ x.float()
+        alignment = self._match("bld,bld->bl", lesions, pooled)
         loss = coarse.new_zeros(())
         if self.training:
             loss = F.mse_loss(self.clean(x).float(), patches.detach().float())
-        return x, lesions, coarse, loss
+        return Denoised(x, lesions, coarse, alignment, loss)
+
+    def _match(self, product: str, lesions: Tensor, image: Tensor) -> Tensor:
+        """Logits (B, L, …) of lesions (B, L, D) and what they are compared with, in float32."""
+        similarity = torch.einsum(product, lesions.float(), image.float()) / image.shape[-1] ** 0.5
+        bias = self.bias.float().view(-1, *[1] * (similarity.ndim - 2))
+        return self.scale.float() * similarity + bias
 
 
 class Gate(nn.Module):
@@ -111,13 +143,14 @@ class Gate(nn.Module):
         super().__init__()
         self.skip, self.rising = nn.Conv3d(channels, channels, 1), nn.Conv3d(channels, channels, 1)
         self.text = nn.Linear(text_width, channels)
-        self.weight = nn.Conv3d(channels, 1, 1)
+        self.weight = GeluConv(channels, 1)
 
-    def forward(self, skip: Tensor, seen: Tensor, rising: Tensor, text: Tensor) -> Tensor:
-        """The skip connection, voxels weighted: (B, c, …) to (B, c, …). `seen` is `self.skip(skip)`: it is the same
-        for every lesion, so the caller computes it once."""
-        seen = seen + self.rising(rising) + self.text(text)[:, :, None, None, None]
-        return skip * self.weight(F.gelu(seen)).sigmoid()
+    def forward(self, skip: Tensor, rising: Tensor, text: Tensor, stride: Triple) -> Tensor:
+        """Weights (B, 1, fine grid) in 0 to 1 for skip (B, c, fine grid), from it, what rises (B, c, coarse grid) and
+        the lesion (B, D). A 1 × 1 × 1 convolution may as well come before the enlargement: there it has less to do."""
+        seen = _by_cell(self.skip(skip), stride)
+        seen = seen + _enlarged(self.rising(rising) + self.text(text)[:, :, None, None, None])
+        return self.weight(_whole(seen)).sigmoid()
 
 
 class Level(nn.Module):
@@ -130,11 +163,38 @@ class Level(nn.Module):
         self.gate = Gate(channels, text_width)
         self.merge = _ConvBlock(channels, channels)
 
-    def forward(self, rising: Tensor, skip: Tensor, seen: Tensor, text: Tensor) -> Tensor:
+    def forward(self, rising: Tensor, skip: Tensor, text: Tensor) -> Tensor:
         """(B, inputs, coarse grid) and skip (B, c, fine grid) to (B, c, fine grid)."""
-        scale = tuple(float(s) for s in self.stride)
-        rising = F.interpolate(self.reduce(rising), scale_factor=scale, mode="nearest")
-        return self.merge(rising + self.gate(skip, seen, rising, text))
+        rising = self.reduce(rising)
+        weight = self.gate(skip, rising, text, self.stride)
+        # What rises is the same in all voxels of a cell: it is added by broadcasting and never exists enlarged.
+        merged = torch.addcmul(_enlarged(rising), _by_cell(skip, self.stride), _by_cell(weight, self.stride))
+        # Laid out as the convolution wants it before the call, since a caller keeps what it passes on alive.
+        merged = _whole(merged).contiguous(memory_format=torch.channels_last_3d)
+        return self.merge(merged)
+
+
+def _by_cell(fine: Tensor, stride: Triple) -> Tensor:
+    """(B, c, Z, Y, X) seen as (B, c, Z / s, s, Y / s, s, X / s, s)."""
+    b, c, *sides = fine.shape
+    return fine.reshape(b, c, *(n for side, s in zip(sides, stride, strict=True) for n in (side // s, s)))
+
+
+def _enlarged(coarse: Tensor) -> Tensor:
+    """(B, c, z, y, x) so that it adds to what `_by_cell` gives: each value to all voxels of its cell."""
+    return coarse[:, :, :, None, :, None, :, None]
+
+
+def _whole(cells: Tensor) -> Tensor:
+    """The reverse of `_by_cell`."""
+    return cells.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def _recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Call a function of which the backward pass keeps the inputs alone. Nothing in it may be random."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Localizer(nn.Module):
@@ -146,7 +206,7 @@ class Localizer(nn.Module):
         assert len(config.channels) == len(strides), (
             f"localizer.channels {config.channels} must have {len(strides)} entries for patch {encoder.patch}"
         )
-        self.windows, self.checkpointing = data.windows, config.checkpointing
+        self.patch, self.windows, self.checkpointing = encoder.patch, data.windows, config.checkpointing
         self.text = nn.Linear(text_width, config.width)
         self.text_offset = nn.Parameter(torch.zeros(N_LESIONS, text_width))
         self.denoiser = Denoiser(config, encoder.width, 1 + len(encoder.taps))
@@ -173,44 +233,65 @@ class Localizer(nn.Module):
             features: of the same CT.
             prompts: the lesion prompts are read.
         """
-        dtype = self.text.weight.dtype
-        text = self.text(prompts.lesions.to(dtype) + self.text_offset).expand(len(ct), -1, -1)
-        patches, lesions, coarse, denoising = self.denoiser(features.levels, features.patches, text)
-        lesions = lesions + text
-        bottom = patches.transpose(1, 2).unflatten(2, features.grid)
+        self._check(ct, features, prompts)
+        text = self.text(prompts.lesions.to(self.text.weight.dtype) + self.text_offset).expand(len(ct), -1, -1)
+        found = self.denoiser(features.levels, features.patches, text)
+        bottom = found.patches.transpose(1, 2).unflatten(2, features.grid)
+        coarse = found.coarse.unflatten(2, features.grid)
 
-        skips = [self.stem(apply_windows(ct, self.windows).to(dtype))]
+        keep = _recomputed if self.checkpointing else _called
+        skips = [keep(self._first, ct)]
         for down in self.down:
-            skips.append(down(skips[-1]))
-        seen = [self.up[k].gate.skip(skip) for k, skip in enumerate(skips)]  # type: ignore[union-attr, operator]
+            skips.append(keep(down, skips[-1]))
+        # One lesion at a time: the decoder's full-resolution activations exist once, not L times.
+        drawn = [
+            keep(self._draw, bottom, lesion, marked[:, None], skips)
+            for lesion, marked in zip(found.lesions.unbind(1), coarse.unbind(1), strict=True)
+        ]
+        masks, halves = (torch.cat(parts, 1) for parts in zip(*drawn, strict=True))
+        return Localization(masks, halves, coarse, found.alignment, found.denoising)
 
-        masks, halves = [], []
-        for lesion in lesions.unbind(1):
-            # One lesion at a time: the decoder's full-resolution activations exist once, not L times.
-            mask, half = (
-                checkpoint(self._draw, bottom, lesion, skips, seen, use_reentrant=False)
-                if self.checkpointing and torch.is_grad_enabled()
-                else self._draw(bottom, lesion, skips, seen)
-            )
-            masks.append(mask)
-            halves.append(half)
-        coarse = coarse.unflatten(2, features.grid)
-        return Localization(
-            self._refine(torch.cat(masks, 1), coarse), self._refine(torch.cat(halves, 1), coarse), coarse, denoising
+    def _check(self, ct: Tensor, features: Features, prompts: Prompts) -> None:
+        assert ct.ndim == 4, f"a CT must be (B, Z, Y, X), not {tuple(ct.shape)}"
+        z, y, x = features.grid
+        tiled = tuple(n * p for n, p in zip(features.grid, self.patch, strict=True))
+        assert tuple(ct.shape[1:]) == tiled, (
+            f"features of {z} × {y} × {x} patches of {self.patch} belong to a CT of {tiled} voxels, not of "
+            f"{tuple(ct.shape[1:])}"
+        )
+        for name, tensor, shape in (
+            ("features.patches", features.patches, (len(ct), z * y * x, self.denoiser.clean.out_features)),
+            ("features.levels", features.levels, (len(ct), z * y * x, self.denoiser.inputs.in_features)),
+            ("lesion prompts", prompts.lesions, (N_LESIONS, self.text.in_features)),
+        ):
+            assert tensor.shape == shape, f"{name} must be of shape {shape}, not {tuple(tensor.shape)}"
+        assert features.levels.dtype == features.patches.dtype == self.text.weight.dtype, (
+            f"features must be {self.text.weight.dtype} as the localizer is, not {features.patches.dtype}"
+        )
+        places = {ct.device, features.patches.device, features.levels.device, prompts.lesions.device}
+        assert places == {self.text.weight.device}, (
+            f"CT, features, prompts and localizer must be on {self.text.weight.device}, not on {places}"
         )
 
-    @staticmethod
-    def _refine(detail: Tensor, coarse: Tensor) -> Tensor:
-        """The decoder's logits, added to those of the patches: it says where inside a marked patch the lesion is."""
-        return detail.float() + F.interpolate(coarse, size=detail.shape[2:], mode="trilinear")
+    def _first(self, ct: Tensor) -> Tensor:
+        return self.stem(apply_windows(ct, self.windows).to(self.text.weight.dtype))
 
-    def _draw(self, bottom: Tensor, lesion: Tensor, skips: list[Tensor], seen: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _draw(self, bottom: Tensor, lesion: Tensor, marked: Tensor, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits of one lesion, (B, 1, …) at full and at half resolution.
+
+        The decoder's are added to those of the patches, (B, 1, z, y, x): it says where inside a marked patch the lesion
+        is.
+        """
         scale, shift = self.film(lesion)[..., None, None, None].chunk(2, dim=1)
         rising = bottom * (1 + scale) + shift
-        half = None
+        found = {}
         for k in reversed(range(len(self.up))):
-            rising = self.up[k](rising, skips[k], seen[k], lesion)
-            if k == 1:
-                half = self.head_half(rising)
-        assert half is not None, "a U-Net of one level has no deep supervision"
-        return self.head(rising), half
+            rising = self.up[k](rising, skips[k], lesion)
+            if k < 2:
+                detail = (self.head, self.head_half)[k](rising)
+                found[k] = detail.float() + F.interpolate(marked, size=detail.shape[2:], mode="trilinear")
+        return found[0], found[1]
+
+
+def _called(function: Callable[..., Any], *inputs: Any) -> Any:
+    return function(*inputs)

@@ -129,7 +129,7 @@ def rehearse(config: Config, phase: Phase, model: RectVLM, micro_batch: int) -> 
                 batch = meta_batch(config, micro_batch)
             outputs = model(batch)
             with ledger.within("losses"):
-                loss = total(losses(outputs, batch, phase.tasks), config.train.losses)
+                loss = total(losses(outputs, batch, phase.tasks, config.train.localization), config.train.losses)
                 ledger.sign([loss])
             positions = outputs.tokens
             del outputs

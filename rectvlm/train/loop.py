@@ -108,7 +108,7 @@ def _step(
             batch = augment(next(batches).to(engine.device), config.data.augment)
         with watch.part("forward"):
             outputs = engine.model(batch)
-            found = losses(outputs, batch, phase.tasks)
+            found = losses(outputs, batch, phase.tasks, config.train.localization)
             loss = total(found, config.train.losses)
         with watch.part("backward"):
             engine.backward(loss)
