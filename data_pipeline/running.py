@@ -253,7 +253,7 @@ class _Worker:
     """One process that works for as long as it lives."""
 
     def __init__(self, leash: Connection) -> None:
-        self.executor = ProcessPoolExecutor(1, _context(), _start_worker, (leash,))
+        self.executor = ProcessPoolExecutor(1, worker_context(), _start_worker, (leash,))
         self._started = self.executor.submit(os.getpid)
 
     def require_start(self) -> None:
@@ -270,7 +270,7 @@ class _Worker:
             )
 
 
-def _context() -> BaseContext:
+def worker_context() -> BaseContext:
     """How workers start: on Linux as copies of a process that holds the libraries, at once and with their memory
     shared; elsewhere libraries may not survive such a copy."""
     if sys.platform != "linux":
