@@ -90,7 +90,7 @@ def measured_peak(model: RectVLM, batch: Batch, config: Config, phase: int) -> i
     return peak
 
 
-@pytest.mark.parametrize("phase", [1, 2, 3])
+@pytest.mark.parametrize("phase", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_peak_is_the_allocators(phase: int) -> None:
     config = load("tiny")
     predicted = Planner(config, phase, DS_CONFIGS).rehearsal.peak
@@ -129,6 +129,7 @@ def test_the_peak_is_the_gpus(name: str, phase: int) -> None:
     assert predicted.rehearsal.peak == pytest.approx(found, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["encoder", "localizer"])
 def test_what_a_part_keeps_is_what_autograd_saves(part: str) -> None:
     config = load("tiny")
@@ -226,6 +227,7 @@ def test_faster_hardware_takes_less_time() -> None:
     assert fast.plan(2, 1.0).time["compute"] < slow.plan(2, 1.0).time["compute"]
 
 
+@pytest.mark.slow
 def test_settings_change_the_plan_where_they_should() -> None:
     base = planner("tiny").plan(2, 1.0).gpu_memory_gb
     single = planner("tiny", 3, "generator.double_quantization=false").plan(2, 1.0).gpu_memory_gb
@@ -257,6 +259,7 @@ def test_the_command_speaks_json_and_tables(capsys: pytest.CaptureFixture[str]) 
     assert "ZeRO-2" in printed and "GPUs" in printed
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_knobs_that_were_planned(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "--config", "tiny", "--gpu-memory", "1", "--json", "generator.double_quantization=false"]
     assert cli.main(arguments) == 0

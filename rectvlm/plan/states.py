@@ -12,7 +12,6 @@ whole beside their shards. Scales of packed weights are no parameters: every GPU
 """
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +114,8 @@ def states(model: RectVLM, config: Config, settings: dict[str, Any], gpus: int) 
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
     if threshold == "auto":
         threshold = persistence_threshold(w.entries for w in weights if w.packed)
-    held: dict[str, int] = defaultdict(int)
+    kinds = ("weights_4bit", "weights_frozen", "weights_trainable", "weights_resident")
+    held: dict[str, int] = dict.fromkeys(kinds, 0)
     for w in weights:
         kind = "weights_4bit" if w.packed else "weights_trainable" if w.trains else "weights_frozen"
         held[kind] += w.shard(shared)
@@ -137,7 +137,7 @@ def states(model: RectVLM, config: Config, settings: dict[str, Any], gpus: int) 
     held["gather_buffers"] = _gather_buffers(sharded, zero)
     largest = max((w.bytes for w in weights if not w.trains), default=0)
     return States(
-        held=dict(held),
+        held=held,
         # The gradients in fp32, and the denominator that Adam builds for all tensors of a group at once.
         step=2 * FP32 * min(part, zero.get("sub_group_size", SUB_GROUP)),
         loading=held["weights_4bit"] + held["weights_frozen"] + held["quantization_state"] + 2 * largest,
