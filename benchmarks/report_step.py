@@ -1,0 +1,268 @@
+"""A training step of the report generator at the true geometry of its language model, with random weights.
+
+    python -m benchmarks.report_step [--config large] [--geometry meta-llama/Llama-3.1-70B-Instruct] [--layers N]
+
+On one device, without a network or a licence: the language model is made and packed layer by layer, so that it never
+exists in bfloat16, then LoRA and resampler train on random image features: forward, backward, AdamW with float32
+masters. Tokens are all positions of the language model: prompt, visual tokens and report.
+
+Floating-point operations are 2 a parameter and position for a forward pass, as many for the gradient of the activations
+and as many for computing again what checkpointing dropped; frozen weights have no gradient. So useful work is 4N a
+token and the hardware's 6N, where N are the decoder's parameters at every position and the output layer's at report
+positions. Attention's own products and the trained matrices' gradients (below 1%) are left out. Results go to
+benchmarks/results/report-step-MACHINE-DATE.json and .md.
+"""
+
+import argparse
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from benchmarks.common import RESULTS, header, save
+from rectvlm import checkpoint, weights
+from rectvlm.config import Config, load
+from rectvlm.labels import N_REGIONS
+from rectvlm.models.encoder import Features
+from rectvlm.models.language import LanguageModel, adapt, fill_and_measure, load_tokenizer, quantization
+from rectvlm.models.loading import with_packed_layers, without_memory
+from rectvlm.models.reporter import ReportGenerator
+from rectvlm.train.memory import peak_memory_bytes, reset_peak_memory
+from rectvlm.types import UserError
+
+TOKENIZER = "bundled:tiny-llama"
+"""Its few tokens are in every vocabulary; which tokens are read changes no shape."""
+
+
+class RandomWeights:
+    """A checkpoint that is drawn when it is read."""
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def read(self, name: str, shape: torch.Size | None, device: torch.device) -> Tensor:
+        """Normal values; norms are 1 and biases 0."""
+        assert shape is not None, f"{name} is not packed"
+        if len(shape) == 1:
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16, device=device)
+        return torch.randn(shape, dtype=torch.bfloat16, device=device).mul_(0.02)
+
+
+class Masters:
+    """AdamW on float32 copies of bfloat16 parameters, as the engine keeps them."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.copies = [parameter.detach().float() for parameter in parameters]
+        self.optimizer = torch.optim.AdamW(self.copies, lr=1e-4)
+
+    def step(self) -> None:
+        """Take a step with the gradients, and drop them."""
+        for own, parameter in zip(self.copies, self.parameters, strict=True):
+            assert parameter.grad is not None, "a trained parameter got no gradient"
+            own.grad, parameter.grad = parameter.grad.float(), None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for own, parameter in zip(self.copies, self.parameters, strict=True):
+            parameter.data.copy_(own)
+
+
+def build(config: Config, layers: int | None, device: torch.device) -> tuple[ReportGenerator, dict[str, int]]:
+    """The generator with random weights, and its parameters: of the decoder, of the output layer, trained.
+
+    Raises:
+        UserError: no such geometry, or a vocabulary smaller than the stand-in tokenizer's.
+    """
+    geometry = weights.geometry(config.generator.model)
+    tokenizer = load_tokenizer(weights.resolve(TOKENIZER))
+    if geometry.vocab_size < len(tokenizer):
+        raise UserError(
+            f"{config.generator.model} has {geometry.vocab_size} tokens, but the benchmark's text needs "
+            f"{len(tokenizer)}; choose a larger geometry."
+        )
+    if layers is not None:
+        geometry.num_hidden_layers = layers
+        if getattr(geometry, "layer_types", None):
+            geometry.layer_types = geometry.layer_types[:layers]
+    model = without_memory(geometry)
+    words, head = (sum(p.numel() for p in part.parameters()) for part in _ends(model))
+    counts = {"decoder": sum(p.numel() for p in model.base_model.parameters()) - words, "head": head, "words": words}
+    settings = quantization(config.generator)
+    if settings is not None:
+        with_packed_layers(model, settings, None)
+    torch.manual_seed(0)
+    spread = fill_and_measure(model, RandomWeights(), device, None)
+    language = LanguageModel(adapt(model, config.generator), tokenizer, geometry.hidden_size, spread)
+    generator = ReportGenerator(config.generator, config.encoder.width, language).train()
+    generator.resampler.to(device, torch.bfloat16)
+    counts["trained"] = sum(p.numel() for p in generator.parameters() if p.requires_grad)
+    return generator, counts
+
+
+def _ends(model: Any) -> tuple[nn.Module, nn.Module]:
+    return model.get_input_embeddings(), model.get_output_embeddings()
+
+
+def make_features(config: Config, micro_batch: int, device: torch.device) -> Features:
+    """Random features of the configuration's grid."""
+    z, y, x = (n // p for n, p in zip(config.data.grid, config.encoder.patch, strict=True))
+    width = config.encoder.width
+    whole, patches, regions = (
+        torch.randn(micro_batch, *shape, width, device=device, dtype=torch.bfloat16)
+        for shape in ((), (z * y * x,), (N_REGIONS,))
+    )
+    return Features(whole, patches, regions, (z, y, x), patches)
+
+
+def measure(config: Config, layers: int | None, micro_batch: int, cue_words: int, rounds: int) -> dict[str, Any]:
+    """Build, warm up with one step, and time the others."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reset_peak_memory()
+    begin = _now(device)
+    generator, counts = build(config, layers, device)
+    row: dict[str, Any] = {"load_seconds": _now(device) - begin, "load_peak_bytes": peak_memory_bytes()}
+    row |= {"parameters": counts, "micro_batch": micro_batch}
+    held = torch.cuda.memory_allocated() if device.type == "cuda" else None
+    optimizer = Masters([p for p in generator.parameters() if p.requires_grad])
+    image = make_features(config, micro_batch, device)
+    cues = ["Findings suggested:" + " nodule" * cue_words] * micro_batch
+    reports = ["The lungs are clear. " * config.generator.max_report_tokens] * micro_batch
+    seconds: dict[str, list[float]] = {"forward": [], "backward": [], "optimizer": []}
+    losses = []
+    reset_peak_memory()
+    for turn in range(rounds + 1):
+        times = [_now(device)]
+        found = generator(image, cues, reports)
+        times.append(_now(device))
+        found.per_sample.mean().backward()
+        times.append(_now(device))
+        optimizer.step()
+        times.append(_now(device))
+        losses.append(found.per_sample.mean().item())
+        if turn:  # the first warms up
+            for name, first, last in zip(seconds, times, times[1:], strict=False):
+                seconds[name].append(last - first)
+    positions, report_positions = found.positions, int(found.tokens.sum())
+    step = sum(statistics.median(values) for values in seconds.values())
+    again = 6 if config.generator.checkpointing else 4
+    body, head = counts["decoder"] * positions, counts["head"] * report_positions
+    return row | {
+        "seconds": seconds,
+        "step_seconds": step,
+        "positions": positions,
+        "report_positions": report_positions,
+        "tokens_per_second": positions / step,
+        "model_flops_per_second": 4 * (body + head) / step,
+        "hardware_flops_per_second": (again * body + 6 * head) / step,
+        "loaded_bytes": held,
+        "peak_bytes": peak_memory_bytes(),
+        "losses": losses,
+    }
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """The result as a page."""
+    kind = "of the GPU" if result["machine"]["gpus"] else "resident, the process included"
+    lines = [
+        header("A step of the report generator", "python -m benchmarks.report_step", result),
+        f"Geometry of {result['geometry']}, {result['layers']} layers, {result['quantization']}, LoRA rank "
+        f"{result['lora_rank']}, random weights; activation checkpointing "
+        f"{'on' if result['checkpointing'] else 'off'}, logits of {result['loss_chunk']} positions at once; median of "
+        f"{result['rounds']} steps after one. Memory is "
+        f"the peak, {kind}. Useful work is 4N a token, the hardware's 6N with checkpointing; the docstring of the "
+        "script says what N holds.\n\n"
+        "| micro-batch | parameters | trained | positions | of reports | load s | load peak GB | forward s "
+        "| backward s | optimizer s | tokens/s | useful TFLOP/s | hardware TFLOP/s | peak GB |\n" + "|---" * 14 + "|\n",
+    ]
+    for row in result["rows"]:
+        counts = row["parameters"]
+        parts = " | ".join(f"{statistics.median(row['seconds'][n]):.3f}" for n in ("forward", "backward", "optimizer"))
+        lines.append(
+            f"| {row['micro_batch']} | {(counts['decoder'] + counts['head']) / 1e9:.3f} G | "
+            f"{counts['trained'] / 1e6:.1f} M | {row['positions']} | {row['report_positions']} | "
+            f"{row['load_seconds']:.1f} | {row['load_peak_bytes'] / 1e9:.2f} | {parts} | "
+            f"{row['tokens_per_second']:.1f} | {row['model_flops_per_second'] / 1e12:.2f} | "
+            f"{row['hardware_flops_per_second'] / 1e12:.2f} | {row['peak_bytes'] / 1e9:.2f} |\n"
+        )
+    return "".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    options = _parse(arguments)
+    logging.basicConfig(level=logging.ERROR)
+    from rectvlm.evaluate import machine
+
+    console = Console(stderr=True)
+    begin = time.monotonic()
+    geometry = [f"generator.model={options.geometry}"] if options.geometry else []
+    rows = []
+    try:
+        config = load(options.config, [*geometry, *options.overrides])
+        layers = options.layers or weights.geometry(config.generator.model).num_hidden_layers
+        for micro_batch in options.micro_batch:
+            rows.append(measure(config, options.layers, micro_batch, options.cue_words, options.rounds))
+    except UserError as error:
+        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    chosen = config.generator
+    result = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": {
+            name: version
+            for name, version in checkpoint.versions().items()
+            if name in ("torch", "transformers", "peft", "bitsandbytes")
+        },
+        "config": config.name,
+        "geometry": chosen.model,
+        "layers": layers,
+        "quantization": chosen.quantization,
+        "lora_rank": chosen.lora_rank,
+        "loss_chunk": chosen.loss_chunk,
+        "checkpointing": chosen.checkpointing,
+        "rounds": options.rounds,
+        "rows": rows,
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+    page = to_markdown(result)
+    console.print(page, markup=False, highlight=False, soft_wrap=True)
+    console.print(str(save(options.out, "report-step", result, page)), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report_step", description=(__doc__ or "").split("\n")[0]
+    )
+    default = "large" if torch.cuda.is_available() else "tiny"
+    parser.add_argument("--config", default=default, help="default: large on a GPU, else tiny")
+    parser.add_argument("--geometry", metavar="MODEL", help="language model, instead of the configuration's")
+    parser.add_argument("--layers", type=int, metavar="N", help="of the language model, instead of all")
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--cue-words", type=int, default=100, help="length of the prompt's cues (default 100)")
+    parser.add_argument("--rounds", type=int, default=3, help="steps that count (default 3)")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("overrides", nargs="*", metavar="part.field=value", help="changes of the configuration")
+    options = parser.parse_intermixed_args(arguments)
+    if min(options.rounds, *options.micro_batch, options.layers or 1) < 1:
+        parser.error("--rounds, --micro-batch and --layers must be at least 1")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
