@@ -25,6 +25,7 @@ from rectvlm.data.store import Store
 from rectvlm.types import InputError, Split, UserError
 
 PARTS = ".parts"
+QUARANTINE = "quarantine.jsonl"
 _ROOTS = ("data_pipeline.cases", "rectvlm.data.sample")
 """What decides a sample of any data set; the module that loads a case is added, and all of ours that they import."""
 _OURS = ("data_pipeline", "rectvlm")

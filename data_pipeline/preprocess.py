@@ -15,25 +15,34 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
-from rich.console import Console
-from rich.table import Table
 
 from data_pipeline import ct_rate
 from data_pipeline.cases import Case
 from data_pipeline.demo import demo_cases
-from data_pipeline.planning import PARTS, Part, Rejected, SampleOptions, Task, digest, finished, plan, samples_for
-from data_pipeline.progress import Progress
+from data_pipeline.planning import (
+    PARTS,
+    QUARANTINE,
+    Part,
+    Rejected,
+    SampleOptions,
+    Task,
+    digest,
+    finished,
+    plan,
+    samples_for,
+)
+from data_pipeline.progress import Progress, report
 from data_pipeline.running import InProcesses, Runner, in_this_process, run, writing_to
 from data_pipeline.samples import FOLDER as SAMPLES
-from rectvlm import config, labels
+from rectvlm import config
 from rectvlm.data.manifest import MANIFEST, Manifest, Provenance, read_manifest
 from rectvlm.data.sample import versions
 from rectvlm.data.shards import INDEX, Index, Written, read_index, write_index
@@ -42,10 +51,7 @@ from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
 
-QUARANTINE = "quarantine.jsonl"
 _LOCK = f"{PARTS}/lock"
-_LISTED = 10
-"""Cases set aside that the end of a run names; the list has them all."""
 _REJECTED = TypeAdapter(Rejected)
 
 
@@ -117,8 +123,9 @@ def preprocess(
         try:
             _make(waiting, parts, len(cases), runner or (InProcesses(workers) if workers else in_this_process))
         finally:
-            if store.folder is None or store.folder.is_dir():
-                store.sweep()
+            with suppress(OSError):  # what a worker was at when an error, which counts more, ended the run
+                for folder in ("", PARTS):
+                    store.sweep(folder)
         rejected = [one for task in tasks for one in parts[task.name].rejected]
         provenance = Provenance(
             fingerprint,
@@ -134,8 +141,9 @@ def preprocess(
 
 def _make(waiting: Sequence[Task], parts: dict[str, Part], total: int, runner: Runner) -> None:
     before = total - sum(len(task.cases) for task in waiting)
-    if waiting and before:
-        log.info("%d of %d cases were done before; %d shards are left", before, total, len(waiting))
+    if waiting:
+        done = f"; {before} were done before" if before else ""
+        log.info("%d cases%s; shards to make: %d", total, done, len(waiting))
     with Progress(total, before) as progress:
         for task, part in run(waiting, runner):
             parts[task.name] = part
@@ -214,20 +222,48 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _number(kind: type[int] | type[float], least: float) -> Callable[[str], float]:
+    """For argparse: a finite number that is not below `least`."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = -1
+        if not least <= value < float("inf"):
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"expected a {what} from {least} on, found {text!r}")
+        return value
+
+    return read
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.preprocess", description="Make shards from cases.")
     add = parser.add_argument
     add("--config", default="demo", help="configuration whose grid, spacing and folder are used")
     add("--out", help="folder or fsspec URL of the shards (default: data.shards of the configuration)")
-    add("--phantoms", type=int, help="synthetic training cases (default 48; none with --ct-rate)")
-    add("--valid-phantoms", type=int, help="synthetic validation cases (default 12; none with --ct-rate)")
+    add("--phantoms", type=_number(int, 0), help="synthetic training cases (default 48; none with --ct-rate)")
+    add("--valid-phantoms", type=_number(int, 0), help="synthetic validation cases (default 12; none with --ct-rate)")
     add("--no-samples", action="store_true", help="leave the two real CTs out; needs no network")
-    add("--workers", type=int, default=_cpus(), help="processes (default: CPUs at hand, %(default)s); 0: in this one")
+    add(
+        "--workers",
+        type=_number(int, 0),
+        default=_cpus(),
+        help="processes (default: CPUs at hand, %(default)s); 0: in this one",
+    )
     add("--ray", metavar="ADDRESS", help="work on a Ray cluster instead: its address, auto, or local")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--samples-per-shard", type=int, default=8, help="cases of one tar (default 8)")
-    size.add_argument("--shard-mb", type=float, help="choose the number of cases so that a tar has about so many MiB")
-    add("--timeout", type=float, default=600, help="seconds after which a case is set aside (default 600; 0: never)")
+    size.add_argument("--samples-per-shard", type=_number(int, 1), default=8, help="cases of one tar (default 8)")
+    size.add_argument(
+        "--shard-mb", type=_number(float, 0.1), help="choose the number of cases so that a tar has about so many MiB"
+    )
+    add(
+        "--timeout",
+        type=_number(float, 0),
+        default=600,
+        help="seconds after which a case is set aside (default 600; 0: never)",
+    )
     add("--coarse-regions", action=argparse.BooleanOptionalAction, default=False,
         help="estimate a region map where a case has none (default: no)")  # fmt: skip
     add("--retry", action="store_true", help="try the cases again that an earlier run set aside")
@@ -243,11 +279,15 @@ def _cases(options: argparse.Namespace, slice_spacing: float) -> tuple[list[Case
         train, valid = options.phantoms, options.valid_phantoms
         samples = None if options.no_samples else SAMPLES
         return demo_cases(48 if train is None else train, 12 if valid is None else valid, samples), {}, {}
+    log.info("reading the tables of %s", options.ct_rate)
     found = ct_rate.ct_rate_cases(options.ct_rate, ct_rate.options_from(options, slice_spacing))
     phantoms = demo_cases(options.phantoms or 0, options.valid_phantoms or 0, None)
     dropped = {reason: len(names) for reason, names in sorted(found.dropped.items())}
     for reason, number in dropped.items():
-        log.info("left out: %d volumes, %s", number, reason)
+        log.info("left out %d: %s", number, reason)
+    for what, number in found.counts.items():
+        if number:
+            log.info("%s: %d", what, number)
     return found.cases + phantoms, {"CT-RATE": {**found.policy, "counts": found.counts}}, dropped
 
 
@@ -257,30 +297,6 @@ def _runner(options: argparse.Namespace) -> Runner | None:
     from data_pipeline.on_ray import OnRay
 
     return OnRay(options.ray)
-
-
-def _summary(outcome: Outcome, place: str, seconds: float) -> Table:
-    manifest, settings = outcome.manifest, outcome.manifest.provenance.settings
-    grid, spacing = " × ".join(map(str, settings["grid"])), " × ".join(f"{mm:g}" for mm in settings["spacing"])
-    aside = len(outcome.rejected)
-    caption = f"{aside} cases set aside" + (f", see {Store(place) / QUARANTINE}" if aside else "")
-    total = sum(one.samples for one in manifest.shards) + aside
-    if outcome.made:
-        caption = f"{total} cases in {seconds:.0f} s, {outcome.made} shards made now; {caption}"
-    table = Table(title=f"{place}: {grid} voxels of {spacing} mm", caption=caption, title_justify="left")
-    table.add_column("split")
-    for name in ("cases", "shards", "MiB", *(lesion.name for lesion in labels.LESIONS)):
-        table.add_column(name, justify="right")
-    for split in ("train", "valid"):
-        shards = [one for one in manifest.shards if one.split == split]
-        table.add_row(
-            split,
-            str(sum(one.samples for one in shards)),
-            str(len(shards)),
-            f"{sum(one.bytes for one in shards) / 2**20:.1f}",
-            *(str(manifest.counts[split]["lesions"][lesion.key]["present"]) for lesion in labels.LESIONS),
-        )
-    return table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -313,13 +329,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         log.error("stopped; finished shards are kept, and the same command goes on with the rest")
         return 130
-    Console().print(_summary(outcome, place, time.monotonic() - start))
-    for reason, number in outcome.manifest.provenance.set_aside.items():
-        log.warning("set aside: %d, %s", number, reason)
-    for one in outcome.rejected[:_LISTED]:
-        log.warning("set aside %s: %s", one.key, one.message)
-    if not outcome.made:
-        log.info("up to date")
+    report(place, outcome.manifest, outcome.rejected, outcome.made, time.monotonic() - start)
+    if options.strict and outcome.rejected:
+        log.error("--strict: exit status 1, since cases were set aside")
     return 1 if options.strict and outcome.rejected else 0
 
 

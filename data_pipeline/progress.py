@@ -1,8 +1,9 @@
-"""How far a run is: a bar on a terminal, a line of the log now and then elsewhere."""
+"""How far a run is: a bar on a terminal, a line of the log now and then elsewhere. And what it came to, in the end."""
 
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from types import TracebackType
@@ -10,9 +11,17 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
+
+from data_pipeline.planning import QUARANTINE, Rejected
+from rectvlm.data.manifest import Manifest
+from rectvlm.data.store import Store
+from rectvlm.labels import LESIONS
 
 log = logging.getLogger(__name__)
 
+LISTED = 10
+"""Cases set aside that the end of a run names; the list has them all."""
 LINE_EVERY = 30.0
 """Seconds between two lines of the log."""
 
@@ -61,3 +70,42 @@ class Progress(AbstractContextManager["Progress"]):
         """Speed, time left and cases set aside, in words."""
         left = timedelta(seconds=round((self.total - self.done) / self.rate)) if self.rate else "unknown time"
         return f"{self.rate:.2f}/s, {left} left, {self.aside} set aside"
+
+
+def report(place: str, manifest: Manifest, rejected: Sequence[Rejected], made: int, seconds: float) -> None:
+    """Say what a run came to: a table of both splits, and what was set aside and why."""
+    settings, console = manifest.provenance.settings, Console()
+    grid, spacing = " × ".join(map(str, settings["grid"])), " × ".join(f"{mm:g}" for mm in settings["spacing"])
+    console.print(f"{place}: {grid} voxels (z, y, x) of {spacing} mm", highlight=False, soft_wrap=True)
+    console.print(_table(manifest))
+    console.print("lesions: cases that show one / cases in which all were outlined; the rest is unknown, not absent")
+    cases = sum(one.samples for one in manifest.shards) + len(rejected)
+    if made:
+        log.info("%d cases in %.0f s; shards made now: %d", cases, seconds, made)
+    else:
+        log.info("up to date: nothing has changed since the last run")
+    if not rejected:
+        log.info("0 cases set aside")
+        return
+    log.warning("%d cases set aside, all of them listed in %s:", len(rejected), Store(place) / QUARANTINE)
+    for reason, number in sorted(manifest.provenance.set_aside.items(), key=lambda item: -item[1]):
+        log.warning("%6d: %s", number, reason)
+    for one in rejected[:LISTED]:
+        log.warning("%s: %s", one.key, one.message)
+    if len(rejected) > LISTED:
+        log.warning("… and %d more", len(rejected) - LISTED)
+
+
+def _table(manifest: Manifest) -> Table:
+    table = Table()
+    table.add_column("")
+    shards = {split: [one for one in manifest.shards if one.split == split] for split in ("train", "valid")}
+    for split in shards:
+        table.add_column(split, justify="right")
+    table.add_row("cases", *(str(sum(one.samples for one in part)) for part in shards.values()))
+    table.add_row("shards", *(str(len(part)) for part in shards.values()))
+    table.add_row("MiB", *(f"{sum(one.bytes for one in part) / 2**20:.1f}" for part in shards.values()))
+    for lesion in LESIONS:
+        counts = [manifest.counts[split]["lesions"][lesion.key] for split in shards]
+        table.add_row(lesion.name, *(f"{one['present']} / {one['annotated']}" for one in counts))
+    return table

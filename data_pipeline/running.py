@@ -127,7 +127,7 @@ def _work_on(case: Case, task: Task) -> Packed | Rejected:
                 case.source,
                 "ended the process that worked on it",
                 expected="a case that a process can hold",
-                found="that the process was killed each time, most likely for memory",
+                found="that it ended each time: killed, most likely for memory, or stuck where no time limit reaches",
                 remedy="look at its size, or give each worker more memory",
             )
         with _time_limit(task.timeout):

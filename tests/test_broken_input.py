@@ -240,7 +240,7 @@ KINDS = [
     Broken("too large for memory", None, "needs too much memory", "the free memory", "Unable to allocate 4.00 EiB",
            file="source", load=ask_for_all_memory),
     Broken("kills its process", None, "ended the process that worked on it", "a case that a process can hold",
-           "killed each time", file="source", load=die),
+           "ended each time", file="source", load=die),
     *[Broken("no permission", lambda f: f.ct.chmod(0), "cannot be read", "a readable file", "Permission denied")
       for _ in range(os.geteuid() != 0)],  # root may read all
 ]  # fmt: skip

@@ -1,9 +1,7 @@
 """Cases to shards: bad ones set aside, the same bytes however it is run, resumed after a kill, nothing done twice."""
 
 import json
-import multiprocessing
 import os
-import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +21,7 @@ from rectvlm.data.shards import read_index, read_sample
 from rectvlm.data.volume import Volume, mask_to_native, read_mask, read_volume
 from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS
 from rectvlm.types import UserError
-from tests.small_cases import GRID, SPACING, contents, die_once, raise_bug, small_cases
+from tests.small_cases import GRID, SPACING, contents, die_once, raise_bug, small_cases, small_tree
 
 
 def load_files(ct: Path, mask: Path) -> CaseData:
@@ -44,33 +42,14 @@ def file_case(folder: Path, key: str, seed: int, split: str = "train") -> Case:
     return Case(key, split, key, ct.name, partial(load_files, ct, mask), file_identity(ct, mask))  # type: ignore[arg-type]
 
 
-def test_bad_cases_are_set_aside_with_their_reason_and_the_rest_goes_on(tmp_path: Path) -> None:
-    good = file_case(tmp_path, "good", 1)
-    text, elsewhere = file_case(tmp_path, "text", 2), file_case(tmp_path, "elsewhere", 3)
-    (tmp_path / "text.nii.gz").write_text("hello")
-    far = nib.load(tmp_path / "elsewhere_mask.nii.gz")
-    nib.save(nib.Nifti1Image(np.asanyarray(far.dataobj), far.affine + np.eye(4)[:, [3, 3, 3, 0]] * 0 + _shift(5000)),
-             tmp_path / "elsewhere_mask.nii.gz")  # fmt: skip
+def test_a_run_without_a_usable_case_says_so(tmp_path: Path) -> None:
     bug = Case("bug", "train", "bug", "nowhere", raise_bug, ())
-    outcome = preprocess([text, good, elsewhere, bug], tmp_path / "out", GRID, SPACING)
-    assert [entry.key for entry in outcome.index.select(None)] == ["good"]
-    lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
-    assert [(line["key"], Path(line["file"]).name) for line in lines] == [
-        ("text", "text.nii.gz"),
-        ("elsewhere", "elsewhere_mask.nii.gz"),
-        ("bug", "nowhere"),
-    ]
-    assert "not a NIfTI" in lines[0]["reason"] and "does not lie on its volume" in lines[1]["reason"]
-    assert lines[2]["reason"] == "met an unexpected ZeroDivisionError" and "a bug" in lines[2]["message"]
-    assert sum(outcome.manifest.provenance.set_aside.values()) == 3
-    with pytest.raises(UserError, match="None of 1 cases"):
-        preprocess([bug], tmp_path / "none", GRID, SPACING)
-
-
-def _shift(mm: float) -> np.ndarray:
-    shift = np.zeros((4, 4))
-    shift[0, 3] = mm
-    return shift
+    with pytest.raises(UserError, match=r"None of 1 cases could be used: see the reasons in .*quarantine\.jsonl"):
+        preprocess([bug], tmp_path, GRID, SPACING)
+    (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "met an unexpected ZeroDivisionError"
+    with pytest.raises(UserError, match="make preprocess"):
+        read_index(tmp_path)
 
 
 def test_a_file_goes_to_a_sample_and_its_mask_comes_home(tmp_path: Path) -> None:
@@ -122,23 +101,13 @@ def test_runs_agree_byte_for_byte_and_a_second_one_has_nothing_to_do(tmp_path: P
     assert preprocess(cases[:1], tmp_path / "one", (8, 24, 24), SPACING, samples_per_shard=2).made == 1
 
 
-def test_a_killed_run_goes_on_to_the_same_shards(tmp_path: Path) -> None:
-    def cases(flag: Path) -> list[Case]:
-        return [*small_cases(2, 0), Case("b", "train", "b", "phantom", partial(die_once, flag, 9), ("9",))]
-
-    flag = tmp_path / "flag"
-    run = multiprocessing.get_context("spawn").Process(
-        target=preprocess, args=(cases(flag), tmp_path / "out", GRID, SPACING), kwargs={"samples_per_shard": 1}
-    )
-    run.start()
-    run.join()
-    assert run.exitcode == -signal.SIGKILL
-    assert not (tmp_path / "out" / "index.json").exists()
-    with pytest.raises(UserError, match="make preprocess"):
-        read_index(tmp_path / "out")
-    assert preprocess(cases(flag), tmp_path / "out", GRID, SPACING, samples_per_shard=1).made == 1
-    preprocess(cases(flag), tmp_path / "whole", GRID, SPACING, samples_per_shard=1)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+def test_a_shard_whose_worker_was_killed_once_is_made_again(tmp_path: Path) -> None:
+    cases, flag = small_cases(4, 1), tmp_path / "flag"
+    whole = preprocess(cases, tmp_path / "whole", GRID, SPACING, samples_per_shard=2)
+    cases[1] = replace(cases[1], load=partial(die_once, flag, 1))
+    outcome = preprocess(cases, tmp_path / "out", GRID, SPACING, samples_per_shard=2, workers=2)
+    assert flag.exists() and outcome.rejected == []
+    assert outcome.manifest.shards == whole.manifest.shards
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
@@ -164,11 +133,56 @@ def test_the_command_line_makes_shards_and_explains_a_wrong_key(
 ) -> None:
     counts = ["--phantoms", "1", "--valid-phantoms", "1", "--no-samples", "--workers", "1"]
     arguments = ["--config", "tiny", "--out", str(tmp_path), *counts]
+    caplog.set_level("INFO")
     assert pipeline.main([*arguments, "data.spacing=[16.0, 8.0, 8.0]"]) == 0
     assert read_index(tmp_path).spacing == (16.0, 8.0, 8.0)
-    assert "0 cases set aside" in capsys.readouterr().out
+    assert "cases" in capsys.readouterr().out and "0 cases set aside" in caplog.text
     assert pipeline.main([*arguments, "data.spacin=3"]) == 2
     assert "spacing" in caplog.text
+
+
+def test_the_command_line_on_a_download_tells_what_was_left_out_and_set_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    tree, out = small_tree(tmp_path / "ct", 6, 2), tmp_path / "out"
+    whole = tree.path("train_2_a_1").read_bytes()
+    for name in ("train_2_a_1", "train_3_a_1"):
+        os.truncate(tree.path(name), 3000)
+    tree.path("valid_1_a_1").write_bytes(b"")
+    tree.no_chest["train"].append("train_6_a_1")
+    tree.add("train_99_a_1", layout=None)
+    tree.write()
+    caplog.set_level("INFO")
+    lesions = ["--lesions", str(tree.root / "lesions"), "--workers", "0"]
+    arguments = ["--config", "tiny", "--ct-rate", str(tree.root), "--out", str(out), *lesions]
+
+    def told(*more: str) -> tuple[int, list[str]]:
+        caplog.clear()
+        return pipeline.main([*arguments, *more]), caplog.messages
+
+    code, said = told("--shard-mb", "0.1")  # three cases of 36 KB
+    assert code == 0 and len(list(out.glob("*.tar"))) == 3
+    assert {"left out 1: does not show the chest (no-chest list)", "7 cases; shards to make: 3"} <= set(said)
+    assert "volumes that the tables name and that are not on disk: 1" in said
+    there = said.index(f"3 cases set aside, all of them listed in {out / 'quarantine.jsonl'}:")
+    assert said[there + 1 : there + 3] == ["     2: is cut short or damaged", "     1: is empty"]
+    assert [line.partition(":")[0] for line in said[there + 3 :]] == ["train_2_a_1", "train_3_a_1", "valid_1_a_1"]
+    table = capsys.readouterr().out
+    assert "lung nodule          │ 3 / 3 │ 1 / 1" in table and "consolidation        │ 0 / 0" in table
+
+    code, said = told("--shard-mb", "0.1", "--strict")
+    assert code == 1 and said[-1] == "--strict: exit status 1, since cases were set aside"
+    assert "up to date: nothing has changed since the last run" in said
+    # As after a repair of the disk: the file is whole again, and its size and time do not tell.
+    stat = tree.path("train_2_a_1").stat()
+    tree.path("train_2_a_1").write_bytes(whole)
+    os.utime(tree.path("train_2_a_1"), ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    code, said = told("--shard-mb", "0.1", "--retry")
+    assert code == 0 and any(line.startswith("2 cases set aside") for line in said)
+    assert read_index(out).select("train")[1].key == "train_2_a_1"
+    with pytest.raises(SystemExit):
+        told("--workers", "-1")
+    assert "argument --workers: expected a whole number from 0 on, found '-1'" in capsys.readouterr().err
 
 
 def test_nrrd_directions_become_ras(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from tests.small_cases import (
     SPACING,
     contents,
     lose_folder,
+    never_end_at_all,
     say_what_is_wrong,
     small_case,
     small_cases,
@@ -69,6 +70,11 @@ def wait_for_work(out: Path, running: Callable[[], bool]) -> None:
     """Until the first file changes."""
     before = state(out)
     while state(out) == before and running():
+        time.sleep(0.002)
+
+
+def wait_for_shard(out: Path) -> None:
+    while not list(out.glob("*.tar")):
         time.sleep(0.002)
 
 
@@ -197,8 +203,7 @@ def test_an_output_that_cannot_be_written_is_refused_in_one_sentence(tmp_path: P
 def test_a_second_run_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = start(out, tmp_path / "log", per_shard=1)
-    while not list(out.glob("*.tar")):
-        time.sleep(0.002)
+    wait_for_shard(out)
     assert first.pid is not None
     os.kill(first.pid, signal.SIGSTOP)
     try:
@@ -334,8 +339,7 @@ def test_no_worker_goes_on_when_its_run_alone_is_killed(download: Download, tmp_
 def test_ctrl_c_on_a_terminal_ends_with_one_sentence(download: Download, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = download.command(out)
-    wait_for_work(out, lambda: process.poll() is None)
-    time.sleep(0.3 * download.seconds)
+    wait_for_shard(out)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130
@@ -354,3 +358,13 @@ def test_the_command_says_in_one_sentence_that_it_cannot_write(download: Downloa
     assert process.returncode == 2
     require_stopped(download.files, out, said.strip(), "File too large): raise the limit of file sizes")
     download.finish(out)
+
+
+@pytest.mark.slow
+def test_a_case_that_no_alarm_can_stop_costs_its_worker_and_no_more(tmp_path: Path) -> None:
+    cases = small_cases(4, 1)
+    cases[1] = replace(cases[1], load=never_end_at_all)
+    outcome = preprocess(cases, tmp_path, GRID, SPACING, samples_per_shard=2, workers=2, timeout=1)
+    assert [one.key for one in outcome.rejected] == ["small_1"]
+    assert outcome.rejected[0].reason == "ended the process that worked on it"
+    assert len(outcome.index.select(None)) == 4
