@@ -48,8 +48,7 @@ class _NormGelu(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, spread = ctx.saved_tensors
         y = aten.native_group_norm(x, weight, bias, *ctx.shape, ctx.eps)[0]
-        grad = aten.gelu_backward(grads[0].contiguous(), y)
-        del y
+        grad = aten.gelu_backward.grad_input(grads[0], y, grad_input=y)
         found = aten.native_group_norm_backward(grad, x, mean, spread, weight, *ctx.shape, [True, True, True])
         return *found, None, None
 

@@ -1,0 +1,67 @@
+"""Layers that keep only their input: the same values and gradients as the plain ones, and less memory."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rectvlm.models.lean import GeluConv, NormGelu
+
+SHAPE = (2, 6, 3, 4, 5)
+
+
+def norm_gelu() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    layer = NormGelu(2, 6)
+    return layer, lambda x: F.gelu(F.group_norm(x, 2, layer.weight, layer.bias, layer.eps))
+
+
+def gelu_conv() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    layer = GeluConv(6, 1)
+    return layer, lambda x: F.conv3d(F.gelu(x), layer.weight, layer.bias)
+
+
+EACH = pytest.mark.parametrize("build", [norm_gelu, gelu_conv])
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [False, True], ids=["channels-first", "gradient-channels-last"])
+def test_values_and_gradients_are_those_of_the_plain_layers(
+    build: Callable[[], tuple[nn.Module, Callable[[Tensor], Tensor]]], dtype: torch.dtype, last: bool
+) -> None:
+    torch.manual_seed(0)
+    layer, plain = build()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    layer.to(dtype)
+    x = torch.randn(SHAPE, dtype=dtype, requires_grad=True)
+    found, wanted = layer(x), plain(x)
+    torch.testing.assert_close(found, wanted)
+    grad = torch.randn_like(wanted)
+    if last:
+        grad = grad.to(memory_format=torch.channels_last_3d)
+    inputs = [x, *layer.parameters()]
+    ours, theirs = (torch.autograd.grad(out, inputs, grad) for out in (found, wanted))
+    torch.testing.assert_close(ours, theirs)
+
+
+@EACH
+def test_only_the_input_is_kept(build: Callable[[], tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> None:
+    layer, plain = build()
+    x = torch.randn(SHAPE, requires_grad=True)
+
+    def kept(function: Callable[[Tensor], Tensor]) -> int:
+        found: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            function(x * 1)
+        return sum(n == x.numel() for n in found.values())
+
+    assert kept(plain) == 2
+    assert kept(layer) == 1
