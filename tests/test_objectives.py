@@ -12,14 +12,14 @@ from torch import Tensor
 from rectvlm.config import Config, LocalizationTerms
 from rectvlm.data.loader import collate
 from rectvlm.data.phantom import make_phantom
-from rectvlm.labels import LESION_BY_KEY, N_FINDINGS, N_LESIONS
+from rectvlm.labels import FINDINGS, LESION_BY_KEY, N_FINDINGS, N_LESIONS
 from rectvlm.metrics.localization import lesion_counts
 from rectvlm.metrics.localization import localization as scores
 from rectvlm.models import Outputs
 from rectvlm.models.localizer import Localization
 from rectvlm.models.reporter import ReportLoss
 from rectvlm.train import objectives
-from rectvlm.train.objectives import Loss, Outlines, Presence, classification, losses, total
+from rectvlm.train.objectives import Loss, Outlines, Presence, classification, labelled_lesions, losses, total
 
 GRID, HALF, COARSE = (8, 16, 16), (8, 8, 8), (2, 2, 2)
 
@@ -70,7 +70,7 @@ def localization(
 ) -> Loss:
     """What outlines teach, and nothing else unless it is weighed."""
     b = len(bits)
-    some = Presence(labelled.present[:b], labelled.known[:b])
+    some = Presence(labelled.present[:b], labelled.known[:b])  # a test may have fewer samples than flags
     return objectives.localization(
         found, Outlines(bits, annotated, partial), some, TERMS.model_copy(update=dict(weights))
     )
@@ -271,3 +271,127 @@ def test_report_loss_is_the_mean_over_samples_that_have_one(tiny: Config) -> Non
     found["report"].value.backward()
     assert per_sample.grad is not None
     assert per_sample.grad.tolist() == [0.5, 0, 0.5]
+
+
+LABELS_SAY = [
+    # finding, its label, what is known: present, absent, or nothing
+    ("Lung nodule", 1, "lung_nodule", True),
+    ("Lung nodule", 0, "lung_nodule", False),
+    ("Pleural effusion", 1, "pleural_effusion", True),
+    ("Pericardial effusion", 0, "pericardial_effusion", False),
+    ("Consolidation", 1, "consolidation", True),
+    ("Lung opacity", 0, "ground_glass_opacity", False),
+    ("Lung opacity", 1, "ground_glass_opacity", None),
+]
+
+
+@pytest.mark.parametrize(("finding", "label", "lesion", "wanted"), LABELS_SAY)
+def test_what_a_label_says_of_a_lesion(finding: str, label: int, lesion: str, wanted: bool | None) -> None:
+    labels, known = torch.zeros(1, N_FINDINGS), torch.zeros(1, N_FINDINGS, dtype=torch.bool)
+    labels[0, FINDINGS.index(finding)] = label
+    assert not labelled_lesions(labels, known).known.any()
+    known[0, FINDINGS.index(finding)] = True
+    found = labelled_lesions(labels, known)
+    bit = LESION_BY_KEY[lesion].bit
+    assert found.known.nonzero().tolist() == ([] if wanted is None else [[0, bit]])
+    assert found.present.nonzero().tolist() == ([[0, bit]] if wanted else [])
+
+
+def presence(present: Tensor, known: Tensor) -> Presence:
+    return Presence(present & known, known)
+
+
+def test_alignment_reads_labels_where_no_one_outlined() -> None:
+    """By hand: the outline where there is one, the label else, and nothing where neither is known."""
+    bits, annotated = boxes(), NONE.clone()
+    annotated[0, :2], annotated[1, 0] = True, True  # outlined; looked for and absent
+    labelled = presence(torch.tensor([[0, 0, 1, 0, 0], [1, 0, 0, 1, 0]]).bool(), annotated ^ (torch.arange(5) < 4))
+    with_it, without = noise(), noise()
+    loss = localization(with_it, bits, annotated, NONE, labelled, alignment=0.3)
+    base = localization(without, bits, annotated, NONE, labelled)
+    wanted = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 1, 0]]).float()
+    known = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]).bool()
+    each = torch.nn.functional.binary_cross_entropy_with_logits(with_it.alignment, wanted, reduction="none")
+    torch.testing.assert_close(loss.value, base.value + 0.3 * each[known].mean())
+    assert (loss.count, base.count) == (8, 3)
+    loss.value.backward()
+    assert with_it.alignment.grad is not None
+    assert torch.equal(with_it.alignment.grad != 0, known)
+    assert torch.equal(with_it.alignment.grad < 0, known & wanted.bool())
+
+
+def test_alignment_of_weight_0_is_off_exactly() -> None:
+    found = noise()
+    localization(found, boxes(), NONE, NONE, Presence(ALL, ALL)).value.backward()
+    assert found.alignment.grad is None
+    for logits in found[:3]:
+        assert logits.grad is not None
+        assert not logits.grad.any()
+
+
+def test_nothing_known_at_all_is_zero_with_a_graph_of_everything() -> None:
+    found = noise()
+    loss = localization(found, boxes(), NONE, NONE, consistency=0.1, alignment=0.1)
+    assert (loss.value, loss.count) == (0, 0)
+    loss.value.backward()
+    for logits in found[:4]:
+        assert logits.grad is not None
+        assert not logits.grad.any()
+
+
+def test_resolutions_that_agree_cost_nothing_and_others_do() -> None:
+    bits = boxes()
+    agreed = drawn(masks_of(bits))
+    assert localization(agreed, bits, ALL, NONE, consistency=1.0).value < 1e-3
+    silent = agreed._replace(coarse=agreed.coarse.abs().neg())
+    more = localization(silent, bits, ALL, NONE, consistency=1.0).value - localization(silent, bits, ALL, NONE).value
+    cells = torch.nn.functional.adaptive_max_pool3d(masks_of(bits), COARSE).mean()
+    torch.testing.assert_close(more, cells, rtol=1e-3, atol=1e-4)
+
+
+def test_consistency_carries_labels_to_masks_and_leaves_partial_outlines_alone() -> None:
+    partial, known = NONE.clone(), NONE.clone()
+    partial[0, 1], known[1, 4] = True, True
+    found = noise()
+    localization(found, boxes(), NONE, partial, Presence(known, known), consistency=1.0, alignment=1.0).value.backward()
+    for logits, size in zip(found[:3], SIZES, strict=True):
+        assert logits.grad is not None
+        touched = logits.grad != 0
+        assert touched[1, 4].all()
+        only_drawn = torch.nn.functional.adaptive_max_pool3d(masks_of(boxes()), size)[0, 1].bool()
+        assert torch.equal(touched[0, 1], only_drawn)
+        touched[1, 4] = touched[0, 1] = False
+        assert not touched.any()
+
+
+@pytest.mark.parametrize("size", [HALF, COARSE])
+def test_pooled_probabilities(size: tuple[int, int, int]) -> None:
+    """1 where a voxel of the cell is sure, p where all are p, between mean and largest elsewhere."""
+    torch.manual_seed(0)
+    shape = torch.Size(size)
+    masks = masks_of(boxes()).flatten(0, 1)
+    cells = torch.nn.functional.adaptive_max_pool3d(masks[:, None], size)[:, 0]
+    torch.testing.assert_close(objectives._pooled(masks, shape), cells)
+    torch.testing.assert_close(objectives._pooled(torch.full_like(masks, 0.3), shape), torch.full_like(cells, 0.3))
+    p = torch.rand_like(masks)
+    found = objectives._pooled(p, shape)
+    assert (found >= torch.nn.functional.adaptive_avg_pool3d(p[:, None], size)[:, 0]).all()
+    assert (found <= torch.nn.functional.adaptive_max_pool3d(p[:, None], size)[:, 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"bits": boxes().int()}, "uint8"),
+        ({"bits": boxes()[:, :4]}, "masks for lesion bits"),
+        ({"bits": boxes()[:1]}, "masks for lesion bits"),
+        ({"annotated": ALL.float()}, "annotated must be bool"),
+        ({"annotated": ALL[:1]}, "annotated must be bool of shape"),
+        ({"partial": NONE[:, :4]}, "partial must be bool of shape"),
+        ({"bits": boxes().to("meta")}, "on one device"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict[str, Tensor], said: str) -> None:
+    right = {"bits": boxes(), "annotated": ALL, "partial": NONE}
+    with pytest.raises(AssertionError, match=said):
+        localization(noise(), **{**right, **change})
