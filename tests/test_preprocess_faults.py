@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -230,6 +231,11 @@ class Download:
     seconds: float = 0
     """From then to its end."""
 
+    @property
+    def greeting(self) -> list[str]:
+        """What the command says before its work."""
+        return [f"reading the tables of {self.root}", "28 cases; shards to make: 14"]
+
     def arguments(self, out: Path, per_shard: int = PER_SHARD) -> list[str]:
         tree = ["--config", "tiny", "--ct-rate", str(self.root), "--lesions", str(self.root / "lesions")]
         return [*tree, "--out", str(out), "--workers", "2", "--samples-per-shard", str(per_shard)]
@@ -241,6 +247,8 @@ class Download:
             [*within, sys.executable, "-m", "data_pipeline.preprocess", *self.arguments(out, per_shard)],
             cwd=CHECKOUT,
             start_new_session=True,
+            # Tests that run in the background were told to ignore Ctrl-C, and would hand that on.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -322,10 +330,10 @@ def test_no_worker_goes_on_when_its_run_alone_is_killed(download: Download, tmp_
     """All cases in one shard, which an orphan would write seconds later."""
     out = tmp_path / "out"
     process = download.command(out, per_shard=TRAIN)
-    wait_for_work(out, lambda: process.poll() is None)
-    while not (family := [one for one in of_session(process.pid) if one.pid != process.pid]):
-        assert process.poll() is None
-    time.sleep(0.5 * download.seconds)
+    while not list(out.glob(".*.tmp")):  # the shard, half written
+        time.sleep(0.002)
+    family = of_session(process.pid)
+    assert len(family) > 2
     process.kill()
     process.communicate()
     before = everything(out)
@@ -343,7 +351,9 @@ def test_ctrl_c_on_a_terminal_ends_with_one_sentence(download: Download, tmp_pat
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130
-    assert said.splitlines() == ["stopped; finished shards are kept, and the same command goes on with the rest"]
+    *before, last = said.splitlines()
+    assert last == "stopped; finished shards are kept, and the same command goes on with the rest"
+    assert before == download.greeting
     assert of_session(process.pid) == []
     assert everything(out).items() < download.files.items()
     download.finish(out)
@@ -356,7 +366,9 @@ def test_the_command_says_in_one_sentence_that_it_cannot_write(download: Downloa
     process = download.command(out, limit=60_000)
     _, said = process.communicate()
     assert process.returncode == 2
-    require_stopped(download.files, out, said.strip(), "File too large): raise the limit of file sizes")
+    *before, last = said.splitlines()
+    assert before == download.greeting
+    require_stopped(download.files, out, last, "File too large): raise the limit of file sizes")
     download.finish(out)
 
 
