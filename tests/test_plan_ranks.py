@@ -18,7 +18,7 @@ CHECKOUT = Path(__file__).parents[1]
 
 
 def scaled_large(folder: Path) -> Path:
-    """`large` with an eighth of the widths and shallower by ratio, and a language model of the same proportions."""
+    """`large` with an eighth of most widths, fewer layers and a small grid, and a language model cut likewise."""
     tree = yaml.safe_load((CONFIGS / "large.yaml").read_text())
     tree["name"] = "large-eighth"
     tree["data"] |= {"grid": [16, 64, 64], "spacing": [16.0, 5.5, 5.5], "workers": 0}
@@ -54,7 +54,7 @@ def _language_model(folder: Path) -> Path:
 
 
 def agree(config_path: str, overrides: list[str], phase: int, described: Path) -> None:
-    """Every kind that a rank reports is the plan's within 1%, and so is the sum."""
+    """Every kind that a rank reports is the plan's within 1%."""
     found = json.loads(described.read_text())
     plan = Planner(load(config_path, overrides), phase, CHECKOUT / "ds_configs").plan(found["world_size"], 141.0)
     for rank in found["ranks"]:

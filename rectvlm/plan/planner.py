@@ -17,17 +17,17 @@ from rectvlm.types import UserError
 
 GB = 1e9
 CONTEXT = 0.9e9
-"""CUDA context and kernels (about 0.5 GB), NCCL's communicators (about 0.4 GB): outside the allocator of torch."""
+"""CUDA context and kernels (0.5 GB) and NCCL (0.4 GB), outside the allocator of torch: assumed, not measured here."""
 WORKSPACE = 0.1e9
-"""Work areas of cuBLAS (32 MiB a handle and stream on Hopper) and of the convolutions that cuDNN chooses."""
+"""Work areas of cuBLAS and cuDNN: assumed. Scratch of convolutions can be far larger (on CPU it was, see the tests)."""
 WASTE = 0.05
-"""Share of activations and gathered weights that the allocator holds in blocks that nothing fits in."""
+"""Share of activations and gathered weights that the allocator holds in blocks that nothing fits in: assumed."""
 VOXEL_BYTES = 4
 """CT int16, lesion bits and region ids uint8."""
 READY = 3
 """Batches of a loader worker: two ready and one in the making."""
 PROCESS = 3e9
-"""Resident memory of a rank with torch, DeepSpeed and Transformers loaded, before the model."""
+"""Memory of a rank with torch, DeepSpeed and Transformers loaded, before the model: assumed."""
 CT_RATE_SCANS = 24_128
 """Training scans of CT-RATE: what an epoch is, unless it is told otherwise."""
 

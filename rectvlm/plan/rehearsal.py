@@ -21,7 +21,7 @@ from rectvlm.train.phases import Phase
 from rectvlm.types import Batch
 
 PROMPT_TOKENS = 192
-"""Length of the chat template, request and cues, about: measured with Llama's template, 12 findings and 5 lesions."""
+"""Assumed length of the chat template, request and cues; not measured on a real tokenizer."""
 TOWER_PARTS = ("encoder", "classifier", "localizer")
 
 

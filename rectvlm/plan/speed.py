@@ -15,7 +15,7 @@ from rectvlm.plan.states import States
 
 @dataclass(frozen=True)
 class Hardware:
-    """Rates of one GPU and of the network. Defaults are an H200 SXM's data sheet and shares that real runs reach."""
+    """Rates of one GPU and of the network. Defaults: an H200 SXM's data sheet, and shares of it that are assumed."""
 
     tflops: float = 989.0
     """Dense bf16 matrix rate, TFLOP/s."""
