@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rectvlm import weights
 from rectvlm.config import Config
@@ -204,6 +204,69 @@ def test_recomputing_changes_nothing(tiny: Config, prompts: Prompts, batch: Batc
         (out.masks.square().mean() + out.half.square().mean() + out.coarse.square().mean() + out.denoising).backward()
         found.append((list(out), [p.grad for p in localizer.parameters()]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_it_compiles_to_the_same(tiny: Config, prompts: Prompts, batch: Batch, checkpointing: bool) -> None:
+    """Traced whole; eager kernels below it, so that no compiler is needed."""
+    torch._dynamo.reset()
+    changed = tiny.localizer.model_copy(update={"checkpointing": checkpointing, "noise": 0.0})
+    torch.manual_seed(0)
+    localizer = Localizer(changed, tiny.data, tiny.encoder, prompts.width)
+    patches = torch.randn(2, 144, 48)
+    features = Features(torch.randn(2, 48), patches, torch.randn(2, 20, 48), (4, 6, 6), patches)
+    found = []
+    for run in (localizer, torch.compile(localizer, backend="aot_eager", fullgraph=True)):
+        localizer.zero_grad()
+        out = run(batch.ct, features, prompts)
+        (out.masks.square().mean() + out.half.mean() + out.coarse.mean() + out.alignment.mean() + out[4]).backward()
+        found.append((list(out), [p.grad for p in localizer.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_fit_the_localizer_is_named(model: RectVLM, batch: Batch, prompts: Prompts) -> None:
+    assert model.localizer is not None
+    with torch.no_grad():
+        right = model.encoder(batch.ct, batch.regions, batch.regions_known)
+    few = Prompts(prompts.present, prompts.absent, prompts.lesions[:3])
+    for ct, features, asked, said in (
+        (batch.ct[0], right, prompts, r"\(B, Z, Y, X\)"),
+        (batch.ct[:, :8], right, prompts, "belong to a CT of"),
+        (batch.ct, right._replace(grid=(4, 6, 5)), prompts, "belong to a CT of"),
+        (batch.ct[:1], right, prompts, "features.patches must be of shape"),
+        (batch.ct, right._replace(levels=right.levels[..., 1:]), prompts, "features.levels must be of shape"),
+        (batch.ct, right, few, "lesion prompts must be of shape"),
+        (batch.ct, right._replace(patches=right.patches.bfloat16()), prompts, "features must be torch.float32"),
+        (batch.ct.to("meta"), right, prompts, "must be on cpu"),
+    ):
+        with pytest.raises(AssertionError, match=said):
+            model.localizer(ct, features, asked)
+
+
+def test_training_keeps_little(tiny: Config, prompts: Prompts, batch: Batch) -> None:
+    """With checkpointing, what the forward pass leaves for the backward pass is the skips and little else."""
+
+    def kept(checkpointing: bool) -> int:
+        changed = tiny.localizer.model_copy(update={"checkpointing": checkpointing})
+        localizer = Localizer(changed, tiny.data, tiny.encoder, prompts.width)
+        patches = torch.randn(2, 144, 48)
+        features = Features(torch.randn(2, 48), patches, torch.randn(2, 20, 48), (4, 6, 6), patches)
+        own = {p.untyped_storage().data_ptr() for p in localizer.parameters()}
+        found: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = localizer(batch.ct, features, prompts)
+        del out
+        return sum(found.values())
+
+    assert kept(True) < 0.2 * kept(False)
 
 
 def test_predict_refuses_training_mode(model: RectVLM, batch: Batch) -> None:
