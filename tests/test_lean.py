@@ -65,3 +65,29 @@ def test_only_the_input_is_kept(build: Callable[[], tuple[nn.Module, Callable[[T
 
     assert kept(plain) == 2
     assert kept(layer) == 1
+
+
+def test_compiled_layers_give_the_same_gradients() -> None:
+    """Between two convolutions, where gradients arrive channels-last."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv3d(4, 6, 3), NormGelu(2, 6), nn.Conv3d(6, 6, 3), GeluConv(6, 1))
+    x = torch.randn(2, 4, 6, 7, 8).to(memory_format=torch.channels_last_3d)
+
+    def gradients(run: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run(x).square().sum(), list(layers.parameters()))
+
+    def ours(x: Tensor) -> Tensor:
+        first, norm, second, head = layers
+        y = norm(first(x).contiguous()).to(memory_format=torch.channels_last_3d)
+        return head(second(y).contiguous())
+
+    def plain(x: Tensor) -> Tensor:
+        first, norm, second, head = layers
+        assert isinstance(norm, NormGelu) and isinstance(head, GeluConv)
+        y = second(F.gelu(F.group_norm(first(x), 2, norm.weight, norm.bias, norm.eps)))
+        return F.conv3d(F.gelu(y), head.weight, head.bias)
+
+    wanted = gradients(plain)
+    torch.testing.assert_close(gradients(ours), wanted, rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(gradients(compiled), wanted, rtol=1e-4, atol=1e-4)

@@ -48,7 +48,9 @@ class _NormGelu(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, spread = ctx.saved_tensors
         y = aten.native_group_norm(x, weight, bias, *ctx.shape, ctx.eps)[0]
-        grad = aten.gelu_backward.grad_input(grads[0], y, grad_input=y)
+        # The norm's own backward reads all its inputs in the layout of `x`, without asking.
+        grad = aten.gelu_backward(grads[0].contiguous(), y)
+        del y
         found = aten.native_group_norm_backward(grad, x, mean, spread, weight, *ctx.shape, [True, True, True])
         return *found, None, None
 
