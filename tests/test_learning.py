@@ -248,11 +248,11 @@ def test_every_trainable_tensor_moves_under_zero3(checkpointing: bool, phantom_s
         *("data.augment.probability=1", "data.augment.hide_regions=0.5", "encoder.taps=[1]"),
         *(f"encoder.checkpointing={recompute}", f"localizer.checkpointing={recompute}", "train.keep=9"),
     ]
-    for phase in (1, 2, 3):
-        rates = ", ".join(f"{part}: 2.0e-2" for part in PHASES[phase].parts)
-        plan = ("steps=3", "save_every=1", "warmup=0", "final_lr=1", f"lr={{{rates}}}")
-        own = [f"train.phases.{phase}.{value}" for value in plan]
-        run([*TWO, f"launch/phase{phase}.py", *shared, *own], tmp_path)
+    for phase in (1, 2):
+        run([*TWO, f"launch/phase{phase}.py", *shared, f"train.phases.{phase}.steps=2"], tmp_path)
+    rates = ", ".join(f"{part}: 2.0e-2" for part in PHASES[3].parts)
+    plan = ("steps=3", "save_every=1", "warmup=0", "final_lr=1", f"lr={{{rates}}}")
+    run([*TWO, "launch/phase3.py", *shared, *(f"train.phases.3.{value}" for value in plan)], tmp_path)
     saved = checkpoint.all_checkpoints(tmp_path / "tiny" / "phase3")
     assert [path.name for path in saved] == ["step-000001", "step-000002", "step-000003"]
     first, last = (checkpoint.read_weights(path) for path in (saved[0], saved[-1]))
