@@ -100,7 +100,8 @@ def test_the_peak_is_the_allocators(phase: int) -> None:
 
 SIZES = [
     pytest.param("demo", 2, [], id="demo-2"),
-    pytest.param("tiny", 3, CHECKPOINTED, id="tiny-3-checkpointed"),
+    # Convolutions of 4 channels, as tiny has them, are padded in scratch that is larger than what is checkpointed.
+    pytest.param("tiny", 3, [*CHECKPOINTED, "localizer.channels=[16,32,32]"], id="tiny-3-checkpointed"),
     pytest.param("demo", 3, [], id="demo-3"),
     pytest.param("demo", 3, ["generator.checkpointing=true"], id="demo-3-checkpointed"),
     pytest.param("demo", 2, ["data.grid=[32,128,128]"], id="larger-grid"),

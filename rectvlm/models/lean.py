@@ -23,16 +23,25 @@ class NormGelu(nn.GroupNorm):
         return out
 
 
-class GeluConv(nn.Conv3d):
-    """GELU, then a 1 × 1 × 1 convolution; (B, c, …) to (B, outputs, …)."""
+class ToOne(nn.Conv3d):
+    """1 × 1 × 1 convolution to one channel, as a matrix product: for so few channels a library's convolution pads and
+    copies its input. (B, c, …) to (B, 1, …)."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, 1)
+    def __init__(self, inputs: int) -> None:
+        super().__init__(inputs, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keep `x`."""
+        return (self.weight.flatten(1) @ x.flatten(2)).unflatten(2, x.shape[2:]) + self.bias
+
+
+class GeluToOne(ToOne):
+    """GELU before it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Keep `x`, not its GELU."""
-        out: Tensor = _GeluConv.apply(x, self.weight, self.bias)
-        return out
+        out: Tensor = _GeluToOne.apply(x.flatten(2), self.weight.flatten(1))
+        return out.unflatten(2, x.shape[2:]) + self.bias
 
 
 class _NormGelu(torch.autograd.Function):
@@ -55,17 +64,16 @@ class _NormGelu(torch.autograd.Function):
         return *found, None, None
 
 
-class _GeluConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        return F.conv3d(F.gelu(x), weight, bias)
+class _GeluToOne(torch.autograd.Function):
+    """(B, c, N) and weights (1, c) to (B, 1, N)."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        same: list[Any] = [[1, 1, 1], [0, 0, 0], [1, 1, 1], False, [0, 0, 0], 1]
-        grad, of_weight, of_bias = aten.convolution_backward(
-            grads[0], F.gelu(x), weight, list(bias.shape), *same, [True, True, True]
-        )
-        return aten.gelu_backward(grad, x), of_weight, of_bias
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return weight @ F.gelu(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        of_weight = (grads[0] @ F.gelu(x).mT).sum(0)
+        return aten.gelu_backward(weight.mT * grads[0], x), of_weight

@@ -25,7 +25,7 @@ from rectvlm.config import DataConfig, EncoderConfig, LocalizerConfig
 from rectvlm.labels import N_LESIONS
 from rectvlm.models.encoder import Features, apply_windows
 from rectvlm.models.layers import Block, Mlp
-from rectvlm.models.lean import GeluConv, NormGelu
+from rectvlm.models.lean import GeluToOne, NormGelu, ToOne
 from rectvlm.models.text import Prompts
 
 Triple = tuple[int, int, int]
@@ -143,14 +143,13 @@ class Gate(nn.Module):
         super().__init__()
         self.skip, self.rising = nn.Conv3d(channels, channels, 1), nn.Conv3d(channels, channels, 1)
         self.text = nn.Linear(text_width, channels)
-        self.weight = GeluConv(channels, 1)
+        self.weight = GeluToOne(channels)
 
     def forward(self, skip: Tensor, rising: Tensor, text: Tensor, stride: Triple) -> Tensor:
         """Weights (B, 1, fine grid) in 0 to 1 for skip (B, c, fine grid), from it, what rises (B, c, coarse grid) and
         the lesion (B, D). A 1 × 1 × 1 convolution may as well come before the enlargement: there it has less to do."""
-        seen = _by_cell(self.skip(skip), stride)
-        seen = seen + _enlarged(self.rising(rising) + self.text(text)[:, :, None, None, None])
-        return self.weight(_whole(seen)).sigmoid()
+        rising = self.rising(rising) + self.text(text)[:, :, None, None, None]
+        return self.weight(self.skip(skip) + _enlarged(rising, stride)).sigmoid()
 
 
 class Level(nn.Module):
@@ -167,27 +166,15 @@ class Level(nn.Module):
         """(B, inputs, coarse grid) and skip (B, c, fine grid) to (B, c, fine grid)."""
         rising = self.reduce(rising)
         weight = self.gate(skip, rising, text, self.stride)
-        # What rises is the same in all voxels of a cell: it is added by broadcasting and never exists enlarged.
-        merged = torch.addcmul(_enlarged(rising), _by_cell(skip, self.stride), _by_cell(weight, self.stride))
+        merged = torch.addcmul(_enlarged(rising, self.stride), skip, weight)
         # Laid out as the convolution wants it before the call, since a caller keeps what it passes on alive.
-        merged = _whole(merged).contiguous(memory_format=torch.channels_last_3d)
+        merged = merged.contiguous(memory_format=torch.channels_last_3d)
         return self.merge(merged)
 
 
-def _by_cell(fine: Tensor, stride: Triple) -> Tensor:
-    """(B, c, Z, Y, X) seen as (B, c, Z / s, s, Y / s, s, X / s, s)."""
-    b, c, *sides = fine.shape
-    return fine.reshape(b, c, *(n for side, s in zip(sides, stride, strict=True) for n in (side // s, s)))
-
-
-def _enlarged(coarse: Tensor) -> Tensor:
-    """(B, c, z, y, x) so that it adds to what `_by_cell` gives: each value to all voxels of its cell."""
-    return coarse[:, :, :, None, :, None, :, None]
-
-
-def _whole(cells: Tensor) -> Tensor:
-    """The reverse of `_by_cell`."""
-    return cells.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+def _enlarged(coarse: Tensor, stride: Triple) -> Tensor:
+    """Each value to all voxels of its cell."""
+    return F.interpolate(coarse, scale_factor=tuple(float(s) for s in stride), mode="nearest")
 
 
 def _recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
@@ -220,8 +207,8 @@ class Localizer(nn.Module):
         self.up = nn.ModuleList(
             Level(channels[k + 1], channels[k], config.width, strides[k]) for k in range(len(config.channels))
         )
-        self.head_half = nn.Conv3d(channels[1], 1, 1)
-        self.head = nn.Conv3d(channels[0], 1, 1)
+        self.head_half = ToOne(channels[1])
+        self.head = ToOne(channels[0])
         for head in (self.head_half, self.head):
             nn.init.constant_(head.bias, -3.0)  # type: ignore[arg-type]  # lesions are rare: start near "none"
 
