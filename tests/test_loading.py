@@ -1,6 +1,7 @@
 """A language model read module by module: the tensors of Transformers, in a rank's share of the memory."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from rectvlm.config import Config, GeneratorConfig
 from rectvlm.models.language import load_language_model, quantization
 from rectvlm.models.loading import Checkpoint, fill, is_complete, with_packed_layers, without_memory
 from rectvlm.types import UserError
-from tests.test_training import environment
+from tests.test_training import TWO, environment, metrics, run, settings
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -185,3 +186,21 @@ def test_two_ranks_hold_a_share_each_and_write_together(tiny: Config, source: st
         assert rank["loss"] > 0
     assert [rank["texts"] for rank in ranks] == alone["texts"]
     assert ranks[0]["tokens"] < ranks[1]["tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ds_config", "kind", "stage"), [("phase3_zero2", "nf4", 2), ("phase3", "none", 3), ("phase3_zero2", "none", 2)]
+)
+def test_other_ways_to_hold_the_language_model_train(
+    tiny_run: Callable[[int], Path], phantom_shards: Path, ds_config: str, kind: str, stage: int, tmp_path: Path
+) -> None:
+    """4-bit under ZeRO-2 and bf16 LoRA under both, on two processes from phase 2's weights."""
+    shutil.copytree(tiny_run(2), tmp_path / "tiny" / "phase2")
+    command = [*TWO, "launch/phase3.py", *settings(3, phantom_shards, tmp_path, steps=6)]
+    command += ["--ds-config", f"ds_configs/{ds_config}.json", f"generator.quantization={kind}"]
+    run(command, tmp_path)
+    found = json.loads((tmp_path / "tiny" / "phase3" / "engine.json").read_text())
+    assert (found["zero_stage"], found["world_size"], found["llm_quantization"]) == (stage, 2, kind)
+    losses = [line["losses"]["report"] for line in metrics(tmp_path / "tiny" / "phase3")]
+    assert losses[-1] < losses[0]

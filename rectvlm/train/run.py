@@ -58,7 +58,7 @@ def _parse(phase: Phase, argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"instead of ds_configs/phase{phase.number}.json",
     )
     parser.add_argument("overrides", nargs="*", metavar="part.field=value", help="change a value of the configuration")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def run(phase: Phase, config: Config, ds_config: Path, resume: bool, restart: bool) -> None:
