@@ -1,12 +1,16 @@
-"""The benchmark reads a real run's record."""
+"""The benchmarks: figures of a real run's record, and of real shards."""
 
 import json
+import os
+import statistics
 from pathlib import Path
 
 import pytest
 
+from benchmarks import loader
 from benchmarks.common import machine_slug
 from benchmarks.train_step import PARTS, measure, to_markdown
+from rectvlm.config import Config
 
 
 def test_figures_are_those_of_the_steps_after_warm_up(launched_phase1: Path) -> None:
@@ -44,3 +48,43 @@ def test_the_page_names_machine_versions_and_warm_up(launched_phase1: Path) -> N
     assert len(cells) == 3 and len(set(cells)) == 1
     assert machine_slug(where) == "intel-xeon-cpu-2-20ghz-2-cores"
     assert machine_slug(where | {"gpus": ["NVIDIA H200"] * 2}) == "2x-nvidia-h200"
+
+
+def test_the_loader_is_measured_against_bare_decoding(tiny: Config, phantom_shards: Path) -> None:
+    cores = os.sched_getaffinity(0)
+    measured = loader.measure(tiny.data.model_copy(update={"shards": str(phantom_shards)}), rounds=1)
+    assert os.sched_getaffinity(0) == cores
+    assert [len(measured[name]) for name in ("bare", "loader", "worker", "main")] == [6, 6, 1, 1]
+    assert measured["voxel_bytes"] == 16 * 48 * 48 * 4
+    assert 1000 < measured["packed_bytes"] < measured["voxel_bytes"]
+    ratios = loader.summarize(measured)
+    assert 0 < ratios["loader_over_bare"] < 1  # a sample this small is mostly its JSON
+    where = {"cpu": "Some CPU", "cores": 2, "memory_gb": 24.0, "gpus": []}
+    result = {"date": "2026-01-02", "machine": where, "versions": {"torch": "2.13.0"}, "seconds": 9.0}
+    result |= {"samples": 6, "rounds": 1, "grid": (16, 48, 48), "measured": measured, "ratios": ratios}
+    page = loader.to_markdown(json.loads(json.dumps(result)))
+    for wanted in (
+        "Some CPU",
+        "16 × 48 × 48",
+        f"{statistics.median(measured['bare']):.4f}",
+        "one H200 with 10 volumes",
+    ):
+        assert wanted in page
+    cells = [line.count("|") for line in page.splitlines() if line.startswith("|")]
+    assert len(cells) == 5 and len(set(cells)) == 1
+
+
+def test_what_feeds_a_gpu_follows_from_the_seconds_of_a_sample() -> None:
+    measured = {"bare": [0.04, 0.06, 0.04, 0.06], "loader": [0.05, 0.08, 0.05, 0.08], "worker": [0.0625, 0.0625]}
+    ratios = loader.summarize(measured | {"main": [0.01, 0.01]})
+    assert ratios == pytest.approx(
+        {
+            "loader_over_bare": (0.8 + 0.75) / 2,
+            "worker_over_bare": 0.8,
+            "bare_per_second": 20,
+            "loader_per_second": 1 / 0.065,
+            "worker_per_second": 16,
+            "workers_for_a_gpu": 0.625,
+            "cores_for_a_gpu": 0.725,
+        }
+    )

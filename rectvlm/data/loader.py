@@ -80,7 +80,6 @@ class ShardDataset(Dataset[Sample]):
         Raises:
             UserError: see `read_sample`.
         """
-        # NumPy asks for huge pages, torch does not.
         arrays = {name: np.empty((len(numbers), *self.grid), _NUMPY[name]) for name in VOLUMES}
         metas = self.read(numbers, arrays)
         return _batch({name: torch.from_numpy(array) for name, array in arrays.items()}, metas)
@@ -96,22 +95,18 @@ class ShardDataset(Dataset[Sample]):
             for i, number in enumerate(numbers)
         ]
 
-    def __getitems__(self, numbers: list[int]) -> Batch:  # what DataLoader calls
-        return self.batch(numbers)
 
-
-class _InWorker(Dataset[Sample]):
-    """What a worker reads from: a dataset, and the slots that its batches go to."""
+class _Source(Dataset[Sample]):
+    """What DataLoader reads from, in workers or without: a dataset, and the slots that its batches go to."""
 
     def __init__(self, dataset: ShardDataset, pool: Pool) -> None:
         self.dataset, self.pool = dataset, pool
 
     def __getitems__(self, numbers: list[int]) -> "_Parcel | Batch | UserError":
+        worker = get_worker_info()
+        taken = self.pool.take(worker.id if worker else 0, len(numbers))
         # DataLoader would wrap a worker's exception in a traceback: an error that is for the user travels as a value,
         # and `_Batches` raises it.
-        worker = get_worker_info()
-        assert worker is not None
-        taken = self.pool.take(worker.id, len(numbers))
         try:
             if taken is None:
                 return self.dataset.batch(numbers)
@@ -123,7 +118,7 @@ class _InWorker(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class _Parcel:
-    """A batch on its way from a worker: where its volumes lie, and all else."""
+    """A batch on its way to the main process: where its volumes lie, and all else."""
 
     pool: int
     slot: int
@@ -206,12 +201,10 @@ class _Batches(Iterator[Batch]):
     def __init__(self, loader: Loader) -> None:
         order = _Stoppable(loader.order)
         largest = len(next(iter(loader.order), [0]))
-        pool = (
-            Pool(loader.workers, _PREFETCH + _HELD, largest, VOLUMES, loader.dataset.grid) if loader.workers else None
-        )
+        pool = Pool(loader.workers, _PREFETCH + _HELD, largest, VOLUMES, loader.dataset.grid)
         self._inner: Iterator[Any] = iter(
             DataLoader(
-                _InWorker(loader.dataset, pool) if pool else loader.dataset,
+                _Source(loader.dataset, pool),
                 batch_sampler=order,
                 collate_fn=_as_it_is,
                 num_workers=loader.workers,
@@ -247,7 +240,7 @@ class _Stoppable:
         return itertools.takewhile(lambda _: not self.stopped, self.order)
 
 
-def _finish(order: _Stoppable, inner: Iterator[Any], pool: Pool | None) -> None:
+def _finish(order: _Stoppable, inner: Iterator[Any], pool: Pool) -> None:
     """Let workers hand over what they hold ready, whereupon DataLoader ends them.
 
     A worker that ends while its queue's thread is inside torch, sending a batch, aborts ("terminate called without an

@@ -1,9 +1,9 @@
-"""Room for batches in shared memory that workers and the main process use again and again.
+"""Room for batches that is used again and again, shared between workers and the main process where there are workers.
 
-Fresh shared memory is handed out in small pages that the kernel clears one by one, which takes longer than decoding
-the voxels that go there. So the main process lays out some slots for each worker. A worker decodes into a slot of its
-own that is free; a byte for each volume, in shared memory too, says that it is in use, until the main process has
-dropped everything that lies on that volume.
+Fresh memory is cleared by the kernel page by page: shared memory, whose pages are small, takes longer for that than
+decoding the voxels that go there. So the main process lays out some slots for each worker. A worker decodes into a slot
+of its own that is free; a byte for each volume, in the same kind of memory, says that it is in use, until the main
+process has dropped everything that lies on that volume.
 """
 
 import itertools
@@ -24,25 +24,29 @@ _POOLS: "weakref.WeakValueDictionary[int, Pool]" = weakref.WeakValueDictionary()
 
 
 class Pool:
-    """Slots for batches of some volumes. Made in the main process, and sent to workers when they start."""
+    """Slots for batches of some volumes. Made in the main process, and sent to workers, if any, when they start."""
 
     def __init__(
         self, workers: int, slots: int, batch: int, volumes: Mapping[str, torch.dtype], grid: tuple[int, int, int]
     ) -> None:
-        """`slots` for each of `workers`, each slot for `batch` samples; memory is taken as slots are first used."""
+        """`slots` for each of `workers`, or for this process where there are none, each slot for `batch` samples.
+
+        Memory is taken as slots are first used.
+        """
         self.slots, self.batch, self.grid = slots, batch, grid
         self.places: dict[str, tuple[int, np.dtype[Any]]] = {}
         size = 0
         for name, dtype in volumes.items():
             self.places[name] = size, np.dtype(str(dtype).removeprefix("torch."))
             size += math.ceil(batch * math.prod(grid) * dtype.itemsize / _PAGE) * _PAGE
-        self.memory = _shared(workers * slots * size).view(workers * slots, size)
-        self.in_use = _shared(workers * slots * len(volumes)).view(workers * slots, len(volumes))
+        count = max(workers, 1) * slots
+        allocate = _shared if workers else _private
+        self.memory, self.in_use = allocate((count, size)), allocate((count, len(volumes)))
         self.number = next(_NUMBERS)
         _POOLS[self.number] = self
 
     def take(self, worker: int, count: int) -> tuple[int, dict[str, NDArray[Any]]] | None:
-        """In a worker: a free slot of its own, now in use, and its arrays for `count` samples; None when there is none.
+        """A free slot of a worker, now in use, and its arrays for `count` samples; None when there is none.
 
         There is none while a consumer keeps many batches, or for a batch larger than the slots.
         """
@@ -77,6 +81,11 @@ def find_pool(number: int) -> Pool:
     return _POOLS[number]
 
 
-def _shared(size: int) -> Tensor:
-    """Zeros, in memory that a process started from this one can share; pages that are never used take no memory."""
-    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+def _shared(shape: tuple[int, int]) -> Tensor:
+    """Zeros, in memory that a process started from this one can share."""
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)
+
+
+def _private(shape: tuple[int, int]) -> Tensor:
+    # NumPy asks for huge pages, torch does not.
+    return torch.from_numpy(np.zeros(shape, np.uint8))
