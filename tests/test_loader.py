@@ -132,16 +132,19 @@ def test_a_slot_is_free_when_nothing_lies_on_its_volumes() -> None:
     assert (pool.take(1, 1) or ())[0] == 2
 
 
-CUDA = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize(
+    ("device", "workers"),
+    [("cpu", 0), pytest.param("cuda", 0, marks=NEEDS_CUDA), pytest.param("cuda", 1, marks=NEEDS_CUDA)],
 )
-
-
-@pytest.mark.parametrize("device", ["cpu", CUDA])
-def test_hu_travel_as_int16_and_windows_are_made_on_the_device(data: DataConfig, device: str) -> None:
+def test_hu_travel_as_int16_and_windows_are_made_on_the_device(data: DataConfig, device: str, workers: int) -> None:
     """Two bytes a voxel to the device, whatever the number of windows; nothing of the scale is lost before them."""
     pin = device == "cuda"
-    batch = next(iter(train_loader(data.model_copy(update={"workers": 0}), 2, 0, 1, seed=0, pin=pin)))
+    loader = train_loader(data.model_copy(update={"workers": workers}), 2, 0, 1, seed=0, pin=pin)
+    batch = next(iter(loader))
+    assert same(batch, first(data, 1)[0])
     assert batch.ct.dtype == torch.int16 and batch.ct.is_pinned() == pin
     moved = batch.to(device)
     assert (moved.ct.dtype, moved.ct.device.type, moved.lesions.dtype) == (torch.int16, device, torch.uint8)
