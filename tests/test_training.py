@@ -301,12 +301,18 @@ def test_a_killed_run_resumes_to_the_last_digit(
 
 
 def test_a_plain_launch_trains_on_one_process(phantom_shards: Path, tmp_path: Path) -> None:
-    """`accelerate launch launch/phase1.py`, with no configuration of Accelerate anywhere."""
-    run([*LAUNCH, "launch/phase1.py", *settings(1, phantom_shards, tmp_path, steps=2)], tmp_path)
+    """`accelerate launch launch/phase1.py`, with no configuration of Accelerate anywhere.
+
+    The encoder is frozen here: it belongs to the checkpoint all the same.
+    """
+    frozen = "train.phases.1.lr={classifier: 1.0e-3}"
+    run([*LAUNCH, "launch/phase1.py", *settings(1, phantom_shards, tmp_path, steps=2), frozen], tmp_path)
     folder = tmp_path / "tiny" / "phase1"
     found = json.loads((folder / "engine.json").read_text())
     assert (found["distributed_type"], found["world_size"], found["zero_stage"]) == ("DEEPSPEED", 1, 1)
     assert [line["samples_seen"] for line in metrics(folder)] == [MICRO_BATCH, 2 * MICRO_BATCH]
+    model, _ = checkpoint.load_model(folder, "cpu")
+    assert model.parts == ("encoder", "classifier")
 
 
 def test_mistakes_end_in_one_sentence(phantom_shards: Path, tmp_path: Path) -> None:

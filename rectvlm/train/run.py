@@ -81,6 +81,8 @@ def run(phase: Phase, config: Config, ds_config: Path, resume: bool, restart: bo
 
     torch.manual_seed(config.train.seed)
     model = build(phase, config, source, engine)
+    # Before freezing: a part without a learning rate belongs to the checkpoint too.
+    names = checkpoint.saved_names(model)
     freeze_all_but(model, settings.lr)
     optimizer = build_optimizer(model, config.train, settings)
     position = Position(step=0, samples_seen=0)
@@ -96,7 +98,6 @@ def run(phase: Phase, config: Config, ds_config: Path, resume: bool, restart: bo
         seen=position.samples_seen,
         pin=engine.device.type == "cuda",
     )
-    names = checkpoint.saved_names(model)
     engine.prepare(model, optimizer)
     if start is not None:
         engine.load_state(start / checkpoint.ENGINE)
