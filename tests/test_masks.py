@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import logging
 from functools import partial
 from pathlib import Path
 
@@ -215,7 +214,6 @@ def test_what_cannot_be_read_is_set_aside_and_the_rest_is_complete(tmp_path: Pat
     save(folder / f"{keys[1]}_consolidation.nii.gz", array * np.float32(0.5), affine)
     masks = MaskFolders(lesions=folder)
     cases = [Case(key, "train", key, f"case {key}", partial(loaded, masks.of(key)), (key,)) for key in keys]
-    logging.getLogger("data_pipeline").setLevel(logging.ERROR)
     preprocess(cases, tmp_path / "shards", GRID, SPACING, samples_per_shard=4)
     rows = [json.loads(line) for line in (tmp_path / "shards/quarantine.jsonl").read_text().splitlines()]
     assert [row["key"] for row in rows] == keys[:2]
