@@ -24,10 +24,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 
-from benchmarks.common import CHECKOUT, RESULTS, header, save
+from benchmarks.common import CHECKOUT, RESULTS, header, publish
 from rectvlm.labels import N_REGIONS
 from rectvlm.models.attention import SliceRegionAttention
 from rectvlm.train.memory import peak_memory_bytes, reset_peak_memory
@@ -210,10 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rows": rows,
         "seconds": round(time.monotonic() - begin, 1),
     }
-    page = to_markdown(result)
-    console = Console(stderr=True)
-    console.print(page, markup=False, highlight=False, soft_wrap=True)
-    console.print(str(save(options.out, "attention", result, page)), highlight=False, soft_wrap=True)
+    publish(options.out, "attention", result, to_markdown(result))
     return 0
 
 

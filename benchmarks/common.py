@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 RESULTS = CHECKOUT / "benchmarks" / "results"
 
@@ -29,6 +31,14 @@ def save(out: Path, name: str, result: dict[str, Any], page: str) -> Path:
     path = out / f"{stem}.md"
     path.write_text(page)
     return path
+
+
+def publish(out: Path, name: str, result: dict[str, Any], page: str) -> None:
+    """Save a result and show its page and where it lies."""
+    path = save(out, name, result, page)
+    console = Console(stderr=True)
+    console.print(page, markup=False, highlight=False, soft_wrap=True)
+    console.print(str(path), highlight=False, soft_wrap=True)
 
 
 def machine_slug(where: dict[str, Any]) -> str:

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import RESULTS, header, save
+from benchmarks.common import RESULTS, header, publish
 from rectvlm.config import Config, load
 from rectvlm.labels import N_FINDINGS, N_LESIONS, N_REGIONS
 from rectvlm.models.encoder import Encoder, Features
@@ -181,10 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rows": rows,
         "seconds": round(time.monotonic() - begin, 1),
     }
-    page = to_markdown(result)
-    console = Console(stderr=True)
-    console.print(page, markup=False, highlight=False, soft_wrap=True)
-    console.print(str(save(options.out, "encoder", result, page)), highlight=False, soft_wrap=True)
+    publish(options.out, "encoder", result, to_markdown(result))
     return 0
 
 

@@ -10,7 +10,6 @@ own. Results go to benchmarks/results/loader-MACHINE-DATE.json and .md.
 """
 
 import argparse
-import json
 import logging
 import os
 import statistics
@@ -27,9 +26,8 @@ from typing import Any
 import blosc2
 import numpy as np
 import torch
-from rich.console import Console
 
-from benchmarks.common import CHECKOUT, RESULTS, header, save
+from benchmarks.common import CHECKOUT, RESULTS, header, publish
 from benchmarks.preprocess import GRID, SPACING, make_volumes
 from data_pipeline.cases import Case, CaseData, case_to_sample, file_identity
 from data_pipeline.samples import LESION, SCANS
@@ -216,11 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "ratios": summarize(measured),
         "seconds": round(time.monotonic() - begin, 1),
     }
-    page = to_markdown(result)
-    path = save(options.out, "loader", json.loads(json.dumps(result)), page)
-    console = Console(stderr=True)
-    console.print(page, markup=False, highlight=False, soft_wrap=True)
-    console.print(str(path), highlight=False, soft_wrap=True)
+    publish(options.out, "loader", result, to_markdown(result))
     return 0
 
 

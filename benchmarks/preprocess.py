@@ -10,7 +10,6 @@ worker and with two. Results go to benchmarks/results/preprocess-MACHINE-DATE.js
 
 import argparse
 import gzip
-import json
 import logging
 import os
 import shutil
@@ -32,10 +31,9 @@ import psutil
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from rich.console import Console
 from scipy import ndimage
 
-from benchmarks.common import CHECKOUT, RESULTS, header, save
+from benchmarks.common import CHECKOUT, RESULTS, header, publish
 from data_pipeline.cases import Case, CaseData, case_to_sample, file_identity
 from data_pipeline.samples import SCANS, fetch_samples
 from rectvlm.data.packing import pack
@@ -261,11 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "ratios": summarize(seconds, workers),
         "seconds": round(time.monotonic() - begin, 1),
     }
-    page = to_markdown(result)
-    path = save(options.out, "preprocess", json.loads(json.dumps(result)), page)
-    console = Console(stderr=True)
-    console.print(page, markup=False, highlight=False, soft_wrap=True)
-    console.print(str(path), highlight=False, soft_wrap=True)
+    publish(options.out, "preprocess", result, to_markdown(result))
     return 0
 
 

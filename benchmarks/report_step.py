@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, header, save
+from benchmarks.common import RESULTS, header, publish
 from rectvlm import checkpoint, weights
 from rectvlm.config import Config, load
 from rectvlm.labels import N_REGIONS
@@ -239,9 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rows": rows,
         "seconds": round(time.monotonic() - begin, 1),
     }
-    page = to_markdown(result)
-    console.print(page, markup=False, highlight=False, soft_wrap=True)
-    console.print(str(save(options.out, "report-step", result, page)), highlight=False, soft_wrap=True)
+    publish(options.out, "report-step", result, to_markdown(result))
     return 0
 
 

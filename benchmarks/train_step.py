@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.common import CHECKOUT, RESULTS, header, save
+from benchmarks.common import CHECKOUT, RESULTS, header, publish
 from rectvlm.config import load
 from rectvlm.types import UserError
 
@@ -173,9 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rows": rows,
         "seconds": round(time.monotonic() - begin, 1),
     }
-    page = save(options.out, "train-step", result, to_markdown(result))
-    console.print(to_markdown(result), markup=False, highlight=False, soft_wrap=True)
-    console.print(str(page), highlight=False, soft_wrap=True)
+    publish(options.out, "train-step", result, to_markdown(result))
     return 0
 
 
