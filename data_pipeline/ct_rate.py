@@ -51,11 +51,6 @@ class CtRateCases:
     policy: dict[str, str | float | bool | None]
     """How the cases were chosen."""
 
-    def record(self) -> dict[str, object]:
-        """For a run's manifest: policy and counts, with no more than a hundred names a reason."""
-        dropped = {why: {"count": len(names), "names": names[:100]} for why, names in self.dropped.items()}
-        return {"cases": len(self.cases), "policy": self.policy, "counts": self.counts, "dropped": dropped}
-
 
 @dataclass(frozen=True)
 class _Row:
