@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--nodes", type=int, metavar="N", help="full nodes, instead of --gpus")
     plan.add_argument("--gpu-memory", type=float, default=141.0, metavar="GB", help="of each (default: 141, an H200)")
     plan.add_argument("--tflops", type=float, default=989.0, help="dense bf16 rate of a GPU, TFLOP/s")
+    plan.add_argument(
+        "--work-areas",
+        choices=("cpu", "cuda"),
+        help="run each kind of product and convolution once here, to count what kernels allocate for themselves",
+    )
     plan.add_argument("--efficiency", type=float, default=0.5, help="share of it that matrix products reach")
     plan.add_argument("--bandwidth", type=float, default=4.8, metavar="TB/s", help="of a GPU's memory")
     plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N")

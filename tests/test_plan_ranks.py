@@ -18,16 +18,17 @@ CHECKOUT = Path(__file__).parents[1]
 
 
 def scaled_large(folder: Path) -> Path:
-    """`large` with an eighth of most widths, fewer layers and a small grid, and a language model cut likewise."""
+    """`large` with an eighth of every width and of the language model's layers, all other layers, on a small grid."""
     tree = yaml.safe_load((CONFIGS / "large.yaml").read_text())
     tree["name"] = "large-eighth"
     tree["data"] |= {"grid": [16, 64, 64], "spacing": [16.0, 5.5, 5.5], "workers": 0}
     tree["text"]["model"] = "bundled:tiny-bert"
-    tree["encoder"] |= {"width": 96, "heads": 3, "depth": 6, "taps": [2, 4]}
-    tree["classifier"]["width"] //= 8
-    tree["localizer"] |= {"width": 64, "heads": 4, "depth": 4, "channels": [4, 4, 12, 80]}
-    tree["generator"] |= {"model": str(_language_model(folder / "llama")), "queries": 32, "width": 96, "heads": 3}
-    tree["generator"] |= {"depth": 3, "lora_rank": 8, "lora_alpha": 16, "max_report_tokens": 96}
+    for part in ("encoder", "classifier", "localizer", "generator"):
+        tree[part]["width"] //= 8
+    tree["localizer"]["channels"] = [n // 8 for n in tree["localizer"]["channels"]]
+    for name in ("queries", "lora_rank", "lora_alpha", "max_report_tokens"):
+        tree["generator"][name] //= 8
+    tree["generator"]["model"] = str(_language_model(folder / "llama"))
     for phase in tree["train"]["phases"].values():
         phase |= {"steps": 2, "save_every": 2, "warmup": 0, "micro_batch": 1, "accumulation": 1}
     path = folder / "large-eighth.yaml"
@@ -36,15 +37,15 @@ def scaled_large(folder: Path) -> Path:
 
 
 def _language_model(folder: Path) -> Path:
-    """Llama-3.1-70B by ratio: an eighth of the widths, 8 of 80 layers, the tokenizer of the tiny model."""
+    """Llama-3.1-70B by ratio: an eighth of the widths, heads and layers, the tokenizer of the tiny model."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(weights.resolve("bundled:tiny-llama"))
     geometry = weights.geometry("meta-llama/Llama-3.1-70B-Instruct")
-    for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
+    heads = ("num_attention_heads", "num_key_value_heads")
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", *heads):
         setattr(geometry, name, getattr(geometry, name) // 8)
-    geometry.num_key_value_heads //= 4
-    geometry.num_hidden_layers, geometry.vocab_size = 8, len(tokenizer)
+    geometry.vocab_size = len(tokenizer)
     geometry.pad_token_id = geometry.eos_token_id = tokenizer.eos_token_id
     geometry.bos_token_id = None
     torch.manual_seed(0)

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from rectvlm.config import Config, load
 from rectvlm.plan.planner import Plan, Planner, knobs
 from rectvlm.plan.show import show, show_scale
 from rectvlm.plan.speed import Hardware
+from rectvlm.plan.workarea import WorkAreas
 from rectvlm.types import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -42,7 +44,8 @@ def run(options: argparse.Namespace) -> None:
         return load(options.config, [*options.overrides, *more])
 
     ds_configs = options.ds_configs or CHECKOUT / "ds_configs"
-    planner = Planner(with_more([]), options.phase, ds_configs, hardware)
+    areas = _areas(options.work_areas)
+    planner = Planner(with_more([]), options.phase, ds_configs, hardware, areas)
     plans: list[Plan] = [planner.plan(n, options.gpu_memory, options.samples) for n in gpus]
     found = [] if plans[0].fits else knobs(planner, gpus[0], options.gpu_memory, with_more)
     if options.json:
@@ -54,6 +57,12 @@ def run(options: argparse.Namespace) -> None:
     show(plans[0], found, console)
     if len(plans) > 1:
         show_scale(plans, console)
+
+
+def _areas(device: str | None) -> WorkAreas | None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--work-areas cuda measures kernels on a GPU and torch finds none: leave it out, or say cpu.")
+    return None if device is None else WorkAreas(device)
 
 
 def _gpus(text: str, nodes: int | None, per_node: int) -> list[int]:

@@ -18,10 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from rectvlm.plan.workarea import WorkAreas
+
 Stage = Literal["forward", "recomputation", "backward"]
 BACKWARD = "backward and recomputation"
 """What the backward pass allocates: gradients of activations and recomputed ones, whatever the part."""
 LOGITS = "logits"
+WORK_AREAS = "work areas"
 
 
 @dataclass
@@ -51,19 +54,22 @@ def _as_kernels_lay_it_out(packet: Any, args: Any, out: Any) -> Any:
 class Ledger(TorchDispatchMode):
     """Active while a step is rehearsed."""
 
-    def __init__(self, known: Iterable[Tensor], vocabulary: int | None, device: str = "meta") -> None:
+    def __init__(
+        self, known: Iterable[Tensor], vocabulary: int | None, device: str = "meta", areas: WorkAreas | None = None
+    ) -> None:
         """Start with nothing alive.
 
         Args:
             known: tensors that exist already and are counted elsewhere: parameters and buffers.
             vocabulary: a tensor with a side of this length is counted as logits.
             device: tensors on it are counted; on a real one the ledger watches a real step.
+            areas: what products and convolutions allocate for themselves; without it that is not counted.
         """
         super().__init__()
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._keep = list(known)
         self._alive: dict[int, Any] = {}
-        self._vocabulary, self._device = vocabulary, device
+        self._vocabulary, self._device, self._areas = vocabulary, device, areas
         self.part = "other"
         self.in_backward = self._recomputing = False
         self.live: dict[str, int] = defaultdict(int)
@@ -122,6 +128,8 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         packet = func._overloadpacket
+        if self._areas is not None and packet in flop_registry:
+            self._borrow(self._areas.peak(func, args, kwargs))
         if self._device == "meta" and packet in _CONVOLUTIONS:
             out = _as_kernels_lay_it_out(packet, args, out)
         tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.device.type == self._device]
@@ -131,6 +139,11 @@ class Ledger(TorchDispatchMode):
             inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.device.type == self._device]
             self.add(flops, sum(t.numel() * t.element_size() for t in (*inputs, *tensors)))
         return out
+
+    def _borrow(self, size: int) -> None:
+        """Bytes that are alive within an operation alone."""
+        if self.total + size > self.peak:
+            self.peak, self.at_peak = self.total + size, {**self.live, WORK_AREAS: size}
 
     def _register(self, tensor: Tensor) -> bool:
         """Count a storage that was not there before; it is taken off when it is freed."""

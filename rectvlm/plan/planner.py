@@ -8,9 +8,11 @@ from typing import Any
 
 from rectvlm import weights
 from rectvlm.config import Config
+from rectvlm.plan.ledger import WORK_AREAS
 from rectvlm.plan.rehearsal import Rehearsal, build, rehearse
 from rectvlm.plan.speed import Hardware, StepTime, step_time
 from rectvlm.plan.states import States, parameters, states, weights_of
+from rectvlm.plan.workarea import WorkAreas
 from rectvlm.train.phases import PHASES
 from rectvlm.train.sharding import read_settings
 from rectvlm.types import UserError
@@ -19,7 +21,7 @@ GB = 1e9
 CONTEXT = 0.9e9
 """CUDA context and kernels (0.5 GB) and NCCL (0.4 GB), outside the allocator of torch: assumed, not measured here."""
 WORKSPACE = 0.1e9
-"""Work areas of cuBLAS and cuDNN: assumed. Scratch of convolutions can be far larger (on CPU it was, see the tests)."""
+"""Work areas of cuBLAS and cuDNN where none were measured: assumed, and convolutions can need far more."""
 WASTE = 0.05
 """Share of activations and gathered weights that the allocator holds in blocks that nothing fits in: assumed."""
 VOXEL_BYTES = 4
@@ -65,7 +67,14 @@ class Plan:
 class Planner:
     """Plans of one configuration; what does not depend on the number of GPUs is computed once."""
 
-    def __init__(self, config: Config, phase: int, ds_configs: Path, hardware: Hardware | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        phase: int,
+        ds_configs: Path,
+        hardware: Hardware | None = None,
+        areas: WorkAreas | None = None,
+    ) -> None:
         """Build the skeleton and rehearse a micro-batch.
 
         Args:
@@ -73,18 +82,19 @@ class Planner:
             phase: 1 to 3.
             ds_configs: folder of the phases' DeepSpeed JSON.
             hardware: rates for the estimate of time.
+            areas: measures what kernels allocate for themselves, on the device that is planned for.
 
         Raises:
             UserError: a model whose geometry is not known, no DeepSpeed JSON, or no such phase in the configuration.
         """
-        self.config, self.hardware = config, hardware or Hardware()
+        self.config, self.hardware, self.areas = config, hardware or Hardware(), areas
         self.ds_configs, self.phase = ds_configs, PHASES[phase]
         self.settings = self.phase.settings(config)
         self.ds = read_settings(ds_configs / f"phase{phase}.json", self.settings, config.train.clip)
         text = weights.geometry(config.text.model)
         language = weights.geometry(config.generator.model) if "generator" in self.phase.parts else None
         self.model = build(config, self.phase, text.hidden_size, language)
-        self.rehearsal: Rehearsal = rehearse(config, self.phase, self.model, self.settings.micro_batch)
+        self.rehearsal: Rehearsal = rehearse(config, self.phase, self.model, self.settings.micro_batch, areas)
 
     def plan(self, gpus: int, capacity_gb: float, samples: int = CT_RATE_SCANS) -> Plan:
         """The plan for a number of GPUs with so much memory each, and so many samples in an epoch."""
@@ -102,7 +112,9 @@ class Planner:
             zero_stage=self.ds["zero_optimization"]["stage"],
             parameters=counts,
             gpu_memory_gb=memory,
-            activations_gb={kind: size / GB for kind, size in self.rehearsal.at_peak.items() if size},
+            activations_gb={
+                kind: size / GB for kind, size in self.rehearsal.at_peak.items() if size and kind != WORK_AREAS
+            },
             loading_peak_gb=loading,
             capacity_gb=capacity_gb,
             fits=peak <= capacity_gb,
@@ -117,8 +129,10 @@ class Planner:
     def _memory(self, held: States) -> dict[str, float]:
         peak = dict(self.rehearsal.at_peak)
         inputs, logits = peak.pop("inputs", 0), peak.pop("logits", 0)
+        measured = peak.pop(WORK_AREAS, 0)
+        workspace = WORKSPACE if self.areas is None else measured
         kinds: dict[str, float] = dict(held.held)
-        kinds |= {"activations": sum(peak.values()), "logits": logits, "inputs": inputs, "workspace": WORKSPACE}
+        kinds |= {"activations": sum(peak.values()), "logits": logits, "inputs": inputs, "workspace": workspace}
         # Activations are gone when the optimizer steps; the larger of the two counts.
         kinds["optimizer_step"] = max(0, held.step - self.rehearsal.peak)
         allocated = sum(kinds.values())
@@ -220,7 +234,7 @@ def knobs(planner: Planner, gpus: int, capacity_gb: float, load: Any) -> list[Kn
             config = load([change])
             if config == planner.config or ("generator" in change and planner.model.generator is None):
                 continue
-            other = Planner(config, planner.phase.number, planner.ds_configs, planner.hardware)
+            other = Planner(config, planner.phase.number, planner.ds_configs, planner.hardware, planner.areas)
         except UserError:  # the change does not go with the rest of this configuration
             continue
         plan = other.plan(gpus, capacity_gb)

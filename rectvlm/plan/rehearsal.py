@@ -15,6 +15,7 @@ from rectvlm.models import RectVLM
 from rectvlm.models.skeleton import skeleton
 from rectvlm.plan.ledger import Ledger, Stage, Work
 from rectvlm.plan.standins import stand_ins
+from rectvlm.plan.workarea import WorkAreas
 from rectvlm.train.objectives import losses, total
 from rectvlm.train.optim import freeze_all_but
 from rectvlm.train.phases import Phase
@@ -106,7 +107,9 @@ def meta_batch(config: Config, size: int) -> Batch:
     )
 
 
-def rehearse(config: Config, phase: Phase, model: RectVLM, micro_batch: int) -> Rehearsal:
+def rehearse(
+    config: Config, phase: Phase, model: RectVLM, micro_batch: int, areas: WorkAreas | None = None
+) -> Rehearsal:
     """Run one micro-batch forward and backward.
 
     Args:
@@ -114,13 +117,14 @@ def rehearse(config: Config, phase: Phase, model: RectVLM, micro_batch: int) -> 
         phase: which losses.
         model: from `build`.
         micro_batch: samples.
+        areas: of kernels, as measured; without them the peak is that of the tensors.
     """
     vocabulary = None
     if model.generator is not None:
         language: Any = model.generator.language_model
         vocabulary = language.get_output_embeddings().weight.shape[0]
         model.generator.tokenizer = Words(config.generator.max_report_tokens)
-    ledger = Ledger([*model.parameters(), *model.buffers()], vocabulary)
+    ledger = Ledger([*model.parameters(), *model.buffers()], vocabulary, areas=areas)
     packed = {id(layer.weight) for layer in packed_layers(model, config)}
     hooks = _follow(model, ledger)
     try:
