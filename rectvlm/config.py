@@ -1,7 +1,9 @@
 """The configuration: one tree of validated values, read from a YAML file and changed with `part.field=value`.
 
 `load("demo", ["train.phases.1.steps=10"])` reads `rectvlm/configs/demo.yaml` (or any path to a YAML file). A file must
-name every value, so that what runs is what can be read; an unknown key or a wrong type is an error that names it.
+name every value, so that what runs is what can be read; an unknown key or a wrong type is an error that names it. Some
+fields of the training came later: they have a default, which is what training did before them, so that the
+configuration of an older checkpoint reads. The files of `rectvlm/configs` name these too.
 """
 
 import difflib
@@ -20,6 +22,18 @@ CONFIGS = Path(__file__).parent / "configs"
 
 Part = Literal["encoder", "classifier", "localizer", "generator"]
 PARTS: tuple[Part, ...] = typing.get_args(Part)
+PhaseKey = Literal[1, 2, 3, "localize", "align"]
+"""Rows of `rectvlm.train.phases`: the three phases, and the sub-steps of the second and of the third."""
+Metric = Literal[
+    "macro_auroc",
+    "macro_ap",
+    "mean_dice",
+    "loss",
+    "loss_classification",
+    "loss_localization",
+    "loss_report",
+]
+"""What validation during training measures; a loss is better when it is smaller, anything else when it is larger."""
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -150,23 +164,69 @@ class GeneratorConfig(_Section):
     checkpointing: bool
 
 
+class UnfreezeConfig(_Section):
+    """When a part, or the end of it, begins to train."""
+
+    part: Part
+    """One that has a learning rate. What no row of a part covers stays frozen."""
+    blocks: Positive | None
+    """The last blocks of the encoder, with what follows them; null is the whole part."""
+    step: Annotated[int, Field(ge=0)]
+    """Optimizer steps before it begins; its rate then rises over `warmup` steps."""
+
+
+class ValidationConfig(_Section):
+    """Validation while a phase trains."""
+
+    every: Annotated[int, Field(ge=0)]
+    """Optimizer steps between validations, and one after the last step; 0 never validates."""
+    cases: Positive
+    """Most cases of the valid split, spread evenly over it and over the ranks."""
+    samples: Annotated[int, Field(ge=0)]
+    """Cases of the first rank that are shown with outlines and, where a generator exists, with a written report. Every
+    token that is written costs a pass through the language model, by all ranks."""
+    best: Metric
+    """The metric that decides which checkpoint is the best; it is kept beside the newest."""
+    patience: Annotated[int, Field(ge=0)]
+    """Validations without a better value after which the phase ends early; 0 never ends it."""
+
+
 class PhaseConfig(_Section):
-    """How long and how fast one phase trains."""
+    """How long and how fast one phase, or a sub-step of one, trains."""
 
     steps: Positive
     """Optimizer steps."""
+    epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Passes over the training split; above 0 they decide the steps, whatever `steps` says."""
     micro_batch: Positive
     """Samples a rank takes at once."""
     accumulation: Positive
     """Micro-batches a step."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate goes on after the warm-up: down to `final_lr` along a cosine or a line, or as it is."""
     warmup: Annotated[int, Field(ge=0)]
-    """Steps of linear warm-up, before a cosine down to `final_lr`."""
+    """Steps of linear warm-up."""
     final_lr: Fraction
     """Last learning rate, as a share of the peak."""
-    lr: dict[Part, float]
-    """Peak learning rate of each part that trains."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the moving average of the weights that train; 0 keeps none. Where there is one, a checkpoint's weights
+    are the average: it is what is validated, evaluated, exported, and what the next phase starts from."""
     save_every: Positive
     """Steps between checkpoints; the last step is always saved."""
+    lr: dict[Part, float]
+    """Peak learning rate of each part that trains."""
+    unfreeze: tuple[UnfreezeConfig, ...] = ()
+    """Parts that begin to train later; what is not named trains from the first step."""
+    validation: ValidationConfig = ValidationConfig(every=0, cases=64, samples=0, best="loss", patience=0)
+
+    @model_validator(mode="after")
+    def _what_unfreezes_trains(self) -> "PhaseConfig":
+        for row in self.unfreeze:
+            if row.part not in self.lr:
+                raise ValueError(f"unfreeze names {row.part}, which has no learning rate in lr")
+            if row.blocks is not None and row.part != "encoder":
+                raise ValueError(f"unfreeze.blocks is for the encoder, so it must be null for {row.part}")
+        return self
 
 
 class LossConfig(_Section):
@@ -197,20 +257,26 @@ class LocalizationTerms(_Section):
 
 
 class TrainConfig(_Section):
-    """What the three phases share, and the three phases."""
+    """What the phases share, and the phases."""
 
     runs: str
-    """Folder of all runs; phase N writes to `RUNS/NAME/phaseN`."""
+    """Folder of all runs; phase N writes to `RUNS/NAME/phaseN`, a sub-step of it to `RUNS/NAME/phaseN-STAGE`."""
     seed: int
     weight_decay: Annotated[float, Field(ge=0)]
     betas: tuple[Fraction, Fraction]
     clip: PositiveFloat
     """Largest norm of all gradients together."""
     losses: LossConfig
+    weighting: Literal["fixed", "uncertainty"] = "fixed"
+    """Whether `losses` weigh the tasks throughout, or are where learned weights begin (see
+    `rectvlm.train.weighting`)."""
+    weighting_lr: PositiveFloat = 0.01
+    """Peak learning rate of learned weights."""
     localization: LocalizationTerms
     keep: Positive
-    """Checkpoints that are kept."""
-    phases: dict[Literal[1, 2, 3], PhaseConfig]
+    """Newest checkpoints that are kept, beside the best."""
+    phases: dict[PhaseKey, PhaseConfig]
+    """Phases by number, and their sub-steps by name."""
 
 
 class Config(_Section):
@@ -262,7 +328,8 @@ class Config(_Section):
         """The whole tree as YAML, in the order of the fields."""
         tree = self.model_dump(mode="json")
         # JSON turns the phases' numbers into strings; a file must read back as it was written.
-        tree["train"]["phases"] = {int(number): phase for number, phase in tree["train"]["phases"].items()}
+        phases = tree["train"]["phases"].items()
+        tree["train"]["phases"] = {int(key) if key.isdigit() else key: phase for key, phase in phases}
         return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)
 
 
@@ -288,6 +355,8 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} is not YAML: {error}".replace("\n", " ")) from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a tree of settings, but holds {type(tree).__name__}.")
+    if overrides:
+        _complete(tree, Config)
     for override in overrides:
         _apply(tree, override)
     return from_tree(tree, where=str(path))
@@ -304,6 +373,22 @@ def from_tree(tree: dict[str, Any], where: str) -> Config:
     except ValidationError as error:
         faults = "; ".join(_explain(fault["loc"], fault) for fault in error.errors())
         raise UserError(f"Configuration {where}: {faults}.") from error
+
+
+def _complete(tree: dict[Any, Any], section: type[BaseModel]) -> None:
+    """Name the values that a file leaves to their defaults, so that overrides find them."""
+    for name, field in section.model_fields.items():
+        if not field.is_required():
+            default = field.get_default()
+            tree.setdefault(name, default.model_dump() if isinstance(default, BaseModel) else default)
+        inner: Any = field.annotation
+        below = [tree.get(name)]
+        if typing.get_origin(inner) is dict and isinstance(tree.get(name), dict):
+            inner, below = typing.get_args(inner)[1], list(tree[name].values())
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            for subtree in below:
+                if isinstance(subtree, dict):
+                    _complete(subtree, inner)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -348,8 +433,8 @@ def _explain(loc: tuple[int | str, ...], fault: Any) -> str:
 def _section_at(path: Sequence[str | int]) -> type[BaseModel]:
     section: Any = Config
     for name in path:
-        if typing.get_origin(section) is dict:
-            section = typing.get_args(section)[1]
+        if typing.get_origin(section) in (dict, tuple):
+            section = typing.get_args(section)[typing.get_origin(section) is dict]
         else:
             section = section.model_fields[name].annotation
         assert not isinstance(section, types.UnionType)

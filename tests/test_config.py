@@ -115,3 +115,37 @@ def test_values_cannot_be_changed_afterwards() -> None:
     config: Config = load("tiny")
     with pytest.raises(ValueError, match="frozen"):
         config.train.seed = 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_files_name_what_has_a_default_too(name: str) -> None:
+    assert yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) == yaml.safe_load(load(name).to_yaml())
+
+
+def test_a_file_from_before_a_field_reads_and_can_be_overridden(tmp_path: Path) -> None:
+    tree = yaml.safe_load((CONFIGS / "tiny.yaml").read_text())
+    for field in ("validation", "ema", "unfreeze", "epochs", "schedule"):
+        del tree["train"]["phases"][1][field]
+    path = tmp_path / "older.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert load(path).train.phases[1].ema == 0
+    found = load(path, ["train.phases.1.ema=0.9", "train.phases.1.validation.every=7"]).train.phases[1]
+    assert (found.ema, found.validation.every) == (0.9, 7)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.phases.1.unfreeze=[{part: localizer, blocks: null, step: 3}]", "no learning rate"),
+        ("train.phases.1.unfreeze=[{part: classifier, blocks: 1, step: 3}]", "for the encoder"),
+        ("train.phases.1.unfreeze=[{part: classifier, step: 3}]", "train.phases.1.unfreeze.0.blocks"),
+        ("train.phases.1.unfreeze=[{part: encoder, blocks: 1, step: 3, stop: 4}]", "train.phases.1.unfreeze.0.stop"),
+        ("train.phases.1.validation.best=accuracy", "train.phases.1.validation.best"),
+        ("train.phases.1.ema=1.0", "train.phases.1.ema"),
+        ("train.phases.align.lr.encodr=1", "did you mean 'encoder'|unknown key"),
+    ],
+)
+def test_mistakes_in_the_choices_of_a_phase(override: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        load("tiny", [override])
+    assert "\n" not in str(caught.value)
