@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
@@ -23,7 +20,8 @@ from data_pipeline.stats import Facts, Statistics, count_labels, spread
 from rectvlm.data.hounsfield import HU_HIGH, HU_LOW
 from rectvlm.data.shards import read_index, read_sample
 from rectvlm.data.store import Store, atomic_file
-from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS, WINDOWS, Lesion
+from rectvlm.drawing import DARK, LIGHT, Masks, View, axial, bare, coronal, draw, fullest, new_figure
+from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.types import Sample, UserError
 
 log = logging.getLogger(__name__)
@@ -37,7 +35,6 @@ _CELL, _CAPTION, _GAP, _MARGIN = 2.5, 0.42, 0.06, 0.5
 """Of the contact sheet, inches: side of a picture, height of its caption, gaps, and room above and below all."""
 _LETTERS = 36
 """Of a caption."""
-_DARK, _LIGHT = "#111111", "#EEEEEE"
 
 
 def write_statistics(statistics: Statistics, place: str | Path | Store, out: Path) -> list[Path]:
@@ -65,17 +62,6 @@ def write_statistics(statistics: Statistics, place: str | Path | Store, out: Pat
     return [out / name for name in ("stats.json", *figures)]
 
 
-def _figure(width: float, height: float, **options: Any) -> Figure:
-    """A figure that no display and no global state knows of."""
-    figure = Figure(figsize=(width, height), layout="constrained", **options)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _bare(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def _parts(statistics: Statistics) -> dict[str, list[Facts]]:
     return {split: part for split in ("train", "valid") if (part := statistics.of(split))}
 
@@ -86,7 +72,7 @@ def _parts(statistics: Statistics) -> dict[str, list[Facts]]:
 def labels_figure(statistics: Statistics) -> Figure:
     """Findings by split: how many samples have each present, absent and unknown."""
     parts = _parts(statistics)
-    figure = _figure(4.5 + 4.5 * len(parts), 7.5)
+    figure = new_figure(4.5 + 4.5 * len(parts), 7.5)
     columns = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
     rows = np.arange(len(FINDINGS))
     for axes, (split, facts) in zip(columns, parts.items(), strict=True):
@@ -105,7 +91,7 @@ def labels_figure(statistics: Statistics) -> Figure:
         )
         axes.set_yticks(rows, FINDINGS)
         axes.tick_params(axis="y", length=0)
-        _bare(axes)
+        bare(axes)
         axes.spines["bottom"].set_bounds(0, len(facts))
     columns[0].set_ylim(len(FINDINGS) - 0.4, -0.6)
     shades = [Patch(color=colour, label=word) for word, colour in _SHADES.items()]
@@ -116,7 +102,7 @@ def labels_figure(statistics: Statistics) -> Figure:
 
 def sampling_figure(statistics: Statistics) -> Figure:
     """Native spacing in-plane and between slices, and the number of slices; shares of each split."""
-    figure = _figure(13, 4.2)
+    figure = new_figure(13, 4.2)
     columns = figure.subplots(1, 3)
     views = (
         ("in-plane spacing, mm", [one.spacing[0] for one in statistics.facts]),
@@ -134,7 +120,7 @@ def sampling_figure(statistics: Statistics) -> Figure:
                 axes.hist(of_split, edges, weights=weights, color=colour, alpha=0.25)
                 axes.hist(of_split, edges, weights=weights, color=colour, histtype="step", linewidth=1.5)
         axes.set(xlabel=name, ylabel="% of the split's samples")
-        _bare(axes)
+        bare(axes)
     _split_legend(figure, statistics)
     figure.suptitle("Native sampling of the files")
     return figure
@@ -152,7 +138,7 @@ def _edges(values: NDArray[np.float64], whole: bool) -> NDArray[np.float64]:
 
 def hu_figure(statistics: Statistics) -> Figure:
     """Shares of the shards' voxels by HU, on a logarithmic scale."""
-    figure = _figure(10, 4.8)
+    figure = new_figure(10, 4.8)
     axes = figure.subplots()
     width = 16
     centres = HU_LOW + width * (np.arange((HU_HIGH - HU_LOW + 1) // width) + 0.5)
@@ -169,7 +155,7 @@ def hu_figure(statistics: Statistics) -> Figure:
     axes.set(yscale="log", xlim=(HU_LOW - 50, HU_HIGH + 50), xlabel="HU", ylabel=f"% of voxels, in steps of {width} HU")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylim(lowest / 2, 300)
-    _bare(axes)
+    bare(axes)
     _split_legend(figure, statistics)
     figure.suptitle(f"HU on the grid (−{-HU_LOW}: air, and what lies outside the files)")
     return figure
@@ -177,7 +163,7 @@ def hu_figure(statistics: Statistics) -> Figure:
 
 def lesions_figure(statistics: Statistics) -> Figure:
     """Outlined volume of each lesion by split: 5 to 95 %, quartiles and median, with a dot a sample where few."""
-    figure = _figure(10, 5)
+    figure = new_figure(10, 5)
     axes = figure.subplots()
     parts = _parts(statistics)
     rng = np.random.default_rng(0)
@@ -203,7 +189,7 @@ def lesions_figure(statistics: Statistics) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
-    _bare(axes)
+    bare(axes)
     _split_legend(figure, statistics)
     figure.suptitle("Lesions: median, quartiles, 5 to 95 %")
     return figure
@@ -248,108 +234,41 @@ def contact_sheet(samples: Sequence[Sample]) -> Figure:
     heights = [_CELL * max(one.height / one.width for one in view) for view in views]
     block = _CAPTION + sum(heights) + 3 * _GAP
     width, height = columns * (_CELL + _GAP) + _GAP, rows * block + 2 * _MARGIN
-    figure = Figure(figsize=(width, height), facecolor=_DARK)
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height, facecolor=DARK, layout=None)
     for number in range(len(samples)):
         row, column = divmod(number, columns)
         left, top = _GAP + column * (_CELL + _GAP), height - _MARGIN - row * block - _CAPTION
         for view, tall in zip(views, heights, strict=True):
             place = (left / width, (top - tall) / height, _CELL / width, tall / height)
-            _draw(figure.add_axes(place), view[number])
+            draw(figure.add_axes(place), view[number])
             top -= tall + _GAP
     lines: list[Any] = [Line2D([], [], color=lesion.colour, linewidth=2.5, label=lesion.name) for lesion in LESIONS]
     if any(any(sample.meta.lesions_partial.values()) for sample in samples):
-        lines.append(Line2D([], [], color=_LIGHT, linewidth=1.5, linestyle="--", label="dashed: annotated in part"))
+        lines.append(Line2D([], [], color=LIGHT, linewidth=1.5, linestyle="--", label="dashed: annotated in part"))
     figure.legend(
-        handles=lines, loc="lower center", ncols=3 if columns < 5 else 6, frameon=False, labelcolor=_LIGHT, fontsize=10
+        handles=lines, loc="lower center", ncols=3 if columns < 5 else 6, frameon=False, labelcolor=LIGHT, fontsize=10
     )
     title = "Axial and coronal slice with most lesion,\nelse the middle one (R, L, H: the patient's right, left, head)"
     if columns > 4:
         title = title.replace("\n", " ")
-    figure.text(0.5, 1 - 0.1 / height, title, color=_LIGHT, fontsize=12, ha="center", va="top")
+    figure.text(0.5, 1 - 0.1 / height, title, color=LIGHT, fontsize=12, ha="center", va="top")
     return figure
 
 
-class _View:
-    """One slice as it is drawn: rows downwards, columns to the right."""
-
-    def __init__(
-        self, sample: Sample, hu: NDArray[np.int16], bits: NDArray[np.uint8], size: tuple[float, float], caption: str
-    ) -> None:
-        self.sample, self.hu, self.bits, self.caption = sample, hu, bits, caption
-        self.height, self.width = hu.shape[0] * size[0], hu.shape[1] * size[1]
-        self.coronal = False
-        self.window = _window(bits)
+def _masks(sample: Sample) -> Masks:
+    """Outlines of a sample, dashed where a lesion was annotated in part."""
+    return [(sample.lesions, {key: "dashed" for key, partial in sample.meta.lesions_partial.items() if partial})]
 
 
-def _axial(sample: Sample) -> _View:
-    z = _most(sample.lesions, 0)
-    _, sy, sx = sample.meta.spacing
-    view = _View(sample, sample.ct[z], sample.lesions[z], (sy, sx), "")
-    view.caption = f"{_short(sample.meta.key)}\n{sample.meta.split}"
-    return view
+def _axial(sample: Sample) -> View:
+    caption = f"{_short(sample.meta.key)}\n{sample.meta.split}"
+    return axial(sample.ct, _masks(sample), sample.meta.spacing, fullest(sample.lesions, 0), caption)
 
 
-def _coronal(sample: Sample) -> _View:
-    y = _most(sample.lesions, 1)
-    sz, _, sx = sample.meta.spacing
-    # Index z grows towards the head, which is drawn at the top.
-    view = _View(sample, sample.ct[::-1, y], sample.lesions[::-1, y], (sz, sx), "")
-    view.coronal = True
-    return view
+def _coronal(sample: Sample) -> View:
+    return coronal(sample.ct, _masks(sample), sample.meta.spacing, fullest(sample.lesions, 1))
 
 
 def _short(key: str) -> str:
     """A key that fits above a picture; its end tells more than its middle."""
     return key if len(key) <= _LETTERS else f"{key[: _LETTERS // 2]}…{key[-_LETTERS // 2 :]}"
-
-
-def _most(lesions: NDArray[np.uint8], axis: int) -> int:
-    """Index along an axis where most lesion voxels lie; the middle where there are none."""
-    others = tuple(other for other in range(3) if other != axis)
-    counts = np.count_nonzero(lesions, axis=others)
-    return int(counts.argmax()) if counts.any() else lesions.shape[axis] // 2
-
-
-def _window(bits: NDArray[np.uint8]) -> str:
-    """The window that shows the lesions of a slice best: lung where ground-glass is among them, as no other shows it,
-    or where the largest lies in the lung; else mediastinal."""
-    areas = {lesion: np.count_nonzero(bits >> lesion.bit & 1) for lesion in LESIONS}
-    largest: Lesion = max(areas, key=lambda lesion: areas[lesion])
-    glass = areas[LESION_BY_KEY["ground_glass_opacity"]]
-    return "lung" if glass or (areas[largest] and largest.site == "lung") else "mediastinal"
-
-
-def _draw(axes: Axes, view: _View) -> None:
-    centre, width = WINDOWS[view.window]
-    axes.imshow(
-        view.hu,
-        cmap="gray",
-        vmin=centre - width / 2,
-        vmax=centre + width / 2,
-        extent=(0, view.width, view.height, 0),
-        interpolation="bilinear",
-    )
-    rows, columns = view.hu.shape
-    # One pixel of nothing around, so that an outline at the edge closes.
-    y = (np.arange(-1, rows + 1) + 0.5) * view.height / rows
-    x = (np.arange(-1, columns + 1) + 0.5) * view.width / columns
-    for lesion in LESIONS:
-        mask = np.pad(view.bits >> lesion.bit & 1, 1)
-        if mask.any():
-            style = "dashed" if view.sample.meta.lesions_partial[lesion.key] else "solid"
-            line = axes.contour(x, y, mask, [0.5], colors=[lesion.colour], linewidths=1.4, linestyles=[style])
-            # A dark rim: yellow on white is not seen otherwise.
-            line.set_path_effects([withStroke(linewidth=2.6, foreground=_DARK, alpha=0.7)])
-    axes.set(xlim=(0, view.width), ylim=(view.height, 0))
-    axes.set_axis_off()
-    marks = [(0.02, 0.5, "R", "left", "center"), (0.98, 0.5, "L", "right", "center")]
-    if view.coronal:
-        marks.append((0.5, 0.98, "H", "center", "top"))
-    marks.append((0.02, 0.02, view.window, "left", "bottom"))
-    for across, up, word, ha, va in marks:
-        box = {"facecolor": _DARK, "alpha": 0.6, "edgecolor": "none", "pad": 1.5}
-        size = 9 if len(word) == 1 else 7.5
-        axes.text(across, up, word, transform=axes.transAxes, ha=ha, va=va, color=_LIGHT, fontsize=size, bbox=box)
-    if view.caption:
-        axes.set_title(view.caption, color=_LIGHT, fontsize=8.5, pad=4)
