@@ -256,6 +256,9 @@ class LocalizationTerms(_Section):
     """Cross-entropy of the match of image and lesion prompt, also where a label is all that is known of a lesion."""
 
 
+Tracker = Literal["wandb", "tensorboard"]
+
+
 class TrainConfig(_Section):
     """What the phases share, and the phases."""
 
@@ -275,6 +278,8 @@ class TrainConfig(_Section):
     localization: LocalizationTerms
     keep: Positive
     """Newest checkpoints that are kept, beside the best."""
+    trackers: tuple[Tracker, ...] = ("wandb", "tensorboard")
+    """Who else is told of every step; `RECTVLM_TRACKERS` in the environment decides when it is set."""
     phases: dict[PhaseKey, PhaseConfig]
     """Phases by number, and their sub-steps by name."""
 
