@@ -19,6 +19,7 @@ from rectvlm.labels import LESION_FINDINGS, LESION_IS_FINDING, N_FINDINGS, N_LES
 from rectvlm.models import Outputs
 from rectvlm.models.localizer import Localization
 from rectvlm.train.phases import Task
+from rectvlm.train.weighting import TaskWeighting
 from rectvlm.types import Batch
 
 
@@ -49,9 +50,12 @@ def losses(outputs: Outputs, batch: Batch, tasks: tuple[Task, ...], terms: Local
     return found
 
 
-def total(found: dict[Task, Loss], weights: LossConfig) -> Tensor:
-    """Σ weight · loss."""
-    return torch.stack([getattr(weights, task) * loss.value for task, loss in found.items()]).sum()
+def total(found: dict[Task, Loss], weights: LossConfig, weighting: TaskWeighting | None = None) -> Tensor:
+    """Σ weight · loss, or what learned weights make of these products."""
+    weighted = torch.stack([getattr(weights, task) * loss.value for task, loss in found.items()])
+    if weighting is None:
+        return weighted.sum()
+    return weighting(weighted, torch.stack([loss.count > 0 for loss in found.values()]))
 
 
 def classification(logits: Tensor, labels: Tensor, known: Tensor) -> Loss:

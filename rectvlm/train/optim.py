@@ -1,47 +1,140 @@
-"""Optimizer and learning rates: one parameter group a part and kind, the rate a function of the step alone."""
+"""Optimizer and learning rates: parameter groups by part, beginning and kind, the rate a function of the step alone.
+
+A part that begins late (`unfreeze`) has its groups from the start: DeepSpeed lays the optimizer's groups out in flat,
+sharded buffers when it starts, and takes no further ones later. Until its step, a group's parameters ask for no
+gradient, so that the backward pass is spared and the clipped norm does not count them; its rate is 0, so that neither
+the optimizer nor weight decay moves them; and the optimizer's step count for them stays 0, so that its bias correction
+begins when they do.
+"""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from rectvlm.config import Part, PhaseConfig, TrainConfig
+from rectvlm.config import Part, PhaseConfig, TrainConfig, UnfreezeConfig
+from rectvlm.train.ema import follow
+
+_BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 
 
-def freeze_all_but(model: nn.Module, parts: Mapping[Part, float]) -> None:
-    """Leave gradients to the parts with a learning rate (of the generator: LoRA and resampler, as it was built)."""
+def freeze_all_but(
+    model: nn.Module, parts: Mapping[Part, float], unfreeze: Sequence[UnfreezeConfig] = (), others: Iterable[str] = ()
+) -> None:
+    """Leave gradients to the parts with a learning rate (of the generator: LoRA and resampler, as it was built).
+
+    Args:
+        model: any.
+        parts: with a learning rate.
+        unfreeze: what no row covers, of a part that has one, is frozen for good.
+        others: further modules that train.
+    """
+    starts = beginnings(model, unfreeze)
     for name, parameter in model.named_parameters():
-        if name.partition(".")[0] not in parts:
+        if name.partition(".")[0] not in (*parts, *others) or starts.get(name, 0) is None:
             parameter.requires_grad_(False)
 
 
+def beginnings(model: nn.Module, unfreeze: Sequence[UnfreezeConfig]) -> dict[str, int | None]:
+    """The step that each parameter trains from, by name, for the parts that `unfreeze` names; None is never."""
+    names = [name for name, _ in model.named_parameters()]
+    depth = 1 + max((int(found[1]) for name in names if (found := _BLOCK.match(name))), default=-1)
+    first_block = next((i for i, name in enumerate(names) if _BLOCK.match(name)), len(names))
+    starts: dict[str, int | None] = {}
+    for i, name in enumerate(names):
+        part = name.partition(".")[0]
+        rows = [row for row in unfreeze if row.part == part]
+        if not rows:
+            continue
+        found = _BLOCK.match(name)
+        # What is registered before the blocks feeds them (patches, positions), what comes after reads them.
+        place = int(found[1]) if found else depth if i > first_block else -1
+        steps = [row.step for row in rows if row.blocks is None or place >= depth - row.blocks]
+        starts[name] = min(steps, default=None)
+    return starts
+
+
 def build_optimizer(model: nn.Module, config: TrainConfig, phase: PhaseConfig) -> torch.optim.AdamW:
-    """AdamW; vectors (norms, biases, offsets) have no weight decay."""
-    groups: list[dict[str, Any]] = []
-    for part in phase.lr:
-        parameters = [p for p in model.get_submodule(part).parameters() if p.requires_grad]
-        for decay, members in (
-            (config.weight_decay, [p for p in parameters if p.ndim > 1]),
-            (0.0, [p for p in parameters if p.ndim <= 1]),
-        ):
-            if members:
-                groups.append({"params": members, "part": part, "weight_decay": decay, "lr": phase.lr[part]})
-    return torch.optim.AdamW(groups, betas=config.betas)
+    """AdamW; vectors (norms, biases, offsets) have no weight decay.
+
+    A group has, beside what AdamW knows: `part`, `peak` (its peak rate), `start` (the step that it trains from), `held`
+    (whether that is still to come) and `names` of its parameters.
+    """
+    starts = beginnings(model, phase.unfreeze)
+    rates: dict[str, float] = {str(part): rate for part, rate in phase.lr.items()}
+    if hasattr(model, "weighting"):
+        rates["weighting"] = config.weighting_lr
+    groups: dict[tuple[str, int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        part = name.partition(".")[0]
+        if not parameter.requires_grad or part not in rates:
+            continue
+        start, decays = starts.get(name) or 0, parameter.ndim > 1
+        new: dict[str, Any] = {"part": part, "peak": rates[part], "start": start, "names": [], "params": []}
+        new["held"] = start > 0
+        new |= {"weight_decay": config.weight_decay if decays else 0.0, "lr": rates[part]}
+        group = groups.setdefault((part, start, not decays), new)
+        group["names"].append(name)
+        group["params"].append(parameter)
+    order = [*rates]
+    optimizer = torch.optim.AdamW(
+        [groups[key] for key in sorted(groups, key=lambda key: (order.index(key[0]), *key[1:]))], betas=config.betas
+    )
+    if phase.unfreeze:
+        optimizer.register_step_post_hook(_hold)
+    if phase.ema:
+        optimizer.register_step_post_hook(follow(phase.ema))
+    return optimizer
+
+
+def _hold(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """A group that has not begun forgets that the optimizer stepped."""
+    for group in optimizer.param_groups:
+        if group["held"]:
+            for parameter in group["params"]:
+                for value in optimizer.state[parameter].values():
+                    value.zero_()
 
 
 def rate_factor(step: int, phase: PhaseConfig) -> float:
-    """Share of the peak rate at a step (0 is the first): linear warm-up, then a cosine down to `final_lr`."""
+    """Share of the peak rate at a step (0 is the first): linear warm-up, then down to `final_lr` or not at all."""
     if step < phase.warmup:
         return (step + 1) / phase.warmup
-    done = (step - phase.warmup) / max(1, phase.steps - phase.warmup - 1)
-    return phase.final_lr + (1 - phase.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    done = min(1.0, (step - phase.warmup) / max(1, phase.steps - phase.warmup - 1))
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[phase.schedule]
+    return phase.final_lr + (1 - phase.final_lr) * left
 
 
 def set_rates(groups: list[dict[str, Any]], step: int, phase: PhaseConfig) -> dict[str, float]:
-    """Set every group's rate for a step; returns the rate of each part."""
-    factor = rate_factor(step, phase)
+    """Set every group's rate for a step; returns the rate of each part (of what of it trains already)."""
+    found: dict[str, float] = {}
     for group in groups:
-        group["lr"] = phase.lr[group["part"]] * factor
-    return {part: peak * factor for part, peak in phase.lr.items()}
+        part, late = group["part"], step - group["start"]
+        group["held"] = late < 0
+        factor = 0.0 if late < 0 else rate_factor(step, phase)
+        if group["start"] and late >= 0:
+            factor *= min(1.0, (late + 1) / max(1, phase.warmup))
+        group["lr"] = phase.lr.get(part, group["peak"]) * factor
+        found[part] = max(found.get(part, 0.0), group["lr"])
+    return found
+
+
+def set_gradients(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Let those parameters have gradients whose groups have begun; after `set_rates`."""
+    if any(group["start"] for group in groups):
+        own = dict(model.named_parameters())
+        for group in groups:
+            for name in group["names"]:
+                own[name].requires_grad_(not group["held"])
+
+
+def allow_all_gradients(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Undo `set_gradients`, before a checkpoint: DeepSpeed leaves out what asks for no gradient."""
+    if any(group["start"] for group in groups):
+        own = dict(model.named_parameters())
+        for group in groups:
+            for name in group["names"]:
+                own[name].requires_grad_(True)

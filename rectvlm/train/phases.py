@@ -1,13 +1,29 @@
-"""The three phases: which parts exist and which tasks are learnt. How long and how fast is in the configuration."""
+"""The phases and their sub-steps: which parts exist, which of them may train, and which tasks are learnt.
 
+How long and how fast is in the configuration, one section a row. A part that a row may train does so if the section
+gives it a learning rate; every other part is frozen.
+
+| row        | starts from | may train                                 | tasks                                |
+|------------|-------------|-------------------------------------------|--------------------------------------|
+| 1          | nothing     | encoder, classifier                       | classification                       |
+| 2 localize | phase 1     | localizer                                 | localization                         |
+| 2          | phase 1     | encoder, classifier, localizer            | classification, localization         |
+| 3 align    | phase 2     | generator                                 | report                               |
+| 3          | phase 2     | encoder, classifier, localizer, generator | classification, localization, report |
+
+A sub-step has a run folder of its own; the joint phase starts from it where it is told to (`--from`).
+"""
+
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rectvlm.config import Config, Part, PhaseConfig
+from rectvlm.config import Config, Part, PhaseConfig, PhaseKey
 from rectvlm.types import UserError
 
 Task = Literal["classification", "localization", "report"]
 PhaseNumber = Literal[1, 2, 3]
+Stage = Literal["localize", "align"]
 
 
 @dataclass(frozen=True)
@@ -16,8 +32,22 @@ class Phase:
 
     number: PhaseNumber
     parts: tuple[Part, ...]
-    """Parts of the model that exist in this phase. Those with a learning rate train, the others are frozen."""
+    """Parts of the model that exist in this phase."""
     tasks: tuple[Task, ...]
+    stage: Stage | None = None
+    """The sub-step; None is the phase itself, which trains everything jointly."""
+    may_train: tuple[Part, ...] | None = None
+    """Parts that may have a learning rate; None is all."""
+
+    @property
+    def key(self) -> PhaseKey:
+        """The section of the configuration."""
+        return self.stage or self.number
+
+    @property
+    def folder(self) -> str:
+        """Name of the run's folder: `phase3`, `phase3-align`."""
+        return f"phase{self.number}" + (f"-{self.stage}" if self.stage else "")
 
     @property
     def init_from(self) -> PhaseNumber | None:
@@ -25,25 +55,56 @@ class Phase:
         return None if self.number == 1 else PHASES[self.number - 1].number
 
     def settings(self, config: Config) -> PhaseConfig:
-        """This phase's section of the configuration.
+        """This row's section of the configuration.
 
         Raises:
-            UserError: the section is missing, or names a part that this phase does not have.
+            UserError: the section is missing, or names a part that this row does not train.
         """
-        section = config.train.phases.get(self.number)
+        section = config.train.phases.get(self.key)
         if section is None:
-            raise UserError(f"Configuration {config.name} has no train.phases.{self.number}: add the section.")
-        strangers = set(section.lr) - set(self.parts)
+            raise UserError(f"Configuration {config.name} has no train.phases.{self.key}: add the section.")
+        able = self.parts if self.may_train is None else self.may_train
+        strangers = set(section.lr) - set(able)
         if strangers or not section.lr:
+            step = f"phase {self.number}" + (f" with --stage {self.stage}" if self.stage else "")
             raise UserError(
-                f"train.phases.{self.number}.lr names {', '.join(sorted(strangers)) or 'no part'}; phase {self.number} "
-                f"trains one or more of {', '.join(self.parts)}."
+                f"train.phases.{self.key}.lr names {', '.join(sorted(strangers)) or 'no part'}; {step} trains one or "
+                f"more of {', '.join(able)}."
             )
         return section
 
 
-PHASES: dict[int, Phase] = {
-    1: Phase(1, ("encoder", "classifier"), ("classification",)),
-    2: Phase(2, ("encoder", "classifier", "localizer"), ("classification", "localization")),
-    3: Phase(3, ("encoder", "classifier", "localizer", "generator"), ("classification", "localization", "report")),
-}
+_ENCODED: tuple[Part, ...] = ("encoder", "classifier")
+_OUTLINED: tuple[Part, ...] = (*_ENCODED, "localizer")
+_WRITTEN: tuple[Part, ...] = (*_OUTLINED, "generator")
+
+ROWS: tuple[Phase, ...] = (
+    Phase(1, _ENCODED, ("classification",)),
+    Phase(2, _OUTLINED, ("localization",), stage="localize", may_train=("localizer",)),
+    Phase(2, _OUTLINED, ("classification", "localization")),
+    Phase(3, _WRITTEN, ("report",), stage="align", may_train=("generator",)),
+    Phase(3, _WRITTEN, ("classification", "localization", "report")),
+)
+PHASES: dict[int, Phase] = {row.number: row for row in ROWS if row.stage is None}
+STAGES: dict[Stage, Phase] = {row.stage: row for row in ROWS if row.stage is not None}
+
+
+def planned(config: Config, phase: Phase, samples: int, world: int, step: int = 0, seen: int = 0) -> Config:
+    """The configuration with the steps of a phase counted, where it gives epochs.
+
+    Args:
+        config: any.
+        phase: the row.
+        samples: in the training split.
+        world: ranks.
+        step: steps done, and
+        seen: samples that all ranks took in them: a run that goes on with another number of ranks ends after as many
+            epochs, in another number of steps.
+    """
+    settings = phase.settings(config)
+    if not settings.epochs:
+        return config
+    left = math.ceil(settings.epochs * samples - seen)
+    steps = max(1, step + math.ceil(left / (settings.micro_batch * settings.accumulation * world)))
+    phases = config.train.phases | {phase.key: settings.model_copy(update={"steps": steps})}
+    return config.model_copy(update={"train": config.train.model_copy(update={"phases": phases})})
