@@ -5,14 +5,24 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import precision_recall_curve, precision_recall_fscore_support, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    brier_score_loss,
+    precision_recall_curve,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
 
 from rectvlm.labels import FINDINGS, N_FINDINGS
+from rectvlm.metrics import resampling
+from rectvlm.metrics.calibration import reliability
+from rectvlm.metrics.resampling import Weights, interval
 
 Floats = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]
 
-SCORES = ("auroc", "f1", "precision", "recall")
+SCORES = ("auroc", "average_precision", "f1", "precision", "recall", "accuracy", "ece", "brier")
 UNFITTED = 0.5
 """The threshold of a finding that no data decide."""
 
@@ -75,18 +85,22 @@ def fit_thresholds(probabilities: Floats, labels: Floats, known: Bools, source: 
     return Thresholds(values, fitted, source, len(probabilities))
 
 
-def classification(probabilities: Floats, labels: Floats, known: Bools, thresholds: Floats) -> dict[str, Any]:
-    """AUROC, F1, precision and recall of each finding, and their macro and weighted means.
+def classification(
+    probabilities: Floats, labels: Floats, known: Bools, thresholds: Floats, weights: Weights | None = None
+) -> dict[str, Any]:
+    """The scores of each finding, and their macro and weighted means.
 
-    AUROC is None where the known labels hold one class only; F1, precision and recall are None where there is no known
-    positive, and precision is 0 where nothing was predicted. A mean runs over the findings that have the score, and
-    says over how many; `weighted` weights each finding by its number of positives.
+    AUROC and average precision are None where the known labels hold one class only; F1, precision and recall are None
+    where there is no known positive, and precision is 0 where nothing was predicted; accuracy, ECE and the Brier score
+    need a known label. A mean runs over the findings that have the score, and says over how many; `weighted` weights
+    each finding by its number of positives.
 
     Args:
         probabilities: (N, 18).
         labels: (N, 18), 0 or 1; read only where known.
         known: (N, 18).
         thresholds: (18,); present is `probability >= threshold`.
+        weights: (R, N) of `resampling.patient_weights`: adds 95% intervals, `ci95`, to each row and each mean.
     """
     _check(probabilities, labels, known)
     assert thresholds.shape == (N_FINDINGS,)
@@ -94,23 +108,30 @@ def classification(probabilities: Floats, labels: Floats, known: Bools, threshol
         name: _one_finding(probabilities[known[:, i], i], labels[known[:, i], i] > 0.5, float(thresholds[i]))
         for i, name in enumerate(FINDINGS)
     }
-    return {
-        "n_cases": len(probabilities),
+    result = {
+        "n_scans": len(probabilities),
         "macro": _mean(per_finding, weighted=False),
         "weighted": _mean(per_finding, weighted=True),
         "per_finding": per_finding,
     }
+    if weights is not None and len(weights):
+        _add_intervals(result, _resampled(probabilities, labels, known, thresholds, weights))
+    return result
 
 
 def _one_finding(scores: Floats, truth: Bools, threshold: float) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(SCORES)
+    called = scores >= threshold
     if truth.any():
-        precision, recall, f1, _ = precision_recall_fscore_support(
-            truth, scores >= threshold, average="binary", zero_division=0.0
-        )
+        precision, recall, f1, _ = precision_recall_fscore_support(truth, called, average="binary", zero_division=0.0)
         row |= {"f1": float(f1), "precision": float(precision), "recall": float(recall)}
         if not truth.all():
             row["auroc"] = float(roc_auc_score(truth, scores))
+            row["average_precision"] = float(average_precision_score(truth, scores))
+    if truth.size:
+        row["accuracy"] = float(accuracy_score(truth, called))
+        row["brier"] = float(brier_score_loss(truth, scores, labels=[False, True]))
+        row["ece"] = float(reliability(np.ones((1, truth.size)), scores, truth).error()[0])
     return row | {"threshold": threshold, "n_known": int(truth.size), "n_positive": int(truth.sum())}
 
 
@@ -118,10 +139,69 @@ def _mean(per_finding: dict[str, dict[str, Any]], weighted: bool) -> dict[str, A
     result: dict[str, Any] = {}
     for score in SCORES:
         rows = [row for row in per_finding.values() if row[score] is not None]
-        weights = [row["n_positive"] if weighted else 1 for row in rows]
-        result[score] = float(np.average([row[score] for row in rows], weights=weights)) if rows else None
+        weights = np.array([row["n_positive"] if weighted else 1 for row in rows])
+        result[score] = float(np.average([row[score] for row in rows], weights=weights)) if weights.any() else None
         result[f"n_findings_{score}"] = len(rows)
     return result
+
+
+def _resampled(
+    probabilities: Floats, labels: Floats, known: Bools, thresholds: Floats, weights: Weights
+) -> dict[str, Floats]:
+    """Each score of each finding in each resample, (R, 18), and `positives`; NaN where a resample has no value."""
+    names = (*SCORES, "positives")
+    found = {name: np.full((len(weights), N_FINDINGS), np.nan) for name in names}
+    for i in range(N_FINDINGS):
+        here = known[:, i]
+        scores, truth = probabilities[here, i], labels[here, i] > 0.5
+        start = 0
+        for some in resampling.chunks(weights[:, here]):
+            rows = slice(start, start := start + len(some))
+            for name, values in _weighted_scores(some, scores, truth, float(thresholds[i])).items():
+                found[name][rows, i] = values
+    return found
+
+
+def _weighted_scores(weights: Floats, scores: Floats, truth: Bools, threshold: float) -> dict[str, Floats]:
+    """The scores of one finding in each resample (R,)."""
+    called = scores >= threshold
+    cells = np.stack([called & truth, called, truth, called == truth, np.ones_like(truth)], axis=1).astype(float)
+    hits, calls, positives, right, total = (weights @ cells).T
+    has_positive = positives > 0
+
+    def over(numerator: Floats, denominator: Floats, where: Bools) -> Floats:
+        return np.divide(numerator, denominator, out=np.where(where, 0.0, np.nan), where=where & (denominator > 0))
+
+    area = resampling.auroc(weights, scores, truth)
+    return {
+        "auroc": area,
+        "average_precision": np.where(np.isnan(area), np.nan, resampling.average_precision(weights, scores, truth)),
+        "f1": over(2 * hits, calls + positives, has_positive),
+        "precision": over(hits, calls, has_positive),
+        "recall": over(hits, positives, has_positive),
+        "accuracy": over(right, total, total > 0),
+        "ece": reliability(weights, scores, truth).error(),
+        "brier": over(weights @ (scores - truth) ** 2, total, total > 0),
+        "positives": positives,
+    }
+
+
+def _add_intervals(result: dict[str, Any], found: dict[str, Floats]) -> None:
+    """`ci95` in each row of findings and in both means, over the findings that have the score in all cases."""
+    for i, row in enumerate(result["per_finding"].values()):
+        row["ci95"] = {score: interval(found[score][:, i]) for score in SCORES if row[score] is not None}
+    for kind in ("macro", "weighted"):
+        mean = result[kind]
+        mean["ci95"] = {}
+        for score in SCORES:
+            used = [i for i, row in enumerate(result["per_finding"].values()) if row[score] is not None]
+            if mean[score] is not None:
+                values = found[score][:, used]
+                share = np.isfinite(values) * (found["positives"][:, used] if kind == "weighted" else 1.0)
+                total = share.sum(axis=1)
+                sums = np.where(np.isfinite(values), values, 0) * share
+                samples = np.divide(sums.sum(axis=1), total, out=np.full(len(values), np.nan), where=total > 0)
+                mean["ci95"][score] = interval(samples)
 
 
 def _check(probabilities: Floats, labels: Floats, known: Bools) -> None:
