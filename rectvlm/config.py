@@ -256,6 +256,20 @@ class LocalizationTerms(_Section):
     """Cross-entropy of the match of image and lesion prompt, also where a label is all that is known of a lesion."""
 
 
+class GuardConfig(_Section):
+    """What is not normal in training. A step whose loss or gradient is not is skipped by all ranks together: weights and
+    optimizer stay as they are, and its samples count as seen."""
+
+    loss: PositiveFloat
+    """Largest loss of a micro-batch, in size."""
+    norm: PositiveFloat
+    """Largest norm of all gradients together, before clipping."""
+    patience: Positive
+    """Skipped steps in a row that end the run."""
+    timeout: PositiveFloat
+    """Minutes that a rank may need for one step, one checkpoint or one validation before it counts as hung."""
+
+
 Tracker = Literal["wandb", "tensorboard"]
 
 
@@ -276,6 +290,7 @@ class TrainConfig(_Section):
     weighting_lr: PositiveFloat = 0.01
     """Peak learning rate of learned weights."""
     localization: LocalizationTerms
+    guard: GuardConfig = GuardConfig(loss=1e3, norm=1e4, patience=5, timeout=30.0)
     keep: Positive
     """Newest checkpoints that are kept, beside the best."""
     trackers: tuple[Tracker, ...] = ("wandb", "tensorboard")
