@@ -188,7 +188,9 @@ def read(folder: Path) -> Manifest:
     try:
         return parse(path.read_bytes(), str(path))
     except OSError:
-        raise UserError(f"No {FILE} in {folder}: nothing says what should be there; pull or export it again.") from None
+        raise UserError(
+            f"No {FILE} in {folder}: nothing says what should be there; a pull brings one along, a push writes one."
+        ) from None
 
 
 def faults(folder: Path) -> list[str]:
