@@ -8,6 +8,8 @@ import logging
 import os
 import socket
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from rectvlm.config import PhaseConfig
+from rectvlm.train import ema
 from rectvlm.train.memory import peak_memory_bytes
 from rectvlm.train.sharding import persistence_threshold, read_settings
 from rectvlm.types import UserError
@@ -55,7 +58,9 @@ def _tensors_of(state: Any) -> list[Tensor]:
 class Engine:
     """Processes, sharding, backward, optimizer step, and the state of all that."""
 
-    def __init__(self, ds_config: Path, phase: PhaseConfig, clip: float, run_folder: Path) -> None:
+    def __init__(
+        self, ds_config: Path, phase: PhaseConfig, clip: float, run_folder: Path, trackers: Sequence[str] = ()
+    ) -> None:
         """Start.
 
         Args:
@@ -63,6 +68,8 @@ class Engine:
             phase: batch sizes.
             clip: largest gradient norm.
             run_folder: where trackers write.
+            timeout: how long a rank waits for the others before it gives up.
+            trackers: of Accelerate, by name.
 
         Raises:
             UserError: no such JSON, or Accelerate was told to run without DeepSpeed.
@@ -78,8 +85,8 @@ class Engine:
         self.accelerator = Accelerator(
             mixed_precision="bf16",
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
-            kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
-            log_with="wandb",
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
+            log_with=list(trackers) or None,
             project_dir=str(run_folder),
         )
         self._check(ds_config)
@@ -132,9 +139,6 @@ class Engine:
             self._settled = fresh[0]
         else:
             self._settled.convert_to_zero_parameters(param_list=fresh)
-        if isinstance(module, Linear4bit):
-            # In eval mode it would repack the gathered weights, and the state that it shares with the shards.
-            module.support_avx512bf16_for_cpu = False
 
     @property
     def _zero(self) -> dict[str, Any]:
@@ -160,6 +164,10 @@ class Engine:
             if type(p).__name__ == "Params4bit"
         }
         self._packed = list(packed)
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                # In eval mode it would repack its weights, and the state that it shares with shards of them.
+                module.support_avx512bf16_for_cpu = False
         zero = self._zero
         if zero.get("stage3_param_persistence_threshold") == "auto":
             zero["stage3_param_persistence_threshold"] = persistence_threshold(packed.values())
@@ -198,6 +206,12 @@ class Engine:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return float(tensor)
 
+    def everyone(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of the ranks, on all of them."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
     def describe(self) -> dict[str, Any]:
         """What runs, measured on every rank; after a step, when what stays resident is resident."""
         mine = {
@@ -208,13 +222,11 @@ class Engine:
             "bytes": self._bytes_by_kind(),
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        ranks: list[Any] = [None] * self.world
-        dist.all_gather_object(ranks, mine)
         return {
             "distributed_type": self.accelerator.distributed_type.value,
             "zero_stage": self.model.zero_optimization_stage(),
             "world_size": self.world,
-            "ranks": ranks,
+            "ranks": self.everyone(mine),
         }
 
     def _bytes_by_kind(self) -> dict[str, int]:
@@ -233,14 +245,13 @@ class Engine:
         tensors = [t for layer in layers for t in _tensors_of(layer.weight.quant_state)]
         found["quantization_state"] = sum(t.numel() * t.element_size() for t in tensors)
         zero = self.optimizer.optimizer
-        masters = zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else None
-        held = list(zero.single_partition_of_fp32_groups if masters is None else masters)
+        held = list(self._masters())
         # Step counters are scalars.
         held += [
             t for state in zero.optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.ndim
         ]
         found["optimizer"] = sum(t.numel() * t.element_size() for t in held)
-        if masters is not None:
+        if self._shards_parameters:
             found["gradients"] = (
                 zero.grad_partitions_flat_buffer.numel() * zero.grad_partitions_flat_buffer.element_size()
             )
@@ -261,6 +272,42 @@ class Engine:
             else:
                 total += parameter.numel() * parameter.element_size()
         return total
+
+    @property
+    def _shards_parameters(self) -> bool:
+        """Whether this is ZeRO-3."""
+        return hasattr(self.optimizer.optimizer, "fp32_partitioned_groups_flat")
+
+    def _masters(self) -> list[Tensor]:
+        """This rank's partitions of the 32-bit weights, as its optimizer steps them."""
+        zero = self.optimizer.optimizer
+        return zero.fp32_partitioned_groups_flat if self._shards_parameters else zero.single_partition_of_fp32_groups
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights are their moving averages, where the optimizer keeps some; every rank must enter it.
+
+        The averages are exchanged with the 32-bit weights and rounded to the model's dtype as a step does it. Outside,
+        every bit is as before: the model's weights are the rounded 32-bit ones at any time.
+        """
+        self._exchange()
+        yield
+        self._exchange()
+
+    def _exchange(self) -> None:
+        zero = self.optimizer.optimizer
+        states = zero.optimizer.state
+        exchanged = sum(ema.exchange(weights, states[weights]) for weights in self._masters() if weights in states)
+        if not exchanged:
+            return
+        if not self._shards_parameters:
+            zero.update_lp_params()
+            return
+        zero._partition_all_parameters()
+        for number in range(len(self._masters())):
+            zero._reassign_or_swap_out_partitioned_parameters(number)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     def gather(self, names: list[str]) -> dict[str, Tensor]:
         """Whole tensors by name, on the CPU of rank 0; every rank must call it."""

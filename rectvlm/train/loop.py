@@ -22,9 +22,11 @@ from rectvlm.data.augment import augment
 from rectvlm.train.engine import Engine
 from rectvlm.train.memory import peak_memory_bytes
 from rectvlm.train.objectives import losses, total
-from rectvlm.train.optim import set_rates
+from rectvlm.train.optim import allow_all_gradients, set_gradients, set_rates
 from rectvlm.train.phases import Phase
 from rectvlm.train.record import Record
+from rectvlm.train.utilization import StepWork
+from rectvlm.train.validation import Validator
 from rectvlm.types import Batch
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ def train(
     folder: Path,
     saved_names: list[str],
     position: Position,
+    work: StepWork | None = None,
 ) -> None:
     """Train from a position to the phase's last step, recording every step and saving checkpoints.
 
@@ -76,15 +79,22 @@ def train(
         folder: of the phase's run.
         saved_names: of the tensors that a checkpoint holds.
         position: where to begin; it moves along.
+        work: FLOPs of a step, for the record.
     """
     settings = phase.settings(config)
     batches = iter(loader)
-    with Record(engine, phase, config, folder, position.step) as record:
-        while position.step < settings.steps:
+    validator = Validator(engine, phase, config, folder, position.step)
+    with Record(engine, phase, config, folder, position.step, work) as record:
+        while position.step < settings.steps and not validator.stopped:
             line, samples = _step(engine, batches, phase, config, settings, position)
             record.write(line, samples)
-            if position.step % settings.save_every == 0 or position.step == settings.steps:
-                save(engine, phase, config, folder, saved_names, position)
+            found = validator.after(position.step)
+            if found is not None:
+                record.validated(position.step, found.metrics, found.samples)
+            best = found is not None and found.best is not None
+            last = position.step == settings.steps or validator.stopped
+            if position.step % settings.save_every == 0 or last or best:
+                save(engine, phase, config, folder, saved_names, position, found.best if found else None)
 
 
 def _step(
@@ -99,7 +109,10 @@ def _step(
     begin = time.perf_counter()
     watch = Stopwatch(engine.device)
     seed_step(config.train.seed, position.step, engine.rank)
-    rates = set_rates(engine.optimizer.param_groups, position.step, settings)
+    groups = engine.optimizer.param_groups
+    rates = set_rates(groups, position.step, settings)
+    set_gradients(engine.model.module, groups)
+    weighting = getattr(engine.model.module, "weighting", None)
     sums = torch.zeros(len(phase.tasks), 2)
     keys: list[str] = []
     tokens, norm = 0, None
@@ -109,7 +122,7 @@ def _step(
         with watch.part("forward"):
             outputs = engine.model(batch)
             found = losses(outputs, batch, phase.tasks, config.train.localization)
-            loss = total(found, config.train.losses)
+            loss = total(found, config.train.losses, weighting)
         with watch.part("backward"):
             engine.backward(loss)
         with watch.part("optimizer"):
@@ -134,6 +147,9 @@ def _step(
         "seconds": {"total": time.perf_counter() - begin, **watch.seconds},
         "memory_bytes": engine.largest(peak_memory_bytes()),
     }
+    if weighting is not None:
+        factors = zip(phase.tasks, weighting.factors().tolist(), strict=True)
+        line["task_weights"] = {task: getattr(config.train.losses, task) * factor for task, factor in factors}
     return line, keys
 
 
@@ -143,17 +159,29 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def save(
-    engine: Engine, phase: Phase, config: Config, folder: Path, saved_names: list[str], position: Position
+    engine: Engine,
+    phase: Phase,
+    config: Config,
+    folder: Path,
+    saved_names: list[str],
+    position: Position,
+    best: float | None = None,
 ) -> None:
-    """Write a whole checkpoint or none: under a temporary name, renamed at the end."""
+    """Write a whole checkpoint or none: under a temporary name, renamed at the end.
+
+    Its weights are the moving averages where the phase keeps some. `best` is the value of the metric that makes this
+    checkpoint the best so far.
+    """
     target = checkpoint.step_folder(folder, position.step)
     work = target.with_name(f".{target.name}.partial")
     if engine.is_main:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
     engine.barrier()
+    allow_all_gradients(engine.model.module, engine.optimizer.param_groups)
     engine.save_state(work / checkpoint.ENGINE)
-    tensors = engine.gather(saved_names)
+    with engine.averaged():
+        tensors = engine.gather(saved_names)
     if engine.is_main:
         state = checkpoint.State(
             phase=phase.number,
@@ -162,12 +190,15 @@ def save(
             samples_seen=position.samples_seen,
             world_size=engine.world,
             versions=checkpoint.versions(),
+            stage=phase.stage,
         )
         checkpoint.write(work, tensors, config, state)
     engine.barrier()  # every rank's file is there
     if engine.is_main:
         shutil.rmtree(target, ignore_errors=True)
         work.rename(target)
+        if best is not None:
+            checkpoint.note_best(folder, position.step, phase.settings(config).validation.best, best)
         checkpoint.prune(folder, config.train.keep)
         log.info("saved %s", target)
     engine.barrier()

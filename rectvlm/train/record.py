@@ -1,82 +1,111 @@
-"""What a run leaves to read: metrics.jsonl, engine.json, one trace a rank, W&B, and the progress bar.
+"""What a run leaves to read and to see.
 
-RUN/phaseN/metrics.jsonl        one line a step
-RUN/phaseN/engine.json          what really runs: kind, ZeRO stage, ranks, bytes of packed weights on each
-RUN/phaseN/ranks/rank-0000.jsonl   the samples that a rank took at each step
+    RUN/phaseN/metrics.jsonl           one line a step
+    RUN/phaseN/validation.jsonl        one line a validation
+    RUN/phaseN/validation/step-…/      pictures and reports of some cases
+    RUN/phaseN/engine.json             what really runs: kind, ZeRO stage, ranks, bytes of packed weights on each
+    RUN/phaseN/run.json                where it came from and how it ended, see `provenance`
+    RUN/phaseN/config.yaml             the resolved configuration
+    RUN/phaseN/ranks/rank-0000.jsonl   the samples that a rank took at each step
+
+Beside that, W&B and TensorBoard are told (`trackers`), and whoever watches (`progress`).
 """
 
 import contextlib
 import json
-import logging
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
-
-import wandb
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing import IO, TYPE_CHECKING, Any
 
 from rectvlm.config import Config
 from rectvlm.train.engine import Engine
 from rectvlm.train.phases import Phase
+from rectvlm.train.progress import Meter, Watch
+from rectvlm.train.provenance import Sessions
+from rectvlm.train.trackers import Trackers
+from rectvlm.train.utilization import StepWork
 
-log = logging.getLogger(__name__)
-
-LOG_EVERY = 20.0
-"""Seconds between two lines of progress where there is no terminal for a bar."""
+if TYPE_CHECKING:
+    from rectvlm.train.validation import ValidationSample
 
 
 class Record:
     """Open while a phase trains."""
 
-    def __init__(self, engine: Engine, phase: Phase, config: Config, folder: Path, step: int) -> None:
-        """Open the files; lines after `step`, of a run that was cut off after its last checkpoint, are dropped."""
+    def __init__(
+        self, engine: Engine, phase: Phase, config: Config, folder: Path, step: int, work: StepWork | None = None
+    ) -> None:
+        """Open the files; lines after `step`, of a run that was cut off after its last checkpoint, are dropped.
+
+        Args:
+            engine: prepared.
+            phase: for its name.
+            config: as it is resolved.
+            folder: of the phase's run.
+            step: steps done so far.
+            work: FLOPs of a step, for the MFU.
+        """
         self.engine, self.phase, self.folder = engine, phase, folder
         self._files: dict[str, IO[str]] = {}
-        self._steps = phase.settings(config).steps
+        self._step = step
         trace = folder / "ranks" / f"rank-{engine.rank:04d}.jsonl"
         trace.parent.mkdir(parents=True, exist_ok=True)
         self._files["trace"] = _continue(trace, step)
-        self._progress: Progress | None = None
-        self._told = time.monotonic()
         self._quantization = config.generator.quantization if "generator" in phase.parts else None
         self._described = False
-        if engine.is_main:
-            (folder / "config.yaml").write_text(config.to_yaml())
-            self._files["metrics"] = _continue(folder / "metrics.jsonl", step)
-            console = Console(stderr=True)
-            if console.is_terminal:
-                self._progress = _bar(console)
-                self._task = self._progress.add_task(
-                    "train", total=self._steps, completed=step, number=phase.number, text=""
-                )
-        _start_wandb(engine, config, folder)
+        if not engine.is_main:
+            return
+        steps = phase.settings(config).steps
+        (folder / "config.yaml").write_text(config.to_yaml())
+        self._files["metrics"] = _continue(folder / "metrics.jsonl", step)
+        self._files["validation"] = _continue(folder / "validation.jsonl", step)
+        self._sessions = Sessions(folder)
+        self._sessions.start(step, steps, _facts(engine, phase, config, work))
+        self._trackers = Trackers(engine, config, folder, step, self._sessions.begun)
+        self._meter = Meter(steps, work)
+        self._watch = Watch(f"phase {phase.number}" + (f" {phase.stage}" if phase.stage else ""), steps, step)
 
     def __enter__(self) -> "Record":
-        if self._progress is not None:
-            self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
         for handle in self._files.values():
             handle.close()
+        if not self.engine.is_main:
+            return
+        self._watch.close()
+        self._sessions.end(*_ending(error, self._step))
 
     def write(self, line: dict[str, Any], samples: list[str]) -> None:
         """One step; every rank must call it."""
         if not self._described:
             self._describe()
+        self._step = line["step"]
         _append(self._files["trace"], {"step": line["step"], "samples": samples})
         if not self.engine.is_main:
             return
         _append(self._files["metrics"], line)
-        self._tell(line, self.engine.world * len(samples) / line["seconds"]["total"])
-        self.engine.accelerator.log(_flat(line), step=line["step"])
+        figures = self._meter.add(line, self.engine.world * len(samples), time.monotonic())
+        self._watch.tell(figures)
+        rates = {
+            "samples_per_second": figures.samples_per_second,
+            "tokens_per_second": figures.tokens_per_second,
+            "mfu": figures.mfu,
+            "data_wait": figures.waiting,
+        }
+        self._trackers.log(line | {"recent": rates}, line["step"])
+
+    def validated(self, step: int, metrics: dict[str, float | None], samples: "list[ValidationSample]") -> None:
+        """One validation: its metrics by name, and some cases, of rank 0, to be looked at."""
+        if not self.engine.is_main:
+            return
+        _append(self._files["validation"], {"step": step, "metrics": metrics})
+        self._trackers.log({"validation": metrics}, step)
 
     def _describe(self) -> None:
         """After the first step: what ZeRO keeps whole on a rank is known by then."""
@@ -85,28 +114,29 @@ class Record:
             (self.folder / "engine.json").write_text(json.dumps(described, indent=2) + "\n")
         self._described = True
 
-    def _tell(self, line: dict[str, Any], rate: float) -> None:
-        """To whoever watches: a bar on a terminal, now and then a line in a log."""
-        step, last = line["step"], line["step"] == self._steps
-        parts = " ".join(f"{task} {'–' if v is None else f'{v:.3f}'}" for task, v in line["losses"].items())
-        text = f"loss {line['loss']:.3f} ({parts}) {rate:.1f} samples/s"
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, text=text)
-        elif last or time.monotonic() - self._told > LOG_EVERY:
-            log.info("phase %d: step %d of %d, %s", self.phase.number, step, self._steps, text)
-            self._told = time.monotonic()
+
+def _facts(engine: Engine, phase: Phase, config: Config, work: StepWork | None) -> dict[str, Any]:
+    """What only the caller of a session's record knows."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", engine.world))
+    return {
+        "name": config.name,
+        "phase": phase.number,
+        "stage": phase.stage,
+        "world_size": engine.world,
+        "nodes": max(1, engine.world // max(1, local)),
+        "work": None if work is None else asdict(work),
+    }
 
 
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("phase {task.fields[number]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+def _ending(error: BaseException | None, step: int) -> tuple[str, int, str | None]:
+    """State, step and reason of a session's end."""
+    if error is None:
+        return "finished", step, None
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        reason = getattr(error, "reason", None) or f"exit code {getattr(error, 'code', None)}"
+        return "stopped", step, "interrupted" if isinstance(error, KeyboardInterrupt) else str(reason)
+    text = (str(error).splitlines() or [""])[0]
+    return "failed", step, f"{type(error).__name__}: {text}"[:500]
 
 
 def _continue(path: Path, step: int) -> IO[str]:
@@ -126,32 +156,3 @@ def _continue(path: Path, step: int) -> IO[str]:
 def _append(handle: IO[str], line: dict[str, Any]) -> None:
     handle.write(json.dumps(line) + "\n")
     handle.flush()
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}/")
-        elif value is not None:
-            flat[prefix + key] = value
-    return flat
-
-
-def _start_wandb(engine: Engine, config: Config, folder: Path) -> None:
-    """Online when the user is logged in, else offline; `WANDB_MODE` decides when it is set."""
-    if not engine.is_main:
-        return
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-    engine.accelerator.init_trackers(
-        "rectvlm",
-        config=config.model_dump(mode="json"),
-        init_kwargs={
-            "wandb": {
-                "dir": str(folder),
-                "name": f"{config.name}-{folder.name}",
-                "mode": mode,
-                "settings": wandb.Settings(silent=True, console="off"),
-            }
-        },
-    )

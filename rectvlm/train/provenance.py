@@ -1,0 +1,219 @@
+"""Where a run came from: `run.json`, with one entry for each time that it was started.
+
+RUN/phaseN/run.json         sessions: command, code, versions, machine, start, end, how it ended
+RUN/phaseN/code-1.patch     what was not committed at the first start; `git apply` on the named commit restores it
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from rectvlm.checkpoint import versions
+from rectvlm.data.store import atomic_file
+
+FILE = "run.json"
+MOST_PATCH = 2_000_000
+"""Bytes of a patch; what is longer is cut off, and the record says so."""
+MOST_NAMES = 200
+"""Untracked files that are named."""
+MOST_ADDED, LARGEST_ADDED = 50, 100_000
+"""Untracked files of code, and bytes of each, that are part of the patch."""
+CODE = {".py", ".json", ".yaml", ".yml", ".toml", ".sh", ".sbatch", ".j2"}
+ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WANDB_MODE")
+PREFIXES = (
+    "RECTVLM_",
+    "NCCL_",
+    "GLOO_",
+    "TORCH_NCCL_",
+    "SLURM_JOB_",
+    "SLURM_RESTART_",
+    "SKYPILOT_TASK_",
+    "SKYPILOT_NODE_",
+)
+"""Variables that decide how a run behaves or say which job it is; no others are written down, as some hold secrets."""
+LAUNCHERS = ("accelerate", "torchrun", "torch.distributed.run", "deepspeed")
+
+
+class Sessions:
+    """The record of a run on rank 0: read when it starts, written when it starts and ends."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what earlier sessions have left; a file that cannot be read is kept beside the new one."""
+        self._folder = folder
+        self._path = folder / FILE
+        self.all: list[dict[str, Any]] = []
+        if self._path.exists():
+            try:
+                self.all = [dict(one) for one in json.loads(self._path.read_text())["sessions"]]
+            except (ValueError, KeyError, TypeError):
+                self._path.replace(self._path.with_suffix(".damaged.json"))
+
+    @property
+    def begun(self) -> str:
+        """When the first session started."""
+        return str(self.all[0]["start"])
+
+    def start(self, step: int, steps: int, facts: Mapping[str, Any]) -> None:
+        """A new session, from a step on; `facts` are what the caller knows of it."""
+        for one in self.all:
+            if one.get("state") == "running":
+                one["state"] = "cut off"  # it is this run's only writer, and it did not live to say how it ended
+        git, patch = git_state()
+        if patch is not None:
+            git["patch"] = self._write_patch(patch)
+        self.all.append(
+            {
+                "state": "running",
+                "start": _now(),
+                "end": None,
+                "error": None,
+                "from_step": step,
+                "last_step": step,
+                "steps": steps,
+                **facts,
+                **command(),
+                "git": git,
+                "machine": machine(),
+                "environment": {
+                    name: value
+                    for name, value in sorted(os.environ.items())
+                    if name in ENVIRONMENT or name.startswith(PREFIXES)
+                },
+                "versions": versions(),
+                "packages": {d.metadata["Name"]: d.version for d in sorted(distributions(), key=lambda d: d.name)},
+            }
+        )
+        self._write()
+
+    def end(self, state: str, step: int, error: str | None = None) -> None:
+        """How this session ended: `finished`, `stopped` or `failed`."""
+        self.all[-1] |= {"state": state, "end": _now(), "last_step": step, "error": error}
+        self._write()
+
+    def _write(self) -> None:
+        with atomic_file(self._path) as file:
+            file.write((json.dumps({"sessions": self.all}, indent=2) + "\n").encode())
+
+    def _write_patch(self, patch: bytes) -> dict[str, Any]:
+        """Keep a patch under a name of its own, or name the file that holds the same already."""
+        kept = patch[:MOST_PATCH]
+        digest = hashlib.sha256(patch).hexdigest()
+        described = {"bytes": len(patch), "cut_off": len(patch) > len(kept), "sha256": digest}
+        for one in self.all:
+            earlier = (one.get("git") or {}).get("patch")
+            if earlier and earlier["sha256"] == digest:
+                return described | {"file": earlier["file"]}
+        name = f"code-{len(self.all) + 1}.patch"
+        (self._folder / name).write_bytes(kept)
+        return described | {"file": name}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def command() -> dict[str, Any]:
+    """How this process was started, and by which launcher."""
+    found: dict[str, Any] = {
+        "command": shlex.join(sys.orig_argv),
+        "directory": os.getcwd(),
+        "launcher": None,
+        "pid": os.getpid(),
+        "process_start": psutil.Process().create_time(),
+    }
+    with contextlib.suppress(psutil.Error):
+        for parent in psutil.Process().parents():
+            line = parent.cmdline()
+            if any(name in word for word in line[:4] for name in LAUNCHERS):
+                found["launcher"] = shlex.join(line)
+                break
+    return found
+
+
+def git_state(checkout: Path = Path(__file__).parents[2]) -> tuple[dict[str, Any], bytes | None]:
+    """Commit, branch, what is not tracked, and the patch of what is not committed, untracked code included.
+
+    Code that was installed as a package has no checkout, even where its folder lies within one of another project.
+    """
+
+    def git(*arguments: str, codes: tuple[int, ...] = (0,)) -> bytes:
+        line = ["git", "-c", "core.quotePath=false", *arguments]
+        done = subprocess.run(line, cwd=checkout, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
+        if done.returncode not in codes:
+            raise subprocess.CalledProcessError(done.returncode, line, done.stdout, done.stderr)
+        return done.stdout
+
+    # A diff as it is, whatever tools or colours the user has configured.
+    diff = ("diff", "--binary", "--no-color", "--no-ext-diff")
+    try:
+        git("ls-files", "--error-unmatch", "rectvlm/__init__.py")
+        commit = git("rev-parse", "HEAD").decode().strip()
+        branch = git("rev-parse", "--abbrev-ref", "HEAD").decode().strip()
+        patch = git(*diff, "HEAD")
+        others = git("ls-files", "--others", "--exclude-standard").decode(errors="replace").splitlines()
+        added = [name for name in others if Path(name).suffix in CODE and _small(checkout / name)][:MOST_ADDED]
+        patch += b"".join(git(*diff, "--no-index", "/dev/null", name, codes=(0, 1)) for name in added)
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.decode(errors="replace").strip().splitlines() or ["git failed"])[0]
+        return {"commit": None, "reason": reason}, None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"commit": None, "reason": str(error)}, None
+    found = {
+        "commit": commit,
+        "branch": branch,
+        "dirty": bool(patch),
+        "untracked": others[:MOST_NAMES],
+        "untracked_files": len(others),
+    }
+    return found, patch or None
+
+
+def _small(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size <= LARGEST_ADDED
+
+
+def machine() -> dict[str, Any]:
+    """This process's machine; other machines of the run are in `engine.json`."""
+    found: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [],
+    }
+    if torch.cuda.is_available():
+        count = range(torch.cuda.device_count())
+        found["gpus"] = [torch.cuda.get_device_name(index) for index in count]
+        found["gpu_memory_bytes"] = [torch.cuda.get_device_properties(index).total_memory for index in count]
+        found["cuda"] = torch.version.cuda
+        found["driver"] = _driver()
+    return found
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    with contextlib.suppress(OSError):
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    return None
