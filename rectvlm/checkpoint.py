@@ -5,6 +5,7 @@
         config.yaml           the resolved configuration
         state.json            phase, parts, step, samples seen, versions
         engine/               optimizer state, one file a rank, written by the engine
+    RUN/phaseN/best.json      which checkpoint validated best; `RUN/phaseN/best` names it wherever a folder is asked for
 
 A checkpoint is written under a temporary name and renamed when it is whole. It is read without pickle; only resuming
 a run reads `engine/`, which the engine pickles, so resume from your own runs alone.
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from rectvlm import pretrained, weights
 from rectvlm.config import PARTS, Config, Part, load
+from rectvlm.data.store import atomic_file
 from rectvlm.models import RectVLM
 from rectvlm.models.language import load_language_model
 from rectvlm.models.text import Prompts
@@ -38,6 +40,7 @@ from rectvlm.types import UserError
 M = TypeVar("M", bound=RectVLM)
 
 WEIGHTS, CONFIG, STATE, ENGINE = "weights.safetensors", "config.yaml", "state.json", "engine"
+BEST = "best"
 THRESHOLDS = "thresholds.json"
 """Fitted thresholds of the findings, in the checkpoint's folder, where prediction finds them."""
 
@@ -53,6 +56,8 @@ class State:
     """By all ranks together."""
     world_size: int
     versions: dict[str, str]
+    stage: str | None = None
+    """Sub-step of the phase."""
 
 
 _STATE = TypeAdapter(State)
@@ -94,18 +99,49 @@ def all_checkpoints(phase_folder: Path) -> list[Path]:
 
 
 def prune(phase_folder: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints."""
+    """Remove all but the newest checkpoints and the best."""
+    spared = best(phase_folder)
     for folder in all_checkpoints(phase_folder)[:-keep]:
-        shutil.rmtree(folder)
+        if folder != spared:
+            shutil.rmtree(folder)
+
+
+def best(phase_folder: Path) -> Path | None:
+    """The checkpoint that validated best, where there is one."""
+    try:
+        step = int(json.loads((phase_folder / f"{BEST}.json").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    folder = step_folder(phase_folder, step)
+    return folder if (folder / STATE).is_file() else None
+
+
+def note_best(phase_folder: Path, step: int | None, metric: str, value: float | None) -> None:
+    """Write down which checkpoint is the best, once it is whole; None forgets it."""
+    path = phase_folder / f"{BEST}.json"
+    if step is None:
+        path.unlink(missing_ok=True)
+        return
+    with atomic_file(path) as file:
+        file.write((json.dumps({"step": step, "metric": metric, "value": value}) + "\n").encode())
 
 
 def find(folder: str | Path, remedy: str) -> Path:
-    """The checkpoint that a folder means: itself, the newest of a phase folder, or an exported model.
+    """The checkpoint that a folder means: itself, the newest or the best (`…/best`) of a phase folder, or an exported
+    model.
 
     Raises:
         UserError: none there; `remedy` says what to do.
     """
     folder = Path(folder)
+    if folder.name == BEST and not folder.exists():
+        chosen = best(folder.parent)
+        if chosen is None:
+            raise UserError(
+                f"No best checkpoint in {folder.parent}: expected {BEST}.json there, which validation during training "
+                f"writes (validation.every); {remedy}."
+            )
+        return chosen
     if (folder / STATE).is_file() or pretrained.is_pretrained(folder):
         return folder
     found = all_checkpoints(folder)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rectvlm.config import Part, PhaseConfig, TrainConfig, UnfreezeConfig
+from rectvlm.config import PARTS, Part, PhaseConfig, TrainConfig, UnfreezeConfig
 from rectvlm.train.ema import follow
 
 _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
@@ -138,3 +138,15 @@ def allow_all_gradients(model: nn.Module, groups: list[dict[str, Any]]) -> None:
         for group in groups:
             for name in group["names"]:
                 own[name].requires_grad_(True)
+
+
+def set_modes(model: nn.Module, phase: PhaseConfig) -> None:
+    """Training mode, but for parts that do not train: what they say has neither noise nor dropout.
+
+    The engine must keep bitsandbytes from repacking the 4-bit weights of a generator in eval mode.
+    """
+    model.train()
+    for part in PARTS:
+        module = getattr(model, part, None)
+        if module is not None and part not in phase.lr:
+            module.eval()
