@@ -26,7 +26,7 @@ PhaseKey = Literal[1, 2, 3, "localize", "align"]
 """Rows of `rectvlm.train.phases`: the three phases, and the sub-steps of the second and of the third."""
 Metric = Literal[
     "macro_auroc",
-    "macro_ap",
+    "macro_average_precision",
     "mean_dice",
     "loss",
     "loss_classification",
