@@ -106,6 +106,13 @@ class Record:
             return
         _append(self._files["validation"], {"step": step, "metrics": metrics})
         self._trackers.log({"validation": metrics}, step)
+        if samples:
+            # Imported here: most runs draw nothing, and a drawing library takes a second to load.
+            from rectvlm.train.pictures import write_samples
+
+            shown = write_samples(samples, self.folder / "validation" / f"step-{step:06d}")
+            pictures = {f"validation/{key}": picture for key, (picture, _) in shown.items()}
+            self._trackers.show(pictures, {f"reports/{key}": words for key, (_, words) in shown.items()}, step)
 
     def _describe(self) -> None:
         """After the first step: what ZeRO keeps whole on a rank is known by then."""
