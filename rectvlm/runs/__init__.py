@@ -1,0 +1,1 @@
+"""What runs have left: listed, compared, and drawn as curves."""
