@@ -98,8 +98,26 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("overrides", nargs="*", metavar="part.field=value", help="change a value of the configuration")
     plan.set_defaults(run=_plan)
 
+    runs = commands.add_parser("runs", help="list and compare runs, plot their curves")
+    _add_runs(runs)
+
     commands.add_parser("version", help="versions of rectvlm, Python and torch").set_defaults(run=_version)
     return parser
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_runs)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    several: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
+    listed = actions.add_parser("list", help="state, steps, loss, best validation, speed of each phase's run")
+    listed.add_argument("folders", nargs="*", default=[Path("runs")], help="where to look (default: runs)", **several)
+    listed.add_argument("--json", action="store_true", help="for programs")
+    compared = actions.add_parser("compare", help="what sets runs apart, and how they did")
+    compared.add_argument("folders", nargs="+", help="of a phase, of a run, or of several", **several)
+    compared.add_argument("--json", action="store_true", help="for programs")
+    plotted = actions.add_parser("plot", help="losses, learning rate, validation and throughput as a PNG")
+    plotted.add_argument("folders", nargs="+", help="of a phase, of a run, or of several", **several)
+    plotted.add_argument("--out", type=Path, metavar="FILE", help="by default curves.png in the folder of a single run")
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:
@@ -265,6 +283,12 @@ def _list(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from rectvlm.plan.command import run
+
+    run(options)
+
+
+def _runs(options: argparse.Namespace) -> None:
+    from rectvlm.runs.command import run
 
     run(options)
 
