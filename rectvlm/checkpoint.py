@@ -4,11 +4,11 @@
         weights.safetensors   trained weights and prompt embeddings (frozen language model weights stay where they are)
         config.yaml           the resolved configuration
         state.json            phase, parts, step, samples seen, versions
-        engine/               optimizer state, one file a rank, written by the engine
+        engine/               32-bit weights and optimizer state, one file a rank (`rectvlm.train.partitions`)
+        manifest.json         size and SHA-256 of each of these files (`rectvlm.whole`)
     RUN/phaseN/best.json      which checkpoint validated best; `RUN/phaseN/best` names it wherever a folder is asked for
 
-A checkpoint is written under a temporary name and renamed when it is whole. It is read without pickle; only resuming
-a run reads `engine/`, which the engine pickles, so resume from your own runs alone.
+A checkpoint is written under a temporary name and renamed when it is whole and on the disk. Nothing in it is a pickle.
 
 An exported model (`rectvlm.pretrained`) is read by the same functions, so whatever takes a checkpoint takes it too.
 """
@@ -58,6 +58,8 @@ class State:
     versions: dict[str, str]
     stage: str | None = None
     """Sub-step of the phase."""
+    bad_in_a_row: int = 0
+    """Steps skipped just before."""
 
 
 _STATE = TypeAdapter(State)
@@ -80,11 +82,12 @@ def saved_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad] + prompts
 
 
-def write(folder: Path, tensors: dict[str, Tensor], config: Config, state: State) -> None:
-    """Write weights, configuration and state into a folder that exists."""
+def write(folder: Path, tensors: dict[str, Tensor], config: Config, state: State) -> list[Path]:
+    """Write weights, configuration and state into a folder that exists; the files."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
     (folder / CONFIG).write_text(config.to_yaml())
     (folder / STATE).write_text(json.dumps(_STATE.dump_python(state, mode="json"), indent=2) + "\n")
+    return [folder / WEIGHTS, folder / CONFIG, folder / STATE]
 
 
 def step_folder(phase_folder: Path, step: int) -> Path:

@@ -5,11 +5,14 @@ what runs is what was asked for: Accelerate can fall back to one process, or dro
 """
 
 import logging
+import math
 import os
 import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from rectvlm.config import PhaseConfig
-from rectvlm.train import ema
+from rectvlm.train import ema, partitions
 from rectvlm.train.memory import peak_memory_bytes
 from rectvlm.train.sharding import persistence_threshold, read_settings
 from rectvlm.types import UserError
@@ -55,11 +58,32 @@ def _tensors_of(state: Any) -> list[Tensor]:
     return own + (_tensors_of(state.state2) if state.state2 is not None else [])
 
 
+@dataclass(frozen=True)
+class Stepped:
+    """What became of an optimizer step."""
+
+    norm: float | None
+    """Of the gradient, before clipping; None where it is not finite."""
+    applied: bool
+    """Whether the weights changed."""
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error of a collective says that other ranks have gone away, or did not answer in time."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 class Engine:
     """Processes, sharding, backward, optimizer step, and the state of all that."""
 
     def __init__(
-        self, ds_config: Path, phase: PhaseConfig, clip: float, run_folder: Path, trackers: Sequence[str] = ()
+        self,
+        ds_config: Path,
+        phase: PhaseConfig,
+        clip: float,
+        run_folder: Path,
+        trackers: Sequence[str] = (),
+        timeout: float = 1800.0,
     ) -> None:
         """Start.
 
@@ -68,8 +92,8 @@ class Engine:
             phase: batch sizes.
             clip: largest gradient norm.
             run_folder: where trackers write.
-            timeout: how long a rank waits for the others before it gives up.
             trackers: of Accelerate, by name.
+            timeout: seconds that a rank waits for the others.
 
         Raises:
             UserError: no such JSON, or Accelerate was told to run without DeepSpeed.
@@ -85,7 +109,7 @@ class Engine:
         self.accelerator = Accelerator(
             mixed_precision="bf16",
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
-            kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout))],
             log_with=list(trackers) or None,
             project_dir=str(run_folder),
         )
@@ -176,17 +200,56 @@ class Engine:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self._watch_norm()
         self.model.train()
+
+    def _watch_norm(self) -> None:
+        """Let DeepSpeed see a norm that is not finite where a step is to be skipped, so that it skips it its own way.
+
+        That way drops the gradients, keeps its buffers and hooks in order, and is taken by all ranks, since all see the
+        same norm. It is the way of an overflow in fp16, and the only one that each stage of ZeRO has.
+        """
+        zero = self.optimizer.optimizer
+        name = "_get_norm_groups" if self._shards_parameters else "scaled_global_norm"
+        measure = getattr(zero, name)
+
+        def measured() -> Any:
+            found = measure()
+            parts = (
+                torch.stack([torch.as_tensor(part, dtype=torch.float32) for part in found])
+                if isinstance(found, list)
+                else found
+            )
+            # A group's norm that is not finite is -1 in DeepSpeed.
+            norm = float(torch.linalg.vector_norm(parts)) if bool((parts >= 0).all()) else math.inf
+            self._norm = norm if math.isfinite(norm) else None
+            if self._refused or self._norm is None or norm > self._largest_norm:
+                bad = torch.full_like(parts, math.inf)
+                return list(bad) if isinstance(found, list) else bad
+            return found
+
+        setattr(zero, name, measured)
+        if not self._shards_parameters:
+            zero.check_grad_overflow = True
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of one micro-batch."""
         self.model.backward(loss)
 
-    def step(self) -> float | None:
-        """End a micro-batch; at the last of a step the weights change and the gradient norm comes back."""
+    def step(self, refuse: bool = False, largest_norm: float = math.inf) -> Stepped | None:
+        """End a micro-batch; at the last of a step the weights change, unless it is skipped.
+
+        Args:
+            refuse: skip the step; all ranks must agree.
+            largest_norm: skip it too when the gradient's norm is above this or not finite.
+
+        Returns:
+            What became of the step, at the last micro-batch of one.
+        """
         boundary = self.model.is_gradient_accumulation_boundary()
+        self._norm, self._refused, self._largest_norm = None, refuse, largest_norm
         self.model.step()
-        return float(self.model.get_global_grad_norm()) if boundary else None
+        return Stepped(self._norm, not self.optimizer.optimizer.overflow) if boundary else None
 
     def mean(self, values: Tensor, counts: Tensor) -> Tensor:
         """Mean over the ranks that know something; both (n,) float, NaN where no rank does."""
@@ -200,11 +263,11 @@ class Engine:
         dist.all_reduce(tensor)
         return int(tensor)
 
-    def largest(self, value: float) -> float:
-        """The largest of all ranks' values."""
-        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+    def largest(self, *values: float) -> list[float]:
+        """The largest of all ranks' values, for each."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return float(tensor)
+        return tensor.tolist()
 
     def everyone(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of the ranks, on all of them."""
@@ -297,9 +360,12 @@ class Engine:
     def _exchange(self) -> None:
         zero = self.optimizer.optimizer
         states = zero.optimizer.state
-        exchanged = sum(ema.exchange(weights, states[weights]) for weights in self._masters() if weights in states)
-        if not exchanged:
-            return
+        if sum(ema.exchange(weights, states[weights]) for weights in self._masters() if weights in states):
+            self._round_masters()
+
+    def _round_masters(self) -> None:
+        """The model's weights become the 32-bit ones, rounded, as after a step."""
+        zero = self.optimizer.optimizer
         if not self._shards_parameters:
             zero.update_lp_params()
             return
@@ -322,21 +388,56 @@ class Engine:
                     found[name] = tensor.detach().to("cpu", copy=True)
         return found
 
-    def save_state(self, folder: Path) -> None:
-        """Optimizer state and trained weights, one file a rank; every rank must call it."""
-        self.model.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True)
-
-    def load_state(self, folder: Path) -> None:
-        """Go on from `save_state`.
+    def save_state(self, folder: Path) -> Path:
+        """Write this rank's share of the 32-bit weights and the optimizer's state; the file.
 
         Raises:
-            UserError: the state does not fit this number of ranks.
+            OSError, SafetensorError: it could not be written.
         """
-        path, _ = self.model.load_checkpoint(str(folder), tag="state", load_module_strict=False)
-        if path is None:
-            raise UserError(
-                f"No engine state for rank {self.rank} of {self.world} in {folder}: resume on as many ranks."
-            )
+        path = folder / partitions.file_of(self.rank, self.world)
+        partitions.write(path, self._groups(), self.optimizer.optimizer.optimizer.state)
+        return path
+
+    def load_state(self, folder: Path, world: int) -> None:
+        """Go on from what `world` ranks saved; every rank must call it.
+
+        Raises:
+            UserError: a file is missing, damaged, or of another model.
+        """
+        zero = self.optimizer.optimizer
+        with partitions.Saved(folder, world) as saved:
+            for group in self._groups():
+                state = saved.fill(group)
+                step = state.pop(partitions.STEP)
+                if step is not None:
+                    state[partitions.STEP] = torch.tensor(step, dtype=torch.float32)
+                    zero.optimizer.state[group.flat] = state
+        self._round_masters()
+
+    def _groups(self) -> list[partitions.Group]:
+        """This rank's flat groups, with what lies where."""
+        zero = self.optimizer.optimizer
+        names = {parameter: name for name, parameter in self.model.module.named_parameters()}
+        found = []
+        members = zero.fp16_groups if self._shards_parameters else zero.bit16_groups
+        for flat, group in zip(self._masters(), members, strict=True):
+            if self._shards_parameters:
+                rows = [(names[p], p.ds_numel, p.partition_numel()) for p in group]
+                fragments = partitions.evenly(rows, self.rank)
+            else:
+                held = [(p, p._hp_mapping) for p in group if p._hp_mapping is not None]
+                fragments = [
+                    partitions.Fragment(
+                        names[p],
+                        p.numel(),
+                        m.lp_fragment_address.start,
+                        m.hp_fragment_address.start,
+                        m.hp_fragment_address.numel,
+                    )
+                    for p, m in held
+                ]
+            found.append(partitions.Group(flat, fragments))
+        return found
 
     def barrier(self) -> None:
         """Wait for all ranks."""

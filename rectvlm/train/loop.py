@@ -1,57 +1,49 @@
-"""The loop that all phases share.
-
-Everything random in a step is drawn after seeding with (seed, step, rank), so a resumed run repeats an unbroken one
-without stored random states.
-"""
+"""The loop that all phases share: steps, what is recorded and saved after them, and the ways in which it ends."""
 
 import logging
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals as Signal
 from typing import Any
 
-import numpy as np
 import torch
 
-from rectvlm import checkpoint
-from rectvlm.config import Config, PhaseConfig
+from rectvlm.config import Config, GuardConfig
 from rectvlm.data.augment import augment
 from rectvlm.train.engine import Engine
+from rectvlm.train.exits import Ended, Exit
+from rectvlm.train.guard import FILE as BAD_STEPS
+from rectvlm.train.guard import BadSteps, Seen, finite, judge, reason_of, shorten
 from rectvlm.train.memory import peak_memory_bytes
 from rectvlm.train.objectives import losses, total
-from rectvlm.train.optim import allow_all_gradients, set_gradients, set_rates
+from rectvlm.train.optim import set_gradients, set_rates
 from rectvlm.train.phases import Phase
+from rectvlm.train.position import Position, seed_micro_batch
 from rectvlm.train.record import Record
+from rectvlm.train.saving import save
+from rectvlm.train.signals import Signals
 from rectvlm.train.utilization import StepWork
 from rectvlm.train.validation import Validator
+from rectvlm.train.watchdog import Doing, Watchdog
 from rectvlm.types import Batch
+from rectvlm.whole import is_full
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Position:
-    """How far a run has come."""
-
-    step: int
-    """Optimizer steps done."""
-    samples_seen: int
-    """By all ranks together."""
 
 
 class Stopwatch:
     """Seconds by part of a step, as the host sees them with the device waited for."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
+    def __init__(self, device: torch.device, doing: Doing) -> None:
+        self.device, self.doing = device, doing
+        self.seconds = dict.fromkeys(("data", "augment", "forward", "backward", "optimizer"), 0.0)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Add the time of a block to a part."""
+        self.doing.part = name
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
@@ -81,20 +73,40 @@ def train(
         position: where to begin; it moves along.
         work: FLOPs of a step, for the record.
     """
-    settings = phase.settings(config)
+    settings, guard = phase.settings(config), config.train.guard
     batches = iter(loader)
+    doing = Doing()
     validator = Validator(engine, phase, config, folder, position.step)
-    with Record(engine, phase, config, folder, position.step, work) as record:
+    bad_steps = BadSteps(folder, position.step) if engine.is_main else None
+    with (
+        Signals() as signals,
+        Watchdog(doing, engine.rank, folder, 60 * guard.timeout) as watchdog,
+        Record(engine, phase, config, folder, position.step, work) as record,
+        _room(folder),
+    ):
         while position.step < settings.steps and not validator.stopped:
-            line, samples = _step(engine, batches, phase, config, settings, position)
+            watchdog.beat()
+            line, samples, signal = _step(engine, batches, phase, config, position, doing, signals)
+            if line["skipped"] is not None:
+                _note(bad_steps, engine, line, guard)
             record.write(line, samples)
+            if position.bad_in_a_row >= guard.patience:
+                raise Ended(Exit.DIVERGED, _diverged(line, folder))
+            watchdog.beat()
             found = validator.after(position.step)
             if found is not None:
                 record.validated(position.step, found.metrics, found.samples)
             best = found is not None and found.best is not None
             last = position.step == settings.steps or validator.stopped
-            if position.step % settings.save_every == 0 or last or best:
-                save(engine, phase, config, folder, saved_names, position, found.best if found else None)
+            if position.step % settings.save_every == 0 or last or best or signal:
+                doing.part, doing.samples = "saving", []
+                watchdog.beat()
+                saved = save(engine, phase, config, folder, saved_names, position, found.best if found else None)
+                if not saved and (last or signal):
+                    raise Ended(Exit.DISK, f"the checkpoint of step {position.step} could not be written")
+            if signal and not last:
+                name = Signal(signal).name
+                raise Ended(Exit.RESUME, f"{name}: saved after step {position.step}, go on with --resume auto")
 
 
 def _step(
@@ -102,103 +114,122 @@ def _step(
     batches: Iterator[Batch],
     phase: Phase,
     config: Config,
-    settings: PhaseConfig,
     position: Position,
-) -> tuple[dict[str, Any], list[str]]:
-    """One optimizer step: what `metrics.jsonl` says of it, and the samples that this rank took."""
+    doing: Doing,
+    signals: Signals,
+) -> tuple[dict[str, Any], list[str], int]:
+    """One optimizer step: what `metrics.jsonl` says of it, the samples that this rank took, and the number of a signal
+    that some rank has received, 0 for none."""
+    settings, guard = phase.settings(config), config.train.guard
     begin = time.perf_counter()
-    watch = Stopwatch(engine.device)
-    seed_step(config.train.seed, position.step, engine.rank)
+    watch = Stopwatch(engine.device, doing)
+    doing.step, doing.samples = position.step + 1, []
     groups = engine.optimizer.param_groups
     rates = set_rates(groups, position.step, settings)
     set_gradients(engine.model.module, groups)
     weighting = getattr(engine.model.module, "weighting", None)
     sums = torch.zeros(len(phase.tasks), 2)
+    values: list[float] = []
     keys: list[str] = []
-    tokens, norm = 0, None
-    for _ in range(settings.accumulation):
+    tokens, stepped = 0, None
+    for number in range(settings.accumulation):
+        first = position.samples_seen + (number * engine.world + engine.rank) * settings.micro_batch
+        seed_micro_batch(config.train.seed, first)
         with watch.part("data"):
-            batch = augment(next(batches).to(engine.device), config.data.augment)
+            raw = next(batches)
+        doing.samples = raw.keys
+        with watch.part("augment"):
+            batch = augment(raw.to(engine.device), config.data.augment)
         with watch.part("forward"):
             outputs = engine.model(batch)
             found = losses(outputs, batch, phase.tasks, config.train.localization)
             loss = total(found, config.train.losses, weighting)
         with watch.part("backward"):
             engine.backward(loss)
+            values.append(loss.item())
         with watch.part("optimizer"):
-            norm = engine.step()
+            last = number == settings.accumulation - 1
+            # A loss that is not normal is refused by all ranks or by none.
+            refuse = last and engine.largest(judge(values, guard))[0] > 0
+            stepped = engine.step(refuse, guard.norm)
         for row, task in enumerate(found.values()):
             known = float(task.count > 0)
             sums[row] += torch.tensor([known * task.value.item(), known])
         keys += batch.keys
         tokens += outputs.tokens
+    assert stepped is not None
+    doing.part = "agreeing"
+    skipped = None if stepped.applied else _skipped(engine, values, keys, stepped.norm, position, guard)
+    position.bad_in_a_row = skipped["in_a_row"] if skipped else 0
     position.step += 1
     position.samples_seen += settings.micro_batch * settings.accumulation * engine.world
-    values = engine.mean(sums[:, 0] / sums[:, 1].clamp_min(1), sums[:, 1])
-    by_task = {task: None if v != v else v for task, v in zip(phase.tasks, values.tolist(), strict=True)}
+    means = engine.mean(sums[:, 0] / sums[:, 1].clamp_min(1), sums[:, 1])
+    by_task = {task: finite(value) for task, value in zip(phase.tasks, means.tolist(), strict=True)}
+    memory, signal = engine.largest(peak_memory_bytes(), signals.received)
     line = {
         "step": position.step,
         "loss": sum(getattr(config.train.losses, task) * (value or 0.0) for task, value in by_task.items()),
         "losses": by_task,
         "lr": rates,
-        "grad_norm": norm,
+        "grad_norm": finite(stepped.norm),
+        "skipped": skipped,
         "samples_seen": position.samples_seen,
         "tokens": engine.sum(tokens),
         "seconds": {"total": time.perf_counter() - begin, **watch.seconds},
-        "memory_bytes": engine.largest(peak_memory_bytes()),
+        "memory_bytes": memory,
     }
+    if skipped is not None and any(None in seen["losses"] for seen in skipped["ranks"]):
+        line["loss"] = None
     if weighting is not None:
         factors = zip(phase.tasks, weighting.factors().tolist(), strict=True)
         line["task_weights"] = {task: getattr(config.train.losses, task) * factor for task, factor in factors}
-    return line, keys
+    return line, keys, int(signal)
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch with a number that is a function of seed, step and rank."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+def _skipped(
+    engine: Engine, values: list[float], keys: list[str], norm: float | None, position: Position, guard: GuardConfig
+) -> dict[str, Any]:
+    """Why the step was skipped, and what every rank saw of it; every rank must call it."""
+    own: Seen = {"rank": engine.rank, "losses": [finite(value) for value in values], "samples": keys}
+    ranks: list[Seen] = engine.everyone(own)
+    names = [name for rank in ranks for name in rank["samples"]]
+    reason = reason_of(ranks, norm, guard)
+    return {"reason": reason, "in_a_row": position.bad_in_a_row + 1, "samples": names, "ranks": ranks}
 
 
-def save(
-    engine: Engine,
-    phase: Phase,
-    config: Config,
-    folder: Path,
-    saved_names: list[str],
-    position: Position,
-    best: float | None = None,
-) -> None:
-    """Write a whole checkpoint or none: under a temporary name, renamed at the end.
+def _note(bad_steps: BadSteps | None, engine: Engine, line: dict[str, Any], guard: GuardConfig) -> None:
+    """Write a skipped step down, by rank, and say so."""
+    ranks = line["skipped"].pop("ranks")
+    if bad_steps is None:
+        return
+    skipped = line["skipped"]
+    bad_steps.append(line["step"], skipped["reason"], line["grad_norm"], ranks)
+    log.warning(
+        "step %d skipped, %d of at most %d in a row: %s; samples %s",
+        line["step"],
+        skipped["in_a_row"],
+        guard.patience,
+        skipped["reason"],
+        shorten(skipped["samples"]),
+    )
 
-    Its weights are the moving averages where the phase keeps some. `best` is the value of the metric that makes this
-    checkpoint the best so far.
-    """
-    target = checkpoint.step_folder(folder, position.step)
-    work = target.with_name(f".{target.name}.partial")
-    if engine.is_main:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    engine.barrier()
-    allow_all_gradients(engine.model.module, engine.optimizer.param_groups)
-    engine.save_state(work / checkpoint.ENGINE)
-    with engine.averaged():
-        tensors = engine.gather(saved_names)
-    if engine.is_main:
-        state = checkpoint.State(
-            phase=phase.number,
-            parts=phase.parts,
-            step=position.step,
-            samples_seen=position.samples_seen,
-            world_size=engine.world,
-            versions=checkpoint.versions(),
-            stage=phase.stage,
-        )
-        checkpoint.write(work, tensors, config, state)
-    engine.barrier()  # every rank's file is there
-    if engine.is_main:
-        shutil.rmtree(target, ignore_errors=True)
-        work.rename(target)
-        if best is not None:
-            checkpoint.note_best(folder, position.step, phase.settings(config).validation.best, best)
-        checkpoint.prune(folder, config.train.keep)
-        log.info("saved %s", target)
-    engine.barrier()
+
+def _diverged(line: dict[str, Any], folder: Path) -> str:
+    skipped = line["skipped"]
+    return (
+        f"{skipped['in_a_row']} steps in a row were skipped, the last, {line['step']}, because {skipped['reason']}; "
+        f"{folder / BAD_STEPS} names the samples of each: look at them, or lower the learning rate and go on from the "
+        "last checkpoint with --resume"
+    )
+
+
+@contextmanager
+def _room(folder: Path) -> Iterator[None]:
+    """End in order when the log files cannot grow."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        reason = f"no room to write to {folder} ({error}): make room, go on with --resume auto"
+        raise Ended(Exit.DISK, reason, together=False) from error

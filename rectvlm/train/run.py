@@ -1,38 +1,50 @@
 """One phase, from the command line to its last checkpoint: parse, build, train.
 
-accelerate launch launch/phase3.py [--config demo] [--stage align] [--from PATH | best] [--resume | --restart]
-[part.field=value …]
+accelerate launch launch/phase3.py [--config demo] [--stage align] [--from PATH | best]
+[--resume [auto] | --restart] [part.field=value …]
 """
 
 import argparse
 import contextlib
 import io
 import logging
-import shutil
+import os
 import sys
 from collections.abc import Sequence
-from itertools import count
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from rectvlm import checkpoint, weights
-from rectvlm.config import Config, PhaseConfig, load
+from rectvlm.config import Config, load
 from rectvlm.data.loader import train_loader
 from rectvlm.models import RectVLM
 from rectvlm.models.language import load_language_model
 from rectvlm.models.text import Prompts
-from rectvlm.train.engine import Engine
-from rectvlm.train.loop import Position, train
+from rectvlm.train.beginning import (
+    Resume,
+    make_way,
+    newest_whole,
+    position_of,
+    require_something_to_resume,
+    source_of,
+)
+from rectvlm.train.engine import Engine, is_lost
+from rectvlm.train.exits import Ended, Exit, clear_ending, write_ending
+from rectvlm.train.loop import train
 from rectvlm.train.optim import build_optimizer, freeze_all_but, set_modes
 from rectvlm.train.phases import PHASES, STAGES, Phase, planned
+from rectvlm.train.signals import end_with_the_launcher
 from rectvlm.train.trackers import chosen
 from rectvlm.train.utilization import work_of_a_step
-from rectvlm.train.validation import has_stopped
 from rectvlm.train.weighting import TaskWeighting
 from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
+
+COLLECTIVES_LATER = 60.0
+"""Seconds after the watchdog's timeout in which a collective gives up."""
 
 
 def main(number: int, checkout: Path, argv: Sequence[str] | None = None) -> None:
@@ -41,12 +53,37 @@ def main(number: int, checkout: Path, argv: Sequence[str] | None = None) -> None
     args = _parse(phase, argv)
     if args.stage is not None:
         phase = STAGES[args.stage]
+    end_with_the_launcher()
+    folder = None
     try:
         ds_config = args.ds_config or checkout / "ds_configs" / f"phase{phase.number}.json"
-        run(phase, load(args.config, args.overrides), ds_config, args.resume, args.restart, args.source)
+        config = load(args.config, args.overrides)
+        folder = folder_of(phase, config)
+        run(phase, config, ds_config, args.resume, args.restart, args.source)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        sys.exit(Exit.MISTAKE)
+    except Ended as ended:
+        sys.stderr.write(f"error: {ended.reason}.\n")
+        raise
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        _leave(folder, f"a rank lost the others ({str(error).splitlines()[0][:300]})")
+
+
+def folder_of(phase: Phase, config: Config) -> Path:
+    """Where a phase's run is."""
+    return Path(config.train.runs) / config.name / phase.folder
+
+
+def _leave(folder: Path | None, reason: str) -> NoReturn:
+    """End a rank that has lost the others, at once: what waits for them would wait for good."""
+    sys.stderr.write(f"error: {reason}; go on with --resume auto.\n")
+    sys.stderr.flush()
+    if folder is not None:
+        write_ending(folder, Exit.LOST, reason, None)
+    os._exit(Exit.LOST)
 
 
 def _parse(phase: Phase, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -70,7 +107,13 @@ def _parse(phase: Phase, argv: Sequence[str] | None) -> argparse.Namespace:
         help="start from this run's phase folder or checkpoint, or from the best one of the phase before (`best`)",
     )
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="go on from this phase's newest checkpoint")
+    start.add_argument(
+        "--resume",
+        default="no",
+        choices=("yes", "auto"),
+        metavar="[auto]",
+        help="go on from this phase's newest whole checkpoint; with `auto`, begin where there is none",
+    )
     start.add_argument("--restart", action="store_true", help="delete this phase's earlier run and begin anew")
     parser.add_argument(
         "--ds-config",
@@ -79,31 +122,44 @@ def _parse(phase: Phase, argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"instead of ds_configs/phase{phase.number}.json",
     )
     parser.add_argument("overrides", nargs="*", metavar="part.field=value", help="change a value of the configuration")
-    return parser.parse_intermixed_args(argv)
+    return parser.parse_intermixed_args(_joined(sys.argv[1:] if argv is None else argv))
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """Words of a command line with `--resume` and its value as one, so that it does not swallow an override."""
+    found: list[str] = []
+    for word in words:
+        if found and found[-1] == "--resume=yes" and word == "auto":
+            found[-1] = "--resume=auto"
+        else:
+            found.append("--resume=yes" if word == "--resume" else word)
+    return found
 
 
 def run(
-    phase: Phase, config: Config, ds_config: Path, resume: bool, restart: bool, source_given: str | None = None
+    phase: Phase, config: Config, ds_config: Path, resume: Resume, restart: bool, source_given: str | None = None
 ) -> None:
     """Train one phase.
 
     Raises:
+        Ended: early, in order.
         UserError: missing shards, a missing or unfit checkpoint of the phase before, an earlier run in the way.
     """
     settings = phase.settings(config)
-    folder = Path(config.train.runs) / config.name / phase.folder
-    source = _source(phase, config, source_given)
-    start = _start(folder, phase, resume)
+    folder = folder_of(phase, config)
+    source = source_of(phase, config, source_given)
+    if resume == "yes":
+        require_something_to_resume(folder, phase)
     _prepare_models(phase, config)
     work = work_of_a_step(phase, config)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints which op it has built
-        engine = Engine(ds_config, settings, config.train.clip, folder, chosen(config))
+        # The watchdog, which says more, comes before the timeout of a collective.
+        timeout = 60 * config.train.guard.timeout + COLLECTIVES_LATER
+        engine = Engine(ds_config, settings, config.train.clip, folder, chosen(config), timeout)
     if not engine.is_main:
         logging.getLogger("rectvlm").setLevel(logging.WARNING)
-    position = Position(step=0, samples_seen=0)
-    if start is not None:
-        state = checkpoint.read_state(start)
-        position = Position(state.step, state.samples_seen)
+    start = newest_whole(folder, resume, engine)
+    position = position_of(start)
     loader = train_loader(
         config.data,
         settings.micro_batch,
@@ -114,11 +170,14 @@ def run(
         pin=engine.device.type == "cuda",
     )
     config = planned(config, phase, len(loader.dataset), engine.world, position.step, position.samples_seen)
-    if not resume:
-        _clear(folder, phase.settings(config), restart, engine)
+    if start is None:
+        make_way(folder, phase.settings(config), restart, engine)
+    elif engine.is_main:
+        clear_ending(folder)
 
     torch.manual_seed(config.train.seed)
-    model = build(phase, config, source, engine)
+    # A run that goes on has all its weights in its own checkpoint, whatever became of the phase before.
+    model = build(phase, config, start or source, engine)
     # Before freezing: a part without a learning rate belongs to the checkpoint too.
     names = checkpoint.saved_names(model)
     if config.train.weighting == "uncertainty":
@@ -128,9 +187,18 @@ def run(
     engine.prepare(model, optimizer)
     set_modes(model, settings)
     if start is not None:
-        engine.load_state(start / checkpoint.ENGINE)
+        engine.load_state(start / checkpoint.ENGINE, checkpoint.read_state(start).world_size)
         log.info("resumed from %s", start)
-    train(engine, loader, phase, config, folder, names, position, work)
+    try:
+        train(engine, loader, phase, config, folder, names, position, work)
+    except Ended as ended:
+        if engine.is_main or not ended.together:
+            write_ending(folder, ended.exit, ended.reason, position.step)
+        if ended.together:
+            engine.close()
+        raise
+    if engine.is_main:
+        write_ending(folder, Exit.FINISHED, "finished", position.step)
     engine.close()
 
 
@@ -166,53 +234,3 @@ def build(phase: Phase, config: Config, source: Path | None, engine: Engine) -> 
     checkpoint.load_weights(model, tensors, expected, source)
     log.info("starting from %s", source)
     return model
-
-
-def _source(phase: Phase, config: Config, given: str | None) -> Path | None:
-    """The checkpoint to start from: the one given, or that of the phase before."""
-    if given not in (None, checkpoint.BEST):
-        return checkpoint.find(given, "give --from a run's phase folder, one checkpoint in it, or an exported model")
-    if phase.init_from is None:
-        if given is not None:
-            raise UserError("Phase 1 has no phase before it: give --from the path of a checkpoint, or leave it out.")
-        return None
-    folder = Path(config.train.runs) / config.name / f"phase{phase.init_from}"
-    if given is not None:
-        folder /= checkpoint.BEST
-    remedy = (
-        f"phase {phase.number} starts from phase {phase.init_from}'s, so run "
-        f"`accelerate launch launch/phase{phase.init_from}.py --config {config.name}` first"
-    )
-    return checkpoint.find(folder, remedy)
-
-
-def _start(folder: Path, phase: Phase, resume: bool) -> Path | None:
-    if not resume:
-        return None
-    return checkpoint.find(folder, f"there is nothing to resume, so run phase {phase.number} without --resume")
-
-
-def _clear(folder: Path, settings: PhaseConfig, restart: bool, engine: Engine) -> None:
-    """Never write over an earlier run unasked: a finished one is moved aside, one that was cut off can go on."""
-    earlier = checkpoint.all_checkpoints(folder)
-    engine.barrier()  # all ranks have looked before any removes
-    steps = settings.steps
-    finished = bool(earlier) and (
-        checkpoint.read_state(earlier[-1]).step >= steps or has_stopped(folder, settings.validation)
-    )
-    if earlier and not finished and not restart:
-        raise UserError(
-            f"{folder} already holds an unfinished run (up to {earlier[-1].name} of {steps} steps): go on with "
-            "--resume, begin anew with --restart, or write elsewhere with name=NEW."
-        )
-    engine.barrier()  # all have read what moves now
-    if engine.is_main:
-        if finished and not restart:
-            aside = next(
-                path for n in count(1) if not (path := folder.with_name(f"{folder.name}.earlier-{n}")).exists()
-            )
-            folder.rename(aside)
-            log.info("the earlier run of phase %s is now in %s", folder.name.removeprefix("phase"), aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    engine.barrier()

@@ -1,0 +1,139 @@
+"""Where a run begins: from the phase before, from its own newest whole checkpoint, or anew."""
+
+import logging
+import shutil
+from itertools import count
+from pathlib import Path
+from typing import Literal
+
+from rectvlm import checkpoint, whole
+from rectvlm.config import Config, PhaseConfig
+from rectvlm.train.engine import Engine
+from rectvlm.train.phases import Phase
+from rectvlm.train.position import Position
+from rectvlm.train.validation import has_stopped
+from rectvlm.types import UserError
+
+log = logging.getLogger(__name__)
+
+Resume = Literal["no", "yes", "auto"]
+"""Whether to go on with an earlier run; `auto` begins anew where there is none."""
+
+
+def source_of(phase: Phase, config: Config, given: str | None) -> Path | None:
+    """The checkpoint whose weights a phase starts from: the one given, or that of the phase before.
+
+    Raises:
+        UserError: there is none.
+    """
+    if given not in (None, checkpoint.BEST):
+        return checkpoint.find(given, "give --from a run's phase folder, one checkpoint in it, or an exported model")
+    if phase.init_from is None:
+        if given is not None:
+            raise UserError("Phase 1 has no phase before it: give --from the path of a checkpoint, or leave it out.")
+        return None
+    folder = Path(config.train.runs) / config.name / f"phase{phase.init_from}"
+    if given is not None:
+        folder /= checkpoint.BEST
+    remedy = (
+        f"phase {phase.number} starts from phase {phase.init_from}'s, so run "
+        f"`accelerate launch launch/phase{phase.init_from}.py --config {config.name}` first"
+    )
+    return checkpoint.find(folder, remedy)
+
+
+def require_something_to_resume(folder: Path, phase: Phase) -> None:
+    """Stop before anything is loaded.
+
+    Raises:
+        UserError: there is no checkpoint, whole or not.
+    """
+    if not _folders(folder):
+        raise UserError(
+            f"No checkpoint in {folder}: there is nothing to resume, so run phase {phase.number} without --resume, or "
+            "with --resume auto."
+        )
+
+
+def newest_whole(folder: Path, resume: Resume, engine: Engine) -> Path | None:
+    """The newest checkpoint that is what was written; damaged ones are set aside. Every rank must call it.
+
+    Each rank reads its share of the files, and all come to the same end.
+
+    Raises:
+        UserError: none is whole, and `resume` is not `auto`.
+    """
+    if resume == "no":
+        return None
+    if engine.is_main:
+        for unfinished in folder.glob("checkpoints/.step-*.partial"):
+            log.warning("%s was being written when the run ended: removed", unfinished)
+            shutil.rmtree(unfinished)
+    found: list[Path] = engine.everyone(_folders(folder))[0]
+    for path in reversed(found):
+        faults = sorted({fault for share in engine.everyone(_faults(path, engine)) for fault in share})
+        if not faults:
+            return path
+        if engine.is_main:
+            log.warning("%s is damaged: %s; it is now %s", path, "; ".join(faults), whole.set_aside(path).name)
+        engine.barrier()
+    if found and resume == "yes":
+        raise UserError(
+            f"None of the {len(found)} checkpoints in {folder} is whole, and they are set aside: begin anew with "
+            "--restart, or without --resume."
+        )
+    return None
+
+
+def position_of(start: Path | None) -> Position:
+    """How far a checkpoint had come."""
+    if start is None:
+        return Position(step=0, samples_seen=0)
+    state = checkpoint.read_state(start)
+    return Position(state.step, state.samples_seen, state.bad_in_a_row)
+
+
+def make_way(folder: Path, settings: PhaseConfig, restart: bool, engine: Engine) -> None:
+    """Never write over an earlier run unasked: one that is finished or damaged is moved aside, one that was cut off can
+    go on.
+
+    Raises:
+        UserError: an unfinished run is there, and `restart` is not given.
+    """
+    earlier = checkpoint.all_checkpoints(folder)
+    damaged = list(folder.glob("checkpoints/damaged-*"))
+    engine.barrier()  # all ranks have looked before any removes
+    steps = settings.steps
+    finished = bool(earlier) and (
+        checkpoint.read_state(earlier[-1]).step >= steps or has_stopped(folder, settings.validation)
+    )
+    if earlier and not finished and not restart:
+        raise UserError(
+            f"{folder} already holds an unfinished run (up to {earlier[-1].name} of {steps} steps): go on with "
+            "--resume, begin anew with --restart, or write elsewhere with name=NEW."
+        )
+    engine.barrier()  # all have read what moves now
+    if engine.is_main:
+        if (finished or damaged) and not restart:
+            aside = next(
+                path for n in count(1) if not (path := folder.with_name(f"{folder.name}.earlier-{n}")).exists()
+            )
+            folder.rename(aside)
+            log.info("the earlier run of phase %s is now in %s", folder.name.removeprefix("phase"), aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    engine.barrier()
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Checkpoints of a phase, whole or not, oldest first."""
+    found = [path for path in folder.glob("checkpoints/step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _faults(path: Path, engine: Engine) -> list[str]:
+    """What is wrong with this rank's share of a checkpoint's files."""
+    try:
+        return whole.faults(path, whole.names(path)[engine.rank :: engine.world])
+    except UserError as error:
+        return [str(error)]

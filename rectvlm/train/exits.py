@@ -1,0 +1,59 @@
+"""How a run ends: the one table of exit codes, and what it leaves to read.
+
+`accelerate launch` ends with 1 whenever a rank ends with a code that is not 0, so the code of the run itself is also in
+RUN/phaseN/ending.json, for whoever decides whether to start it again.
+"""
+
+import json
+import os
+from datetime import UTC, datetime
+from enum import IntEnum
+from pathlib import Path
+
+FILE = "ending.json"
+
+
+class Exit(IntEnum):
+    """Exit codes of `launch/phaseN.py`; the numbers above 64 are those of sysexits.h."""
+
+    FINISHED = 0
+    """The last step is done and saved."""
+    MISTAKE = 2
+    """Something that the user can mend, in one sentence."""
+    DIVERGED = 65
+    """Too many steps in a row had a loss or gradient that is not normal; starting again would repeat them."""
+    LOST = 69
+    """A rank hung or went away: start again with `--resume auto`."""
+    DISK = 74
+    """What had to be written could not be: make room, then start again with `--resume auto`."""
+    RESUME = 75
+    """Stopped by a signal after saving: start again with `--resume auto`."""
+
+
+class Ended(SystemExit):
+    """The run ends early, in order; `together` where all ranks raise it."""
+
+    def __init__(self, code: Exit, reason: str, together: bool = True) -> None:
+        super().__init__(int(code))
+        self.exit, self.reason, self.together = code, reason, together
+
+
+def write_ending(folder: Path, code: Exit, reason: str, step: int | None) -> None:
+    """Leave `ending.json`; nothing when there is no room or no folder."""
+    ending = {
+        "code": int(code),
+        "reason": reason,
+        "step": step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    made = folder / f".{FILE}.{os.getpid()}"
+    try:
+        made.write_text(json.dumps(ending) + "\n")
+        made.replace(folder / FILE)
+    except OSError:
+        return
+
+
+def clear_ending(folder: Path) -> None:
+    """While a run goes on there is no `ending.json`; none afterwards means that it was killed."""
+    (folder / FILE).unlink(missing_ok=True)
