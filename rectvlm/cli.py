@@ -43,22 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one")
     predict.set_defaults(run=_predict)
 
-    evaluate = commands.add_parser("evaluate", help="metrics of a checkpoint on shards, as JSON and a table")
-    evaluate.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder")
-    evaluate.add_argument("--shards", type=Path, metavar="DIR", help="by default those the checkpoint was trained on")
-    evaluate.add_argument("--split", choices=("valid", "train"), default="valid")
-    evaluate.add_argument("--out", type=Path, metavar="FILE", help="by default in the checkpoint's folder")
-    evaluate.add_argument("--no-reports", action="store_true", help="do not generate reports, which take longest")
-    evaluate.add_argument(
-        "--report-limit",
-        type=_positive,
-        metavar="N",
-        help="generate reports for the first N cases only, batch by batch",
-    )
-    evaluate.add_argument("--limit", type=_positive, metavar="N", help="evaluate the first N cases only")
-    evaluate.add_argument("--batch-size", type=_positive, default=1, metavar="B")
-    evaluate.add_argument("--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one")
-    evaluate.set_defaults(run=_evaluate)
+    _add_evaluate(commands.add_parser("evaluate", help="metrics of a checkpoint on shards: JSON, tables and plots"))
 
     _add_weights(commands.add_parser("weights", help="fetch, publish, check and list weights"))
 
@@ -118,6 +103,28 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     plotted = actions.add_parser("plot", help="losses, learning rate, validation and throughput as a PNG")
     plotted.add_argument("folders", nargs="+", help="of a phase, of a run, or of several", **several)
     plotted.add_argument("--out", type=Path, metavar="FILE", help="by default curves.png in the folder of a single run")
+
+
+def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder")
+    evaluate.add_argument("--shards", metavar="DIR_OR_URL", help="by default those the checkpoint was trained on")
+    evaluate.add_argument("--split", choices=("valid", "train"), default="valid")
+    evaluate.add_argument("--out", type=Path, metavar="FILE", help="by default in the checkpoint's folder")
+    evaluate.add_argument("--no-reports", action="store_true", help="do not generate reports, which take longest")
+    evaluate.add_argument("--report-limit", type=_positive, metavar="N", help="reports of the first N cases only")
+    evaluate.add_argument("--limit", type=_positive, metavar="N", help="evaluate the first N cases only")
+    evaluate.add_argument("--batch-size", type=_positive, default=1, metavar="B")
+    evaluate.add_argument("--device", help="cpu, cuda, cuda:1, …; by default a GPU for each process if there is one")
+    evaluate.add_argument("--truth", type=Path, metavar="DIR", help="outlines as drawn, KEY/LESION.nii.gz")
+    evaluate.add_argument("--surface-tolerance", type=float, default=2.0, metavar="MM", help="of the surface Dice")
+    evaluate.add_argument(
+        "--thresholds", choices=("fit", "stored"), default="fit", help="on the train split, or those of the checkpoint"
+    )
+    evaluate.add_argument("--fit-limit", type=_positive, default=512, metavar="N", help="cases to fit them on, at most")
+    evaluate.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for intervals, 0: none")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the resamples")
+    evaluate.add_argument("--no-plots", action="store_true", help="tables only")
+    evaluate.set_defaults(run=_evaluate)
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:
@@ -187,7 +194,10 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
     from rectvlm.evaluate import evaluate, output_path
+    from rectvlm.evaluate.tables import terminal_table
 
     _check_device(options.device)
     result = evaluate(
@@ -195,14 +205,22 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.shards,
         options.split,
         options.out,
+        device=options.device,
         reports=not options.no_reports,
         report_limit=options.report_limit,
         limit=options.limit,
         batch_size=options.batch_size,
-        device=options.device,
+        truth=options.truth,
+        surface_tolerance=options.surface_tolerance,
+        thresholds=options.thresholds,
+        fit_limit=options.fit_limit,
+        bootstrap=options.bootstrap,
+        seed=options.seed,
+        plots=not options.no_plots,
     )
-    _show(result)
-    sys.stdout.write(f"{output_path(options.checkpoint, options.split, options.out)}\n")
+    if result is not None:  # the first of several processes
+        Console().print(terminal_table(result))
+        sys.stdout.write(f"{output_path(options.checkpoint, options.split, options.out)}\n")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -297,35 +315,6 @@ def _version(_options: argparse.Namespace) -> None:
     for name in ("rectvlm", "torch"):
         sys.stdout.write(f"{name} {version(name)}\n")
     sys.stdout.write(f"python {sys.version.split()[0]}\n")
-
-
-def _show(result: dict[str, Any]) -> None:
-    """The main figures as one table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{result['config']}, {result['split']} split, {result['n_cases']} cases")
-    for column in ("", "metric", "value", "without image", "n"):
-        table.add_column(column, justify="right" if column in ("value", "without image") else "left")
-    for kind in ("macro", "weighted"):
-        mean = result["classification"][kind]
-        for score in ("auroc", "f1", "precision", "recall"):
-            table.add_row(
-                "findings", f"{kind} {score}", _number(mean[score]), "", f"{mean[f'n_findings_{score}']} of 18"
-            )
-    for key, row in (result["localization"] or {"per_lesion": {}})["per_lesion"].items():
-        cases = f"{row['n_cases']}, {row['n_present']} with it"
-        table.add_row("lesions", f"Dice {key.replace('_', ' ')}", _number(row["dice"]), "", cases)
-    if result["reports"]:
-        image, ablated = result["reports"]["image"], result["reports"]["image_ablated"]
-        for score in ("bleu_1", "bleu_4", "rouge_l", "bertscore_f1"):
-            if score in image:
-                table.add_row("reports", score, _number(image[score]), _number(ablated[score]), str(image["n"]))
-    Console().print(table)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
 
 
 if __name__ == "__main__":

@@ -83,9 +83,12 @@ def test_a_model_without_localizer_has_no_localization(tiny_run, tmp_path):
 
 def test_without_a_train_split_thresholds_stay_at_one_half(tiny_run, tiny, tmp_path):
     sample = phantom_sample(8, tiny, "valid")
-    no_report = replace(sample.meta, key="silent", patient="silent", findings=None, impression=None)
+    no_report = replace(sample.meta, key="silent", patient="silent", scan="silent", findings=None, impression=None)
     write_shards([sample, replace(sample, meta=no_report)], tmp_path / "shards")
-    result = evaluate(tiny_run(3), tmp_path / "shards", out=tmp_path / "m.json", device="cpu")
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint.find(tiny_run(3), ""), folder)
+    (folder / THRESHOLDS).unlink(missing_ok=True)
+    result = evaluate(folder, tmp_path / "shards", out=tmp_path / "m.json", device="cpu")
     assert set(result["thresholds"]["values"].values()) == {0.5}
     assert "no train split" in result["thresholds"]["source"] and len(result["thresholds"]["not_fitted"]) == 18
     assert (result["reports"]["image"]["n"], result["reports"]["image"]["n_without_reference"]) == (1, 1)

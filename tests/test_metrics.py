@@ -10,6 +10,7 @@ from sklearn.metrics import f1_score
 
 from rectvlm import metrics
 from rectvlm.labels import FINDINGS, LESIONS, N_FINDINGS, N_LESIONS
+from rectvlm.metrics.classification import SCORES
 from rectvlm.metrics.reports import bertscore
 
 HALF = np.full(N_FINDINGS, 0.5)
@@ -36,9 +37,11 @@ def test_known_values_of_one_finding():
     assert (row["n_known"], row["n_positive"]) == (4, 2)
     assert result["macro"]["auroc"] == result["weighted"]["auroc"] == 0.75
     assert result["macro"]["n_findings_auroc"] == 1
-    assert result["per_finding"][FINDINGS[1]] == {
-        "auroc": None, "f1": None, "precision": None, "recall": None, "threshold": 0.5, "n_known": 0, "n_positive": 0,
-    }  # fmt: skip
+    unknown = result["per_finding"][FINDINGS[1]]
+    assert all(unknown[score] is None for score in SCORES)
+    assert unknown == dict.fromkeys(SCORES) | {"threshold": 0.5, "n_known": 0, "n_positive": 0}
+    # Of the four calls two are right; squared errors 0.01, 0.36, 0.36, 0.01.
+    assert row["accuracy"] == 0.5 and row["brier"] == pytest.approx(0.185)
 
 
 def test_macro_and_weighted_f1_are_scikit_learns():

@@ -1,0 +1,143 @@
+"""One case: what the model says of it, beside what is true, reduced to what the metrics need. A line of JSON each."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+
+from rectvlm import metrics
+from rectvlm.evaluate.native import Source, to_native
+from rectvlm.evaluate.options import LESION_THRESHOLD, Options
+from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.metrics import LesionCase
+from rectvlm.models import RectVLM
+from rectvlm.types import Batch, MaskVolume, SampleMeta, UserError
+
+Purpose = Literal["fit", "evaluate"]
+"""`fit`: a case of the train split, whose probabilities thresholds are fitted on."""
+
+
+@dataclass(frozen=True)
+class LesionRecord:
+    """One annotated lesion of a case."""
+
+    native: LesionCase
+    """On the native grid, in mm."""
+    grid: tuple[int, int, int]
+    """Voxels in the intersection, the prediction and the truth on the model's grid."""
+    truth: Source
+
+
+@dataclass(frozen=True)
+class CaseRecord:
+    """One volume."""
+
+    purpose: Purpose
+    position: int
+    """Number in its split."""
+    key: str
+    scan: str
+    patient: str
+    probabilities: list[float]
+    """(18,)."""
+    labels: list[int | None]
+    """(18,), None where unknown."""
+    lesions: list[LesionRecord | None]
+    """Five, None where not annotated; empty where the model has no localizer."""
+    reference: str | None
+    generated: str | None
+    """None where no report was asked for."""
+    without_image: str | None
+    """The same from a volume of air."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+RECORD = TypeAdapter(CaseRecord)
+
+
+def examine(model: RectVLM, batch: Batch, positions: list[int], purpose: Purpose, options: Options) -> list[CaseRecord]:
+    """Predict on a batch and compare.
+
+    Args:
+        model: in eval mode, on its device.
+        batch: on the CPU.
+        positions: number of each of its samples in the split.
+        purpose: with `fit` lesions and reports are left out.
+        options: of the evaluation.
+
+    Raises:
+        UserError: the model's output is not finite, or a file of outlines cannot be used.
+    """
+    device = next(model.parameters()).device
+    on_device = batch.to(device)
+    evaluating = purpose == "evaluate"
+    wanted = options.reports and model.has_generator and evaluating
+    # Of the whole batch or of none, so that what a batch holds does not depend on what was there before.
+    limit = options.report_limit
+    generate = wanted and (limit is None or positions[0] < limit)
+    localize = evaluating and model.localizer is not None
+    prediction = model.predict(on_device, generate=generate, localize=localize)
+    control = model.predict(on_device, generate=True, ablate_image=True) if generate else None
+    findings = prediction.findings.float().cpu().numpy()
+    if not np.isfinite(findings).all():
+        raise UserError(
+            f"The model's probabilities for {', '.join(batch.keys)} are not finite: use another checkpoint."
+        )
+    records = []
+    for i, meta in enumerate(batch.meta):
+        lesions: list[LesionRecord | None] = []
+        if localize:
+            lesions = _lesions(prediction.lesions[i].float().cpu().numpy(), batch.lesions[i].numpy(), meta, options)
+        written = generate and (limit is None or positions[i] < limit)
+        assert not written or (prediction.reports is not None and control is not None and control.reports is not None)
+        records.append(
+            CaseRecord(
+                purpose=purpose,
+                position=positions[i],
+                key=meta.key,
+                scan=meta.scan,
+                patient=meta.patient,
+                probabilities=findings[i].tolist(),
+                labels=[meta.labels[name] for name in FINDINGS],
+                lesions=lesions,
+                reference=batch.reports[i],
+                generated=prediction.reports[i] if written and prediction.reports else None,
+                without_image=control.reports[i] if written and control and control.reports else None,
+            )
+        )
+    return records
+
+
+def _lesions(
+    probabilities: NDArray[np.float32], truth: MaskVolume, meta: SampleMeta, options: Options
+) -> list[LesionRecord | None]:
+    """The annotated lesions of one case, compared on the model's grid and on its native one."""
+    wanted = [lesion for lesion in LESIONS if meta.lesions_annotated[lesion.key]]
+    if not wanted:
+        return [None] * len(LESIONS)
+    grid = metrics.lesion_counts(probabilities >= LESION_THRESHOLD, truth)
+    native = to_native(probabilities, truth, meta, wanted, options.truth)
+    found: list[LesionRecord | None] = [None] * len(LESIONS)
+    for lesion in wanted:
+        measured = metrics.measure(*native.pair(lesion), native.spacing, options.surface_tolerance)
+        both, predicted, true = (int(count) for count in grid[lesion.bit])
+        found[lesion.bit] = LesionRecord(measured, (both, predicted, true), native.sources[lesion.key])
+    return found
+
+
+def check_truth(folder: Path | None) -> None:
+    """Whether the folder of outlines is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    if folder is not None and not folder.is_dir():
+        raise UserError(
+            f"{folder} is not a folder: --truth expects KEY/LESION.nii.gz in one, as --lesions of preprocessing."
+        )

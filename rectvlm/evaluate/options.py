@@ -1,0 +1,101 @@
+"""What an evaluation is asked to do, and the fingerprint by which results of another one are told apart."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rectvlm import checkpoint as checkpoints
+from rectvlm.config import Config
+from rectvlm.data.shards import INDEX
+from rectvlm.data.store import Store
+from rectvlm.metrics.surfaces import TOLERANCE_MM
+from rectvlm.types import Split
+
+LESION_THRESHOLD = 0.5
+"""At or above which probability a voxel belongs to a lesion, as in prediction."""
+PACKAGE = Path(__file__).parents[1]
+DECIDING = ("data", "models", "evaluate/cases.py", "evaluate/native.py", "metrics/lesions.py", "metrics/surfaces.py")
+"""Code that decides what is found in a case; the rest makes figures of it, anew each time."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """All that decides a case's results, beside checkpoint and shards, and what is made of them."""
+
+    split: Split = "valid"
+    reports: bool = True
+    """Generate reports, if the model can."""
+    report_limit: int | None = None
+    """Generate reports for the first cases only."""
+    limit: int | None = None
+    """Evaluate the first cases only."""
+    batch_size: int = 1
+    truth: Path | None = None
+    """Folder of the lesions' outlines as they were drawn, KEY/LESION.nii.gz; else those of the shards."""
+    surface_tolerance: float = TOLERANCE_MM
+    """Of the surface Dice, mm."""
+    thresholds: Literal["fit", "stored"] = "fit"
+    """Fit thresholds of the findings on the train split, or take those that lie with the checkpoint."""
+    fit_limit: int = 512
+    """Training cases that thresholds are fitted on, at most."""
+    bootstrap: int = 1000
+    """Resamples of the patients for the intervals; 0 for none."""
+    seed: int = 0
+    """Of the resamples."""
+    plots: bool = True
+
+    def deciding(self) -> dict[str, Any]:
+        """The options on which the results of a case depend, and those that say which cases there are."""
+        left_out = {"thresholds", "bootstrap", "seed", "plots", "truth"}
+        chosen = {name: value for name, value in asdict(self).items() if name not in left_out}
+        return chosen | {"lesion_threshold": LESION_THRESHOLD}
+
+
+def fingerprint(checkpoint: Path, config: Config, shards: Store, device: str, options: Options) -> dict[str, Any]:
+    """What results must have in common to be put together: the same weights, samples, options, code and versions.
+
+    Contents, not names and times: a checkpoint that was moved is the same one, another one in its place is not. The
+    index of the shards holds the checksum of the manifest, which holds those of the tars.
+
+    Raises:
+        OSError: the index of the shards cannot be read.
+    """
+    weights = sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("adapter/*.safetensors")])
+    code = [file for part in DECIDING for file in _sources(PACKAGE / part)]
+    return {
+        "weights": _hash_files(weights, checkpoint),
+        "config": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
+        "shards": hashlib.sha256(shards.read(INDEX)).hexdigest(),
+        "truth": None if options.truth is None else _listing(options.truth),
+        "code": _hash_files(code, PACKAGE),
+        "device": device.partition(":")[0],
+        "versions": checkpoints.versions("numpy", "scipy", "monai"),
+        "options": options.deciding(),
+    }
+
+
+def short(found: dict[str, Any]) -> str:
+    """A fingerprint as the name of a folder."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sources(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def _hash_files(files: Iterable[Path], root: Path) -> str:
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            total.update(f"{path.relative_to(root)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _listing(folder: Path) -> str:
+    """Names, sizes and times of the outlines; they may be many GB."""
+    stats = ((path, path.stat()) for path in sorted(folder.rglob("*.nii*")))
+    text = "".join(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in stats)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,168 @@
+"""The figures of an evaluation as Markdown, for people, and as rows, for the terminal."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from rectvlm.labels import FINDINGS, LESION_BY_KEY
+
+FINDING_SCORES = {
+    "auroc": "AUROC",
+    "average_precision": "AP",
+    "f1": "F1",
+    "precision": "precision",
+    "recall": "recall",
+    "accuracy": "accuracy",
+    "ece": "ECE",
+    "brier": "Brier",
+}
+LESION_SCORES = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "dice_where_present": "Dice where present",
+    "hd95_mm": "HD95, mm",
+    "surface_dice": "surface Dice",
+    "sensitivity": "sensitivity",
+    "hit_rate": "hit rate",
+    "lesion_hit_rate": "lesions hit",
+    "instance_precision": "instance precision",
+    "instance_recall": "instance recall",
+    "instance_f1": "instance F1",
+}
+
+
+def number(value: float | None) -> str:
+    """Three decimals, a dash where there is no value."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def with_interval(row: dict[str, Any], score: str) -> str:
+    """A score with its 95% interval, where there is one."""
+    interval = row.get("ci95", {}).get(score)
+    return number(row[score]) + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """All figures that a report on a model needs, as one page."""
+    parts = [
+        _title(result),
+        _facts(result),
+        "## Findings",
+        _findings(result["classification"], result["thresholds"]),
+    ]
+    if result["localization"] is not None:
+        parts += ["## Lesions", _lesions(result["localization"])]
+    if result["reports"] is not None:
+        parts += ["## Reports", _reports(result["reports"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _title(result: dict[str, Any]) -> str:
+    whose = f"{result['n_scans']:,} scans of {result['n_patients']:,} patients"
+    return f"# {result['config']}: {whose}, {result['split']} split"
+
+
+def _facts(result: dict[str, Any]) -> str:
+    bootstrap = result["bootstrap"]
+    intervals = "No intervals were asked for."
+    if bootstrap["resamples"]:
+        intervals = (
+            f"In brackets: 95% intervals of {bootstrap['resamples']:,} resamples of the patients (percentiles, seed "
+            f"{bootstrap['seed']})."
+        )
+    return (
+        f"Checkpoint `{result['checkpoint']}`, step {result['step']}; shards `{result['shards']}`; "
+        f"{result['n_cases']:,} volumes. {intervals}"
+    )
+
+
+def _findings(found: dict[str, Any], thresholds: dict[str, Any]) -> str:
+    head = ["finding", "n", "positive", *FINDING_SCORES.values()]
+    rows = [
+        [f"**{kind} mean**", "", "", *(with_interval(found[kind], score) for score in FINDING_SCORES)]
+        for kind in ("macro", "weighted")
+    ]
+    for name, row in found["per_finding"].items():
+        scores = (with_interval(row, score) for score in FINDING_SCORES)
+        rows.append([name, str(row["n_known"]), str(row["n_positive"]), *scores])
+    note = f"Thresholds: {thresholds['source']}."
+    if thresholds["not_fitted"]:
+        note += f" Not fitted, 0.5: {', '.join(thresholds['not_fitted'])}."
+    if thresholds["same_data"]:
+        note += " **They were fitted on the evaluated split.**"
+    return f"{_table(head, rows)}\n\n{note}"
+
+
+def _lesions(found: dict[str, Any]) -> str:
+    keys = list(found["per_lesion"])
+    head = ["", *(LESION_BY_KEY[key].name for key in keys), "mean"]
+    columns = [*found["per_lesion"].values(), found["macro"]]
+    rows = [[name, *(with_interval(row, score) for row in columns)] for score, name in LESION_SCORES.items()]
+    grid = found["model_grid"]
+    rows.append(
+        [
+            "Dice, model's grid",
+            *(number(grid["per_lesion"][key]["dice"]) for key in keys),
+            number(grid["macro"]["dice"]),
+        ]
+    )
+    counts = {
+        "n_annotated": "scans annotated",
+        "n_present": "scans with it",
+        "n_missed": "missed",
+        "n_false_positive": "false positive",
+        "n_empty_agreed": "both empty",
+        "n_lesions": "lesions",
+    }
+    rows += [[name, *(str(row[count]) for row in found["per_lesion"].values()), ""] for count, name in counts.items()]
+    truth = ", ".join(f"{count} from the {source}s" for source, count in sorted(found["truth"].items()))
+    note = (
+        f"On the native grid, voxels at or above {found['threshold']}; surface Dice at "
+        f"{found['surface_tolerance_mm']:g} mm; a hit is a Dice of {found['hit_dice']}, a lesion matches at "
+        f"{found['match_dice']}. Outlines: {truth or 'none'}."
+    )
+    return f"{_table(head, rows)}\n\n{note}"
+
+
+def terminal_table(result: dict[str, Any]) -> Table:
+    """The main figures."""
+    table = Table(title=f"{result['config']}, {result['split']} split, {result['n_scans']} scans", title_justify="left")
+    for column in ("", "metric", "value", "without image", "n"):
+        table.add_column(column, justify="right" if column in ("value", "without image") else "left")
+    for kind in ("macro", "weighted"):
+        mean = result["classification"][kind]
+        for score in ("auroc", "average_precision", "f1", "precision", "recall", "ece"):
+            count = f"{mean[f'n_findings_{score}']} of {len(FINDINGS)}"
+            table.add_row("findings", f"{kind} {score}", with_interval(mean, score), "", count)
+    for key, row in (result["localization"] or {"per_lesion": {}})["per_lesion"].items():
+        cases = f"{row['n_cases']}, {row['n_present']} with it"
+        table.add_row("lesions", f"Dice {LESION_BY_KEY[key].name}", with_interval(row, "dice"), "", cases)
+    if result["reports"]:
+        for name, image, air, _ in report_rows(result["reports"]):
+            table.add_row("reports", name, image, air, str(result["reports"]["image"]["n"]))
+    return table
+
+
+def report_rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Score, value, the image-ablated control, and the difference, of every score that is a number."""
+    image, air, difference = found["image"], found["image_ablated"], found.get("difference", {})
+    rows = []
+    for score, value in image.items():
+        if score.startswith("n") or not (value is None or isinstance(value, float)):
+            continue
+        between = with_interval(difference, score) if score in difference else ""
+        rows.append((score.replace("_", " "), with_interval(image, score), with_interval(air, score), between))
+    return rows
+
+
+def _reports(found: dict[str, Any]) -> str:
+    head = ["", "with the image", "without (air)", "difference"]
+    note = f"{found['image']['n']:,} reports. What the control scores was not read from the image."
+    return f"{_table(head, report_rows(found))}\n\n{note}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    rule = "|" + "---|" + "---:|" * (len(head) - 1)
+    return "\n".join(["| " + " | ".join(head) + " |", rule, *lines])
