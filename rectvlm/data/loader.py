@@ -17,6 +17,7 @@ import functools
 import itertools
 import math
 import shutil
+import signal
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -212,6 +213,7 @@ class _Batches(Iterator[Batch]):
                 prefetch_factor=_PREFETCH if loader.workers else None,
                 # The engine starts threads before the loader starts; a forked child of such a process can hang.
                 multiprocessing_context="spawn" if loader.workers else None,
+                worker_init_fn=_leave_signals_to_the_parent,
             )
         )
         self.close = weakref.finalize(self, _finish, order, self._inner, pool)
@@ -251,6 +253,15 @@ def _finish(order: _Stoppable, inner: Iterator[Any], pool: Pool) -> None:
     with contextlib.suppress(RuntimeError):  # a worker that has died already
         for _ in inner:
             pass
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Launchers and schedulers send a signal to every process, and the step that a run ends after it needs its batches.
+
+    Workers end when their parent says so or is gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:
