@@ -39,7 +39,7 @@ class Run:
 
     folder: Path
     name: str
-    """Below the folder that was asked for, such as `demo/phase3`."""
+    """Such as `demo/phase3`."""
     lines: list[Line]
     """Of `metrics.jsonl`, in the order of their steps."""
     validations: list[Line]
@@ -168,9 +168,7 @@ def find_runs(places: Sequence[Path]) -> list[Run]:
         if not folders:
             raise UserError(f"{place} holds no run: expected a folder with {METRICS} or {SESSIONS} in it or below it.")
         for folder in folders:
-            # One level up, so that a single phase has the name of its run too.
-            root = place if folder != place else place.resolve().parents[1]
-            found[folder.resolve()] = read_run(folder, str(folder.resolve().relative_to(root.resolve())))
+            found[folder.resolve()] = read_run(folder)
     runs = list(found.values())
     names = [run.name for run in runs]
     # Runs of the same name in different places are told apart by where they lie.
@@ -186,9 +184,10 @@ def _folders(place: Path) -> Iterator[Path]:
         below.sort()
 
 
-def read_run(folder: Path, name: str) -> Run:
+def read_run(folder: Path) -> Run:
     """A run from its folder; what cannot be read is named in `faults` and left out."""
     faults: list[str] = []
+    name = "/".join(folder.resolve().parts[-2:])
     lines = sorted(_lines(folder / METRICS, faults), key=lambda line: line["step"])
     validations = sorted(_lines(folder / VALIDATION, faults), key=lambda line: line["step"])
     sessions = _json(folder / SESSIONS, faults).get("sessions") or []
