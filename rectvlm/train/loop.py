@@ -93,7 +93,8 @@ def train(
             if position.bad_in_a_row >= guard.patience:
                 raise Ended(Exit.DIVERGED, _diverged(line, folder))
             watchdog.beat()
-            found = validator.after(position.step)
+            doing.part, doing.samples = "validation", []
+            found = validator.after(position.step, watchdog.beat)
             if found is not None:
                 record.validated(position.step, found.metrics, found.samples)
             best = found is not None and found.best is not None

@@ -131,15 +131,6 @@ def set_gradients(model: nn.Module, groups: list[dict[str, Any]]) -> None:
                 own[name].requires_grad_(not group["held"])
 
 
-def allow_all_gradients(model: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Undo `set_gradients`, before a checkpoint: DeepSpeed leaves out what asks for no gradient."""
-    if any(group["start"] for group in groups):
-        own = dict(model.named_parameters())
-        for group in groups:
-            for name in group["names"]:
-                own[name].requires_grad_(True)
-
-
 def set_modes(model: nn.Module, phase: PhaseConfig) -> None:
     """Training mode, but for parts that do not train: what they say has neither noise nor dropout.
 

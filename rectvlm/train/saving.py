@@ -9,7 +9,6 @@ from safetensors import SafetensorError
 from rectvlm import checkpoint, whole
 from rectvlm.config import Config
 from rectvlm.train.engine import Engine
-from rectvlm.train.optim import allow_all_gradients
 from rectvlm.train.phases import Phase
 from rectvlm.train.position import Position
 from rectvlm.weights.manifest import FileEntry
@@ -74,7 +73,6 @@ def _write_shares(
 ) -> tuple[dict[str, FileEntry], str | None]:
     """Every rank writes its files: their checksums, and what went wrong. A rank that cannot write still takes part in
     the gathering, for which the others wait."""
-    allow_all_gradients(engine.model.module, engine.optimizer.param_groups)
     with engine.averaged():
         tensors = engine.gather(saved_names)
     try:

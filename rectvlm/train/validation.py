@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,14 +122,14 @@ class Validator:
         """Whether patience has run out."""
         return _patience_is_out([value for _, value in self._values], self.settings)
 
-    def after(self, step: int) -> Validation | None:
-        """Validate if it is time after a step; every rank must call it."""
+    def after(self, step: int, beat: Callable[[], None] = lambda: None) -> Validation | None:
+        """Validate if it is time after a step; every rank must call it. `beat` is called after every case."""
         last = step == self.phase_settings.steps
         if self.dataset is None or (step % self.settings.every and not last):
             return None
         begin = time.perf_counter()
         with self._undisturbed():
-            rows, samples = self._run()
+            rows, samples = self._run(beat)
         every = sorted((row for part in self.engine.everyone(rows) for row in part), key=lambda row: row.place)
         metrics = self._metrics(every)
         value = metrics.get(self.settings.best)
@@ -162,7 +162,7 @@ class Validator:
         n = min(self.settings.cases, len(self.dataset))
         return [i * len(self.dataset) // n for i in range(n)]
 
-    def _run(self) -> tuple[list[_Row], list[ValidationSample]]:
+    def _run(self, beat: Callable[[], None]) -> tuple[list[_Row], list[ValidationSample]]:
         assert self.dataset is not None
         rank, world = self.engine.rank, self.engine.world
         places = self._places()
@@ -179,6 +179,7 @@ class Validator:
                 written = module.predict(batch).reports if module.has_generator else None
                 if self.engine.is_main:
                     samples.append(_sample(outputs, batch, written))
+            beat()
         return rows, samples
 
     def _row(self, place: int, outputs: Outputs, batch: Batch) -> _Row:
