@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from rectvlm.config import Config
 from rectvlm.train.engine import Engine
+from rectvlm.train.exits import Ended, Exit
 from rectvlm.train.phases import Phase
 from rectvlm.train.progress import Meter, Watch
 from rectvlm.train.provenance import Sessions
@@ -79,6 +80,7 @@ class Record:
         if not self.engine.is_main:
             return
         self._watch.close()
+        self._trackers.close()
         self._sessions.end(*_ending(error, self._step))
 
     def write(self, line: dict[str, Any], samples: list[str]) -> None:
@@ -139,9 +141,10 @@ def _ending(error: BaseException | None, step: int) -> tuple[str, int, str | Non
     """State, step and reason of a session's end."""
     if error is None:
         return "finished", step, None
-    if isinstance(error, SystemExit | KeyboardInterrupt):
-        reason = getattr(error, "reason", None) or f"exit code {getattr(error, 'code', None)}"
-        return "stopped", step, "interrupted" if isinstance(error, KeyboardInterrupt) else str(reason)
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped", step, "interrupted"
+    if isinstance(error, Ended):
+        return ("stopped" if error.exit == Exit.RESUME else "failed"), step, error.reason
     text = (str(error).splitlines() or [""])[0]
     return "failed", step, f"{type(error).__name__}: {text}"[:500]
 

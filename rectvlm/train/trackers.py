@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -84,22 +84,42 @@ class Trackers:
 
     def log(self, tree: Mapping[str, Any], step: int) -> None:
         """Numbers, by name; nested names are joined, what is None is left out."""
-        if self._accelerator is not None and self._names:
-            self._accelerator.log(flat(tree), step=step)
+        numbers = flat(tree)
+        self._each(lambda tracker: tracker.log(numbers, step=step))
 
     def show(self, pictures: Mapping[str, NDArray[np.uint8]], texts: Mapping[str, str], step: int) -> None:
         """Pictures (H, W, 3) and texts by name."""
-        if self._accelerator is None:
-            return
-        for tracker in self._accelerator.trackers:
-            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({name: picture[None] for name, picture in pictures.items()}, step=step, **options)
+
+        def tell(tracker: Any) -> None:
+            batches = {name: picture[None] for name, picture in pictures.items()}
             if tracker.name == "tensorboard":
+                tracker.log_images(batches, step=step, dataformats="NHWC")
                 # Its texts are Markdown, where a line break alone is none.
                 tracker.log({name: text.replace("\n", "  \n") for name, text in texts.items()}, step=step)
-            elif texts:
+            else:
+                tracker.log_images(batches, step=step)
                 rows = [[name, text] for name, text in texts.items()]
                 tracker.log_table("validation/reports", columns=["case", "text"], data=rows, step=step)
+
+        self._each(tell)
+
+    def close(self) -> None:
+        """Let them finish what is under way."""
+        self._each(lambda tracker: tracker.finish())
+        if self._accelerator is not None:
+            self._accelerator.trackers = []
+
+    def _each(self, tell: Callable[[Any], None]) -> None:
+        """A tracker that fails is left out from then on: its service may have died of a signal, or its disk be full,
+        and neither is a reason to end a run, or to end one without a checkpoint."""
+        if self._accelerator is None:
+            return
+        for tracker in list(self._accelerator.trackers):
+            try:
+                tell(tracker)
+            except Exception as error:
+                log.warning("%s failed (%s) and is left out from here on", tracker.name, error)
+                self._accelerator.trackers.remove(tracker)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
