@@ -1,0 +1,208 @@
+"""The table of phases and its choices: sub-steps, schedules, epochs, averages, late parts, learned task weights."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rectvlm.config import PARTS, Config, load
+from rectvlm.models.encoder import Encoder
+from rectvlm.train.ema import KEY, decay_at
+from rectvlm.train.objectives import Loss, total
+from rectvlm.train.optim import (
+    beginnings,
+    build_optimizer,
+    freeze_all_but,
+    rate_factor,
+    set_gradients,
+    set_modes,
+    set_rates,
+)
+from rectvlm.train.phases import PHASES, ROWS, STAGES, planned
+from rectvlm.train.weighting import TaskWeighting
+from rectvlm.types import UserError
+from tests.test_training import CHECKOUT, TIMEOUT, TWO, environment
+
+
+def test_every_row_has_a_section_and_a_folder_of_its_own(tiny: Config) -> None:
+    assert {row.key for row in ROWS} == set(tiny.train.phases)
+    assert len({row.folder for row in ROWS}) == len(ROWS)
+    for row in ROWS:
+        able = row.parts if row.may_train is None else row.may_train
+        assert set(row.settings(tiny).lr) == set(able)
+    assert STAGES["localize"].init_from == 1
+    assert STAGES["align"].init_from == 2
+    for stage in STAGES.values():  # the joint phase can start from its sub-step
+        assert stage.parts == PHASES[stage.number].parts
+
+
+def test_a_sub_step_refuses_to_train_what_it_freezes() -> None:
+    config = load("tiny", ["train.phases.align.lr={generator: 0.1, encoder: 0.1}"])
+    with pytest.raises(UserError, match=r"train\.phases\.align\.lr names encoder; phase 3 with --stage align"):
+        STAGES["align"].settings(config)
+
+
+def test_schedules(tiny: Config) -> None:
+    plan = tiny.train.phases[1].model_copy(update={"steps": 12, "warmup": 2, "final_lr": 0.2})
+    shapes = {
+        kind: [rate_factor(step, plan.model_copy(update={"schedule": kind})) for step in range(12)]
+        for kind in ("cosine", "linear", "constant")
+    }
+    for factors in shapes.values():
+        assert factors[:3] == pytest.approx([0.5, 1.0, 1.0])
+    assert shapes["constant"] == pytest.approx([0.5] + [1.0] * 11)
+    assert shapes["linear"][2:] == pytest.approx([1 - 0.8 * k / 9 for k in range(10)])
+    assert shapes["cosine"][-1] == pytest.approx(0.2)
+    assert shapes["cosine"][4] > shapes["linear"][4]
+    assert shapes["cosine"][-3] < shapes["linear"][-3]
+
+
+def test_epochs_become_steps() -> None:
+    config = load("tiny", ["train.phases.2.epochs=2.5", "train.phases.2.accumulation=3"])
+    found = planned(config, PHASES[2], samples=100, world=2)
+    assert found.train.phases[2].steps == math.ceil(250 / (2 * 3 * 2))
+    assert found.train.phases[1] == config.train.phases[1]
+    assert planned(config, PHASES[1], samples=100, world=2) is config
+    # Half-way on two ranks, then on one: as many samples in all.
+    assert planned(config, PHASES[2], 100, 1, step=10, seen=120).train.phases[2].steps == 10 + math.ceil(130 / 6)
+    for seen in (0, 12, 240):
+        assert planned(config, PHASES[2], 100, 2, step=seen // 12, seen=seen) == found
+    assert planned(config, PHASES[2], 100, 2, step=21, seen=252).train.phases[2].steps == 21
+
+
+class Toy(nn.Module):
+    """Named as the model is."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.encoder = Encoder(config.encoder, config.data)
+        self.classifier = nn.Linear(4, 2)
+        self.localizer = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+
+
+UNFREEZE = "[{part: encoder, blocks: 1, step: 3}, {part: encoder, blocks: null, step: 6}]"
+
+
+def test_the_end_of_the_encoder_begins_before_the_rest(tiny: Config) -> None:
+    plan = load("tiny", [f"train.phases.1.unfreeze={UNFREEZE}"]).train.phases[1]
+    starts = beginnings(Toy(tiny), plan.unfreeze)
+    assert {name.partition(".")[0] for name in starts} == {"encoder"}
+    last = tiny.encoder.depth - 1
+    early = {name for name, step in starts.items() if step == 3}
+    assert early == {n for n in starts if n.startswith((f"encoder.blocks.{last}.", "encoder.norm."))}
+    assert {step for name, step in starts.items() if name not in early} == {6}
+    assert {"encoder.embed.weight", "encoder.position_x", "encoder.blocks.0.norm1.weight"} <= set(starts) - early
+
+
+def test_what_no_row_covers_stays_frozen(tiny: Config) -> None:
+    config = load("tiny", ["train.phases.1.unfreeze=[{part: encoder, blocks: 1, step: 3}]"])
+    model, plan = Toy(tiny), config.train.phases[1]
+    freeze_all_but(model, plan.lr, plan.unfreeze)
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    last = tiny.encoder.depth - 1
+    assert trains == {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith((f"encoder.blocks.{last}.", "encoder.norm.", "classifier."))
+    }
+    optimizer = build_optimizer(model, config.train, plan)
+    assert {name for group in optimizer.param_groups for name in group["names"]} == trains
+
+
+def test_rates_of_a_late_part_rise_when_it_begins(tiny: Config) -> None:
+    config = load("tiny", [f"train.phases.1.unfreeze={UNFREEZE}", "train.phases.1.steps=20", "train.phases.1.warmup=4"])
+    model, plan = Toy(tiny), config.train.phases[1]
+    freeze_all_but(model, plan.lr, plan.unfreeze)
+    groups = build_optimizer(model, config.train, plan).param_groups
+    own = dict(model.named_parameters())
+    for step in range(20):
+        told = set_rates(groups, step, plan)
+        set_gradients(model, groups)
+        for group in groups:
+            late = step - group["start"]
+            asks = {own[name].requires_grad for name in group["names"]}
+            assert asks == {late >= 0}
+            rise = min(1.0, (late + 1) / 4) if group["start"] else 1.0
+            assert group["lr"] == pytest.approx(max(0.0, rise) * plan.lr[group["part"]] * rate_factor(step, plan))
+        assert told["encoder"] == max(group["lr"] for group in groups if group["part"] == "encoder")
+        assert (told["encoder"] > 0) == (step >= 3)
+
+
+def test_parts_that_do_not_train_are_in_eval_mode(tiny: Config) -> None:
+    model = Toy(tiny)
+    set_modes(model, STAGES["localize"].settings(tiny))
+    assert {part: getattr(model, part).training for part in PARTS if hasattr(model, part)} == {
+        "encoder": False,
+        "classifier": False,
+        "localizer": True,
+    }
+
+
+def test_the_average_is_the_one_by_hand(tiny: Config) -> None:
+    plan = tiny.train.phases[1].model_copy(update={"ema": 0.5})
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"encoder": nn.Linear(3, 4), "classifier": nn.Linear(4, 2)})
+    optimizer = build_optimizer(model, tiny.train, plan)
+    by_hand: dict[str, torch.Tensor] = {}
+    for step in range(1, 13):
+        model["classifier"](model["encoder"](torch.randn(5, 3))).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        d = min(0.5, (step - 1) / (step + 8))
+        for name, p in model.named_parameters():
+            by_hand[name] = p.detach().clone() if step == 1 else d * by_hand[name] + (1 - d) * p.detach()
+            torch.testing.assert_close(optimizer.state[p][KEY], by_hand[name], rtol=1e-5, atol=1e-7)
+    assert decay_at(12, 0.5) == 0.5 > decay_at(9, 0.5)
+    assert KEY not in next(iter(build_optimizer(model, tiny.train, tiny.train.phases[1]).state.values()), {})
+
+
+def test_learned_weights_settle_where_tasks_count_the_same() -> None:
+    weighting = TaskWeighting(3)
+    fixed = torch.tensor([1.0, 8.0, 0.25])
+    optimizer = torch.optim.SGD(weighting.parameters(), lr=0.5)
+    for _ in range(400):
+        optimizer.zero_grad()
+        weighting(fixed, torch.tensor([True, True, True])).backward()
+        optimizer.step()
+    torch.testing.assert_close(weighting.log_variance.detach(), torch.log(2 * fixed), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(weighting.factors() * fixed, torch.full((3,), 0.5), rtol=1e-3, atol=1e-3)
+
+
+def test_a_task_of_which_nothing_is_known_keeps_its_weight(tiny: Config) -> None:
+    weighting = TaskWeighting(2)
+    found: dict[Any, Loss] = {
+        "classification": Loss(torch.tensor(2.0), torch.tensor(5)),
+        "localization": Loss(torch.tensor(0.0), torch.tensor(0)),
+    }
+    value = total(found, tiny.train.losses, weighting)
+    assert value.item() == total(found, tiny.train.losses).item() == 2.0  # at the start they are the configured weights
+    value.backward()
+    assert weighting.log_variance.grad is not None
+    assert weighting.log_variance.grad.tolist() == [0.5 - 2.0, 0.0]
+
+
+def by_hand(tmp_path: Path, stage: int, launcher: list[str], ranks: int) -> None:
+    command = [*launcher, "--module", "tests.train_by_hand", str(tmp_path), str(stage)]
+    done = subprocess.run(
+        command, cwd=CHECKOUT, env=environment(tmp_path), capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(ranks)] == [str(stage)] * ranks
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+def test_two_ranks_train_as_by_hand(tmp_path: Path, stage: int) -> None:
+    """Averages, late parts and learned weights, sharded, saved and resumed (see `tests/train_by_hand.py`)."""
+    by_hand(tmp_path, stage, TWO, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_one_rank_trains_as_by_hand(tmp_path: Path, stage: int) -> None:
+    one = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    by_hand(tmp_path, stage, one, 1)
