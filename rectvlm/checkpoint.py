@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rectvlm import pretrained, weights
+from rectvlm import pretrained, weights, whole
 from rectvlm.config import PARTS, Config, Part, load
 from rectvlm.data.store import atomic_file
 from rectvlm.models import RectVLM
@@ -187,6 +187,8 @@ def read_weights(folder: Path, parts: Sequence[Part] | None = None) -> dict[str,
     """
     if pretrained.is_pretrained(folder):
         return pretrained.read_tensors(folder, pretrained.read_description(folder), parts)
+    if whole.is_sealed(folder) and (fault := whole.faults(folder, [WEIGHTS])):
+        raise UserError(f"{folder} is damaged: {fault[0]}; use another checkpoint.")
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:

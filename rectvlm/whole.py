@@ -53,6 +53,11 @@ def _settle_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def is_sealed(folder: Path) -> bool:
+    """Whether a checkpoint has a manifest; those of earlier versions have none."""
+    return (folder / manifest.FILE).is_file()
+
+
 def names(folder: Path) -> list[str]:
     """The files that a checkpoint should have, largest first, so that shares of them are alike.
 

@@ -60,6 +60,9 @@ class Record:
         if not engine.is_main:
             return
         steps = phase.settings(config).steps
+        for other in (folder / "ranks").glob("rank-*.jsonl"):
+            if int(other.stem.removeprefix("rank-")) >= engine.world:  # there were more ranks before
+                _continue(other, step).close()
         (folder / "config.yaml").write_text(config.to_yaml())
         self._files["metrics"] = _continue(folder / "metrics.jsonl", step)
         self._files["validation"] = _continue(folder / "validation.jsonl", step)
