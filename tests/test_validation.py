@@ -1,0 +1,237 @@
+"""Validation while training: what it measures, what it leaves alone, the best checkpoint, and ending early."""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rectvlm import checkpoint
+from rectvlm.config import ValidationConfig, load
+from rectvlm.data.loader import ShardDataset, eval_loader
+from rectvlm.train.objectives import losses
+from rectvlm.train.phases import PHASES, STAGES
+from rectvlm.train.validation import has_stopped
+from rectvlm.types import UserError
+from tests.test_training import TIMEOUT, TWO, VOLATILE, finish, kill, lines, metrics, run, settings, start
+
+ONE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+
+
+def stable(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name not in VOLATILE} for line in found]
+
+
+def validation(phase: int | str, **choices: Any) -> list[str]:
+    return [f"train.phases.{phase}.validation.{name}={value}" for name, value in choices.items()]
+
+
+def write_history(folder: Path, values: list[float | None], metric: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps({"step": 2 * k + 2, "metrics": {metric: v}}) + "\n" for k, v in enumerate(values))
+    (folder / "validation.jsonl").write_text(text + '{"step": 99, "met')
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "patience", "stops"),
+    [
+        ("loss", [3.0, 2.0, 2.5, 2.2], 2, True),
+        ("loss", [3.0, 2.0, 2.5, 1.9], 2, False),
+        ("loss", [3.0, 2.0, 2.5, 2.2], 3, False),
+        ("loss", [3.0, 2.0, 2.5, 2.2], 0, False),
+        ("macro_auroc", [0.5, 0.6, 0.6, 0.59], 2, True),  # as good is not better
+        ("macro_auroc", [0.5, 0.6, 0.7, 0.8], 1, False),
+        ("mean_dice", [None, None], 2, True),
+        ("mean_dice", [None, 0.1, None], 2, False),
+        ("loss", [], 1, False),
+    ],
+)
+def test_patience(tmp_path: Path, metric: Any, values: list[float | None], patience: int, stops: bool) -> None:
+    write_history(tmp_path, values, metric)
+    plan = ValidationConfig(every=2, cases=1, samples=0, best=metric, patience=patience)
+    assert has_stopped(tmp_path, plan) is stops
+    assert not has_stopped(tmp_path / "elsewhere", plan)
+
+
+def make_checkpoints(folder: Path, steps: list[int]) -> None:
+    for step in steps:
+        path = checkpoint.step_folder(folder, step)
+        path.mkdir(parents=True)
+        checkpoint.write(path, {}, load("tiny"), checkpoint.State(1, PHASES[1].parts, step, 4 * step, 1, {}))
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    make_checkpoints(tmp_path, [2, 4, 6, 8])
+    assert checkpoint.best(tmp_path) is None
+    with pytest.raises(UserError, match=r"best\.json.*train more") as caught:
+        checkpoint.find(tmp_path / "best", "train more")
+    assert "\n" not in str(caught.value)
+    checkpoint.note_best(tmp_path, 4, "loss", 1.5)
+    checkpoint.prune(tmp_path, 1)
+    assert [path.name for path in checkpoint.all_checkpoints(tmp_path)] == ["step-000004", "step-000008"]
+    assert checkpoint.find(tmp_path, "").name == "step-000008"
+    assert checkpoint.find(tmp_path / "best", "") == checkpoint.best(tmp_path) == checkpoint.step_folder(tmp_path, 4)
+    checkpoint.note_best(tmp_path, None, "loss", None)
+    assert checkpoint.best(tmp_path) is None
+    for damage in ("", "{", "[]", '{"step": "x"}', '{"step": 7}'):
+        (tmp_path / "best.json").write_text(damage)
+        assert checkpoint.best(tmp_path) is None
+
+
+def test_validation_leaves_the_training_alone(launched_phase1: Path, phantom_shards: Path, tmp_path: Path) -> None:
+    """The run of the fixture again, with validation and an average of the weights, keeping one checkpoint."""
+    short = ["train.phases.1.steps=6", "train.phases.1.save_every=6", f"data.shards={phantom_shards}", "train.keep=1"]
+    choices = [*validation(1, every=2, cases=8, best="loss"), "train.phases.1.ema=0.5"]
+    run([*ONE, "launch/phase1.py", "--config", "tiny", f"train.runs={tmp_path}", *short, *choices], tmp_path)
+    folder = tmp_path / "tiny" / "phase1"
+    assert stable(metrics(folder)) == stable(metrics(launched_phase1))
+
+    found = lines(folder / "validation.jsonl")
+    assert [line["step"] for line in found] == [2, 4, 6]
+    best = min(found, key=lambda line: line["metrics"]["loss"])
+    noted = json.loads((folder / "best.json").read_text())
+    assert noted == {"step": best["step"], "metric": "loss", "value": best["metrics"]["loss"]}
+    assert {path.name for path in checkpoint.all_checkpoints(folder)} == {f"step-{best['step']:06d}", "step-000006"}
+    ours, plain = (checkpoint.read_weights(checkpoint.find(f, "")) for f in (folder, launched_phase1))
+    assert any(not torch.equal(ours[name], plain[name]) for name in ours)  # the average, not the last weights
+
+    # The last line is what the saved weights say.
+    model, config = checkpoint.load_model(folder, "cpu")
+    each = []
+    with torch.no_grad():
+        for batch in eval_loader(config.data, "valid", 1):
+            loss = losses(model(batch), batch, ("classification",), config.train.localization)["classification"]
+            each.append(loss.value.item())
+    assert len(each) == len(ShardDataset(config.data, "valid"))
+    # The run computes in bf16.
+    assert found[-1]["metrics"]["loss_classification"] == pytest.approx(sum(each) / len(each), abs=0.01)
+
+
+@pytest.mark.slow
+def test_patience_ends_a_run_and_the_next_begins_anew(phantom_shards: Path, tmp_path: Path) -> None:
+    # Of one case no AUROC is known, so no validation is ever better.
+    choices = [*validation(1, every=2, cases=1, best="macro_auroc", patience=2)]
+    command = [*TWO, "launch/phase1.py", *settings(1, phantom_shards, tmp_path), *choices]
+    run(command, tmp_path)
+    folder = tmp_path / "tiny" / "phase1"
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
+    assert checkpoint.find(folder, "").name == "step-000004"
+    assert not (folder / "best.json").exists()
+    run([*command, "--resume"], tmp_path)  # it has ended, and stays so
+    assert len(metrics(folder)) == 4
+    run(command, tmp_path)
+    assert len(metrics(folder.with_name("phase1.earlier-1"))) == len(metrics(folder)) == 4
+
+
+@pytest.fixture(scope="module")
+def outlined(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Path:
+    """A folder of runs with phases 1 and 2, on two processes."""
+    folder = tmp_path_factory.mktemp("outlined")
+    for phase in (1, 2):
+        run([*TWO, f"launch/phase{phase}.py", *settings(phase, phantom_shards, folder, steps=4)], folder)
+    return folder
+
+
+CHOICES = [
+    *validation(3, every=3, cases=3, samples=1, best="loss"),
+    "train.phases.3.ema=0.8",
+    "train.weighting=uncertainty",
+    "train.phases.3.unfreeze=[{part: encoder, blocks: 1, step: 5}]",
+]
+
+
+@pytest.mark.slow
+def test_everything_at_once_resumes_to_the_last_digit(outlined: Path, phantom_shards: Path, tmp_path: Path) -> None:
+    """ZeRO-3 and NF4 on two ranks: average, learned weights, late parts, validation; unbroken, cut off, unvalidated."""
+    folders = {}
+    for name in ("whole", "cut", "blind"):
+        folders[name] = tmp_path / name / "tiny" / "phase3"
+        shutil.copytree(outlined / "tiny" / "phase2", tmp_path / name / "tiny" / "phase2")
+    steps = 8
+    run([*TWO, "launch/phase3.py", *settings(3, phantom_shards, tmp_path / "whole", steps), *CHOICES], tmp_path)
+    blind = [*settings(3, phantom_shards, tmp_path / "blind", steps), *CHOICES, *validation(3, every=0)]
+    run([*TWO, "launch/phase3.py", *blind], tmp_path)
+    command = [*TWO, "launch/phase3.py", *settings(3, phantom_shards, tmp_path / "cut", steps), *CHOICES]
+    process, cut = start(command, tmp_path), folders["cut"]
+    deadline = time.monotonic() + TIMEOUT
+    while len((cut / "metrics.jsonl").read_text().splitlines() if (cut / "metrics.jsonl").exists() else []) < 5:
+        assert process.poll() is None, f"ended before it was killed: {finish(process)}"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    kill(process)
+    run([*command, "--resume"], tmp_path)
+
+    whole = stable(metrics(folders["whole"]))
+    assert stable(metrics(cut)) == whole
+    assert stable(metrics(folders["blind"])) == whole
+    assert lines(cut / "validation.jsonl") == lines(folders["whole"] / "validation.jsonl")
+    assert [line["step"] for line in lines(cut / "validation.jsonl")] == [3, 6, 8]
+    names = ["loss", *(f"loss_{task}" for task in PHASES[3].tasks), "macro_auroc", "macro_average_precision"]
+    assert set(lines(cut / "validation.jsonl")[0]["metrics"]) == {*names, "mean_dice"}
+    assert (cut / "best.json").read_text() == (folders["whole"] / "best.json").read_text()
+    weights = [checkpoint.read_weights(checkpoint.find(folder, "")) for folder in folders.values()]
+    assert not any("weighting" in name for name in weights[0])
+    for other in weights[1:]:
+        assert other.keys() == weights[0].keys()
+        assert all(torch.equal(other[name], weights[0][name]) for name in other)
+
+    factors = [line["task_weights"] for line in whole]
+    assert factors[0] != factors[-1]
+    before = checkpoint.read_weights(checkpoint.find(folders["whole"].with_name("phase2"), ""))
+    moved = {name for name in before if not torch.equal(before[name], weights[0][name])}
+    assert not any(name.startswith("encoder.blocks.0.") for name in moved)
+    assert any(name.startswith("encoder.blocks.1.") for name in moved)
+
+
+@pytest.mark.slow
+def test_sub_steps_train_their_part_alone_and_the_joint_phases_start_from_them(
+    outlined: Path, phantom_shards: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(outlined / "tiny" / "phase1", folder / "phase1")
+
+    def go(phase: int, key: str | int, *more: str) -> Path:
+        short = [f"train.phases.{key}.steps=2", f"train.phases.{key}.save_every=2", *validation(key, every=2, cases=2)]
+        common = ["--config", "tiny", f"data.shards={phantom_shards}", f"train.runs={tmp_path}"]
+        run([*TWO, f"launch/phase{phase}.py", *common, *short, *more], tmp_path)
+        row = STAGES[key] if key in STAGES else PHASES[phase]  # type: ignore[index]
+        return folder / row.folder
+
+    def changed(before: Path, after: Path) -> set[str]:
+        old, new = (checkpoint.read_weights(checkpoint.find(path, "")) for path in (before, after))
+        return {name.partition(".")[0] for name in old if not torch.equal(old[name], new[name])}
+
+    localize = go(2, "localize", "--stage", "localize")
+    assert localize.name == "phase2-localize"
+    assert changed(folder / "phase1", localize) == set()
+    assert list(metrics(localize)[0]["losses"]) == ["localization"]
+    joint = go(2, 2, "--from", str(localize))
+    assert changed(localize, joint) == {"encoder", "classifier", "localizer"}
+    align = go(3, "align", "--stage", "align", "--from", "best")
+    assert changed(joint, align) == set()
+    assert list(metrics(align)[0]["losses"]) == ["report"]
+    state = checkpoint.read_state(checkpoint.find(align, ""))
+    assert (state.phase, state.stage, state.parts) == (3, "align", PHASES[3].parts)
+    last = go(3, 3, "--from", str(align / "best"))
+    assert changed(align, last) == {"encoder", "classifier", "localizer", "generator"}
+
+
+@pytest.mark.slow
+def test_mistakes_with_sub_steps_are_one_sentence(phantom_shards: Path, tmp_path: Path) -> None:
+    common = ["--config", "tiny", f"data.shards={phantom_shards}", f"train.runs={tmp_path}"]
+    mistakes = {
+        "Phase 1 has no phase before it": ["launch/phase1.py", "--from", "best"],
+        "best.json": ["launch/phase2.py", "--from", "best"],
+        "No checkpoint in nowhere": ["launch/phase2.py", "--from", "nowhere"],
+    }
+    running = {said: start([sys.executable, *command, *common], tmp_path) for said, command in mistakes.items()}
+    for said, process in running.items():
+        code, stderr = finish(process)
+        assert code == 2, stderr
+        sentences = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert len(sentences) == 1, stderr
+        assert said in sentences[0]
