@@ -134,7 +134,7 @@ def launched_phase1(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Pa
     done = subprocess.run(
         [*command, "--config", "tiny", f"train.runs={runs}", *short],
         cwd=checkout,
-        env={**os.environ, "WANDB_MODE": "disabled", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "RECTVLM_TRACKERS": "none", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,

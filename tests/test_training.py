@@ -37,10 +37,10 @@ VOLATILE = ("seconds", "memory_bytes")
 
 def environment(folder: Path) -> dict[str, str]:
     """Of a user without a GPU, a W&B account or an Accelerate configuration of their own."""
-    found = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WANDB_"))}
+    found = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WANDB_", "RECTVLM_PEAK"))}
     return found | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "WANDB_MODE": "disabled",
+        "RECTVLM_TRACKERS": "none",
         "OMP_NUM_THREADS": "1",
         "HF_HOME": str(folder / "hf"),
         "HF_HUB_OFFLINE": "1",
