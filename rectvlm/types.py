@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rectvlm.labels import LESION_BY_KEY, N_LESIONS
+from rectvlm.labels import LESION_BY_KEY
 
 Int16Volume = NDArray[np.int16]
 """HU, indexed (z, y, x) in the canonical frame or (i, j, k) in a file's own."""
@@ -179,12 +179,6 @@ class Batch:
             if isinstance(getattr(self, f.name), torch.Tensor)
         }
         return replace(self, **pinned)
-
-
-def lesion_masks(bits: torch.Tensor) -> torch.Tensor:
-    """Lesion bits (B, Z, Y, X) as one mask a lesion: (B, 5, Z, Y, X) float32, 0 or 1."""
-    shifts = torch.arange(N_LESIONS, device=bits.device, dtype=torch.uint8)[:, None, None, None]
-    return (bits[:, None].bitwise_right_shift(shifts) & 1).float()
 
 
 @dataclass

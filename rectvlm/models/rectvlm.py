@@ -3,7 +3,7 @@
 Shapes: B samples, Z × Y × X voxels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from rectvlm.models.localizer import Localization, Localizer
 from rectvlm.models.reporter import ReportGenerator, ReportLoss
 from rectvlm.models.text import Prompts
 from rectvlm.places import describe, locate
-from rectvlm.types import COARSE, Batch, Prediction, lesion_masks
+from rectvlm.types import COARSE, Batch, Prediction
 
 
 class Outputs(NamedTuple):
@@ -106,7 +106,8 @@ class RectVLM(nn.Module):
             lesions = self.localizer(ct, features, self.prompts).masks.sigmoid()
         reports = None
         if generate and self.generator is not None:
-            reports = self.generator.generate(features, self._cues(replace(batch, ct=ct), findings, lesions, known))
+            outlined = _bits(lesions, lambda p: p)
+            reports = self.generator.generate(features, self._cues(replace(batch, ct=ct), findings, outlined, known))
         return Prediction(findings.float(), lesions, reports)
 
     def _training_cues(self, batch: Batch, logits: Tensor, localization: Localization | None) -> list[str]:
@@ -117,13 +118,15 @@ class RectVLM(nn.Module):
         assert localization is not None, "the generator's prompt carries lesions: build the localizer with it"
         # What is unknown stays the model's guess: no label, or a lesion that no one outlined, does not mean absent.
         true = torch.rand(len(batch.keys)).to(batch.ct.device) < self.config.generator.true_cues
-        told = batch.labels_known & true[:, None]
-        findings = torch.where(told, batch.labels, logits.detach().sigmoid())
-        shown = (batch.lesions_annotated & true[:, None])[..., None, None, None]
-        lesions = torch.where(shown, lesion_masks(batch.lesions), localization.masks.detach().sigmoid())
-        return self._cues(batch, findings, lesions, batch.regions_known)
+        findings = torch.where(batch.labels_known & true[:, None], batch.labels, logits.detach().sigmoid())
+        guessed = _bits(localization.masks.detach(), torch.sigmoid)
+        shown = (batch.lesions_annotated & true[:, None]).to(torch.uint8)
+        told = (shown << torch.arange(N_LESIONS, device=shown.device, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+        told = told[:, None, None, None]
+        return self._cues(batch, findings, batch.lesions & told | guessed & ~told, batch.regions_known)
 
     def _cues(self, batch: Batch, findings: Tensor, lesions: Tensor, known: Tensor) -> list[str]:
+        """Cues from probabilities (B, 18) and lesion bits (B, Z, Y, X)."""
         # The lobes of a coarse map are only roughly placed: lesions are then worded by side and zone, as without a map.
         lobes = [bool(k) and meta.regions_source != COARSE for k, meta in zip(known, batch.meta, strict=True)]
         return [
@@ -132,14 +135,22 @@ class RectVLM(nn.Module):
         ]
 
 
+def _bits(masks: Tensor, probability: Callable[[Tensor], Tensor]) -> Tensor:
+    """Lesion bits (B, Z, Y, X) of (B, 5, Z, Y, X), one lesion at a time: at full size, float copies of all are a GB."""
+    bits = torch.zeros_like(masks[:, 0], dtype=torch.uint8)
+    for k, mask in enumerate(masks.unbind(1)):
+        bits |= (probability(mask) >= 0.5).to(torch.uint8) << k
+    return bits
+
+
 def _cues(
     findings: Tensor, lesions: Tensor, ct: Tensor, regions: Tensor | None, spacing: tuple[float, float, float]
 ) -> str:
-    """Findings and lesions of one sample, in words, from probabilities (18,) and (5, Z, Y, X)."""
+    """Findings and lesions of one sample, in words, from probabilities (18,) and lesion bits (Z, Y, X)."""
     names = [name.lower() for name, p in zip(FINDINGS, findings.tolist(), strict=True) if p >= 0.5]
-    weights = 2 ** torch.arange(N_LESIONS, device=lesions.device)[:, None, None, None]
-    bits = ((lesions >= 0.5) * weights).sum(0).to(torch.uint8).cpu().numpy()
     hu = ct.round().to(torch.int16).cpu().numpy()
-    places = locate(bits, hu, None if regions is None else regions.cpu().numpy().astype(np.uint8), spacing)
+    places = locate(
+        lesions.cpu().numpy(), hu, None if regions is None else regions.cpu().numpy().astype(np.uint8), spacing
+    )
     found = f"Findings suggested: {', '.join(names)}." if names else "No findings suggested."
     return f"{found} {describe(places)}"

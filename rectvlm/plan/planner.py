@@ -98,7 +98,7 @@ class Planner:
 
     def plan(self, gpus: int, capacity_gb: float, samples: int = CT_RATE_SCANS) -> Plan:
         """The plan for a number of GPUs with so much memory each, and so many samples in an epoch."""
-        held = states(self.model, self.config, self.ds, gpus)
+        held = states(self.model, self.config, self.ds, gpus, averaged=self.settings.ema > 0)
         memory = self._memory(held)
         counts = parameters(self.model)
         flops = self._flops()

@@ -98,7 +98,7 @@ class States:
     """Bytes of gradients that go out in a micro-batch."""
 
 
-def states(model: RectVLM, config: Config, settings: dict[str, Any], gpus: int) -> States:
+def states(model: RectVLM, config: Config, settings: dict[str, Any], gpus: int, averaged: bool = False) -> States:
     """What each GPU holds.
 
     Args:
@@ -106,6 +106,7 @@ def states(model: RectVLM, config: Config, settings: dict[str, Any], gpus: int) 
         config: of the model.
         settings: DeepSpeed JSON of the phase, filled in.
         gpus: that share the states.
+        averaged: whether a moving average of the weights is kept, 4 bytes a weight more in the optimizer.
     """
     zero = settings["zero_optimization"]
     stage = zero["stage"]
@@ -130,7 +131,7 @@ def states(model: RectVLM, config: Config, settings: dict[str, Any], gpus: int) 
     entries = sum(w.entries for w in trained)
     part = sum(math.ceil(w.entries / gpus) for w in trained)
     held["gradients"] = BF16 * (entries if stage < 2 else part)
-    held["optimizer"] = 3 * FP32 * part
+    held["optimizer"] = (3 + averaged) * FP32 * part
     bucket = zero.get("reduce_bucket_size", BUCKET) * BF16
     held["reduce_buckets"] = bucket * (2 if zero.get("overlap_comm", stage == 3) and stage < 3 else 1)
     sharded = [w for w in weights if w.entries > threshold] if stage == 3 and gpus > 1 else []
