@@ -110,6 +110,24 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny: Config, phantom_sha
     return build
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Callable[[int], Path]:
+    """The folder of a phase, trained without a break on two processes; the phases before it are trained first."""
+    from launches import TWO, run, settings
+
+    folder = tmp_path_factory.mktemp("trained")
+    done: set[int] = set()
+
+    def train(phase: int) -> Path:
+        for number in range(1, phase + 1):
+            if number not in done:
+                run([*TWO, f"launch/phase{number}.py", *settings(number, phantom_shards, folder)], folder)
+                done.add(number)
+        return folder / "tiny" / f"phase{phase}"
+
+    return train
+
+
 def write_nifti(array: np.ndarray, affine: np.ndarray, path: Path) -> Path:
     """A NIfTI file with both its forms set."""
     import nibabel as nib

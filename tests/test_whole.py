@@ -1,0 +1,185 @@
+"""What makes a checkpoint whole, and how its optimizer state finds its way to another number of ranks."""
+
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rectvlm import checkpoint, whole
+from rectvlm.train import partitions
+from rectvlm.train.partitions import Fragment, Group, Saved, evenly, file_of
+from rectvlm.types import UserError
+
+SIZES = {"encoder.weight": 60, "encoder.bias": 7, "scale": 1, "head.weight": 33}
+
+
+def sealed(folder: Path) -> Path:
+    """A folder of three files with a manifest."""
+    work = folder / ".step.partial"
+    (work / "engine").mkdir(parents=True)
+    names = {"engine/rank-0": 5000, "weights": 3000, "state": 40}
+    for name, size in names.items():
+        (work / name).write_bytes(random.randbytes(size))
+    whole.seal(work, {name: whole.settle(work / name) for name in names}, folder / "step-000001")
+    return folder / "step-000001"
+
+
+def faults(folder: Path) -> list[str]:
+    return whole.faults(folder, whole.names(folder))
+
+
+def test_a_sealed_folder_is_whole(tmp_path: Path) -> None:
+    folder = sealed(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    assert whole.names(folder) == ["engine/rank-0", "weights", "state"]
+    (folder / "thresholds.json").write_text("{}")  # what comes later does not count
+    assert faults(folder) == []
+
+
+def truncate(path: Path) -> str:
+    size = random.randrange(path.stat().st_size)
+    with path.open("r+b") as file:
+        file.truncate(size)
+    return f"has {size} of"
+
+
+def flip(path: Path) -> str:
+    data = bytearray(path.read_bytes())
+    data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    path.write_bytes(data)
+    return "another checksum"
+
+
+def remove(path: Path) -> str:
+    path.unlink()
+    return "is missing"
+
+
+@pytest.mark.parametrize("spoil", [truncate, flip, remove])
+@pytest.mark.parametrize("name", ["engine/rank-0", "weights", "state"])
+def test_damage_is_named(tmp_path: Path, name: str, spoil: Callable[[Path], str]) -> None:
+    folder = sealed(tmp_path)
+    said = spoil(folder / name)
+    found = faults(folder)
+    assert len(found) == 1
+    assert found[0].startswith(f"{name} ")
+    assert said in found[0]
+
+
+@pytest.mark.parametrize("spoil", [truncate, remove])
+def test_a_damaged_manifest_is_named(tmp_path: Path, spoil: Callable[[Path], str]) -> None:
+    folder = sealed(tmp_path)
+    spoil(folder / "manifest.json")
+    with pytest.raises(UserError, match=r"manifest\.json is (damaged|missing)"):
+        whole.names(folder)
+
+
+def test_sealing_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
+    sealed(tmp_path)
+    assert faults(sealed(tmp_path)) == []
+
+
+def test_what_is_set_aside_keeps_its_files(tmp_path: Path) -> None:
+    places = [whole.set_aside(sealed(tmp_path)) for _ in range(3)]
+    assert [path.name for path in places] == [
+        "damaged-step-000001",
+        "damaged-step-000001-2",
+        "damaged-step-000001-3",
+    ]
+    assert all(faults(path) == [] for path in places)
+
+
+def test_damaged_weights_are_not_read(tiny_run: Callable[[int], Path], tmp_path: Path) -> None:
+    source = checkpoint.find(tiny_run(1), "")
+    work = tmp_path / ".step"
+    work.mkdir()
+    for name in (checkpoint.WEIGHTS, checkpoint.CONFIG, checkpoint.STATE):
+        (work / name).write_bytes((source / name).read_bytes())
+    folder = tmp_path / "step-000000"
+    whole.seal(work, {path.name: whole.settle(path) for path in work.iterdir()}, folder)
+    assert checkpoint.read_weights(folder).keys() == checkpoint.read_weights(source).keys()
+    flip(folder / checkpoint.WEIGHTS)
+    with pytest.raises(UserError, match="another checksum"):
+        checkpoint.read_weights(folder)
+
+
+# Partitions
+
+
+def one_row(rank: int, world: int) -> list[Fragment]:
+    """ZeRO-1 and 2: parameters in one row, which is cut into equal parts."""
+    total = sum(SIZES.values())
+    part = math.ceil(total / world)
+    fragments, place = [], 0
+    for name, numel in SIZES.items():
+        begin, end = max(place, rank * part), min(place + numel, (rank + 1) * part)
+        if begin < end:
+            fragments.append(Fragment(name, numel, begin - place, begin - rank * part, end - begin))
+        place += numel
+    return fragments
+
+
+def each_split(rank: int, world: int) -> list[Fragment]:
+    """ZeRO-3: every parameter cut into equal parts."""
+    return evenly([(name, numel, math.ceil(numel / world)) for name, numel in SIZES.items()], rank)
+
+
+def flat_of(fragments: list[Fragment], values: dict[str, Tensor], length: int) -> Tensor:
+    flat = torch.full((length,), -1.0)
+    for f in fragments:
+        flat[f.offset : f.offset + f.entries] = values[f.name][f.start : f.start + f.entries]
+    return flat
+
+
+Split = Callable[[int, int], list[Fragment]]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (2, 3), (3, 2), (1, 4), (8, 3)])
+@pytest.mark.parametrize(("written", "read"), [(one_row, one_row), (each_split, each_split), (one_row, each_split)])
+def test_state_finds_its_way_to_any_number_of_ranks(
+    tmp_path: Path, written: Split, read: Split, before: int, after: int
+) -> None:
+    keys = ("weights", "exp_avg", "exp_avg_sq", "ema")
+    values = {key: {name: torch.randn(numel) for name, numel in SIZES.items()} for key in keys}
+    length = sum(SIZES.values()) + 16
+    for rank in range(before):
+        fragments = written(rank, before)
+        flats = {key: flat_of(fragments, values[key], length) for key in keys}
+        weights = flats.pop("weights")
+        own: dict[str, Any] = {**flats, "step": torch.tensor(7.0)}
+        partitions.write(tmp_path / file_of(rank, before), [Group(weights, fragments)], {weights: own})
+    found: dict[str, dict[str, Tensor]] = {
+        key: {name: torch.full((numel,), math.nan) for name, numel in SIZES.items()} for key in keys
+    }
+    with Saved(tmp_path, before) as saved:
+        for rank in range(after):
+            group = Group(torch.full((length,), 5.0), read(rank, after))
+            state = saved.fill(group)
+            if group.fragments:
+                assert state.pop("step") == 7.0
+            for key in keys if group.fragments else ():
+                flat = group.flat if key == "weights" else state[key]
+                assert isinstance(flat, Tensor)
+                for f in group.fragments:
+                    found[key][f.name][f.start : f.start + f.entries] = flat[f.offset : f.offset + f.entries]
+    for key in keys:
+        for name in SIZES:
+            assert torch.equal(found[key][name], values[key][name]), f"{key} of {name}"
+
+
+def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    flat = torch.zeros(4)
+    partitions.write(tmp_path / file_of(0, 1), [Group(flat, [Fragment("a", 4, 0, 0, 4)])], {})
+    with Saved(tmp_path, 1) as saved:
+        with pytest.raises(UserError, match="holds nothing of b"):
+            saved.fill(Group(flat, [Fragment("b", 4, 0, 0, 4)]))
+        with pytest.raises(UserError, match="holds 4 entries of a, where the model has 5"):
+            saved.fill(Group(torch.zeros(5), [Fragment("a", 5, 0, 0, 5)]))
+    with pytest.raises(UserError, match="rank-00001-of-00002"):
+        partitions.write(tmp_path / file_of(0, 2), [Group(flat, [])], {})
+        Saved(tmp_path, 2)
