@@ -47,7 +47,7 @@ def model_card(
     """
     parts, training = description.parts, description.training
     base = config.generator.model if "generator" in parts else None
-    schedule = config.train.phases.get(training.phase)  # type: ignore[call-overload]
+    schedule = config.train.phases.get(training.stage or training.phase)  # type: ignore[call-overload]
     values = {
         "name": name,
         "size": config.name,

@@ -282,7 +282,7 @@ def _write(tensors: dict[str, Tensor], model: models.RectVLM, state: State, fold
     """Write all files beside the folder, read them again, then move them."""
     folder = folder.expanduser().resolve()  # "." has no name, and a link is not to be replaced
     config, lora = _published(model, options.base_model)
-    training = Training(state.phase, state.step, state.samples_seen, state.world_size)
+    training = Training(state.phase, state.step, state.samples_seen, state.world_size, state.stage)
     description = pretrained.describe(config, state.parts, training, state.versions)
     metrics = None if options.metrics is None else Path(options.metrics)
     card = model_card(folder.name, description, config, tensors, options.license_id, options.datasets, metrics)

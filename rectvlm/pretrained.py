@@ -58,6 +58,8 @@ class Training:
     step: int
     samples_seen: int
     world_size: int
+    stage: str | None = None
+    """Sub-step of the phase."""
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
