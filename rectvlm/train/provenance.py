@@ -7,6 +7,7 @@ RUN/phaseN/code-1.patch     what was not committed at the first start; `git appl
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import platform
 import shlex
@@ -24,6 +25,8 @@ import torch
 
 from rectvlm.checkpoint import versions
 from rectvlm.data.store import atomic_file
+
+log = logging.getLogger(__name__)
 
 FILE = "run.json"
 MOST_PATCH = 2_000_000
@@ -102,7 +105,11 @@ class Sessions:
     def end(self, state: str, step: int, error: str | None = None) -> None:
         """How this session ended: `finished`, `stopped` or `failed`."""
         self.all[-1] |= {"state": state, "end": _now(), "last_step": step, "error": error}
-        self._write()
+        try:
+            self._write()
+        except OSError as problem:
+            # The run has ended for a reason of its own, which this one must not hide.
+            log.warning("%s could not be written: %s", self._path, problem)
 
     def _write(self) -> None:
         with atomic_file(self._path) as file:
