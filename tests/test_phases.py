@@ -2,12 +2,12 @@
 
 import math
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launches import CHECKOUT, LAUNCH, TIMEOUT, TWO, environment
 from torch import nn
 
 from rectvlm.config import PARTS, Config, load
@@ -26,7 +26,6 @@ from rectvlm.train.optim import (
 from rectvlm.train.phases import PHASES, ROWS, STAGES, planned
 from rectvlm.train.weighting import TaskWeighting
 from rectvlm.types import UserError
-from tests.test_training import CHECKOUT, TIMEOUT, TWO, environment
 
 
 def test_every_row_has_a_section_and_a_folder_of_its_own(tiny: Config) -> None:
@@ -204,5 +203,4 @@ def test_two_ranks_train_as_by_hand(tmp_path: Path, stage: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_one_rank_trains_as_by_hand(tmp_path: Path, stage: int) -> None:
-    one = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
-    by_hand(tmp_path, stage, one, 1)
+    by_hand(tmp_path, stage, [*LAUNCH, "--num_processes", "1"], 1)

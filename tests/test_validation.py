@@ -3,12 +3,12 @@
 import json
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launches import LAUNCH, TWO, comparable, finish, kill, lines, metrics, run, settings, start, steps_done, wait_for
 
 from rectvlm import checkpoint
 from rectvlm.config import ValidationConfig, load
@@ -17,13 +17,8 @@ from rectvlm.train.objectives import losses
 from rectvlm.train.phases import PHASES, STAGES
 from rectvlm.train.validation import has_stopped
 from rectvlm.types import UserError
-from tests.test_training import TIMEOUT, TWO, VOLATILE, finish, kill, lines, metrics, run, settings, start
 
-ONE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
-
-
-def stable(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in line.items() if name not in VOLATILE} for line in found]
+ONE = [*LAUNCH, "--num_processes", "1"]
 
 
 def validation(phase: int | str, **choices: Any) -> list[str]:
@@ -88,7 +83,7 @@ def test_validation_leaves_the_training_alone(launched_phase1: Path, phantom_sha
     choices = [*validation(1, every=2, cases=8, best="loss"), "train.phases.1.ema=0.5"]
     run([*ONE, "launch/phase1.py", "--config", "tiny", f"train.runs={tmp_path}", *short, *choices], tmp_path)
     folder = tmp_path / "tiny" / "phase1"
-    assert stable(metrics(folder)) == stable(metrics(launched_phase1))
+    assert comparable(folder) == comparable(launched_phase1)
 
     found = lines(folder / "validation.jsonl")
     assert [line["step"] for line in found] == [2, 4, 6]
@@ -158,17 +153,13 @@ def test_everything_at_once_resumes_to_the_last_digit(outlined: Path, phantom_sh
     run([*TWO, "launch/phase3.py", *blind], tmp_path)
     command = [*TWO, "launch/phase3.py", *settings(3, phantom_shards, tmp_path / "cut", steps), *CHOICES]
     process, cut = start(command, tmp_path), folders["cut"]
-    deadline = time.monotonic() + TIMEOUT
-    while len((cut / "metrics.jsonl").read_text().splitlines() if (cut / "metrics.jsonl").exists() else []) < 5:
-        assert process.poll() is None, f"ended before it was killed: {finish(process)}"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: steps_done(cut) >= 5, process)
     kill(process)
     run([*command, "--resume"], tmp_path)
 
-    whole = stable(metrics(folders["whole"]))
-    assert stable(metrics(cut)) == whole
-    assert stable(metrics(folders["blind"])) == whole
+    whole = comparable(folders["whole"])
+    assert comparable(cut) == whole
+    assert comparable(folders["blind"]) == whole
     assert lines(cut / "validation.jsonl") == lines(folders["whole"] / "validation.jsonl")
     assert [line["step"] for line in lines(cut / "validation.jsonl")] == [3, 6]
     names = ["loss", *(f"loss_{task}" for task in PHASES[3].tasks), "macro_auroc", "macro_average_precision"]
