@@ -195,7 +195,9 @@ def test_chunks_change_nothing(
     exact = (FAMILIES | OTHERS)[family][-1].get("attn_logit_softcapping") is None
     dtype, close = (torch.float64, 1e-9) if exact else (torch.float32, 1e-4)
     if exact:
-        monkeypatch.setattr(Tensor, "float", Tensor.double)  # or the cast of the logits would round
+        cast, words = Tensor.float, weights.geometry(str(folder(family))).vocab_size
+        # The cast of the logits would round; what a family casts within stays as it is.
+        monkeypatch.setattr(Tensor, "float", lambda t: t if t.shape[-1:] == (words,) else cast(t))
     for plain in (True, False):
         generator = build(tiny, folder(family), quantization="none", loss_chunk=chunk, max_report_tokens=60)
         generator = generator.to(dtype).train()
