@@ -10,6 +10,7 @@ from data_pipeline.cases import Case, CaseData, file_identity
 from data_pipeline.samples import LESION, SCANS, SampleScan, fetch_samples
 from rectvlm.data import phantom
 from rectvlm.data.phantom import make_phantom
+from rectvlm.data.phantom_plan import STYLES, VARIED
 from rectvlm.data.volume import Volume, read_mask, read_volume
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
 from rectvlm.types import Split
@@ -18,8 +19,9 @@ VALID_SEEDS = 100_000
 """First seed of the validation phantoms; training ones start at 0."""
 
 
-def demo_cases(train: int, valid: int, samples: Path | None) -> list[Case]:
-    """The two real CTs (fetched to `samples` when not there; left out when None), then the phantoms of both splits.
+def demo_cases(train: int, valid: int, samples: Path | None, style: str = VARIED.name) -> list[Case]:
+    """The two real CTs (fetched to `samples` when not there; left out when None), then the phantoms of both splits, in
+    a style of `phantom_plan.STYLES`.
 
     Raises:
         UserError: the CTs cannot be fetched.
@@ -28,8 +30,8 @@ def demo_cases(train: int, valid: int, samples: Path | None) -> list[Case]:
     if samples is not None:
         fetch_samples(samples)
         real = [_scan_case(scan, samples) for scan in SCANS]
-    train_phantoms = [_phantom_case(seed, "train") for seed in range(train)]
-    return real + train_phantoms + [_phantom_case(VALID_SEEDS + number, "valid") for number in range(valid)]
+    train_phantoms = [_phantom_case(seed, "train", style) for seed in range(train)]
+    return real + train_phantoms + [_phantom_case(VALID_SEEDS + number, "valid", style) for number in range(valid)]
 
 
 def _scan_case(scan: SampleScan, folder: Path) -> Case:
@@ -54,13 +56,14 @@ def _load_scan(scan: SampleScan, folder: Path) -> CaseData:
     )
 
 
-def _phantom_case(seed: int, split: Split) -> Case:
+def _phantom_case(seed: int, split: Split, style: str) -> Case:
     key = f"phantom_{seed:06d}"
-    return Case(key, split, key, f"phantom of seed {seed}", partial(_load_phantom, seed), (str(seed), _phantom_code()))
+    source = f"phantom of seed {seed}" if style == VARIED.name else f"phantom of seed {seed}, {style}"
+    return Case(key, split, key, source, partial(_load_phantom, seed, style), (str(seed), style, _phantom_code()))
 
 
-def _load_phantom(seed: int) -> CaseData:
-    made = make_phantom(seed)
+def _load_phantom(seed: int, style: str) -> CaseData:
+    made = make_phantom(seed, STYLES[style])
     where = f"phantom of seed {seed}"
     return CaseData(
         volume=Volume(made.hu, made.affine, where),

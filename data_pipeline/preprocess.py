@@ -44,6 +44,7 @@ from data_pipeline.running import InProcesses, Runner, in_this_process, run, wri
 from data_pipeline.samples import FOLDER as SAMPLES
 from rectvlm import config
 from rectvlm.data.manifest import MANIFEST, Manifest, Provenance, read_manifest
+from rectvlm.data.phantom_plan import STYLES, VARIED
 from rectvlm.data.sample import versions
 from rectvlm.data.shards import INDEX, Index, Written, read_index, write_index
 from rectvlm.data.store import Store
@@ -245,6 +246,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", help="folder or fsspec URL of the shards (default: data.shards of the configuration)")
     add("--phantoms", type=_number(int, 0), help="synthetic training cases (default 48; none with --ct-rate)")
     add("--valid-phantoms", type=_number(int, 0), help="synthetic validation cases (default 12; none with --ct-rate)")
+    add("--phantom-style", choices=STYLES, default=VARIED.name, help="how phantoms look (default: %(default)s)")
     add("--no-samples", action="store_true", help="leave the two real CTs out; needs no network")
     add(
         "--workers",
@@ -278,10 +280,11 @@ def _cases(options: argparse.Namespace, slice_spacing: float) -> tuple[list[Case
     if options.ct_rate is None:
         train, valid = options.phantoms, options.valid_phantoms
         samples = None if options.no_samples else SAMPLES
-        return demo_cases(48 if train is None else train, 12 if valid is None else valid, samples), {}, {}
+        numbers = 48 if train is None else train, 12 if valid is None else valid
+        return demo_cases(*numbers, samples, options.phantom_style), {}, {}
     log.info("reading the tables of %s", options.ct_rate)
     found = ct_rate.ct_rate_cases(options.ct_rate, ct_rate.options_from(options, slice_spacing))
-    phantoms = demo_cases(options.phantoms or 0, options.valid_phantoms or 0, None)
+    phantoms = demo_cases(options.phantoms or 0, options.valid_phantoms or 0, None, options.phantom_style)
     dropped = {reason: len(names) for reason, names in sorted(found.dropped.items())}
     for reason, number in dropped.items():
         log.info("left out %d: %s", number, reason)

@@ -77,9 +77,11 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def saved_names(model: nn.Module) -> list[str]:
-    """Names of what a checkpoint holds: parameters that may train, and the prompt embeddings."""
-    prompts = [f"prompts.{name}" for name, _ in model.get_submodule("prompts").named_buffers()]
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad] + prompts
+    """Names of what a checkpoint holds: parameters that may train, the prompt embeddings, the encoder's atlas."""
+    kept = [
+        f"{part}.{name}" for part in ("prompts", "encoder") for name, _ in model.get_submodule(part).named_buffers()
+    ]
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad] + kept
 
 
 def write(folder: Path, tensors: dict[str, Tensor], config: Config, state: State) -> list[Path]:

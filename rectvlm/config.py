@@ -106,6 +106,9 @@ class EncoderConfig(_Section):
     """Blocks, counted from 1, whose patches the localizer reads beside those of the last."""
     checkpointing: bool
     """Recompute each block in the backward pass."""
+    atlas: Annotated[int, Field(ge=0)] = 0
+    """Training cases whose mean is taken from every CT before it is cut into patches; 0 takes nothing away. Of patients
+    who lie alike, what is left is what they do not share, and learning begins there."""
 
 
 class TextConfig(_Section):
@@ -135,6 +138,9 @@ class LocalizerConfig(_Section):
     channels: tuple[Positive, ...]
     """Channels of the U-Net, full resolution first."""
     checkpointing: bool
+    informs: bool = False
+    """Whether the volumes of the masks speak for the findings that they imply, beside the classifier. Findings then
+    wait for the masks, and their loss reaches every voxel that is wrongly marked."""
 
 
 class GeneratorConfig(_Section):

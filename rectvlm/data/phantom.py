@@ -4,16 +4,17 @@ For tests and for the demo, where no patient's data may be shipped. A phantom te
 `docs/phantom.md`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 
 from rectvlm.data.phantom_anatomy import draw_chest
-from rectvlm.data.phantom_canvas import Canvas, start_canvas
+from rectvlm.data.phantom_canvas import Build, Canvas, start_canvas
 from rectvlm.data.phantom_disease import draw_findings
-from rectvlm.data.phantom_plan import Plan, draw_plan
+from rectvlm.data.phantom_plan import VARIED, PhantomStyle, Plan, draw_plan
 from rectvlm.data.phantom_report import write_report
 from rectvlm.labels import FINDINGS, LESIONS, LOBES
 from rectvlm.places import Place, PlaceSide, lobe_words, side_words
@@ -41,7 +42,7 @@ class Phantom:
     """Where each lesion was painted, in the order of their bits, whether annotated or not."""
 
 
-def make_phantom(seed: int) -> Phantom:
+def make_phantom(seed: int, style: PhantomStyle = VARIED) -> Phantom:
     """The phantom of a seed.
 
     Labels, report and places are the same on every machine; voxels too, but for the last digit of a machine's
@@ -49,9 +50,8 @@ def make_phantom(seed: int) -> Phantom:
 
     About 60 × 144 × 144 voxels of about 4.5 × 2.5 × 2.5 mm, with axis order and directions that vary with the seed.
     """
-    plan = draw_plan(seed)
-    canvas = start_canvas(plan.build)
-    draw_chest(canvas, np.random.default_rng([seed, 2]))
+    plan = draw_plan(seed, style)
+    canvas = _copy(_one_chest(plan.build)) if style.one_patient else _chest(plan.build, seed)
     draw_findings(canvas, plan, np.random.default_rng([seed, 3]))
     truth = _truth(canvas, plan)
     hu = _scan(canvas, plan, np.random.default_rng([seed, 4]))
@@ -75,6 +75,24 @@ def make_phantom(seed: int) -> Phantom:
         lesions_annotated={lesion.key: lesion.key != plan.unannotated for lesion in LESIONS},
         truth=truth,
     )
+
+
+def _chest(build: Build, seed: int) -> Canvas:
+    canvas = start_canvas(build)
+    draw_chest(canvas, np.random.default_rng([seed, 2]))
+    return canvas
+
+
+@lru_cache(maxsize=16)
+def _one_chest(build: Build) -> Canvas:
+    """The healthy chest of a style with one patient: most of a phantom's cost, and the same each time."""
+    return _chest(build, 0)
+
+
+def _copy(canvas: Canvas) -> Canvas:
+    """A canvas to paint on; what findings only read is shared."""
+    painted = {name: getattr(canvas, name).copy() for name in ("hu", "regions", "lesions")}
+    return replace(canvas, **painted, fields=dict(canvas.fields))
 
 
 def _scan(canvas: Canvas, plan: Plan, rng: np.random.Generator) -> Int16Volume:

@@ -24,8 +24,49 @@ UNANNOTATED = 0.15
 """Chance that one kind of lesion was not annotated in a case."""
 UNKNOWN = 0.1
 """Chance that one finding's label is unknown in a case."""
+PERICARDIAL_STEP = 3.0
+"""Depths of pericardial fluid in a style with one patient are multiples of this, mm."""
+LARGE_HEART = 1.24
+"""Size of a heart with cardiomegaly."""
 DEVICES = ("pacemaker", "port", "sternal wires")
 STATIONS = ("paratracheal", "subcarinal", "aortopulmonary")
+
+
+@dataclass(frozen=True)
+class PhantomStyle:
+    """How much patients differ from each other, and how plain their findings are."""
+
+    name: str
+    findings: tuple[str, ...]
+    """Findings that are drawn; the others are absent from every patient."""
+    one_patient: bool
+    """The same healthy chest in every case, up to noise, kernel, axis order and position; findings differ."""
+    nodules: tuple[float, float]
+    """Smallest and largest diameter, mm."""
+    terse: bool
+    """Reports in the shortest phrasing of each finding that is present, in one order, and nothing else."""
+
+
+VARIED = PhantomStyle("varied", FINDINGS, one_patient=False, nodules=(10.5, 24.0), terse=False)
+PLAIN = PhantomStyle(
+    "plain",
+    findings=(
+        "Medical material",
+        "Cardiomegaly",
+        "Pericardial effusion",
+        "Hiatal hernia",
+        "Lung nodule",
+        "Lung opacity",
+        "Pulmonary fibrotic sequela",
+        "Pleural effusion",
+        "Consolidation",
+    ),
+    one_patient=True,
+    nodules=(18.0, 28.0),
+    terse=True,
+)
+STYLES = {style.name: style for style in (VARIED, PLAIN)}
+"""By name. `varied` is the default; `plain` is for learning within minutes (see `docs/phantom.md`)."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +108,13 @@ class Plan:
     """Finding whose label is unknown."""
     order: list[int] = field(default_factory=list)
     """Random numbers that choose the report's phrasing."""
+    style: PhantomStyle = VARIED
 
 
-def draw_plan(seed: int) -> Plan:
+def draw_plan(seed: int, style: PhantomStyle = VARIED) -> Plan:
     """The patient of a seed. The same on every machine."""
     rng = np.random.default_rng([seed, 1])
-    present = {finding: bool(rng.random() < PREVALENCE[finding]) for finding in FINDINGS}
+    present = {finding: bool(rng.random() < PREVALENCE[finding] and finding in style.findings) for finding in FINDINGS}
     ground_glass = rng.random() < GROUND_GLASS
     present["Lung opacity"] = bool(ground_glass or present["Consolidation"])
     effusions: dict[Side, float] = {}
@@ -86,7 +128,7 @@ def draw_plan(seed: int) -> Plan:
     def some_lobes(most: int) -> list[str]:
         return [lobes[n] for n in sorted(rng.choice(5, int(rng.integers(1, most + 1)), replace=False))]
 
-    diameter = float(rng.uniform(10.5, 24))
+    diameter = float(rng.uniform(*style.nodules))
     nodules = [Nodule(lobe, diameter * float(rng.uniform(0.85, 1.0))) for lobe in some_lobes(2)]
     stations = tuple(STATIONS[n] for n in sorted(rng.choice(3, int(rng.integers(1, 4)), replace=False)))
     lobe_of = {
@@ -99,7 +141,8 @@ def draw_plan(seed: int) -> Plan:
     unknown = FINDINGS[int(rng.integers(len(FINDINGS)))] if rng.random() < UNKNOWN else None
     consolidations, glass = some_lobes(2), some_lobes(3)
     device = DEVICES[int(rng.integers(len(DEVICES)))]
-    build = _draw_build(rng, 1.24 if present["Cardiomegaly"] else 1.0, pericardial)
+    heart = LARGE_HEART if present["Cardiomegaly"] else 1.0
+    build = _one_build(heart, pericardial) if style.one_patient else _draw_build(rng, heart, pericardial)
     return Plan(
         present=present,
         build=build,
@@ -115,6 +158,7 @@ def draw_plan(seed: int) -> Plan:
         unannotated=unannotated,
         unknown=unknown,
         order=[int(n) for n in rng.integers(0, 2**31, 64)],
+        style=style,
     )
 
 
@@ -135,4 +179,20 @@ def _draw_build(rng: np.random.Generator, heart: float, pericardial: float) -> B
         blood=float(rng.uniform(36, 48)) if rng.random() < 0.7 else float(rng.uniform(120, 180)),
         pericardial=pericardial,
         dome=float(rng.uniform(-8, 8)),
+    )
+
+
+def _one_build(heart: float, pericardial: float) -> Build:
+    """The one patient of a style, lean and straight; pericardial fluid comes in few depths, so that chests repeat."""
+    return Build(
+        shape=(54, 132, 132),
+        spacing=(5.0, 2.6, 2.6),
+        scale=(0.94, 0.94, 0.94),
+        roll=0.0,
+        lean=0.0,
+        fat=9.0,
+        heart=heart,
+        blood=42.0,
+        pericardial=PERICARDIAL_STEP * round(pericardial / PERICARDIAL_STEP),
+        dome=0.0,
     )

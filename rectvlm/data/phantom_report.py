@@ -88,10 +88,11 @@ class _Choice:
 
 def write_report(plan: Plan) -> tuple[str, str]:
     """Findings and impression of a plan."""
-    terse = sum(plan.present.values()) >= _LONG
+    terse = plan.style.terse or sum(plan.present.values()) >= _LONG
     choose = _Choice(plan.order, terse)
     lungs, chest = _lung_sentences(plan, choose), _chest_sentences(plan, choose)
-    present = chest + lungs if next(choose.numbers) % 2 else lungs + chest
+    chest_first = next(choose.numbers) % 2 and not plan.style.terse
+    present = chest + lungs if chest_first else lungs + chest
     absent = []
     if not terse:
         candidates = [finding for finding in _ABSENT if not plan.present[finding]]

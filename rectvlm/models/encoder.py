@@ -3,6 +3,7 @@
 Shapes: B samples, Z × Y × X voxels, W windows, z × y × x patches, N = z · y · x, R regions (20), C width.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from rectvlm.models.layers import Mlp, init_blocks
 
 POSITION_STD = 0.3
 """Spread of each axis's position embeddings at the start; patch embeddings start with a spread of about 1."""
+ATLAS_GAIN = 2.0
+"""What is left of a CT after the atlas is small: this brings patches to the spread that positions expect."""
 PRIOR_FLOOR = 1e-3
 """Smallest p(r | patch): a region that a patch does not touch is unlikely, not impossible."""
 
@@ -114,6 +117,9 @@ class Encoder(nn.Module):
         self.unknown_prior = nn.Parameter(torch.zeros(N_REGIONS))
         self.blocks = nn.ModuleList(EncoderBlock(config, z) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
+        self.atlas: Tensor | None = None
+        if config.atlas:
+            self.register_buffer("atlas", torch.zeros(len(data.windows), *data.grid))
         init_blocks(self.blocks)
         nn.init.normal_(self.embed.weight, std=2 / self.embed.weight[0].numel() ** 0.5)  # windows have a spread of ~0.5
         nn.init.zeros_(self.embed.bias)  # type: ignore[arg-type]
@@ -142,6 +148,13 @@ class Encoder(nn.Module):
         tokens, region_tokens = self.norm(tokens), self.norm(region_tokens)
         patches = tokens[:, 1:]
         return Features(tokens[:, 0], patches, region_tokens, grid, torch.cat([*levels, patches], dim=-1))
+
+    @torch.no_grad()
+    def draw_atlas(self, volumes: Iterable[Tensor]) -> None:
+        """Make the atlas the mean of some CTs, each (Z, Y, X) HU, window by window."""
+        assert self.atlas is not None, "encoder.atlas is 0"
+        mean = torch.stack([apply_windows(ct[None], self.windows)[0] for ct in volumes]).mean(0)
+        self.atlas.copy_(mean)
 
     @torch.no_grad()
     def attention_map(self, ct: Tensor, regions: Tensor, regions_known: Tensor, block: int = -1) -> Tensor:
@@ -179,6 +192,9 @@ class Encoder(nn.Module):
         """Tokens (B, 1 + N, C) and region tokens (B, R, C) before the first block."""
         self._check(ct, regions, regions_known)
         channels = apply_windows(ct, self.windows).to(self.embed.weight.dtype)
+        if self.atlas is not None:
+            assert self.atlas.shape[1:] == ct.shape[1:], f"the atlas is of {tuple(self.atlas.shape[1:])} voxels"
+            channels = (channels - self.atlas) * ATLAS_GAIN
         patches = self.embed(channels).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.whole.expand(len(ct), -1, -1), patches + self._positions(self.grid_of(ct))], dim=1)
         return tokens, self.regions.expand(len(ct), -1, -1)

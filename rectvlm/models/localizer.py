@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rectvlm.config import DataConfig, EncoderConfig, LocalizerConfig
-from rectvlm.labels import N_LESIONS
+from rectvlm.labels import LESION_FINDINGS, N_FINDINGS, N_LESIONS
 from rectvlm.models.encoder import Features, apply_windows
 from rectvlm.models.layers import Block, Mlp
 from rectvlm.models.lean import GeluToOne, NormGelu, ToOne
@@ -44,6 +44,8 @@ class Localization(NamedTuple):
     """(B, L) logits: do the patches that `coarse` points at match the lesion's prompt?"""
     denoising: Tensor
     """Scalar: mean squared error of the denoised patch features; 0 outside training."""
+    findings: Tensor | None = None
+    """(B, 18) float32 to be added to the classifier's logits, where the configuration lets masks inform."""
 
 
 class Denoised(NamedTuple):
@@ -184,6 +186,30 @@ def _recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
+class VolumeEvidence(nn.Module):
+    """What the masks' volumes say of the findings: an affine map of log(V + v₀), V the expected volume in ml.
+
+    It starts as what the definitions of the lesions say: each speaks for its own finding alone.
+    """
+
+    FLOOR_ML = 0.3
+    """v₀: less than the smallest nodule that counts (8 mm have 0.27 ml), so that specks say next to nothing."""
+
+    def __init__(self, spacing: tuple[float, float, float]) -> None:
+        super().__init__()
+        self.voxel_ml = spacing[0] * spacing[1] * spacing[2] / 1000
+        self.map = nn.Linear(N_LESIONS, N_FINDINGS)
+        nn.init.zeros_(self.map.bias)
+        nn.init.zeros_(self.map.weight)
+        with torch.no_grad():
+            self.map.weight[list(LESION_FINDINGS), range(N_LESIONS)] = 1.0
+
+    def forward(self, masks: Tensor) -> Tensor:
+        """(B, 18) float32 from mask logits (B, L, Z, Y, X)."""
+        volume = masks.float().sigmoid().flatten(2).sum(2) * self.voxel_ml
+        return self.map((volume + self.FLOOR_ML).log().to(self.map.weight.dtype)).float()
+
+
 class Localizer(nn.Module):
     """Text, denoising transformer, text-guided attention U-Net."""
 
@@ -194,6 +220,7 @@ class Localizer(nn.Module):
             f"localizer.channels {config.channels} must have {len(strides)} entries for patch {encoder.patch}"
         )
         self.patch, self.windows, self.checkpointing = encoder.patch, data.windows, config.checkpointing
+        self.evidence = VolumeEvidence(data.spacing) if config.informs else None
         self.text = nn.Linear(text_width, config.width)
         self.text_offset = nn.Parameter(torch.zeros(N_LESIONS, text_width))
         self.denoiser = Denoiser(config, encoder.width, 1 + len(encoder.taps))
@@ -236,7 +263,8 @@ class Localizer(nn.Module):
             for lesion, marked in zip(found.lesions.unbind(1), coarse.unbind(1), strict=True)
         ]
         masks, halves = (torch.cat(parts, 1) for parts in zip(*drawn, strict=True))
-        return Localization(masks, halves, coarse, found.alignment, found.denoising)
+        findings = None if self.evidence is None else self.evidence(masks)
+        return Localization(masks, halves, coarse, found.alignment, found.denoising, findings)
 
     def _check(self, ct: Tensor, features: Features, prompts: Prompts) -> None:
         assert ct.ndim == 4, f"a CT must be (B, Z, Y, X), not {tuple(ct.shape)}"

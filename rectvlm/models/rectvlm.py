@@ -73,6 +73,8 @@ class RectVLM(nn.Module):
         features = self.encoder(batch.ct, batch.regions, batch.regions_known)
         findings = self.classifier(features, self.prompts)
         localization = self.localizer(batch.ct, features, self.prompts) if self.localizer is not None else None
+        if localization is not None and localization.findings is not None:
+            findings = findings + localization.findings
         report = None
         if self.generator is not None:
             cues = self._training_cues(batch, findings, localization)
@@ -99,11 +101,13 @@ class RectVLM(nn.Module):
         if ablate_image:
             ct, known = torch.full_like(ct, AIR_HU), torch.zeros_like(known)
         features: Features = self.encoder(ct, batch.regions, known)
-        findings = self.classifier(features, self.prompts).sigmoid()
-        if self.localizer is None or not localize:
-            lesions = torch.zeros(len(ct), N_LESIONS, *ct.shape[1:], device=ct.device)
-        else:
-            lesions = self.localizer(ct, features, self.prompts).masks.sigmoid()
+        logits = self.classifier(features, self.prompts)
+        lesions = torch.zeros(len(ct), N_LESIONS, *ct.shape[1:], device=ct.device)
+        if self.localizer is not None and (localize or self.config.localizer.informs):
+            localization = self.localizer(ct, features, self.prompts)
+            logits = logits if localization.findings is None else logits + localization.findings
+            lesions = localization.masks.sigmoid() if localize else lesions
+        findings = logits.sigmoid()
         reports = None
         if generate and self.generator is not None:
             outlined = _bits(lesions, lambda p: p)

@@ -178,6 +178,9 @@ def run(
     torch.manual_seed(config.train.seed)
     # A run that goes on has all its weights in its own checkpoint, whatever became of the phase before.
     model = build(phase, config, start or source, engine)
+    if start is None and source is None and config.encoder.atlas:
+        cases = range(min(config.encoder.atlas, len(loader.dataset)))  # the same on every rank
+        model.encoder.draw_atlas(torch.from_numpy(loader.dataset[number].ct) for number in cases)
     # Before freezing: a part without a learning rate belongs to the checkpoint too.
     names = checkpoint.saved_names(model)
     if config.train.weighting == "uncertainty":
