@@ -190,7 +190,7 @@ def test_sub_steps_train_their_part_alone_and_the_joint_phases_start_from_them(
         short = [f"train.phases.{key}.steps=2", f"train.phases.{key}.save_every=2", *validation(key, every=2, cases=2)]
         common = ["--config", "tiny", f"data.shards={phantom_shards}", f"train.runs={tmp_path}"]
         run([*TWO, f"launch/phase{phase}.py", *common, *short, *more], tmp_path)
-        row = STAGES[key] if key in STAGES else PHASES[phase]  # type: ignore[index]
+        row = STAGES[key] if key in STAGES else PHASES[phase]
         return folder / row.folder
 
     def changed(before: Path, after: Path) -> set[str]:
