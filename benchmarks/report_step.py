@@ -59,8 +59,9 @@ class RandomWeights:
 class Masters:
     """AdamW on float32 copies of bfloat16 parameters, as the engine keeps them."""
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
+    def __init__(self, parameters: list[nn.Parameter], clip: float | None = None) -> None:
+        """`clip` is the largest norm of all gradients together."""
+        self.parameters, self.clip = parameters, clip
         self.copies = [parameter.detach().float() for parameter in parameters]
         self.optimizer = torch.optim.AdamW(self.copies, lr=1e-4)
 
@@ -69,6 +70,8 @@ class Masters:
         for own, parameter in zip(self.copies, self.parameters, strict=True):
             assert parameter.grad is not None, "a trained parameter got no gradient"
             own.grad, parameter.grad = parameter.grad.float(), None
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.copies, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         for own, parameter in zip(self.copies, self.parameters, strict=True):

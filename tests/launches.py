@@ -18,7 +18,7 @@ CHECKOUT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY, WORLD, MICRO_BATCH = 12, 4, 2, 2
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 TWO = [*LAUNCH, "--config_file", "launch/accelerate/cpu2.yaml"]
-TIMEOUT = 240.0
+TIMEOUT = 600.0
 VOLATILE = ("seconds", "memory_bytes")
 """Fields of `metrics.jsonl` that no two runs share."""
 
