@@ -242,17 +242,15 @@ def test_signals_as_they_come(interrupted: Any, whom: str, number: signal.Signal
         for member in everyone:
             member.send_signal(number)
     else:
-        number = signal.SIGTERM
         process.kill()
     _, stderr = process.communicate(timeout=120)
     psutil.wait_procs(everyone, timeout=60)
     assert not [member for member in everyone if member.is_running()]
-    # The launcher forwards its own signal; ranks of a launcher that is gone receive SIGTERM.
-    name = "SIG(TERM|INT)" if whom == "one process" else number.name
     done = checkpoint.read_state(checkpoint.all_checkpoints(folder)[-1]).step
     assert ending(folder)["code"] == Exit.RESUME, stderr[-3000:]
     assert done == steps_done(folder)
-    assert name
+    # Ranks of a launcher that is gone receive SIGTERM, whatever it died of.
+    assert f"SIGTERM: saved after step {done}" in stderr or f"{number.name}: saved after step {done}" in stderr
     run([*command, "--resume", "auto", f"train.phases.1.steps={done + 2}"], folder)
     assert ending(folder)["code"] == Exit.FINISHED
     assert steps_done(folder) == done + 2
@@ -390,8 +388,9 @@ def test_a_run_that_diverges_stops_and_names_its_samples(
     assert code == 1
     assert ending(folder)["code"] == Exit.DIVERGED
     said = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert said
-    assert all("3 steps in a row were skipped" in line and "bad-steps.jsonl" in line for line in said)
+    assert len(said) == 1
+    assert "3 steps in a row were skipped" in said[0]
+    assert "bad-steps.jsonl" in said[0]
     bad = lines(folder / "bad-steps.jsonl")
     assert len(bad) == 3
     assert all(len(seen["samples"]) == MICRO_BATCH for line in bad for seen in line["ranks"])

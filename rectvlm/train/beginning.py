@@ -16,6 +16,9 @@ from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
 
+_OF_DEEPSPEED = "state"
+"""Folder of DeepSpeed's own files, which earlier versions wrote."""
+
 Resume = Literal["no", "yes", "auto"]
 """Whether to go on with an earlier run; `auto` begins anew where there is none."""
 
@@ -71,6 +74,11 @@ def newest_whole(folder: Path, resume: Resume, engine: Engine) -> Path | None:
             shutil.rmtree(unfinished)
     found: list[Path] = engine.everyone(_folders(folder))[0]
     for path in reversed(found):
+        if (path / checkpoint.ENGINE / _OF_DEEPSPEED).is_dir():
+            raise UserError(
+                f"{path} was written by an earlier version of rectvlm, whose runs can be used but not resumed: begin "
+                "anew with --restart, or write elsewhere with name=NEW."
+            )
         faults = sorted({fault for share in engine.everyone(_faults(path, engine)) for fault in share})
         if not faults:
             return path

@@ -63,9 +63,6 @@ def main(number: int, checkout: Path, argv: Sequence[str] | None = None) -> None
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(Exit.MISTAKE)
-    except Ended as ended:
-        sys.stderr.write(f"error: {ended.reason}.\n")
-        raise
     except RuntimeError as error:
         if not is_lost(error):
             raise
@@ -196,6 +193,8 @@ def run(
         train(engine, loader, phase, config, folder, names, position, work)
     except Ended as ended:
         if engine.is_main or not ended.together:
+            kind = "stopped" if ended.exit == Exit.RESUME else "error"
+            sys.stderr.write(f"{kind}: {ended.reason}.\n")
             write_ending(folder, ended.exit, ended.reason, position.step)
         if ended.together:
             engine.close()
