@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ def summarize(folder: Path, phases: Sequence[int], stages: Sequence[Done]) -> di
     return {
         "config": figures["config"],
         "engine": {key: engine[key] for key in ("distributed_type", "zero_stage", "world_size", "llm_quantization")},
-        "phases": [_phase(folder / f"phase{n}", n, seconds[f"phase {n}"]) for n in phases],
+        "phases": [phase_summary(folder / f"phase{n}", n, seconds[f"phase {n}"]) for n in phases],
         "evaluation": _main_figures(figures) | {"file": str(evaluated)},
         "predictions": [{"case": p.name, "dir": str(p), "page": str(p / "index.html")} for p in found],
         "machine": figures["machine"],
@@ -185,7 +185,8 @@ def summarize(folder: Path, phases: Sequence[int], stages: Sequence[Done]) -> di
     }
 
 
-def _phase(folder: Path, number: int, seconds: float) -> dict[str, Any]:
+def phase_summary(folder: Path, number: int, seconds: float) -> dict[str, Any]:
+    """What a phase's `metrics.jsonl` comes to; `seconds` are those of its command."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     over = max(1, min(LOSS_OVER, len(lines) // 2))
     first, last = lines[:over], lines[-over:]
@@ -251,24 +252,23 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
     return [trained, evaluated]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
-    options = _parse(arguments)
-    console = Console(stderr=True)
+def environment_for(launcher: str) -> dict[str, str]:
+    """The environment of the commands: tools of this Python first on the path, and no GPU where two CPU processes are
+    asked for."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    if options.accelerate == TWO_CPU_PROCESSES:
+    if launcher == TWO_CPU_PROCESSES:
         # Two CPU processes on any machine, also on one with a single GPU.
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return environment
+
+
+def guarded(console: Console, work: Callable[[], int]) -> int:
+    """Do the work from the checkout; the exit status, with errors in words."""
     os.chdir(CHECKOUT)
     # A terminated run takes its processes along, as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        stages = plan(options.config, options.overrides, options.phases, options.accelerate)
-        config = load(options.config, options.overrides)
-        folder = Path(config.train.runs) / config.name
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        (folder / "summary.json").unlink(missing_ok=True)
-        done = [run_stage(stage, folder / "logs", environment, console) for stage in stages]
+        return work()
     except UserError as error:
         console.print(f"error: {error}", style="red", highlight=False)
         return 2
@@ -280,7 +280,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("stopped")
         return 130
-    summary = summarize(folder, options.phases, done)
+
+
+def run_stages(stages: Sequence[Stage], folder: Path, launcher: str, console: Console) -> list[Done]:
+    """Run commands one after the other, their output going to `folder`/logs.
+
+    Raises:
+        StageFailed: the first one that ended with an error; those behind it are not run.
+    """
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").unlink(missing_ok=True)
+    environment = environment_for(launcher)
+    return [run_stage(stage, folder / "logs", environment, console) for stage in stages]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    options = _parse(arguments)
+    console = Console(stderr=True)
+    return guarded(console, lambda: _demo(options, console))
+
+
+def _demo(options: argparse.Namespace, console: Console) -> int:
+    stages = plan(options.config, options.overrides, options.phases, options.accelerate)
+    config = load(options.config, options.overrides)
+    folder = Path(config.train.runs) / config.name
+    summary = summarize(folder, options.phases, run_stages(stages, folder, options.accelerate, console))
     (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     console.print(
         *result_tables(summary), f"{summary['seconds']:.0f} s in all; all figures are in {folder}/summary.json."
