@@ -79,7 +79,8 @@ class Record:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for handle in self._files.values():
-            handle.close()
+            with contextlib.suppress(OSError):  # a full disk, which has ended the run already
+                handle.close()
         if not self.engine.is_main:
             return
         self._watch.close()
