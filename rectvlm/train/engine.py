@@ -410,7 +410,9 @@ class Engine:
                 state = saved.fill(group)
                 step = state.pop(partitions.STEP)
                 if step is not None:
-                    state[partitions.STEP] = torch.tensor(step, dtype=torch.float32)
+                    fused = bool(zero.optimizer.defaults.get("fused"))
+                    device = group.flat.device if fused else "cpu"  # where torch's optimizers keep their count
+                    state[partitions.STEP] = torch.tensor(step, dtype=torch.float32, device=device)
                     zero.optimizer.state[group.flat] = state
         self._round_masters()
 
