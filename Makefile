@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup preprocess verify demo test test-slow bench clean
+.PHONY: help setup preprocess verify demo learn test test-slow bench clean
 
 help: ## list the targets
 	@echo "make TARGET [NAME=value …]"
@@ -44,6 +44,9 @@ verify: $(STAMP) ## read shards back and check every byte of them; OUT=folder or
 
 demo: $(STAMP) ## all of it in small: shards, three phases on two processes, evaluation, a predicted CT
 	@$(BIN)/python launch/demo.py --config $(CONFIG) $(ARGS)
+
+learn: $(STAMP) ## a proof of learning on phantoms of other seeds: twenty minutes, targets and figures in runs/learn
+	@$(BIN)/python -m launch.learn $(ARGS)
 
 test: $(STAMP) ## lint, types and the quick tests
 	@$(BIN)/ruff check

@@ -17,6 +17,7 @@ of its own; its output goes to RUN/logs/. What came of it is read back from the 
 import argparse
 import json
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -66,6 +67,8 @@ class Done:
     command: str
     seconds: float
     log: str
+    cpu_seconds: float = 0.0
+    """Of all its processes: what it costs wherever else the cores are busy."""
 
 
 class StageFailed(Exception):
@@ -125,7 +128,7 @@ def run_stage(stage: Stage, logs: Path, environment: dict[str, str], console: Co
     log = logs / f"{stage.name.replace(' ', '')}.log"
     shown = shlex.join([Path(stage.command[0]).name, *stage.command[1:]])
     console.print(f"[bold]{stage.name:<11}[/]{shown}", soft_wrap=True, highlight=False)
-    begin = time.monotonic()
+    begin, used = time.monotonic(), _cpu_seconds()
     columns = (TextColumn(" " * 11), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     live = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with log.open("w") as file, live as progress:
@@ -149,7 +152,13 @@ def run_stage(stage: Stage, logs: Path, environment: dict[str, str], console: Co
     if process.returncode:
         raise StageFailed(stage, process.returncode, log)
     console.print(f"           [green]done[/] in {seconds:.0f} s", highlight=False)
-    return Done(stage.name, shown, round(seconds, 1), str(log))
+    return Done(stage.name, shown, round(seconds, 1), str(log), round(_cpu_seconds() - used, 1))
+
+
+def _cpu_seconds() -> float:
+    """Of the child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _show_step(stage: Stage, begin: float, progress: Progress, bar: Any) -> None:

@@ -1,6 +1,6 @@
 """A proof that the system learns: three phases on synthetic CTs with known truth, measured on cases of other seeds.
 
-    python launch/learn.py [--config learn] [--phantoms 480] [--valid-phantoms 96] [part.field=value …]
+    python -m launch.learn [--config learn] [--phantoms 480] [--valid-phantoms 96] [part.field=value …]
 
 The commands are a user's own, each a process whose output goes to RUN/logs/. The targets, what was found and whether it
 is enough are written to RUN/learn.json and, as a table, to RUN/learn.md:
@@ -11,7 +11,7 @@ is enough are written to RUN/learn.json and, as a table, to RUN/learn.md:
     lesions    Dice of each lesion
     cases      train, valid, reports
     phases     of each phase: steps, losses at the beginning and at the end, seconds
-    machine, versions, stages (name, command and seconds of each), seconds
+    machine, versions, stages (name, command, seconds and cpu_seconds of each), seconds
 
 The exit status is 0 when all targets are met, 1 when one is missed or a command failed. `docs/learning.md` says what
 the targets mean and what was measured.
@@ -156,9 +156,10 @@ def markdown(summary: dict[str, Any]) -> str:
     for key, row in summary["lesions"].items():
         scores = " | ".join(_shown(row[score]) for score in ("dice_where_present", "dice", "sensitivity"))
         lines.append(f"| {key.replace('_', ' ')} | {scores} |")
-    lines += ["", "| stage | seconds |", "|---|---|"]
-    lines += [f"| {stage['name']} | {stage['seconds']:.0f} |" for stage in summary["stages"]]
-    return "\n".join([*lines, f"| all | {summary['seconds']:.0f} |", ""])
+    lines += ["", "| stage | seconds | seconds of CPU |", "|---|---|---|"]
+    lines += [f"| {one['name']} | {one['seconds']:.0f} | {one['cpu_seconds']:.0f} |" for one in summary["stages"]]
+    used = sum(one["cpu_seconds"] for one in summary["stages"])
+    return "\n".join([*lines, f"| all | {summary['seconds']:.0f} | {used:.0f} |", ""])
 
 
 def result_table(summary: dict[str, Any]) -> Table:
@@ -193,7 +194,7 @@ def _learn(options: argparse.Namespace, console: Console) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="launch/learn.py", description="A proof that the system learns.")
+    parser = argparse.ArgumentParser(prog="python -m launch.learn", description="A proof that the system learns.")
     parser.add_argument("--config", default="learn", help="name or path of a configuration (default: learn)")
     parser.add_argument("--phantoms", type=int, default=480, metavar="N", help="cases to learn from (default: 480)")
     parser.add_argument("--valid-phantoms", type=int, default=96, metavar="N", help="held-out cases (default: 96)")

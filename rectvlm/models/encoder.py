@@ -102,6 +102,8 @@ class EncoderBlock(nn.Module):
 class Encoder(nn.Module):
     """Patches, factorized positions, slice- and region-aware blocks."""
 
+    atlas: Tensor | None
+
     def __init__(self, config: EncoderConfig, data: DataConfig) -> None:
         super().__init__()
         self.patch, self.windows, self.checkpointing = config.patch, data.windows, config.checkpointing
@@ -117,9 +119,7 @@ class Encoder(nn.Module):
         self.unknown_prior = nn.Parameter(torch.zeros(N_REGIONS))
         self.blocks = nn.ModuleList(EncoderBlock(config, z) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
-        self.atlas: Tensor | None = None
-        if config.atlas:
-            self.register_buffer("atlas", torch.zeros(len(data.windows), *data.grid))
+        self.register_buffer("atlas", torch.zeros(len(data.windows), *data.grid) if config.atlas else None)
         init_blocks(self.blocks)
         nn.init.normal_(self.embed.weight, std=2 / self.embed.weight[0].numel() ** 0.5)  # windows have a spread of ~0.5
         nn.init.zeros_(self.embed.bias)  # type: ignore[arg-type]
@@ -191,11 +191,11 @@ class Encoder(nn.Module):
     def _start(self, ct: Tensor, regions: Tensor, regions_known: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, 1 + N, C) and region tokens (B, R, C) before the first block."""
         self._check(ct, regions, regions_known)
-        channels = apply_windows(ct, self.windows).to(self.embed.weight.dtype)
+        channels = apply_windows(ct, self.windows)
         if self.atlas is not None:
             assert self.atlas.shape[1:] == ct.shape[1:], f"the atlas is of {tuple(self.atlas.shape[1:])} voxels"
             channels = (channels - self.atlas) * ATLAS_GAIN
-        patches = self.embed(channels).flatten(2).transpose(1, 2)
+        patches = self.embed(channels.to(self.embed.weight.dtype)).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.whole.expand(len(ct), -1, -1), patches + self._positions(self.grid_of(ct))], dim=1)
         return tokens, self.regions.expand(len(ct), -1, -1)
 
