@@ -1,6 +1,7 @@
 """Lesions in mm: values of MONAI's and DeepMind's own tests, and what a hit, a match and an empty case are."""
 
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -127,6 +128,21 @@ def test_a_part_has_one_partner_at_most() -> None:
 def test_parts_touch_by_their_corners() -> None:
     mask = boxed((6, 6, 6), np.s_[0:2, 0:2, 0:2], np.s_[2:4, 2:4, 2:4])
     assert metrics.measure(mask, mask, ONE).parts_true == 1
+
+
+def test_memory_is_a_few_bytes_a_voxel() -> None:
+    """A whole CT has 80 million voxels or more, and float32 masks of it in several copies take gigabytes."""
+    rng = np.random.default_rng(0)
+    truth = np.zeros((128, 128, 128), bool)
+    truth[4:-4, 4:-4, 4:-4] = True
+    predicted = np.roll(truth, 2, 1)
+    predicted[rng.integers(0, 128, 50), rng.integers(0, 128, 50), rng.integers(0, 128, 50)] = True
+    metrics.measure(predicted[:20], truth[:20], ONE)  # what is imported does not count
+    tracemalloc.start()
+    metrics.measure(predicted, truth, ONE)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 24 * truth.size
 
 
 def test_a_perfect_case_and_empty_ones() -> None:

@@ -103,13 +103,13 @@ def _parts(predicted: Bools, truth: Bools) -> tuple[int, int, int, int]:
     found, n_found = ndimage.label(predicted, structure=_NEIGHBOURS)
     present, n_present = ndimage.label(truth, structure=_NEIGHBOURS)
     overlap = predicted & truth
-    pairs, common = np.unique(np.stack([present[overlap], found[overlap]]), axis=1, return_counts=True)
-    touched = len(np.unique(pairs[0]))
-    sizes = np.bincount(present.ravel())[pairs[0]] + np.bincount(found.ravel())[pairs[1]]
-    match = 2 * common >= MATCH_DICE * sizes
-    graph = sparse.csr_array(
-        (np.ones(int(match.sum())), (pairs[0][match], pairs[1][match])), shape=(n_present + 1, n_found + 1)
-    )
+    shape = (n_present + 1, n_found + 1)
+    # Adding up repeated entries counts the voxels that a pair of parts has in common.
+    common = sparse.coo_array((np.ones(int(overlap.sum())), (present[overlap], found[overlap])), shape).tocsr().tocoo()
+    touched = len(np.unique(common.row))
+    sizes = np.bincount(present.ravel())[common.row] + np.bincount(found.ravel())[common.col]
+    match = 2 * common.data >= MATCH_DICE * sizes
+    graph = sparse.csr_array((np.ones(int(match.sum())), (common.row[match], common.col[match])), shape)
     matched = int((maximum_bipartite_matching(graph, perm_type="column") >= 0).sum()) if match.any() else 0
     return n_found, n_present, touched, matched
 

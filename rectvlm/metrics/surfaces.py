@@ -1,6 +1,5 @@
-"""Distances between the surfaces of two masks, in mm, by MONAI."""
+"""Distances between the surfaces of two masks, in mm, as MONAI defines them."""
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial import KDTree
 
 Bools = NDArray[np.bool_]
 
@@ -42,27 +42,33 @@ def surface_dice(
 ) -> float | None:
     """Share of both surfaces that lies within `tolerance` mm of the other one (Nikolov et al. 2018).
 
-    MONAI with `use_subvoxels`, which is the definition of DeepMind's `surface-distance`: the surface runs between
-    voxels, and each piece counts with its area in mm², so that the figure does not depend on the sampling. None where
-    both masks are empty, 0 where one is. Arguments as for `hd95`.
+    The definition of DeepMind's `surface-distance`, which is that of MONAI with `use_subvoxels`: the surface runs
+    between voxels, and each piece counts with its area in mm², so that the figure does not depend on the sampling.
+    Areas are MONAI's; its own function convolves the volume in float32, which for a whole CT takes several GB. None
+    where both masks are empty, 0 where one is. Arguments as for `hd95`.
     """
-    from monai.metrics import compute_surface_dice
-
     if not predicted.any() or not truth.any():
         return 0.0 if predicted.any() or truth.any() else None
-    with _silent():
-        found = float(
-            compute_surface_dice(
-                _one(predicted),
-                _one(truth),
-                class_thresholds=[float(tolerance)],
-                include_background=True,
-                spacing=[float(mm) for mm in spacing],
-                use_subvoxels=True,
-            )
-        )
-    assert not math.isnan(found)
-    return found
+    (places, areas), (true_places, true_areas) = (_pieces(mask, spacing) for mask in (predicted, truth))
+    # As MONAI, in float32: a distance of exactly the tolerance is within it, whatever its last bit.
+    near = KDTree(true_places).query(places)[0].astype(np.float32) <= tolerance
+    true_near = KDTree(places).query(true_places)[0].astype(np.float32) <= tolerance
+    return float((areas[near].sum() + true_areas[true_near].sum()) / (areas.sum() + true_areas.sum()))
+
+
+def _pieces(mask: Bools, spacing: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Where the surface of a mask runs: corners between eight voxels, mm (M, 3), and the area at each, mm² (M,)."""
+    from monai.metrics.utils import get_code_to_measure_table
+
+    table, powers = get_code_to_measure_table([float(mm) for mm in spacing])
+    code = np.zeros([n + 1 for n in mask.shape], np.uint8)
+    around = np.pad(mask, 1)
+    for corner in np.ndindex(2, 2, 2):
+        shifted = around[tuple(slice(start, start + n) for start, n in zip(corner, code.shape, strict=True))]
+        code += np.uint8(int(powers[(0, 0, *corner)])) * shifted
+    edges = (code != 0) & (code != np.uint8(255))
+    places = np.argwhere(edges).astype(np.float64) * np.asarray(spacing, np.float64)
+    return places, table.numpy().astype(np.float64)[code[edges]]
 
 
 @contextmanager
