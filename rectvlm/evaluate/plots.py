@@ -50,7 +50,7 @@ def roc(result: dict[str, Any], scans: Scans) -> Figure:
     def one(axes: Axes, scores: NDArray[np.float64], truth: NDArray[np.bool_], threshold: float) -> None:
         false, true, _ = roc_curve(truth, scores)
         axes.plot([0, 1], [0, 1], color=RULE, linewidth=0.8)
-        axes.plot(false, true, color=INK, linewidth=1.6, solid_joinstyle="miter")
+        axes.plot(false, true, color=INK, linewidth=1.6, solid_joinstyle="miter", clip_on=False)
         called = scores >= threshold
         axes.plot(called[~truth].mean(), called[truth].mean(), "o", color=INK, markersize=4.5, clip_on=False)
 
@@ -64,7 +64,7 @@ def precision_recall(result: dict[str, Any], scans: Scans) -> Figure:
     def one(axes: Axes, scores: NDArray[np.float64], truth: NDArray[np.bool_], threshold: float) -> None:
         precision, recall, _ = precision_recall_curve(truth, scores)
         axes.axhline(truth.mean(), color=RULE, linewidth=0.8)
-        axes.step(recall, precision, where="post", color=INK, linewidth=1.6)
+        axes.step(recall, precision, where="post", color=INK, linewidth=1.6, clip_on=False)
         called = scores >= threshold
         if called.any():
             axes.plot(called[truth].mean(), truth[called].mean(), "o", color=INK, markersize=4.5, clip_on=False)
@@ -80,11 +80,13 @@ def calibration(result: dict[str, Any], scans: Scans) -> Figure:
         bins = reliability(np.ones((1, len(scores))), scores, truth)
         weight, predicted, positive = bins.weight[0], bins.predicted[0], bins.positive[0]
         left = np.arange(BINS) / BINS
-        axes.bar(left, weight / weight.sum(), 1 / BINS, align="edge", color=PALE, linewidth=0, alpha=0.6)
+        axes.bar(left, weight / weight.sum(), 1 / BINS, align="edge", color=PALE, linewidth=0, alpha=0.45)
         axes.plot([0, 1], [0, 1], color=RULE, linewidth=0.8)
         filled = weight > 0
         means = predicted[filled] / weight[filled], positive[filled] / weight[filled]
-        axes.plot(*means, "-o", color=INK, linewidth=1.2, markersize=3.5, clip_on=False)
+        axes.plot(*means, color=INK, linewidth=0.9, clip_on=False)
+        # The area of a dot is the share of its bin: a point of two scans must not look like one of two hundred.
+        axes.scatter(*means, s=4 + 70 * weight[filled] / weight.sum(), color=INK, linewidths=0, zorder=3, clip_on=False)
 
     title = f"Calibration: expected calibration error of {BINS} bins; the bars are the shares of scans"
     return _panels(result, scans, "ece", title, "mean probability", "share of positives", one)
@@ -127,28 +129,26 @@ def dice(result: dict[str, Any], scans: Scans) -> Figure:
 
 def _panels(result: dict[str, Any], scans: Scans, score: str, title: str, across: str, up: str, draw: Draw) -> Figure:
     """A panel a finding with one of its scores; an empty one where the finding has no such score."""
-    figure = new_figure(COLUMNS * 2.25, ROWS * 2.55)
+    # Fixed margins: a layout that is solved for 18 panels costs more than all that is drawn in them.
+    figure = new_figure(COLUMNS * 2.25, ROWS * 2.55, layout="none")
+    figure.subplots_adjust(left=0.045, right=0.99, bottom=0.075, top=0.895, wspace=0.12, hspace=0.3)
     panels = figure.subplots(ROWS, COLUMNS, sharex=True, sharey=True).ravel()
     for number, (name, axes) in enumerate(zip(FINDINGS, panels, strict=True)):
         row = result["classification"]["per_finding"][name]
         known = scans.known[:, number]
         scores, truth = scans.probabilities[known, number], scans.labels[known, number] > 0.5
         axes.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), aspect="equal")
-        axes.set_title(name.replace("Interlobular", "Interlob.").replace("calcification", "calcif."), fontsize=8.5)
+        axes.set_title(name.replace("Interlobular", "Interlob."), fontsize=8.5, pad=15)
         axes.tick_params(labelsize=8, length=2.5)
         bare(axes)
         if row[score] is None:
             words = "no known label" if not known.any() else "one class only"
-            axes.text(0.5, 0.5, words, ha="center", va="center", fontsize=8, color="#666666")
-            continue
-        draw(axes, scores, truth, row["threshold"])
-        interval = row.get("ci95", {}).get(score)
-        words = f"{row[score]:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
-        words += f"\n{row['n_positive']:,} of {row['n_known']:,}"
-        low = score == "auroc"
-        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1}
-        place = (0.97, 0.05, "right", "bottom") if low else (0.03, 0.97, "left", "top")
-        axes.text(*place[:2], words, ha=place[2], va=place[3], fontsize=8, bbox=box)
+        else:
+            draw(axes, scores, truth, row["threshold"])
+            interval = row.get("ci95", {}).get(score)
+            words = f"{row[score]:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+            words += f", {row['n_positive']:,} of {row['n_known']:,}"
+        axes.text(0.5, 1.035, words, transform=axes.transAxes, ha="center", fontsize=7.5, color="#555555")
     figure.supxlabel(across, fontsize=9.5)
     figure.supylabel(up, fontsize=9.5)
     figure.suptitle(f"{_whose(result)}. {title}", fontsize=11)
