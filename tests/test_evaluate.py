@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import phantom_sample
+from conftest import phantom_sample, write_nifti
 
 from rectvlm import checkpoint
 from rectvlm.data.manifest import read_manifest
@@ -112,3 +112,56 @@ def test_bad_inputs_give_one_clear_sentence(tiny_run, tmp_path):
     (folder / THRESHOLDS).write_text("[]")
     with pytest.raises(UserError, match="damaged"):
         read_thresholds(folder)
+
+
+def test_tables_and_plots_lie_beside_the_metrics(evaluated):
+    result, out = evaluated
+    page = out.with_name("metrics.md").read_text()
+    assert f"{result['n_scans']} scans of {result['n_patients']} patients" in page
+    auroc = result["classification"]["macro"]
+    low, high = auroc["ci95"]["auroc"]
+    assert f"{auroc['auroc']:.3f} [{low:.3f}, {high:.3f}]" in page
+    assert all(f"| {name} |" in page for name in FINDINGS) and "without (air)" in page
+    for name in ("roc", "precision_recall", "calibration", "dice"):
+        assert out.with_name(f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in out.with_name("cases.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and all(len(row["probabilities"]) == 18 for row in rows)
+
+
+def test_stored_thresholds_serve_where_there_is_nothing_to_fit_on(tiny_run, tiny, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint.find(tiny_run(1), ""), folder)
+    write_shards([phantom_sample(8, tiny, "valid")], tmp_path / "shards")
+    stored = {"source": "elsewhere", "n_cases": 9, "not_fitted": [], "values": dict.fromkeys(FINDINGS, 0.31)}
+    (folder / THRESHOLDS).write_text(json.dumps(stored))
+
+    def evaluated(**options):
+        return evaluate(folder, out=tmp_path / "m.json", device="cpu", plots=False, **options)
+
+    assert evaluated(shards=tmp_path / "shards")["thresholds"] == stored | {"same_data": False}
+    assert evaluated(thresholds="stored", limit=1)["thresholds"]["source"] == "elsewhere"
+    assert json.loads((folder / THRESHOLDS).read_text()) == stored
+    assert evaluated(fit_limit=4)["thresholds"]["n_cases"] == 4
+    (folder / THRESHOLDS).unlink()
+    with pytest.raises(UserError, match=r"No thresholds\.json"):
+        evaluated(thresholds="stored")
+
+
+def test_outlines_as_drawn_are_the_truth_when_they_are_given(tiny_run, phantom_shards, phantoms, tmp_path):
+    key, seed = "phantom_8", 8
+    (tmp_path / "drawn" / key).mkdir(parents=True)
+    bits, affine = phantoms(seed).lesions, phantoms(seed).affine
+    for lesion in LESIONS:
+        mask = (bits >> lesion.bit & 1).astype(np.uint8)
+        write_nifti(mask, affine, tmp_path / "drawn" / key / f"{lesion.key}.nii.gz")
+    options = {"device": "cpu", "plots": False, "bootstrap": 0, "reports": False}
+    result = evaluate(tiny_run(2), out=tmp_path / "m.json", truth=tmp_path / "drawn", **options)
+    annotated = sum(phantoms(seed).lesions_annotated.values())
+    assert result["localization"]["truth"]["file"] == annotated
+    rows = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    (row,) = (row for row in rows if row["key"] == key)
+    for lesion in LESIONS:
+        if phantoms(seed).lesions_annotated[lesion.key]:
+            assert row["lesions"][lesion.bit]["native"]["truth"] == np.count_nonzero(bits >> lesion.bit & 1)
+    with pytest.raises(UserError, match="--truth"):
+        evaluate(tiny_run(2), out=tmp_path / "m.json", truth=tmp_path / "none", **options)
