@@ -49,7 +49,7 @@ def test_evaluate_prints_a_table_and_where_the_metrics_are(tiny_run, phantom_sha
     arguments = ["evaluate", "--checkpoint", str(tiny_run(2)), "--shards", str(phantom_shards), "--out", str(out)]
     assert cli.main([*arguments, "--no-reports", "--limit", "2", "--batch-size", "2"]) == 0
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1] == str(out) and "macro auroc" in printed
+    assert printed.splitlines()[-1] == str(out) and "macro auroc" in printed.lower()
     result = json.loads(out.read_text())
     assert result["n_cases"] == 2 and result["reports"] is None
 
