@@ -33,7 +33,7 @@ from rectvlm.config import Config, load
 from rectvlm.labels import N_REGIONS
 from rectvlm.models.encoder import Features
 from rectvlm.models.language import LanguageModel, adapt, fill_and_measure, load_tokenizer, quantization
-from rectvlm.models.loading import with_packed_layers, without_memory
+from rectvlm.models.loading import Settle, with_packed_layers, without_memory
 from rectvlm.models.reporter import ReportGenerator
 from rectvlm.train.memory import peak_memory_bytes, reset_peak_memory
 from rectvlm.types import UserError
@@ -78,8 +78,17 @@ class Masters:
             parameter.data.copy_(own)
 
 
-def build(config: Config, layers: int | None, device: torch.device) -> tuple[ReportGenerator, dict[str, int]]:
-    """The generator with random weights, and its parameters: of the decoder, of the output layer, trained.
+def language_model(
+    config: Config, layers: int | None, device: torch.device, settle: Settle | None = None
+) -> tuple[LanguageModel, dict[str, int]]:
+    """A language model of true geometry with random weights, packed as they are drawn; and its parameters: of the
+    decoder, of the output layer, of the word embeddings.
+
+    Args:
+        config: names the geometry, the packing and LoRA.
+        layers: instead of all.
+        device: where weights are packed and kept.
+        settle: as in `load_language_model`.
 
     Raises:
         UserError: no such geometry, or a vocabulary smaller than the stand-in tokenizer's.
@@ -102,8 +111,17 @@ def build(config: Config, layers: int | None, device: torch.device) -> tuple[Rep
     if settings is not None:
         with_packed_layers(model, settings, None)
     torch.manual_seed(0)
-    spread = fill_and_measure(model, RandomWeights(), device, None)
-    language = LanguageModel(adapt(model, config.generator), tokenizer, geometry.hidden_size, spread)
+    spread = fill_and_measure(model, RandomWeights(), device, settle)
+    return LanguageModel(adapt(model, config.generator), tokenizer, geometry.hidden_size, spread), counts
+
+
+def build(config: Config, layers: int | None, device: torch.device) -> tuple[ReportGenerator, dict[str, int]]:
+    """The generator around `language_model`; and its parameters, with those that are trained.
+
+    Raises:
+        UserError: as `language_model`.
+    """
+    language, counts = language_model(config, layers, device)
     generator = ReportGenerator(config.generator, config.encoder.width, language).train()
     generator.resampler.to(device, torch.bfloat16)
     counts["trained"] = sum(p.numel() for p in generator.parameters() if p.requires_grad)

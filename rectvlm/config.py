@@ -263,8 +263,8 @@ class LocalizationTerms(_Section):
 
 
 class GuardConfig(_Section):
-    """What is not normal in training. A step whose loss or gradient is not is skipped by all ranks together: weights and
-    optimizer stay as they are, and its samples count as seen."""
+    """What is not normal in training. A step whose loss or gradient is not is skipped by all ranks together: weights
+    and optimizer stay as they are, and its samples count as seen."""
 
     loss: PositiveFloat
     """Largest loss of a micro-batch, in size."""

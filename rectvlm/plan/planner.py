@@ -80,7 +80,7 @@ class Planner:
         Args:
             config: what is planned.
             phase: 1 to 3.
-            ds_configs: folder of the phases' DeepSpeed JSON.
+            ds_configs: folder of the phases' DeepSpeed JSON, or one of them.
             hardware: rates for the estimate of time.
             areas: measures what kernels allocate for themselves, on the device that is planned for.
 
@@ -90,7 +90,8 @@ class Planner:
         self.config, self.hardware, self.areas = config, hardware or Hardware(), areas
         self.ds_configs, self.phase = ds_configs, PHASES[phase]
         self.settings = self.phase.settings(config)
-        self.ds = read_settings(ds_configs / f"phase{phase}.json", self.settings, config.train.clip)
+        ds_config = ds_configs if ds_configs.suffix == ".json" else ds_configs / f"phase{phase}.json"
+        self.ds = read_settings(ds_config, self.settings, config.train.clip)
         text = weights.geometry(config.text.model)
         language = weights.geometry(config.generator.model) if "generator" in self.phase.parts else None
         self.model = build(config, self.phase, text.hidden_size, language)
