@@ -1,20 +1,15 @@
 """Sentences of chest-CT reports with the labels that a reader would give them. All were written for this project.
 
 `HELD_OUT` was written, and committed, before the labeler had a rule, and no rule was changed after a look at what the
-labeler says of it; `TUNING` is what the rules were made with. A gold label is a sign and a code of `CODES`: `+` present,
-`?` uncertain, `-` stated to be absent; findings without one are not mentioned. Consolidation is a kind of lung opacity,
-so a present or uncertain consolidation implies the same of the opacity, here as in the labeler.
+labeler says of it; `TUNING` is what the rules were made with. A gold label is a sign and a code of `CODES`: `+`
+present, `?` uncertain, `-` stated to be absent; findings without one are not mentioned. Consolidation is a kind of lung
+opacity, so a present or uncertain consolidation implies the same of the opacity, here as in the labeler.
 """
 
 from rectvlm.labels import FINDINGS
 
-CODES = dict(
-    zip(
-        "MM AWC CM PE CAC HH LAP EM AT LN LO FS PLE MA PT CO BR IS".split(),
-        FINDINGS,
-        strict=True,
-    )
-)
+_CODES = "MM AWC CM PE CAC HH LAP EM AT LN LO FS PLE MA PT CO BR IS"
+CODES = dict(zip(_CODES.split(" "), FINDINGS, strict=True))
 
 HELD_OUT: tuple[tuple[str, str], ...] = (
     # In the manner of translated reports.
@@ -45,7 +40,10 @@ HELD_OUT: tuple[tuple[str, str], ...] = (
     ("Mild cylindrical bronchiectatic enlargements are observed in the lower lobes.", "+BR"),
     ("No pericardial or pleural effusion was observed.", "-PE -PLE"),
     ("Bilateral pleural effusion was not observed, but there is minimal pleural thickening on the left.", "-PLE"),
-    ("There is free fluid in the left pleural space with a depth of 3 cm and adjacent compression atelectasis.", "+PLE +AT"),
+    (
+        "There is free fluid in the left pleural space with a depth of 3 cm and adjacent compression atelectasis.",
+        "+PLE +AT",
+    ),
     ("Central venous catheter ending in the superior vena cava is observed.", "+MM"),
     ("Contrast material was not given, so mediastinal structures cannot be evaluated optimally.", ""),
     ("Suture materials secondary to the bypass operation are observed in the sternum.", "+MM"),
@@ -87,7 +85,10 @@ HELD_OUT: tuple[tuple[str, str], ...] = (
     ("Solid 9 mm nodule in the left upper lobe, suspicious for malignancy.", "+LN"),
     ("No suspicious pulmonary nodules.", "-LN"),
     ("No new or enlarging nodules; the 5 mm nodule in the lingula is unchanged.", "+LN"),
-    ("Patchy airspace opacities in the right middle lobe, which may represent atelectasis or early pneumonia.", "+LO ?AT"),
+    (
+        "Patchy airspace opacities in the right middle lobe, which may represent atelectasis or early pneumonia.",
+        "+LO ?AT",
+    ),
     ("Biapical pleuroparenchymal scarring.", "+FS"),
     ("Subpleural reticulation with traction bronchiectasis and honeycombing, compatible with fibrosis.", "+BR +FS"),
     ("Small right pleural effusion cannot be excluded.", "?PLE"),
@@ -112,10 +113,97 @@ HELD_OUT: tuple[tuple[str, str], ...] = (
     # History, comparison, indication; sections.
     ("Indication: shortness of breath, rule out pleural effusion. Findings: The lungs are clear.", "-LO -CO -LN -AT"),
     ("History of emphysema. No nodule is seen.", "-LN"),
-    ("Comparison: CT of March, which showed a pericardial effusion.\nFindings: Pericardial effusion has resolved.", "-PE"),
-    ("Clinical information: known bronchiectasis.\nFindings: Mild bronchiectasis in the lingula.\nImpression: Bronchiectasis.", "+BR"),
+    (
+        "Comparison: CT of March, which showed a pericardial effusion.\nFindings: Pericardial effusion has resolved.",
+        "-PE",
+    ),
+    (
+        "Clinical information: known bronchiectasis.\n"
+        "Findings: Mild bronchiectasis in the lingula.\nImpression: Bronchiectasis.",
+        "+BR",
+    ),
     ("In the previous examination there was a consolidation in the left lower lobe.", ""),
     ("Patient with a history of lymphoma; enlarged nodes in the left axilla measure up to 25 mm.", "+LAP"),
     ("Follow-up of the nodule in the right upper lobe is recommended.", "+LN"),
     ("Findings: Heart size is normal. No effusion.\nImpression: Normal chest CT.", "-CM -PLE"),
+)
+
+TUNING: tuple[tuple[str, str], ...] = (
+    ("Trachea and main bronchi are open; there is no obstructive pathology.", ""),
+    ("Pericardial effusion-thickening was not detected.", "-PE"),
+    ("Minimal fluid is observed in the pericardial space.", "+PE"),
+    ("Pleural-pericardial effusion was not seen.", "-PLE -PE"),
+    ("Mediastinal vascular structures, heart contour and size are normal.", "-CM"),
+    ("Heart dimensions have increased.", "+CM"),
+    ("The heart is not enlarged.", "-CM"),
+    ("Cardiac size is within normal limits.", "-CM"),
+    ("Heart size is increased, no pericardial effusion.", "+CM -PE"),
+    ("The left atrium is dilated.", ""),
+    ("Millimetric calcific plaques are observed in the aorta and in the left coronary arteries.", "+AWC +CAC"),
+    ("Atherosclerotic changes are observed in the thoracic aorta.", "+AWC"),
+    ("No coronary artery calcification.", "-CAC"),
+    ("Stent material is observed in the LAD.", "+MM"),
+    ("Mitral annulus calcification is observed.", ""),
+    ("Calcified pleural plaques on the diaphragm.", ""),
+    ("Hiatal hernia was not observed, and esophageal wall thickness is normal.", "-HH"),
+    ("A Bochdalek hernia containing fat is seen on the left.", ""),
+    ("Lymph nodes with short axes not exceeding 8 mm are observed in the mediastinum.", "-LAP"),
+    ("Lymph nodes that do not reach pathological dimensions are observed in the axillae.", "-LAP"),
+    ("No lymphadenopathy in pathological size and appearance was detected.", "-LAP"),
+    ("Lymph nodes in the subcarinal area, the largest 15 mm in short axis.", "+LAP"),
+    ("Several lymph nodes are observed in the mediastinum.", ""),
+    ("Enlarged mediastinal lymph nodes.", "+LAP"),
+    ("There are emphysematous changes in both lungs and a 6 mm nodule in the right upper lobe.", "+EM +LN"),
+    ("Pneumomediastinum and mediastinal emphysema.", ""),
+    ("Plate atelectasis is seen in both lower lobes.", "+AT"),
+    ("No mass or nodule was observed in both lungs, linear atelectasis is present in the lingula.", "-LN +AT"),
+    ("Thyroid gland is heterogeneous with nodules.", ""),
+    ("A nodule with a diameter of 7 mm in the right lung and a nodule in the liver are observed.", "+LN"),
+    ("No nodular or infiltrative lesion was detected in the lung parenchyma.", "-LN -LO"),
+    ("No active infiltration was detected in either lung.", "-LO"),
+    ("Peripheral ground-glass densities are observed, compatible with viral pneumonia.", "+LO"),
+    ("Liver parenchymal density has decreased in line with steatosis.", ""),
+    ("No consolidation, small ground-glass opacity in the right upper lobe.", "-CO +LO"),
+    ("Sequela parenchymal bands are observed in the apex of both lungs.", "+FS"),
+    ("Old fracture sequelae are observed in the left 6th rib.", ""),
+    ("Sequelae calcific lymph nodes in the left hilum.", ""),
+    ("Pleural effusion reaching 3 cm on the left, and 1 cm on the right, is observed.", "+PLE"),
+    ("There is no pleural effusion on the right; a small effusion is seen on the left.", "+PLE"),
+    ("Bilateral pleural effusion has decreased compared with the previous examination.", "+PLE"),
+    ("The pleural effusion seen in the previous CT was not observed in this examination.", "-PLE"),
+    ("Newly developed consolidation, not observed in the previous examination, is present in the lingula.", "+CO"),
+    ("Pleural effusion, pericardial effusion and lymphadenopathy were not observed.", "-PLE -PE -LAP"),
+    ("Mosaic attenuation is present in both lungs, pleural effusion was not observed.", "+MA -PLE"),
+    ("There is increased bronchial wall thickness in the central airways.", "+PT"),
+    ("Thickening of the bronchial walls is observed.", "+PT"),
+    ("Bronchial walls are thickened in the lower lobes.", "+PT"),
+    ("Esophageal wall thickening is observed.", ""),
+    ("The interlobular septa are thickened at the bases.", "+IS"),
+    ("Inter-intralobular septal thickness increases are observed.", "+IS"),
+    ("Tubular bronchiectasis and peribronchial thickening are observed in the lingula.", "+BR +PT"),
+    ("No bronchiectasis or peribronchial thickening.", "-BR -PT"),
+    ("Consolidation was not observed except in the right lower lobe.", "-CO"),
+    ("No pulmonary nodule other than a 4 mm nodule in the lingula.", "+LN"),
+    ("Pleural effusion could not be evaluated.", ""),
+    ("Lymphadenopathy cannot be excluded in this non-contrast examination.", "?LAP"),
+    ("Subpleural density increases, which may belong to atelectasis.", "+LO ?AT"),
+    ("Atelectasis? Consolidation?", "?AT ?CO"),
+    ("A chest tube is in place in the right hemithorax.", "+MM"),
+    ("Port catheter with its tip in the right atrium.", "+MM"),
+    ("The hepatic portal vein is patent.", ""),
+    ("No pacemaker or other medical device.", "-MM"),
+    ("Technique: noncontrast CT with a catheter phantom. Findings: No nodule.", "-LN"),
+    ("Findings: No effusion. Impression: Emphysema.", "-PLE +EM"),
+    ("Indication: emphysema", ""),
+    ("There was an effusion on the previous study.", ""),
+    ("The opacity seen in the previous study persists.", "+LO"),
+    ("Pulmonary nodules have not changed.", "+LN"),
+    ("No change in the emphysema.", "+EM"),
+    ("No increase in the size of the nodule was detected.", "+LN"),
+    ("Complete resolution of the consolidation.", "-CO"),
+    ("Consolidation in the right lower lobe, pleural effusion and pericardial effusion are not seen.", "+CO -PLE -PE"),
+    ("Emphysema without nodules.", "+EM -LN"),
+    ("Lungs: clear. Pleura: no effusion.", "-PLE"),
+    ("The lungs are clear.", "-LO -CO -LN -AT"),
+    ("findings: consolidation in the left lung. no nodule. impression: pneumonia", "+CO -LN"),
 )

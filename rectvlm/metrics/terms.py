@@ -1,0 +1,267 @@
+"""The words of chest-CT reports: what names each finding.
+
+A table to be read and amended by someone who reads reports. Every pattern is matched in lower-case text, inside one
+clause. The cues are in `rectvlm.metrics.cues`, and how all is put together in `rectvlm.metrics.labeler`.
+"""
+
+import re
+from dataclasses import dataclass
+
+_JOINED = (
+    r"(?:\W+(?:and|or|nor|bilateral|left|right|both|sided|minimal|small|mild|moderate|large|massive|free|loculated|"
+    r"significant|physiologic\w*|pleural|pericardial|peritoneal|spaces?|cavit\w+|leaves|a|the))*\W+"
+)
+"""What may stand between an adjective and its noun: "pleural or pericardial effusion", "pleural free fluid"."""
+
+
+def _pattern(*alternatives: str) -> re.Pattern[str]:
+    return re.compile("|".join(f"(?:{text})" for text in alternatives))
+
+
+@dataclass(frozen=True)
+class Term:
+    """One way of naming a finding."""
+
+    finding: str
+    named: re.Pattern[str]
+    needs: re.Pattern[str] | None = None
+    """Must stand in the same clause too."""
+    unless: re.Pattern[str] | None = None
+    """Must not stand in the same clause."""
+    weak: bool = False
+    """Gives way where another term's words cover it."""
+    present_from_mm: float | None = None
+    """The finding is there from this short axis on, and is not below; words without a measurement say nothing."""
+
+
+_AORTA = _pattern(
+    r"aort\w*(?!\w*(?:\s+and\s+mitral)?\s+valv)",
+    r"\barch\b(?!\s+of)",
+    r"supra-?aortic",
+    r"brachiocephalic|subclavian|carotid|innominate|iliac|splenic arter|mesenteric arter|celiac",
+    r"great vessels?|main vascular|vascular (?:walls?|structures?|calcif\w+)|\bvessel walls?|arterial (?:walls?|"
+    r"calcif\w+)",
+)
+_CORONARY = _pattern(r"coronar\w*", r"anterior descending", r"\blad\b|\brca\b|\blcx\b|\bcx\b", r"circumflex")
+_OTHER_ORGAN = _pattern(
+    r"thyroid\w*|goit\w+|adrenal|surrenal|liver|hepat\w+|spleen|splenic|breast|mamm\w+|kidney|renal|pancrea\w*|skin|"
+    r"subcutaneous|parotid|prostat\w*|gall-?bladder|vertebra\w*|bones?|abdom\w+|peritone\w+|omental|mesenter\w+"
+)
+_IN_LUNG = r"(?=.*(?:lung|pulmon|parenchyma|upper lobe|lower lobe|middle lobe|lingula|pleura))"
+_NOT_LUNG = re.compile(rf"^(?!{_IN_LUNG}).*(?:{_OTHER_ORGAN.pattern})")
+"""Speaks of another organ, and not of the lungs."""
+_BONE = _pattern(
+    r"\bribs?\b|fractur\w*|vertebra\w*|bones?\b|osse\w+|sternum|clavic\w+|costal|spleen|splenic|kidney|renal"
+)
+_WORD = r"[\w/%'-]+"
+
+TERMS: tuple[Term, ...] = (
+    Term(
+        "Medical material",
+        _pattern(
+            r"pace-?makers?|pacing (?:wire|lead|electrode)s?|\bicds?\b|defibrillators?|electrodes?\b",
+            r"\bleads?(?= (?:in|within|terminat|extend|are|is|tip))",
+            r"port-?a-?cath\w*|\bport catheters?|(?:chest|venous|subclavian|jugular|infusion|left|"
+            r"right)(?: wall)? port\b",
+            r"catheters?|cannulas?|\bpicc\b|central (?:venous )?lines?|swan-?ganz|balloon pump",
+            r"stents?\b|stent-?grafts?|bypass grafts?|vascular grafts?|embolization coils?|\bfilter\b",
+            r"sternotom\w*|sternal (?:wires?|sutures?|cerclage)|cerclage",
+            r"sutures?\b|staples?\b|surgical (?:clips?|materials?|material)|\bclips?\b|metallic (?:clips?|materials?|"
+            r"implants?)",
+            r"prosthe\w+|implants?\b|mechanical valve|valve replacement|osteosynthesis|screws?\b",
+            r"(?:endotracheal|tracheostomy|tracheal|nasogastric|feeding|chest|thoracostomy|thorax|drainage|enteric|ng|"
+            r"et)"
+            r" (?:tubes?|cannulas?)",
+            r"intubat\w+|tracheostom\w+|gastrostom\w+|\bdrains?\b|medical (?:materials?|devices?)",
+        ),
+    ),
+    Term(
+        "Arterial wall calcification",
+        _pattern(r"calcif\w*|\bplaques?"),
+        needs=_AORTA,
+        unless=re.compile(r"pleural plaque|pleural calcif|calcified pleural"),
+    ),
+    Term("Arterial wall calcification", re.compile(r"ather(?:o|om|os)\w*"), needs=_AORTA),
+    Term("Arterial wall calcification", re.compile(r"ather(?:o|om|os)\w*"), unless=_CORONARY),
+    Term(
+        "Coronary artery wall calcification", re.compile(r"calcif\w*|\bplaques?|ather(?:o|om|os)\w*"), needs=_CORONARY
+    ),
+    Term(
+        "Cardiomegaly",
+        _pattern(
+            r"cardiomegaly|megalocardia",
+            r"enlarged (?:heart|cardiac silhouette)|(?:cardiac|heart) enlargement|enlargement of the heart",
+            rf"\b(?:heart|cardiac|cardiothoracic|ct[or])(?: (?!normal|valve|failure){_WORD},?){{0,6}}? "
+            r"(?:enlarged|increased?|larger|dilated|above normal|greater than normal|big|wider)",
+            r"increased? (?:in )?(?:heart size|heart dimensions|cardiothoracic (?:index|ratio))",
+        ),
+    ),
+    Term(
+        "Pericardial effusion",
+        _pattern(
+            rf"pericardi\w+{_JOINED}(?:effusions?|fluid|collections?)",
+            r"pericardi\w+(?:\W+(?:or|and|pleural))*\W+thickening\s*(?:-|/|or|and)\s*effusions?",
+            rf"(?:effusions?|fluid|collection)(?: {_WORD}){{0,6}}? (?:in|between|around|"
+            rf"surrounding)(?: {_WORD}){{0,3}}? "
+            r"(?:pericardi\w+|heart)",
+            r"hemopericardium",
+        ),
+    ),
+    Term(
+        "Hiatal hernia",
+        _pattern(
+            rf"(?:hiat\w+|sliding|para-?esophageal|gastric)(?:[ -]{_WORD}){{0,3}}? hernia\w*",
+            r"hernia\w*(?: \w+){0,4}? (?:esophageal )?hiatus",
+        ),
+    ),
+    Term(
+        "Lymphadenopathy",
+        _pattern(
+            r"\w*adenopath\w*|lymphadenomegal\w*|\blaps?\b",
+            rf"(?:enlarge\w*|bulky|patholog\w+)(?: (?!lymph|node){_WORD},?){{0,5}} (?:lymph[ -]?)?nod(?:e|es|al)\b"
+            rf"(?:(?: {_WORD},?){{0,16}}? patholog\w+(?: \w+)?)?",
+            rf"(?:lymph[ -]?)nodes?\b(?: (?!nodul){_WORD},?){{0,16}}? (?:enlarge\w*|bulky|patholog\w+)",
+            rf"\bnodes?\b(?: {_WORD},?){{0,4}}? (?:enlarged|patholog\w+)",
+            r"enlarge\w*(?: \w+){0,3}? (?:lymph[ -]?)?nodes?",
+        ),
+        unless=re.compile(r"sinus node"),
+    ),
+    Term("Lymphadenopathy", re.compile(r"\b(?:lymph[ -]?)?nodes?\b"), weak=True, present_from_mm=10.0),
+    Term(
+        "Emphysema",
+        re.compile(
+            r"(?<!subcutaneous )(?<!mediastinal )(?<!soft tissue )(?<!surgical )(?<!muscular )emphysem\w*"
+            r"(?! (?:in|of) the (?:subcutaneous|chest wall|soft|mediastin|neck|muscle))"
+        ),
+    ),
+    Term(
+        "Atelectasis",
+        _pattern(
+            r"\w*atelecta\w*|\w*atelacta\w*",
+            r"(?:lobar|lung|lobe) collapse|collaps\w+ (?:of )?(?:the )?(?:\w+ ){0,3}?(?:lobe|lung|parenchyma)",
+        ),
+    ),
+    Term(
+        "Lung nodule",
+        _pattern(
+            r"(?:micro)?nodules?\b|nodulo-?(?:infiltrative|ground)",
+            r"nodular(?:,? (?:or|and|and/or|solid|\w+ive))* (?:lesions?|opacit\w+|densit\w+|formations?|structures?)",
+        ),
+        unless=_NOT_LUNG,
+    ),
+    Term(
+        "Lung opacity",
+        _pattern(
+            r"ground[ -]?glass\w*|crazy[ -]?paving",
+            r"\w*opacit(?:y|ies)|opacifications?",
+            r"density increases?|increases? in density|increased (?:\w+ )?densit(?:y|ies)",
+            r"infiltrat(?:es?|ions?|ive)\b",
+        ),
+        unless=re.compile(
+            rf"{_NOT_LUNG.pattern}|opacification of the (?:pulmonary arter|vessel|aort)|contrast opacif|fatty|"
+            rf"fat planes?|muscle"
+        ),
+    ),
+    Term(
+        "Pulmonary fibrotic sequela",
+        _pattern(
+            r"sequel\w*\b(?!(?: \w+)? lymph)",
+            r"fibro(?:tic|s[ie]s|-?atel\w*|-?linear\w*|-?retract\w*)",
+            r"scars?\b|scarring|honeycomb\w*|(?:pleuro-?)?parenchymal bands?",
+        ),
+        unless=re.compile(
+            rf"{_BONE.pattern}|{_NOT_LUNG.pattern}|surgical scar|incision|cystic fibrosis|retroperitoneal|myocard|"
+            rf"infarct"
+        ),
+    ),
+    Term(
+        "Pleural effusion",
+        _pattern(
+            rf"\bpleura\w*{_JOINED}(?:effusions?|fluid|collections?)",
+            r"\bpleura\w*(?:\W+(?:or|and|pericardial))*\W+thickening\s*(?:-|/|or|and)\s*effusions?",
+            rf"(?:effusions?|fluid|collection)(?: {_WORD}){{0,6}}? (?:in|between|within)(?: {_WORD}){{0,4}}? "
+            r"(?:pleura\w*|hemi-?thora\w+|fissures?|costophrenic)",
+            r"hydro-?thorax|hemothorax|hydropneumothorax|empyema",
+        ),
+    ),
+    Term(
+        "Pleural effusion",
+        re.compile(r"(?<!joint )(?<!pericardial )\beffusions?"),
+        unless=re.compile(r"perihepatic|perisplenic|ascit|abdom\w+|pelvi[cs]|peritone|intraarticular|subdural"),
+        weak=True,
+    ),
+    Term("Mosaic attenuation pattern", re.compile(r"\bmosaic\w*")),
+    Term(
+        "Peribronchial thickening",
+        _pattern(
+            rf"peri-?bronch\w*(?: {_WORD}){{0,4}}? (?:thick\w*|cuff\w*)",
+            rf"(?:bronch(?:ial|us|iolar|i)|airway)'?s? walls?(?: {_WORD}){{0,4}}? thick\w*",
+            r"thick\w*(?: (?:increase|in|of|the|both))* (?:peri-?bronch\w*|bronch(?:ial|us|iolar) walls?|airway walls?|"
+            r"walls? of the bronchi)",
+            r"bronchial thickening",
+        ),
+    ),
+    Term("Consolidation", re.compile(r"consolidat\w*")),
+    Term(
+        "Bronchiectasis",
+        _pattern(
+            r"bronchi(?:ol)?ecta\w*",
+            r"(?:dilat\w+|ectati\w+|widen\w+)(?: (?:of|in|the))* bronch(?:i|us|ial)\b",
+            r"\bbronch(?:i|us|ial)\b(?: \w+){0,4}? (?:dilat\w+|ectas\w+|ectati\w+|enlarge\w+|widen\w+)",
+        ),
+    ),
+    Term(
+        "Interlobular septal thickening",
+        _pattern(
+            rf"\b(?:inter-?)?sept(?:a|al|um|ae)?\b(?: {_WORD},?){{0,5}}? thick\w*|kerley|septal lines?",
+            rf"thick\w*(?: (?!bronch|pleura){_WORD}){{0,5}}? (?:inter-?lobular|sept(?:a|al|um|ae)?\b)",
+            r"inter-?lobular(?: \w+){0,2} thick\w*|crazy[ -]?paving",
+        ),
+        unless=re.compile(r"interatrial|interventricular|nasal|gall"),
+    ),
+)
+
+IMPLIES = {"Consolidation": "Lung opacity"}
+"""A finding that is a kind of another: present or uncertain, it makes the other at least that."""
+
+
+@dataclass(frozen=True)
+class Normal:
+    """A structure whose normal state rules findings out: "heart size is normal"."""
+
+    structure: re.Pattern[str]
+    findings: tuple[str, ...]
+
+
+_IS_NORMAL = (
+    r"(?:normal|natural|unremarkable|clear|open|preserved|regular|not (?:enlarged|dilated|increased)|"
+    r"within (?:the )?(?:normal|physiologic\w*)(?: limits?| range)?)\b"
+)
+NORMAL: tuple[Normal, ...] = (
+    Normal(
+        re.compile(
+            rf"\b(?:heart|cardiac|cardiothoracic|ct[or])\b(?! (?:valve|failure))(?:,? (?!enlarg|increas|"
+            rf"larg){_WORD}){{0,9}}? {_IS_NORMAL}"
+            r"|normal(?:[ -]sized)? (?:heart|cardiac)"
+        ),
+        ("Cardiomegaly",),
+    ),
+    Normal(
+        re.compile(rf"\bpericardium\b(?:,? {_WORD}){{0,5}}? {_IS_NORMAL}|normal pericardium"), ("Pericardial effusion",)
+    ),
+    Normal(
+        re.compile(
+            rf"\b(?:pleura|pleural (?:spaces?|cavit\w+|surfaces?)|costo-?(?:phrenic|diaphragmatic) (?:angles?|sinuses|"
+            rf"recess\w*))"
+            rf"\b(?:,? {_WORD}){{0,5}}? {_IS_NORMAL}|clear pleural spaces"
+        ),
+        ("Pleural effusion",),
+    ),
+    Normal(
+        re.compile(
+            r"\b(?:lungs|lung (?:fields|parenchyma))(?: (?:are|is|appears?|remains?|\w+ly|otherwise))+ "
+            r"(?:clear|normal|unremarkable)\b"
+        ),
+        ("Lung opacity", "Consolidation", "Lung nodule", "Atelectasis"),
+    ),
+)
