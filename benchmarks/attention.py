@@ -5,9 +5,9 @@
 One attention of 16 slices of side × side patches, 12 heads of 64 channels and 20 region tokens, forward and backward to
 all inputs and to the learned slice bias. Ways: plain attention without the biases (what they cost is the difference),
 the folded form of `rectvlm/models/attention.py`, a dense mask given to the fused call, the formula written out with its
-N × N matrices as published code has it, and on a GPU FlexAttention. Ways take turns. On a CPU each measurement is a
-process of its own, whose memory is the growth of its resident peak. Results go to
-benchmarks/results/attention-MACHINE-DATE.json and .md.
+N × N matrices as published code has it, and on a GPU the kernels of cuDNN, which need no padded values, and
+FlexAttention. On a CPU each measurement is a process of its own, whose memory is the growth of its resident peak.
+Results go to benchmarks/results/attention-MACHINE-DATE.json and .md.
 """
 
 import argparse
@@ -32,12 +32,16 @@ from rectvlm.models.attention import SliceRegionAttention
 from rectvlm.train.memory import peak_memory_bytes, reset_peak_memory
 
 SLICES, CHANNELS = 16, 64
-WAYS = ("plain", "folded", "dense mask", "formula", "flex")
+WAYS = ("plain", "folded", "dense mask", "formula")
+GPU_WAYS = (*WAYS, "plain cudnn", "folded cudnn", "folded narrow", "flex")
 _WORDS = {
     "plain": "plain, no biases",
     "folded": "folded (ours)",
     "dense mask": "dense mask",
     "formula": "formula, N × N matrices",
+    "plain cudnn": "plain, cuDNN",
+    "folded cudnn": "folded, cuDNN",
+    "folded narrow": "folded, cuDNN, values not padded",
     "flex": "FlexAttention",
 }
 
@@ -77,11 +81,23 @@ class Example:
             return F.scaled_dot_product_attention(self.q, self.k, self.v)
         if way == "folded":
             return self.module._folded(self.q, self.k, self.v, self.slice_index, self.log_prior, SLICES)
+        if way in ("plain cudnn", "folded cudnn", "folded narrow"):
+            return self._cudnn(way)
         if way == "dense mask":
             return F.scaled_dot_product_attention(self.q, self.k, self.v, attn_mask=self.mask())
         if way == "formula":
             return (self.q @ self.k.mT / CHANNELS**0.5 + self.mask()).softmax(-1) @ self.v
         return self._flex()
+
+    def _cudnn(self, way: str) -> Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            if way == "plain cudnn":
+                return F.scaled_dot_product_attention(self.q, self.k, self.v)
+            q, k = self.module.fold(self.q, self.k, self.slice_index, self.log_prior, SLICES)
+            v = self.v if way == "folded narrow" else F.pad(self.v, (0, q.shape[-1] - CHANNELS))
+            return F.scaled_dot_product_attention(q, k, v, scale=CHANNELS**-0.5)[..., :CHANNELS]
 
     def _flex(self) -> Tensor:
         from torch.nn.attention.flex_attention import flex_attention
@@ -120,10 +136,10 @@ def _wait(device: torch.device) -> None:
 
 
 def on_gpu(side: int, heads: int, dtype: torch.dtype, rounds: int) -> dict[str, dict[str, Any]]:
-    """All ways in turns; a way that runs out of memory is named so."""
+    """All ways; of one that fails, why."""
     device = torch.device("cuda")
     found: dict[str, dict[str, Any]] = {}
-    for way in WAYS:
+    for way in GPU_WAYS:
         example = Example(side, heads, dtype, device)
         try:
             once(example, way)
@@ -131,7 +147,9 @@ def on_gpu(side: int, heads: int, dtype: torch.dtype, rounds: int) -> dict[str, 
             seconds = [once(example, way) for _ in range(rounds)]
             found[way] = {"seconds": seconds, "peak_bytes": peak_memory_bytes() - before}
         except torch.OutOfMemoryError:
-            found[way] = {"seconds": None, "peak_bytes": None}
+            found[way] = {"seconds": None, "peak_bytes": None, "why": "out of memory"}
+        except RuntimeError as error:
+            found[way] = {"seconds": None, "peak_bytes": None, "why": str(error).splitlines()[0][:80]}
         del example
         torch.cuda.empty_cache()
     return found
@@ -146,9 +164,9 @@ def in_process(way: str, side: int, heads: int, dtype: torch.dtype, rounds: int)
 
 
 def on_cpu(side: int, heads: int, dtype: str, rounds: int) -> dict[str, dict[str, Any]]:
-    """All ways but FlexAttention, whose backward pass PyTorch has for GPUs only."""
+    """All ways that are for CPUs too: FlexAttention's backward pass, for one, PyTorch has for GPUs only."""
     found = {}
-    for way in WAYS[:-1]:
+    for way in WAYS:
         arguments = ["--sides", str(side), "--heads", str(heads), "--dtype", dtype, "--rounds", str(rounds)]
         command = [sys.executable, "-m", "benchmarks.attention", "--one", way, *arguments]
         done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
@@ -168,7 +186,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         plain = statistics.median(row["ways"]["plain"]["seconds"])
         for way, one in row["ways"].items():
             if one["seconds"] is None:
-                lines.append(f"| {row['patches']} | {_WORDS[way]} | out of memory | | |\n")
+                lines.append(f"| {row['patches']} | {_WORDS[way]} | {one['why']} | | |\n")
                 continue
             seconds = statistics.median(one["seconds"])
             lines.append(
@@ -219,7 +237,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     sides = [16, 24, 32] if gpu else [8, 12, 16]
     parser.add_argument("--sides", type=int, nargs="+", default=sides, help=f"patches a row (default {sides})")
     parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each way (default 3)")
+    parser.add_argument("--rounds", type=int, default=10 if gpu else 3, help="measurements of each way")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if gpu else "float32")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)

@@ -25,7 +25,7 @@ def dense(module: SliceRegionAttention, inputs: dict[str, Tensor], slice_index: 
     q = split(tokens @ module.q.weight.T + module.q.bias)
     keys, values = (both @ module.kv.weight.T + module.kv.bias).chunk(2, -1)
     k, v = split(keys), split(values)
-    bias = torch.zeros(b, heads, rows, rows + r, dtype=tokens.dtype)
+    bias = torch.zeros(b, heads, rows, rows + r, dtype=tokens.dtype, device=tokens.device)
     distance = slice_index[:, None] - slice_index[None, :]
     bias[:, :, 1:, 1:rows] = module.slice_bias[:, distance + module.slices - 1]
     bias[:, :, 1:, rows:] = log_prior[:, None]
@@ -62,7 +62,7 @@ def outputs_and_gradients(
     module.zero_grad()
     out = module(**leaves, slice_index=slice_index) if folded else dense(module, leaves, slice_index)
     # A weighting that differs at every output, so that no gradient cancels.
-    sum((o * torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view_as(o)).sum() for o in out).backward()
+    sum((o * torch.linspace(-1, 1, o.numel(), dtype=o.dtype, device=o.device).view_as(o)).sum() for o in out).backward()
     gradients = {name: leaf.grad for name, leaf in leaves.items()}
     gradients |= {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
     return [o.detach() for o in out], gradients

@@ -70,25 +70,31 @@ class SliceRegionAttention(nn.Module):
 
     def _folded(self, q: Tensor, k: Tensor, v: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int) -> Tensor:
         """Fused attention with both biases as extra channels; q (B, H, 1+N, D), k and v (B, H, 1+N+R, D)."""
+        d = q.shape[-1]
+        q, k = self.fold(q, k, slice_index, log_prior, slices)
+        v = F.pad(v, (0, q.shape[-1] - d))
+        return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
+
+    def fold(self, q: Tensor, k: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int) -> tuple[Tensor, Tensor]:
+        """Queries (B, H, 1 + N, D + E) and keys (B, H, 1 + N + R, D + E) whose products hold both biases, times √D.
+
+        E is Z + R, and what makes D + E a multiple of 8, which fused kernels want.
+        """
         b, h, _, d = q.shape
         n, r = log_prior.shape[1:]
         extra = slices + r
-        pad = -(d + extra) % 8  # fused kernels want a multiple of 8 channels
-        root = d**0.5
+        pad = -(d + extra) % 8
 
         known = self.slices - 1
         distance = (slice_index[:, None] - torch.arange(slices, device=q.device)).clamp(-known, known) + known
         slice_part = self.slice_bias.to(q.dtype)[:, distance]  # (H, N, Z)
         q_bias = torch.cat([slice_part.expand(b, h, n, slices), log_prior[:, None].expand(b, h, n, r)], dim=-1)
-        q = torch.cat([q, F.pad(q_bias * root, (0, pad, 1, 0))], dim=-1)
+        q = torch.cat([q, F.pad(q_bias * d**0.5, (0, pad, 1, 0))], dim=-1)
 
         codes = torch.zeros(1 + n + r, extra + pad, device=q.device, dtype=q.dtype)
         codes[1 : 1 + n, :slices] = F.one_hot(slice_index, slices).to(q.dtype)
         codes[1 + n :, slices:extra] = torch.eye(r, device=q.device, dtype=q.dtype)
-        k = torch.cat([k, codes.expand(b, h, -1, -1)], dim=-1)
-
-        v = F.pad(v, (0, extra + pad))
-        return F.scaled_dot_product_attention(q, k, v, scale=1 / root)[..., :d]
+        return q, torch.cat([k, codes.expand(b, h, -1, -1)], dim=-1)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

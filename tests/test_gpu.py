@@ -1,0 +1,92 @@
+"""What only a GPU can show: its kernels against the oracle, the three phases on it, and its own memory against plans.
+
+python -m pytest -m gpu
+"""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launches import CHECKOUT, LAUNCH, TIMEOUT, environment, metrics, settings
+from test_attention import example, outputs_and_gradients
+
+from rectvlm import checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_equals_the_dense_oracle(dtype: torch.dtype, compiled: bool) -> None:
+    """A grid with more patches than a kernel's tile, in numbers that are not multiples of it.
+
+    In float32 as exact as on a CPU. In bfloat16 it may be off by twice what the dense formula itself is off by.
+    """
+    torch.compiler.reset()
+    module, inputs, index = example((5, 9, 7), heads=3, width=192)
+    module, index = module.to("cuda", dtype), index.to("cuda")
+    ours = {name: value.to("cuda", dtype) for name, value in inputs.items()}
+    plain, plain_gradients = outputs_and_gradients(module, ours, index, folded=False)
+    if compiled:
+        module.compile()
+    found, found_gradients = outputs_and_gradients(module, ours, index, folded=True)
+    exact = {name: value.double() for name, value in ours.items()}
+    wanted, wanted_gradients = outputs_and_gradients(module.double(), exact, index, folded=False)
+    for mine, dense, true in zip(found, plain, wanted, strict=True):
+        allowed = 1e-5 if dtype == torch.float32 else 2 * float((dense - true).abs().max())
+        assert (mine - true).abs().max() <= allowed
+    for name, true in wanted_gradients.items():
+        allowed = 1e-4 if dtype == torch.float32 else 2 * float((plain_gradients[name] - true).norm() / true.norm())
+        assert (found_gradients[name] - true).norm() / true.norm() <= allowed, name
+
+
+def train(phase: int, shards: Path, runs: Path, steps: int, *more: str) -> str:
+    command = [*LAUNCH, "--num_processes", "1", f"launch/phase{phase}.py", *settings(phase, shards, runs, steps), *more]
+    return say(command, runs)
+
+
+def say(command: list[str], folder: Path) -> str:
+    """Standard error of a command on the GPU."""
+    told = {name: value for name, value in environment(folder).items() if name != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run(command, cwd=CHECKOUT, env=told, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Path:
+    """The three phases at the tiny size, each resumed once."""
+    folder = tmp_path_factory.mktemp("runs")
+    for phase in (1, 2, 3):
+        train(phase, phantom_shards, folder, 4)
+        train(phase, phantom_shards, folder, 8, "--resume")
+    return folder
+
+
+@pytest.mark.parametrize("phase", [1, 2, 3])
+def test_phases_train_and_go_on(runs: Path, phase: int) -> None:
+    folder = runs / "tiny" / f"phase{phase}"
+    found = metrics(folder)
+    assert [line["step"] for line in found] == list(range(1, 9))
+    assert all(math.isfinite(line["loss"]) and line["skipped"] is None for line in found)
+    engine = json.loads((folder / "engine.json").read_text())
+    assert engine["distributed_type"] == "DEEPSPEED" and engine["zero_stage"] == phase
+    assert engine["ranks"][0]["device"].startswith("cuda") and engine["ranks"][0]["peak_memory_bytes"] > 0
+    tensors = checkpoint.read_weights(checkpoint.find(folder, ""))
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values() if tensor.is_floating_point())
+
+
+def test_the_trained_model_is_evaluated(runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "metrics.json"
+    command = [sys.executable, "-m", "rectvlm", "evaluate", "--checkpoint", str(runs / "tiny/phase3"), "--no-plots"]
+    say([*command, "--out", str(out), "--limit", "2", "--bootstrap", "0"], tmp_path)
+    found = json.loads(out.read_text())
+    assert found["n_cases"] == 2 and found["machine"]["gpus"]
+    assert found["reports"]["image"]["n"] > 0
