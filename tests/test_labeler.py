@@ -1,0 +1,162 @@
+"""The labeler's rules: right on every sentence that they were made with, measured on those that they were not."""
+
+import time
+
+import numpy as np
+import pytest
+from report_sentences import CODES, HELD_OUT, TUNING
+
+from rectvlm.labels import FINDINGS
+from rectvlm.metrics.labeler import IMPLIES, RuleLabeler, State, get_labeler, label_report, read
+
+SIGNS = {"+": State.PRESENT, "?": State.UNCERTAIN, "-": State.ABSENT}
+
+
+def gold(labels: str) -> dict[str, State]:
+    """All 18 states of a line such as `+PLE -CO`."""
+    states = dict.fromkeys(FINDINGS, State.NOT_MENTIONED)
+    states |= {CODES[label[1:]]: SIGNS[label[0]] for label in labels.split()}
+    for kind, whole in IMPLIES.items():
+        if states[kind] >= State.UNCERTAIN:
+            states[whole] = max(states[kind], states[whole])
+    return states
+
+
+def mentioned(report: str) -> dict[str, State]:
+    return {finding: state for finding, state in label_report(report).items() if state != State.NOT_MENTIONED}
+
+
+@pytest.mark.parametrize(("sentence", "labels"), TUNING)
+def test_the_sentences_that_the_rules_were_made_with(sentence: str, labels: str) -> None:
+    assert label_report(sentence) == gold(labels)
+
+
+def scores(sentences: tuple[tuple[str, str], ...]) -> dict[str, float]:
+    """Present findings, and the states of all pairs of sentence and finding that either side mentions."""
+    said = RuleLabeler().label([sentence for sentence, _ in sentences])
+    true = np.array([list(gold(labels).values()) for _, labels in sentences])
+    called, there = said == State.PRESENT, true == State.PRESENT
+    either = (said != State.NOT_MENTIONED) | (true != State.NOT_MENTIONED)
+    hits = int((called & there).sum())
+    return {
+        "precision": hits / called.sum(),
+        "recall": hits / there.sum(),
+        "f1": 2 * hits / (called.sum() + there.sum()),
+        "states": float((said == true)[either].mean()),
+        "sentences": float((said == true).all(axis=1).mean()),
+        "n_present": int(there.sum()),
+        "n_either": int(either.sum()),
+    }
+
+
+def test_sentences_that_no_rule_has_seen() -> None:
+    """Measured: precision 0.970, recall 1.000, F1 0.985 of 64 present findings; 0.917 of 121 states."""
+    found = scores(HELD_OUT)
+    assert (found["n_present"], found["n_either"]) == (64, 121)
+    assert found["precision"] >= 0.96 and found["recall"] >= 0.98 and found["f1"] >= 0.98
+    assert found["states"] >= 0.91
+
+
+@pytest.mark.xfail(strict=True, reason="`stents?` has no word boundary; seen on the held-out sentences, so kept")
+def test_consistent_holds_no_stent() -> None:
+    assert mentioned("Ground-glass opacities consistent with pneumonia.") == {"Lung opacity": State.PRESENT}
+
+
+@pytest.mark.parametrize(
+    ("report", "labels"),
+    [
+        ("Atelectasis versus consolidation at the right base.", "?AT ?CO"),
+        ("The effusion has increased versus the prior examination.", "+PLE"),
+        ("Pericardial fluid is within physiological limits.", "-PE"),
+        ("Effusion: none. Emphysema: not seen. Cardiomegaly: no", "-PLE -EM -CM"),
+        ("Nodule: no change. Emphysema: no bullae.", "+LN +EM"),
+        ("Emphysema cannot be ruled out; no nodule.", "?EM -LN"),
+        ("The emphysema has not resolved.", "+EM"),
+    ],
+)
+def test_negation_and_doubt_reach_as_far_as_they_should(report: str, labels: str) -> None:
+    assert label_report(report) == gold(labels)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "state"),
+    [
+        ("Lymph nodes in the mediastinum; a 15 mm nodule in the left lower lobe.", State.NOT_MENTIONED),
+        ("A nodule of 15 mm in the left lower lobe and lymph nodes in the mediastinum.", State.NOT_MENTIONED),
+        ("A 4 mm nodule in the lingula and a 12 mm lymph node in the hilum.", State.PRESENT),
+        ("A lymph node of 7 mm in the hilum and a 15 mm nodule in the lingula.", State.ABSENT),
+        ("Lymph nodes are observed in the mediastinum, the largest measures 1.6x1.2 cm.", State.PRESENT),
+        ("Lymph nodes are observed in the mediastinum, the largest measures 1.6x0.8 cm.", State.ABSENT),
+    ],
+)
+def test_a_lymph_node_is_judged_by_its_own_short_axis(sentence: str, state: State) -> None:
+    assert label_report(sentence)["Lymphadenopathy"] == state
+
+
+def test_what_is_not_of_this_examination_is_not_read() -> None:
+    report = (
+        "Clinical information: known emphysema, pleural effusion?\nComparison: CT of 2020 with a hiatal hernia.\n"
+        "Technique: no contrast, central venous catheter.\n\n"
+        "FINDINGS: Bronchiectasis in the lingula. In the previous examination there was a consolidation.\n"
+        "IMPRESSION: History of atelectasis."
+    )
+    assert mentioned(report) == {"Bronchiectasis": State.PRESENT}
+    assert mentioned("There is emphysema. No nodule.") == {"Emphysema": State.PRESENT, "Lung nodule": State.ABSENT}
+
+
+def test_the_strongest_statement_of_a_report_counts() -> None:
+    said = "Findings: No pleural effusion on the right. Possible emphysema.\nImpression: Left pleural effusion."
+    assert mentioned(said) == {"Pleural effusion": State.PRESENT, "Emphysema": State.UNCERTAIN}
+
+
+@pytest.mark.parametrize(
+    "text", ["", " \n\t", ".", "?!", "123 4,5 mm", "…", "∅ 肺 🫁", "\x00\ufeff", "Findings:", "***"]
+)
+def test_a_text_that_says_nothing_has_no_findings(text: str) -> None:
+    assert mentioned(text) == {}
+
+
+def test_letters_and_signs_do_not_matter() -> None:
+    expected = {"Pleural effusion": State.ABSENT, "Lung opacity": State.PRESENT}
+    plain = "No pleural effusion. There is a ground-glass opacity in the patient's lingula."
+    for text in (
+        plain,
+        plain.upper(),
+        plain.replace(" ", "\u00a0"),
+        plain.replace("-", "\u2011"),
+        plain.replace("'", "’"),
+    ):
+        assert mentioned(text) == expected, text
+    assert mentioned("### FINDINGS:\r\n**No pleural effusion.**\r\n- ground-glass\topacity 🫁 İ") == expected
+
+
+def _seconds(text: str) -> float:
+    """The best of three: other work on the machine only adds."""
+    taken = []
+    for _ in range(3):
+        read.cache_clear()
+        start = time.perf_counter()
+        label_report(text)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+@pytest.mark.parametrize("end", [". ", ", ", " "])
+def test_time_is_linear_in_the_words(end: str) -> None:
+    words = 2_000
+    short = end.join(sentence.rstrip(".") for sentence, _ in TUNING)
+    short = " ".join((short.split(" ") * 10)[:words])
+    one, five = _seconds(short), _seconds(" ".join([short] * 5))
+    assert len(short.split(" ")) * 5 == 10_000
+    assert five < 15 * one and five < 20, (one, five)
+
+
+@pytest.mark.parametrize("piece", ["nodule ", "lymph node ", "effusion in ", "a", "1x1x", ".", "pleural or "])
+def test_a_model_that_repeats_itself_does_not_stop_the_evaluation(piece: str) -> None:
+    assert _seconds(piece * (10_000 // len(piece))) < 10
+
+
+def test_a_labeler_is_named_or_given() -> None:
+    rules = RuleLabeler()
+    assert isinstance(get_labeler(), RuleLabeler) and get_labeler(rules) is rules
+    assert rules.label([]).shape == (0, 18)
