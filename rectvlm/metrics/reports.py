@@ -1,82 +1,210 @@
-"""Metrics of generated reports against the radiologist's: overlap of words and of embeddings, not clinical truth."""
+"""Metrics of generated reports: words, findings, sides. The definitions are in `docs/report-metrics.md`.
 
-import logging
+`report_rows` reads the texts once and keeps what each case contributes; `reports` and `report_scores` only add rows up.
+"""
+
 from collections.abc import Sequence
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU
+from numpy.typing import NDArray
 
-METEOR_LEFT_OUT = "needs Java, or the WordNet corpus, neither of which comes with a Python package"
-ROUGE_SIGNATURE = "rouge-score, rougeL F-measure, lower case, letters and digits only, no stemming, mean over cases"
+from rectvlm.labels import N_FINDINGS
+from rectvlm.metrics import words
+from rectvlm.metrics.clinical import clinical, crg, finding_counts
+from rectvlm.metrics.labeler import Labeler, State, get_labeler
+from rectvlm.metrics.sides import laterality, lesion_laterality, side_outcomes
+
+CIDER_NEEDS = "needs at least two cases: with one, every word has weight 0"
+
+
+@dataclass(frozen=True)
+class ReportRows:
+    """What each case contributes to the figures. N cases."""
+
+    has_reference: NDArray[np.bool_]
+    """(N,)."""
+    bleu: NDArray[np.int64]
+    """(N, 10) counts of `words.bleu_counts`, 0 without a reference."""
+    rouge_l: NDArray[np.float64]
+    """(N,), as the next three: 0 without a reference, read only with one."""
+    meteor: NDArray[np.float64]
+    cider: NDArray[np.float64]
+    bertscore_f1: NDArray[np.float64] | None
+    """None where no encoder was given or could be loaded."""
+    by_labels: NDArray[np.int64] | None
+    """(N, 18, 4) counts of `clinical.finding_counts` against the cases' labels; None where none were given."""
+    by_reference: NDArray[np.int64]
+    """(N, 18, 4) counts against what the labeler reads in the reference reports."""
+    sides: NDArray[np.int64]
+    """(N, 11, 5) counts of `sides.side_outcomes`."""
+    signatures: dict[str, str]
+    left_out: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.has_reference)
+
+
+def report_rows(
+    generated: Sequence[str],
+    references: Sequence[str | None],
+    bertscore_model: str | Path | None = None,
+    *,
+    labels: NDArray[Any] | None = None,
+    known: NDArray[np.bool_] | None = None,
+    labeler: str | Path | Labeler = "rules",
+    uncertain: bool = True,
+) -> ReportRows:
+    """Reads the texts, and keeps what each case contributes; the arguments are those of `reports`.
+
+    Raises:
+        UserError: the labeler cannot be loaded, or has other labels.
+    """
+    assert len(generated) == len(references)
+    has = np.array([reference is not None for reference in references], dtype=bool)
+    texts = [text for text, reference in zip(generated, references, strict=True) if reference is not None]
+    truths = [reference for reference in references if reference is not None]
+    reader = get_labeler(labeler)
+    least = State.UNCERTAIN if uncertain else State.PRESENT
+    called = reader.label(generated) >= least
+    told = np.zeros((len(generated), N_FINDINGS), dtype=bool)
+    told[has] = reader.label(truths) >= least
+    by_labels = None
+    if labels is not None:
+        known = np.ones(labels.shape, dtype=bool) if known is None else known
+        by_labels = finding_counts(called, labels > 0.5, known)
+    signatures = {"rouge_l": words.ROUGE_SIGNATURE, "meteor": words.meteor_signature(), "cider": words.CIDER_SIGNATURE}
+    signatures |= {f"bleu_{order}": words.bleu_signature(order) for order in range(1, 5)}
+    signatures["clinical"] = f"{reader.signature}; uncertain counts as {'present' if uncertain else 'absent'}"
+    left_out = {} if len(truths) > 1 else {"cider": CIDER_NEEDS}
+    scores, reason = _bertscore(texts, truths, bertscore_model, signatures)
+    if reason is not None:
+        left_out["bertscore_f1"] = reason
+    return ReportRows(
+        has_reference=has,
+        bleu=_spread(words.bleu_counts(texts, truths), has),
+        rouge_l=_spread(words.rouge_l(texts, truths), has),
+        meteor=_spread(words.meteor(texts, truths), has),
+        cider=_spread(words.cider(texts, truths), has),
+        bertscore_f1=None if scores is None else _spread(scores, has),
+        by_labels=by_labels,
+        by_reference=finding_counts(called, told, np.repeat(has[:, None], N_FINDINGS, axis=1)),
+        sides=side_outcomes(generated, references),
+        signatures=signatures,
+        left_out=left_out,
+    )
+
+
+def _bertscore(
+    texts: Sequence[str], truths: Sequence[str], model: str | Path | None, signatures: dict[str, str]
+) -> tuple[NDArray[np.float64] | None, str | None]:
+    """Scores, or the reason why there are none; adds the signature."""
+    if model is None:
+        return None, "no encoder was given"
+    if not truths:
+        return None, None
+    try:
+        scores, signatures["bertscore_f1"] = words.bertscore_by_case(texts, truths, model)
+    except OSError as error:
+        return None, f"{model} cannot be loaded: {str(error).splitlines()[0]}"
+    return scores, None
+
+
+def _spread(values: NDArray[Any], has: NDArray[np.bool_]) -> NDArray[Any]:
+    """Values of the cases with a reference, at their places among all."""
+    spread = np.zeros((len(has), *values.shape[1:]), dtype=values.dtype)
+    spread[has] = values
+    return spread
 
 
 def reports(
-    generated: Sequence[str], references: Sequence[str | None], bertscore_model: str | Path | None = None
+    generated: Sequence[str],
+    references: Sequence[str | None],
+    bertscore_model: str | Path | None = None,
+    *,
+    labels: NDArray[Any] | None = None,
+    known: NDArray[np.bool_] | None = None,
+    labeler: str | Path | Labeler = "rules",
+    uncertain: bool = True,
 ) -> dict[str, Any]:
-    """BLEU-1 to 4, ROUGE-L and, with a model at hand, BERTScore; every score between 0 and 1.
+    """Words, findings and sides of generated reports. A score is None where it is not defined.
 
-    BLEU is of the corpus (sacrebleu); ROUGE-L and BERTScore are means over cases. A case without a reference report is
-    left out and counted. The signatures state tokenization, case and smoothing.
+    BLEU is of the corpus; ROUGE-L, METEOR, CIDEr and BERTScore are means over the cases with a reference report; the
+    others are counted. `clinical` compares the findings that the labeler reads in the generated report with the cases'
+    labels (`labels`, every case; None when none are given) and with what it reads in the reference
+    (`reference_reports`). `laterality` compares sides. The signatures state libraries, versions and tokens.
 
     Args:
         generated: one text a case.
         references: the true report of each case, None where there is none.
         bertscore_model: folder or hub id of an encoder; without one that loads, BERTScore is left out and says why.
-    """
-    pairs = [(text, reference) for text, reference in zip(generated, references, strict=True) if reference is not None]
-    result: dict[str, Any] = {"n": len(pairs), "n_without_reference": len(generated) - len(pairs)}
-    signatures = {"rouge_l": ROUGE_SIGNATURE}
-    candidates, truths = [text for text, _ in pairs], [reference for _, reference in pairs]
-    for order in range(1, 5):
-        bleu = BLEU(max_ngram_order=order, lowercase=True)
-        score = bleu.corpus_score(candidates, [truths]).score / 100 if pairs else None
-        result[f"bleu_{order}"] = score
-        if pairs:
-            signatures[f"bleu_{order}"] = f"sacrebleu BLEU-{order} / 100, {bleu.get_signature()}"
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    rouge = [scorer.score(reference, text)["rougeL"].fmeasure for text, reference in pairs]
-    result["rouge_l"] = float(np.mean(rouge)) if rouge else None
-    left_out = {"meteor": METEOR_LEFT_OUT}
-    if bertscore_model is None:
-        left_out["bertscore_f1"] = "no encoder was given"
-    elif pairs:
-        try:
-            result["bertscore_f1"], signatures["bertscore_f1"] = bertscore(candidates, truths, bertscore_model)
-        except OSError as error:
-            left_out["bertscore_f1"] = f"{bertscore_model} cannot be loaded: {str(error).splitlines()[0]}"
-    return result | {"signatures": signatures, "left_out": left_out}
-
-
-def bertscore(candidates: Sequence[str], truths: Sequence[str], model: str | Path) -> tuple[float, str]:
-    """Mean BERTScore F1 (Zhang et al. 2020) from the last layer of an encoder, and its signature.
-
-    Not rescaled with a baseline, and without idf weights. A text longer than the encoder's context is cut there. An
-    empty text scores 0, as bert-score's documentation says; its code fails on one with Transformers 5.
+        labels: (N, 18), 0 or 1; read only where known.
+        known: (N, 18); all are when it is not given.
+        labeler: `rules`, the folder or hub id of a classifier, or a `Labeler`.
+        uncertain: whether an uncertain finding counts as present.
 
     Raises:
-        OSError: the encoder cannot be loaded.
+        UserError: the labeler cannot be loaded, or has other labels.
     """
-    import bert_score  # seconds to import, and not every evaluation has reports
-    from transformers import AutoConfig
+    rows = report_rows(
+        generated,
+        references,
+        bertscore_model,
+        labels=labels,
+        known=known,
+        labeler=labeler,
+        uncertain=uncertain,
+    )
+    return summarise(rows)
 
-    settings = AutoConfig.from_pretrained(model)
-    layers, context = settings.num_hidden_layers, settings.max_position_embeddings
-    scores = np.zeros(len(candidates))
-    both = enumerate(zip(candidates, truths, strict=True))
-    filled = [i for i, (text, truth) in both if text.strip() and truth.strip()]
-    if filled:
-        # Transformers reports on every tensor that it loads; that is noise here.
-        logging.getLogger("transformers").setLevel(logging.ERROR)
-        scorer = bert_score.BERTScorer(model_type=str(model), num_layers=layers, nthreads=0, batch_size=16)
-        # A tokenizer that states no limit has one of 1e30, which bert-score hands on and the tokenizer refuses.
-        tokenizer = scorer._tokenizer
-        tokenizer.model_max_length = min(tokenizer.model_max_length, context)
-        _, _, f1 = scorer.score([candidates[i] for i in filled], [truths[i] for i in filled])
-        scores[filled] = f1.numpy()
-    name = Path(model).name if Path(model).is_dir() else str(model)
-    library = f"bert-score {version('bert-score')}"
-    return float(scores.mean()), f"{library}, {name}, layer {layers}, no idf, no rescaling, mean F1 over cases"
+
+def summarise(rows: ReportRows) -> dict[str, Any]:
+    """The figures of `reports` from its rows."""
+    n = int(rows.has_reference.sum())
+    return {
+        "n": n,
+        "n_without_reference": len(rows) - n,
+        **_word_scores(rows),
+        "clinical": {
+            "labels": None if rows.by_labels is None else clinical(rows.by_labels),
+            "reference_reports": clinical(rows.by_reference),
+        },
+        "laterality": laterality(rows.sides),
+        "signatures": rows.signatures,
+        "left_out": rows.left_out,
+    }
+
+
+def _word_scores(rows: ReportRows) -> dict[str, float | None]:
+    """BLEU-1 to 4 and the means over cases; BERTScore only where it was computed."""
+    has = rows.has_reference
+    counts = rows.bleu[has].sum(axis=0)
+    result: dict[str, float | None] = {
+        f"bleu_{order}": words.bleu(counts, order) if has.any() else None for order in range(1, 5)
+    }
+    for name in ("rouge_l", "meteor", "cider", "bertscore_f1"):
+        values = getattr(rows, name)
+        if name == "cider" and "cider" in rows.left_out:
+            result[name] = None
+        elif values is not None:
+            result[name] = float(values[has].mean()) if has.any() else None
+    return result
+
+
+def report_scores(rows: ReportRows) -> dict[str, float | None]:
+    """The headline figures in one level, quick enough to be computed for every bootstrap sample.
+
+    `clinical_labels_*` against the cases' labels (where given), `clinical_reference_*` against the reference reports.
+    """
+    scores = _word_scores(rows)
+    for name, counts in (("labels", rows.by_labels), ("reference", rows.by_reference)):
+        if counts is not None:
+            result = clinical(counts)
+            for mean in ("micro", "macro", "weighted"):
+                for score, value in result[mean].items():
+                    scores[f"clinical_{name}_{mean}_{score}"] = value
+            scores[f"clinical_{name}_crg"] = crg(counts.sum(axis=(0, 1)))
+    scores["laterality"] = lesion_laterality(rows.sides)["accuracy"]
+    return scores
