@@ -121,7 +121,10 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
         "--thresholds", choices=("fit", "stored"), default="fit", help="on the train split, or those of the checkpoint"
     )
     evaluate.add_argument("--fit-limit", type=_positive, default=512, metavar="N", help="cases to fit them on, at most")
-    evaluate.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples for intervals, 0: none")
+    evaluate.add_argument("--labeler", default="rules", metavar="DIR_OR_ID", help="reads findings in reports")
+    evaluate.add_argument(
+        "--bootstrap", type=_whole, default=1000, metavar="N", help="resamples for intervals, 0: none"
+    )
     evaluate.add_argument("--seed", type=int, default=0, help="of the resamples")
     evaluate.add_argument("--no-plots", action="store_true", help="tables only")
     evaluate.set_defaults(run=_evaluate)
@@ -166,6 +169,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return number
+
+
+def _whole(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
     return number
 
 
@@ -214,6 +224,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         surface_tolerance=options.surface_tolerance,
         thresholds=options.thresholds,
         fit_limit=options.fit_limit,
+        labeler=options.labeler,
         bootstrap=options.bootstrap,
         seed=options.seed,
         plots=not options.no_plots,

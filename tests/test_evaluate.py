@@ -60,6 +60,14 @@ def test_reports_stand_beside_their_references_and_the_control(evaluated, phanto
     image, ablated = result["reports"]["image"], result["reports"]["image_ablated"]
     assert image["n"] == ablated["n"] == 3
     assert 0 < image["bertscore_f1"] < 1 and "tiny-bert" in image["signatures"]["bertscore_f1"]
+    assert image["clinical"]["labels"]["n_labels"] == sum(
+        row["n_known"] for row in result["classification"]["per_finding"].values()
+    )
+    difference = result["reports"]["difference"]
+    for name in ("bleu_1", "rouge_l", "cider", "clinical_labels_micro_f1"):
+        assert difference[name] == image["scores"][name] - ablated["scores"][name]
+        low, high = difference["ci95"][name]
+        assert low <= high
 
 
 def test_a_limit_cuts_a_batch_and_the_batch_size_changes_nothing(tiny_run, tmp_path):
@@ -107,6 +115,9 @@ def test_bad_inputs_give_one_clear_sentence(tiny_run, tmp_path):
         evaluate(tmp_path)
     with pytest.raises(UserError, match="No shards in"):
         evaluate(tiny_run(1), tmp_path / "none", device="cpu")
+    with pytest.raises(UserError, match=r"labeler .* cannot be loaded"):
+        evaluate(tiny_run(3), out=tmp_path / "new" / "m.json", device="cpu", labeler=str(tmp_path / "none"))
+    assert not list(tmp_path.rglob("*.jsonl")), "it should be found out before the cases are predicted"
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint.find(tiny_run(1), ""), folder)
     (folder / THRESHOLDS).write_text("[]")

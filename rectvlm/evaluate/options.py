@@ -41,6 +41,8 @@ class Options:
     """Fit thresholds of the findings on the train split, or take those that lie with the checkpoint."""
     fit_limit: int = 512
     """Training cases that thresholds are fitted on, at most."""
+    labeler: str = "rules"
+    """What reads findings in reports: `rules`, or the folder or hub id of a classifier."""
     bootstrap: int = 1000
     """Resamples of the patients for the intervals; 0 for none."""
     seed: int = 0
@@ -49,7 +51,7 @@ class Options:
 
     def deciding(self) -> dict[str, Any]:
         """The options on which the results of a case depend, and those that say which cases there are."""
-        left_out = {"thresholds", "bootstrap", "seed", "plots", "truth"}
+        left_out = {"thresholds", "labeler", "bootstrap", "seed", "plots", "truth"}
         chosen = {name: value for name, value in asdict(self).items() if name not in left_out}
         return chosen | {"lesion_threshold": LESION_THRESHOLD}
 

@@ -23,9 +23,11 @@ from rectvlm.evaluate.journal import Journal
 from rectvlm.evaluate.machine import machine
 from rectvlm.evaluate.options import Options, fingerprint
 from rectvlm.evaluate.ranks import Ranks, ranks_of_environment
+from rectvlm.evaluate.reports import reports as compare_reports
 from rectvlm.evaluate.scans import Scans, by_scan
 from rectvlm.evaluate.thresholds import decide
 from rectvlm.metrics import Thresholds
+from rectvlm.metrics.labeler import Labeler, get_labeler
 from rectvlm.types import Split
 
 log = logging.getLogger(__name__)
@@ -76,8 +78,8 @@ def evaluate(
         The metrics, as in the JSON; None on all processes but the first.
 
     Raises:
-        UserError: no such checkpoint or shards, shards of another grid, no sample of the split, or a process that has
-            stopped.
+        UserError: no such checkpoint or shards, shards of another grid, no sample of the split, a labeler that does
+            not load, or a process that has stopped.
     """
     started = time.monotonic()
     ranks = ranks_of_environment()
@@ -86,6 +88,8 @@ def evaluate(
     folder = checkpoints.find(checkpoint, "train first, or give a run's phase folder")
     target = output_path(folder, split, out)
     work = _Work(folder, shards, asked, ranks, ranks.device(device), target.parent)
+    # Before the hours of prediction, since it may not load.
+    labeler = get_labeler(asked.labeler) if ranks.first and work.has_reports else None
     work.do()
     if not ranks.first:
         return None
@@ -100,7 +104,7 @@ def evaluate(
         "versions": checkpoints.versions(*METRICS),
         "seconds": 0.0,
     }
-    result = _figures(work, scans, thresholds) | facts
+    result = _figures(work, scans, thresholds, labeler) | facts
     result["seconds"] = round(time.monotonic() - started, 1)
     _write(target, result, records["evaluate"], scans, asked)
     return result
@@ -136,6 +140,7 @@ class _Work:
         ]
         self.fingerprint = fingerprint(folder, self.config, Store(self.data.shards), device, options)
         self.journal = Journal(out, self.fingerprint, ranks.rank)
+        self.has_reports = "generator" in self.state.parts and options.reports
 
     def do(self) -> None:
         """Predict this process's cases that nothing is known of; the model is loaded only if there are any."""
@@ -167,10 +172,14 @@ class _Work:
         return f"process {self.ranks.rank} of {self.ranks.world}: " if self.ranks.world > 1 else ""
 
 
-def _figures(work: _Work, scans: Scans, thresholds: Thresholds) -> dict[str, Any]:
+def _figures(work: _Work, scans: Scans, thresholds: Thresholds, labeler: Labeler | None) -> dict[str, Any]:
     """All figures, and what was measured."""
     options, parts = work.options, work.state.parts
     drawn = summary.draw(scans.patients, options)
+    reports = None
+    if labeler is not None:
+        patients = [one.patient for one in scans.reported()[1]]
+        reports = compare_reports(scans, work.config, labeler, summary.draw(patients, options))
     return {
         "checkpoint": str(work.folder),
         "config": work.config.name,
@@ -184,7 +193,7 @@ def _figures(work: _Work, scans: Scans, thresholds: Thresholds) -> dict[str, Any
         "classification": summary.findings(scans, thresholds, drawn),
         "thresholds": thresholds.as_dict() | {"same_data": options.split == "train"},
         "localization": summary.lesions(scans, drawn, options) if "localizer" in parts else None,
-        "reports": summary.reports(scans, work.config, options) if "generator" in parts and options.reports else None,
+        "reports": reports,
         "bootstrap": summary.bootstrap_facts(options),
         "fingerprint": work.fingerprint,
     }

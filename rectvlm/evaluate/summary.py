@@ -1,13 +1,11 @@
 """From cases to the figures of an evaluation."""
 
-import logging
 from collections import Counter
 from typing import Any
 
 import numpy as np
 
-from rectvlm import metrics, weights
-from rectvlm.config import Config
+from rectvlm import metrics
 from rectvlm.evaluate.cases import LesionRecord
 from rectvlm.evaluate.options import LESION_THRESHOLD, Options
 from rectvlm.evaluate.scans import Scans
@@ -15,9 +13,6 @@ from rectvlm.labels import LESIONS, N_LESIONS
 from rectvlm.metrics import LesionCase, Thresholds
 from rectvlm.metrics.lesions import HIT_DICE, MATCH_DICE
 from rectvlm.metrics.resampling import LEVEL, Weights
-from rectvlm.types import UserError
-
-log = logging.getLogger(__name__)
 
 
 def draw(patients: list[str], options: Options) -> Weights | None:
@@ -75,23 +70,3 @@ def lesions(scans: Scans, drawn: Weights | None, options: Options) -> dict[str, 
 def _is_lost(one: LesionRecord) -> bool:
     """Whether a true lesion fell between the voxels of a native grid that is coarser than the model's."""
     return one.truth == "shard" and one.native.truth == 0 and one.grid[2] > 0
-
-
-def encoder_of(config: Config) -> str | None:
-    """The text encoder for BERTScore, None where it cannot be had."""
-    try:
-        return weights.resolve(config.text.model)
-    except UserError as error:
-        log.warning("BERTScore is left out: %s", error)
-        return None
-
-
-def reports(scans: Scans, config: Config, options: Options) -> dict[str, Any]:
-    """Generated reports against the radiologist's, with the image and without it."""
-    _, volumes = scans.reported()
-    references = [one.reference for one in volumes]
-    encoder = encoder_of(config)
-    return {
-        "image": metrics.reports([one.generated or "" for one in volumes], references, encoder),
-        "image_ablated": metrics.reports([one.without_image or "" for one in volumes], references, encoder),
-    }

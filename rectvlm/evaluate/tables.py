@@ -30,6 +30,18 @@ LESION_SCORES = {
     "instance_recall": "instance recall",
     "instance_f1": "instance F1",
 }
+MAIN_REPORT_SCORES = (
+    "bleu_1",
+    "bleu_4",
+    "rouge_l",
+    "meteor",
+    "cider",
+    "bertscore_f1",
+    "clinical_labels_micro_f1",
+    "clinical_labels_macro_f1",
+    "clinical_labels_crg",
+    "laterality",
+)
 
 
 def number(value: float | None) -> str:
@@ -39,8 +51,13 @@ def number(value: float | None) -> str:
 
 def with_interval(row: dict[str, Any], score: str) -> str:
     """A score with its 95% interval, where there is one."""
-    interval = row.get("ci95", {}).get(score)
-    return number(row[score]) + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+    return f"{number(row[score])} {interval(row, score)}".strip()
+
+
+def interval(row: dict[str, Any], score: str) -> str:
+    """The 95% interval of a score in brackets; empty where there is none."""
+    found = row.get("ci95", {}).get(score)
+    return f"[{found[0]:.3f}, {found[1]:.3f}]" if found else ""
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -126,40 +143,37 @@ def _lesions(found: dict[str, Any]) -> str:
 
 
 def terminal_table(result: dict[str, Any]) -> Table:
-    """The main figures."""
+    """The main figures; `air` is the image-ablated control."""
     table = Table(title=f"{result['config']}, {result['split']} split, {result['n_scans']} scans", title_justify="left")
-    for column in ("", "metric", "value", "without image", "n"):
-        table.add_column(column, justify="right" if column in ("value", "without image") else "left")
+    for column, justify in (("metric", "left"), ("value", "right"), ("95%", "right"), ("air", "right"), ("n", "left")):
+        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for kind in ("macro", "weighted"):
         mean = result["classification"][kind]
         for score in ("auroc", "average_precision", "f1", "precision", "recall", "ece"):
             count = f"{mean[f'n_findings_{score}']} of {len(FINDINGS)}"
-            table.add_row("findings", f"{kind} {score}", with_interval(mean, score), "", count)
+            table.add_row(f"{kind} {FINDING_SCORES[score]}", number(mean[score]), interval(mean, score), "", count)
     for key, row in (result["localization"] or {"per_lesion": {}})["per_lesion"].items():
         cases = f"{row['n_cases']}, {row['n_present']} with it"
-        table.add_row("lesions", f"Dice {LESION_BY_KEY[key].name}", with_interval(row, "dice"), "", cases)
+        table.add_row(f"Dice, {LESION_BY_KEY[key].name}", number(row["dice"]), interval(row, "dice"), "", cases)
     if result["reports"]:
-        for name, image, air, _ in report_rows(result["reports"]):
-            table.add_row("reports", name, image, air, str(result["reports"]["image"]["n"]))
+        image, air = result["reports"]["image"], result["reports"]["image_ablated"]["scores"]
+        for score in MAIN_REPORT_SCORES:
+            if score in image["scores"]:
+                value = number(image["scores"][score]), interval(image, score), number(air[score])
+                table.add_row(score.replace("_", " "), *value, str(image["n"]))
     return table
 
 
-def report_rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Score, value, the image-ablated control, and the difference, of every score that is a number."""
-    image, air, difference = found["image"], found["image_ablated"], found.get("difference", {})
-    rows = []
-    for score, value in image.items():
-        if score.startswith("n") or not (value is None or isinstance(value, float)):
-            continue
-        between = with_interval(difference, score) if score in difference else ""
-        rows.append((score.replace("_", " "), with_interval(image, score), with_interval(air, score), between))
-    return rows
-
-
 def _reports(found: dict[str, Any]) -> str:
+    image, air, difference = found["image"], found["image_ablated"], found["difference"]
+    rows = []
+    for score in image["scores"]:
+        between = with_interval(difference, score) if score in difference else "–"
+        values = (f"{number(row['scores'][score])} {interval(row, score)}".strip() for row in (image, air))
+        rows.append([score.replace("_", " "), *values, between])
     head = ["", "with the image", "without (air)", "difference"]
-    note = f"{found['image']['n']:,} reports. What the control scores was not read from the image."
-    return f"{_table(head, report_rows(found))}\n\n{note}"
+    note = f"{image['n']:,} reports. What the control scores was not read from the image."
+    return f"{_table(head, rows)}\n\n{note}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,0 +1,98 @@
+"""Generated reports beside their control without the image: figures, differences and paired intervals."""
+
+import logging
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rectvlm import metrics, weights
+from rectvlm.config import Config
+from rectvlm.evaluate.scans import Scans
+from rectvlm.metrics import ReportRows
+from rectvlm.metrics.labeler import Labeler
+from rectvlm.metrics.resampling import Weights, chunks, interval
+from rectvlm.types import UserError
+
+log = logging.getLogger(__name__)
+
+Floats = NDArray[np.floating[Any]]
+
+
+def reports(scans: Scans, config: Config, labeler: Labeler, drawn: Weights | None) -> dict[str, Any]:
+    """`image`, `image_ablated` and `difference`: the first minus the second, on the same resamples of the patients.
+
+    Args:
+        scans: of the evaluation.
+        config: names the encoder of BERTScore.
+        labeler: reads findings in the texts.
+        drawn: (R, N) resamples of the N scans with a generated report; None for no intervals.
+    """
+    numbers, volumes = scans.reported()
+    references = [one.reference for one in volumes]
+    texts = {
+        "image": [one.generated or "" for one in volumes],
+        "image_ablated": [one.without_image or "" for one in volumes],
+    }
+    labels, known = scans.labels[numbers], scans.known[numbers]
+    encoder = encoder_of(config)
+    result: dict[str, Any] = {}
+    samples: dict[str, dict[str, Floats]] = {}
+    for name, generated in texts.items():
+        rows = metrics.report_rows(generated, references, encoder, labels=labels, known=known, labeler=labeler)
+        result[name] = metrics.summarise(rows) | {"scores": metrics.report_scores(rows)}
+        if drawn is not None:
+            samples[name] = resampled(rows, drawn)
+            result[name]["ci95"] = _intervals(samples[name], result[name]["scores"])
+    result["difference"] = _difference(result, samples)
+    return result
+
+
+def resampled(rows: ReportRows, drawn: Weights) -> dict[str, Floats]:
+    """Each figure of `report_scores` in each resample (R,), NaN where it has none.
+
+    Counts add up and means are weighted, so that a resample is one row of sums, whatever the number of cases.
+
+    Args:
+        rows: N cases.
+        drawn: (R, N).
+    """
+    found: list[dict[str, float | None]] = []
+    columns = {f.name: getattr(rows, f.name) for f in fields(rows)}
+    counts = {name: a for name, a in columns.items() if isinstance(a, np.ndarray) and a.dtype == np.int64}
+    means = {name: a for name, a in columns.items() if isinstance(a, np.ndarray) and a.dtype == np.float64}
+    has = rows.has_reference
+    for some in chunks(drawn):
+        referenced = some @ has
+        sums = {name: np.tensordot(some, a, axes=1).astype(np.int64) for name, a in counts.items()}
+        averages = {name: (some @ np.where(has, a, 0)) / np.maximum(referenced, 1) for name, a in means.items()}
+        for i in range(len(some)):
+            one: dict[str, Any] = {name: a[i : i + 1] for name, a in (sums | averages).items()}
+            found.append(metrics.report_scores(replace(rows, has_reference=referenced[i : i + 1] > 0, **one)))
+    names = list(found[0]) if found else []
+    return {name: np.array([np.nan if row[name] is None else row[name] for row in found]) for name in names}
+
+
+def _intervals(samples: dict[str, Floats], scores: dict[str, float | None]) -> dict[str, Any]:
+    return {name: interval(samples[name]) for name, value in scores.items() if value is not None}
+
+
+def _difference(result: dict[str, Any], samples: dict[str, dict[str, Floats]]) -> dict[str, Any]:
+    """Image minus control of each figure that both have; intervals of the differences on the same resamples."""
+    image, air = result["image"]["scores"], result["image_ablated"]["scores"]
+    both = [name for name in image if image[name] is not None and air.get(name) is not None]
+    found: dict[str, Any] = {name: image[name] - air[name] for name in both}
+    if samples:
+        pairs: dict[str, Floats] = {name: samples["image"][name] - samples["image_ablated"][name] for name in both}
+        found["ci95"] = _intervals(pairs, {name: found[name] for name in both})
+    return found
+
+
+def encoder_of(config: Config) -> str | None:
+    """The text encoder for BERTScore, None where it cannot be had."""
+    try:
+        return weights.resolve(config.text.model)
+    except UserError as error:
+        log.warning("BERTScore is left out: %s", error)
+        return None

@@ -1,0 +1,56 @@
+"""Reports beside their control: intervals and differences are those of the resampled cases."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from rectvlm import metrics
+from rectvlm.evaluate.reports import resampled
+
+TRUTHS = [
+    "Findings: There is a small left pleural effusion. The heart is enlarged.",
+    "Findings: No pleural effusion. There is a nodule in the right upper lobe.",
+    None,
+    "Findings: Consolidation in the left lower lobe. Emphysema in both lungs.",
+    "Findings: The lungs are clear. No lymphadenopathy.",
+]
+WRITTEN = [
+    "Findings: There is a small right pleural effusion.",
+    "Findings: There is a nodule in the right upper lobe. Emphysema.",
+    "Findings: The lungs are clear.",
+    "Findings: Consolidation in the left lower lobe.",
+    "Findings: Cardiomegaly. The lungs are clear.",
+]
+
+
+@pytest.fixture(scope="module")
+def rows() -> metrics.ReportRows:
+    rng = np.random.default_rng(0)
+    labels = (rng.random((5, 18)) < 0.4).astype(float)
+    return metrics.report_rows(WRITTEN, TRUTHS, labels=labels, known=rng.random((5, 18)) < 0.8)
+
+
+def drawn(rows: metrics.ReportRows, cases: NDArray[np.int64]) -> metrics.ReportRows:
+    """The rows of some cases, repeated or not."""
+    arrays = {f.name: getattr(rows, f.name) for f in fields(rows)}
+    return replace(rows, **{name: a[cases] for name, a in arrays.items() if isinstance(a, np.ndarray)})
+
+
+def test_a_resample_scores_as_its_cases_score(rows: metrics.ReportRows) -> None:
+    weights = metrics.patient_weights(["a", "b", "c", "a", "d"], 30, seed=2)
+    found = resampled(rows, weights)
+    for i, weight in enumerate(weights):
+        expected = metrics.report_scores(drawn(rows, np.repeat(np.arange(5), weight)))
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name][i] == pytest.approx(np.nan if value is None else value, nan_ok=True), name
+
+
+def test_cases_without_a_reference_do_not_dilute_means(rows: metrics.ReportRows) -> None:
+    weights = np.ones((1, 5), np.uint16)
+    found, whole = resampled(rows, weights), metrics.report_scores(rows)
+    assert found["rouge_l"][0] == pytest.approx(whole["rouge_l"])
+    none = replace(rows, has_reference=np.zeros(5, bool))
+    assert np.isnan(resampled(none, weights)["rouge_l"]).all()
