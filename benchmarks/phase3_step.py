@@ -124,7 +124,7 @@ def plans(size: str, overrides: Sequence[str], ds_config: Path) -> dict[str, Any
         plan = planner.plan(1, math.inf)
         found[name] = {
             "gpu_memory_gb": plan.gpu_memory_gb,
-            "loading_peak_gb": plan.loading_peak_gb,
+            "loading_peak_gb": plan.loading_peak_gb - plan.gpu_memory_gb["context"],
             "seconds": plan.time["total"],
             "tokens": planner.rehearsal.positions,
         }

@@ -18,7 +18,7 @@ import logging
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from rectvlm.labels import N_REGIONS
 from rectvlm.models.encoder import Features
 from rectvlm.models.language import LanguageModel, adapt, fill_and_measure, load_tokenizer, quantization
 from rectvlm.models.loading import Settle, with_packed_layers, without_memory
-from rectvlm.models.reporter import ReportGenerator
+from rectvlm.models.reporter import ReportGenerator, ReportLoss
 from rectvlm.train.memory import peak_memory_bytes, reset_peak_memory
 from rectvlm.types import UserError
 
@@ -143,25 +143,46 @@ def make_features(config: Config, micro_batch: int, device: torch.device) -> Fea
     return Features(whole, patches, regions, (z, y, x), patches)
 
 
-def measure(config: Config, layers: int | None, micro_batch: int, cue_words: int, rounds: int) -> dict[str, Any]:
-    """Build, warm up with one step, and time the others."""
+def measure(
+    config: Config, layers: int | None, micro_batches: Sequence[int], cue_words: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Build once; for each micro-batch warm up with one step, and time the others."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reset_peak_memory()
     begin = _now(device)
     generator, counts = build(config, layers, device)
-    row: dict[str, Any] = {"load_seconds": _now(device) - begin, "load_peak_bytes": peak_memory_bytes()}
-    row |= {"parameters": counts, "micro_batch": micro_batch}
-    held = torch.cuda.memory_allocated() if device.type == "cuda" else None
+    loading = {"load_seconds": _now(device) - begin, "load_peak_bytes": peak_memory_bytes(), "parameters": counts}
+    loading["loaded_bytes"] = torch.cuda.memory_allocated() if device.type == "cuda" else None
     optimizer = Masters([p for p in generator.parameters() if p.requires_grad])
-    image = make_features(config, micro_batch, device)
-    cues = ["Findings suggested:" + " nodule" * cue_words] * micro_batch
-    reports = ["The lungs are clear. " * config.generator.max_report_tokens] * micro_batch
+    rows = []
+    for micro_batch in micro_batches:
+        image = make_features(config, micro_batch, device)
+        cues = ["Findings suggested:" + " nodule" * cue_words] * micro_batch
+        reports = ["The lungs are clear. " * config.generator.max_report_tokens] * micro_batch
+
+        def step(image: Features = image, cues: list[str] = cues, reports: list[str] = reports) -> ReportLoss:
+            found: ReportLoss = generator(image, cues, reports)
+            return found
+
+        rows.append(loading | {"micro_batch": micro_batch} | _timed(config, step, optimizer, counts, rounds, device))
+    return rows
+
+
+def _timed(
+    config: Config,
+    forward: Callable[[], ReportLoss],
+    optimizer: Masters,
+    counts: dict[str, int],
+    rounds: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Seconds, rates, losses and peak memory of some steps after one."""
     seconds: dict[str, list[float]] = {"forward": [], "backward": [], "optimizer": []}
     losses = []
     reset_peak_memory()
     for turn in range(rounds + 1):
         times = [_now(device)]
-        found = generator(image, cues, reports)
+        found = forward()
         times.append(_now(device))
         found.per_sample.mean().backward()
         times.append(_now(device))
@@ -175,7 +196,7 @@ def measure(config: Config, layers: int | None, micro_batch: int, cue_words: int
     step = sum(statistics.median(values) for values in seconds.values())
     again = 6 if config.generator.checkpointing else 4
     body, head = counts["decoder"] * positions, counts["head"] * report_positions
-    return row | {
+    return {
         "seconds": seconds,
         "step_seconds": step,
         "positions": positions,
@@ -183,7 +204,6 @@ def measure(config: Config, layers: int | None, micro_batch: int, cue_words: int
         "tokens_per_second": positions / step,
         "model_flops_per_second": 4 * (body + head) / step,
         "hardware_flops_per_second": (again * body + 6 * head) / step,
-        "loaded_bytes": held,
         "peak_bytes": peak_memory_bytes(),
         "losses": losses,
     }
@@ -231,12 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     begin = time.monotonic()
     geometry = [f"generator.model={options.geometry}"] if options.geometry else []
-    rows = []
     try:
         config = load(options.config, [*geometry, *options.overrides])
         layers = options.layers or weights.geometry(config.generator.model).num_hidden_layers
-        for micro_batch in options.micro_batch:
-            rows.append(measure(config, options.layers, micro_batch, options.cue_words, options.rounds))
+        rows = measure(config, options.layers, options.micro_batch, options.cue_words, options.rounds)
     except UserError as error:
         console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 1

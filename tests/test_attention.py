@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rectvlm.models.attention import SliceRegionAttention
+from rectvlm.models.attention import SliceRegionAttention, pooling_weights
 
 GRIDS = [(1, 2, 3), (3, 2, 2), (5, 3, 1), (4, 4, 4)]
 
@@ -55,12 +55,16 @@ def example(
     return module, inputs, torch.arange(z).repeat_interleave(y * x)
 
 
+def ours(module: SliceRegionAttention, inputs: dict[str, Tensor], slice_index: Tensor) -> tuple[Tensor, Tensor]:
+    return module(**inputs, slice_index=slice_index, weights=pooling_weights(inputs["log_prior"]))
+
+
 def outputs_and_gradients(
     module: SliceRegionAttention, inputs: dict[str, Tensor], slice_index: Tensor, folded: bool
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
     module.zero_grad()
-    out = module(**leaves, slice_index=slice_index) if folded else dense(module, leaves, slice_index)
+    out = ours(module, leaves, slice_index) if folded else dense(module, leaves, slice_index)
     # A weighting that differs at every output, so that no gradient cancels.
     sum((o * torch.linspace(-1, 1, o.numel(), dtype=o.dtype, device=o.device).view_as(o)).sum() for o in out).backward()
     gradients = {name: leaf.grad for name, leaf in leaves.items()}
@@ -75,8 +79,8 @@ def test_float32_equals_dense_oracle(grid: tuple[int, int, int]) -> None:
     found, gradients = outputs_and_gradients(
         module.float(), {name: value.float() for name, value in inputs.items()}, index, folded=True
     )
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == wanted_gradients.keys()
     for name, theirs in wanted_gradients.items():
         error = (gradients[name].double() - theirs).norm() / theirs.norm()
@@ -96,19 +100,19 @@ def test_bfloat16_stays_within_rounding() -> None:
     module = module.bfloat16()
     rounded = {name: value.bfloat16() for name, value in inputs.items()}
     with torch.no_grad():
-        found = module(**rounded, slice_index=index)
+        found = ours(module, rounded, index)
         wanted = dense(module.double(), {name: value.double() for name, value in rounded.items()}, index)
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert (ours.double() - theirs).abs().max() < 0.02 * theirs.abs().max()
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert (mine.double() - theirs).abs().max() < 0.02 * theirs.abs().max()
 
 
 def test_slice_bias_acts_by_signed_distance() -> None:
     module, inputs, index = example((3, 1, 1))
     torch.nn.init.zeros_(module.slice_bias)
-    plain = module(**inputs, slice_index=index)[0]
+    plain = ours(module, inputs, index)[0]
     with torch.no_grad():
         module.slice_bias[:, 2 + 2] = 50.0  # a key two slices below (z_i − z_j = 2) drowns all others
-    biased = module(**inputs, slice_index=index)[0]
+    biased = ours(module, inputs, index)[0]
     assert torch.equal(biased[:, :3], plain[:, :3])  # the global token, slice 0 and slice 1 have no such key
     values = module.kv(inputs["tokens"]).chunk(2, -1)[1]
     torch.testing.assert_close(biased[:, 3], module.out(values[:, 1]), rtol=1e-6, atol=1e-6)

@@ -212,7 +212,8 @@ def test_compiling_changes_nothing(encoder: Encoder, inputs: tuple[Tensor, Tenso
     block = encoder.blocks[0]
     torch.nn.init.normal_(block.attention.slice_bias)
     tokens, regions = torch.randn(2, 145, 48, requires_grad=True), torch.randn(2, 20, 48)
-    fixed = (encoder.slice_index(encoder.grid, tokens.device), encoder.log_prior(inputs[1], KNOWN).detach(), 4)
+    shared = encoder._shared(encoder.grid, inputs[1], KNOWN, tokens.dtype)
+    fixed = [one.detach() if isinstance(one, Tensor) else one for one in shared]
     results = []
     for call in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
         encoder.zero_grad()

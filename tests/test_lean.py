@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rectvlm.models.lean import GeluToOne, NormGelu, ToOne
+from rectvlm.models import lean
+from rectvlm.models.lean import GeluToOne, NormGelu, ToOne, enlarged
 
 SHAPE = (2, 6, 3, 4, 5)
 
@@ -97,3 +98,25 @@ def test_compiled_layers_give_the_same_gradients() -> None:
     torch.testing.assert_close(gradients(ours), wanted, rtol=1e-4, atol=1e-4)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(gradients(compiled), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.016)])
+def test_group_norm_by_sums_is_group_norm(dtype: torch.dtype, off: float) -> None:
+    """As GPUs compute it; with a mean that is larger than the spread."""
+    torch.manual_seed(0)
+    x, weight, bias = (3 + torch.randn(SHAPE)).to(dtype), torch.randn(6).to(dtype), torch.randn(6).to(dtype)
+    found = lean._group_norm_by_sums(x, weight, bias, (2, 6, 60, 2), 1e-5)
+    wanted = torch.ops.aten.native_group_norm(x.double(), weight.double(), bias.double(), 2, 6, 60, 2, 1e-5)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), theirs, rtol=off, atol=off)
+
+
+@pytest.mark.parametrize("stride", [(1, 2, 2), (2, 2, 2)])
+def test_enlarging_by_a_copy_is_the_nearest_neighbour(stride: tuple[int, int, int]) -> None:
+    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    found, wanted = lean._Enlarged.apply(x, stride), enlarged(x, stride)
+    assert torch.equal(found, wanted)
+    grad = torch.randn_like(wanted)
+    ours, theirs = (torch.autograd.grad(out, x, grad)[0] for out in (found, wanted))
+    torch.testing.assert_close(ours, theirs)

@@ -21,6 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def pooling_weights(log_prior: Tensor) -> Tensor:
+    """What each patch weighs in its regions, (B, N, R) float32 with columns that sum to 1, from log p(r | i)."""
+    return log_prior.float().softmax(dim=1)
+
+
+def _takes_narrow_values(q: Tensor) -> bool:
+    """Whether the fused kernel takes values with fewer channels than queries: cuDNN's, which torch takes on Hopper."""
+    return q.is_cuda and q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device)[0] >= 9
+
+
 class SliceRegionAttention(nn.Module):
     """Attention of the global token and the patches over themselves and the region tokens."""
 
@@ -39,6 +49,7 @@ class SliceRegionAttention(nn.Module):
         regions: Tensor,
         slice_index: Tensor,
         log_prior: Tensor,
+        weights: Tensor,
         slices: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend.
@@ -48,6 +59,7 @@ class SliceRegionAttention(nn.Module):
             regions: (B, R, C).
             slice_index: (N,) int64, slice of each patch, from 0.
             log_prior: (B, N, R), log p(r | i).
+            weights: (B, N, R), `pooling_weights` of it, which all blocks share.
             slices: of this volume, where it is not the number that the module was made for; distances beyond those
                 that were learned count as the largest of them.
 
@@ -58,8 +70,7 @@ class SliceRegionAttention(nn.Module):
         q = self._split(self.q(tokens))
         k, v = (self._split(x) for x in self.kv(torch.cat([tokens, regions], dim=1)).chunk(2, dim=-1))
         attended = self._folded(q, k, v, slice_index, log_prior.to(q.dtype), slices or self.slices)
-        weights = log_prior.float().softmax(dim=1).to(v.dtype)  # over patches: (B, N, R)
-        pooled = torch.einsum("bnr,bhnd->bhrd", weights, v[:, :, 1:n])
+        pooled = torch.einsum("bnr,bhnd->bhrd", weights.to(v.dtype), v[:, :, 1:n])
         return self.out(self._merge(attended)), self.out(self._merge(pooled))
 
     def shares(self, tokens: Tensor, regions: Tensor) -> Tensor:
@@ -72,7 +83,8 @@ class SliceRegionAttention(nn.Module):
         """Fused attention with both biases as extra channels; q (B, H, 1+N, D), k and v (B, H, 1+N+R, D)."""
         d = q.shape[-1]
         q, k = self.fold(q, k, slice_index, log_prior, slices)
-        v = F.pad(v, (0, q.shape[-1] - d))
+        if not _takes_narrow_values(q):
+            v = F.pad(v, (0, q.shape[-1] - d))
         return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
 
     def fold(self, q: Tensor, k: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int) -> tuple[Tensor, Tensor]:
@@ -85,14 +97,16 @@ class SliceRegionAttention(nn.Module):
         extra = slices + r
         pad = -(d + extra) % 8
 
-        known = self.slices - 1
-        distance = (slice_index[:, None] - torch.arange(slices, device=q.device)).clamp(-known, known) + known
-        slice_part = self.slice_bias.to(q.dtype)[:, distance]  # (H, N, Z)
+        own = F.one_hot(slice_index, slices).to(q.dtype)
+        known, numbers = self.slices - 1, torch.arange(slices, device=q.device)
+        distance = (numbers[:, None] - numbers).clamp(-known, known) + known
+        # Rows of a small table by a product with one-hot codes: the gradient of indexing would add N rows one by one.
+        slice_part = own @ self.slice_bias.to(q.dtype)[:, distance]  # (H, N, Z)
         q_bias = torch.cat([slice_part.expand(b, h, n, slices), log_prior[:, None].expand(b, h, n, r)], dim=-1)
         q = torch.cat([q, F.pad(q_bias * d**0.5, (0, pad, 1, 0))], dim=-1)
 
         codes = torch.zeros(1 + n + r, extra + pad, device=q.device, dtype=q.dtype)
-        codes[1 : 1 + n, :slices] = F.one_hot(slice_index, slices).to(q.dtype)
+        codes[1 : 1 + n, :slices] = own
         codes[1 + n :, slices:extra] = torch.eye(r, device=q.device, dtype=q.dtype)
         return q, torch.cat([k, codes.expand(b, h, -1, -1)], dim=-1)
 

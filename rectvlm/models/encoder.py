@@ -4,7 +4,7 @@ Shapes: B samples, Z × Y × X voxels, W windows, z × y × x patches, N = z · 
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rectvlm.config import DataConfig, EncoderConfig
 from rectvlm.labels import N_REGIONS, WINDOWS
-from rectvlm.models.attention import SliceRegionAttention
+from rectvlm.models.attention import SliceRegionAttention, pooling_weights
 from rectvlm.models.layers import Mlp, init_blocks
 
 POSITION_STD = 0.3
@@ -79,6 +79,23 @@ def region_mix(regions: Tensor, patch: tuple[int, int, int]) -> Tensor:
     return mix.scatter_add_(2, voxels.long(), share.expand(voxels.shape))
 
 
+class PatchEmbedding(nn.Conv3d):
+    """A convolution whose stride is its kernel, as a matrix product, which libraries do faster.
+
+    (B, W, Z, Y, X) to (B, N, C), slices outermost.
+    """
+
+    def __init__(self, inputs: int, outputs: int, patch: tuple[int, int, int]) -> None:
+        super().__init__(inputs, outputs, patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See above."""
+        b, w, *shape = x.shape
+        (pz, py, px), (z, y, x_) = self.kernel_size, (s // p for s, p in zip(shape, self.kernel_size, strict=True))
+        rows = x.view(b, w, z, pz, y, py, x_, px).permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, z * y * x_, -1)
+        return F.linear(rows, self.weight.flatten(1), self.bias)
+
+
 class EncoderBlock(nn.Module):
     """Pre-norm attention and MLP; region tokens pass through the same weights."""
 
@@ -88,11 +105,10 @@ class EncoderBlock(nn.Module):
         self.attention = SliceRegionAttention(config.width, config.heads, slices)
         self.mlp = Mlp(config.width, config.mlp_ratio)
 
-    def forward(
-        self, tokens: Tensor, regions: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int
-    ) -> tuple[Tensor, Tensor]:
-        """(B, 1 + N, C) and (B, R, C) to the same shapes; the rest is `SliceRegionAttention`'s."""
-        attended, pooled = self.attention(self.norm1(tokens), self.norm1(regions), slice_index, log_prior, slices)
+    def forward(self, tokens: Tensor, regions: Tensor, *shared: Any) -> tuple[Tensor, Tensor]:
+        """(B, 1 + N, C) and (B, R, C) to the same shapes; the rest, which all blocks share, is
+        `SliceRegionAttention`'s."""
+        attended, pooled = self.attention(self.norm1(tokens), self.norm1(regions), *shared)
         tokens, regions = tokens + attended, regions + pooled
         both = torch.cat([tokens, regions], dim=1)
         both = both + self.mlp(self.norm2(both))
@@ -110,7 +126,7 @@ class Encoder(nn.Module):
         self.taps = config.taps
         z, y, x = (g // p for g, p in zip(data.grid, config.patch, strict=True))
         self.grid = (z, y, x)
-        self.embed = nn.Conv3d(len(data.windows), config.width, config.patch, stride=config.patch)
+        self.embed = PatchEmbedding(len(data.windows), config.width, config.patch)
         self.position_z = nn.Parameter(torch.randn(z, 1, 1, config.width) * POSITION_STD)
         self.position_y = nn.Parameter(torch.randn(1, y, 1, config.width) * POSITION_STD)
         self.position_x = nn.Parameter(torch.randn(1, 1, x, config.width) * POSITION_STD)
@@ -136,12 +152,12 @@ class Encoder(nn.Module):
         tokens, region_tokens = self._start(ct, regions, regions_known)
         levels: list[Tensor] = []
         grid = self.grid_of(ct)
-        fixed = (self.slice_index(grid, ct.device), self.log_prior(regions, regions_known).to(tokens.dtype), grid[0])
+        shared = self._shared(grid, regions, regions_known, tokens.dtype)
         for number, block in enumerate(self.blocks, start=1):
             tokens, region_tokens = (
-                checkpoint(block, tokens, region_tokens, *fixed, use_reentrant=False)
+                checkpoint(block, tokens, region_tokens, *shared, use_reentrant=False)
                 if self.checkpointing and torch.is_grad_enabled()
-                else block(tokens, region_tokens, *fixed)
+                else block(tokens, region_tokens, *shared)
             )
             if number in self.taps:
                 levels.append(F.layer_norm(tokens[:, 1:], tokens.shape[-1:]))
@@ -168,10 +184,10 @@ class Encoder(nn.Module):
         """
         tokens, region_tokens = self._start(ct, regions, regions_known)
         grid = self.grid_of(ct)
-        fixed = (self.slice_index(grid, ct.device), self.log_prior(regions, regions_known).to(tokens.dtype), grid[0])
+        shared = self._shared(grid, regions, regions_known, tokens.dtype)
         chosen = range(len(self.blocks))[block]
         for earlier in self.blocks[:chosen]:
-            tokens, region_tokens = earlier(tokens, region_tokens, *fixed)
+            tokens, region_tokens = earlier(tokens, region_tokens, *shared)
         last = self.blocks[chosen]
         assert isinstance(last, EncoderBlock)
         shares = last.attention.shares(last.norm1(tokens), last.norm1(region_tokens))
@@ -188,6 +204,13 @@ class Encoder(nn.Module):
         z, y, x = grid
         return torch.arange(z, device=device).repeat_interleave(y * x)
 
+    def _shared(
+        self, grid: tuple[int, int, int], regions: Tensor, known: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """What every block is told of the volume: slice of each patch, region prior, its pooling weights, slices."""
+        log_prior = self.log_prior(regions, known).to(dtype)
+        return self.slice_index(grid, regions.device), log_prior, pooling_weights(log_prior).to(dtype), grid[0]
+
     def _start(self, ct: Tensor, regions: Tensor, regions_known: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, 1 + N, C) and region tokens (B, R, C) before the first block."""
         self._check(ct, regions, regions_known)
@@ -195,7 +218,7 @@ class Encoder(nn.Module):
         if self.atlas is not None:
             assert self.atlas.shape[1:] == ct.shape[1:], f"the atlas is of {tuple(self.atlas.shape[1:])} voxels"
             channels = (channels - self.atlas) * ATLAS_GAIN
-        patches = self.embed(channels.to(self.embed.weight.dtype)).flatten(2).transpose(1, 2)
+        patches = self.embed(channels.to(self.embed.weight.dtype))
         tokens = torch.cat([self.whole.expand(len(ct), -1, -1), patches + self._positions(self.grid_of(ct))], dim=1)
         return tokens, self.regions.expand(len(ct), -1, -1)
 

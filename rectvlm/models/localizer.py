@@ -25,7 +25,7 @@ from rectvlm.config import DataConfig, EncoderConfig, LocalizerConfig
 from rectvlm.labels import LESION_FINDINGS, N_FINDINGS, N_LESIONS
 from rectvlm.models.encoder import Features, apply_windows
 from rectvlm.models.layers import Block, Mlp
-from rectvlm.models.lean import GeluToOne, NormGelu, ToOne
+from rectvlm.models.lean import GeluToOne, NormGelu, ToOne, enlarged
 from rectvlm.models.text import Prompts
 
 Triple = tuple[int, int, int]
@@ -151,7 +151,7 @@ class Gate(nn.Module):
         """Weights (B, 1, fine grid) in 0 to 1 for skip (B, c, fine grid), from it, what rises (B, c, coarse grid) and
         the lesion (B, D). A 1 × 1 × 1 convolution may as well come before the enlargement: there it has less to do."""
         rising = self.rising(rising) + self.text(text)[:, :, None, None, None]
-        return self.weight(self.skip(skip) + _enlarged(rising, stride)).sigmoid()
+        return self.weight(self.skip(skip) + enlarged(rising, stride)).sigmoid()
 
 
 class Level(nn.Module):
@@ -168,15 +168,10 @@ class Level(nn.Module):
         """(B, inputs, coarse grid) and skip (B, c, fine grid) to (B, c, fine grid)."""
         rising = self.reduce(rising)
         weight = self.gate(skip, rising, text, self.stride)
-        merged = torch.addcmul(_enlarged(rising, self.stride), skip, weight)
+        merged = torch.addcmul(enlarged(rising, self.stride), skip, weight)
         # Laid out as the convolution wants it before the call, since a caller keeps what it passes on alive.
         merged = merged.contiguous(memory_format=torch.channels_last_3d)
         return self.merge(merged)
-
-
-def _enlarged(coarse: Tensor, stride: Triple) -> Tensor:
-    """Each value to all voxels of its cell."""
-    return F.interpolate(coarse, scale_factor=tuple(float(s) for s in stride), mode="nearest")
 
 
 def _recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
