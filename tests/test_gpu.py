@@ -29,7 +29,8 @@ pytestmark = [
 def test_attention_equals_the_dense_oracle(dtype: torch.dtype, compiled: bool) -> None:
     """A grid with more patches than a kernel's tile, in numbers that are not multiples of it.
 
-    In float32 as exact as on a CPU. In bfloat16 it may be off by twice what the dense formula itself is off by.
+    In float32 as exact as on a CPU. In bfloat16 it may be off by twice what the dense formula itself is off by, and a
+    gradient by 2%: the slice bias's is a sum over queries that were rounded one by one, the formula's was not.
     """
     torch.compiler.reset()
     module, inputs, index = example((5, 9, 7), heads=3, width=192)
@@ -45,8 +46,11 @@ def test_attention_equals_the_dense_oracle(dtype: torch.dtype, compiled: bool) -
         allowed = 1e-5 if dtype == torch.float32 else 2 * float((dense - true).abs().max())
         assert (mine - true).abs().max() <= allowed
     for name, true in wanted_gradients.items():
-        allowed = 1e-4 if dtype == torch.float32 else 2 * float((plain_gradients[name] - true).norm() / true.norm())
-        assert (found_gradients[name] - true).norm() / true.norm() <= allowed, name
+        dense_error, error = ((one[name] - true).norm() / true.norm() for one in (plain_gradients, found_gradients))
+        allowed = 1e-4 if dtype == torch.float32 else max(0.02, 2 * float(dense_error))
+        assert error <= allowed, (
+            f"gradient of {name} is off by {error:.1e} of its norm, the formula by {dense_error:.1e}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

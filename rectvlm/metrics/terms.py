@@ -64,7 +64,7 @@ TERMS: tuple[Term, ...] = (
             r"port-?a-?cath\w*|\bport catheters?|(?:chest|venous|subclavian|jugular|infusion|left|"
             r"right)(?: wall)? port\b",
             r"catheters?|cannulas?|\bpicc\b|central (?:venous )?lines?|swan-?ganz|balloon pump",
-            r"stents?\b|stent-?grafts?|bypass grafts?|vascular grafts?|embolization coils?|\bfilter\b",
+            r"\bstents?\b|\bstent-?grafts?|bypass grafts?|vascular grafts?|embolization coils?|\bfilter\b",
             r"sternotom\w*|sternal (?:wires?|sutures?|cerclage)|cerclage",
             r"sutures?\b|staples?\b|surgical (?:clips?|materials?|material)|\bclips?\b|metallic (?:clips?|materials?|"
             r"implants?)",

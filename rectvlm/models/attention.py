@@ -26,11 +26,6 @@ def pooling_weights(log_prior: Tensor) -> Tensor:
     return log_prior.float().softmax(dim=1)
 
 
-def _takes_narrow_values(q: Tensor) -> bool:
-    """Whether the fused kernel takes values with fewer channels than queries: cuDNN's, which torch takes on Hopper."""
-    return q.is_cuda and q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device)[0] >= 9
-
-
 class SliceRegionAttention(nn.Module):
     """Attention of the global token and the patches over themselves and the region tokens."""
 
@@ -83,8 +78,7 @@ class SliceRegionAttention(nn.Module):
         """Fused attention with both biases as extra channels; q (B, H, 1+N, D), k and v (B, H, 1+N+R, D)."""
         d = q.shape[-1]
         q, k = self.fold(q, k, slice_index, log_prior, slices)
-        if not _takes_narrow_values(q):
-            v = F.pad(v, (0, q.shape[-1] - d))
+        v = F.pad(v, (0, q.shape[-1] - d))
         return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
 
     def fold(self, q: Tensor, k: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int) -> tuple[Tensor, Tensor]:

@@ -26,9 +26,10 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from rectvlm.config import PhaseConfig
-from rectvlm.train import ema, partitions
+from rectvlm.train import partitions
 from rectvlm.train.memory import peak_memory_bytes
 from rectvlm.train.sharding import persistence_threshold, read_settings
+from rectvlm.train.zero import Zero
 from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ class Engine:
         )
         self._check(ds_config)
         self._settled: Any = None
+        self.zero: Zero
         self.model: Any = None
         self.optimizer: Any = None
 
@@ -200,37 +202,8 @@ class Engine:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self._watch_norm()
+        self.zero = Zero(self.optimizer.optimizer, self.model.module)
         self.model.train()
-
-    def _watch_norm(self) -> None:
-        """Let DeepSpeed see a norm that is not finite where a step is to be skipped, so that it skips it its own way.
-
-        That way drops the gradients, keeps its buffers and hooks in order, and is taken by all ranks, since all see the
-        same norm. It is the way of an overflow in fp16, and the only one that each stage of ZeRO has.
-        """
-        zero = self.optimizer.optimizer
-        name = "_get_norm_groups" if self._shards_parameters else "scaled_global_norm"
-        measure = getattr(zero, name)
-
-        def measured() -> Any:
-            found = measure()
-            parts = (
-                torch.stack([torch.as_tensor(part, dtype=torch.float32) for part in found])
-                if isinstance(found, list)
-                else found
-            )
-            # A group's norm that is not finite is -1 in DeepSpeed.
-            norm = float(torch.linalg.vector_norm(parts)) if bool((parts >= 0).all()) else math.inf
-            self._norm = norm if math.isfinite(norm) else None
-            if self._refused or self._norm is None or norm > self._largest_norm:
-                bad = torch.full_like(parts, math.inf)
-                return list(bad) if isinstance(found, list) else bad
-            return found
-
-        setattr(zero, name, measured)
-        if not self._shards_parameters:
-            zero.check_grad_overflow = True
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of one micro-batch."""
@@ -247,9 +220,9 @@ class Engine:
             What became of the step, at the last micro-batch of one.
         """
         boundary = self.model.is_gradient_accumulation_boundary()
-        self._norm, self._refused, self._largest_norm = None, refuse, largest_norm
+        self.zero.norm, self.zero.refused, self.zero.largest_norm = None, refuse, largest_norm
         self.model.step()
-        return Stepped(self._norm, not self.optimizer.optimizer.overflow) if boundary else None
+        return Stepped(self.zero.norm, not self.zero.skipped) if boundary else None
 
     def mean(self, values: Tensor, counts: Tensor) -> Tensor:
         """Mean over the ranks that know something; both (n,) float, NaN where no rank does."""
@@ -307,18 +280,7 @@ class Engine:
         layers: list[Any] = [m for m in self.model.module.modules() if isinstance(m, Linear4bit)]
         tensors = [t for layer in layers for t in _tensors_of(layer.weight.quant_state)]
         found["quantization_state"] = sum(t.numel() * t.element_size() for t in tensors)
-        zero = self.optimizer.optimizer
-        held = list(self._masters())
-        # Step counters are scalars.
-        held += [
-            t for state in zero.optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.ndim
-        ]
-        found["optimizer"] = sum(t.numel() * t.element_size() for t in held)
-        if self._shards_parameters:
-            found["gradients"] = (
-                zero.grad_partitions_flat_buffer.numel() * zero.grad_partitions_flat_buffer.element_size()
-            )
-        return found
+        return found | self.zero.bytes()
 
     def _packed_bytes(self, local: bool) -> int:
         """Bytes of packed 4-bit weights: of this rank's shard, or of the whole model."""
@@ -336,16 +298,6 @@ class Engine:
                 total += parameter.numel() * parameter.element_size()
         return total
 
-    @property
-    def _shards_parameters(self) -> bool:
-        """Whether this is ZeRO-3."""
-        return hasattr(self.optimizer.optimizer, "fp32_partitioned_groups_flat")
-
-    def _masters(self) -> list[Tensor]:
-        """This rank's partitions of the 32-bit weights, as its optimizer steps them."""
-        zero = self.optimizer.optimizer
-        return zero.fp32_partitioned_groups_flat if self._shards_parameters else zero.single_partition_of_fp32_groups
-
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the weights are their moving averages, where the optimizer keeps some; every rank must enter it.
@@ -353,27 +305,9 @@ class Engine:
         The averages are exchanged with the 32-bit weights and rounded to the model's dtype as a step does it. Outside,
         every bit is as before: the model's weights are the rounded 32-bit ones at any time.
         """
-        self._exchange()
+        self.zero.exchange_averages()
         yield
-        self._exchange()
-
-    def _exchange(self) -> None:
-        zero = self.optimizer.optimizer
-        states = zero.optimizer.state
-        if sum(ema.exchange(weights, states[weights]) for weights in self._masters() if weights in states):
-            self._round_masters()
-
-    def _round_masters(self) -> None:
-        """The model's weights become the 32-bit ones, rounded, as after a step."""
-        zero = self.optimizer.optimizer
-        if not self._shards_parameters:
-            zero.update_lp_params()
-            return
-        zero._partition_all_parameters()
-        for number in range(len(self._masters())):
-            zero._reassign_or_swap_out_partitioned_parameters(number)
-        if zero.persistent_parameters:
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        self.zero.exchange_averages()
 
     def gather(self, names: list[str]) -> dict[str, Tensor]:
         """Whole tensors by name, on the CPU of rank 0; every rank must call it."""
@@ -395,7 +329,7 @@ class Engine:
             OSError, SafetensorError: it could not be written.
         """
         path = folder / partitions.file_of(self.rank, self.world)
-        partitions.write(path, self._groups(), self.optimizer.optimizer.optimizer.state)
+        partitions.write(path, self.zero.groups(self.rank), self.zero.states)
         return path
 
     def load_state(self, folder: Path, world: int) -> None:
@@ -404,42 +338,8 @@ class Engine:
         Raises:
             UserError: a file is missing, damaged, or of another model.
         """
-        zero = self.optimizer.optimizer
         with partitions.Saved(folder, world) as saved:
-            for group in self._groups():
-                state = saved.fill(group)
-                step = state.pop(partitions.STEP)
-                if step is not None:
-                    fused = bool(zero.optimizer.defaults.get("fused"))
-                    device = group.flat.device if fused else "cpu"  # where torch's optimizers keep their count
-                    state[partitions.STEP] = torch.tensor(step, dtype=torch.float32, device=device)
-                    zero.optimizer.state[group.flat] = state
-        self._round_masters()
-
-    def _groups(self) -> list[partitions.Group]:
-        """This rank's flat groups, with what lies where."""
-        zero = self.optimizer.optimizer
-        names = {parameter: name for name, parameter in self.model.module.named_parameters()}
-        found = []
-        members = zero.fp16_groups if self._shards_parameters else zero.bit16_groups
-        for flat, group in zip(self._masters(), members, strict=True):
-            if self._shards_parameters:
-                rows = [(names[p], p.ds_numel, p.partition_numel()) for p in group]
-                fragments = partitions.evenly(rows, self.rank)
-            else:
-                held = [(p, p._hp_mapping) for p in group if p._hp_mapping is not None]
-                fragments = [
-                    partitions.Fragment(
-                        names[p],
-                        p.numel(),
-                        m.lp_fragment_address.start,
-                        m.hp_fragment_address.start,
-                        m.hp_fragment_address.numel,
-                    )
-                    for p, m in held
-                ]
-            found.append(partitions.Group(flat, fragments))
-        return found
+            self.zero.load(saved, self.rank)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

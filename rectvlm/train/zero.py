@@ -1,0 +1,140 @@
+"""DeepSpeed's ZeRO optimizer from inside: its 32-bit groups, how they become the model's weights, how it skips a step.
+
+All three stages are met here, so that nothing else need know their attributes. Of deepspeed 0.19.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rectvlm.train import ema, partitions
+from rectvlm.train.partitions import Fragment, Group
+
+
+class Zero:
+    """The optimizer of a prepared model on one rank."""
+
+    def __init__(self, optimizer: Any, module: nn.Module) -> None:
+        self.optimizer = optimizer
+        self.names = {parameter: name for name, parameter in module.named_parameters()}
+        self.norm: float | None = None
+        """Of the gradient of the last step, before clipping; None where it is not finite."""
+        self.refused, self.largest_norm = False, math.inf
+        """Whether the next step is to be skipped, in any case or for its norm; all ranks must agree."""
+        self._watch_norm()
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether this is ZeRO-3."""
+        return hasattr(self.optimizer, "fp32_partitioned_groups_flat")
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step was skipped."""
+        return bool(self.optimizer.overflow)
+
+    @property
+    def states(self) -> dict[Tensor, dict[str, Any]]:
+        """What the inner optimizer keeps for each of `masters`."""
+        states: dict[Tensor, dict[str, Any]] = self.optimizer.optimizer.state
+        return states
+
+    def masters(self) -> list[Tensor]:
+        """This rank's partitions of the 32-bit weights, as its optimizer steps them."""
+        zero = self.optimizer
+        return list(
+            zero.fp32_partitioned_groups_flat if self.shards_parameters else zero.single_partition_of_fp32_groups
+        )
+
+    def groups(self, rank: int) -> list[Group]:
+        """This rank's partitions, with what lies where."""
+        members = self.optimizer.fp16_groups if self.shards_parameters else self.optimizer.bit16_groups
+        return [
+            Group(flat, self._split(group, rank) if self.shards_parameters else self._cut(group))
+            for flat, group in zip(self.masters(), members, strict=True)
+        ]
+
+    def _split(self, group: list[Any], rank: int) -> list[Fragment]:
+        """ZeRO-3: a part of every parameter."""
+        return partitions.evenly([(self.names[p], p.ds_numel, p.partition_numel()) for p in group], rank)
+
+    def _cut(self, group: list[Any]) -> list[Fragment]:
+        """ZeRO-1 and 2: what of a row of parameters lies on this rank."""
+        held = [
+            (p, p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address) for p in group if p._hp_mapping
+        ]
+        return [Fragment(self.names[p], p.numel(), own.start, flat.start, flat.numel) for p, own, flat in held]
+
+    def round_masters(self) -> None:
+        """The model's weights become the 32-bit ones, rounded, as after a step; every rank must call it."""
+        zero = self.optimizer
+        if not self.shards_parameters:
+            zero.update_lp_params()
+            return
+        zero._partition_all_parameters()
+        for number in range(len(self.masters())):
+            zero._reassign_or_swap_out_partitioned_parameters(number)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def exchange_averages(self) -> None:
+        """Exchange the weights and their moving averages, where there are some; every rank must call it."""
+        states = self.states
+        if sum(ema.exchange(weights, states[weights]) for weights in self.masters() if weights in states):
+            self.round_masters()
+
+    def load(self, saved: partitions.Saved, rank: int) -> None:
+        """Take weights and optimizer state from files; every rank must call it.
+
+        Raises:
+            UserError: they are of another model.
+        """
+        inner = self.optimizer.optimizer
+        for group in self.groups(rank):
+            state = saved.fill(group)
+            step = state.pop(partitions.STEP)
+            if step is not None:
+                # Where torch's optimizers keep their count.
+                device = group.flat.device if inner.defaults.get("fused") else "cpu"
+                inner.state[group.flat] = {
+                    **state,
+                    partitions.STEP: torch.tensor(step, dtype=torch.float32, device=device),
+                }
+        self.round_masters()
+
+    def bytes(self) -> dict[str, int]:
+        """What the optimizer holds on this rank between steps."""
+        # Step counters are scalars.
+        inner = [t for state in self.states.values() for t in state.values() if isinstance(t, Tensor) and t.ndim]
+        found = {"optimizer": sum(t.numel() * t.element_size() for t in [*self.masters(), *inner])}
+        if self.shards_parameters:
+            buffer = self.optimizer.grad_partitions_flat_buffer
+            found["gradients"] = buffer.numel() * buffer.element_size()
+        return found
+
+    def _watch_norm(self) -> None:
+        """Let DeepSpeed see a norm that is not finite where a step is to be skipped, so that it skips it its own way.
+
+        That way drops the gradients, keeps its buffers and hooks in order, and is taken by all ranks, since all see the
+        same norm. It is the way of an overflow in fp16, and the only one that each stage of ZeRO has.
+        """
+        name = "_get_norm_groups" if self.shards_parameters else "scaled_global_norm"
+        measure = getattr(self.optimizer, name)
+
+        def measured() -> Any:
+            found = measure()
+            several = isinstance(found, list)
+            parts = torch.stack([torch.as_tensor(part, dtype=torch.float32) for part in found]) if several else found
+            # A group's norm that is not finite is -1 in DeepSpeed.
+            norm = float(torch.linalg.vector_norm(parts)) if bool((parts >= 0).all()) else math.inf
+            self.norm = norm if math.isfinite(norm) else None
+            if self.refused or self.norm is None or norm > self.largest_norm:
+                bad = torch.full_like(parts, math.inf)
+                return list(bad) if several else bad
+            return found
+
+        setattr(self.optimizer, name, measured)
+        if not self.shards_parameters:
+            self.optimizer.check_grad_overflow = True
