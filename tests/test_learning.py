@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import phantom_sample
-from test_training import TWO, run
+from launches import TWO, run
 from torch import Tensor, nn
 
 from rectvlm import checkpoint, weights

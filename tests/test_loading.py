@@ -26,7 +26,7 @@ from rectvlm.config import Config, GeneratorConfig
 from rectvlm.models.language import load_language_model, quantization
 from rectvlm.models.loading import Checkpoint, fill, is_complete, with_packed_layers, without_memory
 from rectvlm.types import UserError
-from tests.test_training import TWO, environment, metrics, run, settings
+from tests.launches import TWO, environment, metrics, run, settings
 
 CHECKOUT = Path(__file__).parents[1]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from conftest import phantom_sample
-from test_training import LAUNCH, TWO, run, settings
+from launches import LAUNCH, TWO, run, settings
 
 from rectvlm import weights
 from rectvlm.config import CONFIGS, load
