@@ -207,4 +207,18 @@ TUNING: tuple[tuple[str, str], ...] = (
     ("Lungs: clear. Pleura: no effusion.", "-PLE"),
     ("The lungs are clear.", "-LO -CO -LN -AT"),
     ("findings: consolidation in the left lung. no nodule. impression: pneumonia", "+CO -LN"),
+    ("Effusion, consolidation or nodule: none.", "-PLE -CO -LN"),
+    ("Pericardial effusion, pneumothorax, and lymphadenopathy: not seen. Emphysema: mild.", "-PE -LAP +EM"),
+    ("Small pleural effusion, nodules: none.", "+PLE -LN"),
+    ("Atelectasis in the lingula, consolidation: none.", "+AT -CO"),
+    ("Without pleural effusion, consolidation is present in the left lower lobe.", "-PLE +CO"),
+    ("Without pneumothorax or effusion, nodules and emphysema are observed in both lungs.", "-PLE +LN +EM"),
+    ("Without pleural effusion, pneumothorax or consolidation.", "-PLE -CO"),
+    ("Without pleural effusion, consolidation or nodule was observed.", "-PLE -CO -LN"),
+    (
+        "There are nodules, without effusion, pneumothorax or consolidation, and the heart is enlarged.",
+        "+LN -PLE -CO +CM",
+    ),
+    ("Without pleural effusion, consolidation is not seen.", "-PLE -CO"),
+    ("In the absence of effusion, pleural fluid, or lymphadenopathy, a hiatal hernia is seen.", "-PLE -LAP +HH"),
 )

@@ -60,7 +60,12 @@ NEGATION_AFTER = re.compile(
 )
 """Reaches back."""
 NEGATION_RIGHT_AFTER = re.compile(rf"\s*:\s*(?:(?:none|no|nil|absent|negative)\s*(?:[.,;]|$)|not {_SEEN})")
-"""As in a form: "Effusion: none"."""
+"""As in a form: "Effusion: none". It reaches back over a list that has no `STATED`."""
+STATED = re.compile(
+    r"[;.()?]|\b(?:an?|there|in|at|on|with|from|no|not|without|mild|minimal|small|moderate|severe|subtle|linear|stable|"
+    r"unchanged|residual|is|are|was|were|has|have|shows?|\d+)\b"
+)
+"""Makes a statement of what stands before a form's colon: "small effusion, nodule: none"."""
 NEGATION_WITHIN = re.compile(
     r"\b(?:not|no longer|without|non-?|less than|smaller than|below|"
     r"(?:normal|upper limits? of normal))(?:\b|(?=patholog))"
@@ -111,6 +116,8 @@ CLAUSE_END = re.compile(
 OPENER = re.compile(r"(?:,|\band\b|\bor\b|,\s*(?:and|or))\s*(?=(?:there (?:is|are|was|were)|no|without|neither)\b)")
 """Begins a clause of its own wherever it stands."""
 DELIMITER = re.compile(r",(?:\s*(?:and|or)\b)?|\band\b|\bor\b")
+FRONTED = re.compile(r"[\s,]*(?:(?:and|or)\s+)?(?:without|with no|in the absence of)\b")
+"""At the head of a clause; its reach ends before the subject: "without effusion, consolidation is seen"."""
 VERB = re.compile(
     r"\b(?:is|are|was|were|has|have|shows?|showed|appears?|remains?|measures?|persists?|continues?|contains?|"
     r"demonstrates?|reveals?|attracts?|draws?)\b"

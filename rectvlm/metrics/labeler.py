@@ -6,7 +6,7 @@ The rules read the sections that describe the examination, sentence by sentence,
 
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -84,7 +84,7 @@ def get_labeler(labeler: "str | Path | Labeler" = "rules") -> Labeler:
 class RuleLabeler:
     """The rules of this project, for English reports."""
 
-    signature = "rules of rectvlm for English chest-CT reports, version 1"
+    signature = "rules of rectvlm for English chest-CT reports, version 2"
 
     def label(self, reports: Sequence[str]) -> NDArray[np.int8]:
         """States (N, 18)."""
@@ -150,6 +150,8 @@ def _mentions(sentence: str) -> list[Mention]:
     mentions = []
     for term, start, end, first, last in named:
         state = _state(text[first:last], start - first, end - first, text[end:])
+        if state >= State.UNCERTAIN and _denied_in_form(text, first, last):
+            state = State.ABSENT
         if state >= State.UNCERTAIN and term.present_from_mm is not None:
             others = [begin for other, begin, *_ in named if other.finding != term.finding]
             size = _by_size(text, first, start, end, others, term.present_from_mm)
@@ -194,8 +196,24 @@ def _clauses(text: str, names: Sequence[tuple[int, int]]) -> list[tuple[int, int
             cut = delimiters[-1].start()
         if cut is not None:
             cuts.add(cut)
+    heads = [found for start in cuts if (found := cues.FRONTED.match(text, start))]
+    cuts |= {cut for head in heads if (cut := _end_of_fronted(text, head.end(), cuts)) is not None}
     marks = sorted(cuts)
     return list(pairwise(marks))
+
+
+def _end_of_fronted(text: str, start: int, cuts: Collection[int]) -> int | None:
+    """Where a phrase such as "without effusion" ends and the subject of its clause begins.
+
+    That is the last comma before the verb, which a preposition does not govern. None where there is no verb, or where
+    "or" stands between: a list of what is denied, as after "no".
+    """
+    verb = cues.VERB.search(text, start)
+    if verb is None or any(start < cut <= verb.start() for cut in cuts):
+        return None
+    before = text[start : verb.start()].rstrip(" ,")
+    comma = before.rfind(",")
+    return None if comma < 0 or re.search(r"\bn?or\b", before[comma:]) else start + comma
 
 
 def _last_before_name(text: str, delimiters: Sequence[re.Match[str]], names: Sequence[int]) -> int | None:
@@ -228,6 +246,11 @@ def _state(clause: str, start: int, end: int, after: str) -> State:
     ):
         return State.UNCERTAIN
     return State.PRESENT
+
+
+def _denied_in_form(text: str, first: int, last: int) -> bool:
+    """Whether a form denies a clause, all of it a list that ends in a colon: "effusion or nodule: none"."""
+    return bool(cues.NEGATION_RIGHT_AFTER.match(text, last - 1)) and not cues.STATED.search(text, first, last - 1)
 
 
 def _negated(clause: str, start: int, end: int) -> bool:
