@@ -46,7 +46,7 @@ class CaseView:
     findings: Mapping[str, float]
     """Probability by finding."""
     thresholds: Mapping[str, float] | None
-    """By finding, None when none were fitted."""
+    """Of the findings that were fitted, None when none were."""
     volumes_ml: Mapping[str, float] | None
     """By lesion key, 0 where the lesion was not found; None when the model does not outline lesions."""
     places: Mapping[str, str]

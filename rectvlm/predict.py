@@ -48,6 +48,7 @@ class _Reader:
     checkpoint: Path
     step: int
     thresholds: dict[str, float] | None
+    """Of the findings that were fitted; None when none were."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def save_mask(bits: MaskVolume, affine: Affine, path: Path) -> None:
 
 def _summary(reader: _Reader, case: _Case, places: list[Place], spacing: NDArray[np.float64]) -> dict[str, Any]:
     """What `findings.json` holds."""
-    cuts = reader.thresholds
+    cuts = reader.thresholds or {}
     report = None
     if case.report is not None:
         findings, impression = split_report(case.report)
@@ -271,8 +272,8 @@ def _summary(reader: _Reader, case: _Case, places: list[Place], spacing: NDArray
         "findings": {
             name: {
                 "probability": round(probability, 4),
-                "threshold": None if cuts is None else cuts[name],
-                "present": None if cuts is None else probability >= cuts[name],
+                "threshold": cuts.get(name),
+                "present": probability >= cuts[name] if name in cuts else None,
             }
             for name, probability in case.probabilities.items()
         },

@@ -46,7 +46,8 @@ def test_thresholds_come_from_the_train_split_and_are_kept_for_prediction(evalua
     result, _ = evaluated
     thresholds = result["thresholds"]
     assert thresholds["n_cases"] == 6 and "train split" in thresholds["source"] and not thresholds["same_data"]
-    assert read_thresholds(checkpoint.find(tiny_run(3), "")) == thresholds["values"]
+    fitted = {name: value for name, value in thresholds["values"].items() if name not in thresholds["not_fitted"]}
+    assert read_thresholds(checkpoint.find(tiny_run(3), "")) == fitted
     used = {name: row["threshold"] for name, row in result["classification"]["per_finding"].items()}
     assert used == thresholds["values"] and len(set(used.values())) > 2
 
@@ -99,6 +100,7 @@ def test_without_a_train_split_thresholds_stay_at_one_half(tiny_run, tiny, tmp_p
     result = evaluate(folder, tmp_path / "shards", out=tmp_path / "m.json", device="cpu")
     assert set(result["thresholds"]["values"].values()) == {0.5}
     assert "no train split" in result["thresholds"]["source"] and len(result["thresholds"]["not_fitted"]) == 18
+    assert not (folder / THRESHOLDS).exists(), "prediction would call findings by them"
     assert (result["reports"]["image"]["n"], result["reports"]["image"]["n_without_reference"]) == (1, 1)
 
 
@@ -153,8 +155,9 @@ def test_stored_thresholds_serve_where_there_is_nothing_to_fit_on(tiny_run, tiny
     assert evaluated(thresholds="stored", limit=1)["thresholds"]["source"] == "elsewhere"
     assert json.loads((folder / THRESHOLDS).read_text()) == stored
     assert evaluated(fit_limit=4)["thresholds"]["n_cases"] == 4
+    assert json.loads((folder / THRESHOLDS).read_text()) == stored, "more cases decided those"
     (folder / THRESHOLDS).unlink()
-    with pytest.raises(UserError, match=r"No thresholds\.json"):
+    with pytest.raises(UserError, match=r"No fitted thresholds in .*thresholds\.json"):
         evaluated(thresholds="stored")
 
 

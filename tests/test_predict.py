@@ -3,6 +3,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import nibabel as nib
@@ -152,8 +153,6 @@ def test_a_checkpoint_without_localizer_and_generator_says_so(tiny_run, phantoms
 
 
 def test_stored_thresholds_decide_what_is_present(tiny_run, phantoms, tmp_path):
-    import shutil
-
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoint.find(tiny_run(1), ""), folder)
     file = write_nifti(phantoms(1).hu, phantoms(1).affine, tmp_path / "chest.nii")
@@ -163,6 +162,25 @@ def test_stored_thresholds_decide_what_is_present(tiny_run, phantoms, tmp_path):
     rows = json.loads((case / "findings.json").read_text())["findings"]
     assert [name for name, row in rows.items() if row["present"]] == [FINDINGS[0]]
     assert (case / "index.html").read_text().count("finding called") == 1
+
+
+def test_a_finding_whose_threshold_was_not_fitted_is_not_called(tiny_run, phantoms, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint.find(tiny_run(1), ""), folder)
+    file = write_nifti(phantoms(1).hu, phantoms(1).affine, tmp_path / "chest.nii")
+    cuts = {"values": dict.fromkeys(FINDINGS, 0.001), "not_fitted": [FINDINGS[1]]}
+    (folder / THRESHOLDS).write_text(json.dumps(cuts))
+    (case,) = predict.predict(file, folder, tmp_path / "out", device="cpu")
+    rows = json.loads((case / "findings.json").read_text())["findings"]
+    assert [name for name, row in rows.items() if row["present"] is None] == [FINDINGS[1]]
+    assert rows[FINDINGS[1]]["threshold"] is None and rows[FINDINGS[0]]["present"]
+    html = (case / "index.html").read_text()
+    assert html.count("finding called") == html.count('class="cut"') == 17 and "for one without a mark none" in html
+    (folder / THRESHOLDS).write_text(json.dumps(cuts | {"not_fitted": list(FINDINGS)}))
+    (case,) = predict.predict(file, folder, tmp_path / "out", device="cpu")
+    rows = json.loads((case / "findings.json").read_text())["findings"]
+    assert {row["present"] for row in rows.values()} == {row["threshold"] for row in rows.values()} == {None}
+    assert "no thresholds were fitted" in (case / "index.html").read_text()
 
 
 def test_in_a_folder_bad_files_are_set_aside_and_the_rest_goes_on(tiny_run, phantoms, tmp_path, caplog):

@@ -20,17 +20,22 @@ log = logging.getLogger(__name__)
 
 
 def read_thresholds(folder: Path) -> dict[str, float] | None:
-    """Fitted thresholds of a checkpoint by finding, or None when it was never evaluated.
+    """Fitted thresholds of a checkpoint by finding, without those that were not fitted; None when none was.
 
     Raises:
         UserError: the file is damaged.
     """
     stored = stored_thresholds(folder)
-    return None if stored is None else stored.by_finding()
+    if stored is None:
+        return None
+    fitted = zip(stored.by_finding().items(), stored.fitted, strict=True)
+    return {name: value for (name, value), is_fitted in fitted if is_fitted}
 
 
 def stored_thresholds(folder: Path) -> Thresholds | None:
     """Thresholds that lie with a checkpoint, and where they came from; None when there are none.
+
+    A file in which no finding was fitted, as earlier versions wrote, is none.
 
     Raises:
         UserError: the file is damaged.
@@ -43,35 +48,73 @@ def stored_thresholds(folder: Path) -> Thresholds | None:
         values = np.array([float(found["values"][name]) for name in FINDINGS])
         unfitted = set(found.get("not_fitted", ()))
         fitted = np.array([name not in unfitted for name in FINDINGS])
-        return Thresholds(values, fitted, str(found.get("source", "unknown")), int(found.get("n_cases", 0)))
+        stored = Thresholds(values, fitted, str(found.get("source", "unknown")), int(found.get("n_cases", 0)))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: run `rectvlm evaluate` again, or delete it.") from None
+    return stored if stored.fitted.any() else None
 
 
-def decide(folder: Path, fitting: Sequence[CaseRecord], shards: str, stored_alone: bool = False) -> Thresholds:
-    """Thresholds fitted on some cases; without cases those that lie with the checkpoint, else one half.
+def decide(
+    folder: Path, fitting: Sequence[CaseRecord], shards: str, stored_alone: bool = False, own_shards: bool = True
+) -> Thresholds:
+    """Thresholds of an evaluation: fitted on some cases; where these decide nothing, or there are none, those that lie
+    with the checkpoint; else one half.
 
-    Fitted ones, and halves where there was nothing, are written into the checkpoint's folder if it can be written to.
+    Fitted ones go into the checkpoint's folder, if it can be written to and holds none that are better founded.
+
+    Args:
+        folder: of the checkpoint.
+        fitting: cases to fit on.
+        shards: where they came from, in words.
+        stored_alone: whether only stored ones will do.
+        own_shards: whether the shards are those that the checkpoint was trained with.
 
     Raises:
         UserError: stored thresholds are needed and damaged, or with `stored_alone` not there.
     """
+    reason = "the shards hold no train split"
     if fitting:
         scans = by_scan(fitting)
         source = f"maximum F1 on the first {len(scans.patients)} scans of the train split of {shards}"
         thresholds = metrics.fit_thresholds(scans.probabilities, scans.labels, scans.known, source)
-    else:
-        stored = stored_thresholds(folder)
-        if stored is not None:
-            return stored
-        if stored_alone:
-            raise UserError(f"No {THRESHOLDS} in {folder}: evaluate with --thresholds fit first.")
-        thresholds = Thresholds.unfitted("0.5 for every finding: the shards hold no train split")
+        if thresholds.fitted.any():
+            _keep(folder, thresholds, own_shards)
+            return thresholds
+        reason = f"{len(scans.patients)} scans of the train split of {shards} decide none"
+    stored = stored_thresholds(folder)
+    if stored is not None:
+        return stored
+    if stored_alone:
+        raise UserError(f"No fitted thresholds in {folder / THRESHOLDS}: evaluate with --thresholds fit first.")
+    return Thresholds.unfitted(f"0.5 for every finding: {reason}")
+
+
+def _keep(folder: Path, fitted: Thresholds, own_shards: bool) -> None:
+    """Write fitted thresholds, unless more cases, or as many of the training shards, decided those that are there.
+
+    Prediction uses what lies there, so a quick evaluation, or one on other shards, must not make it worse.
+    """
+    path = folder / THRESHOLDS
     try:
-        with atomic_file(folder / THRESHOLDS) as file:
-            file.write((json.dumps(thresholds.as_dict(), indent=2, ensure_ascii=False) + "\n").encode())
-    except OSError as error:
+        stored = stored_thresholds(folder)
+    except UserError:
+        stored = None  # damaged: it is made anew
+    if stored is not None and fitted.n_cases < stored.n_cases + (0 if own_shards else 1):
         log.warning(
-            "Thresholds are in the metrics only, %s cannot be written (%s).", folder / THRESHOLDS, error.strerror
+            "Kept the thresholds in %s (%s; n = %d), which `rectvlm predict` uses. Those of this evaluation (%s; n = "
+            "%d) are in its metrics only; delete the file to replace them.",
+            path,
+            stored.source,
+            stored.n_cases,
+            fitted.source,
+            fitted.n_cases,
         )
-    return thresholds
+        return
+    try:
+        with atomic_file(path) as file:
+            file.write((json.dumps(fitted.as_dict(), indent=2, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        log.warning("Thresholds are in the metrics only, %s cannot be written (%s).", path, error.strerror)
+        return
+    if stored is not None and fitted.as_dict() != stored.as_dict():
+        log.info("Replaced the thresholds in %s (%s; n = %d).", path, stored.source, stored.n_cases)
