@@ -141,6 +141,14 @@ def test_tables_and_plots_lie_beside_the_metrics(evaluated):
     assert len(rows) == 3 and all(len(row["probabilities"]) == 18 for row in rows)
 
 
+def test_the_language_model_is_part_of_the_fingerprint_where_reports_are_written(evaluated, tiny_run, tmp_path):
+    found = evaluated[0]["fingerprint"]["language_model"]
+    assert found["reference"] == "bundled:tiny-llama" and len(found["contents"]) == 64
+    options = {"out": tmp_path / "m.json", "device": "cpu", "plots": False, "bootstrap": 0, "limit": 1}
+    without = evaluate(tiny_run(2), **options)
+    assert without["fingerprint"]["language_model"] is None
+
+
 def test_stored_thresholds_serve_where_there_is_nothing_to_fit_on(tiny_run, tiny, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoint.find(tiny_run(1), ""), folder)

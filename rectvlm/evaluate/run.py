@@ -138,9 +138,10 @@ class _Work:
             for count in [min(len(dataset), limits[purpose] or len(dataset))]
             for start in range(0, count, options.batch_size)
         ]
-        self.fingerprint = fingerprint(folder, self.config, Store(self.data.shards), device, options)
-        self.journal = Journal(out, self.fingerprint, ranks.rank)
         self.has_reports = "generator" in self.state.parts and options.reports
+        store = Store(self.data.shards)
+        self.fingerprint = fingerprint(folder, self.config, store, device, options, self.has_reports)
+        self.journal = Journal(out, self.fingerprint, ranks.rank)
 
     def do(self) -> None:
         """Predict this process's cases that nothing is known of; the model is loaded only if there are any."""
