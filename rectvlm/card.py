@@ -123,7 +123,8 @@ def _evaluation(path: Path) -> dict[str, Any]:
             for score in (score for score in REPORT_SCORES if score in image):
                 value = f"{_number(image[score])} ({_number(air[score])} without the image)"
                 rows.append(["reports", score.replace("_", " "), value, f"{image['n']} cases"])
-        return {"n_cases": found["n_cases"], "split": found["split"], "step": found["step"], "rows": rows}
+        told = {name: found[name] for name in ("n_cases", "split", "step")}
+        return told | {"selected": found.get("selected_on_this_split"), "rows": rows}
     except OSError as error:
         raise UserError(f"The metrics {path} cannot be read ({error.strerror}).") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -23,6 +23,7 @@ NOT_DECIDING = {
     "evaluate/ranks.py": "shares the cases",
     "evaluate/reports.py": "makes figures of cases",
     "evaluate/scans.py": "makes figures of cases",
+    "evaluate/selection.py": "reads how a checkpoint was chosen",
     "evaluate/summary.py": "makes figures of cases",
     "evaluate/tables.py": "makes figures of cases",
     "evaluate/thresholds.py": "makes figures of cases",

@@ -399,6 +399,7 @@ def test_the_card_says_what_it_is(runs: EXPORTED, tmp_path: Path) -> None:
         "reports": {"image": {"n": 5, "bleu_1": 0.5}, "image_ablated": {"n": 5, "bleu_1": 0.25}},
         "n_cases": 13,
         "split": "valid",
+        "selected_on_this_split": True,
         "step": 7,
     }
     metrics = tmp_path / "metrics.json"
@@ -415,6 +416,8 @@ def test_the_card_says_what_it_is(runs: EXPORTED, tmp_path: Path) -> None:
     assert (data["library_name"], data["pipeline_tag"]) == ("rectvlm", "image-to-text")
     for words in ("Research use only", "0.610 | 17 of 18", "Dice, lung nodule | –", "0.500 (0.250 without the image)"):
         assert words in card.content
+    assert "at step 7.\nValidation during training chose this checkpoint" in card.content
+    assert "these figures are optimistic.\n\n| | metric" in card.content
     assert all(finding.lower() in card.content for finding in FINDINGS)
     assert "Phase 3, 7 steps, 28 samples seen by\n1 process." in card.content
     adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rectvlm.evaluate.options import Options, fingerprint
 from rectvlm.evaluate.ranks import Ranks, ranks_of_environment
 from rectvlm.evaluate.reports import reports as compare_reports
 from rectvlm.evaluate.scans import Scans, by_scan
+from rectvlm.evaluate.selection import are_same, selected_on
 from rectvlm.evaluate.thresholds import decide
 from rectvlm.metrics import Thresholds
 from rectvlm.metrics.labeler import Labeler, get_labeler
@@ -96,7 +98,8 @@ def evaluate(
     found = work.journal.wait([(unit.purpose, position) for unit in work.units for position in unit.positions])
     records = {purpose: work.records(found, purpose) for purpose in ("evaluate", "fit")}
     scans = by_scan(records["evaluate"])
-    thresholds = decide(folder, records["fit"], work.data.shards, asked.thresholds == "stored")
+    stored_alone = asked.thresholds == "stored"
+    thresholds = decide(folder, records["fit"], work.data.shards, stored_alone, bool(work.own_shards))
     facts = {
         "machine": machine(),
         "device": work.device,
@@ -143,6 +146,11 @@ class _Work:
         self.fingerprint = fingerprint(folder, self.config, store, device, options, self.has_reports)
         self.journal = Journal(out, self.fingerprint, ranks.rank)
 
+    @cached_property
+    def own_shards(self) -> bool | None:
+        """Whether the shards are those of the training; None where that cannot be known."""
+        return are_same(self.data.shards, self.config.data.shards)
+
     def do(self) -> None:
         """Predict this process's cases that nothing is known of; the model is loaded only if there are any."""
         found = self.journal.found()
@@ -187,6 +195,7 @@ def _figures(work: _Work, scans: Scans, thresholds: Thresholds, labeler: Labeler
         "step": work.state.step,
         "shards": work.data.shards,
         "split": options.split,
+        "selected_on_this_split": selected_on(work.folder, work.config, work.state, options.split, work.own_shards),
         "n_cases": sum(len(volumes) for volumes in scans.volumes),
         "n_scans": len(scans.names),
         "n_patients": len(set(scans.patients)),

@@ -72,6 +72,7 @@ def markdown(result: dict[str, Any]) -> str:
         parts += ["## Lesions", _lesions(result["localization"])]
     if result["reports"] is not None:
         parts += ["## Reports", _reports(result["reports"])]
+        parts += ["### Findings in the reports", _findings_in_reports(result["reports"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -90,8 +91,19 @@ def _facts(result: dict[str, Any]) -> str:
         )
     return (
         f"Checkpoint `{result['checkpoint']}`, step {result['step']}; shards `{result['shards']}`; "
-        f"{result['n_cases']:,} volumes. {intervals}"
+        f"{result['n_cases']:,} volumes. {intervals}{_selection(result)}"
     )
+
+
+def _selection(result: dict[str, Any]) -> str:
+    """What a reader must know of the choice of the checkpoint."""
+    selected = result["selected_on_this_split"]
+    if selected:
+        return (
+            " **Validation during training chose this checkpoint on cases of this split, so these figures are "
+            "optimistic.**"
+        )
+    return " Whether the checkpoint was chosen on this split is not known." if selected is None else ""
 
 
 def _findings(found: dict[str, Any], thresholds: dict[str, Any]) -> str:
@@ -173,6 +185,29 @@ def _reports(found: dict[str, Any]) -> str:
         rows.append([score.replace("_", " "), *values, between])
     head = ["", "with the image", "without (air)", "difference"]
     note = f"{image['n']:,} reports. What the control scores was not read from the image."
+    return f"{_table(head, rows)}\n\n{note}"
+
+
+def _findings_in_reports(found: dict[str, Any]) -> str:
+    """Each finding that is read in the reports against the labels, with the image and without (air)."""
+    image, air = (found[kind]["clinical"]["labels"] for kind in ("image", "image_ablated"))
+    scores = ("precision", "recall", "f1")
+    head = ["finding", "n", "positive", "called", "called, air"]
+    for score in scores:
+        head += [FINDING_SCORES[score], f"{FINDING_SCORES[score]}, air"]
+    rows = [
+        [f"**{kind}**", "", "", "", "", *(number(one[kind][score]) for score in scores for one in (image, air))]
+        for kind in ("micro", "macro", "weighted")
+    ]
+    for name, row in image["per_finding"].items():
+        other = air["per_finding"][name]
+        counts = [row["n_known"], row["n_positive"], row["n_called"], other["n_called"]]
+        values = (number(one[score]) for score in scores for one in (row, other))
+        rows.append([name, *map(str, counts), *values])
+    note = (
+        f"Against the labels of {image['n_cases']:,} scans; read by {found['image']['signatures']['clinical']}. n: "
+        "scans with a known label; called: reports that say it is there; air: without the image."
+    )
     return f"{_table(head, rows)}\n\n{note}"
 
 

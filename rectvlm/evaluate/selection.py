@@ -1,0 +1,54 @@
+"""Whether a checkpoint was chosen on the cases that it is evaluated on: its figures are then better than on others."""
+
+from pathlib import Path
+
+from rectvlm import checkpoint as checkpoints
+from rectvlm.checkpoint import State
+from rectvlm.config import Config
+from rectvlm.data.shards import INDEX
+from rectvlm.data.store import Store
+from rectvlm.runs.reading import VALIDATION, read_run
+from rectvlm.types import Split, UserError
+
+
+def are_same(shards: str, trained_on: str) -> bool | None:
+    """Whether two places hold the same shards, by the index, which holds checksums; None where one cannot be read."""
+    if shards == trained_on:
+        return True
+    try:
+        return Store(shards).read(INDEX) == Store(trained_on).read(INDEX)
+    except (OSError, UserError):
+        return None
+
+
+def selected_on(checkpoint: Path, config: Config, state: State, split: Split, own_shards: bool | None) -> bool | None:
+    """Whether validation during training chose a checkpoint on the split that is evaluated: as the best of its run, or
+    as the one with which patience ended the run.
+
+    Earlier phases do not count: a phase that started from the best checkpoint of the one before is a choice too, but of
+    where to begin.
+
+    Args:
+        checkpoint: its folder.
+        config: it was trained with.
+        state: of the checkpoint.
+        split: that is evaluated.
+        own_shards: whether its shards are those of the training.
+
+    Returns:
+        None where it cannot be known: the checkpoint was exported or moved away from its run, or it was chosen and its
+        shards cannot be compared.
+    """
+    settings = config.train.phases[state.stage or state.phase].validation  # type: ignore[index]
+    if split != "valid" or not settings.every or own_shards is False:
+        return False
+    folder = checkpoint.resolve()
+    phase_folder = folder.parents[1]
+    if folder != checkpoints.step_folder(phase_folder, state.step) or not (phase_folder / VALIDATION).is_file():
+        return None
+    chosen = checkpoints.best(phase_folder) == folder
+    if settings.patience and not chosen:
+        run = read_run(phase_folder)
+        ended_early = run.state == "finished" and run.steps is not None and run.step < run.steps
+        chosen = ended_early and run.step == state.step
+    return own_shards if chosen else False
