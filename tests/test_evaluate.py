@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -9,7 +10,7 @@ from conftest import phantom_sample, write_nifti
 from rectvlm import checkpoint
 from rectvlm.data.manifest import read_manifest
 from rectvlm.data.shards import read_index, write_shards
-from rectvlm.evaluate import THRESHOLDS, evaluate, read_thresholds
+from rectvlm.evaluate import THRESHOLDS, evaluate, read_thresholds, tables
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.types import UserError
 
@@ -139,6 +140,28 @@ def test_tables_and_plots_lie_beside_the_metrics(evaluated):
         assert out.with_name(f"{name}.png").read_bytes().startswith(b"\x89PNG")
     rows = [json.loads(line) for line in out.with_name("cases.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and all(len(row["probabilities"]) == 18 for row in rows)
+
+
+def test_the_page_shows_each_finding_that_is_read_in_reports_beside_the_control(evaluated):
+    result, out = evaluated
+    assert tables.markdown(result) == out.with_name("metrics.md").read_text()
+    given = copy.deepcopy(result)  # an untrained model's figures are mostly 0
+    image, air = (given["reports"][kind]["clinical"]["labels"]["per_finding"] for kind in ("image", "image_ablated"))
+    for i, name in enumerate(FINDINGS):
+        image[name] |= {"precision": i / 100, "recall": i / 100 + 0.2, "f1": None if i == 3 else i / 100 + 0.4}
+        air[name] |= {"precision": i / 200, "recall": i / 200 + 0.5, "f1": i / 200 + 0.7}
+    section = tables.markdown(given).split("### Findings in the reports\n\n")[1].split("\n\n")[0]
+    head, _, *lines = (line.strip("| ").split(" | ") for line in section.splitlines())
+    rows = {cells[0]: dict(zip(head, cells, strict=True)) for cells in lines}
+    assert set(rows) == {*FINDINGS, "**micro**", "**macro**", "**weighted**"}
+    for name in FINDINGS:
+        assert (rows[name]["n"], rows[name]["positive"]) == (
+            str(image[name]["n_known"]),
+            str(image[name]["n_positive"]),
+        )
+        for score, title in (("precision", "precision"), ("recall", "recall"), ("f1", "F1")):
+            for row, column in ((image[name], title), (air[name], f"{title}, air")):
+                assert rows[name][column] == ("–" if row[score] is None else f"{row[score]:.3f}")
 
 
 def test_the_language_model_is_part_of_the_fingerprint_where_reports_are_written(evaluated, tiny_run, tmp_path):
