@@ -87,6 +87,7 @@ def measure(size: str, number: int, steps: int, warmup: int, work: Path) -> dict
     from rectvlm.train.phases import PHASES
     from rectvlm.train.position import Position
     from rectvlm.train.run import build
+    from rectvlm.train.signals import Signals
 
     shards, phase = work / "shards", PHASES[number]
     # One step more: the trainer's time of a step ends when it asks for the next batch.
@@ -121,7 +122,8 @@ def measure(size: str, number: int, steps: int, warmup: int, work: Path) -> dict
         engine.step()
 
     together = Together(batches, {"bare": bare, "engine": alone}, engine.device)
-    train(engine, together, phase, config, folder, [], Position(0, 0))
+    with Signals() as signals:
+        train(engine, together, phase, config, folder, [], Position(0, 0), signals)
     engine.close()
     kept = {name: times[warmup : warmup + steps] for name, times in together.seconds.items()}
     return {"size": size, "phase": number} | compare(kept)

@@ -101,6 +101,7 @@ def small_case(grid: tuple[int, int, int], centre: tuple[int, int, int], other: 
     )
 
 
+@pytest.mark.slow
 def test_a_nodule_smaller_than_a_patch_is_drawn(tiny: Config, prompts: Prompts) -> None:
     """27 voxels, a tenth of a patch; what is as bright but no nodule stays empty."""
     config = load("tiny", ["data.grid=[8, 32, 32]"])
@@ -198,6 +199,7 @@ def test_a_batch_in_which_nothing_is_known_reaches_them_too(tiny: Config, prompt
         assert name.startswith("localizer.denoiser.clean") or (p.grad is not None and not p.grad.any()), name
 
 
+@pytest.mark.slow
 def test_labels_alone_teach_where_a_lesion_is(prompts: Prompts) -> None:
     """Weak supervision: of ever new patients half have one patch that is unlike the rest, and the label; no one drew
     it. The localizer comes to point at it, and draws there sooner than elsewhere."""

@@ -103,18 +103,15 @@ def test_a_log_gets_a_line_now_and_then(caplog: pytest.LogCaptureFixture, monkey
     assert "step 1 of 3" in caplog.records[-1].getMessage()
 
 
-def test_a_terminal_gets_a_bar_and_the_log_above_it() -> None:
+def test_a_terminal_gets_a_bar_and_the_log_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
     handler = RichHandler(console=console, show_path=False)
-    logging.getLogger().addHandler(handler)
-    try:
-        watch = Watch("phase 2", 7, 3)
-        watch.tell(Figures(4, 7, 1.0, {"report": 2.5}, 1.0, 1.0, 0.5, 0.0, 1e9, 60.0))
-        logging.getLogger("rectvlm").warning("saved")
-        watch.close()
-    finally:
-        logging.getLogger().removeHandler(handler)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])  # tests before this one have left some
+    watch = Watch("phase 2", 7, 3)
+    watch.tell(Figures(4, 7, 1.0, {"report": 2.5}, 1.0, 1.0, 0.5, 0.0, 1e9, 60.0))
+    logging.getLogger("rectvlm").warning("saved")
+    watch.close()
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
     assert "phase 2" in text and "4/7" in text and "MFU 50.0%" in text and "1:00 left" in text
     assert text.index("saved") < text.rindex("4/7")

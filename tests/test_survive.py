@@ -1,7 +1,7 @@
 """Runs that are killed, stopped, starved of disk, or fed with nonsense: what they leave, and how they go on.
 
-`test_training` has the kill of phase 3 that always runs; here are the small parts by themselves, one run that is asked
-to end, and, marked slow, everything else that can happen to a run.
+`test_training` has the kill of phase 3 that always runs; here are the small parts by themselves and, marked slow,
+everything else that can happen to a run.
 """
 
 import json
@@ -45,8 +45,9 @@ from launches import (
 
 from rectvlm import checkpoint, whole
 from rectvlm.config import GuardConfig
-from rectvlm.train.exits import Exit
+from rectvlm.train.exits import Exit, write_ending
 from rectvlm.train.guard import BadSteps, Seen, Verdict, judge, reason_of
+from rectvlm.train.lines import cut_back
 from rectvlm.train.position import seed_micro_batch
 from rectvlm.train.signals import Signals
 
@@ -57,6 +58,30 @@ ONE = [*LAUNCH, "--use_deepspeed", "--num_processes", "1", "--mixed_precision", 
 
 
 # The parts by themselves
+
+
+def test_lines_are_cut_back_and_not_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    text = [json.dumps({"step": step, "loss": 0.1 * step}) for step in (1, 2, 3, 5)]
+    path.write_text("\n".join(text) + '\n{"step": 6, "lo')
+    inode = path.stat().st_ino
+    cut_back(path, 3)
+    assert path.read_text() == "\n".join(text[:3]) + "\n" and path.stat().st_ino == inode
+    path.write_text(f"{text[0]}\nnonsense\n{text[1]}\n{text[3]}\n")
+    cut_back(path, 3)
+    assert path.read_text() == f"{text[0]}\n{text[1]}\n"
+    cut_back(tmp_path / "nothing.jsonl", 3)
+    assert not (tmp_path / "nothing.jsonl").exists()
+
+
+def test_who_lost_the_others_does_not_hide_why_they_went(tmp_path: Path) -> None:
+    write_ending(tmp_path, Exit.LOST, "alone", 3)
+    assert ending(tmp_path)["code"] == Exit.LOST
+    write_ending(tmp_path, Exit.DISK, "full", 4)
+    write_ending(tmp_path, Exit.LOST, "alone", 4)
+    assert (ending(tmp_path)["code"], ending(tmp_path)["reason"]) == (Exit.DISK, "full")
+    assert [path.name for path in tmp_path.iterdir()] == ["ending.json"]
+    write_ending(tmp_path / "nowhere", Exit.DISK, "full", 4)  # says nothing where there is no folder
 
 
 def test_a_loss_is_judged_by_its_size() -> None:
@@ -200,6 +225,7 @@ def check_it_stopped_in_order(folder: Path, stderr: str, name: str) -> int:
     return step
 
 
+@pytest.mark.slow
 def test_one_rank_is_asked_to_end_and_all_save(trained: Callable[[int], Path], interrupted: Any) -> None:
     """A gradient above the limit is skipped on the way."""
     norms = [line["grad_norm"] for line in metrics(trained(1))]
@@ -450,6 +476,7 @@ def test_a_full_disk_ends_a_run_whose_log_cannot_grow(interrupted: Any) -> None:
     code, stderr = finish(process)
     assert code == 1
     assert "no room to write to" in stderr
+    assert ending(folder)["code"] == Exit.DISK  # whatever the rank that was left alone made of it
     newest = checkpoint.all_checkpoints(folder)[-1]
     assert whole.faults(newest, whole.names(newest)) == []
 

@@ -218,6 +218,7 @@ def test_a_killed_run_resumes_to_the_last_digit(
     size = random.randrange(victim.stat().st_size)
     with victim.open("r+b") as file:
         file.truncate(size)
+    shutil.rmtree(tmp_path / "tiny" / "phase2")  # what goes on needs nothing of the phase before
     code, stderr = finish(start([*command, "--resume"], tmp_path))
     assert code == 0, stderr[-4000:]
     assert f"engine/{victim.name} has {size} of" in stderr
@@ -230,6 +231,7 @@ def test_a_killed_run_resumes_to_the_last_digit(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_a_plain_launch_trains_on_one_process(phantom_shards: Path, tmp_path: Path) -> None:
     """`accelerate launch launch/phase1.py`, with no configuration of Accelerate anywhere.
 
@@ -245,6 +247,7 @@ def test_a_plain_launch_trains_on_one_process(phantom_shards: Path, tmp_path: Pa
     assert model.parts == ("encoder", "classifier")
 
 
+@pytest.mark.slow
 def test_mistakes_end_in_one_sentence(phantom_shards: Path, tmp_path: Path) -> None:
     """Run beside each other, since most of their time is Python's imports."""
     unfinished = tmp_path / "unfinished"

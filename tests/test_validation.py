@@ -1,21 +1,25 @@
 """Validation while training: what it measures, what it leaves alone, the best checkpoint, and ending early."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from launches import LAUNCH, TWO, comparable, finish, kill, lines, metrics, run, settings, start, steps_done, wait_for
 
 from rectvlm import checkpoint
-from rectvlm.config import ValidationConfig, load
+from rectvlm.config import Config, ValidationConfig, load
 from rectvlm.data.loader import ShardDataset, eval_loader
+from rectvlm.labels import N_FINDINGS, N_LESIONS
 from rectvlm.train.objectives import losses
 from rectvlm.train.phases import PHASES, STAGES
-from rectvlm.train.validation import has_stopped
+from rectvlm.train.validation import Validator, _Row, has_stopped
 from rectvlm.types import UserError
 
 ONE = [*LAUNCH, "--num_processes", "1"]
@@ -59,6 +63,26 @@ def make_checkpoints(folder: Path, steps: list[int]) -> None:
         checkpoint.write(path, {}, load("tiny"), checkpoint.State(1, PHASES[1].parts, step, 4 * step, 1, {}))
 
 
+def test_one_case_that_gives_no_number_leaves_a_validation_without_figures(tiny: Config) -> None:
+    """The others' mean would look better than the model is; and nothing is better than the best so far."""
+    validator = Validator.__new__(Validator)
+    validator.config, validator.phase = tiny, PHASES[1]
+    validator.engine = SimpleNamespace(is_main=True)  # type: ignore[assignment]
+
+    def row(place: int, loss: float, probability: float) -> _Row:
+        labels = np.zeros(N_FINDINGS, np.float32)
+        labels[place % 2] = 1
+        probabilities = np.full(N_FINDINGS, probability, np.float32)
+        flags = np.ones(N_FINDINGS, bool)
+        return _Row(place, {"classification": loss}, probabilities, labels, flags, None, np.zeros(N_LESIONS, bool))
+
+    good = validator._metrics([row(0, 1.0, 0.5), row(1, 2.0, 0.5)])
+    assert good["loss"] == pytest.approx(1.5) and good["macro_auroc"] is not None
+    for bad in (row(1, math.nan, 0.5), row(1, 2.0, math.nan)):
+        found = validator._metrics([row(0, 1.0, 0.5), bad])
+        assert found.keys() == good.keys() and set(found.values()) == {None}
+
+
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
     make_checkpoints(tmp_path, [2, 4, 6, 8])
     assert checkpoint.best(tmp_path) is None
@@ -77,6 +101,7 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
         assert checkpoint.best(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_validation_leaves_the_training_alone(launched_phase1: Path, phantom_shards: Path, tmp_path: Path) -> None:
     """The run of the fixture again, with validation and an average of the weights, keeping one checkpoint."""
     short = ["train.phases.1.steps=6", "train.phases.1.save_every=6", f"data.shards={phantom_shards}", "train.keep=1"]
@@ -104,6 +129,21 @@ def test_validation_leaves_the_training_alone(launched_phase1: Path, phantom_sha
     assert len(each) == len(ShardDataset(config.data, "valid"))
     # The run computes in bf16.
     assert found[-1]["metrics"]["loss_classification"] == pytest.approx(sum(each) / len(each), abs=0.01)
+
+
+@pytest.mark.slow
+def test_a_validation_that_was_left_out_is_made_up(phantom_shards: Path, tmp_path: Path) -> None:
+    """A run that was asked to end after step 4 saved first; whoever goes on validates before step 5."""
+    command = [*ONE, "launch/phase1.py", *settings(1, phantom_shards, tmp_path, 8), *validation(1, every=4, samples=0)]
+    run(command, tmp_path)
+    folder = tmp_path / "tiny" / "phase1"
+    unbroken = lines(folder / "validation.jsonl")
+    before = comparable(folder)
+    shutil.rmtree(checkpoint.step_folder(folder, 8))
+    (folder / "validation.jsonl").write_text("")
+    run([*command, "--resume"], tmp_path)
+    assert lines(folder / "validation.jsonl") == unbroken and [line["step"] for line in unbroken] == [4, 8]
+    assert comparable(folder) == before
 
 
 @pytest.mark.slow

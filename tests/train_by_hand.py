@@ -158,13 +158,16 @@ def main(out: Path, stage: int) -> None:
         full = whole(run.model)
     assert all(torch.equal(full[name], by_hand[name]) for name in names), "the 32-bit averages differ"
 
-    run.engine.load_state(out / f"state{stage}", run.engine.world)
+    run.engine.load_state(out / f"state{stage}", run.engine.world, averaged=True)
     for number in range(SAVED + 1, STEPS):
         run.step(number)
         for name, tensor in whole(run.model).items():
             assert torch.equal(tensor, seen[number][name]), f"resumed, step {number} gave another {name}"
     resumed = run.average(names)
     assert all(torch.equal(resumed[name], final[name]) for name in resumed), "resumed, the average differs"
+    known = [torch.tensor([share[run.engine.rank], 0.0]) for share in ((1.0, 9.0), (1.0, 3.0))]
+    mean = run.engine.mean(*known).tolist()
+    assert mean[0] == 2.5 and mean[1] != mean[1], f"one micro-batch of 1 and three of 3 have a mean of 2.5, not {mean}"
     (out / f"rank-{run.engine.rank}").write_text(str(run.engine.model.zero_optimization_stage()))
     run.engine.barrier()
     run.engine.close()

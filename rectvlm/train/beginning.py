@@ -45,13 +45,18 @@ def source_of(phase: Phase, config: Config, given: str | None) -> Path | None:
     return checkpoint.find(folder, remedy)
 
 
+def may_resume(folder: Path) -> bool:
+    """Whether there is a checkpoint, whole or not."""
+    return bool(_folders(folder))
+
+
 def require_something_to_resume(folder: Path, phase: Phase) -> None:
     """Stop before anything is loaded.
 
     Raises:
         UserError: there is no checkpoint, whole or not.
     """
-    if not _folders(folder):
+    if not may_resume(folder):
         raise UserError(
             f"No checkpoint in {folder}: there is nothing to resume, so run phase {phase.number} without --resume, or "
             "with --resume auto."

@@ -224,9 +224,9 @@ class Engine:
         self.model.step()
         return Stepped(self.zero.norm, not self.zero.skipped) if boundary else None
 
-    def mean(self, values: Tensor, counts: Tensor) -> Tensor:
-        """Mean over the ranks that know something; both (n,) float, NaN where no rank does."""
-        both = torch.stack([values * (counts > 0), (counts > 0).float()]).float().to(self.device)
+    def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """Mean over what all ranks know; sums and counts (n,) float of each, NaN where no rank knows anything."""
+        both = torch.stack([sums, counts]).float().to(self.device)
         dist.all_reduce(both)
         return both[0] / both[1].where(both[1] > 0, torch.nan)
 
@@ -332,14 +332,19 @@ class Engine:
         partitions.write(path, self.zero.groups(self.rank), self.zero.states)
         return path
 
-    def load_state(self, folder: Path, world: int) -> None:
+    def load_state(self, folder: Path, world: int, averaged: bool) -> None:
         """Go on from what `world` ranks saved; every rank must call it.
+
+        Args:
+            folder: of the files.
+            world: ranks that wrote them.
+            averaged: whether the run keeps a moving average of the weights.
 
         Raises:
             UserError: a file is missing, damaged, or of another model.
         """
         with partitions.Saved(folder, world) as saved:
-            self.zero.load(saved, self.rank)
+            self.zero.load(saved, self.rank, averaged)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -4,8 +4,10 @@
 RUN/phaseN/ending.json, for whoever decides whether to start it again.
 """
 
+import contextlib
 import json
 import os
+import socket
 from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
@@ -18,6 +20,8 @@ class Exit(IntEnum):
 
     FINISHED = 0
     """The last step is done and saved."""
+    FAILED = 1
+    """An error that no one foresaw; its traceback is in the log, and starting again would meet it again."""
     MISTAKE = 2
     """Something that the user can mend, in one sentence."""
     DIVERGED = 65
@@ -39,19 +43,25 @@ class Ended(SystemExit):
 
 
 def write_ending(folder: Path, code: Exit, reason: str, step: int | None) -> None:
-    """Leave `ending.json`; nothing when there is no room or no folder."""
+    """Leave `ending.json`; nothing when there is no room or no folder.
+
+    A rank that only lost the others writes nothing where one of them has said why it went.
+    """
     ending = {
         "code": int(code),
         "reason": reason,
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    made = folder / f".{FILE}.{os.getpid()}"
-    try:
-        made.write_text(json.dumps(ending) + "\n")
+    text = json.dumps(ending) + "\n"
+    with contextlib.suppress(OSError):
+        if code == Exit.LOST:
+            with (folder / FILE).open("x") as file:
+                file.write(text)
+            return
+        made = folder / f".{FILE}.{socket.gethostname()}.{os.getpid()}"
+        made.write_text(text)
         made.replace(folder / FILE)
-    except OSError:
-        return
 
 
 def clear_ending(folder: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from rectvlm.config import GuardConfig
+from rectvlm.train.lines import cut_back
 
 FILE = "bad-steps.jsonl"
 SHOWN = 8
@@ -72,19 +73,10 @@ class BadSteps:
     def __init__(self, folder: Path, step: int) -> None:
         """Go on after a step: lines of later ones, which are done again, are dropped."""
         self.path = folder / FILE
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+        cut_back(self.path, step)
 
     def append(self, step: int, reason: str, norm: float | None, ranks: Sequence[Seen]) -> None:
         """Write a line."""
         line: dict[str, Any] = {"step": step, "reason": reason, "grad_norm": finite(norm), "ranks": list(ranks)}
         with self.path.open("a") as handle:
             handle.write(json.dumps(line) + "\n")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # cut off by a kill
-        return math.inf

@@ -3,7 +3,8 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals as Signal
 from typing import Any
@@ -59,6 +60,7 @@ def train(
     folder: Path,
     saved_names: list[str],
     position: Position,
+    signals: Signals,
     work: StepWork | None = None,
 ) -> None:
     """Train from a position to the phase's last step, recording every step and saving checkpoints.
@@ -71,19 +73,23 @@ def train(
         folder: of the phase's run.
         saved_names: of the tensors that a checkpoint holds.
         position: where to begin; it moves along.
+        signals: open; one that has arrived ends the run after its next step.
         work: FLOPs of a step, for the record.
     """
     settings, guard = phase.settings(config), config.train.guard
-    batches = iter(loader)
     doing = Doing()
-    validator = Validator(engine, phase, config, folder, position.step)
-    bad_steps = BadSteps(folder, position.step) if engine.is_main else None
     with (
-        Signals() as signals,
-        Watchdog(doing, engine.rank, folder, 60 * guard.timeout) as watchdog,
-        Record(engine, phase, config, folder, position.step, work) as record,
         _room(folder),
+        Watchdog(doing, engine.rank, folder, 60 * guard.timeout) as watchdog,
+        ExitStack() as opened,
     ):
+        validator = Validator(engine, phase, config, folder, position.step)
+        bad_steps = BadSteps(folder, position.step) if engine.is_main else None
+        record = opened.enter_context(Record(engine, phase, config, folder, position.step, work))
+        after = _After(engine, phase, config, folder, saved_names, position, validator, record, watchdog)
+        if validator.is_due(position.step):  # the run was asked to end before it could validate
+            after.validate_and_save(signal=0)
+        batches = iter(loader)
         while position.step < settings.steps and not validator.stopped:
             watchdog.beat()
             line, samples, signal = _step(engine, batches, phase, config, position, doing, signals)
@@ -92,22 +98,51 @@ def train(
             record.write(line, samples)
             if position.bad_in_a_row >= guard.patience:
                 raise Ended(Exit.DIVERGED, _diverged(line, folder))
-            watchdog.beat()
-            doing.part, doing.samples = "validation", []
-            found = validator.after(position.step, watchdog.beat)
-            if found is not None:
-                record.validated(position.step, found.metrics, found.samples)
-            best = found is not None and found.best is not None
-            last = position.step == settings.steps or validator.stopped
-            if position.step % settings.save_every == 0 or last or best or signal:
-                doing.part, doing.samples = "saving", []
-                watchdog.beat()
-                saved = save(engine, phase, config, folder, saved_names, position, found.best if found else None)
-                if not saved and (last or signal):
-                    raise Ended(Exit.DISK, f"the checkpoint of step {position.step} could not be written")
-            if signal and not last:
-                name = Signal(signal).name
-                raise Ended(Exit.RESUME, f"{name}: saved after step {position.step}, go on with --resume auto")
+            after.validate_and_save(signal)
+
+
+@dataclass
+class _After:
+    """What follows a step."""
+
+    engine: Engine
+    phase: Phase
+    config: Config
+    folder: Path
+    saved_names: list[str]
+    position: Position
+    validator: Validator
+    record: Record
+    watchdog: Watchdog
+
+    def validate_and_save(self, signal: int) -> None:
+        """Validate and save where it is time; with a signal, save and end: whoever goes on makes the validation up.
+
+        Raises:
+            Ended: asked to end, or the last checkpoint could not be written.
+        """
+        step, settings = self.position.step, self.phase.settings(self.config)
+        found = None
+        if not signal or step == settings.steps:
+            self._begin("validation")
+            found = self.validator.after(step, self.watchdog.beat)
+        if found is not None:
+            self.record.validated(step, found.metrics, found.samples)
+        best = None if found is None else found.best
+        last = step == settings.steps or self.validator.stopped
+        if step % settings.save_every == 0 or last or best is not None or signal:
+            self._begin("saving")
+            self.record.settle()
+            saved = save(self.engine, self.phase, self.config, self.folder, self.saved_names, self.position, best)
+            if not saved and (last or signal):
+                raise Ended(Exit.DISK, f"the checkpoint of step {step} could not be written")
+        if signal and not last:
+            raise Ended(Exit.RESUME, f"{Signal(signal).name}: saved after step {step}, go on with --resume auto")
+
+    def _begin(self, part: str) -> None:
+        doing = self.watchdog.doing
+        doing.part, doing.samples = part, []
+        self.watchdog.beat()
 
 
 def _step(
@@ -164,7 +199,7 @@ def _step(
     position.bad_in_a_row = skipped["in_a_row"] if skipped else 0
     position.step += 1
     position.samples_seen += settings.micro_batch * settings.accumulation * engine.world
-    means = engine.mean(sums[:, 0] / sums[:, 1].clamp_min(1), sums[:, 1])
+    means = engine.mean(sums[:, 0], sums[:, 1])
     by_task = {task: finite(value) for task, value in zip(phase.tasks, means.tolist(), strict=True)}
     memory, signal = engine.largest(peak_memory_bytes(), signals.received)
     line = {

@@ -35,7 +35,9 @@ MOST_NAMES = 200
 """Untracked files that are named."""
 MOST_ADDED, LARGEST_ADDED = 50, 100_000
 """Untracked files of code, and bytes of each, that are part of the patch."""
-CODE = {".py", ".json", ".yaml", ".yml", ".toml", ".sh", ".sbatch", ".j2"}
+CODE = {".py", ".sh", ".sbatch", ".j2"}
+CONFIGURATION, OURS = {".json", ".yaml", ".yml", ".toml"}, {"rectvlm", "launch", "ds_configs"}
+"""Elsewhere such files may be credentials, or tables of patients."""
 ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WANDB_MODE")
 PREFIXES = (
     "RECTVLM_",
@@ -97,7 +99,7 @@ class Sessions:
                     if name in ENVIRONMENT or name.startswith(PREFIXES)
                 },
                 "versions": versions(),
-                "packages": {d.metadata["Name"]: d.version for d in sorted(distributions(), key=lambda d: d.name)},
+                "packages": packages(),
             }
         )
         self._write()
@@ -127,6 +129,11 @@ class Sessions:
         name = f"code-{len(self.all) + 1}.patch"
         (self._folder / name).write_bytes(kept)
         return described | {"file": name}
+
+
+def packages() -> dict[str, str]:
+    """All that is installed, by name; leftovers without a name are left out."""
+    return dict(sorted((d.name, d.version) for d in distributions() if d.name and d.version))
 
 
 def _now() -> str:
@@ -172,7 +179,7 @@ def git_state(checkout: Path = Path(__file__).parents[2]) -> tuple[dict[str, Any
         branch = git("rev-parse", "--abbrev-ref", "HEAD").decode().strip()
         patch = git(*diff, "HEAD")
         others = git("ls-files", "--others", "--exclude-standard").decode(errors="replace").splitlines()
-        added = [name for name in others if Path(name).suffix in CODE and _small(checkout / name)][:MOST_ADDED]
+        added = [name for name in others if _is_code(name) and _small(checkout / name)][:MOST_ADDED]
         patch += b"".join(git(*diff, "--no-index", "/dev/null", name, codes=(0, 1)) for name in added)
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.decode(errors="replace").strip().splitlines() or ["git failed"])[0]
@@ -187,6 +194,11 @@ def git_state(checkout: Path = Path(__file__).parents[2]) -> tuple[dict[str, Any
         "untracked_files": len(others),
     }
     return found, patch or None
+
+
+def _is_code(name: str) -> bool:
+    path = Path(name)
+    return path.suffix in CODE or (path.suffix in CONFIGURATION and path.parts[0] in OURS)
 
 
 def _small(path: Path) -> bool:

@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 from rectvlm.config import Config
 from rectvlm.train.engine import Engine
 from rectvlm.train.exits import Ended, Exit
+from rectvlm.train.lines import cut_back
 from rectvlm.train.phases import Phase
 from rectvlm.train.progress import Meter, Watch
 from rectvlm.train.provenance import Sessions
@@ -106,6 +107,15 @@ class Record:
         }
         self._trackers.log(line | {"recent": rates}, line["step"])
 
+    def settle(self) -> None:
+        """Have all lines on the disk: a checkpoint that survives a power cut must not be ahead of them.
+
+        Raises:
+            OSError: they could not be written.
+        """
+        for handle in self._files.values():
+            os.fsync(handle.fileno())
+
     def validated(self, step: int, metrics: dict[str, float | None], samples: "list[ValidationSample]") -> None:
         """One validation: its metrics by name, and some cases, of rank 0, to be looked at."""
         if not self.engine.is_main:
@@ -154,17 +164,8 @@ def _ending(error: BaseException | None, step: int) -> tuple[str, int, str | Non
 
 
 def _continue(path: Path, step: int) -> IO[str]:
-    kept = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            # The last line may be cut off by a kill.
-            with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-    handle = path.open("w")
-    handle.writelines(kept)
-    handle.flush()
-    return handle
+    cut_back(path, step)
+    return path.open("a")
 
 
 def _append(handle: IO[str], line: dict[str, Any]) -> None:

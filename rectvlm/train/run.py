@@ -25,6 +25,7 @@ from rectvlm.models.text import Prompts
 from rectvlm.train.beginning import (
     Resume,
     make_way,
+    may_resume,
     newest_whole,
     position_of,
     require_something_to_resume,
@@ -35,7 +36,7 @@ from rectvlm.train.exits import Ended, Exit, clear_ending, write_ending
 from rectvlm.train.loop import train
 from rectvlm.train.optim import build_optimizer, freeze_all_but, set_modes
 from rectvlm.train.phases import PHASES, STAGES, Phase, planned
-from rectvlm.train.signals import end_with_the_launcher
+from rectvlm.train.signals import Signals, end_with_the_launcher
 from rectvlm.train.trackers import chosen
 from rectvlm.train.utilization import work_of_a_step
 from rectvlm.train.weighting import TaskWeighting
@@ -53,20 +54,26 @@ def main(number: int, checkout: Path, argv: Sequence[str] | None = None) -> None
     args = _parse(phase, argv)
     if args.stage is not None:
         phase = STAGES[args.stage]
-    end_with_the_launcher()
     folder = None
     try:
-        ds_config = args.ds_config or checkout / "ds_configs" / f"phase{phase.number}.json"
-        config = load(args.config, args.overrides)
-        folder = folder_of(phase, config)
-        run(phase, config, ds_config, args.resume, args.restart, args.source)
+        with Signals() as signals:
+            end_with_the_launcher()
+            ds_config = args.ds_config or checkout / "ds_configs" / f"phase{phase.number}.json"
+            config = load(args.config, args.overrides)
+            folder = folder_of(phase, config)
+            run(phase, config, ds_config, args.resume, args.restart, signals, args.source)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
+        if folder is not None:
+            write_ending(folder, Exit.MISTAKE, str(error), None)
         sys.exit(Exit.MISTAKE)
-    except RuntimeError as error:
-        if not is_lost(error):
-            raise
-        _leave(folder, f"a rank lost the others ({str(error).splitlines()[0][:300]})")
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:300]
+        if isinstance(error, RuntimeError) and is_lost(error):
+            _leave(folder, f"a rank lost the others ({reason})")
+        if folder is not None:
+            write_ending(folder, Exit.FAILED, f"{type(error).__name__}: {reason}", None)
+        raise
 
 
 def folder_of(phase: Phase, config: Config) -> Path:
@@ -134,7 +141,13 @@ def _joined(words: Sequence[str]) -> list[str]:
 
 
 def run(
-    phase: Phase, config: Config, ds_config: Path, resume: Resume, restart: bool, source_given: str | None = None
+    phase: Phase,
+    config: Config,
+    ds_config: Path,
+    resume: Resume,
+    restart: bool,
+    signals: Signals,
+    source_given: str | None = None,
 ) -> None:
     """Train one phase.
 
@@ -144,7 +157,8 @@ def run(
     """
     settings = phase.settings(config)
     folder = folder_of(phase, config)
-    source = source_of(phase, config, source_given)
+    # What is missing is said before anything is loaded; a run that goes on needs nothing of the phase before.
+    source = None if resume != "no" and may_resume(folder) else source_of(phase, config, source_given)
     if resume == "yes":
         require_something_to_resume(folder, phase)
     _prepare_models(phase, config)
@@ -156,6 +170,8 @@ def run(
     if not engine.is_main:
         logging.getLogger("rectvlm").setLevel(logging.WARNING)
     start = newest_whole(folder, resume, engine)
+    if start is None and source is None:
+        source = source_of(phase, config, source_given)
     position = position_of(start)
     loader = train_loader(
         config.data,
@@ -187,16 +203,21 @@ def run(
     engine.prepare(model, optimizer)
     set_modes(model, settings)
     if start is not None:
-        engine.load_state(start / checkpoint.ENGINE, checkpoint.read_state(start).world_size)
+        world = checkpoint.read_state(start).world_size
+        engine.load_state(start / checkpoint.ENGINE, world, averaged=settings.ema > 0)
         log.info("resumed from %s", start)
     try:
-        train(engine, loader, phase, config, folder, names, position, work)
+        if engine.largest(signals.received)[0]:
+            # Nothing has been done yet that could be lost.
+            raise Ended(Exit.RESUME, f"asked to end before step {position.step + 1}: go on with --resume auto")
+        train(engine, loader, phase, config, folder, names, position, signals, work)
     except Ended as ended:
         if engine.is_main or not ended.together:
             kind = "stopped" if ended.exit == Exit.RESUME else "error"
             sys.stderr.write(f"{kind}: {ended.reason}.\n")
             write_ending(folder, ended.exit, ended.reason, position.step)
         if ended.together:
+            engine.barrier()  # a launcher ends all ranks as soon as one has left
             engine.close()
         raise
     if engine.is_main:

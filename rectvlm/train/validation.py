@@ -29,6 +29,7 @@ from rectvlm.data.loader import Loader, ShardDataset
 from rectvlm.labels import N_FINDINGS, N_LESIONS
 from rectvlm.models import Outputs
 from rectvlm.train.engine import Engine
+from rectvlm.train.guard import finite
 from rectvlm.train.objectives import losses
 from rectvlm.train.optim import set_modes
 from rectvlm.train.phases import Phase
@@ -86,6 +87,12 @@ class _Row(NamedTuple):
     counts: NDArray[np.int64] | None
     annotated: NDArray[np.bool_]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the model gave numbers."""
+        known = [value for value in self.losses.values() if value is not None]
+        return bool(np.isfinite(known).all() and np.isfinite(self.probabilities).all())
+
 
 class Validator:
     """Validates when it is time, and remembers the best."""
@@ -122,10 +129,15 @@ class Validator:
         """Whether patience has run out."""
         return _patience_is_out([value for _, value in self._values], self.settings)
 
+    def is_due(self, step: int) -> bool:
+        """Whether a step is followed by a validation that has not been done."""
+        if self.dataset is None or step == 0 or any(done == step for done, _ in self._values):
+            return False
+        return step % self.settings.every == 0 or step == self.phase_settings.steps
+
     def after(self, step: int, beat: Callable[[], None] = lambda: None) -> Validation | None:
         """Validate if it is time after a step; every rank must call it. `beat` is called after every case."""
-        last = step == self.phase_settings.steps
-        if self.dataset is None or (step % self.settings.every and not last):
+        if not self.is_due(step):
             return None
         begin = time.perf_counter()
         with self._undisturbed():
@@ -205,6 +217,12 @@ class Validator:
         from rectvlm import metrics
 
         weights = self.config.train.losses
+        spoilt = [row.place for row in rows if not row.is_finite]
+        if spoilt and self.engine.is_main:
+            log.warning("validation: figures of %d of %d cases are not finite", len(spoilt), len(rows))
+        if spoilt:  # the other cases' mean would look better than the model is
+            names = ["loss", *(f"loss_{task}" for task in self.phase.tasks), "macro_auroc", "macro_average_precision"]
+            return dict.fromkeys([*names, "mean_dice"] if rows[0].counts is not None else names)
         by_task = {task: _mean([row.losses[task] for row in rows]) for task in self.phase.tasks}
         known = [getattr(weights, task) * value for task, value in by_task.items() if value is not None]
         found: dict[str, float | None] = {"loss": sum(known) if known else None}
@@ -246,7 +264,7 @@ def _history(folder: Path, settings: ValidationConfig) -> list[tuple[int, float 
     for text in path.read_text().splitlines() if path.is_file() and settings.every else []:
         with contextlib.suppress(json.JSONDecodeError):  # the last line may be cut off by a kill
             line = json.loads(text)
-            found.append((int(line["step"]), line["metrics"].get(settings.best)))
+            found.append((int(line["step"]), finite(line["metrics"].get(settings.best))))
     return found
 
 

@@ -85,8 +85,13 @@ class Zero:
         if sum(ema.exchange(weights, states[weights]) for weights in self.masters() if weights in states):
             self.round_masters()
 
-    def load(self, saved: partitions.Saved, rank: int) -> None:
+    def load(self, saved: partitions.Saved, rank: int, averaged: bool) -> None:
         """Take weights and optimizer state from files; every rank must call it.
+
+        Args:
+            saved: the files.
+            rank: of this process.
+            averaged: whether the run keeps a moving average; one that it no longer keeps is left in the files.
 
         Raises:
             UserError: they are of another model.
@@ -95,6 +100,8 @@ class Zero:
         for group in self.groups(rank):
             state = saved.fill(group)
             step = state.pop(partitions.STEP)
+            if not averaged:
+                state.pop(ema.KEY, None)
             if step is not None:
                 # Where torch's optimizers keep their count.
                 device = group.flat.device if inner.defaults.get("fused") else "cpu"
