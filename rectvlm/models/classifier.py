@@ -8,7 +8,9 @@ attention whose query is the prompt of presence, sharpened by the evidence itsel
 
     logit_f = Σ_m a_fm · e_fm + b_f,   a_f = softmax_m(u_m · q(t_f⁺) / √S + β · e_fm)
 
-With β > 0 a small finding in one patch is not averaged away by a thousand quiet ones. Tokens are centred over the
+With β > 0 a small finding in one patch is not averaged away by a thousand quiet ones. β starts at 0: attention that
+sharpens on evidence which is still noise settles on tokens that have nothing to do with the finding, and stays there
+(docs/learning.md). Tokens are centred over the
 patient first, and the product is inner, not a cosine: most of an image feature is common to all tokens and patients,
 and a cosine is nearly blind to what remains (with it, training did not overfit eight patients in 50 steps).
 
@@ -36,7 +38,7 @@ class Classifier(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.offset_present = nn.Parameter(torch.randn(N_FINDINGS, text_width))
         self.offset_absent = nn.Parameter(torch.randn(N_FINDINGS, text_width))
-        self.sharpness = nn.Parameter(torch.ones(N_FINDINGS))
+        self.sharpness = nn.Parameter(torch.zeros(N_FINDINGS))
         self.bias = nn.Parameter(torch.full((N_FINDINGS,), -0.5))
 
     def forward(self, features: Features, prompts: Prompts) -> Tensor:
