@@ -20,6 +20,7 @@ from rectvlm.models import RectVLM
 from rectvlm.models.language import load_language_model
 from rectvlm.models.text import Prompts
 from rectvlm.plan import Hardware, Plan, Planner
+from rectvlm.plan.rehearsal import PROMPT_TOKENS
 from rectvlm.plan.speed import Network
 from rectvlm.plan.standins import quantization_state_bytes
 from rectvlm.plan.workarea import WorkAreas
@@ -57,6 +58,9 @@ def real(config: Config, phase: int) -> tuple[RectVLM, Batch]:
         language = load_language_model(config.generator, weights.resolve(config.generator.model))
     prompts = Prompts.embed(weights.resolve(config.text.model), config.text.max_tokens)
     model = RectVLM(config, row.parts, prompts, language).train()
+    if model.generator is not None:
+        # Cues of an untrained model are a matter of luck, and so is their length: it is the plan's here.
+        model.generator.prompt = lambda cues: ([1] * (PROMPT_TOKENS // 2), [1] * (PROMPT_TOKENS // 2))  # type: ignore[method-assign]
     freeze_all_but(model, row.settings(config).lr)
     for parameter in model.parameters():
         if parameter.dtype == torch.float32:
@@ -117,6 +121,23 @@ def test_the_peak_is_the_allocators_at_other_sizes(name: str, phase: int, overri
     config = load(name, overrides)
     predicted = Planner(config, phase, DS_CONFIGS, areas=WorkAreas("cpu")).rehearsal.peak
     assert predicted == pytest.approx(measured_peak(*real(config, phase), config, phase), rel=0.03)
+
+
+@pytest.mark.slow
+def test_prompts_of_phantoms_are_not_longer_than_the_plan_says() -> None:
+    config = load("demo", ["generator.true_cues=1"])
+    language = load_language_model(config.generator, weights.resolve(config.generator.model))
+    prompts = Prompts.embed(weights.resolve(config.text.model), config.text.max_tokens)
+    model = RectVLM(config, PHASES[3].parts, prompts, language)
+    assert model.generator is not None and model.localizer is not None
+    lengths = []
+    for seed in range(20):
+        batch = collate([phantom_sample(seed, config)])
+        known = torch.where(batch.labels_known, batch.labels, 0.0)
+        (cues,) = model._cues(batch, known, batch.lesions, batch.regions_known)
+        before, after = model.generator.prompt(cues)
+        lengths.append(len(before) + len(after))
+    assert min(lengths) > PROMPT_TOKENS // 3 and max(lengths) <= PROMPT_TOKENS
 
 
 @pytest.mark.gpu

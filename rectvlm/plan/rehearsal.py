@@ -22,7 +22,8 @@ from rectvlm.train.phases import Phase
 from rectvlm.types import Batch
 
 PROMPT_TOKENS = 192
-"""Assumed length of the chat template, request and cues; not measured on a real tokenizer."""
+"""Length of the chat template, request and cues. SmolLM2's tokenizer makes 75 to 150 tokens of a phantom's, and 240 of
+every finding with every lesion in three places."""
 TOWER_PARTS = ("encoder", "classifier", "localizer")
 
 
