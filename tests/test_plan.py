@@ -30,6 +30,7 @@ from rectvlm.train.phases import PHASES
 from rectvlm.types import Batch
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 CHECKPOINTED = ["encoder.checkpointing=true", "localizer.checkpointing=true"]
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 LONG_REPORT = "opacity " * 3000
@@ -246,6 +247,18 @@ def test_between_nodes_the_adapters_set_the_pace() -> None:
     assert alone == 0
     assert node == pytest.approx(size * 7 / 8 / (450e9 * 0.7), rel=0.01)
     assert two == pytest.approx(size * 15 / 16 / (400e9 * 0.7), rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["phase3", "phase3_zero2"])
+def test_a_step_is_planned_about_as_long_as_it_took(stage: str) -> None:
+    """On one H200, at the size that was measured: the rates were taken from this run, so it holds them together."""
+    results = json.loads((RESULTS / "phase3-step-1x-nvidia-h200-2026-11-27.json").read_text())
+    (row,) = (row for row in results["rows"] if row["ds_config"] == f"{stage}.json")
+    config = load("large", ["train.phases.3.micro_batch=1", "train.phases.3.accumulation=1"])
+    time = Planner(config, 3, DS_CONFIGS / f"{stage}.json").plan(1, 141.0).time
+    assert time["total"] == pytest.approx(row["step_seconds"], rel=0.15)
+    assert (time["hooks"] > 1) == (stage == "phase3")
 
 
 def test_faster_hardware_takes_less_time() -> None:

@@ -34,6 +34,8 @@ class Work:
     flops: list[float] = field(default_factory=list)
     moved: list[float] = field(default_factory=list)
     """Bytes read and written."""
+    convolved: list[bool] = field(default_factory=list)
+    """Whether it is a convolution: those reach another share of a GPU's rate."""
 
 
 _CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
@@ -118,11 +120,12 @@ class Ledger(TorchDispatchMode):
                 node.metadata["part"] = self.part
                 waiting += [following for following, _ in node.next_functions]
 
-    def add(self, flops: float, moved: float, stage: Stage | None = None) -> None:
+    def add(self, flops: float, moved: float, stage: Stage | None = None, convolved: bool = False) -> None:
         """One operation."""
         work = self.work[self._owner, stage or self.stage]
         work.flops.append(flops)
         work.moved.append(moved)
+        work.convolved.append(convolved)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -137,7 +140,8 @@ class Ledger(TorchDispatchMode):
         flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
         if flops or fresh or func._schema.is_mutable:
             inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.device.type == self._device]
-            self.add(flops, sum(t.numel() * t.element_size() for t in (*inputs, *tensors)))
+            moved = sum(t.numel() * t.element_size() for t in (*inputs, *tensors))
+            self.add(flops, moved, convolved=packet in _CONVOLUTIONS)
         return out
 
     def _borrow(self, size: int) -> None:

@@ -10,7 +10,7 @@ from rectvlm import weights
 from rectvlm.config import Config
 from rectvlm.plan.ledger import WORK_AREAS
 from rectvlm.plan.rehearsal import Rehearsal, build, rehearse
-from rectvlm.plan.speed import Hardware, StepTime, step_time
+from rectvlm.plan.speed import Calls, Hardware, StepTime, step_time
 from rectvlm.plan.states import States, parameters, states, weights_of
 from rectvlm.plan.workarea import WorkAreas
 from rectvlm.train.phases import PHASES
@@ -172,10 +172,16 @@ class Planner:
 
     def _time(self, held: States, gpus: int) -> StepTime:
         found = weights_of(self.model, self.config)
-        # Parameters arrive one call a module; the modules that hold weights are about as many as matrices.
-        calls = sum(1 for w in found if w.packed) + 3 if held.gathered else 0
-        reductions = math.ceil(held.reduced / max(1, held.held["reduce_buckets"]))
-        return step_time(self.rehearsal.work, held, self.settings.accumulation, gpus, self.hardware, calls, reductions)
+        sharded = self.ds["zero_optimization"]["stage"] == 3
+        modules = sum(1 for m in self.model.modules() if next(m.parameters(recurse=False), None) is not None)
+        calls = Calls(
+            # Parameters arrive one call a module; the modules that hold weights are about as many as matrices.
+            gathers=sum(1 for w in found if w.packed) + 3 if held.gathered else 0,
+            reductions=math.ceil(held.reduced / max(1, held.held["reduce_buckets"])),
+            hooks=modules * (3 if self.config.generator.checkpointing else 2) if sharded else 0,
+            tensors=sum(1 for w in found if w.trains),
+        )
+        return step_time(self.rehearsal.work, held, self.settings.accumulation, gpus, self.hardware, calls)
 
     def _speed(self, time: StepTime, flops: dict[str, Any], gpus: int, samples: int) -> dict[str, float]:
         batch = self.settings.micro_batch * self.settings.accumulation * gpus

@@ -61,6 +61,7 @@ def show(plan: Plan, found: Sequence[Knob], console: Console) -> None:
         ("with recomputation", f"{plan.flops_per_step['hardware']:.0f} T"),
         ("estimated step", f"{step['total']:.2f} s"),
         ("  computation, gathers behind it", f"{step['compute']:.2f} s, {step['gathers']:.2f} s"),
+        ("  hooks of ZeRO-3, optimizer", f"{step['hooks']:.2f} s, {step['optimizer']:.2f} s"),
         ("tokens a second and GPU", f"{speed['tokens_per_second_per_gpu']:,.0f}"),
         ("samples a day", f"{speed['samples_per_day']:,.0f}"),
         (f"{speed['steps']:,.0f} steps", f"{speed['days']:.1f} days, {speed['epochs']:.1f} epochs"),
@@ -70,7 +71,8 @@ def show(plan: Plan, found: Sequence[Knob], console: Console) -> None:
     console.print(facts)
     hardware = plan.hardware
     console.print(
-        f"Time is an estimate: {hardware['tflops']:g} TFLOP/s × {hardware['efficiency']:g}, memory "
+        f"Time is an estimate: {hardware['tflops']:g} TFLOP/s × {hardware['efficiency']:g} (convolutions "
+        f"{hardware['convolution_efficiency']:g}), memory "
         f"{hardware['bandwidth']:g} TB/s × {hardware['bandwidth_efficiency']:g}, {hardware['gpus_per_node']:g} GPUs a "
         f"node, {hardware['intra']:g} GB/s within and {hardware['inter']:g} GB/s a GPU between nodes."
     )

@@ -21,6 +21,8 @@ class Hardware:
     """Dense bf16 matrix rate, TFLOP/s."""
     efficiency: float = 0.5
     """Share of it that matrix products reach."""
+    convolution_efficiency: float = 0.11
+    """Share of it that the localizer's convolutions reach: with it, their part took what it took on an H200."""
     bandwidth: float = 4.8
     """GPU memory, TB/s."""
     bandwidth_efficiency: float = 0.7
@@ -34,12 +36,18 @@ class Hardware:
     network_efficiency: float = 0.7
     hop: float = 5e-6
     """Seconds of latency for each further member of a ring."""
+    hook: float = 4.8e-4
+    """Seconds that ZeRO-3's hooks take for one pass of a module with weights: what a step of an H200 took longer than
+    under ZeRO-2."""
+    tensor: float = 2.0e-4
+    """Seconds that the engine's optimizer takes for one tensor, on the same host."""
 
 
 def seconds(work: Work, hardware: Hardware) -> float:
     """Time of some operations on one GPU."""
     flops, moved = np.asarray(work.flops), np.asarray(work.moved)
-    arithmetic = flops / (hardware.tflops * 1e12 * hardware.efficiency)
+    reached = np.where(work.convolved, hardware.convolution_efficiency, hardware.efficiency)
+    arithmetic = flops / (hardware.tflops * 1e12 * reached)
     traffic = moved / (hardware.bandwidth * 1e12 * hardware.bandwidth_efficiency)
     return float(np.maximum(np.maximum(arithmetic, traffic), hardware.launch).sum())
 
@@ -71,18 +79,28 @@ class StepTime:
     gathers: float
     """Hidden behind the computation as far as that lasts."""
     reductions: float
+    hooks: float
+    """The host's, of ZeRO-3. Large micro-batches may hide them; they are added, so that a plan is not too short."""
     optimizer: float
     total: float
 
 
+@dataclass(frozen=True)
+class Calls:
+    """What the engine does one after the other, whatever its size."""
+
+    gathers: int
+    """In one pass of a micro-batch."""
+    reductions: int
+    """In a micro-batch."""
+    hooks: int
+    """Passes of modules with weights in a micro-batch, under ZeRO-3."""
+    tensors: int
+    """That the optimizer updates."""
+
+
 def step_time(
-    work: dict[tuple[str, Stage], Work],
-    held: States,
-    accumulation: int,
-    gpus: int,
-    hardware: Hardware,
-    gather_calls: int,
-    reduce_calls: int,
+    work: dict[tuple[str, Stage], Work], held: States, accumulation: int, gpus: int, hardware: Hardware, calls: Calls
 ) -> StepTime:
     """Time of a step of all GPUs together.
 
@@ -91,9 +109,18 @@ def step_time(
     """
     network = Network(gpus, hardware)
     compute = sum(seconds(w, hardware) for w in work.values())
-    gathers = 2 * network.seconds(held.gathered, gather_calls)
-    reductions = network.seconds(held.reduced, reduce_calls)
+    gathers = 2 * network.seconds(held.gathered, calls.gathers)
+    reductions = network.seconds(held.reduced, calls.reductions)
+    hooks = calls.hooks * hardware.hook
     # Adam reads and writes master, two moments and gradient, some of them twice.
-    optimizer = 3 * held.held["optimizer"] / (hardware.bandwidth * 1e12 * hardware.bandwidth_efficiency)
-    total = accumulation * (max(compute, gathers) + reductions) + optimizer
-    return StepTime(accumulation * compute, accumulation * gathers, accumulation * reductions, optimizer, total)
+    moved = 3 * held.held["optimizer"] / (hardware.bandwidth * 1e12 * hardware.bandwidth_efficiency)
+    optimizer = moved + calls.tensors * hardware.tensor
+    total = accumulation * (max(compute, gathers) + reductions + hooks) + optimizer
+    return StepTime(
+        accumulation * compute,
+        accumulation * gathers,
+        accumulation * reductions,
+        accumulation * hooks,
+        optimizer,
+        total,
+    )
