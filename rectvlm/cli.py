@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--inter", type=float, default=50.0, metavar="GB/s", help="between nodes, for each GPU")
     plan.add_argument("--samples", type=int, default=24_128, metavar="N", help="in an epoch (default: CT-RATE's scans)")
-    plan.add_argument("--ds-configs", type=Path, metavar="PATH", help="DeepSpeed JSON, or their folder; by default the checkout's")
+    plan.add_argument("--ds-configs", type=Path, metavar="PATH", help="DeepSpeed JSON, or a folder of them")
     plan.add_argument("--json", action="store_true", help="for programs")
     plan.add_argument("overrides", nargs="*", metavar="part.field=value", help="change a value of the configuration")
     plan.set_defaults(run=_plan)

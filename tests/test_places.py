@@ -2,9 +2,11 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from rectvlm.config import load
-from rectvlm.labels import LESION_BY_KEY, REGION_BY_NAME
+from rectvlm.labels import FINDINGS, LESION_BY_KEY, REGION_BY_NAME
+from rectvlm.models.rectvlm import cue_words
 from rectvlm.places import Place, describe, lobe_words, locate
 from tests.conftest import phantom_sample
 
@@ -188,3 +190,20 @@ def test_a_body_that_is_cut_off_keeps_its_sides(side: str, padded: bool) -> None
             ct, mask = np.ascontiguousarray(ct[:, :, kept]), np.ascontiguousarray(mask[:, :, kept])
         (place,) = locate(mask, ct, None, config.data.spacing)
         assert (place.side, place.basis) == (side, "geometry")
+
+
+def test_an_outline_without_its_finding_is_not_told() -> None:
+    ct, regions = chest()
+    mask = lesion("consolidation", RIGHT_LOW) | lesion("lung_nodule", LEFT_HIGH)
+    volumes = [torch.from_numpy(volume) for volume in (mask, ct, regions)]
+
+    def told(*findings: str) -> str:
+        suggested = torch.tensor([0.9 if finding in findings else 0.4 for finding in FINDINGS])
+        return cue_words(suggested, *volumes, SPACING)
+
+    both = told("Consolidation", "Lung nodule")
+    assert "Findings suggested: lung nodule, consolidation." in both
+    assert "right lower lobe" in both and "left upper lobe" in both
+    assert "lung nodule (" not in told("Consolidation") and "in the right lower lobe" in told("Consolidation")
+    assert told("Emphysema") == "Findings suggested: emphysema. No lesions outlined."
+    assert told() == "No findings suggested. No lesions outlined."

@@ -320,6 +320,34 @@ def test_a_run_that_is_killed_again_and_again_equals_one_that_is_not(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("damage", ["cut off at a random byte", "without a rank's file"])
+def test_a_damaged_checkpoint_sends_a_run_back_to_the_one_before(
+    trained: Callable[[int], Path], damage: str, tmp_path: Path, phantom_shards: Path
+) -> None:
+    """A finished run whose newest checkpoint is not whole does the last steps again, and says why."""
+    unbroken = trained(3)
+    shutil.copytree(unbroken.parent, tmp_path / "tiny")
+    folder = tmp_path / "tiny" / "phase3"
+    before, newest = checkpoint.all_checkpoints(folder)[-2:]
+    if damage == "without a rank's file":
+        victim = newest / "engine" / "rank-00001-of-00002.safetensors"
+        victim.unlink()
+    else:
+        victim = newest / random.choice(whole.names(newest))
+        os.truncate(victim, random.randrange(victim.stat().st_size))
+    command = [*TWO, "launch/phase3.py", *settings(3, phantom_shards, tmp_path), "--resume", "auto"]
+    code, stderr = finish(start(command, tmp_path))
+    assert code == 0, stderr[-4000:]
+    assert f"{newest.name} is damaged" in stderr and victim.name in stderr
+    assert f"{before.name}" in stderr
+    assert (newest.parent / f"damaged-{newest.name}").is_dir()
+    assert comparable(folder) == comparable(unbroken), victim
+    assert traces(folder) == traces(unbroken)
+    ours, theirs = weights_of(folder), weights_of(unbroken)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", [1, 2, 3])
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(

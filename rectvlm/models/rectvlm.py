@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rectvlm.config import Config, Part
-from rectvlm.labels import AIR_HU, FINDINGS, N_LESIONS
+from rectvlm.labels import AIR_HU, FINDINGS, LESION_BY_KEY, N_LESIONS
 from rectvlm.models.classifier import Classifier
 from rectvlm.models.encoder import Encoder, Features
 from rectvlm.models.language import LanguageModel
@@ -134,7 +134,7 @@ class RectVLM(nn.Module):
         # The lobes of a coarse map are only roughly placed: lesions are then worded by side and zone, as without a map.
         lobes = [bool(k) and meta.regions_source != COARSE for k, meta in zip(known, batch.meta, strict=True)]
         return [
-            _cues(findings[i], lesions[i], batch.ct[i], batch.regions[i] if lobes[i] else None, batch.spacing)
+            cue_words(findings[i], lesions[i], batch.ct[i], batch.regions[i] if lobes[i] else None, batch.spacing)
             for i in range(len(batch.keys))
         ]
 
@@ -147,14 +147,19 @@ def _bits(masks: Tensor, probability: Callable[[Tensor], Tensor]) -> Tensor:
     return bits
 
 
-def _cues(
+def cue_words(
     findings: Tensor, lesions: Tensor, ct: Tensor, regions: Tensor | None, spacing: tuple[float, float, float]
 ) -> str:
-    """Findings and lesions of one sample, in words, from probabilities (18,) and lesion bits (Z, Y, X)."""
+    """Findings and lesions of one sample, in words, from probabilities (18,) and lesion bits (Z, Y, X).
+
+    An outline whose finding is not suggested is not told: a prompt that contradicts itself makes the language model
+    write the finding, and a localizer outlines specks where a classifier sees none.
+    """
     names = [name.lower() for name, p in zip(FINDINGS, findings.tolist(), strict=True) if p >= 0.5]
     hu = ct.round().to(torch.int16).cpu().numpy()
     places = locate(
         lesions.cpu().numpy(), hu, None if regions is None else regions.cpu().numpy().astype(np.uint8), spacing
     )
+    told = [place for place in places if LESION_BY_KEY[place.lesion].finding.lower() in names]
     found = f"Findings suggested: {', '.join(names)}." if names else "No findings suggested."
-    return f"{found} {describe(places)}"
+    return f"{found} {describe(told)}"
