@@ -144,4 +144,6 @@ class Zero:
 
         setattr(self.optimizer, name, measured)
         if not self.shards_parameters:
+            # DeepSpeed would look for what is not finite in every gradient first; the norm shows the same.
             self.optimizer.check_grad_overflow = True
+            self.optimizer.check_overflow = lambda **_: None
