@@ -7,7 +7,8 @@ import pytest
 from report_sentences import CODES, HELD_OUT, TUNING
 
 from rectvlm.labels import FINDINGS
-from rectvlm.metrics.labeler import IMPLIES, RuleLabeler, State, get_labeler, label_report, read
+from rectvlm.metrics.labeler import IMPLIES, RuleLabeler, State, label_report, read
+from rectvlm.metrics.labelers import get_labeler
 
 SIGNS = {"+": State.PRESENT, "?": State.UNCERTAIN, "-": State.ABSENT}
 

@@ -22,7 +22,8 @@ from rectvlm.data.phantom import Phantom, make_phantom
 from rectvlm.data.phantom_plan import PLAIN, draw_plan
 from rectvlm.labels import FINDINGS, LESION_FINDINGS, N_LESIONS
 from rectvlm.metrics.clinical import clinical, finding_counts
-from rectvlm.metrics.labeler import State, get_labeler
+from rectvlm.metrics.labeler import State
+from rectvlm.metrics.labelers import get_labeler
 from rectvlm.metrics.sides import laterality, side_outcomes
 from rectvlm.models import RectVLM
 from rectvlm.models.language import load_language_model

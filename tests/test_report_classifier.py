@@ -19,7 +19,8 @@ from transformers import (
 from rectvlm import metrics
 from rectvlm.labels import FINDINGS, N_FINDINGS
 from rectvlm.metrics.classifier import ClassifierLabeler
-from rectvlm.metrics.labeler import State, get_labeler
+from rectvlm.metrics.labeler import State
+from rectvlm.metrics.labelers import get_labeler
 from rectvlm.types import UserError
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -11,7 +11,7 @@ from rectvlm import metrics, weights
 from rectvlm.config import Config
 from rectvlm.evaluate.scans import Scans
 from rectvlm.metrics import ReportRows
-from rectvlm.metrics.labeler import Labeler
+from rectvlm.metrics.labelers import Labeler
 from rectvlm.metrics.resampling import Weights, chunks, interval
 from rectvlm.types import UserError
 

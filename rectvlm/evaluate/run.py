@@ -29,7 +29,7 @@ from rectvlm.evaluate.scans import Scans, by_scan
 from rectvlm.evaluate.selection import are_same, selected_on
 from rectvlm.evaluate.thresholds import decide
 from rectvlm.metrics import Thresholds
-from rectvlm.metrics.labeler import Labeler, get_labeler
+from rectvlm.metrics.labelers import Labeler, get_labeler
 from rectvlm.types import Split
 
 log = logging.getLogger(__name__)

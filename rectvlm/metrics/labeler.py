@@ -1,6 +1,6 @@
-"""What a chest-CT report says of the 18 findings, by rules or by a trained classifier.
+"""What a chest-CT report says of the 18 findings, by rules.
 
-The rules read the sections that describe the examination, sentence by sentence, clause by clause: names of findings
+They read the sections that describe the examination, sentence by sentence, clause by clause: names of findings
 (`terms`), and the cues of negation, doubt and past (`cues`) in whose reach they stand.
 """
 
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,31 +52,6 @@ class Sentence:
 
     text: str
     mentions: tuple[Mention, ...]
-
-
-class Labeler(Protocol):
-    """Reads findings from reports."""
-
-    signature: str
-    """Which labeler, for the metrics."""
-
-    def label(self, reports: Sequence[str]) -> NDArray[np.int8]:
-        """States (N, 18), values of `State`, in the order of `labels.FINDINGS`."""
-
-
-def get_labeler(labeler: "str | Path | Labeler" = "rules") -> Labeler:
-    """The labeler of a name: `rules`, or the folder or hub id of a sequence classifier with 18 labels.
-
-    Raises:
-        UserError: the classifier cannot be loaded, or its labels are not the 18 findings.
-    """
-    if not isinstance(labeler, str | Path):
-        return labeler
-    if str(labeler) == "rules":
-        return RuleLabeler()
-    from rectvlm.metrics.classifier import ClassifierLabeler  # Transformers takes seconds to import
-
-    return ClassifierLabeler(labeler)
 
 
 class RuleLabeler:

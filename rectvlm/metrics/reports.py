@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from rectvlm.labels import N_FINDINGS
 from rectvlm.metrics import words
 from rectvlm.metrics.clinical import clinical, crg, finding_counts
-from rectvlm.metrics.labeler import Labeler, State, get_labeler
+from rectvlm.metrics.labeler import State
+from rectvlm.metrics.labelers import Labeler, get_labeler
 from rectvlm.metrics.sides import laterality, lesion_laterality, side_outcomes
 
 CIDER_NEEDS = "needs at least two cases: with one, every word has weight 0"

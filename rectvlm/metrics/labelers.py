@@ -1,0 +1,35 @@
+"""Which labeler reads the findings of reports: the rules of this project, or a trained classifier."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rectvlm.metrics.labeler import RuleLabeler
+
+
+class Labeler(Protocol):
+    """Reads findings from reports."""
+
+    signature: str
+    """Which labeler, for the metrics."""
+
+    def label(self, reports: Sequence[str]) -> NDArray[np.int8]:
+        """States (N, 18), values of `State`, in the order of `labels.FINDINGS`."""
+
+
+def get_labeler(labeler: "str | Path | Labeler" = "rules") -> Labeler:
+    """The labeler of a name: `rules`, or the folder or hub id of a sequence classifier with 18 labels.
+
+    Raises:
+        UserError: the classifier cannot be loaded, or its labels are not the 18 findings.
+    """
+    if not isinstance(labeler, str | Path):
+        return labeler
+    if str(labeler) == "rules":
+        return RuleLabeler()
+    from rectvlm.metrics.classifier import ClassifierLabeler  # Transformers takes seconds to import
+
+    return ClassifierLabeler(labeler)
