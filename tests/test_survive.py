@@ -241,7 +241,7 @@ def test_one_rank_is_asked_to_end_and_all_save(trained: Callable[[int], Path], i
     skipped = {line["step"]: line for line in metrics(folder) if line["skipped"]}
     assert min(skipped) == first
     line = skipped[first]
-    assert line["grad_norm"] == pytest.approx(largest)
+    assert line["grad_norm"] == pytest.approx(largest, rel=0.01)  # a longer run's rates fall more slowly
     assert line["skipped"]["reason"].endswith(f"above train.guard.norm = {limit:g}")
     assert line["skipped"]["in_a_row"] == 1
     assert line["skipped"]["samples"] == [key for rank in traces(folder) for key in rank[first - 1]["samples"]]
