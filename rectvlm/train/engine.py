@@ -22,11 +22,13 @@ import torch.distributed as dist
 from accelerate.accelerator import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
 from bitsandbytes.nn import Linear4bit
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from rectvlm.config import PhaseConfig
 from rectvlm.train import partitions
+from rectvlm.train.extensions import load_alone
 from rectvlm.train.memory import peak_memory_bytes
 from rectvlm.train.sharding import persistence_threshold, read_settings
 from rectvlm.train.zero import Zero
@@ -57,6 +59,13 @@ def _tensors_of(state: Any) -> list[Tensor]:
     """Tensors of a weight's quantization state, with those of its second level."""
     own = [value for value in (state.absmax, state.code, state.offset) if isinstance(value, Tensor)]
     return own + (_tensors_of(state.state2) if state.state2 is not None else [])
+
+
+def _load_extension() -> None:
+    """What DeepSpeed compiles on a CPU when it starts; afterwards it finds it in memory."""
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        load_alone(builder.name, builder.load)
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,7 @@ class Engine:
             name for name in os.environ if name.startswith(("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_"))
         ]:
             del os.environ[name]
+        _load_extension()
         self.accelerator = Accelerator(
             mixed_precision="bf16",
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),

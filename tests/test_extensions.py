@@ -1,0 +1,24 @@
+"""The guard that a killed builder leaves behind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from rectvlm.train.extensions import drop_dead
+
+HOLD = "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('held', flush=True); sys.stdin.read()"
+"""As torch's FileBaton takes it."""
+
+
+def test_a_guard_is_removed_when_its_builder_is_dead_and_not_before(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    assert not drop_dead(lock)
+    builder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert builder.stdout is not None and builder.stdout.readline() == "held\n"
+    assert not drop_dead(lock) and lock.exists()
+    builder.kill()
+    builder.communicate()
+    assert lock.exists()
+    assert drop_dead(lock) and not lock.exists()
