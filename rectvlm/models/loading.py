@@ -17,7 +17,6 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PretrainedConfig
-from transformers.modeling_utils import set_zero3_state
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.hub import cached_file
@@ -129,8 +128,7 @@ def without_memory(config: PretrainedConfig) -> Any:
         UserError: Transformers has no causal LM of that kind.
     """
     try:
-        # ZeRO-3 would be told to shard what has no memory yet.
-        with _parameters_on_meta(), set_zero3_state():
+        with _parameters_on_meta():
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except ValueError as error:
         raise UserError(

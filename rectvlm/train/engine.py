@@ -25,6 +25,7 @@ from bitsandbytes.nn import Linear4bit
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rectvlm.config import PhaseConfig
 from rectvlm.train import partitions
@@ -124,6 +125,8 @@ class Engine:
             log_with=list(trackers) or None,
             project_dir=str(run_folder),
         )
+        # `settle` shards; what Transformers loads, such as the text encoder of the prompts, stays whole.
+        unset_hf_deepspeed_config()
         self._check(ds_config)
         self._settled: Any = None
         self.zero: Zero
