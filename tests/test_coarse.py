@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from data_pipeline.cases import Case, CaseData, case_to_sample
@@ -153,5 +154,6 @@ def test_lobes_of_a_coarse_map_are_never_put_into_words(tiny: Config, monkeypatc
     ]
     batch = collate([replace(sample, lesions=mask, meta=meta) for meta in metas])
     assert batch.regions_known.all()
-    told, coarse = RectVLM._cues(None, batch, batch.labels, batch.lesions, batch.regions_known)  # type: ignore[arg-type]
+    suggested = torch.ones_like(batch.labels)
+    told, coarse = RectVLM._cues(None, batch, suggested, batch.lesions, batch.regions_known)  # type: ignore[arg-type]
     assert "right lower lobe" in told and "lobe" not in coarse and "right lung" in coarse and "zone" in coarse

@@ -29,7 +29,7 @@ NOT_DECIDING = {
     "evaluate/thresholds.py": "makes figures of cases",
     "metrics/__init__.py": "passes names on, which are followed",
     "metrics/classification.py": "makes figures of cases",
-    "metrics/labeler.py": "makes figures of cases",
+    "metrics/labelers.py": "makes figures of cases",
     "metrics/resampling.py": "makes figures of cases",
     "weights/__init__.py": "passes names on, which are followed",
     "weights/references.py": "the language model is in the fingerprint by its contents",

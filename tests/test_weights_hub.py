@@ -207,12 +207,15 @@ def test_ctrl_c_stops_at_once_and_keeps_what_arrived(
         time.sleep(0.3)
         hub.faults.released.set()
 
+    # A shell starts what runs in the background with SIGINT ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     main = threading.get_ident()
     presser = threading.Thread(target=press)
     presser.start()
     with pytest.raises(KeyboardInterrupt):
         pull("small", where=hub.url, repository=REPOSITORY, out=tmp_path / "out")
     presser.join()
+    signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "out" / "model.safetensors").exists()
     hub.sent.clear()
     assert contents(pull("small", where=hub.url, repository=REPOSITORY, out=tmp_path / "out")) == contents(exported)
