@@ -11,7 +11,9 @@ HOLD = "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('hel
 
 
 def test_a_guard_is_removed_when_its_builder_is_dead_and_not_before(tmp_path: Path) -> None:
-    lock = tmp_path / "lock"
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "home").symlink_to(tmp_path / "disk")  # as a home that lies elsewhere
+    lock = tmp_path / "home" / "lock"
     assert not drop_dead(lock)
     builder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -126,7 +126,7 @@ def test_the_peak_is_the_allocators_at_other_sizes(name: str, phase: int, overri
 
 @pytest.mark.slow
 def test_prompts_of_phantoms_are_not_longer_than_the_plan_says() -> None:
-    config = load("demo", ["generator.true_cues=1"])
+    config = load("demo")
     language = load_language_model(config.generator, weights.resolve(config.generator.model))
     prompts = Prompts.embed(weights.resolve(config.text.model), config.text.max_tokens)
     model = RectVLM(config, PHASES[3].parts, prompts, language)

@@ -340,7 +340,7 @@ def test_a_damaged_checkpoint_sends_a_run_back_to_the_one_before(
     code, stderr = finish(start(command, tmp_path))
     assert code == 0, stderr[-4000:]
     assert f"{newest.name} is damaged" in stderr and victim.name in stderr
-    assert f"{before.name}" in stderr
+    assert before.name in stderr
     assert (newest.parent / f"damaged-{newest.name}").is_dir()
     assert comparable(folder) == comparable(unbroken), victim
     assert traces(folder) == traces(unbroken)

@@ -212,10 +212,12 @@ def test_ctrl_c_stops_at_once_and_keeps_what_arrived(
     main = threading.get_ident()
     presser = threading.Thread(target=press)
     presser.start()
-    with pytest.raises(KeyboardInterrupt):
-        pull("small", where=hub.url, repository=REPOSITORY, out=tmp_path / "out")
-    presser.join()
-    signal.signal(signal.SIGINT, before)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pull("small", where=hub.url, repository=REPOSITORY, out=tmp_path / "out")
+        presser.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "out" / "model.safetensors").exists()
     hub.sent.clear()
     assert contents(pull("small", where=hub.url, repository=REPOSITORY, out=tmp_path / "out")) == contents(exported)

@@ -33,7 +33,9 @@ def load_alone(name: str, load: Callable[[], object]) -> None:
 
 def drop_dead(lock: Path) -> bool:
     """Remove torch's guard of a folder if no process has it open, as its builder does; whether it was removed."""
-    if not lock.exists() or any(str(lock) in _open_files(process) for process in psutil.process_iter()):
+    # The kernel names open files without links, such as a home on another disk.
+    real = str(lock.resolve())
+    if not lock.exists() or any(real in _open_files(process) for process in psutil.process_iter()):
         return False
     log.warning("%s was left by a process that died; it is removed", lock)
     lock.unlink(missing_ok=True)
