@@ -1,6 +1,6 @@
 """What the trainer costs beside the model: its whole loop against a bare PyTorch loop, step by step.
 
-    python -m benchmarks.overhead [--size demo] [--phases 1 2] [--steps 20] [--warmup 3] [--out DIR]
+    python -m benchmarks.overhead [--size demo] [--phases 1 2] [--micro-batch 1 8] [--steps 20] [--warmup 3] [--out DIR]
 
 One process trains the same model twice, side by side, on the same batches, which lie in memory. Before every step of
 the trainer a step of each of the others is taken and timed, in turn, so that whatever else the machine does meets all
@@ -75,8 +75,9 @@ class Together:
             torch.cuda.synchronize(self.device)
 
 
-def measure(size: str, number: int, steps: int, warmup: int, work: Path) -> dict[str, Any]:
-    """Figures of one phase, with random weights: what they are changes nothing in what is computed."""
+def measure(size: str, number: int, micro_batch: int, steps: int, warmup: int, work: Path) -> dict[str, Any]:
+    """Figures of one phase at a number of cases a step, with random weights: what they are changes nothing in what is
+    computed."""
     from rectvlm.config import load
     from rectvlm.data.augment import augment
     from rectvlm.data.loader import train_loader
@@ -92,7 +93,8 @@ def measure(size: str, number: int, steps: int, warmup: int, work: Path) -> dict
     shards, phase = work / "shards", PHASES[number]
     # One step more: the trainer's time of a step ends when it asks for the next batch.
     count, key = warmup + steps + 1, f"train.phases.{number}"
-    short = [f"{key}.{name}={value}" for name, value in (("steps", count), ("accumulation", 1), ("save_every", 10**9))]
+    chosen = {"steps": count, "micro_batch": micro_batch, "accumulation": 1, "save_every": 10**9}
+    short = [f"{key}.{name}={value}" for name, value in chosen.items()]
     quiet = [f"{key}.validation.every=0", f"{key}.ema=0", "train.guard.patience=1000000"]
     config = load(size, [f"data.shards={shards}", f"train.runs={work / 'runs'}", "data.workers=0", *short, *quiet])
     settings, folder = phase.settings(config), work / "runs" / phase.folder
@@ -126,7 +128,7 @@ def measure(size: str, number: int, steps: int, warmup: int, work: Path) -> dict
         train(engine, together, phase, config, folder, [], Position(0, 0), signals)
     engine.close()
     kept = {name: times[warmup : warmup + steps] for name, times in together.seconds.items()}
-    return {"size": size, "phase": number} | compare(kept)
+    return {"size": size, "phase": number, "micro_batch": micro_batch} | compare(kept)
 
 
 def compare(seconds: dict[str, list[float]]) -> dict[str, Any]:
@@ -152,7 +154,8 @@ def to_markdown(result: dict[str, Any]) -> str:
         "taken just before it (median over the steps, quartiles in brackets). `bare` is PyTorch alone, `engine` adds "
         f"DeepSpeed, `trainer` is the whole loop. At most {MOST:.0%} against `bare` is what is asked for.\n\n"
     )
-    lines = ["| size | phase | steps | bare | engine | trainer | against bare | against engine |", f"|{'---|' * 8}"]
+    columns = ["size", "phase", "micro-batch", "steps", "bare", "engine", "trainer", "against bare", "against engine"]
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in result["rows"]:
         seconds = " | ".join(f"{row['seconds'][name]:.4f}" for name in ("bare", "engine", "trainer"))
         shares = " | ".join(
@@ -160,7 +163,8 @@ def to_markdown(result: dict[str, Any]) -> str:
             f"{row['overhead'][name]['quartiles'][1]:+.1%})"
             for name in ("bare", "engine")
         )
-        lines.append(f"| {row['size']} | {row['phase']} | {row['steps']} | {seconds} | {shares} |")
+        what = f"{row['size']} | {row['phase']} | {row['micro_batch']} | {row['steps']}"
+        lines.append(f"| {what} | {seconds} | {shares} |")
     return head + "\n".join(lines) + "\n"
 
 
@@ -177,13 +181,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console, begin = Console(stderr=True), time.monotonic()
     rows = []
     try:
-        for number in options.phases:
+        for number, micro_batch in itertools.product(options.phases, options.micro_batch):
             with tempfile.TemporaryDirectory(prefix="rectvlm-bench-") as work:
                 make_shards(options.size, Path(work) / "shards")
                 # A process holds one engine in its life.
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                    task = fresh.submit(measure, options.size, number, options.steps, options.warmup, Path(work))
-                    rows.append(task.result())
+                    what = (options.size, number, micro_batch, options.steps, options.warmup, Path(work))
+                    rows.append(fresh.submit(measure, *what).result())
     except (UserError, LaunchFailed) as error:
         console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 1
@@ -205,12 +209,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--size", default="demo", help="name of a configuration (default demo)")
     parser.add_argument("--phases", type=int, nargs="+", choices=(1, 2), default=[1, 2], metavar="N")
+    parser.add_argument(
+        "--micro-batch", type=int, nargs="+", default=[1, 8], metavar="N", help="cases of a step (default 1 and 8)"
+    )
     parser.add_argument("--steps", type=int, default=20, help="steps that count (default 20)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (default 3)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     options = parser.parse_args(arguments)
-    if min(options.steps, options.warmup) < 1:
-        parser.error("--steps and --warmup must be at least 1")
+    if min(options.steps, options.warmup, *options.micro_batch) < 1:
+        parser.error("--steps, --warmup and --micro-batch must be at least 1")
     return options
 
 

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".nii.gz", ".nii")
 FAILED = "failed.jsonl"
+SUMMARY, PAGE, MASK, REPORT = "findings.json", "index.html", "lesions.nii.gz", "report.txt"
+"""Files of a case's folder; it holds no others."""
 BITS_NOTE = "bits: " + ", ".join(f"{1 << lesion.bit} {lesion.key}" for lesion in LESIONS)
 
 
@@ -84,17 +86,21 @@ def predict(source: str | Path, checkpoint: str | Path, out: str | Path, device:
         The folders of the cases.
 
     Raises:
-        UserError: nothing to read, no such checkpoint, a single file that cannot be used, or no usable one in a folder.
+        UserError: nothing to read, no such checkpoint, a single file that cannot be used, no usable one in a folder, or
+            a result's folder that exists and holds something else.
     """
     source, out = Path(source), Path(out)
     files = find_volumes(source, leave_out=out)
+    names = case_names(files)
+    for name in names:
+        _refuse_to_replace(out / name)
     folder = checkpoints.find(checkpoint, "train first, or give a run's phase folder")
     model, config = checkpoints.load_model(folder, device)
     reader = _Reader(model, config, folder, checkpoints.read_state(folder).step, read_thresholds(folder))
     done: list[Path] = []
     failed: list[dict[str, str]] = []
     out.mkdir(parents=True, exist_ok=True)
-    for name, file in zip(case_names(files), files, strict=True):
+    for name, file in zip(names, files, strict=True):
         try:
             case = _predict_one(reader, name, file)
         except UserError as error:
@@ -105,7 +111,7 @@ def predict(source: str | Path, checkpoint: str | Path, out: str | Path, device:
             _write_failed(out, failed)
             continue
         done.append(_write_case(reader, case, out))
-        log.info("%d of %d: %s", len(done) + len(failed), len(files), done[-1] / "index.html")
+        log.info("%d of %d: %s", len(done) + len(failed), len(files), done[-1] / PAGE)
     if not failed:
         (out / FAILED).unlink(missing_ok=True)
     if not done:
@@ -114,7 +120,8 @@ def predict(source: str | Path, checkpoint: str | Path, out: str | Path, device:
 
 
 def find_volumes(source: Path, leave_out: Path) -> list[Path]:
-    """The NIfTI files that a path means, sorted; those below `leave_out` are earlier results.
+    """The NIfTI files that a path means, sorted; those below `leave_out` are earlier results, or, where that is the path
+    itself, those in the folder of a case.
 
     Raises:
         UserError: no such path, or a folder without a NIfTI file.
@@ -125,7 +132,10 @@ def find_volumes(source: Path, leave_out: Path) -> list[Path]:
         raise UserError(f"{source} does not exist: give a CT (.nii or .nii.gz) or a folder of them.")
     results = leave_out.resolve()
     found = [path for path in sorted(source.rglob("*")) if path.name.lower().endswith(SUFFIXES) and path.is_file()]
-    found = [path for path in found if results == source.resolve() or results not in path.resolve().parents]
+    if results == source.resolve():
+        found = [path for path in found if not _is_result(path.parent)]
+    else:
+        found = [path for path in found if results not in path.resolve().parents]
     if not found:
         raise UserError(
             f"No .nii or .nii.gz in {source}: convert DICOM series to NIfTI first, for example with dcm2niix."
@@ -155,6 +165,27 @@ def canonical_view(array: NDArray[Any], affine: Affine) -> tuple[NDArray[Any], A
     """
     turn = ornt_transform(io_orientation(affine), axcodes2ornt(("S", "P", "L")))
     return apply_orientation(array, turn), affine @ inv_ornt_aff(turn, array.shape)
+
+
+def _is_result(folder: Path) -> bool:
+    """Whether this is a case's folder as it is written here, and nothing but that."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    held = {path.name for path in folder.iterdir()}
+    return SUMMARY in held and held <= {SUMMARY, PAGE, MASK, REPORT}
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    """Stop before a folder that is not an earlier result is replaced: the CT itself may lie in it.
+
+    Raises:
+        UserError: it exists and holds other files, or lacks those of a result.
+    """
+    if (folder.exists() or folder.is_symlink()) and not _is_result(folder):
+        raise UserError(
+            f"{folder} would be replaced by a case's results, but it is not an earlier result: expected a new name or "
+            f"a folder with {SUMMARY} and only the files of a case. Choose another --out, or move it away."
+        )
 
 
 def _stem(file: Path) -> str:
@@ -228,13 +259,14 @@ def _write_case(reader: _Reader, case: _Case, out: Path) -> Path:
     folder, work = out / case.name, out / f".{case.name}.{os.getpid()}.tmp"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    (work / "findings.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (work / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if case.lesions is not None:
-        save_mask(case.lesions, case.volume.affine, work / "lesions.nii.gz")
+        save_mask(case.lesions, case.volume.affine, work / MASK)
     if case.report is not None:
         note = f"Generated by rectvlm from {Path(case.volume.where).name}. {DISCLAIMER}"
-        (work / "report.txt").write_text(f"{case.report.strip()}\n\n[{note}]\n", encoding="utf-8")
-    (work / "index.html").write_text(render(view), encoding="utf-8")
+        (work / REPORT).write_text(f"{case.report.strip()}\n\n[{note}]\n", encoding="utf-8")
+    (work / PAGE).write_text(render(view), encoding="utf-8")
+    _refuse_to_replace(folder)
     if folder.exists():
         shutil.rmtree(folder)
     work.rename(folder)

@@ -43,8 +43,8 @@ def test_every_step_is_timed_beside_one_of_each_other() -> None:
 
 
 def test_the_page_names_what_is_compared() -> None:
-    row = {"size": "demo", "phase": 1} | compare({"bare": [1.0], "engine": [1.0], "trainer": [1.02]})
+    row = {"size": "demo", "phase": 1, "micro_batch": 8} | compare({"bare": [1.0], "engine": [1.0], "trainer": [1.02]})
     machine = {"cpu": "A CPU", "cores": 2, "memory_gb": 4, "gpus": []}
     page = to_markdown({"date": "today", "machine": machine, "versions": {}, "seconds": 1.0, "rows": [row]})
-    assert "| demo | 1 | 1 | 1.0000 | 1.0000 | 1.0200 | +2.0% (+2.0% to +2.0%) |" in page
+    assert "| demo | 1 | 8 | 1 | 1.0000 | 1.0000 | 1.0200 | +2.0% (+2.0% to +2.0%) |" in page
     assert "At most 3%" in page

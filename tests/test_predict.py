@@ -221,6 +221,32 @@ def test_bad_inputs_give_one_clear_sentence(tiny_run, phantoms, tmp_path):
         predict.predict(tmp_path / "gone.nii", tiny_run(1), tmp_path / "out", device="cpu")
 
 
+def test_no_input_is_replaced_by_its_result(tiny_run, phantoms, tmp_path):
+    """The folder of a case may be the very one that its CT lies in, or that of another's DICOM files."""
+    phantom = phantoms(1)
+    (tmp_path / "P001").mkdir()
+    file = write_nifti(phantom.hu, phantom.affine, tmp_path / "P001" / "P001.nii.gz")
+    before = file.read_bytes()
+    for source in (tmp_path, file):
+        with pytest.raises(UserError, match="P001 would be replaced"):
+            predict.predict(source, tiny_run(1), tmp_path, device="cpu")
+    assert file.read_bytes() == before
+
+    (tmp_path / "P002").mkdir()
+    (tmp_path / "P002" / "slice1.dcm").write_bytes(b"dicom")
+    beside = shutil.move(file, tmp_path / "P002.nii.gz")
+    with pytest.raises(UserError, match="P002 would be replaced"):
+        predict.predict(tmp_path, tiny_run(1), tmp_path, device="cpu")
+    assert (tmp_path / "P002" / "slice1.dcm").read_bytes() == b"dicom"
+
+    # Results beside the CTs: an earlier one is replaced, and its mask is not taken for a CT.
+    shutil.rmtree(tmp_path / "P002")
+    for _ in range(2):
+        assert predict.predict(tmp_path, tiny_run(2), tmp_path, device="cpu") == [tmp_path / "P002"]
+        assert (tmp_path / "P002" / "lesions.nii.gz").exists()
+    assert beside.read_bytes() == before
+
+
 def test_equal_file_names_get_different_folders(tmp_path):
     files = [
         tmp_path / "a" / "ct.nii.gz",
