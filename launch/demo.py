@@ -170,7 +170,7 @@ def _show_step(stage: Stage, begin: float, progress: Progress, bar: Any) -> None
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     if lines:
         last = json.loads(lines[-1])
-        text = f"step {last['step']} of {stage.steps}, loss {last['loss']:.3f}"
+        text = f"step {last['step']} of {stage.steps}, loss {_figure(last['loss'])}"
         progress.update(bar, completed=last["step"], description=text)
 
 
@@ -224,6 +224,11 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def _figure(value: float | None) -> str:
+    """As it is shown; a step that was skipped may have no loss."""
+    return "–" if value is None else f"{value:.3f}"
+
+
 def _main_figures(figures: dict[str, Any]) -> dict[str, Any]:
     lesions = (figures["localization"] or {"per_lesion": {}})["per_lesion"]
     reports = figures["reports"] or {}
@@ -247,7 +252,7 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
     for column in ("phase", "steps", "loss, first", "loss, last", "seconds"):
         trained.add_column(column, justify="right")
     for row in summary["phases"]:
-        losses = f"{row['loss_first']:.3f}", f"{row['loss_last']:.3f}"
+        losses = _figure(row["loss_first"]), _figure(row["loss_last"])
         trained.add_row(str(row["phase"]), str(row["steps"]), *losses, f"{row['seconds']:.0f}")
     figures = {"findings, macro AUROC": evaluation["macro"]["auroc"], "findings, macro F1": evaluation["macro"]["f1"]}
     figures |= {f"Dice, {key.replace('_', ' ')}": value for key, value in evaluation["dice"].items()}
@@ -257,7 +262,7 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
     cases = f"{evaluation['n_cases']} cases of the {evaluation['split']} split"
     evaluated = Table(title=cases, title_justify="left", show_header=False)
     for name, value in figures.items():
-        evaluated.add_row(name, "–" if value is None else f"{value:.3f}")
+        evaluated.add_row(name, _figure(value))
     return [trained, evaluated]
 
 

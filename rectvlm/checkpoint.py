@@ -14,8 +14,8 @@ An exported model (`rectvlm.pretrained`) is read by the same functions, so whate
 """
 
 import json
+import logging
 import platform
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -33,9 +33,11 @@ from rectvlm import pretrained, weights, whole
 from rectvlm.config import PARTS, Config, Part, load
 from rectvlm.data.store import atomic_file
 from rectvlm.models import RectVLM
-from rectvlm.models.language import load_language_model
+from rectvlm.models.language import device_of, load_language_model
 from rectvlm.models.text import Prompts
 from rectvlm.types import UserError
+
+log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=RectVLM)
 
@@ -78,10 +80,14 @@ def versions(*more: str) -> dict[str, str]:
 
 def saved_names(model: nn.Module) -> list[str]:
     """Names of what a checkpoint holds: parameters that may train, the prompt embeddings, the encoder's atlas."""
-    kept = [
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad] + saved_buffers(model)
+
+
+def saved_buffers(model: nn.Module) -> list[str]:
+    """Names of the buffers that no configuration gives back, here and in an exported model: prompts and the atlas."""
+    return [
         f"{part}.{name}" for part in ("prompts", "encoder") for name, _ in model.get_submodule(part).named_buffers()
     ]
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad] + kept
 
 
 def write(folder: Path, tensors: dict[str, Tensor], config: Config, state: State) -> list[Path]:
@@ -97,18 +103,27 @@ def step_folder(phase_folder: Path, step: int) -> Path:
     return phase_folder / "checkpoints" / f"step-{step:06d}"
 
 
+def step_folders(phase_folder: Path) -> list[Path]:
+    """Checkpoints of a phase, whole or damaged, oldest first; a folder with another name, as a copy, is none."""
+    found = [path for path in phase_folder.glob("checkpoints/step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def all_checkpoints(phase_folder: Path) -> list[Path]:
-    """Whole checkpoints of a phase, oldest first."""
-    found = [path.parent for path in phase_folder.glob(f"checkpoints/step-*/{STATE}")]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
+    """Checkpoints of a phase that can be read, oldest first."""
+    return [folder for folder in step_folders(phase_folder) if (folder / STATE).is_file()]
 
 
 def prune(phase_folder: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints and the best."""
+    """Remove all but the newest checkpoints and the best. One that cannot be removed stays, with a warning: that is no
+    reason to end a run."""
     spared = best(phase_folder)
     for folder in all_checkpoints(phase_folder)[:-keep]:
         if folder != spared:
-            shutil.rmtree(folder)
+            try:
+                whole.remove(folder)
+            except OSError as error:
+                log.warning("%s could not be removed (%s)", folder, error)
 
 
 def best(phase_folder: Path) -> Path | None:
@@ -298,10 +313,11 @@ def load_as(
     checkpoint = find(folder, "train first, for example `accelerate launch launch/phase1.py`")
     config, tensors = read_config(checkpoint), read_weights(checkpoint, parts)
     parts = read_state(checkpoint).parts if parts is None else parts
+    device = device_of(device)
     language = None
     if "generator" in parts:
-        language = load_language_model(config.generator, weights.resolve(language_model or config.generator.model))
+        reference = weights.resolve(language_model or config.generator.model)
+        language = load_language_model(config.generator, reference, device)
     model = kind(config, parts, prompts_of(tensors, checkpoint), language)
     load_weights(model, tensors, saved_names(model), checkpoint)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval().to(device), config

@@ -28,7 +28,7 @@ from rectvlm import models, pretrained, weights
 from rectvlm.card import HUB_ID, model_card
 from rectvlm.checkpoint import THRESHOLDS, State
 from rectvlm.config import PARTS, Config, Part
-from rectvlm.models.language import load_language_model
+from rectvlm.models.language import device_of, load_language_model
 from rectvlm.models.skeleton import skeleton
 from rectvlm.pretrained import Training
 from rectvlm.types import UserError
@@ -71,7 +71,7 @@ class RectVLM(models.RectVLM):
             token: of the Hub, by default that of the login.
 
         Raises:
-            UserError: nothing there, no access, or weights that do not fit.
+            UserError: nothing there, no access, parts that would answer differently alone, or weights that do not fit.
         """
         folder = locate(reference, revision, parts, cache_dir, token)
         state = checkpoints.read_state(folder)
@@ -191,14 +191,15 @@ def load_part(
     if part not in state.parts:
         raise UserError(f"{folder} has no {part}: it holds {', '.join(state.parts)}.")
     tensors = checkpoints.read_weights(folder, [part])
+    device = device_of(device)
     language = None
     if part == "generator":
-        language = load_language_model(config.generator, weights.resolve(config.generator.model))
+        language = load_language_model(config.generator, weights.resolve(config.generator.model), device)
     needed = [name for name in PARTS if name in ("encoder", "classifier", part)]
     model = models.RectVLM(config, needed, checkpoints.prompts_of(tensors, folder), language)
     expected = [name for name in portable_names(model) if name.partition(".")[0] in (part, "prompts")]
     checkpoints.load_weights(model, tensors, expected, folder)
-    return model.get_submodule(part).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.get_submodule(part).eval().to(device)
 
 
 def portable_names(model: models.RectVLM) -> list[str]:
@@ -208,7 +209,7 @@ def portable_names(model: models.RectVLM) -> list[str]:
         for name, _ in model.named_parameters()
         if not name.startswith(pretrained.LANGUAGE_MODEL) or ".lora_" in name
     ]
-    return trained + [f"prompts.{name}" for name, _ in model.prompts.named_buffers()]
+    return trained + checkpoints.saved_buffers(model)
 
 
 def locate(
@@ -272,6 +273,12 @@ def _check_parts(parts: Sequence[Part], there: Sequence[Part], folder: Path) -> 
         )
     if "generator" in parts and "localizer" not in parts:
         raise UserError("parts with the generator need the localizer too: its prompt carries the lesions.")
+    informs = checkpoints.read_config(folder).localizer.informs
+    if informs and "localizer" in there and "localizer" not in parts:
+        raise UserError(
+            f"The localizer of {folder} is a summand of its findings (localizer.informs), so without it the classifier "
+            "would answer differently: add the localizer to parts."
+        )
 
 
 def _own(model: nn.Module) -> dict[str, Tensor]:

@@ -31,16 +31,15 @@ def settle(path: Path) -> FileEntry:
 
 
 def seal(work: Path, files: Mapping[str, FileEntry], target: Path) -> None:
-    """Give a folder whose files are settled its manifest and its name, which takes the place of one that was there.
+    """Give a folder whose files are settled its manifest and its name, which no other has yet.
 
     Raises:
-        OSError: there is no room, or the disk failed.
+        OSError: there is no room, the disk failed, or the name is taken: a whole checkpoint is never written over.
     """
     manifest.write(work, manifest.Manifest(dict(sorted(files.items()))))
     settle(work / manifest.FILE)
     for folder in [path for path in work.rglob("*") if path.is_dir()] + [work]:
         _settle_folder(folder)
-    shutil.rmtree(target, ignore_errors=True)
     work.rename(target)
     _settle_folder(target.parent)
 
@@ -91,6 +90,22 @@ def _fault(path: Path, name: str, entry: FileEntry) -> str | None:
         return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read ({error})"
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, which is none any more from the first moment: a kill leaves no half one.
+
+    Raises:
+        OSError: the disk failed, or another process holds its files (NFS).
+    """
+    gone = unfinished(folder)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def unfinished(folder: Path) -> Path:
+    """The name of a checkpoint while it is written or deleted."""
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def set_aside(folder: Path) -> Path:

@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import write_nifti
 from rich.console import Console
+from rich.progress import Progress
 
-from launch.demo import SAMPLE, Done, Stage, StageFailed, main, plan, result_tables, run_stage, summarize
+from launch.demo import SAMPLE, Done, Stage, StageFailed, _show_step, main, plan, result_tables, run_stage, summarize
 from rectvlm.data.phantom import make_phantom
 from rectvlm.evaluate import evaluate
 from rectvlm.predict import predict
@@ -113,6 +115,17 @@ def test_the_summary_says_what_the_run_wrote(demo_folder: Path) -> None:
     console = Console(record=True, width=100, file=io.StringIO())
     console.print(*result_tables(summary))
     assert f"{phase['loss_last']:.3f}" in console.export_text()
+    phase["loss_last"] = None  # its steps were skipped
+    console.print(*result_tables(summary))
+
+
+def test_a_step_without_a_loss_is_shown(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 3, "loss": None}) + "\n")
+    shown = Progress(console=Console(file=io.StringIO()))
+    bar = shown.add_task("phase 1", total=8)
+    _show_step(Stage("phase 1", (), 1, 8, path), time.monotonic() - 60, shown, bar)
+    assert shown.tasks[0].description == "step 3 of 8, loss –"
 
 
 def test_the_check_of_continuous_integration_sees_what_is_missing(demo_folder: Path) -> None:

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 import rectvlm
 from rectvlm import RectVLM, checkpoint, cli, hub, models, predict, pretrained, weights
-from rectvlm.config import Config
+from rectvlm.config import Config, Part, load
 from rectvlm.labels import FINDINGS
+from rectvlm.models import language
 from rectvlm.models.language import quantization
 from rectvlm.models.skeleton import skeleton
 from rectvlm.types import UserError
@@ -179,6 +180,62 @@ def test_parts_load_alone(copied: EXPORTED, runs: EXPORTED, whole: RectVLM) -> N
         assert type(module) is type(whole.get_submodule(part))
         assert names
         assert pretrained.differing(own(module, names), own(whole.get_submodule(part), names)) == []
+
+
+def altered(source: Path, parts: tuple[Part, ...], setting: str, run: Path) -> RectVLM:
+    """A model with another setting than `tiny`, with its checkpoint in the folder `run`; prompts are of `source`."""
+    config = load("tiny", [setting])
+    model = RectVLM(config, parts, checkpoint.prompts_of(checkpoint.read_weights(source), source))
+    if model.encoder.atlas is not None:
+        model.encoder.draw_atlas(torch.randint(-1000, 400, config.data.grid) for _ in range(config.encoder.atlas))
+    run.mkdir()
+    state = checkpoint.State(len(parts) - 1, parts, 0, 0, 1, checkpoint.versions())
+    checkpoint.write(run, own(model, checkpoint.saved_names(model)), config, state)
+    return model
+
+
+def test_the_atlas_travels_with_the_encoder(runs: EXPORTED, tmp_path: Path) -> None:
+    model = altered(runs(2), ("encoder", "classifier", "localizer"), "encoder.atlas=2", tmp_path / "run")
+    atlas = model.encoder.atlas
+    assert atlas is not None
+    assert atlas.any()
+    for folder in (
+        tmp_path / "run",
+        hub.export(tmp_path / "run", tmp_path / "exported"),
+        model.save_pretrained(tmp_path / "saved"),
+    ):
+        alone, in_model = hub.load_part(folder, "encoder", "cpu"), RectVLM.from_pretrained(folder, "cpu").encoder
+        assert torch.equal(alone.get_buffer("atlas"), atlas)
+        assert torch.equal(in_model.get_buffer("atlas"), atlas)
+        hub.load_part(folder, "localizer", "cpu")
+
+
+def test_findings_that_the_localizer_informs_need_it(runs: EXPORTED, tmp_path: Path) -> None:
+    """Without it a summand of the logits would be missing, and nothing would say so."""
+    two: tuple[Part, ...] = ("encoder", "classifier")
+    model = altered(runs(2), (*two, "localizer"), "localizer.informs=true", tmp_path / "run")
+    for folder in (tmp_path / "run", model.save_pretrained(tmp_path / "saved")):
+        with pytest.raises(UserError, match=r"localizer\.informs.*add the localizer to parts") as caught:
+            RectVLM.from_pretrained(folder, "cpu", parts=two)
+        assert "\n" not in str(caught.value)
+        assert RectVLM.from_pretrained(folder, "cpu", parts=(*two, "localizer")).localizer is not None
+    altered(runs(1), two, "localizer.informs=true", tmp_path / "before")
+    assert RectVLM.from_pretrained(tmp_path / "before", "cpu", parts=two).localizer is None
+
+
+def test_the_language_model_goes_where_it_is_asked_to(
+    runs: EXPORTED, exported: EXPORTED, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not to the default device first, which on every rank of an evaluation is the first GPU."""
+    run, folder = runs(3), exported(3)
+
+    def refuse(_: Any) -> torch.device:
+        raise AssertionError("no one asked for the default device")
+
+    monkeypatch.setattr(language, "_default_device", refuse)
+    assert checkpoint.load_model(run, "cpu")[0].generator is not None
+    assert RectVLM.from_pretrained(folder, "cpu").generator is not None
+    hub.load_part(folder, "generator", "cpu")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
 """Order, split, resume: every sample once an epoch, on any number of ranks, from any point on."""
 
+import multiprocessing
+import os
+import signal
+import threading
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -82,6 +86,32 @@ def test_a_resumed_loader_gives_the_next_batch(data: DataConfig) -> None:
 def test_worker_processes_give_the_same_batches(data: DataConfig) -> None:
     with_workers = first(data.model_copy(update={"workers": 2}), 4)
     assert all(same(a, b) for a, b in zip(with_workers, first(data, 4), strict=True))
+
+
+def test_a_signal_while_workers_start_is_left_to_the_parent(data: DataConfig) -> None:
+    """They import for seconds; a launcher's signal goes to them too, and the step at hand needs its batches."""
+    sent: set[int] = set()
+    done = threading.Event()
+
+    def signal_all_new() -> None:
+        while not done.wait(0.005):
+            for worker in multiprocessing.active_children():
+                if worker.pid is not None and worker.pid not in sent:
+                    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                        os.kill(worker.pid, number)
+                    sent.add(worker.pid)
+
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    thread = threading.Thread(target=signal_all_new)
+    thread.start()
+    try:
+        found = first(data.model_copy(update={"workers": 2}), 4)
+    finally:
+        done.set()
+        thread.join()
+    assert len(sent) == 2
+    assert all(same(a, b) for a, b in zip(found, first(data, 4), strict=True))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
 
 
 @pytest.mark.parametrize("workers", [0, 1])

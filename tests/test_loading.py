@@ -23,7 +23,7 @@ from transformers import (
 
 from rectvlm import weights
 from rectvlm.config import Config, GeneratorConfig
-from rectvlm.models.language import load_language_model, quantization
+from rectvlm.models.language import device_of, load_language_model, quantization
 from rectvlm.models.loading import Checkpoint, fill, is_complete, with_packed_layers, without_memory
 from rectvlm.types import UserError
 from tests.launches import TWO, environment, metrics, run, settings
@@ -141,6 +141,78 @@ def test_a_damaged_or_unfit_checkpoint_is_one_sentence(tiny: Config, llama: str,
         with pytest.raises(UserError, match=said) as caught:
             load_language_model(tiny.generator, tmp_path)
         assert "\n" not in str(caught.value)
+
+
+def sharded(llama: str, folder: Path) -> list[Path]:
+    """The same model in several files; these."""
+    AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="100KB")
+    AutoTokenizer.from_pretrained(llama).save_pretrained(folder)
+    files = sorted(folder.glob("model-*.safetensors"))
+    assert len(files) > 1
+    return files
+
+
+def test_a_file_that_the_index_names_must_be_there(tiny: Config, llama: str, tmp_path: Path) -> None:
+    gone = sharded(llama, tmp_path)[1]
+    gone.unlink()
+    with pytest.raises(UserError) as caught:
+        load_language_model(tiny.generator, tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(said in message for said in (str(tmp_path), gone.name, "rectvlm weights pull"))
+
+
+def test_the_index_decides_what_is_read(llama: str, tmp_path: Path) -> None:
+    """On the Hub a variant of the weights may lie beside the shards, and an index may name the single file alone."""
+    files = sharded(llama, tmp_path)
+    shutil.copyfile(files[0], tmp_path / "model.safetensors")
+    found = Checkpoint.open(str(tmp_path))
+    assert found is not None
+    assert set(found.files.values()) == {str(file) for file in files}
+    shutil.copyfile(Path(llama) / "model.safetensors", tmp_path / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(found.files, "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = Checkpoint.open(str(tmp_path))
+    assert found is not None
+    assert set(found.files.values()) == {str(tmp_path / "model.safetensors")}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "none"])
+def test_without_safetensors_transformers_loads_to_the_device_asked_for(
+    tiny: Config, llama: str, kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+    plain = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    torch.save(plain.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    places: list[Any] = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def noted(*args: Any, **options: Any) -> Any:
+        places.append(options["device_map"])
+        return load(*args, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
+    config = tiny.generator.model_copy(update={"quantization": kind})
+    cpu, ids = torch.device("cpu"), torch.randint(5, 500, (1, 20))
+    found = load_language_model(config, tmp_path, cpu).model.eval()
+    load_language_model(config, tmp_path, cpu, settle=lambda _: None)
+    assert places == [cpu, None]  # an engine places the model itself
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, load_language_model(config, llama).model.eval()(ids).logits)
+
+
+def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert [str(device_of(asked)) for asked in (None, "cuda", "cuda:1", torch.device("cpu"))] == [
+        "cuda:3",
+        "cuda:3",
+        "cuda:1",
+        "cpu",
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert str(device_of(None)) == "cpu"
 
 
 @pytest.mark.slow

@@ -57,6 +57,19 @@ def test_rates_warm_up_and_fall_to_the_last(tiny: Config) -> None:
     assert middle == pytest.approx(0.55, abs=1e-3)
 
 
+def test_with_another_number_of_ranks_the_schedule_goes_on_where_its_samples_are(tiny: Config, model: TwoParts) -> None:
+    """Half of an epoch on two ranks, and the rest in twice as many steps on one."""
+    phase = tiny.train.phases[1].model_copy(update={"steps": 100, "warmup": 0, "final_lr": 0.0, "unfreeze": []})
+    groups = build_optimizer(model, tiny.train, phase).param_groups
+    before = set_rates(groups, 49, phase)["encoder"]
+    more = phase.model_copy(update={"steps": 150})
+    rates = [set_rates(groups, step, more, scheduled=100 + step - 50)["encoder"] for step in range(50, 150)]
+    assert rates[0] == pytest.approx(before, rel=0.03)
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+    assert all(a >= b for a, b in pairwise([before, *rates]))
+    assert set_rates(groups, 50, phase, scheduled=50.0) == set_rates(groups, 50, phase)
+
+
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 5), (4, 4), (3, 2)])
 def test_short_runs_have_sound_rates(tiny: Config, steps: int, warmup: int) -> None:
     phase = tiny.train.phases[1].model_copy(update={"steps": steps, "warmup": warmup})

@@ -96,6 +96,38 @@ def test_the_job_for_skypilot() -> None:
     assert "launch/accelerate/nodes.yaml" in job["run"] and "--resume auto" in job["run"]
 
 
+def stand_in(folder: Path, name: str, text: str) -> None:
+    """A program of a name, first on the path of what is run in a folder."""
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin" / name).write_text(text)
+    (folder / "bin" / name).chmod(0o755)
+
+
+def test_a_spot_machine_goes_on_after_a_phase_that_ended_as_it_was_asked_to(tmp_path: Path) -> None:
+    """A launcher that received a signal fails, whatever its ranks came to; their own word counts."""
+    (tmp_path / "rectvlm/bin").mkdir(parents=True)
+    (tmp_path / "rectvlm/bin/activate").touch()
+    endings = {1: Exit.FINISHED, 2: Exit.RESUME}
+    told = "\n".join(
+        f'case "$*" in *phase{phase}.py*) echo \'{{"code": {code:d}}}\' >"$RUNS/tiny/phase{phase}/ending.json" ;; esac'
+        for phase, code in endings.items()
+    )
+    stand_in(tmp_path, "accelerate", f'#!/bin/sh\necho "$*" >>"$RUNS/launched"\n{told}\nexit 1\n')
+    for phase in (1, 2, 3):
+        (tmp_path / f"runs/tiny/phase{phase}").mkdir(parents=True)
+    job = yaml.safe_load((CHECKOUT / "launch/sky/train.yaml").read_text())
+    variables = {"HOME": str(tmp_path), "RUNS": str(tmp_path / "runs"), "CONFIG": "tiny", "NAME": "", "ARGUMENTS": ""}
+    variables |= {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "PHASES": "1 2 3"}
+    variables |= {f"SKYPILOT_{name}": "1" for name in ("NUM_NODES", "NUM_GPUS_PER_NODE", "NODE_IPS")}
+    script = job["run"].replace("/runs", variables["RUNS"])
+    done = subprocess.run(
+        ["bash", "-c", script], env=variables | {"SKYPILOT_NODE_RANK": "0"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == Exit.RESUME, done.stdout + done.stderr
+    launched = (tmp_path / "runs/launched").read_text().splitlines()
+    assert ["phase1.py" in launched[0], "phase2.py" in launched[1], len(launched)] == [True, True, 2]
+
+
 # Two machines
 
 
@@ -254,6 +286,7 @@ class Slurm:
     shards: Path
     queue: Path
     jobs: list["subprocess.Popen[str]"] = field(default_factory=list)
+    phases: str = "1"
 
     def start(self, steps: int, restarts: int = 0, *more: str) -> "subprocess.Popen[str]":
         """The script on the first of two nodes with a process each."""
@@ -270,7 +303,7 @@ class Slurm:
             "CONFIG": "tiny",
             "NAME": "trial",
             "RUNS": str(self.folder / "runs"),
-            "PHASES": "1",
+            "PHASES": self.phases,
             "MOST_RESTARTS": "2",
         }
         size = (f"data.shards={self.shards}", f"train.phases.1.steps={steps}", "train.phases.1.save_every=4")
@@ -300,10 +333,8 @@ class Slurm:
 
 @pytest.fixture
 def slurm(tmp_path: Path, phantom_shards: Path) -> Iterator[Slurm]:
-    (tmp_path / "bin").mkdir()
     for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
+        stand_in(tmp_path, name, text)
     found = Slurm(tmp_path, phantom_shards, tmp_path / "queue")
     yield found
     for job in found.jobs:
@@ -314,6 +345,24 @@ def slurm(tmp_path: Path, phantom_shards: Path) -> Iterator[Slurm]:
 def result(job: "subprocess.Popen[str]") -> tuple[int, str]:
     stdout, stderr = job.communicate(timeout=TIMEOUT)
     return job.returncode, stdout + stderr
+
+
+def test_a_job_goes_back_for_its_other_phases_when_the_notice_comes_at_the_end_of_one(slurm: Slurm) -> None:
+    """The launchers fail, since they were asked to end; the ranks have finished, and say so."""
+    slurm.phases = "1 2"
+    slurm.run.mkdir(parents=True)
+    last = f"""#!/bin/sh
+trap 'echo "{{\\"code\\": {Exit.FINISHED:d}}}" >"$RUNS/trial/phase1/ending.json"; exit 1' USR1
+touch "$QUEUE.started"
+while true; do sleep 0.1; done
+"""
+    stand_in(slurm.folder, "srun", last)
+    job = slurm.start(8)
+    wait_for(lambda: Path(f"{slurm.queue}.started").exists(), job)
+    job.send_signal(signal.SIGUSR1)
+    code, said = result(job)
+    assert code == 0 and "phase 1 is done; back to the queue" in said, said
+    assert slurm.requeued == 1
 
 
 @pytest.mark.slow

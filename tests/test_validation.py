@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,9 +17,13 @@ from rectvlm import checkpoint
 from rectvlm.config import Config, ValidationConfig, load
 from rectvlm.data.loader import ShardDataset, eval_loader
 from rectvlm.labels import N_FINDINGS, N_LESIONS
+from rectvlm.train import loop
+from rectvlm.train.exits import Ended, Exit
 from rectvlm.train.objectives import losses
 from rectvlm.train.phases import PHASES, STAGES
-from rectvlm.train.validation import Validator, _Row, has_stopped
+from rectvlm.train.position import Position
+from rectvlm.train.validation import Validation, Validator, _Row, has_stopped
+from rectvlm.train.watchdog import Doing
 from rectvlm.types import UserError
 
 ONE = [*LAUNCH, "--num_processes", "1"]
@@ -101,6 +105,81 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
         assert checkpoint.best(tmp_path) is None
 
 
+def test_a_copy_is_no_checkpoint_and_what_cannot_be_removed_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_checkpoints(tmp_path, [2, 4, 6])
+    shutil.copytree(checkpoint.step_folder(tmp_path, 4), tmp_path / "checkpoints" / "step-000004-copy")
+    (tmp_path / "checkpoints" / ".step-000002.partial" / "held").mkdir(parents=True)
+    checkpoint.prune(tmp_path, 1)
+    assert [path.name for path in checkpoint.all_checkpoints(tmp_path)] == ["step-000002", "step-000006"]
+    assert "step-000002 could not be removed" in caplog.text
+    assert (tmp_path / "checkpoints" / "step-000004-copy").is_dir()
+
+
+class Order(NamedTuple):
+    """What follows a step, in the order in which it happens."""
+
+    did: list[str]
+    ended: Exit | None
+
+
+@pytest.mark.parametrize(
+    ("step", "signal", "room", "better", "expected"),
+    [
+        (4, 0, True, True, Order(["save", "validate", "best"], None)),
+        (4, 15, True, True, Order(["save"], Exit.RESUME)),
+        (2, 0, True, True, Order(["validate", "save", "best"], None)),
+        (2, 0, True, False, Order(["validate"], None)),
+        (2, 0, False, True, Order(["validate", "full"], None)),  # a best that is not on the disk is none
+        (8, 0, True, False, Order(["save", "validate"], None)),
+        (8, 15, True, True, Order(["save"], Exit.RESUME)),  # the validation after the last step is made up too
+        (8, 0, False, False, Order(["full", "validate"], Exit.DISK)),
+        (3, 15, True, True, Order(["save"], Exit.RESUME)),
+        (3, 0, True, True, Order([], None)),
+    ],
+)
+def test_weights_are_saved_before_they_are_validated(
+    step: int, signal: int, room: bool, better: bool, expected: Order, tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight steps, a checkpoint every fourth, a validation every second."""
+    did: list[str] = []
+    phase = tiny.train.phases[1].model_copy(update={"steps": 8, "save_every": 4})
+    config = tiny.model_copy(update={"train": tiny.train.model_copy(update={"phases": {"1": phase, 1: phase}})})
+
+    class Judge:
+        stopped, done = False, False
+
+        def is_due(self, step: int) -> bool:
+            return step % 2 == 0 and not self.done
+
+        def after(self, step: int, beat: Any) -> Validation | None:
+            if not self.is_due(step):
+                return None
+            did.append("validate")
+            self.done = True
+            return Validation(step, {}, [], 1.0 if better else None)
+
+        def keep(self, found: Validation) -> None:
+            did.append("best")
+
+    def save(*_: Any) -> bool:
+        did.append("save" if room else "full")
+        return room
+
+    monkeypatch.setattr(loop, "save", save)
+    nothing = SimpleNamespace(settle=lambda: None, validated=lambda *_: None, beat=lambda: None, doing=Doing())
+    row = SimpleNamespace(settings=lambda config: config.train.phases[1])
+    position = Position(step, 4 * step)
+    after = loop._After(SimpleNamespace(), row, config, Path(), [], position, Judge(), nothing, nothing, 0)  # type: ignore[arg-type]
+    ended = None
+    try:
+        after.save_and_validate(signal)
+    except Ended as error:
+        ended = error.exit
+    assert Order(did, ended) == expected
+
+
 @pytest.mark.slow
 def test_validation_leaves_the_training_alone(launched_phase1: Path, phantom_shards: Path, tmp_path: Path) -> None:
     """The run of the fixture again, with validation and an average of the weights, keeping one checkpoint."""
@@ -141,7 +220,10 @@ def test_a_validation_that_was_left_out_is_made_up(phantom_shards: Path, tmp_pat
     before = comparable(folder)
     shutil.rmtree(checkpoint.step_folder(folder, 8))
     (folder / "validation.jsonl").write_text("")
+    kept = checkpoint.step_folder(folder, 4)
+    inodes = {path: path.stat().st_ino for path in kept.rglob("*")}
     run([*command, "--resume"], tmp_path)
+    assert {path: path.stat().st_ino for path in kept.rglob("*")} == inodes  # never written over
     assert lines(folder / "validation.jsonl") == unbroken and [line["step"] for line in unbroken] == [4, 8]
     assert comparable(folder) == before
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from rectvlm import cli
+from rectvlm.models.loading import Checkpoint
 from rectvlm.types import UserError
 from rectvlm.weights import manifest, pushing, resolve, sources
 from rectvlm.weights.checking import faults, rows
@@ -496,6 +497,30 @@ def test_a_model_of_others_goes_to_a_folder(hub: hub_server.Hub, bert: dict[str,
         pull("other/model", ["encoder"], where=hub.url)
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_pull_removes_what_an_earlier_one_brought_and_nothing_of_yours(
+    hub: hub_server.Hub, exported: Path, bert: dict[str, bytes], tmp_path: Path, ours: bool
+) -> None:
+    """Models of others, and a repository of ours without a manifest: shards give way to one file and come back."""
+    own = {"notes.txt": b"mine", "cases/list.json": b"[1]", "finetuned.safetensors": b"mine too"}
+    split = contents(export(tmp_path / "split", shards=2))
+    one = contents(exported) if ours else bert
+    many = split if ours else {**split, "config.json": bert["config.json"]}
+    out = tmp_path / "out"
+    (out / "cases").mkdir(parents=True)
+    for name, data in own.items():
+        (out / name).write_bytes(data)
+    for files, weights in ((many, 3), (one, 1), (many, 3)):
+        hub.add(REPOSITORY, files)
+        pull("small" if ours else REPOSITORY, where=hub.url, repository=REPOSITORY, out=out)
+        assert len(list(out.glob("model*safetensors*"))) == weights
+        assert {name: (out / name).read_bytes() for name in own} == own
+        listed = manifest.read(out).files
+        assert not listed.keys() & own.keys()
+        assert listed.keys() == contents(out).keys() - own.keys() - manifest.FREE
+    assert faults(str(out))[1] == sorted(f"extra: {name}" for name in own)
+
+
 def test_the_list_says_what_can_be_had(
     hub: hub_server.Hub, exported: Path, bert: dict[str, bytes], capsys: pytest.CaptureFixture
 ) -> None:
@@ -545,6 +570,22 @@ def test_a_cached_model_that_lost_a_shard_is_named(hub: hub_server.Hub, bert: di
     hub.sent.clear()
     pull("other/sharded", where=hub.url)
     assert faults("other/sharded")[1] == [] and not hub.sent, "the content was here, its name was not"
+
+
+def test_a_language_model_whose_shard_cannot_be_had_is_named(
+    hub: hub_server.Hub, bert: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = contents(export(tmp_path / "split", shards=2))
+    hub.add("other/sharded", {**split, "config.json": bert["config.json"]})
+    snapshot = pull("other/sharded", where=hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert Checkpoint.open("other/sharded") is not None
+    (snapshot / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(
+        UserError, match=r"other/sharded lacks model-00002-of.*`rectvlm weights pull other/sharded`"
+    ) as caught:
+        Checkpoint.open("other/sharded")
+    assert "\n" not in str(caught.value)
 
 
 def test_what_is_not_here_cannot_be_verified(hub: hub_server.Hub, tmp_path: Path) -> None:

@@ -79,9 +79,25 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, spoil: Callable[[Path], str
         whole.names(folder)
 
 
-def test_sealing_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
-    sealed(tmp_path)
-    assert faults(sealed(tmp_path)) == []
+def test_a_whole_checkpoint_is_never_written_over(tmp_path: Path) -> None:
+    folder = sealed(tmp_path)
+    with pytest.raises(OSError, match="step-000001"):
+        sealed(tmp_path)
+    assert faults(folder) == []
+
+
+def test_what_is_removed_is_no_checkpoint_from_the_first_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sealed(tmp_path)
+
+    def cut_off(path: Path) -> None:
+        raise OSError("killed")
+
+    monkeypatch.setattr(whole.shutil, "rmtree", cut_off)
+    with pytest.raises(OSError, match="killed"):
+        whole.remove(folder)
+    assert [path.name for path in tmp_path.iterdir()] == [".step-000001.partial"]  # which the next start removes
 
 
 def test_what_is_set_aside_keeps_its_files(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import signal
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -203,19 +204,19 @@ class _Batches(Iterator[Batch]):
         order = _Stoppable(loader.order)
         largest = len(next(iter(loader.order), [0]))
         pool = Pool(loader.workers, _PREFETCH + _HELD, largest, VOLUMES, loader.dataset.grid)
-        self._inner: Iterator[Any] = iter(
-            DataLoader(
-                _Source(loader.dataset, pool),
-                batch_sampler=order,
-                collate_fn=_as_it_is,
-                num_workers=loader.workers,
-                pin_memory=loader.pin,
-                prefetch_factor=_PREFETCH if loader.workers else None,
-                # The engine starts threads before the loader starts; a forked child of such a process can hang.
-                multiprocessing_context="spawn" if loader.workers else None,
-                worker_init_fn=_leave_signals_to_the_parent,
-            )
+        inner = DataLoader(
+            _Source(loader.dataset, pool),
+            batch_sampler=order,
+            collate_fn=_as_it_is,
+            num_workers=loader.workers,
+            pin_memory=loader.pin,
+            prefetch_factor=_PREFETCH if loader.workers else None,
+            # The engine starts threads before the loader starts; a forked child of such a process can hang.
+            multiprocessing_context="spawn" if loader.workers else None,
+            worker_init_fn=_leave_signals_to_the_parent,
         )
+        with _signals_held() if loader.workers else contextlib.nullcontext():
+            self._inner: Iterator[Any] = iter(inner)
         self.close = weakref.finalize(self, _finish, order, self._inner, pool)
         # `finalize` has an exit hook too, but multiprocessing's may come first and kill the workers at work.
         self.close.atexit = False
@@ -255,13 +256,27 @@ def _finish(order: _Stoppable, inner: Iterator[Any], pool: Pool) -> None:
             pass
 
 
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Launchers and schedulers send a signal to every process, and the step that a run ends after it needs its batches.
+_FOR_THE_PARENT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Launchers and schedulers send these to every process, and the step that a run ends after them needs its batches."""
 
-    Workers end when their parent says so or is gone.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes that start in here hold signals back until they leave them to their parent: the imports before that
+    take seconds. The parent's other threads still take its own."""
+    resource_tracker.ensure_running()  # to start it, Python blocks two of them and lifts that afterwards
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Workers end when their parent says so or is gone."""
+    for number in _FOR_THE_PARENT:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_PARENT)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -51,7 +51,8 @@ def load_language_model(
     Args:
         config: quantization and LoRA.
         folder: a local folder or a hub id.
-        device: where weights are packed and kept; by default the GPU if there is one and they are packed.
+        device: where weights are packed and kept, a GPU with its number (`device_of`); by default the GPU if there is
+            one and they are packed.
         settle: called for each module as soon as it is whole; an engine shards it there.
 
     Raises:
@@ -66,7 +67,11 @@ def load_language_model(
     model = without_memory(geometry)
     if checkpoint is None or not is_complete(model, checkpoint):
         # Another file format, or names that Transformers converts: it loads the whole model on every rank.
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=settings)
+        # An engine that shards places it afterwards; under ZeRO-3 Transformers refuses to be told a device.
+        place = (device or _default_device(config)) if settle is None else None
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, quantization_config=settings, device_map=place
+        )
         std = embedding_std(model.get_input_embeddings())
     else:
         if settings is not None:
@@ -119,6 +124,15 @@ def _check_packing(config: GeneratorConfig, geometry: Any, folder: str | Path, c
             f"{config.quantization}; "
             + ("set it to nf4." if kind == "nf4" else "choose a model in bfloat16, or packed to nf4 by bitsandbytes.")
         )
+
+
+def device_of(device: torch.device | str | None) -> torch.device:
+    """The device that is asked for, by default the GPU if there is one.
+
+    A GPU without a number is the current one: to safetensors it would be the first, to the rest the current one.
+    """
+    found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
 
 
 def _default_device(config: GeneratorConfig) -> torch.device:

@@ -63,14 +63,17 @@ class Checkpoint:
     def open(cls, reference: str) -> "Checkpoint | None":
         """The checkpoint, or None where there are no safetensors.
 
+        Where there are an index and a single file, the index says what is read. Repositories of the Hub hold both: an
+        index that names the single file alone, or a variant of the weights beside the shards.
+
         Raises:
-            UserError: a file cannot be read.
+            UserError: a file cannot be read, or one that the index names cannot be had.
         """
         paths: set[str] = set()
         index = _file(reference, INDEX)
         if index is not None:
             names = set(json.loads(Path(index).read_text())["weight_map"].values())
-            paths = {path for name in names if (path := _file(reference, name)) is not None}
+            paths = {_named(reference, name) for name in names}
         elif (single := _file(reference, SINGLE)) is not None:
             paths = {single}
         files = {}
@@ -109,6 +112,19 @@ class Checkpoint:
 
 def _dots(name: str) -> Iterator[int]:
     return (k for k, letter in enumerate(name) if letter == ".")
+
+
+def _named(reference: str, name: str) -> str:
+    """A file that the index names. A rank that went on without it would load the whole model by itself, while those
+    that have the file wait for it to shard with them."""
+    path = _file(reference, name)
+    if path is None:
+        target = f"OWNER/NAME --out {reference}" if Path(reference).is_dir() else reference
+        raise UserError(
+            f"The language model {reference} lacks {name}, which its {INDEX} names, and it could not be fetched: "
+            f"complete it with `rectvlm weights pull {target}`."
+        )
+    return path
 
 
 def _file(reference: str, name: str) -> str | None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from rectvlm import checkpoint, whole
-from rectvlm.config import Config, PhaseConfig
+from rectvlm.config import Config
 from rectvlm.train.engine import Engine
-from rectvlm.train.phases import Phase
+from rectvlm.train.phases import Phase, planned
 from rectvlm.train.position import Position
 from rectvlm.train.validation import has_stopped
 from rectvlm.types import UserError
@@ -47,7 +47,7 @@ def source_of(phase: Phase, config: Config, given: str | None) -> Path | None:
 
 def may_resume(folder: Path) -> bool:
     """Whether there is a checkpoint, whole or not."""
-    return bool(_folders(folder))
+    return bool(checkpoint.step_folders(folder))
 
 
 def require_something_to_resume(folder: Path, phase: Phase) -> None:
@@ -75,9 +75,9 @@ def newest_whole(folder: Path, resume: Resume, engine: Engine) -> Path | None:
         return None
     if engine.is_main:
         for unfinished in folder.glob("checkpoints/.step-*.partial"):
-            log.warning("%s was being written when the run ended: removed", unfinished)
-            shutil.rmtree(unfinished)
-    found: list[Path] = engine.everyone(_folders(folder))[0]
+            log.warning("%s was being written or removed when the run ended: removed", unfinished)
+            shutil.rmtree(unfinished, ignore_errors=True)
+    found: list[Path] = engine.everyone(checkpoint.step_folders(folder))[0]
     for path in reversed(found):
         if (path / checkpoint.ENGINE / _OF_DEEPSPEED).is_dir():
             raise UserError(
@@ -106,9 +106,17 @@ def position_of(start: Path | None) -> Position:
     return Position(state.step, state.samples_seen, state.bad_in_a_row)
 
 
-def make_way(folder: Path, settings: PhaseConfig, restart: bool, engine: Engine) -> None:
+def make_way(folder: Path, phase: Phase, config: Config, samples: int, restart: bool, engine: Engine) -> None:
     """Never write over an earlier run unasked: one that is finished or damaged is moved aside, one that was cut off can
     go on.
+
+    Args:
+        folder: of the phase's run.
+        phase: the row.
+        config: as it was given, with epochs not yet counted as steps.
+        samples: in the training split.
+        restart: delete what is there.
+        engine: for the ranks to agree.
 
     Raises:
         UserError: an unfinished run is there, and `restart` is not given.
@@ -116,15 +124,17 @@ def make_way(folder: Path, settings: PhaseConfig, restart: bool, engine: Engine)
     earlier = checkpoint.all_checkpoints(folder)
     damaged = list(folder.glob("checkpoints/damaged-*"))
     engine.barrier()  # all ranks have looked before any removes
-    steps = settings.steps
-    finished = bool(earlier) and (
-        checkpoint.read_state(earlier[-1]).step >= steps or has_stopped(folder, settings.validation)
-    )
-    if earlier and not finished and not restart:
-        raise UserError(
-            f"{folder} already holds an unfinished run (up to {earlier[-1].name} of {steps} steps): go on with "
-            "--resume, begin anew with --restart, or write elsewhere with name=NEW."
-        )
+    finished = False
+    if earlier:
+        # Its samples count, not its steps: it may have had another number of ranks.
+        done = checkpoint.read_state(earlier[-1])
+        settings = phase.settings(planned(config, phase, samples, engine.world, done.step, done.samples_seen))
+        finished = done.step >= settings.steps or has_stopped(folder, settings.validation)
+        if not finished and not restart:
+            raise UserError(
+                f"{folder} already holds an unfinished run (up to {earlier[-1].name} of {settings.steps} steps): go on "
+                "with --resume, begin anew with --restart, or write elsewhere with name=NEW."
+            )
     engine.barrier()  # all have read what moves now
     if engine.is_main:
         if (finished or damaged) and not restart:
@@ -136,12 +146,6 @@ def make_way(folder: Path, settings: PhaseConfig, restart: bool, engine: Engine)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     engine.barrier()
-
-
-def _folders(folder: Path) -> list[Path]:
-    """Checkpoints of a phase, whole or not, oldest first."""
-    found = [path for path in folder.glob("checkpoints/step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _faults(path: Path, engine: Engine) -> list[str]:

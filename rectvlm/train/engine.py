@@ -235,7 +235,11 @@ class Engine:
         boundary = self.model.is_gradient_accumulation_boundary()
         self.zero.norm, self.zero.refused, self.zero.largest_norm = None, refuse, largest_norm
         self.model.step()
-        return Stepped(self.zero.norm, not self.zero.skipped) if boundary else None
+        if not boundary:
+            return None
+        if self.zero.skipped:
+            self.zero.after_a_skipped_step()
+        return Stepped(self.zero.norm, not self.zero.skipped)
 
     def mean(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Mean over what all ranks know; sums and counts (n,) float of each, NaN where no rank knows anything."""

@@ -86,9 +86,9 @@ def train(
         validator = Validator(engine, phase, config, folder, position.step)
         bad_steps = BadSteps(folder, position.step) if engine.is_main else None
         record = opened.enter_context(Record(engine, phase, config, folder, position.step, work))
-        after = _After(engine, phase, config, folder, saved_names, position, validator, record, watchdog)
+        after = _After(engine, phase, config, folder, saved_names, position, validator, record, watchdog, position.step)
         if validator.is_due(position.step):  # the run was asked to end before it could validate
-            after.validate_and_save(signal=0)
+            after.save_and_validate(signal=0)
         batches = iter(loader)
         while position.step < settings.steps and not validator.stopped:
             watchdog.beat()
@@ -98,7 +98,7 @@ def train(
             record.write(line, samples)
             if position.bad_in_a_row >= guard.patience:
                 raise Ended(Exit.DIVERGED, _diverged(line, folder))
-            after.validate_and_save(signal)
+            after.save_and_validate(signal)
 
 
 @dataclass
@@ -114,30 +114,45 @@ class _After:
     validator: Validator
     record: Record
     watchdog: Watchdog
+    saved: int
+    """Step of the newest checkpoint, which is never written over."""
 
-    def validate_and_save(self, signal: int) -> None:
-        """Validate and save where it is time; with a signal, save and end: whoever goes on makes the validation up.
+    def save_and_validate(self, signal: int) -> None:
+        """Save and validate where it is time, in this order: a validation takes longer than the notice that a machine
+        gives before it vanishes. With a signal, save and end: whoever goes on makes the validation up.
 
         Raises:
             Ended: asked to end, or the last checkpoint could not be written.
         """
         step, settings = self.position.step, self.phase.settings(self.config)
-        found = None
-        if not signal or step == settings.steps:
-            self._begin("validation")
-            found = self.validator.after(step, self.watchdog.beat)
-        if found is not None:
-            self.record.validated(step, found.metrics, found.samples)
-        best = None if found is None else found.best
+        if step % settings.save_every == 0 or step == settings.steps or signal:
+            self._save()
+        if not signal:
+            self._validate()
         last = step == settings.steps or self.validator.stopped
-        if step % settings.save_every == 0 or last or best is not None or signal:
-            self._begin("saving")
-            self.record.settle()
-            saved = save(self.engine, self.phase, self.config, self.folder, self.saved_names, self.position, best)
-            if not saved and (last or signal):
-                raise Ended(Exit.DISK, f"the checkpoint of step {step} could not be written")
-        if signal and not last:
+        if (last or signal) and self.saved != step:
+            raise Ended(Exit.DISK, f"the checkpoint of step {step} could not be written")
+        if signal and (not last or self.validator.is_due(step)):
             raise Ended(Exit.RESUME, f"{Signal(signal).name}: saved after step {step}, go on with --resume auto")
+
+    def _save(self) -> None:
+        if self.saved == self.position.step:
+            return
+        self._begin("saving")
+        self.record.settle()
+        if save(self.engine, self.phase, self.config, self.folder, self.saved_names, self.position):
+            self.saved = self.position.step
+
+    def _validate(self) -> None:
+        self._begin("validation")
+        found = self.validator.after(self.position.step, self.watchdog.beat)
+        if found is None:
+            return
+        self.record.validated(found.step, found.metrics, found.samples)
+        if found.best is not None or self.validator.stopped:
+            self._save()
+        if found.best is not None and self.saved == found.step:
+            self.validator.keep(found)
 
     def _begin(self, part: str) -> None:
         doing = self.watchdog.doing
@@ -161,7 +176,10 @@ def _step(
     watch = Stopwatch(engine.device, doing)
     doing.step, doing.samples = position.step + 1, []
     groups = engine.optimizer.param_groups
-    rates = set_rates(groups, position.step, settings)
+    samples_a_step = settings.micro_batch * settings.accumulation * engine.world
+    # Where epochs count, the schedule follows the samples: another number of ranks has other steps.
+    scheduled = position.samples_seen / samples_a_step if settings.epochs else None
+    rates = set_rates(groups, position.step, settings, scheduled)
     set_gradients(engine.model.module, groups)
     weighting = getattr(engine.model.module, "weighting", None)
     sums = torch.zeros(len(phase.tasks), 2)
@@ -198,7 +216,7 @@ def _step(
     skipped = None if stepped.applied else _skipped(engine, values, keys, stepped.norm, position, guard)
     position.bad_in_a_row = skipped["in_a_row"] if skipped else 0
     position.step += 1
-    position.samples_seen += settings.micro_batch * settings.accumulation * engine.world
+    position.samples_seen += samples_a_step
     means = engine.mean(sums[:, 0], sums[:, 1])
     by_task = {task: finite(value) for task, value in zip(phase.tasks, means.tolist(), strict=True)}
     memory, signal = engine.largest(peak_memory_bytes(), signals.received)

@@ -99,22 +99,38 @@ def _hold(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                     value.zero_()
 
 
-def rate_factor(step: int, phase: PhaseConfig) -> float:
-    """Share of the peak rate at a step (0 is the first): linear warm-up, then down to `final_lr` or not at all."""
+def rate_factor(step: float, phase: PhaseConfig, steps: float | None = None) -> float:
+    """Share of the peak rate at a step (0 is the first) of `steps`, by default those of the phase: linear warm-up, then
+    down to `final_lr` or not at all."""
     if step < phase.warmup:
-        return (step + 1) / phase.warmup
-    done = min(1.0, (step - phase.warmup) / max(1, phase.steps - phase.warmup - 1))
+        return min(1.0, (step + 1) / phase.warmup)
+    steps = phase.steps if steps is None else steps
+    done = min(1.0, (step - phase.warmup) / max(1, steps - phase.warmup - 1))
     left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[phase.schedule]
     return phase.final_lr + (1 - phase.final_lr) * left
 
 
-def set_rates(groups: list[dict[str, Any]], step: int, phase: PhaseConfig) -> dict[str, float]:
-    """Set every group's rate for a step; returns the rate of each part (of what of it trains already)."""
+def set_rates(
+    groups: list[dict[str, Any]], step: int, phase: PhaseConfig, scheduled: float | None = None
+) -> dict[str, float]:
+    """Set every group's rate for a step.
+
+    Args:
+        groups: of the optimizer.
+        step: steps done.
+        phase: its schedule.
+        scheduled: where the schedule stands, in steps, if that is not `step`: with as many to come.
+
+    Returns:
+        The rate of each part (of what of it trains already).
+    """
     found: dict[str, float] = {}
+    at = step if scheduled is None else scheduled
+    share = rate_factor(at, phase, at + phase.steps - step)
     for group in groups:
         part, late = group["part"], step - group["start"]
         group["held"] = late < 0
-        factor = 0.0 if late < 0 else rate_factor(step, phase)
+        factor = 0.0 if late < 0 else share
         if group["start"] and late >= 0:
             factor *= min(1.0, (late + 1) / max(1, phase.warmup))
         group["lr"] = phase.lr.get(part, group["peak"]) * factor

@@ -182,17 +182,18 @@ def run(
         seen=position.samples_seen,
         pin=engine.device.type == "cuda",
     )
-    config = planned(config, phase, len(loader.dataset), engine.world, position.step, position.samples_seen)
+    samples = len(loader.dataset)
     if start is None:
-        make_way(folder, phase.settings(config), restart, engine)
+        make_way(folder, phase, config, samples, restart, engine)
     elif engine.is_main:
         clear_ending(folder)
+    config = planned(config, phase, samples, engine.world, position.step, position.samples_seen)
 
     torch.manual_seed(config.train.seed)
     # A run that goes on has all its weights in its own checkpoint, whatever became of the phase before.
     model = build(phase, config, start or source, engine)
     if start is None and source is None and config.encoder.atlas:
-        cases = range(min(config.encoder.atlas, len(loader.dataset)))  # the same on every rank
+        cases = range(min(config.encoder.atlas, samples))  # the same on every rank
         model.encoder.draw_atlas(torch.from_numpy(loader.dataset[number].ct) for number in cases)
     # Before freezing: a part without a learning rate belongs to the checkpoint too.
     names = checkpoint.saved_names(model)

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -23,18 +24,17 @@ def save(
     folder: Path,
     saved_names: list[str],
     position: Position,
-    best: float | None = None,
 ) -> bool:
     """Write a whole checkpoint or none: under a temporary name, with checksums, on the disk before it is renamed.
 
-    Its weights are the moving averages where the phase keeps some. `best` is the value of the metric that makes this
-    checkpoint the best so far.
+    Its weights are the moving averages where the phase keeps some.
 
     Returns:
         Whether it could be written; all ranks agree. If not, earlier checkpoints are untouched and a warning says why.
     """
+    begin = time.monotonic()
     target = checkpoint.step_folder(folder, position.step)
-    work = target.with_name(f".{target.name}.partial")
+    work = whole.unfinished(target)
     if engine.is_main:
         shutil.rmtree(work, ignore_errors=True)
     engine.barrier()
@@ -60,10 +60,8 @@ def save(
             )
         return False
     if engine.is_main:
-        if best is not None:
-            checkpoint.note_best(folder, position.step, phase.settings(config).validation.best, best)
         checkpoint.prune(folder, config.train.keep)
-        log.info("saved %s", target)
+        log.info("saved %s in %.1f s", target, time.monotonic() - begin)
     engine.barrier()
     return True
 

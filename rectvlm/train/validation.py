@@ -13,7 +13,6 @@ import contextlib
 import json
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,13 +66,13 @@ class ValidationSample(NamedTuple):
 class Validation:
     """What a validation found; the same on every rank but for the samples."""
 
+    step: int
     metrics: dict[str, float | None]
     """By name (`rectvlm.config.Metric`); None where the cases do not decide it."""
     samples: list[ValidationSample]
     """On the first rank; empty elsewhere."""
     best: float | None
-    """The value of the metric that decides, if it is the best so far."""
-    seconds: float
+    """The value of the metric that decides, if it is better than that of every checkpoint."""
 
 
 class _Row(NamedTuple):
@@ -95,7 +94,7 @@ class _Row(NamedTuple):
 
 
 class Validator:
-    """Validates when it is time, and remembers the best."""
+    """Validates when it is time, and remembers which checkpoint is the best."""
 
     def __init__(self, engine: Engine, phase: Phase, config: Config, folder: Path, step: int) -> None:
         """Go on after `step`; every rank must call it before any line of the folder's files is dropped.
@@ -139,7 +138,6 @@ class Validator:
         """Validate if it is time after a step; every rank must call it. `beat` is called after every case."""
         if not self.is_due(step):
             return None
-        begin = time.perf_counter()
         with self._undisturbed():
             rows, samples = self._run(beat)
         every = sorted((row for part in self.engine.everyone(rows) for row in part), key=lambda row: row.place)
@@ -151,12 +149,17 @@ class Validator:
             )
         self._values.append((step, value))
         best = value is not None and (self._best is None or self._order(value) < self._order(self._best[1]))
-        if best:
-            assert value is not None
-            self._best = (step, value)
         told = ", ".join(f"{name} {'–' if v is None else f'{v:.4f}'}" for name, v in metrics.items())
         log.info("step %d, %d validation cases: %s%s", step, len(every), told, " (best so far)" if best else "")
-        return Validation(metrics, samples, value if best else None, time.perf_counter() - begin)
+        return Validation(step, metrics, samples, value if best else None)
+
+    def keep(self, found: Validation) -> None:
+        """A validation's checkpoint, which is on the disk, is the best; the one that was may go."""
+        assert found.best is not None
+        self._best = (found.step, found.best)
+        if self.engine.is_main:
+            checkpoint.note_best(self.folder, found.step, self.settings.best, found.best)
+            checkpoint.prune(self.folder, self.config.train.keep)
 
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:

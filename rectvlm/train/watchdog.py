@@ -1,9 +1,9 @@
 """A rank that hangs ends, and says where it was.
 
 Ranks wait for each other in every collective: one that is stuck (a dead disk, a stopped process, a kernel that never
-returns) holds up all of them, for good. A thread on each rank looks whether a step, a checkpoint or a validation began
-within the timeout. If none did, it prints what the rank was doing and the stacks of all threads, and ends the process;
-the launcher then ends the others.
+returns) holds up all of them, for good. A thread on each rank looks whether a step, a checkpoint or a case of a
+validation began within the timeout. If none did, it prints what the rank was doing and the stacks of all threads, and
+ends the process; the launcher then ends the others.
 """
 
 import faulthandler

@@ -76,8 +76,21 @@ class Zero:
         zero._partition_all_parameters()
         for number in range(len(self.masters())):
             zero._reassign_or_swap_out_partitioned_parameters(number)
-        if zero.persistent_parameters:
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        self._gather_persistent()
+
+    def after_a_skipped_step(self) -> None:
+        """Leave the weights as a step that was applied leaves them; every rank must call it.
+
+        ZeRO-3 releases all of them before it looks at the norm, and gathers those that should stay only after it has
+        stepped.
+        """
+        if self.shards_parameters:
+            self._gather_persistent()
+
+    def _gather_persistent(self) -> None:
+        small = self.optimizer.persistent_parameters
+        if small:
+            small[0].all_gather(small)
 
     def exchange_averages(self) -> None:
         """Exchange the weights and their moving averages, where there are some; every rank must call it."""

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -126,19 +126,20 @@ def tensors_of(path: Path) -> dict[str, TensorEntry]:
     }
 
 
-def build(folder: Path, tensors: bool) -> Manifest:
+def build(folder: Path, tensors: bool, names: Collection[str] | None = None) -> Manifest:
     """Checksums of a folder as it is.
 
     Args:
         folder: of a model.
         tensors: list the tensors of the top folder's safetensors files too, which reads them twice.
+        names: of the files that get an entry, by default all. What is listed, a later pull may remove.
 
     Raises:
         UserError: a safetensors file is damaged.
     """
     files = {}
     for name, path in sorted(_files(folder)):
-        if name not in FREE:
+        if name not in FREE and (names is None or name in names):
             listed = tensors_of(path) if tensors and path.suffix == ".safetensors" and "/" not in name else None
             files[name] = FileEntry(path.stat().st_size, digest(path), listed)
     return Manifest(files)

@@ -132,7 +132,7 @@ def _pull_without_manifest(source: Source, files: dict[str, RemoteFile], folder:
         )
     kept = [name for name in files if name.endswith((".safetensors", ".json", ".md", ".txt")) and name[0] != "."]
     transfer.run([whole_file(name, files[name], folder / name) for name in kept], source, folder)
-    manifest.write(folder, manifest.build(folder, tensors=True))
+    _replace_manifest(folder, manifest.build(folder, tensors=True, names=kept))
     return folder
 
 
@@ -216,7 +216,7 @@ def _item_size(dtype: str) -> int:
 def _pull_external(source: Source, folder: Path) -> Path:
     files = _needed(source)
     transfer.run([whole_file(name, file, folder / name) for name, file in files.items()], source, folder)
-    manifest.write(folder, manifest.build(folder, tensors=False))
+    _replace_manifest(folder, manifest.build(folder, tensors=False, names=files))
     return folder
 
 
