@@ -273,7 +273,7 @@ class GuardConfig(_Section):
     patience: Positive
     """Skipped steps in a row that end the run."""
     timeout: PositiveFloat
-    """Minutes that a rank may need for one step, one checkpoint or one case of a validation before it counts as hung."""
+    """Minutes that a rank may need for one step, one checkpoint or one case of a validation; then it counts as hung."""
 
 
 Tracker = Literal["wandb", "tensorboard"]

@@ -120,8 +120,8 @@ def predict(source: str | Path, checkpoint: str | Path, out: str | Path, device:
 
 
 def find_volumes(source: Path, leave_out: Path) -> list[Path]:
-    """The NIfTI files that a path means, sorted; those below `leave_out` are earlier results, or, where that is the path
-    itself, those in the folder of a case.
+    """The NIfTI files that a path means, sorted; those below `leave_out` are earlier results, or, where that is the
+    path itself, those in the folder of a case.
 
     Raises:
         UserError: no such path, or a folder without a NIfTI file.

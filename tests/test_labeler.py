@@ -52,11 +52,12 @@ def scores(sentences: tuple[tuple[str, str], ...]) -> dict[str, float]:
 
 def test_sentences_that_no_rule_has_seen() -> None:
     """Measured once: precision 0.970, recall 1.000, F1 0.985 of 64 present findings; 0.917 of 121 states. `stent` was
-    mended afterwards, which is the only use that was made of them."""
+    mended afterwards, which is the only use that was made of them; versions 2 and 3 of the rules give the same: 1.000,
+    1.000, 1.000, and 0.933 of 119."""
     found = scores(HELD_OUT)
     assert found["n_present"] == 64
     assert found["precision"] >= 0.96 and found["recall"] >= 0.98 and found["f1"] >= 0.98
-    assert found["states"] >= 0.91
+    assert found["states"] >= 0.93
 
 
 def test_consistent_holds_no_stent() -> None:
@@ -88,6 +89,12 @@ def test_negation_and_doubt_reach_as_far_as_they_should(report: str, labels: str
         ("A lymph node of 7 mm in the hilum and a 15 mm nodule in the lingula.", State.ABSENT),
         ("Lymph nodes are observed in the mediastinum, the largest measures 1.6x1.2 cm.", State.PRESENT),
         ("Lymph nodes are observed in the mediastinum, the largest measures 1.6x0.8 cm.", State.ABSENT),
+        ("Lymph nodes measuring 8 mm in the axilla and 14 mm in the hilum.", State.PRESENT),
+        ("Lymph nodes of 6 mm, 8 mm and 12 mm in the mediastinum.", State.PRESENT),
+        ("Lymph nodes measuring 8 mm in the axilla and 9 mm in the hilum.", State.ABSENT),
+        ("Lymph nodes measuring 8 mm in short axis and 14 mm in long axis.", State.ABSENT),
+        ("A lymph node of 7 mm in the hilum and a 15 mm cyst in the liver.", State.ABSENT),
+        ("A lymph node of 7 mm in the hilum and a cyst of 15 mm in the liver.", State.ABSENT),
     ],
 )
 def test_a_lymph_node_is_judged_by_its_own_short_axis(sentence: str, state: State) -> None:
@@ -103,6 +110,24 @@ def test_what_is_not_of_this_examination_is_not_read() -> None:
     )
     assert mentioned(report) == {"Bronchiectasis": State.PRESENT}
     assert mentioned("There is emphysema. No nodule.") == {"Emphysema": State.PRESENT, "Lung nodule": State.ABSENT}
+
+
+@pytest.mark.parametrize(
+    ("report", "labels"),
+    [
+        ("No evidence of\nconsolidation or effusion.", "-CO -PLE"),
+        ("No pericardial \r\n effusion. Lymph nodes measuring up to\n14 mm.", "-PE +LAP"),
+        ("No nodule\nEmphysema in both lungs", "-LN +EM"),
+        ("No nodule\n- emphysema in both lungs", "-LN +EM"),
+        ("No nodule.\nemphysema in both lungs", "-LN +EM"),
+        ("No nodule\n\nemphysema in both lungs", "-LN +EM"),
+        ("No nodule\nimpression: emphysema", "-LN +EM"),
+        # Where no capitals are kept, a small letter says nothing.
+        ("findings: no nodule\nemphysema in both lungs", "-LN +EM"),
+    ],
+)
+def test_a_line_break_ends_a_sentence_unless_the_text_is_wrapped(report: str, labels: str) -> None:
+    assert label_report(report) == gold(labels)
 
 
 def test_the_strongest_statement_of_a_report_counts() -> None:
@@ -152,7 +177,13 @@ def test_time_is_linear_in_the_words(end: str) -> None:
     assert five < 15 * one and five < 20, (one, five)
 
 
-@pytest.mark.parametrize("piece", ["nodule ", "lymph node ", "effusion in ", "a", "1x1x", ".", "pleural or "])
+REPEATED = (
+    *("nodule ", "lymph node ", "effusion in ", "a", "1x1x", ".", "pleural or ", "calcified ", "significant size "),
+    *("8 mm and ", ", seen in the previous ct", "tube removed ", " \n"),
+)
+
+
+@pytest.mark.parametrize("piece", REPEATED)
 def test_a_model_that_repeats_itself_does_not_stop_the_evaluation(piece: str) -> None:
     assert _seconds(piece * (10_000 // len(piece))) < 10
 

@@ -35,6 +35,12 @@ SWAPPED = REFERENCE.replace("left", "RIGHT").replace("right", "left").replace("R
         ("No effusion on the right, but a small effusion on the left.", {"Pleural effusion": LEFT}),
         ("Nodule in the left lung; the right lung is free of nodules.", {"Lung nodule": LEFT}),
         ("Possible nodule in the left upper lobe.", {"Lung nodule": LEFT}),
+        # Where something is moved to.
+        ("Left pleural effusion displacing the mediastinum to the right.", {"Pleural effusion": LEFT}),
+        ("The mediastinum is shifted to the right by a left pleural effusion.", {"Pleural effusion": LEFT}),
+        ("Mediastinum deviates right due to left pleural effusion.", {"Pleural effusion": LEFT}),
+        ("Trachea deviated to the left and right pleural effusion.", {"Pleural effusion": RIGHT}),
+        ("Effusion extending to the right.", {"Pleural effusion": RIGHT}),
         # Words for a side that are not the lungs'.
         ("Pacemaker leads in the right ventricle. Emphysema.", {"Emphysema": set()}),
         ("A nodule is seen. The left lobe of the thyroid is enlarged.", {"Lung nodule": set()}),

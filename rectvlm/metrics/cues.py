@@ -17,34 +17,71 @@ _EARLIER = (
     r"(?:examinations?|cts?|stud(?:y|ies)|exams?|scans?|tomograph\w+|imaging|reports?|reviews?)"
 )
 
+_EXTENT = (
+    r"(?:significant|interval|obvious|appreciable|relevant|marked|definite|major|considerable|substantial|notable|"
+    r"noticeable|evident|clear|apparent|further|additional|dimensional|size|numerical|number|volume)"
+)
+_OF_A_LESION = r"(?= (?:of|in) (?:[\w-]+ ){0,4}?(?:nodul|mass|lesion|effusion|consolidat|opacit|\w*adenopath))"
+"""After "enlargement": that of the heart or of a lymph node is a finding, and its denial is one."""
+_NOT_OF_NORMAL = (
+    r"(?!(?: (?:in|of|the|lung|parenchymal?|bronchial|peribronchial|inter-?lobular|septal|wall)){0,5} "
+    r"(?:densit|thick|heart|cardi))"
+)
+"""After "increase": "no increase in density" denies an opacity, not a change of one."""
+_NOT_A_SIGN = r"(?! (?:consistent|compatible|suggest\w+|indicat\w+|in favou?r)\b)"
+"""After "changes": those "consistent with emphysema" are the finding."""
+_CHANGE = (
+    rf"(?:changes?{_NOT_A_SIGN}|changed|differences?|alterations?|variations?|decreases?|reduction|growth|progress(?:ion)?|regression|"
+    r"regressed|improvement|worsening|deterioration|resolution|shrinkage|"
+    rf"enlargement{_OF_A_LESION}|(?:increased?|increases){_NOT_OF_NORMAL})\b"
+)
+_OF_WHAT = (
+    r"(?: (?:in|of|in terms of)"
+    r"(?: (?:the|its|their|sizes?|numbers?|dimensions?|appearance|extent|volume|amount)(?: (?:and|or))?){1,4}\b)"
+)
+_RESOLVED = r"(?:resol(?:ved|ution|ving)|regress(?:ed|ion)|disappear(?:ed|ance)|clear(?:ed|ing)|vanished)"
+
 NO_NEGATION = re.compile(
-    r"\b(?:no|without(?: any)?|not(?: any)?) (?:(?:significant|interval|obvious|appreciable|relevant|marked|"
-    r"definite) )*"
-    r"(?:changes?|changed|differences?|increases?|increased|decreases?|growth|progression|regression|regressed)\b"
-    r"(?: (?:was|were|is|are|has been) (?:not )?"
-    + _SEEN
-    + r"| in (?:the )?(?:size|number|dimensions?|appearance|extent))*"
+    r"\b(?:no|without(?: any)?|not(?: any)?|not show(?: any)?) "
+    rf"(?:(?:{_EXTENT}|complete|and|or|evidence of|signs? of) )*{_CHANGE}"
+    rf"(?: (?:was|were|is|are|has been) (?:not )?{_SEEN}|{_OF_WHAT})*"
+    rf"|(?:^(?:an? )?|\b{_EXTENT} )(?:(?:{_EXTENT}|and|or) )*{_CHANGE}{_OF_WHAT}*"
+    rf" (?:(?:was|were|is|are) not|(?:has|have) not been) (?:\w+ly )?{_SEEN}"
+    r"|\b(?:partial(?:ly)?|partly|incomplete(?:ly)?|(?:near(?:ly)?|almost)[ -](?:complete|total|full)(?:ly)?|mostly|"
+    r"largely|mainly|nearly|almost|(?:significant|substantial|marked|considerable|slight|minimal|mild)(?:ly)?|some)"
+    rf"(?: interval| been)* {_RESOLVED}(?: of)?\b"
+    rf"|\b{_RESOLVED} (?:partial(?:ly)?|partly|in part|incompletely|mostly|largely|"
+    r"to a (?:large|great|significant|certain) (?:extent|degree)|for the most part)\b"
     r"|\bnot only\b|\bno doubt\b"
-    r"|\b(?:has|have|had)(?: \w+ly)? not (?:\w+ly )?(?:resolved|regressed|changed|disappeared|cleared|progressed)\b"
-    r"|\bnot (?:\w+ly )?(?:resolved|changed)\b"
+    r"|\b(?:has|have|had)(?: \w+ly)? not (?:yet |been |\w+ly )*(?:resolved|regressed|changed|disappeared|cleared|"
+    r"progressed)\b"
+    r"|\bnot (?:yet |been |\w+ly )*(?:resolved|changed)\b"
     rf"|\bnot (?:been )?{_SEEN}(?: (?:in|on|at))?(?: (?:the|his|her))? {_EARLIER}"
     rf"|\bnot (?:previously|earlier) {_SEEN}|\bnot {_SEEN} (?:previously|earlier|before)\b"
     r"|\bno longer than\b"
 )
-"""Looks like a negation and is none: nothing changed, or it was not there before."""
+"""Looks like a negation and is none: nothing changed, it resolved in part, or it was not there before."""
+NOT_THE_SUBJECT = re.compile(
+    r"(?:\b(?:some|(?:most|many|part|parts|half|several|one|almost all) of)(?: the)?"
+    rf"|(?:^(?:an? )?|\b{_EXTENT} )(?:(?:{_EXTENT}|and|or) )*{_CHANGE}{_OF_WHAT}? (?:in|of)(?: the)?)"
+    r"(?: (?!(?:and|or|with)\b)[\w-]+){0,3} $"
+)
+"""Before a name: what is denied after it is a part or a change of it. "Some of the nodules have resolved"."""
 
 NOTHING_SAID = re.compile(
     r"\b(?:cannot|can not|could not|couldn't|can't|not)(?: be)?(?: \w+ly)? (?:evaluated|assessed|evaluable|assessable|"
     r"examined)\b"
     r"|\b(?:limit\w+|insufficient|suboptimal)(?: for)?(?: the)? (?:evaluation|assessment)\b"
-    r"|\bno(?:t)? (?:new|newly)\b"
 )
-"""What the clause names was not judged: neither there nor absent. ("No new nodule" leaves the old ones open.)"""
+"""What the clause names was not judged: neither there nor absent."""
+NEW = re.compile(r"\bnew(?:ly)?\b")
+"""Between a negation and a name, or before one that is denied after it: "no new nodule" leaves the old ones open."""
 
 NEGATION_BEFORE = re.compile(
     r"\b(?:no|without|neither|nor|absence of|absent|lack of|free (?:of|from)|negative for|devoid of|clear of|"
     r"non?e of the|"
-    r"rather than|no evidence of|never|no longer|not|exclud(?:es?|ed|ing)|denies)\b"
+    r"rather than|no evidence of|never|no longer|not|exclud(?:es?|ed|ing)|denies|"
+    r"unlikely(?! (?:to be )?(?:malignan|metasta|neoplas)))\b"
 )
 """Reaches forward."""
 RESOLVED_BEFORE = re.compile(
@@ -66,6 +103,25 @@ STATED = re.compile(
     r"unchanged|residual|is|are|was|were|has|have|shows?|\d+)\b"
 )
 """Makes a statement of what stands before a form's colon: "small effusion, nodule: none"."""
+ITS_CHANGE = re.compile(
+    r" (?:(?:size|interval) )*(?:progression|growth|regression|worsening|improvement|size changes?)\b"
+)
+"""Right after a name, what a negation before it denies: "no evidence of nodule growth"."""
+BARE_AFTER = re.compile(r"\b(?:unlikely\b(?! to\b)|resolved(?=\W*$|[.,;]))")
+"""Reaches back where no `BARE_END` is between. What is unlikely is absent, since uncertain is scored as present."""
+BARE_END = re.compile(r"[,;:]|malignan|neoplas|metasta|cancer|infect")
+"""The cue is of something else then: "nodules stable, effusion resolved", "a nodule for which cancer is unlikely"."""
+REMOVED_AFTER = re.compile(
+    r"(?: (?!(?:which|that|whose|where|after|secondary|due)\b)[\w-]+){0,8}? "
+    r"(?:(?:has|have|had) been|was|were|is|are)(?: (?:now|since|\w+ly))? (?:removed|explanted|withdrawn)\b"
+    r"| (?:removed|explanted|withdrawn)\b"
+)
+"""A device that is no longer there, right after its name. "Gallbladder removed, clips are seen" leaves the clips."""
+REMOVED_BEFORE = re.compile(
+    r"\b(?:removal|explantation|withdrawal) of(?= (?:(?!(?:and|or|with)\b)[\w-]+ ){0,4}(?:tubes?|catheters?|cannulas?|"
+    r"lines?|drains?|leads?|wires?|pacemakers?|stents?|ports?|filters?|screws?|prosthe\w+|devices?|implants?)\b)"
+)
+"""Reaches forward over a list of devices, up to a comma."""
 NEGATION_WITHIN = re.compile(
     r"\b(?:not|no longer|without|non-?|less than|smaller than|below|"
     r"(?:normal|upper limits? of normal))(?:\b|(?=patholog))"
@@ -96,16 +152,27 @@ HISTORY_BEFORE = re.compile(
     r"\b(?:history of|h/o|known case of|previously (?:diagnosed|known|treated)|was (?:treated|operated) for|"
     r"clinical(?:ly)? (?:suspicion|question) of)\b"
 )
-"""What follows, to the end of the clause, is the patient's past."""
+"""What follows is the patient's past: to the end of the clause, which is the last comma before a verb."""
 PAST = re.compile(
-    rf"\b(?:in|on|at|by) (?:the |his |her |a )?{_EARLIER}\b|\bpreviously (?:observed|seen|described|detected)\b"
+    rf"(?:\b(?:(?:is|are|was|were|(?:has|have|had) been) )?(?:also )?"
+    rf"(?:{_SEEN}|described|mentioned|reported|measured|defined) )?\b(?:in|on|at|by) (?:the |his |her |a )?{_EARLIER}\b"
+    r"|\bpreviously (?:observed|seen|described|detected)\b"
 )
+PAST_ASIDE = re.compile(
+    rf",\s*(?:which|that|also|already|not|\d+ ?mm|"
+    rf"(?:known|described|mentioned|{_SEEN})(?= (?:as|in|on|at|by)\b))\b[^,;:.]{{0,80}}?\b{_EARLIER}\b"
+    r"(?: (?:dated|of|on|from|performed)\b[^,;:]{0,40})?,"
+)
+"""Between commas; the sentence goes on with its subject: "the nodule, also seen in the previous CT, measures 6 mm"."""
 PRESENT_TIME = re.compile(
     r"\b(?:stable|unchanged|no change|persist\w*|continu\w*|still|again|current\w*|now|increas\w*|decreas\w*|"
     r"regress\w*|"
-    r"progress\w*|new|newly|resolved|disappear\w*|compar\w*|remain\w*|cleared|enlarg\w+|similar|same|not|no)\b"
+    r"progress\w*|new|newly|resolved|disappear\w*|compar\w*|remain\w*|cleared|enlarg\w+|similar|same|not|no|"
+    r"without(?: \w+)? change|(?:in|on) (?:this|the present|today's))\b"
 )
 """A clause that speaks of an earlier examination and has none of these says nothing of today."""
+PRESENT_TENSE = re.compile(r"\b(?:is|are|has|have|measures?|appears?|shows?|reaches)\b")
+"""Does too, unless the earlier examination heads the clause: translated reports tell the past in the present."""
 
 CLAUSE_END = re.compile(
     r"[;:]|\.\s|\s(?:-|–|—)\s|\b(?:but|however|although|though|whereas|while|except(?: for)?|apart from(?: this|"
@@ -129,9 +196,22 @@ ACCOMPANIED = re.compile(
 FRESH_START = re.compile(
     r",(?:\s*and)?\s+(?=(?:a|an|the|\d+(?:[.,]\d+)?(?:\s*x\s*\d+(?:[.,]\d+)?)?\s*[cm]m|mild|minimal|small|moderate|"
     r"subtle|linear|"
-    r"stable|unchanged|residual|there)\b)|\band\s+(?=(?:a|an|there|\d+(?:[.,]\d+)?\s*[cm]m)\b)|\b(?:,|and)\s*with\b"
+    r"stable|unchanged|residual|multiple|several|numerous|scattered|there)\b)"
+    r"|\band\s+(?=(?:a|an|there|\d+(?:[.,]\d+)?\s*[cm]m)\b)|\b(?:,|and)\s*with\b"
 )
 """Where a cue's forward reach ends inside its clause: "no effusion, small nodule in the lingula"."""
+PHRASE_END = re.compile(
+    r"(?:,\s+(?:(?:and|or)\b)?|\b(?:and|or)\b)(?!\s*(?:in )?(?:(?:the|both|left|right) )*lungs?\b(?! nodul))"
+    r"|\b(?:with|without)\b"
+)
+"""Parts one thing from another inside a clause: "fatty liver and ground glass opacities". "Nodules in the liver and
+lungs" are of both."""
+WITHOUT = re.compile(r"\bwithout\b")
+LANDMARK = re.compile(
+    r"\b(?:(?:adjacent|next|close|lateral|medial|anterior|posterior|inferior|superior) to|neighbo\w+(?: to)?|"
+    r"abutting|near|beside|around)(?: [\w-]+){0,2}? (?:aort\w*(?: arch)?|arch|coronar\w*)"
+)
+"""A vessel that only says where something else is."""
 PLACE = re.compile(
     r"\b(?:in|of|at) (?:the )?(?:left|right|both|middle|upper|lower|lingula)\b[^,]*,(?:\s*and)?\s+(?=[\w-]+ [\w-]+ \w+)"
 )
@@ -150,6 +230,11 @@ SKIPPED_SECTION = (
     r"comparisons?|techniques?|protocol|procedure|examination|exam"
 )
 READ_SECTION = r"findings?|impressions?|conclusions?|results?|opinion|summary|diagnosis"
+WRAPPED = re.compile(
+    rf"(?<![.!?:;\s])[ \t]*\n[ \t]*(?!(?:{SKIPPED_SECTION}|{READ_SECTION})[*_ \t]*:)"
+    r"(?=[a-z]|\d+(?:[.,]\d+)?(?:\s*x\s*\d+(?:[.,]\d+)?)?\s*[cm]m\b)"
+)
+"""A line break inside a sentence, in text that keeps its capitals; not one before a capital, a bullet or a heading."""
 HEADING = re.compile(rf"(?:^|(?<=[.!?\n])[ \t]*)[*#_ \t]*\b({SKIPPED_SECTION}|{READ_SECTION})\b[*_ \t]*:[*_ \t]*", re.M)
 SENTENCE_END = re.compile(
     r"(?<!\bapprox)(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\bno)(?<!\bdr)(?<!\bmax)(?<!\bmin)(?<!\bca)(?<!\bfig)[.!]+(?=\s|"
@@ -160,6 +245,16 @@ MEASURE = re.compile(
     r"(\d+(?:[.,]\d+)?)(?:\s*[x×*]\s*(\d+(?:[.,]\d+)?))?(?:\s*[x×*]\s*\d+(?:[.,]\d+)?)?\s*-?\s*(mm|cm|millimet\w+|"
     r"centimet\w+)"
 )
+TO_ANOTHER_SIZE = re.compile(
+    r"[^.;:]*(?:,|\band\b|\bor\b)\s*(?:(?:the|largest|other|another|one|second|up|to|approximately|about|of|measuring|"
+    r"reaching|measures)\s+)*$"
+)
+"""Between two measures of lymph nodes: "8 mm in the axilla and 14 mm in the hilum", not "and a cyst of 14 mm"."""
+AFTER_ANOTHER_SIZE = re.compile(
+    r"\s*(?:$|[.,;:()]|(?:in|at|on)\b(?! (?:the |its )?(?:long|longest|largest)\b)|(?:and|or|within|around|near|"
+    r"short|is|are|was|were|diameter|size)\b)"
+)
+"""After the second: not "and a 15 mm cyst", nor the long axis of the same node."""
 BELOW = re.compile(
     r"(?:less|smaller|shorter|lower) than|below|under|not exceed\w*|<\s*$|sub-?centimet\w+|millimet(?:ric|er-sized)|"
     r"small|shotty"

@@ -45,6 +45,10 @@ _SIDE = re.compile(
     r"|(?P<both>\bboth\b(?! (?:main )?bronch)|\bbilateral\w*|\bbi-?(?:basal|basilar|apical)\w*|\beither (?:lung|side)\b"
     r"|\beach (?:lung|side)\b)"
 )
+_AWAY = re.compile(
+    r"\b(?:shift|displac|deviat|push)\w*(?:(?: (?!due\b|secondary\b)[\w-]+){0,6}? (?:to|towards?)(?: the)?)? $"
+)
+"""Before a side: where something is moved to, not where the finding is."""
 _JOINED = re.compile(r"^(?:,|\s|\band\b|\bor\b|\bwith\b|\baccompanied by\b|[\w-]+\s)*$")
 _MOST_JOINED = 30
 """Characters between two names that share a side: "consolidation and patchy ground-glass opacity"."""
@@ -140,6 +144,8 @@ def _owned_in(text: str, first: int, last: int, mentions: list[Mention]) -> list
     fronted: frozenset[Side] = frozenset()
     adjectival: set[int] = set()
     for found in _SIDE.finditer(text, first, last):
+        if _AWAY.search(text[first : found.start()]):
+            continue
         side = _SETS[str(found.lastgroup)]
         owners = _before_name(text, found, mentions)
         adjectival |= set(owners)

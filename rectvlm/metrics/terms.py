@@ -25,9 +25,14 @@ class Term:
     finding: str
     named: re.Pattern[str]
     needs: re.Pattern[str] | None = None
-    """Must stand in the same clause too."""
+    """The vessel that must be named with it: on its side of a "without", or anywhere in the clause where no `VESSEL`
+    is named on that side."""
     unless: re.Pattern[str] | None = None
-    """Must not stand in the same clause."""
+    """Must not stand in the same phrase (see `rectvlm.metrics.clauses`)."""
+    not_of: re.Pattern[str] | None = None
+    """Organs that it must not be of: named in its phrase, or else in its clause, and `LUNG` is not."""
+    device: bool = False
+    """Is gone once it was removed."""
     weak: bool = False
     """Gives way where another term's words cover it."""
     present_from_mm: float | None = None
@@ -35,7 +40,7 @@ class Term:
 
 
 _AORTA = _pattern(
-    r"aort\w*(?!\w*(?:\s+and\s+mitral)?\s+valv)",
+    r"(?<!para)(?<!para-)aort(?!o-?pulm|ico-?pulm)\w*(?!\w*(?:\s+and\s+mitral)?\s+valv)",
     r"\barch\b(?!\s+of)",
     r"supra-?aortic",
     r"brachiocephalic|subclavian|carotid|innominate|iliac|splenic arter|mesenteric arter|celiac",
@@ -47,13 +52,21 @@ _OTHER_ORGAN = _pattern(
     r"thyroid\w*|goit\w+|adrenal|surrenal|liver|hepat\w+|spleen|splenic|breast|mamm\w+|kidney|renal|pancrea\w*|skin|"
     r"subcutaneous|parotid|prostat\w*|gall-?bladder|vertebra\w*|bones?|abdom\w+|peritone\w+|omental|mesenter\w+"
 )
-_IN_LUNG = r"(?=.*(?:lung|pulmon|parenchyma|upper lobe|lower lobe|middle lobe|lingula|pleura))"
-_NOT_LUNG = re.compile(rf"^(?!{_IN_LUNG}).*(?:{_OTHER_ORGAN.pattern})")
-"""Speaks of another organ, and not of the lungs."""
+LUNG = re.compile(
+    r"lung|pulmon|(?<!liver )(?<!hepatic )(?<!splenic )(?<!renal )(?<!breast )(?<!thyroid )(?<!pancreatic )parenchyma|"
+    r"upper lobe|lower lobe|middle lobe|lingula|pleura|\bapic(?:es|al)\b"
+)
 _BONE = _pattern(
     r"\bribs?\b|fractur\w*|vertebra\w*|bones?\b|osse\w+|sternum|clavic\w+|costal|spleen|splenic|kidney|renal"
 )
 _WORD = r"[\w/%'-]+"
+VESSEL = _pattern(_AORTA.pattern, _CORONARY.pattern)
+_NOT_VASCULAR = (
+    rf"(?!(?: (?!(?:and|or|with)\b|{VESSEL.pattern}){_WORD}){{0,4}} "
+    r"(?:lymph|nodes?\b|lap\b|nodul|granulom|mass|lesion|pleura|thyroid|trache|bronch|ribs?\b|costal|disc\b|valv|annul))"
+)
+"""After "calcified": what is calcified is no vessel."""
+_CALCIFIED = rf"(?<!pleural )(?<!valve )calcif\w*\b{_NOT_VASCULAR}|(?<!pleural )\bplaques?\b{_NOT_VASCULAR}"
 
 TERMS: tuple[Term, ...] = (
     Term(
@@ -74,23 +87,22 @@ TERMS: tuple[Term, ...] = (
             r" (?:tubes?|cannulas?)",
             r"intubat\w+|tracheostom\w+|gastrostom\w+|\bdrains?\b|medical (?:materials?|devices?)",
         ),
+        device=True,
     ),
     Term(
         "Arterial wall calcification",
-        _pattern(r"calcif\w*|\bplaques?"),
+        re.compile(_CALCIFIED),
         needs=_AORTA,
-        unless=re.compile(r"pleural plaque|pleural calcif|calcified pleural"),
     ),
     Term("Arterial wall calcification", re.compile(r"ather(?:o|om|os)\w*"), needs=_AORTA),
     Term("Arterial wall calcification", re.compile(r"ather(?:o|om|os)\w*"), unless=_CORONARY),
-    Term(
-        "Coronary artery wall calcification", re.compile(r"calcif\w*|\bplaques?|ather(?:o|om|os)\w*"), needs=_CORONARY
-    ),
+    Term("Coronary artery wall calcification", re.compile(rf"{_CALCIFIED}|ather(?:o|om|os)\w*"), needs=_CORONARY),
     Term(
         "Cardiomegaly",
         _pattern(
             r"cardiomegaly|megalocardia",
-            r"enlarged (?:heart|cardiac silhouette)|(?:cardiac|heart) enlargement|enlargement of the heart",
+            r"enlarged (?:heart|cardiac silhouette)|(?:cardiac|heart) enlargement",
+            r"enlargement (?:\w+ ){0,2}?(?:of|in) (?:the )?(?:heart|cardiac)",
             rf"\b(?:heart|cardiac|cardiothoracic|ct[or])(?: (?!normal|valve|failure){_WORD},?){{0,6}}? "
             r"(?:enlarged|increased?|larger|dilated|above normal|greater than normal|big|wider)",
             r"increased? (?:in )?(?:heart size|heart dimensions|cardiothoracic (?:index|ratio))",
@@ -147,7 +159,7 @@ TERMS: tuple[Term, ...] = (
             r"(?:micro)?nodules?\b|nodulo-?(?:infiltrative|ground)",
             r"nodular(?:,? (?:or|and|and/or|solid|\w+ive))* (?:lesions?|opacit\w+|densit\w+|formations?|structures?)",
         ),
-        unless=_NOT_LUNG,
+        not_of=_OTHER_ORGAN,
     ),
     Term(
         "Lung opacity",
@@ -158,9 +170,9 @@ TERMS: tuple[Term, ...] = (
             r"infiltrat(?:es?|ions?|ive)\b",
         ),
         unless=re.compile(
-            rf"{_NOT_LUNG.pattern}|opacification of the (?:pulmonary arter|vessel|aort)|contrast opacif|fatty|"
-            rf"fat planes?|muscle"
+            r"opacification of the (?:pulmonary arter|vessel|aort)|contrast opacif|fatty|fat planes?|muscle"
         ),
+        not_of=_OTHER_ORGAN,
     ),
     Term(
         "Pulmonary fibrotic sequela",
@@ -169,10 +181,8 @@ TERMS: tuple[Term, ...] = (
             r"fibro(?:tic|s[ie]s|-?atel\w*|-?linear\w*|-?retract\w*)",
             r"scars?\b|scarring|honeycomb\w*|(?:pleuro-?)?parenchymal bands?",
         ),
-        unless=re.compile(
-            rf"{_BONE.pattern}|{_NOT_LUNG.pattern}|surgical scar|incision|cystic fibrosis|retroperitoneal|myocard|"
-            rf"infarct"
-        ),
+        unless=re.compile(r"surgical scar|incision|cystic fibrosis|retroperitoneal|myocard|infarct"),
+        not_of=_pattern(_BONE.pattern, _OTHER_ORGAN.pattern),
     ),
     Term(
         "Pleural effusion",
@@ -227,7 +237,8 @@ IMPLIES = {"Consolidation": "Lung opacity"}
 
 @dataclass(frozen=True)
 class Normal:
-    """A structure whose normal state rules findings out: "heart size is normal"."""
+    """A structure whose normal state rules findings out: "heart size is normal". A finding's name in the words of its
+    structure ("bronchial wall thickness is normal") is no statement of its own."""
 
     structure: re.Pattern[str]
     findings: tuple[str, ...]
@@ -263,5 +274,21 @@ NORMAL: tuple[Normal, ...] = (
             r"(?:clear|normal|unremarkable)\b"
         ),
         ("Lung opacity", "Consolidation", "Lung nodule", "Atelectasis"),
+    ),
+    Normal(
+        re.compile(
+            r"(?:\b(?:peri-?bronch\w+|(?:bronch(?:ial|us|i)|airway)'?s?) walls?"
+            r"|\b(?:peri-?bronch\w+|bronchial) thickness(?:es)?"
+            r"|thickness(?:es)? of (?:the )?(?:peri-?bronch\w+|bronch(?:ial|us|i)|airway))"
+            rf"(?: (?!thicken|increas){_WORD}){{0,4}}? {_IS_NORMAL}"
+        ),
+        ("Peribronchial thickening",),
+    ),
+    Normal(
+        re.compile(
+            rf"(?:thickness(?:es)? of (?:the )?)?\binter-?lobular sept(?:a|al|um)\b"
+            rf"(?: (?!thicken|increas){_WORD}){{0,4}}? {_IS_NORMAL}"
+        ),
+        ("Interlobular septal thickening",),
     ),
 )
