@@ -116,6 +116,9 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--batch-size", type=_positive, default=1, metavar="B")
     evaluate.add_argument("--device", help="cpu, cuda, cuda:1, …; by default a GPU for each process if there is one")
     evaluate.add_argument("--truth", type=Path, metavar="DIR", help="outlines as drawn, KEY/LESION.nii.gz")
+    evaluate.add_argument(
+        "--hide-regions", action="store_true", help="without region maps, as predict: thresholds for it are fitted so"
+    )
     evaluate.add_argument("--surface-tolerance", type=float, default=2.0, metavar="MM", help="of the surface Dice")
     evaluate.add_argument(
         "--thresholds", choices=("fit", "stored"), default="fit", help="on the train split, or those of the checkpoint"
@@ -221,6 +224,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         limit=options.limit,
         batch_size=options.batch_size,
         truth=options.truth,
+        hide_regions=options.hide_regions,
         surface_tolerance=options.surface_tolerance,
         thresholds=options.thresholds,
         fit_limit=options.fit_limit,

@@ -21,6 +21,7 @@ NOT_DECIDING = {
     "evaluate/options.py": "its values are in the fingerprint",
     "evaluate/plots.py": "makes figures of cases",
     "evaluate/ranks.py": "shares the cases",
+    "evaluate/regions.py": "makes figures of cases",
     "evaluate/reports.py": "makes figures of cases",
     "evaluate/scans.py": "makes figures of cases",
     "evaluate/selection.py": "reads how a checkpoint was chosen",

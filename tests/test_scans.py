@@ -30,6 +30,7 @@ def volume(position: int, key: str, probability: float, label: int | None, text:
         reference="Findings: none." if text else None,
         generated=text,
         without_image=text,
+        regions=None,
     )
 
 

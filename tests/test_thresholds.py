@@ -16,7 +16,7 @@ from rectvlm.types import UserError
 UNKNOWN = FINDINGS[3]
 
 
-def cases(n: int, seed: int = 0, known: bool = True) -> list[CaseRecord]:
+def cases(n: int, seed: int = 0, known: bool = True, regions: str | None = "drawn") -> list[CaseRecord]:
     """Cases of the train split; one finding is known in none of them, with `known` false no one is."""
     rng = np.random.default_rng(seed)
     found = []
@@ -24,7 +24,7 @@ def cases(n: int, seed: int = 0, known: bool = True) -> list[CaseRecord]:
         labels: list[int | None] = [None if name == UNKNOWN or not known else i % 2 for name in FINDINGS]
         probabilities = rng.random(len(FINDINGS)).tolist()
         name = f"case_{i}"
-        found.append(CaseRecord("fit", i, name, name, name, probabilities, labels, [], None, None, None))
+        found.append(CaseRecord("fit", i, name, name, name, probabilities, labels, [], None, None, None, regions))
     return found
 
 
@@ -85,3 +85,29 @@ def test_the_same_fit_again_says_nothing_and_a_damaged_file_is_made_anew(
 def test_fitted_cases_that_decide_nothing_give_way_to_stored_thresholds(tmp_path: Path) -> None:
     stored = decide(tmp_path, cases(6), "shards")
     assert decide(tmp_path, cases(9, known=False), "shards").as_dict() == stored.as_dict()
+
+
+@pytest.mark.parametrize(
+    ("n", "regions", "hidden", "replaced"),
+    [(6, "drawn", False, False), (9, "coarse", False, False), (6, None, True, True), (4, None, True, False)],
+)
+def test_thresholds_of_cases_without_region_maps_stay(
+    n: int, regions: str | None, hidden: bool, replaced: bool, tmp_path: Path
+) -> None:
+    """A new CT has none. Earlier versions did not say, so theirs give way."""
+    decide(tmp_path, cases(6, regions=None), "shards", regions_hidden=True)
+    fitted = decide(tmp_path, cases(n, seed=1, regions=regions), "shards", regions_hidden=hidden)
+    stored = stored_thresholds(tmp_path)
+    assert stored is not None and (stored.as_dict() == fitted.as_dict()) == replaced
+    assert "hidden, as in prediction" in stored.source and stored.as_dict()["regions_hidden"] is True
+    old = {key: value for key, value in stored.as_dict().items() if "region" not in key}
+    (tmp_path / THRESHOLDS).write_text(json.dumps(old))
+    assert decide(tmp_path, cases(6), "shards").as_dict() == json.loads((tmp_path / THRESHOLDS).read_text())
+
+
+def test_thresholds_say_which_region_maps_their_cases_had(tmp_path: Path) -> None:
+    fitting = [*cases(4)[:1], *cases(4, regions="coarse")[1:3], *cases(4, regions=None)[3:]]
+    found = decide(tmp_path, fitting, "shards").as_dict()
+    assert (found["n_with_region_map"], found["n_with_coarse_region_map"], found["regions_hidden"]) == (3, 2, False)
+    assert found["source"].endswith("region maps: 3 volumes, 2 of them coarse")
+    assert json.loads((tmp_path / THRESHOLDS).read_text()) == found

@@ -1,10 +1,11 @@
 """One case: what the model says of it, beside what is true, reduced to what the metrics need. A line of JSON each."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
@@ -52,6 +53,8 @@ class CaseRecord:
     """None where no report was asked for."""
     without_image: str | None
     """The same from a volume of air."""
+    regions: str | None
+    """Where the region map that the model was given came from; None where it had none."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -75,6 +78,8 @@ def examine(model: RectVLM, batch: Batch, positions: list[int], purpose: Purpose
         UserError: the model's output is not finite, or a file of outlines cannot be used.
     """
     device = next(model.parameters()).device
+    if options.hide_regions:
+        batch = replace(batch, regions_known=torch.zeros_like(batch.regions_known))
     on_device = batch.to(device)
     evaluating = purpose == "evaluate"
     wanted = options.reports and model.has_generator and evaluating
@@ -109,6 +114,7 @@ def examine(model: RectVLM, batch: Batch, positions: list[int], purpose: Purpose
                 reference=batch.reports[i],
                 generated=prediction.reports[i] if written and prediction.reports else None,
                 without_image=control.reports[i] if written and control and control.reports else None,
+                regions=meta.regions_source if batch.regions_known[i] else None,
             )
         )
     return records

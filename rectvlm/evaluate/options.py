@@ -53,6 +53,8 @@ class Options:
     batch_size: int = 1
     truth: Path | None = None
     """Folder of the lesions' outlines as they were drawn, KEY/LESION.nii.gz; else those of the shards."""
+    hide_regions: bool = False
+    """Treat every region map as unknown, as prediction does."""
     surface_tolerance: float = TOLERANCE_MM
     """Of the surface Dice, mm."""
     thresholds: Literal["fit", "stored"] = "fit"

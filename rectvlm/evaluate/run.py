@@ -4,6 +4,7 @@ Command: `rectvlm evaluate --checkpoint runs/demo/phase3`, on several processes 
 `accelerate launch --num_processes 2 -m rectvlm evaluate …` or `torchrun --nproc-per-node 2 -m rectvlm evaluate …`.
 """
 
+import itertools
 import json
 import logging
 import time
@@ -24,6 +25,7 @@ from rectvlm.evaluate.journal import Journal
 from rectvlm.evaluate.machine import machine
 from rectvlm.evaluate.options import Options, fingerprint
 from rectvlm.evaluate.ranks import Ranks, ranks_of_environment
+from rectvlm.evaluate.regions import RegionMaps
 from rectvlm.evaluate.reports import reports as compare_reports
 from rectvlm.evaluate.scans import Scans, by_scan
 from rectvlm.evaluate.selection import are_same, selected_on
@@ -99,7 +101,9 @@ def evaluate(
     records = {purpose: work.records(found, purpose) for purpose in ("evaluate", "fit")}
     scans = by_scan(records["evaluate"])
     stored_alone = asked.thresholds == "stored"
-    thresholds = decide(folder, records["fit"], work.data.shards, stored_alone, bool(work.own_shards))
+    thresholds = decide(
+        folder, records["fit"], work.data.shards, stored_alone, bool(work.own_shards), asked.hide_regions
+    )
     facts = {
         "machine": machine(),
         "device": work.device,
@@ -197,6 +201,7 @@ def _figures(work: _Work, scans: Scans, thresholds: Thresholds, labeler: Labeler
         "split": options.split,
         "selected_on_this_split": selected_on(work.folder, work.config, work.state, options.split, work.own_shards),
         "n_cases": sum(len(volumes) for volumes in scans.volumes),
+        **RegionMaps.of(itertools.chain.from_iterable(scans.volumes), options.hide_regions).as_dict(),
         "n_scans": len(scans.names),
         "n_patients": len(set(scans.patients)),
         "limit": options.limit,

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from rectvlm.evaluate.regions import RegionMaps
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
 
 FINDING_SCORES = {
@@ -91,7 +92,8 @@ def _facts(result: dict[str, Any]) -> str:
         )
     return (
         f"Checkpoint `{result['checkpoint']}`, step {result['step']}; shards `{result['shards']}`; "
-        f"{result['n_cases']:,} volumes. {intervals}{_selection(result)}"
+        f"{result['n_cases']:,} volumes. {intervals}{_selection(result)}\n\n"
+        f"Region maps: {RegionMaps.read(result)}."
     )
 
 

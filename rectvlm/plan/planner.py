@@ -2,18 +2,21 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rectvlm import weights
+from rectvlm import checkpoint, weights
 from rectvlm.config import Config
+from rectvlm.models import RectVLM
+from rectvlm.models.skeleton import skeleton
 from rectvlm.plan.ledger import WORK_AREAS
-from rectvlm.plan.rehearsal import Rehearsal, build, rehearse
+from rectvlm.plan.rehearsal import Rehearsal, as_trained, rehearse
 from rectvlm.plan.speed import Calls, Hardware, StepTime, step_time
-from rectvlm.plan.states import States, parameters, states, weights_of
+from rectvlm.plan.states import BF16, FP32, States, parameters, states, weights_of
 from rectvlm.plan.workarea import WorkAreas
-from rectvlm.train.phases import PHASES
+from rectvlm.train.phases import PHASES, planned
 from rectvlm.train.sharding import read_settings
 from rectvlm.types import UserError
 
@@ -52,7 +55,10 @@ class Plan:
     fits: bool
     host_memory_gb: float
     """Of each node."""
+    checkpoint_gb: float
+    """Of one checkpoint, the files of all ranks together."""
     checkpoint_disk_gb: float
+    """Of as many as there are at once."""
     flops_per_step: dict[str, Any]
     """TFLOP of one GPU in an optimizer step."""
     time: dict[str, float]
@@ -94,7 +100,10 @@ class Planner:
         self.ds = read_settings(ds_config, self.settings, config.train.clip)
         text = weights.geometry(config.text.model)
         language = weights.geometry(config.generator.model) if "generator" in self.phase.parts else None
-        self.model = build(config, self.phase, text.hidden_size, language)
+        model = skeleton(config, self.phase.parts, text.hidden_size, language)
+        # Before freezing, as in training: a part that does not learn belongs to the checkpoint too.
+        self.saved = _entries(model, checkpoint.saved_names(model))
+        self.model = as_trained(model, config, self.phase)
         self.rehearsal: Rehearsal = rehearse(config, self.phase, self.model, self.settings.micro_batch, areas)
 
     def plan(self, gpus: int, capacity_gb: float, samples: int = CT_RATE_SCANS) -> Plan:
@@ -104,6 +113,8 @@ class Planner:
         counts = parameters(self.model)
         flops = self._flops()
         time = self._time(held, gpus)
+        steps = self.phase.settings(planned(self.config, self.phase, samples, gpus)).steps
+        on_disk = self._checkpoint(counts["trainable"]) / GB
         loading = (held.loading + CONTEXT) / GB
         peak = max(memory["total"], loading)
         return Plan(
@@ -119,11 +130,12 @@ class Planner:
             loading_peak_gb=loading,
             capacity_gb=capacity_gb,
             fits=peak <= capacity_gb,
-            host_memory_gb=self._host(counts["trainable"], gpus) / GB,
-            checkpoint_disk_gb=self._disk(counts["trainable"]) / GB,
+            host_memory_gb=self._host(gpus) / GB,
+            checkpoint_gb=on_disk,
+            checkpoint_disk_gb=self._checkpoints() * on_disk,
             flops_per_step=flops,
             time=asdict(time),
-            speed=self._speed(time, flops, gpus, samples),
+            speed=self._speed(time, flops, gpus, samples, steps),
             hardware=asdict(self.hardware),
         )
 
@@ -142,16 +154,23 @@ class Planner:
         found = {kind: size / GB for kind, size in kinds.items()}
         return found | {"allocated": allocated / GB, "total": sum(found.values())}
 
-    def _host(self, trainable: int, gpus: int) -> float:
+    def _host(self, gpus: int) -> float:
         """Loader workers' batches, the processes, the parts as they are built (fp32), a checkpoint being gathered."""
         ranks = min(gpus, self.hardware.gpus_per_node)
         batch = self.settings.micro_batch * math.prod(self.config.data.grid) * VOXEL_BYTES
         loader = (self.config.data.workers * READY + 1) * batch
-        return ranks * (loader + PROCESS + 4 * trainable) + 2 * trainable
+        return ranks * (loader + PROCESS + FP32 * self.saved) + BF16 * self.saved
 
-    def _disk(self, trainable: int) -> float:
-        """bf16 weights twice (for use, and the engine's), fp32 master and moments; and one checkpoint in the making."""
-        return (self.config.train.keep + 1) * (2 + 2 + 12) * trainable
+    def _checkpoint(self, trainable: int) -> int:
+        """All weights in bf16, and of what trains fp32 weights, two moments and the moving average where there is one.
+
+        Names, layouts and configuration are left out: tens of KB.
+        """
+        return BF16 * self.saved + (3 + (self.settings.ema > 0)) * FP32 * trainable
+
+    def _checkpoints(self) -> int:
+        """How many there are at once: the next one is whole before an older one goes, and validation keeps the best."""
+        return self.config.train.keep + 1 + (self.settings.validation.every > 0)
 
     def _flops(self) -> dict[str, Any]:
         stages: dict[str, float] = defaultdict(float)
@@ -183,7 +202,7 @@ class Planner:
         )
         return step_time(self.rehearsal.work, held, self.settings.accumulation, gpus, self.hardware, calls)
 
-    def _speed(self, time: StepTime, flops: dict[str, Any], gpus: int, samples: int) -> dict[str, float]:
+    def _speed(self, time: StepTime, flops: dict[str, Any], gpus: int, samples: int, steps: int) -> dict[str, float]:
         batch = self.settings.micro_batch * self.settings.accumulation * gpus
         tokens = self.rehearsal.positions * self.settings.accumulation / time.total
         return {
@@ -193,10 +212,16 @@ class Planner:
             "samples_per_day": batch * 86_400 / time.total,
             "model_tflops_per_gpu": flops["model"] / time.total,
             "hardware_tflops_per_gpu": flops["hardware"] / time.total,
-            "steps": self.settings.steps,
-            "days": self.settings.steps * time.total / 86_400,
-            "epochs": self.settings.steps * batch / samples,
+            "steps": steps,
+            "days": steps * time.total / 86_400,
+            "epochs": steps * batch / samples,
         }
+
+
+def _entries(model: RectVLM, names: Sequence[str]) -> int:
+    """Of parameters and buffers by name."""
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return sum(own[name].numel() for name in names)
 
 
 @dataclass

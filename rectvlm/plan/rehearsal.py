@@ -66,8 +66,14 @@ REPORT = "report"
 
 def build(config: Config, phase: Phase, text_width: int, language: PretrainedConfig | None) -> RectVLM:
     """The skeleton as it trains in a phase: bf16, frozen where nothing learns."""
-    model = skeleton(config, phase.parts, text_width, language)
-    freeze_all_but(model, phase.settings(config).lr)
+    return as_trained(skeleton(config, phase.parts, text_width, language), config, phase)
+
+
+def as_trained(model: RectVLM, config: Config, phase: Phase) -> RectVLM:
+    """A skeleton, changed in place: bf16, frozen where nothing learns. A part that begins later is not frozen, since a
+    step needs most then."""
+    settings = phase.settings(config)
+    freeze_all_but(model, settings.lr, settings.unfreeze)
     return model.to(torch.bfloat16).train()
 
 

@@ -56,6 +56,7 @@ def show(plan: Plan, found: Sequence[Knob], console: Console) -> None:
         ("trainable", f"{counts['trainable'] / 1e6:.1f} M"),
         ("all", f"{counts['total'] / 1e9:.3f} G"),
         ("host memory of a node", f"{plan.host_memory_gb:.0f} GB"),
+        ("a checkpoint", f"{plan.checkpoint_gb:.1f} GB"),
         ("disk for checkpoints", f"{plan.checkpoint_disk_gb:.1f} GB"),
         ("model FLOPs of a step and GPU", f"{plan.flops_per_step['model']:.0f} T"),
         ("with recomputation", f"{plan.flops_per_step['hardware']:.0f} T"),
