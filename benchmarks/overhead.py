@@ -3,8 +3,8 @@
     python -m benchmarks.overhead [--size demo] [--phases 1 2] [--micro-batch 1 8] [--steps 20] [--warmup 3] [--out DIR]
 
 One process trains the same model twice, side by side, on the same batches, which lie in memory. Before every step of
-the trainer a step of each of the others is taken and timed, in turn, so that whatever else the machine does meets all
-of them alike:
+the trainer a step of each of the others is taken and timed, in turn, with the same random draws, so that whatever else
+the machine does meets all of them alike:
 
 bare      PyTorch alone: augment, forward, losses, backward, clip, AdamW on 32-bit copies of the bfloat16 weights. No
           DeepSpeed, nothing recorded.
@@ -46,18 +46,27 @@ MOST = 0.03
 
 
 class Together:
-    """Batches for the trainer, and a step of each of the others before every one of them."""
+    """Batches for the trainer, and a step of each of the others before every one of them.
+
+    `seed` takes the number of a step, from 0, and has the others draw what the trainer will draw in it: an elastic
+    deformation that one of them alone computes would count as its overhead.
+    """
 
     def __init__(
-        self, batches: Sequence[Batch], others: dict[str, Callable[[Batch], None]], device: torch.device
+        self,
+        batches: Sequence[Batch],
+        others: dict[str, Callable[[Batch], None]],
+        device: torch.device,
+        seed: Callable[[int], None],
     ) -> None:
-        self.batches, self.others, self.device = batches, others, device
+        self.batches, self.others, self.device, self.seed = batches, others, device, seed
         self.seconds: dict[str, list[float]] = {name: [] for name in (*others, "trainer")}
 
     def __iter__(self) -> Iterator[Batch]:
         for number, batch in enumerate(itertools.cycle(self.batches)):
             names = list(self.others)
             for name in names if number % 2 else reversed(names):
+                self.seed(number)
                 self.seconds[name].append(self._timed(lambda name=name, batch=batch: self.others[name](batch)))  # type: ignore[misc]
             begin = time.perf_counter()
             yield batch
@@ -86,7 +95,7 @@ def measure(size: str, number: int, micro_batch: int, steps: int, warmup: int, w
     from rectvlm.train.objectives import losses, total
     from rectvlm.train.optim import build_optimizer, freeze_all_but
     from rectvlm.train.phases import PHASES
-    from rectvlm.train.position import Position
+    from rectvlm.train.position import Position, seed_micro_batch
     from rectvlm.train.run import build
     from rectvlm.train.signals import Signals
 
@@ -123,7 +132,10 @@ def measure(size: str, number: int, micro_batch: int, steps: int, warmup: int, w
         engine.backward(loss_of(engine.model, batch))
         engine.step()
 
-    together = Together(batches, {"bare": bare, "engine": alone}, engine.device)
+    def seed(step: int) -> None:
+        seed_micro_batch(config.train.seed, step * micro_batch)
+
+    together = Together(batches, {"bare": bare, "engine": alone}, engine.device, seed)
     with Signals() as signals:
         train(engine, together, phase, config, folder, [], Position(0, 0), signals)
     engine.close()

@@ -22,6 +22,7 @@ def test_slow_moments_of_the_machine_count_on_both_sides() -> None:
 
 def test_every_step_is_timed_beside_one_of_each_other() -> None:
     order: list[str] = []
+    seeded: list[int] = []
 
     def other(name: str, seconds: float) -> Callable[[Any], None]:
         def step(_: Any) -> None:
@@ -30,13 +31,15 @@ def test_every_step_is_timed_beside_one_of_each_other() -> None:
 
         return step
 
-    together = Together(["batch"], {"bare": other("bare", 0.01), "engine": other("engine", 0.02)}, torch.device("cpu"))  # type: ignore[list-item]
+    others = {"bare": other("bare", 0.01), "engine": other("engine", 0.02)}
+    together = Together(["batch"], others, torch.device("cpu"), seeded.append)  # type: ignore[list-item]
     batches = iter(together)
     for _ in range(3):
         assert next(batches) == "batch"
         order.append("trainer")
         time.sleep(0.03)
     assert order == [*("engine", "bare", "trainer"), *("bare", "engine", "trainer"), *("engine", "bare", "trainer")]
+    assert seeded == [0, 0, 1, 1, 2, 2]
     for name, least in {"bare": 0.01, "engine": 0.02, "trainer": 0.03}.items():
         assert len(together.seconds[name]) == (2 if name == "trainer" else 3)
         assert all(seconds >= least for seconds in together.seconds[name])
