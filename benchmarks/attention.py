@@ -12,13 +12,11 @@ Results go to benchmarks/results/attention-MACHINE-DATE.json and .md.
 
 import argparse
 import json
-import logging
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import CHECKOUT, RESULTS, header, publish
+from benchmarks.common import CHECKOUT, RESULTS, header, publish, quiet_main
 from rectvlm.labels import N_REGIONS
 from rectvlm.models.attention import SliceRegionAttention
 from rectvlm.train.memory import peak_memory_bytes, reset_peak_memory
@@ -201,16 +199,14 @@ def to_markdown(result: dict[str, Any]) -> str:
     return "".join(lines)
 
 
+@quiet_main
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     options = _parse(arguments)
-    logging.basicConfig(level=logging.ERROR)
     dtype = getattr(torch, options.dtype)
     if options.one:
         sys.stdout.write(json.dumps(in_process(options.one, options.sides[0], options.heads, dtype, options.rounds)))
         return 0
-    from rectvlm.evaluate import machine
-
     begin = time.monotonic()
     gpu = torch.cuda.is_available()
     rows = [
@@ -222,17 +218,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         for side in options.sides
     ]
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
+    facts = {
         "versions": {"torch": torch.__version__},
         "heads": options.heads,
         "dtype": options.dtype,
         "rounds": options.rounds,
         "rows": rows,
-        "seconds": round(time.monotonic() - begin, 1),
     }
-    publish(options.out, "attention", result, to_markdown(result))
+    publish(options.out, "attention", begin, facts, to_markdown)
     return 0
 
 

@@ -1,11 +1,18 @@
-"""What the benchmarks share: where results go, how a machine is named, and the head of a page."""
+"""What the benchmarks share: where results go, what each result says of its circumstances, and how errors are told."""
 
+import functools
 import json
+import logging
 import re
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+from rectvlm.types import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 RESULTS = CHECKOUT / "benchmarks" / "results"
@@ -23,22 +30,41 @@ def header(title: str, script: str, result: dict[str, Any]) -> str:
     )
 
 
-def save(out: Path, name: str, result: dict[str, Any], page: str) -> Path:
-    """Write `NAME-MACHINE-DATE.json` and `.md`; the path of the page."""
+def publish(out: Path, name: str, began: float, facts: dict[str, Any], page: Callable[[dict[str, Any]], str]) -> None:
+    """Write `NAME-MACHINE-DATE.json` and `.md` and show the page: `facts` with date, machine and seconds since `began`
+    (`time.monotonic`)."""
+    from rectvlm.evaluate import machine  # libraries speak when they are imported, unless logging was set before
+
+    result = {"date": datetime.now(UTC).date().isoformat(), "machine": machine()} | facts
+    result["seconds"] = round(time.monotonic() - began, 1)
     out.mkdir(parents=True, exist_ok=True)
     stem = f"{name}-{machine_slug(result['machine'])}-{result['date']}"
     (out / f"{stem}.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     path = out / f"{stem}.md"
-    path.write_text(page)
-    return path
-
-
-def publish(out: Path, name: str, result: dict[str, Any], page: str) -> None:
-    """Save a result and show its page and where it lies."""
-    path = save(out, name, result, page)
+    text = page(result)
+    path.write_text(text)
     console = Console(stderr=True)
-    console.print(page, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(str(path), highlight=False, soft_wrap=True)
+
+
+class LaunchFailed(Exception):
+    """A launch ended with an error; the message holds the last lines of its output."""
+
+
+def quiet_main(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """A command line whose libraries keep quiet, and whose user errors are one sentence and status 1."""
+
+    @functools.wraps(main)
+    def run(arguments: Sequence[str] | None = None) -> int:
+        logging.basicConfig(level=logging.ERROR)
+        try:
+            return main(arguments)
+        except (UserError, LaunchFailed) as error:
+            Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+            return 1
+
+    return run
 
 
 def machine_slug(where: dict[str, Any]) -> str:

@@ -11,13 +11,11 @@ benchmarks/results/encoder-MACHINE-DATE.json and .md.
 """
 
 import argparse
-import logging
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import RESULTS, header, publish
+from benchmarks.common import RESULTS, header, publish, quiet_main
 from rectvlm.config import Config, load
 from rectvlm.labels import N_FINDINGS, N_LESIONS, N_REGIONS
 from rectvlm.models.attention import SliceRegionAttention
@@ -170,12 +168,10 @@ def to_markdown(result: dict[str, Any]) -> str:
     return "".join(lines)
 
 
+@quiet_main
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     options = _parse(arguments)
-    logging.basicConfig(level=logging.ERROR)
-    from rectvlm.evaluate import machine
-
     begin = time.monotonic()
     config = load(options.config, options.overrides)
     rows = []
@@ -184,9 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for checkpointing in (False, True):
             row = measure(part, config, options.micro_batch, options.rounds, checkpointing)
             rows.append(row | {"flops": flops, "folded_flops": folded})
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
+    facts = {
         "versions": {"torch": torch.__version__},
         "config": config.name,
         "grid": config.data.grid,
@@ -194,9 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rounds": options.rounds,
         "matrix_flops_per_second": matrix_rate(),
         "rows": rows,
-        "seconds": round(time.monotonic() - begin, 1),
     }
-    publish(options.out, "encoder", result, to_markdown(result))
+    publish(options.out, "encoder", begin, facts, to_markdown)
     return 0
 
 

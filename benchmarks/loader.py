@@ -10,7 +10,6 @@ own. Results go to benchmarks/results/loader-MACHINE-DATE.json and .md.
 """
 
 import argparse
-import logging
 import os
 import statistics
 import sys
@@ -18,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ import blosc2
 import numpy as np
 import torch
 
-from benchmarks.common import CHECKOUT, RESULTS, header, publish
+from benchmarks.common import CHECKOUT, RESULTS, header, publish, quiet_main
 from benchmarks.preprocess import GRID, SPACING, make_volumes
 from data_pipeline.cases import Case, CaseData, case_to_sample, file_identity
 from data_pipeline.samples import LESION, SCANS
@@ -191,30 +189,25 @@ def to_markdown(result: dict[str, Any]) -> str:
     return "".join(lines)
 
 
+@quiet_main
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     options = _parse(arguments)
-    logging.basicConfig(level=logging.ERROR)
-    from rectvlm.evaluate import machine  # libraries speak when they are imported, unless logging was set before
-
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="rectvlm-bench-") as temporary:
         shards = Path(temporary) / "shards"
         make_shards(shards, options.samples, options.slices, Path(temporary) / "volumes")
         place = {"grid": GRID, "spacing": SPACING, "shards": str(shards)}
         measured = measure(load("demo").data.model_copy(update=place), options.rounds)
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
+    facts = {
         "versions": versions() | {"torch": torch.__version__},
         "samples": options.samples,
         "grid": GRID,
         "rounds": options.rounds,
         "measured": measured,
         "ratios": summarize(measured),
-        "seconds": round(time.monotonic() - begin, 1),
     }
-    publish(options.out, "loader", result, to_markdown(result))
+    publish(options.out, "loader", begin, facts, to_markdown)
     return 0
 
 

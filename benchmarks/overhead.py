@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import io
 import itertools
-import logging
 import multiprocessing
 import os
 import statistics
@@ -28,17 +27,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from benchmarks.common import CHECKOUT, RESULTS, header, publish
+from benchmarks.common import CHECKOUT, RESULTS, header, publish, quiet_main
 from benchmarks.report_step import Masters
-from benchmarks.train_step import LaunchFailed, make_shards
-from rectvlm.types import Batch, UserError
+from benchmarks.train_step import make_shards
+from rectvlm.types import Batch
 
 BATCHES = 4
 MOST = 0.03
@@ -180,38 +177,30 @@ def to_markdown(result: dict[str, Any]) -> str:
     return head + "\n".join(lines) + "\n"
 
 
+@quiet_main
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     options = _parse(arguments)
-    logging.basicConfig(level=logging.ERROR)
     os.environ.setdefault("RECTVLM_TRACKERS", "none")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from rectvlm import checkpoint
-    from rectvlm.evaluate import machine
 
-    console, begin = Console(stderr=True), time.monotonic()
+    begin = time.monotonic()
     rows = []
-    try:
-        for number, micro_batch in itertools.product(options.phases, options.micro_batch):
-            with tempfile.TemporaryDirectory(prefix="rectvlm-bench-") as work:
-                make_shards(options.size, Path(work) / "shards")
-                # A process holds one engine in its life.
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                    what = (options.size, number, micro_batch, options.steps, options.warmup, Path(work))
-                    rows.append(fresh.submit(measure, *what).result())
-    except (UserError, LaunchFailed) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 1
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
+    for number, micro_batch in itertools.product(options.phases, options.micro_batch):
+        with tempfile.TemporaryDirectory(prefix="rectvlm-bench-") as work:
+            make_shards(options.size, Path(work) / "shards")
+            # A process holds one engine in its life.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                what = (options.size, number, micro_batch, options.steps, options.warmup, Path(work))
+                rows.append(fresh.submit(measure, *what).result())
+    facts = {
         "versions": checkpoint.versions(),
         "threads": torch.get_num_threads(),
         "rows": rows,
-        "seconds": round(time.monotonic() - begin, 1),
     }
-    publish(options.out, "overhead", result, to_markdown(result))
+    publish(options.out, "overhead", begin, facts, to_markdown)
     return 0
 
 

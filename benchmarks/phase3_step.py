@@ -17,7 +17,6 @@ benchmarks/results/phase3-step-MACHINE-DATE.json and .md.
 import argparse
 import contextlib
 import io
-import logging
 import math
 import multiprocessing
 import os
@@ -28,19 +27,17 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from benchmarks.common import CHECKOUT, RESULTS, header, publish
+from benchmarks.common import CHECKOUT, RESULTS, header, publish, quiet_main
 from benchmarks.report_step import language_model
 from rectvlm.config import Config, load
 from rectvlm.labels import N_FINDINGS, N_LESIONS
 from rectvlm.train.memory import peak_memory_bytes, reset_peak_memory
-from rectvlm.types import Batch, UserError
+from rectvlm.types import Batch
 
 PHASE = 3
 PARTS = ("forward", "backward", "optimizer")
@@ -201,42 +198,34 @@ def _beside(planned: float, found: float) -> str:
     return f"{planned:.2f} ({planned / found - 1:+.1%})"
 
 
+@quiet_main
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     options = _parse(arguments)
-    logging.basicConfig(level=logging.ERROR)
     os.environ.setdefault("RECTVLM_TRACKERS", "none")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from rectvlm import checkpoint
-    from rectvlm.evaluate import machine
 
-    console, begin = Console(stderr=True), time.monotonic()
+    begin = time.monotonic()
     rows = []
     geometry = [f"generator.model={options.geometry}"] if options.geometry else []
-    try:
-        config = load(options.config, [*geometry, *options.overrides])
-        for name in options.ds_configs:
-            for micro_batch in options.micro_batch:
-                overrides = [*geometry, *options.overrides, f"train.phases.{PHASE}.micro_batch={micro_batch}"]
-                overrides.append(f"train.phases.{PHASE}.accumulation=1")
-                ds_config = CHECKOUT / "ds_configs" / f"{name}.json"
-                chosen = (options.config, overrides, ds_config)
-                rows.append(_alone(measure, *chosen, options.rounds) | _alone(plans, *chosen))
-    except UserError as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 1
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
+    config = load(options.config, [*geometry, *options.overrides])
+    for name in options.ds_configs:
+        for micro_batch in options.micro_batch:
+            overrides = [*geometry, *options.overrides, f"train.phases.{PHASE}.micro_batch={micro_batch}"]
+            overrides.append(f"train.phases.{PHASE}.accumulation=1")
+            ds_config = CHECKOUT / "ds_configs" / f"{name}.json"
+            chosen = (options.config, overrides, ds_config)
+            rows.append(_alone(measure, *chosen, options.rounds) | _alone(plans, *chosen))
+    facts = {
         "versions": checkpoint.versions(),
         "config": config.name,
         "geometry": config.generator.model,
         "rounds": options.rounds,
         "rows": rows,
-        "seconds": round(time.monotonic() - begin, 1),
     }
-    publish(options.out, "phase3-step", result, to_markdown(result))
+    publish(options.out, "phase3-step", begin, facts, to_markdown)
     return 0
 
 

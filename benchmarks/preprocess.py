@@ -10,7 +10,6 @@ worker and with two. Results go to benchmarks/results/preprocess-MACHINE-DATE.js
 
 import argparse
 import gzip
-import logging
 import os
 import shutil
 import statistics
@@ -19,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from benchmarks.common import CHECKOUT, RESULTS, header, publish
+from benchmarks.common import CHECKOUT, RESULTS, header, publish, quiet_main
 from data_pipeline.cases import Case, CaseData, case_to_sample, file_identity
 from data_pipeline.samples import SCANS, fetch_samples
 from rectvlm.data.packing import pack
@@ -226,16 +224,14 @@ def to_markdown(result: dict[str, Any]) -> str:
     return "".join(lines)
 
 
+@quiet_main
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     options = _parse(arguments)
-    logging.basicConfig(level=logging.ERROR)
     if options.make:
         folder, out, workers = options.make
         make(Path(folder), Path(out), int(workers))
         return 0
-    from rectvlm.evaluate import machine
-
     begin = time.monotonic()
     cores = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory(prefix="rectvlm-bench-") as temporary:
@@ -246,9 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.sched_setaffinity(0, cores)
         workers = {number: with_workers(paths, options.cases, number, work) for number in WORKERS}
         sizes = [path.stat().st_size for path in paths]
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
+    facts = {
         "versions": versions() | {"torch": torch.__version__},
         "volumes": options.volumes,
         "slices": options.slices,
@@ -257,9 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "cpu_seconds": seconds,
         "workers": workers,
         "ratios": summarize(seconds, workers),
-        "seconds": round(time.monotonic() - begin, 1),
     }
-    publish(options.out, "preprocess", result, to_markdown(result))
+    publish(options.out, "preprocess", begin, facts, to_markdown)
     return 0
 
 

@@ -14,20 +14,17 @@ benchmarks/results/report-step-MACHINE-DATE.json and .md.
 """
 
 import argparse
-import logging
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, header, publish
+from benchmarks.common import RESULTS, header, publish, quiet_main
 from rectvlm import checkpoint, weights
 from rectvlm.config import Config, load
 from rectvlm.labels import N_REGIONS
@@ -242,26 +239,17 @@ def to_markdown(result: dict[str, Any]) -> str:
     return "".join(lines)
 
 
+@quiet_main
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     options = _parse(arguments)
-    logging.basicConfig(level=logging.ERROR)
-    from rectvlm.evaluate import machine
-
-    console = Console(stderr=True)
     begin = time.monotonic()
     geometry = [f"generator.model={options.geometry}"] if options.geometry else []
-    try:
-        config = load(options.config, [*geometry, *options.overrides])
-        layers = options.layers or weights.geometry(config.generator.model).num_hidden_layers
-        rows = measure(config, options.layers, options.micro_batch, options.cue_words, options.rounds)
-    except UserError as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 1
+    config = load(options.config, [*geometry, *options.overrides])
+    layers = options.layers or weights.geometry(config.generator.model).num_hidden_layers
+    rows = measure(config, options.layers, options.micro_batch, options.cue_words, options.rounds)
     chosen = config.generator
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
+    facts = {
         "versions": {
             name: version
             for name, version in checkpoint.versions().items()
@@ -276,9 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "checkpointing": chosen.checkpointing,
         "rounds": options.rounds,
         "rows": rows,
-        "seconds": round(time.monotonic() - begin, 1),
     }
-    publish(options.out, "report-step", result, to_markdown(result))
+    publish(options.out, "report-step", begin, facts, to_markdown)
     return 0
 
 

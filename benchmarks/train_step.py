@@ -10,31 +10,24 @@ benchmarks/results/train-step-MACHINE-DATE.json and .md.
 
 import argparse
 import json
-import logging
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from benchmarks.common import CHECKOUT, RESULTS, header, publish
+from benchmarks.common import CHECKOUT, RESULTS, LaunchFailed, header, publish, quiet_main
 from rectvlm.config import load
-from rectvlm.types import UserError
 
 PARTS = ("data", "forward", "backward", "optimizer")
 PHANTOMS = 8
 SHOWN_OF_FAILURE = 20
-
-
-class LaunchFailed(Exception):
-    """A launch ended with an error; the message holds the last lines of its output."""
 
 
 def measure(folder: Path, warmup: int) -> dict[str, Any]:
@@ -132,48 +125,39 @@ def to_markdown(result: dict[str, Any]) -> str:
     return head + "\n".join(lines) + "\n"
 
 
+@quiet_main
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     options = _parse(arguments)
-    logging.basicConfig(level=logging.ERROR)
-    from rectvlm.evaluate import machine  # libraries speak when they are imported, unless logging was set before
-
     console = Console(stderr=True)
     begin = time.monotonic()
     rows: list[dict[str, Any]] = []
     versions: dict[str, str] = {}
-    try:
-        with tempfile.TemporaryDirectory(prefix="rectvlm-bench-") as work:
-            for size, processes in options.launches:
-                shards, runs = Path(work) / "shards" / size, Path(work) / f"runs-{processes}"
-                if not shards.is_dir():
-                    make_shards(size, shards)
-                for phase in range(1, max(options.phases) + 1):
-                    folder = launch(size, phase, processes, options.warmup + options.steps, shards, runs)
-                    if phase not in options.phases:
-                        continue  # it was needed for its checkpoint
-                    row = {"size": size, "phase": phase, "processes": processes} | measure(folder, options.warmup)
-                    rows.append(row)
-                    state = next(folder.glob("checkpoints/*/state.json"))
-                    versions = json.loads(state.read_text())["versions"]
-                    console.print(
-                        f"{size}, phase {phase}, {processes} process{'es' if processes > 1 else ''}: "
-                        f"{row['samples_per_second']:.2f} samples/s, {row['peak_memory_bytes'] / 1e9:.2f} GB",
-                        highlight=False,
-                    )
-    except (UserError, LaunchFailed) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 1
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
+    with tempfile.TemporaryDirectory(prefix="rectvlm-bench-") as work:
+        for size, processes in options.launches:
+            shards, runs = Path(work) / "shards" / size, Path(work) / f"runs-{processes}"
+            if not shards.is_dir():
+                make_shards(size, shards)
+            for phase in range(1, max(options.phases) + 1):
+                folder = launch(size, phase, processes, options.warmup + options.steps, shards, runs)
+                if phase not in options.phases:
+                    continue  # it was needed for its checkpoint
+                row = {"size": size, "phase": phase, "processes": processes} | measure(folder, options.warmup)
+                rows.append(row)
+                state = next(folder.glob("checkpoints/*/state.json"))
+                versions = json.loads(state.read_text())["versions"]
+                console.print(
+                    f"{size}, phase {phase}, {processes} process{'es' if processes > 1 else ''}: "
+                    f"{row['samples_per_second']:.2f} samples/s, {row['peak_memory_bytes'] / 1e9:.2f} GB",
+                    highlight=False,
+                )
+    facts = {
         "versions": versions,
         "steps": options.steps,
         "warmup": options.warmup,
         "rows": rows,
-        "seconds": round(time.monotonic() - begin, 1),
     }
-    publish(options.out, "train-step", result, to_markdown(result))
+    publish(options.out, "train-step", begin, facts, to_markdown)
     return 0
 
 
