@@ -202,6 +202,7 @@ def _predict_one(reader: _Reader, name: str, file: Path) -> _Case:
     sample = _sample(name, volume, hu, decision, reader.config)
     device = next(reader.model.parameters()).device
     prediction = reader.model.predict(collate([sample]).to(device))
+    prediction.require_finite([name])
     grid_affine = np.array(sample.meta.geometry.grid_affine)
     lesions = None
     if reader.model.localizer is not None:

@@ -191,3 +191,18 @@ class Prediction:
     """(B, 5, Z, Y, X) float32, probabilities in the order of `labels.LESIONS`."""
     reports: list[str] | None
     """Generated text, sections included; None when no report was asked for or the model has no generator."""
+
+    def require_finite(self, keys: list[str]) -> None:
+        """Stop at what no number is: compared with a threshold, it would read as "absent".
+
+        Args:
+            keys: of the batch's samples, for the message.
+
+        Raises:
+            UserError: a probability is not finite.
+        """
+        for what, found in (("findings", self.findings), ("lesions", self.lesions)):
+            if not found.isfinite().all():
+                raise UserError(
+                    f"The model's probabilities of {what} for {', '.join(keys)} are not finite: use another checkpoint."
+                )

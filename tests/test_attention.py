@@ -56,7 +56,9 @@ def example(
 
 
 def ours(module: SliceRegionAttention, inputs: dict[str, Tensor], slice_index: Tensor) -> tuple[Tensor, Tensor]:
-    return module(**inputs, slice_index=slice_index, weights=pooling_weights(inputs["log_prior"]))
+    shares = inputs["log_prior"].exp()
+    weights = pooling_weights(shares, torch.ones(len(shares), dtype=torch.bool, device=shares.device))
+    return module(**inputs, slice_index=slice_index, weights=weights)
 
 
 def outputs_and_gradients(

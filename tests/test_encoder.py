@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rectvlm.config import Config
 from rectvlm.labels import N_REGIONS, WINDOWS
+from rectvlm.models.attention import pooling_weights
 from rectvlm.models.encoder import Encoder, Features, apply_windows, region_mix
 
 
@@ -55,6 +56,25 @@ def test_region_mix_equals_naive_loop(patch: tuple[int, int, int]) -> None:
                     row += 1
 
 
+def test_a_region_is_the_mean_over_its_voxels() -> None:
+    """A small organ is not drowned by the rest of the body; one that the map lacks is told nothing of it."""
+    torch.manual_seed(0)
+    regions = torch.full((2, 8, 8, 8), 3, dtype=torch.uint8)
+    regions[:, 5:7, 1:3, 2:5] = 9  # 12 voxels, in three patches
+    known = torch.tensor([True, False])
+    shares = region_mix(regions, (2, 4, 4))[..., 1:]
+    weights = pooling_weights(shares, known)
+    values = torch.randn(2, shares.shape[1], 5)
+    of_voxels = values[0].view(4, 2, 2, 5).repeat_interleave(2, 0).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    pooled = weights.mT @ values
+    for region in (3, 9):
+        torch.testing.assert_close(pooled[0, region - 1], of_voxels[regions[0] == region].mean(0))
+    others = [r for r in range(N_REGIONS) if r + 1 not in (3, 9)]
+    assert (weights[0, :, 8] > 0).sum() == 4
+    assert not pooled[0, others].any()
+    torch.testing.assert_close(pooled[1], values[1].mean(0).expand(N_REGIONS, -1))
+
+
 def test_unknown_map_is_not_an_empty_map(encoder: Encoder, inputs: tuple[Tensor, Tensor]) -> None:
     ct, regions = inputs
     empty = torch.zeros_like(regions)
@@ -71,7 +91,9 @@ def test_an_unknown_map_is_not_read(encoder: Encoder, inputs: tuple[Tensor, Tens
     ct, regions = inputs
     known = torch.tensor([True, False])
     with torch.no_grad():
-        first, second = encoder(ct, regions, known), encoder(ct, regions.flip(1), known)
+        other = regions.flip(1)
+        other[1] = 255  # not an id
+        first, second = encoder(ct, regions, known), encoder(ct, other, known)
     assert torch.equal(first.patches[1], second.patches[1])
     assert not torch.allclose(first.patches[0], second.patches[0])
 

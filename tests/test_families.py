@@ -32,10 +32,10 @@ from transformers import (
 
 from rectvlm import weights
 from rectvlm.config import Config
-from rectvlm.models import reporter
 from rectvlm.models.encoder import Features
 from rectvlm.models.language import causal_lm, head_logits, load_language_model, load_tokenizer
-from rectvlm.models.reporter import IGNORED, REQUEST, SYSTEM, ReportGenerator
+from rectvlm.models.prompt import MARKER, REQUEST, SYSTEM
+from rectvlm.models.reporter import IGNORED, ReportGenerator
 from rectvlm.types import UserError
 
 WIDTH = 48
@@ -313,7 +313,7 @@ def test_the_prompt_has_the_familys_form(tiny: Config, folder: Callable[[str], P
     before, after = (generator.tokenizer.decode(part) for part in generator.prompt(CUES[0]))
     assert SYSTEM in before
     assert CUES[0] in after and REQUEST in after
-    assert reporter.MARKER not in before + after
+    assert MARKER not in before + after
 
 
 def test_an_unknown_kind_is_one_sentence(tiny: Config, folder: Callable[[str], Path], tmp_path: Path) -> None:

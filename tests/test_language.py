@@ -11,13 +11,16 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, GPT2Config, GPT2LMHeadModel
 
 from rectvlm import weights
 from rectvlm.config import Config, GeneratorConfig
 from rectvlm.models.encoder import Features
 from rectvlm.models.language import causal_lm, load_language_model, lora_targets
-from rectvlm.models.reporter import MARKER, REQUEST, SYSTEM, ReportGenerator
+from rectvlm.models.prompt import MARKER, REQUEST, SYSTEM
+from rectvlm.models.reporter import ReportGenerator
+from rectvlm.models.skeleton import skeleton
+from rectvlm.train.phases import PHASES
 from rectvlm.types import UserError
 
 WIDTH = 48
@@ -284,3 +287,105 @@ def test_a_template_that_knows_no_system_role_keeps_the_instruction(tiny: Config
     assert SHORT in after
     with torch.no_grad():
         assert generator(features(1), [SHORT], [REPORT]).per_sample[0] > 1
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m['content']",  # does not parse
+        "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}",  # no lists
+        "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}{% endfor %}<|end|>",  # drops the turn
+        "{% for m in messages %}{{ m['content'] | e }}{% endfor %}",  # the marker escaped
+    ],
+)
+def test_a_template_that_cannot_make_the_prompt_is_one_sentence(
+    tiny: Config, llama: str, tmp_path: Path, template: str
+) -> None:
+    folder = copied(llama, tmp_path / "other", template)
+    with pytest.raises(UserError, match=r"chat template.*report prompt") as caught:
+        load_language_model(tiny.generator, folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_token_that_the_model_lacks_is_one_sentence(tiny: Config, llama: str, tmp_path: Path) -> None:
+    """Fine-tuned models come with a padding token that was added to the tokenizer alone."""
+    folder = tmp_path / "padded"
+    shutil.copytree(llama, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<added>"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=rf"the token {len(tokenizer) - 1} \(padding\)"):
+        load_language_model(tiny.generator, folder)
+
+
+def test_a_tokenizer_without_an_end_is_one_sentence(tiny: Config, llama: str, tmp_path: Path) -> None:
+    folder = tmp_path / "endless"
+    shutil.copytree(llama, folder)
+    change(folder / "tokenizer_config.json", eos_token=None, pad_token=None)
+    with pytest.raises(UserError, match="no token that ends a text"):
+        load_language_model(tiny.generator, folder)
+
+
+def test_a_model_that_reads_images_itself_is_one_sentence(tiny: Config, tmp_path: Path) -> None:
+    Gemma3Config(
+        text_config={"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 8}, vision_config={"hidden_size": 8}
+    ).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"more than one \(a gemma3 reads images"):
+        load_language_model(tiny.generator, tmp_path)
+    with pytest.raises(UserError, match="more than one"):
+        skeleton(tiny, PHASES[3].parts, 8, Gemma3Config.from_pretrained(tmp_path))
+
+
+def test_reports_end_where_training_ends_them(tiny: Config, llama: str, tmp_path: Path) -> None:
+    """Whatever generation_config.json says: its tokens end a report too, its penalties and lengths do not count."""
+    folder = tmp_path / "settings"
+    shutil.copytree(llama, folder)
+    plain = build(tiny, llama, quantization="none")
+    end = plain.tokenizer.eos_token_id
+    change(folder / "generation_config.json", eos_token_id=5, repetition_penalty=9.0, min_new_tokens=40, do_sample=True)
+    other = build(tiny, folder, quantization="none")
+    settings = other.language_model.generation_config
+    assert settings.eos_token_id == sorted({5, end})
+    assert settings.repetition_penalty in (None, 1.0)
+
+    def steps(generator: ReportGenerator, token: int) -> int:
+        """Of the decoder, when the model says this token at once."""
+        calls = []
+        head = causal_lm(generator.language_model).get_output_embeddings()
+        decoder = causal_lm(generator.language_model).base_model
+        sure = torch.full((head.out_features,), 0.0).index_fill(0, torch.tensor([token]), 9.0)
+        handles = (
+            decoder.register_forward_hook(lambda *_: calls.append(1)),
+            head.register_forward_hook(lambda m, a, out: out + sure),
+        )
+        try:
+            assert generator.generate(features(1), [SHORT], max_tokens=8) == [""]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return len(calls)
+
+    assert steps(plain, end) == steps(other, end) == 1
+    other.tokenizer.add_special_tokens({"additional_special_tokens": [other.tokenizer.decode([5])]})
+    assert steps(other, 5) == 1
+
+
+def test_the_loss_is_the_same_for_any_chunk(tiny: Config, llama: str) -> None:
+    """Also when nearly every position of a long report that is not there has a chunk of its own."""
+    losses = []
+    for chunk in (1, 10_000):
+        generator = build(tiny, llama, quantization="none", loss_chunk=chunk, max_report_tokens=700)
+        with torch.no_grad():
+            losses.append(generator(features(2), [SHORT, SHORT], [REPORT, None]).per_sample)
+    torch.testing.assert_close(*losses, rtol=0, atol=ROUNDING)
+
+
+def test_images_and_prompts_must_be_as_many(tiny: Config, llama: str) -> None:
+    generator = build(tiny, llama, quantization="none")
+    with pytest.raises(AssertionError, match="3 images, but prompts of 2"):
+        generator(features(3), [SHORT, LONG], [REPORT, OTHER])

@@ -9,6 +9,7 @@ from dataclasses import replace
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import write_nifti
 from PIL import Image
 
@@ -61,6 +62,20 @@ def test_masks_lie_on_the_grid_of_the_file(predicted):
     assert mask.header.get_sform(coded=True)[1] == mask.header.get_qform(coded=True)[1] == 1
     (note,) = mask.header.extensions
     assert all(f"{1 << lesion.bit} {lesion.key}" in note.text for lesion in LESIONS)
+
+
+@pytest.mark.parametrize(("part", "what"), [("classifier.bias", "findings"), ("localizer.denoiser.bias", "lesions")])
+def test_a_model_that_gives_no_numbers_is_one_sentence(tiny_run, predicted, tmp_path, part, what):
+    """It would read as a CT without lesions."""
+    whole = checkpoint.find(tiny_run(2), "")
+    tensors = checkpoint.read_weights(whole)
+    tensors[part] = torch.full_like(tensors[part], torch.nan)
+    spoilt = checkpoint.step_folder(tmp_path / "phase2", 1)
+    spoilt.mkdir(parents=True)
+    checkpoint.write(spoilt, tensors, checkpoint.read_config(whole), checkpoint.read_state(whole))
+    with pytest.raises(UserError, match=f"probabilities of {what} for chest are not finite"):
+        predict.predict(predicted[0], spoilt, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out" / "chest").exists()
 
 
 def test_volumes_are_those_of_the_mask(predicted):

@@ -89,11 +89,8 @@ def examine(model: RectVLM, batch: Batch, positions: list[int], purpose: Purpose
     localize = evaluating and model.localizer is not None
     prediction = model.predict(on_device, generate=generate, localize=localize)
     control = model.predict(on_device, generate=True, ablate_image=True) if generate else None
+    prediction.require_finite(batch.keys)
     findings = prediction.findings.float().cpu().numpy()
-    if not np.isfinite(findings).all():
-        raise UserError(
-            f"The model's probabilities for {', '.join(batch.keys)} are not finite: use another checkpoint."
-        )
     records = []
     for i, meta in enumerate(batch.meta):
         lesions: list[LesionRecord | None] = []

@@ -12,8 +12,8 @@ only, log p on the patch and one region. So they fold exactly into the dot produ
 [T[h, z_i − 0], …, T[h, z_i − (Z−1)], log p(· | i)] · √D, and k_j by the one-hot code of z_j, k_r by that of r.
 One fused call then computes it all in memory linear in N (the idea of FlashBias, NeurIPS 2025).
 
-Region tokens do not attend: each takes the mean of the values of its patches, weighted with p(r | i). That is the limit
-of attention by the prior alone and costs R × N.
+Region tokens do not attend: each takes the mean of the values of its patches, weighted with p(r | i): the mean over the
+region's voxels. It costs R × N.
 """
 
 import torch
@@ -21,9 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def pooling_weights(log_prior: Tensor) -> Tensor:
-    """What each patch weighs in its regions, (B, N, R) float32 with columns that sum to 1, from log p(r | i)."""
-    return log_prior.float().softmax(dim=1)
+def pooling_weights(shares: Tensor, known: Tensor) -> Tensor:
+    """What each patch weighs in the mean of each region, (B, N, R), in columns that sum to 1.
+
+    A region that the map does not show has a column of zeros: its token is told nothing of the image. Without a map all
+    patches weigh the same.
+
+    Args:
+        shares: (B, N, R), p(r | i), 0 where a patch does not touch a region.
+        known: (B,) bool, where there is a map.
+    """
+    total = shares.sum(dim=1, keepdim=True)
+    return torch.where(known[:, None, None], shares / total.masked_fill(total == 0, 1), 1 / shares.shape[1])
 
 
 class SliceRegionAttention(nn.Module):
@@ -53,8 +62,8 @@ class SliceRegionAttention(nn.Module):
             tokens: (B, 1 + N, C), the global token first.
             regions: (B, R, C).
             slice_index: (N,) int64, slice of each patch, from 0.
-            log_prior: (B, N, R), log p(r | i).
-            weights: (B, N, R), `pooling_weights` of it, which all blocks share.
+            log_prior: (B, N, R), log p(r | i), finite: what no voxel shows may be unlikely, not impossible.
+            weights: (B, N, R), `pooling_weights`, which all blocks share.
             slices: of this volume, where it is not the number that the module was made for; distances beyond those
                 that were learned count as the largest of them.
 

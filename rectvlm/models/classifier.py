@@ -44,6 +44,7 @@ class Classifier(nn.Module):
     def forward(self, features: Features, prompts: Prompts) -> Tensor:
         """(B, 18) float32 logits."""
         dtype = self.text.weight.dtype
+        assert len(prompts.present) == len(prompts.absent) == N_FINDINGS, f"prompts must be of {N_FINDINGS} findings"
         present = prompts.present.to(dtype) + self.offset_present
         direction = self.text(present) - self.text(prompts.absent.to(dtype) + self.offset_absent)  # (F, S)
         tokens = torch.cat([features.whole[:, None], features.regions, features.patches], dim=1)

@@ -21,7 +21,7 @@ POSITION_STD = 0.3
 ATLAS_GAIN = 2.0
 """What is left of a CT after the atlas is small: this brings patches to the spread that positions expect."""
 PRIOR_FLOOR = 1e-3
-"""Smallest p(r | patch): a region that a patch does not touch is unlikely, not impossible."""
+"""Smallest p(r | patch) in attention: a region that a patch does not touch is unlikely, not impossible."""
 
 
 class Features(NamedTuple):
@@ -208,8 +208,10 @@ class Encoder(nn.Module):
         self, grid: tuple[int, int, int], regions: Tensor, known: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor, int]:
         """What every block is told of the volume: slice of each patch, region prior, its pooling weights, slices."""
-        log_prior = self.log_prior(regions, known).to(dtype)
-        return self.slice_index(grid, regions.device), log_prior, pooling_weights(log_prior).to(dtype), grid[0]
+        # What stands in a map that does not count may be anything.
+        shares = region_mix(regions.masked_fill(~known[:, None, None, None], 0), self.patch)[..., 1:]
+        log_prior = self.log_prior(shares, known).to(dtype)
+        return self.slice_index(grid, regions.device), log_prior, pooling_weights(shares, known).to(dtype), grid[0]
 
     def _start(self, ct: Tensor, regions: Tensor, regions_known: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, 1 + N, C) and region tokens (B, R, C) before the first block."""
@@ -251,8 +253,8 @@ class Encoder(nn.Module):
             axes.append(embedding)
         return (axes[0] + axes[1] + axes[2]).flatten(0, 2)
 
-    def log_prior(self, regions: Tensor, known: Tensor) -> Tensor:
-        """log p(r | patch), (B, N, R); the learned vector where a sample has no region map."""
-        mix = region_mix(regions, self.patch)[..., 1:].clamp_min(PRIOR_FLOOR).log()
-        unknown = self.unknown_prior.float().log_softmax(0).expand_as(mix)
-        return torch.where(known[:, None, None], mix, unknown)
+    def log_prior(self, shares: Tensor, known: Tensor) -> Tensor:
+        """log p(r | patch), (B, N, R), of shares (B, N, R); the learned vector where a sample has no region map."""
+        prior = shares.clamp_min(PRIOR_FLOOR).log()
+        unknown = self.unknown_prior.float().log_softmax(0).expand_as(prior)
+        return torch.where(known[:, None, None], prior, unknown)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from rectvlm.config import GeneratorConfig
@@ -20,11 +20,12 @@ from rectvlm.models.loading import (
     Checkpoint,
     Settle,
     fill,
-    generation_config,
+    generation_tokens,
     is_complete,
     with_packed_layers,
     without_memory,
 )
+from rectvlm.models.prompt import check_tokenizer
 from rectvlm.types import UserError
 
 ROWS = 2048
@@ -56,8 +57,9 @@ def load_language_model(
         settle: called for each module as soon as it is whole; an engine shards it there.
 
     Raises:
-        UserError: an architecture that Transformers does not know, no chat template, no attention layers that LoRA can
-            adapt, or weights that are packed in another way than the configuration says.
+        UserError: an architecture that Transformers does not know or that reads images itself, no chat template or one
+            that cannot make the report prompt, no attention layers that LoRA can adapt, or weights that are packed in
+            another way than the configuration says.
     """
     geometry = _geometry(folder)
     tokenizer = load_tokenizer(folder)
@@ -65,6 +67,7 @@ def load_language_model(
     _check_packing(config, geometry, folder, checkpoint)
     settings = quantization(config)
     model = without_memory(geometry)
+    check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, folder)
     if checkpoint is None or not is_complete(model, checkpoint):
         # Another file format, or names that Transformers converts: it loads the whole model on every rank.
         # An engine that shards places it afterwards; under ZeRO-3 Transformers refuses to be told a device.
@@ -77,9 +80,9 @@ def load_language_model(
         if settings is not None:
             with_packed_layers(model, settings, checkpoint.packed)
         std = fill_and_measure(model, checkpoint, device or _default_device(config), settle)
-        model.generation_config = generation_config(str(folder), geometry)
-    # `generate` warns about sampling settings that greedy decoding ignores; the caller chooses them anew.
-    model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+    # Of the file's settings only the tokens count: a penalty on what is repeated would tell against a report that says
+    # "no" ten times. Training ends reports with the tokenizer's token, which the file may not know.
+    model.generation_config = generation_tokens(str(folder), geometry, tokenizer)
     width = model.get_input_embeddings().embedding_dim
     return LanguageModel(adapt(model, config), tokenizer, width, std)
 
@@ -88,13 +91,18 @@ def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a language model, able to pad.
 
     Raises:
-        UserError: it has no chat template.
+        UserError: it has no chat template, or no token that ends a text.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.chat_template is None:
         raise UserError(
             f"The language model {folder} has no chat template, which the report prompt needs; choose an instruction-"
             "tuned model, or add `chat_template` to its tokenizer_config.json."
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"The tokenizer of the language model {folder} has no token that ends a text, which every report needs; "
+            "add `eos_token` to its tokenizer_config.json."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -103,12 +111,27 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 def _geometry(folder: str | Path) -> Any:
     try:
-        return AutoConfig.from_pretrained(folder)
+        found = AutoConfig.from_pretrained(folder)
     except ValueError as error:  # OSError speaks of a folder or hub id that is not there, in words of its own
         raise UserError(
             f"The language model {folder} is of a kind that this Transformers does not know "
             f"({str(error).splitlines()[0]}); choose another, or update Transformers."
         ) from error
+    refuse_other_inputs(found, folder)
+    return found
+
+
+def refuse_other_inputs(geometry: PretrainedConfig, where: object) -> None:
+    """Stop at a model with parts beside its text decoder, which nothing here would feed or train as one.
+
+    Raises:
+        UserError: it has such parts.
+    """
+    if geometry.get_text_config() is not geometry:
+        raise UserError(
+            f"The language model {where} is more than one (a {geometry.model_type} reads images or sounds itself); "
+            "give a model of text alone, such as its text decoder saved by itself."
+        )
 
 
 def _check_packing(config: GeneratorConfig, geometry: Any, folder: str | Path, checkpoint: Checkpoint | None) -> None:

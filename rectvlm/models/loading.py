@@ -259,9 +259,12 @@ def _stored_packed(module: Any, name: str, source: Checkpoint, device: torch.dev
     return Params4bit.from_prequantized(stored, statistics, requires_grad=False, device=device, module=module)
 
 
-def generation_config(reference: str, config: PretrainedConfig) -> GenerationConfig:
-    """Tokens that end a report, from the model's own file if it has one."""
+def generation_tokens(reference: str, config: PretrainedConfig, tokenizer: Any) -> GenerationConfig:
+    """The tokens that begin, fill and end a text, from the model's own file if it has one, and the tokenizer's end."""
     try:
-        return GenerationConfig.from_pretrained(reference)
+        found = GenerationConfig.from_pretrained(reference)
     except OSError:
-        return GenerationConfig.from_model_config(config)
+        found = GenerationConfig.from_model_config(config)
+    ends = found.eos_token_id if isinstance(found.eos_token_id, list) else [found.eos_token_id]
+    ends = sorted({*ends, tokenizer.eos_token_id} - {None})
+    return GenerationConfig(bos_token_id=found.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)

@@ -2,9 +2,9 @@
 
 Shapes: B samples, M image tokens, Q visual tokens, T text positions, E width of the language model, V its vocabulary.
 
-The prompt is the model's own chat template. Its user turn holds a marker, where the visual tokens go, and the cues: the
-findings and the lesions with their places, in words. Only the report's tokens carry loss. Rows are padded on the left,
-so that all reports end at the same position and logits are computed for those positions alone, some at a time.
+The prompt (`prompt.py`) holds the visual tokens and the cues: the findings and the lesions with their places, in words.
+Only the report's tokens carry loss. Rows are padded on the left, so that all reports end at the same position and
+logits are computed for those positions alone, some at a time.
 """
 
 import math
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,10 +20,8 @@ from rectvlm.config import GeneratorConfig
 from rectvlm.models.encoder import Features
 from rectvlm.models.language import LanguageModel, head_logits, hidden_states
 from rectvlm.models.layers import Block, Mlp
+from rectvlm.models.prompt import Prompt, report_prompt
 
-MARKER = "<volume>"
-SYSTEM = "You are a radiologist. You write truthful, concise reports of chest CT scans."
-REQUEST = "Write the Findings and Impression sections of the report."
 IGNORED = -100
 
 
@@ -76,20 +73,9 @@ class ReportGenerator(nn.Module):
         self.language_model = language.model
         self.resampler = Resampler(config, image_width, language.width, language.embedding_std)
 
-    def prompt(self, cues: str) -> tuple[list[int], list[int]]:
+    def prompt(self, cues: str) -> Prompt:
         """Token ids before and after the visual tokens."""
-        turn = f"{MARKER}\n{cues}\n{REQUEST}"
-        try:
-            text = self._chat([{"role": "system", "content": SYSTEM}, {"role": "user", "content": turn}])
-        except TemplateError:  # Gemma's template knows no system role
-            text = self._chat([{"role": "user", "content": f"{SYSTEM}\n\n{turn}"}])
-        before, marker, after = text.partition(MARKER)
-        assert marker, "the chat template dropped the user's turn"
-        encode = self.tokenizer.encode
-        return encode(before, add_special_tokens=False), encode(after, add_special_tokens=False)
-
-    def _chat(self, messages: list[dict[str, str]]) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return report_prompt(self.tokenizer, cues)
 
     def forward(self, features: Features, cues: Sequence[str], reports: Sequence[str | None]) -> ReportLoss:
         """Loss of each report, given the image and the cues. A sample without a report takes part with loss 0."""
@@ -100,10 +86,9 @@ class ReportGenerator(nn.Module):
             target = [] if report is None else self._target(report)
             rows.append((before, after + target))
             targets.append(target)
-        embeds, mask = self._embed(visual, rows)
-
         chunks = math.ceil(len(rows) * self.config.max_report_tokens / self.config.loss_chunk)
         longest = max(math.ceil(chunks / len(rows)), *(len(target) for target in targets))
+        embeds, mask = self._embed(visual, rows, longest + 1)
         labels = torch.full((len(rows), longest), IGNORED, device=visual.device)
         for row, target in enumerate(targets):
             if target:
@@ -112,7 +97,6 @@ class ReportGenerator(nn.Module):
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         # Position t predicts token t + 1: the last `longest + 1` positions, without the very last.
         hidden = hidden_states(self.language_model, embeds, mask, positions)[:, -longest - 1 : -1]
-        assert hidden.shape[1] == longest, "the prompt is shorter than the number of chunks"
         loss = self._losses(hidden.flatten(0, 1), labels.flatten(), chunks).view_as(labels)
         count = (labels != IGNORED).sum(1)
         return ReportLoss(
@@ -142,10 +126,12 @@ class ReportGenerator(nn.Module):
         tokens = self.tokenizer.encode(report, add_special_tokens=False)[: self.config.max_report_tokens - 1]
         return [*tokens, self.tokenizer.eos_token_id]
 
-    def _embed(self, visual: Tensor, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-        """Rows of ids before and after the visual tokens, padded on the left: (B, T, E) and mask (B, T)."""
+    def _embed(self, visual: Tensor, rows: Sequence[Prompt], least: int = 0) -> tuple[Tensor, Tensor]:
+        """Rows of ids before and after the visual tokens, padded on the left to at least `least` positions: (B, T, E)
+        and mask (B, T)."""
+        assert len(visual) == len(rows), f"{len(visual)} images, but prompts of {len(rows)}"
         q = visual.shape[1]
-        length = max(len(before) + q + len(after) for before, after in rows)
+        length = max(least, *(len(before) + q + len(after) for before, after in rows))
         ids = torch.full((len(rows), length), self.tokenizer.pad_token_id, device=visual.device)
         mask = torch.zeros_like(ids)
         is_visual = torch.zeros_like(ids, dtype=torch.bool)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rectvlm.config import Config, Part
 from rectvlm.labels import N_FINDINGS, N_LESIONS
-from rectvlm.models.language import LanguageModel, adapt
+from rectvlm.models.language import LanguageModel, adapt, refuse_other_inputs
 from rectvlm.models.rectvlm import RectVLM
 from rectvlm.models.text import Prompts
 
@@ -25,12 +25,16 @@ def skeleton(config: Config, parts: Sequence[Part], text_width: int, language: P
         parts: which parts.
         text_width: channels of a prompt embedding.
         language: geometry of the language model; needed with the generator.
+
+    Raises:
+        UserError: the language model is more than one.
     """
     with torch.device("meta"):
         prompts = Prompts(*(torch.empty(n, text_width) for n in (N_FINDINGS, N_FINDINGS, N_LESIONS)))
         adapted = None
         if "generator" in parts:
             assert language is not None, "the generator needs the geometry of a language model"
+            refuse_other_inputs(language, config.generator.model)
             model = AutoModelForCausalLM.from_config(language, dtype=torch.bfloat16)
             adapted = LanguageModel(adapt(model, config.generator), None, language.hidden_size, 0.0)
         return RectVLM(config, parts, prompts, adapted)

@@ -25,9 +25,11 @@ class TaskWeighting(nn.Module):
 
         Args:
             weighted: (T,) float32, w · L of each task.
-            known: (T,) bool, whether the batch says anything of it; if not, it does not move its s either.
+            known: (T,) bool, whether the batch says anything of it; if not, it does not move its s either, though it
+                may have a loss (the localizer's denoising needs no outline).
         """
         s = self.log_variance.float()
+        s = torch.where(known, s, s.detach())
         return (torch.exp(-s) * weighted + known * s / 2).sum()
 
     def factors(self) -> Tensor:

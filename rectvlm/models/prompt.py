@@ -1,0 +1,62 @@
+"""The report prompt: the language model's own chat template around a marker, the cues and the request.
+
+The marker stands in the user's turn, where the visual tokens go. Whether a tokenizer can do all that is asked before
+weights are read.
+"""
+
+from typing import Any
+
+from jinja2 import TemplateError
+
+from rectvlm.types import UserError
+
+MARKER = "<volume>"
+SYSTEM = "You are a radiologist. You write truthful, concise reports of chest CT scans."
+REQUEST = "Write the Findings and Impression sections of the report."
+Prompt = tuple[list[int], list[int]]
+"""Token ids before and after the visual tokens."""
+
+
+def report_prompt(tokenizer: Any, cues: str) -> Prompt:
+    """Token ids of the prompt around the visual tokens."""
+    turn = f"{MARKER}\n{cues}\n{REQUEST}"
+    try:
+        text = _chat(tokenizer, [{"role": "system", "content": SYSTEM}, {"role": "user", "content": turn}])
+    except TemplateError:  # Gemma's template knows no system role
+        text = _chat(tokenizer, [{"role": "user", "content": f"{SYSTEM}\n\n{turn}"}])
+    before, marker, after = text.partition(MARKER)
+    assert marker, f"the text of the user's turn is not in what it makes: {text[:200]!r}"
+    encode = tokenizer.encode
+    return encode(before, add_special_tokens=False), encode(after, add_special_tokens=False)
+
+
+def _chat(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def check_tokenizer(tokenizer: Any, rows: int, where: object) -> None:
+    """See whether reports can be asked for and ended.
+
+    Args:
+        tokenizer: of the language model.
+        rows: word embeddings that the language model has.
+        where: the language model, for the message.
+
+    Raises:
+        UserError: a chat template that cannot render the prompt, or token ids that the language model lacks.
+    """
+    try:
+        before, after = report_prompt(tokenizer, "No findings suggested.")
+    except (TemplateError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"The chat template of the language model {where} cannot make the report prompt, a system and a user turn "
+            f"of plain text ({str(error).splitlines()[0]}); mend `chat_template` in its tokenizer_config.json, or "
+            "choose another model."
+        ) from error
+    ids = {"prompt": max(before + after), "end": tokenizer.eos_token_id, "padding": tokenizer.pad_token_id}
+    for name, number in ids.items():
+        if number >= rows:
+            raise UserError(
+                f"The tokenizer of the language model {where} uses the token {number} ({name}), but the model has word "
+                f"embeddings for 0 to {rows - 1} alone; give the model and the tokenizer that belong together."
+            )
