@@ -60,9 +60,11 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="memory, FLOPs and time of a configuration, before a GPU is rented")
     plan.add_argument("--config", default="demo", help="name or path of a configuration (default: demo)")
-    plan.add_argument("--phase", type=int, choices=(1, 2, 3), default=3)
-    plan.add_argument("--gpus", default="2", metavar="N[,N…]", help="how many GPUs; several numbers give a row each")
-    plan.add_argument("--nodes", type=int, metavar="N", help="full nodes, instead of --gpus")
+    what, where = plan.add_mutually_exclusive_group(), plan.add_mutually_exclusive_group()
+    what.add_argument("--phase", type=int, choices=(1, 2, 3), default=3)
+    what.add_argument("--stage", choices=("localize", "align"), help="a sub-step of phase 2 or 3, instead of --phase")
+    where.add_argument("--gpus", default="2", metavar="N[,N…]", help="how many GPUs; several numbers give a row each")
+    where.add_argument("--nodes", type=int, metavar="N", help="full nodes, instead of --gpus")
     plan.add_argument("--gpu-memory", type=float, default=141.0, metavar="GB", help="of each (default: 141, an H200)")
     plan.add_argument("--tflops", type=float, default=989.0, help="dense bf16 rate of a GPU, TFLOP/s")
     plan.add_argument(

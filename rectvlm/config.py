@@ -41,10 +41,14 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 
 ELASTIC_LATTICE_MM = 60.0
 """Distance of the control points of the elastic augmentation."""
+NORM_GROUPS = 4
+"""Groups of the localizer's group norms, where a level has so many channels."""
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class AugmentConfig(_Section):
@@ -86,7 +90,7 @@ class DataConfig(_Section):
     """Voxels (z, y, x)."""
     spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     """Voxel size (z, y, x), mm."""
-    windows: tuple[Literal["lung", "mediastinal", "bone"], ...]
+    windows: Annotated[tuple[Literal["lung", "mediastinal", "bone"], ...], Field(min_length=1)]
     """One input channel a window."""
     workers: Annotated[int, Field(ge=0)]
     """Loader processes a rank."""
@@ -348,6 +352,9 @@ class Config(_Section):
                 f"localizer.channels {self.localizer.channels} must have one entry a level: encoder.patch "
                 f"{self.encoder.patch} makes {levels}, and 2 are the least"
             )
+        odd = [n for n in self.localizer.channels if n > NORM_GROUPS and n % NORM_GROUPS]
+        if odd:
+            raise ValueError(f"localizer.channels: {odd[0]} is neither up to {NORM_GROUPS} nor a multiple (group norm)")
         return self
 
     def to_yaml(self) -> str:

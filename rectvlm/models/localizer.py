@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rectvlm.config import DataConfig, EncoderConfig, LocalizerConfig
+from rectvlm.config import NORM_GROUPS, DataConfig, EncoderConfig, LocalizerConfig
 from rectvlm.labels import LESION_FINDINGS, N_FINDINGS, N_LESIONS
 from rectvlm.models.encoder import Features, apply_windows
 from rectvlm.models.layers import Block, Mlp
@@ -83,7 +83,7 @@ class _ConvBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: Triple = (1, 1, 1)) -> None:
         super().__init__()
         self.conv = nn.Conv3d(inputs, outputs, 3, stride=stride, padding=1)
-        self.norm = NormGelu(min(4, outputs), outputs)
+        self.norm = NormGelu(min(NORM_GROUPS, outputs), outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, …) to (B, outputs, …), smaller by the stride."""

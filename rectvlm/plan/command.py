@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ from rich.console import Console
 
 from rectvlm.config import Config, load
 from rectvlm.plan.planner import Plan, Planner, knobs
-from rectvlm.plan.show import show, show_scale
+from rectvlm.plan.show import show, show_knobs, show_scale
 from rectvlm.plan.speed import Hardware
 from rectvlm.plan.workarea import WorkAreas
+from rectvlm.train.phases import STAGES
 from rectvlm.types import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -25,10 +27,11 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: an option without sense, an unknown configuration, or a model whose geometry is out of reach.
     """
-    gpus = _gpus(options.gpus, options.nodes, options.gpus_per_node)
     for name in ("gpu_memory", "tflops", "bandwidth", "intra", "inter", "samples", "gpus_per_node"):
-        if not getattr(options, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(options, name)}.")
+        value = getattr(options, name)
+        if not (value > 0 and math.isfinite(value) and math.isfinite(1 / value)):
+            raise UserError(f"--{name.replace('_', '-')} must be a number greater than 0, not {value}.")
+    gpus = _gpus(options.gpus, options.nodes, options.gpus_per_node)
     if not 0 < options.efficiency <= 1:
         raise UserError(f"--efficiency is a share above 0 and up to 1, not {options.efficiency}.")
     hardware = Hardware(
@@ -45,18 +48,22 @@ def run(options: argparse.Namespace) -> None:
 
     ds_configs = options.ds_configs or CHECKOUT / "ds_configs"
     areas = _areas(options.work_areas)
-    planner = Planner(with_more([]), options.phase, ds_configs, hardware, areas)
+    phase = options.phase if options.stage is None else STAGES[options.stage].number
+    planner = Planner(with_more([]), phase, ds_configs, hardware, areas, options.stage)
     plans: list[Plan] = [planner.plan(n, options.gpu_memory, options.samples) for n in gpus]
-    found = [] if plans[0].fits else knobs(planner, gpus[0], options.gpu_memory, with_more)
+    short = next((plan for plan in plans if not plan.fits), None)
+    per_node = None if options.nodes is None else options.gpus_per_node
+    found = [] if short is None else knobs(planner, short.gpus, options.gpu_memory, with_more, per_node)
     if options.json:
-        trees = [plan.to_json() for plan in plans]
-        trees[0]["knobs"] = [vars(knob) for knob in found]
-        sys.stdout.write(json.dumps(trees if len(trees) > 1 else trees[0], indent=2) + "\n")
+        trees = [plan.to_json() | {"knobs": [vars(k) for k in found] if plan is short else []} for plan in plans]
+        sys.stdout.write(json.dumps(trees if len(trees) > 1 else trees[0], indent=2, allow_nan=False) + "\n")
         return
     console = Console()
-    show(plans[0], found, console)
+    show(plans[0], console)
     if len(plans) > 1:
         show_scale(plans, console)
+    if short is not None and found:
+        show_knobs(short, found, console)
 
 
 def _areas(device: str | None) -> WorkAreas | None:

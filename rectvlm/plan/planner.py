@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from rectvlm.models.skeleton import skeleton
 from rectvlm.plan.ledger import WORK_AREAS
 from rectvlm.plan.rehearsal import Rehearsal, as_trained, rehearse
 from rectvlm.plan.speed import Calls, Hardware, StepTime, step_time
-from rectvlm.plan.states import BF16, FP32, States, parameters, states, weights_of
+from rectvlm.plan.states import BF16, FP32, States, parameters, passes, states, weights_of
 from rectvlm.plan.workarea import WorkAreas
-from rectvlm.train.phases import PHASES, planned
+from rectvlm.train.phases import PHASES, STAGES, Stage, planned
 from rectvlm.train.sharding import read_settings
 from rectvlm.types import UserError
 
@@ -43,6 +43,8 @@ class Plan:
 
     config: str
     phase: int
+    stage: str | None
+    """The sub-step of the phase."""
     gpus: int
     zero_stage: int
     parameters: dict[str, int]
@@ -80,6 +82,7 @@ class Planner:
         ds_configs: Path,
         hardware: Hardware | None = None,
         areas: WorkAreas | None = None,
+        stage: Stage | None = None,
     ) -> None:
         """Build the skeleton and rehearse a micro-batch.
 
@@ -89,12 +92,14 @@ class Planner:
             ds_configs: folder of the phases' DeepSpeed JSON, or one of them.
             hardware: rates for the estimate of time.
             areas: measures what kernels allocate for themselves, on the device that is planned for.
+            stage: a sub-step of the phase.
 
         Raises:
             UserError: a model whose geometry is not known, no DeepSpeed JSON, or no such phase in the configuration.
         """
         self.config, self.hardware, self.areas = config, hardware or Hardware(), areas
-        self.ds_configs, self.phase = ds_configs, PHASES[phase]
+        self.ds_configs, self.phase = ds_configs, PHASES[phase] if stage is None else STAGES[stage]
+        assert self.phase.number == phase, f"{stage} is no step of phase {phase}"
         self.settings = self.phase.settings(config)
         ds_config = ds_configs if ds_configs.suffix == ".json" else ds_configs / f"phase{phase}.json"
         self.ds = read_settings(ds_config, self.settings, config.train.clip)
@@ -120,6 +125,7 @@ class Planner:
         return Plan(
             config=self.config.name,
             phase=self.phase.number,
+            stage=self.phase.stage,
             gpus=gpus,
             zero_stage=self.ds["zero_optimization"]["stage"],
             parameters=counts,
@@ -191,13 +197,14 @@ class Planner:
 
     def _time(self, held: States, gpus: int) -> StepTime:
         found = weights_of(self.model, self.config)
-        sharded = self.ds["zero_optimization"]["stage"] == 3
-        modules = sum(1 for m in self.model.modules() if next(m.parameters(recurse=False), None) is not None)
+        stage = self.ds["zero_optimization"]["stage"]
+        holders = [
+            name for name, m in self.model.named_modules() if next(m.parameters(recurse=False), None) is not None
+        ]
         calls = Calls(
-            # Parameters arrive one call a module; the modules that hold weights are about as many as matrices.
-            gathers=sum(1 for w in found if w.packed) + 3 if held.gathered else 0,
+            stage=stage,
             reductions=math.ceil(held.reduced / max(1, held.held["reduce_buckets"])),
-            hooks=modules * (3 if self.config.generator.checkpointing else 2) if sharded else 0,
+            hooks=sum(passes(name, self.config) for name in holders) if stage == 3 else 0,
             tensors=sum(1 for w in found if w.trains),
         )
         return step_time(self.rehearsal.work, held, self.settings.accumulation, gpus, self.hardware, calls)
@@ -205,10 +212,13 @@ class Planner:
     def _speed(self, time: StepTime, flops: dict[str, Any], gpus: int, samples: int, steps: int) -> dict[str, float]:
         batch = self.settings.micro_batch * self.settings.accumulation * gpus
         tokens = self.rehearsal.positions * self.settings.accumulation / time.total
+        grid = zip(self.config.data.grid, self.config.encoder.patch, strict=True)
+        patches = self.settings.micro_batch * math.prod(g // p for g, p in grid)
         return {
             "samples_per_step": batch,
             "tokens_per_second_per_gpu": tokens,
             "tokens_per_second": tokens * gpus,
+            "language_positions_per_second_per_gpu": tokens * (1 - patches / self.rehearsal.positions),
             "samples_per_day": batch * 86_400 / time.total,
             "model_tflops_per_gpu": flops["model"] / time.total,
             "hardware_tflops_per_gpu": flops["hardware"] / time.total,
@@ -229,6 +239,7 @@ class Knob:
     """A change that saves memory."""
 
     change: str
+    """Arguments of `rectvlm plan`, and of a launch where they are values of the configuration."""
     saved_gb: float
     total_gb: float
     fits: bool
@@ -240,33 +251,43 @@ CHANGES = (
     "localizer.checkpointing=true",
     "generator.quantization=nf4",
     "generator.double_quantization=true",
-    "train.phases.{phase}.micro_batch=1",
+    "train.phases.{phase}.micro_batch=1 train.phases.{phase}.accumulation={accumulation}",
     "generator.max_report_tokens=512",
-    "data.grid=[{z},{y},{x}]",
+    "data.grid=[{z},{y},{x}] data.spacing=[{dz},{dy},{dx}]",
     "generator.model=google/gemma-2-27b-it",
     "generator.model=meta-llama/Llama-3.1-8B-Instruct",
 )
 
 
-def knobs(planner: Planner, gpus: int, capacity_gb: float, load: Any) -> list[Knob]:
+def knobs(
+    planner: Planner,
+    gpus: int,
+    capacity_gb: float,
+    load: Callable[[Sequence[str]], Config],
+    nodes_of: int | None = None,
+) -> list[Knob]:
     """Changes that save memory, the gentlest first, each planned anew.
 
     Args:
         planner: of the plan that does not fit.
         gpus: of that plan.
         capacity_gb: of a GPU.
-        load: a function of overrides that gives the configuration with them on top.
+        load: gives the configuration with overrides on top.
+        nodes_of: GPUs of a node, where more of them come in nodes.
     """
     before = planner.plan(gpus, capacity_gb).gpu_memory_gb["total"]
     found = []
-    z, y, x = planner.config.data.grid
+    (z, y, x), (dz, dy, dx) = planner.config.data.grid, planner.config.data.spacing
+    samples = planner.settings.micro_batch * planner.settings.accumulation
+    values = {"z": z, "y": y // 2, "x": x // 2, "dz": dz, "dy": 2 * dy, "dx": 2 * dx, "accumulation": samples}
     for template in CHANGES:
-        change = template.format(phase=planner.phase.number, z=z, y=y // 2, x=x // 2)
+        change = template.format(phase=planner.phase.key, **values)
         try:
-            config = load([change])
+            config = load(change.split())
             if config == planner.config or ("generator" in change and planner.model.generator is None):
                 continue
-            other = Planner(config, planner.phase.number, planner.ds_configs, planner.hardware, planner.areas)
+            row = planner.phase
+            other = Planner(config, row.number, planner.ds_configs, planner.hardware, planner.areas, row.stage)
         except UserError:  # the change does not go with the rest of this configuration
             continue
         plan = other.plan(gpus, capacity_gb)
@@ -277,5 +298,6 @@ def knobs(planner: Planner, gpus: int, capacity_gb: float, load: Any) -> list[Kn
         plan = planner.plan(more, capacity_gb)
         total = plan.gpu_memory_gb["total"]
         if before - total > 0.01:
-            found.append(Knob(f"--gpus {more}", before - total, total, plan.fits))
+            change = f"--gpus {more}" if nodes_of is None else f"--nodes {more // nodes_of}"
+            found.append(Knob(change, before - total, total, plan.fits))
     return found

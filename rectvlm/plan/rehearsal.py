@@ -17,7 +17,7 @@ from rectvlm.plan.ledger import Ledger, Stage, Work
 from rectvlm.plan.standins import stand_ins
 from rectvlm.plan.workarea import WorkAreas
 from rectvlm.train.objectives import losses, total
-from rectvlm.train.optim import freeze_all_but
+from rectvlm.train.optim import freeze_all_but, set_modes
 from rectvlm.train.phases import Phase
 from rectvlm.types import Batch
 
@@ -70,11 +70,12 @@ def build(config: Config, phase: Phase, text_width: int, language: PretrainedCon
 
 
 def as_trained(model: RectVLM, config: Config, phase: Phase) -> RectVLM:
-    """A skeleton, changed in place: bf16, frozen where nothing learns. A part that begins later is not frozen, since a
-    step needs most then."""
+    """A skeleton, changed in place: bf16, frozen and in eval mode where nothing learns. A part that begins later is not
+    frozen, since a step needs most then."""
     settings = phase.settings(config)
     freeze_all_but(model, settings.lr, settings.unfreeze)
-    return model.to(torch.bfloat16).train()
+    set_modes(model, settings)
+    return model.to(torch.bfloat16)
 
 
 def packed_layers(model: RectVLM, config: Config) -> list[nn.Linear]:

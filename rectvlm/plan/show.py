@@ -28,10 +28,10 @@ NAMES = {
 }
 
 
-def show(plan: Plan, found: Sequence[Knob], console: Console) -> None:
-    """Parameters, memory, time, and what to change when it does not fit."""
+def show(plan: Plan, console: Console) -> None:
+    """Parameters, memory and time."""
     verdict = "fits" if plan.fits else "does not fit"
-    title = f"{plan.config}, phase {plan.phase}, ZeRO-{plan.zero_stage}, {plan.gpus} GPUs of {plan.capacity_gb:g} GB"
+    title = f"{_row(plan)}, ZeRO-{plan.zero_stage}, {plan.gpus} GPUs of {plan.capacity_gb:g} GB"
     memory = Table(title=f"{title}: {verdict}", title_justify="left")
     memory.add_column("memory of a GPU")
     memory.add_column("GB", justify="right")
@@ -63,7 +63,8 @@ def show(plan: Plan, found: Sequence[Knob], console: Console) -> None:
         ("estimated step", f"{step['total']:.2f} s"),
         ("  computation, gathers behind it", f"{step['compute']:.2f} s, {step['gathers']:.2f} s"),
         ("  hooks of ZeRO-3, optimizer", f"{step['hooks']:.2f} s, {step['optimizer']:.2f} s"),
-        ("tokens a second and GPU", f"{speed['tokens_per_second_per_gpu']:,.0f}"),
+        ("tokens a second and GPU, patches and words", f"{speed['tokens_per_second_per_gpu']:,.0f}"),
+        ("  of the language model", f"{speed['language_positions_per_second_per_gpu']:,.0f}"),
         ("samples a day", f"{speed['samples_per_day']:,.0f}"),
         (f"{speed['steps']:,.0f} steps", f"{speed['days']:.1f} days, {speed['epochs']:.1f} epochs"),
     ]
@@ -77,23 +78,28 @@ def show(plan: Plan, found: Sequence[Knob], console: Console) -> None:
         f"{hardware['bandwidth']:g} TB/s × {hardware['bandwidth_efficiency']:g}, {hardware['gpus_per_node']:g} GPUs a "
         f"node, {hardware['intra']:g} GB/s within and {hardware['inter']:g} GB/s a GPU between nodes."
     )
-    if found:
-        console.print(_knobs(found))
 
 
-def _knobs(found: Sequence[Knob]) -> Table:
-    table = Table(title="What to change, each by itself", title_justify="left")
+def _row(plan: Plan) -> str:
+    return f"{plan.config}, phase {plan.phase}" + (f" ({plan.stage})" if plan.stage else "")
+
+
+def show_knobs(plan: Plan, found: Sequence[Knob], console: Console) -> None:
+    """What to change where a plan does not fit."""
+    table = Table(title=f"{plan.gpus} GPUs: what to change, each by itself", title_justify="left")
     table.add_column("change")
     for name in ("saves GB", "total GB", "fits"):
         table.add_column(name, justify="right")
     for knob in found:
         table.add_row(knob.change, f"{knob.saved_gb:.1f}", f"{knob.total_gb:.1f}", "yes" if knob.fits else "no")
-    return table
+    console.print(table)
+    if any("data.grid" in knob.change for knob in found):
+        console.print("Another data.grid needs shards that were made with it: `make preprocess` with the same values.")
 
 
 def show_scale(plans: Sequence[Plan], console: Console) -> None:
     """One row for each number of GPUs."""
-    table = Table(title=f"{plans[0].config}, phase {plans[0].phase}", title_justify="left")
+    table = Table(title=_row(plans[0]), title_justify="left")
     for name in (
         "GPUs",
         "GB a GPU",

@@ -89,10 +89,10 @@ class StepTime:
 class Calls:
     """What the engine does one after the other, whatever its size."""
 
-    gathers: int
-    """In one pass of a micro-batch."""
+    stage: int
+    """Of ZeRO."""
     reductions: int
-    """In a micro-batch."""
+    """Each time that gradients go out."""
     hooks: int
     """Passes of modules with weights in a micro-batch, under ZeRO-3."""
     tensors: int
@@ -104,17 +104,22 @@ def step_time(
 ) -> StepTime:
     """Time of a step of all GPUs together.
 
-    Under ZeRO-3 every shared parameter is gathered twice in a micro-batch, forward and backward (what a checkpoint
-    recomputes stays for its backward); gradients go out once.
+    Under ZeRO-3 shared parameters are gathered in each micro-batch, and gradients reduced and scattered. DeepSpeed's
+    ZeRO-1 and 2 reduce them to all instead, which moves twice as much (ZeRO-1 once a step), and gather the new weights
+    after the step.
     """
     network = Network(gpus, hardware)
     compute = sum(seconds(w, hardware) for w in work.values())
-    gathers = 2 * network.seconds(held.gathered, calls.gathers)
+    gathers = network.seconds(held.gathered, held.gathers)
     reductions = network.seconds(held.reduced, calls.reductions)
+    after = 0.0
+    if calls.stage < 3:
+        after = reductions
+        reductions *= 2 if calls.stage == 2 else 2 / accumulation
     hooks = calls.hooks * hardware.hook
     # Adam reads and writes master, two moments and gradient, some of them twice.
     moved = 3 * held.held["optimizer"] / (hardware.bandwidth * 1e12 * hardware.bandwidth_efficiency)
-    optimizer = moved + calls.tensors * hardware.tensor
+    optimizer = moved + calls.tensors * hardware.tensor + after
     total = accumulation * (max(compute, gathers) + reductions + hooks) + optimizer
     return StepTime(
         accumulation * compute,

@@ -93,9 +93,11 @@ class States:
     loading: int
     """Peak while the language model is loaded; nothing else is on the GPU then but what `held` says of weights."""
     gathered: int
-    """Bytes that all gathers of one pass over the model bring together (0 where nothing is shared out)."""
+    """Bytes that all gathers of a micro-batch bring together (0 where nothing is shared out)."""
+    gathers: int
+    """Calls that bring them: parameters arrive one call a module, and most modules have one that is shared out."""
     reduced: int
-    """Bytes of gradients that go out in a micro-batch."""
+    """Bytes of gradients that go out, each time that they do."""
 
 
 def states(model: RectVLM, config: Config, settings: dict[str, Any], gpus: int, averaged: bool = False) -> States:
@@ -142,9 +144,18 @@ def states(model: RectVLM, config: Config, settings: dict[str, Any], gpus: int, 
         # The gradients in fp32, and the denominator that Adam builds for all tensors of a group at once.
         step=2 * FP32 * min(part, zero.get("sub_group_size", SUB_GROUP)),
         loading=held["weights_4bit"] + held["weights_frozen"] + held["quantization_state"] + 2 * largest,
-        gathered=sum(w.bytes for w in sharded),
+        gathered=sum(passes(w.name, config) * w.bytes for w in sharded),
+        gathers=sum(passes(w.name, config) for w in sharded),
         reduced=BF16 * entries if gpus > 1 else 0,
     )
+
+
+def passes(name: str, config: Config) -> int:
+    """How often a micro-batch passes a parameter or module of this name: forward, backward, and forward again where
+    activations are recomputed. ZeRO-3 gathers each time: it lets go of a layer between its recomputation and its
+    backward."""
+    part = getattr(config, name.partition(".")[0], None)
+    return 3 if getattr(part, "checkpointing", False) else 2
 
 
 def _buffers(model: RectVLM) -> list[Tensor]:
