@@ -12,6 +12,7 @@ Results go to benchmarks/results/attention-MACHINE-DATE.json and .md.
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import CHECKOUT, RESULTS, header, publish, quiet_main
+from benchmarks.common import CHECKOUT, RESULTS, header, positive, publish, quiet_main
 from rectvlm.labels import N_REGIONS
 from rectvlm.models.attention import SliceRegionAttention
 from rectvlm.train.memory import peak_memory_bytes, reset_peak_memory
@@ -186,7 +187,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|\n",
     ]
     for row in result["rows"]:
-        plain = statistics.median(row["ways"]["plain"]["seconds"])
+        plain = statistics.median(row["ways"]["plain"]["seconds"] or [math.nan])
         for way, one in row["ways"].items():
             if one["seconds"] is None:
                 lines.append(f"| {row['patches']} | {_WORDS[way]} | {one['why']} | | |\n")
@@ -233,9 +234,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=(__doc__ or "").split("\n")[0])
     sides = [16, 24, 32] if gpu else [8, 12, 16]
-    parser.add_argument("--sides", type=int, nargs="+", default=sides, help=f"patches a row (default {sides})")
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=10 if gpu else 3, help="measurements of each way")
+    parser.add_argument("--sides", type=positive, nargs="+", default=sides, help=f"patches a row (default {sides})")
+    parser.add_argument("--heads", type=positive, default=12)
+    parser.add_argument("--rounds", type=positive, default=10 if gpu else 3, help="measurements of each way")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if gpu else "float32")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)

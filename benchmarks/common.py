@@ -1,6 +1,7 @@
 """What the benchmarks share: where results go, what each result says of its circumstances, and how errors are told."""
 
 import functools
+import itertools
 import json
 import logging
 import re
@@ -32,20 +33,30 @@ def header(title: str, script: str, result: dict[str, Any]) -> str:
 
 def publish(out: Path, name: str, began: float, facts: dict[str, Any], page: Callable[[dict[str, Any]], str]) -> None:
     """Write `NAME-MACHINE-DATE.json` and `.md` and show the page: `facts` with date, machine and seconds since `began`
-    (`time.monotonic`)."""
+    (`time.monotonic`). A second result of a day gets a number; none is written over."""
     from rectvlm.evaluate import machine  # libraries speak when they are imported, unless logging was set before
 
     result = {"date": datetime.now(UTC).date().isoformat(), "machine": machine()} | facts
     result["seconds"] = round(time.monotonic() - began, 1)
+    text = page(result)
     out.mkdir(parents=True, exist_ok=True)
-    stem = f"{name}-{machine_slug(result['machine'])}-{result['date']}"
+    first = f"{name}-{machine_slug(result['machine'])}-{result['date']}"
+    stems = itertools.chain([first], (f"{first}-{number}" for number in itertools.count(2)))
+    stem = next(stem for stem in stems if not (out / f"{stem}.json").exists())
     (out / f"{stem}.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     path = out / f"{stem}.md"
-    text = page(result)
     path.write_text(text)
     console = Console(stderr=True)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(str(path), highlight=False, soft_wrap=True)
+
+
+def positive(text: str) -> int:
+    """An option's whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
 class LaunchFailed(Exception):

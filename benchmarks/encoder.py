@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import RESULTS, header, publish, quiet_main
+from benchmarks.common import RESULTS, header, positive, publish, quiet_main
 from rectvlm.config import Config, load
 from rectvlm.labels import N_FINDINGS, N_LESIONS, N_REGIONS
 from rectvlm.models.attention import SliceRegionAttention
@@ -198,8 +198,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     default = "large" if torch.cuda.is_available() else "demo"
     parser.add_argument("--config", default=default, help="default: large on a GPU, else demo")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--micro-batch", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5, help="measurements (default 5)")
+    parser.add_argument("--micro-batch", type=positive, default=1)
+    parser.add_argument("--rounds", type=positive, default=5, help="measurements (default 5)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="part.field=value", help="changes of the configuration")
     return parser.parse_intermixed_args(arguments)

@@ -25,7 +25,7 @@ import blosc2
 import numpy as np
 import torch
 
-from benchmarks.common import CHECKOUT, RESULTS, header, publish, quiet_main
+from benchmarks.common import CHECKOUT, RESULTS, header, positive, publish, quiet_main
 from benchmarks.preprocess import GRID, SPACING, make_volumes
 from data_pipeline.cases import Case, CaseData, case_to_sample, file_identity
 from data_pipeline.samples import LESION, SCANS
@@ -213,14 +213,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--samples", type=int, default=12, help="samples in the shards (default 12)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each way and sample (default 5)")
-    parser.add_argument("--slices", type=int, default=300, help="slices of the volumes they come from (default 300)")
+    parser.add_argument("--samples", type=positive, default=12, help="samples in the shards (default 12)")
+    parser.add_argument("--rounds", type=positive, default=5, help="measurements of each way and sample (default 5)")
+    parser.add_argument(
+        "--slices", type=positive, default=300, help="slices of the volumes they come from (default 300)"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
-    options = parser.parse_args(arguments)
-    if min(options.samples, options.rounds) < 1:
-        parser.error("--samples and --rounds must be at least 1")
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

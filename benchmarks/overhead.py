@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import CHECKOUT, RESULTS, header, publish, quiet_main
+from benchmarks.common import CHECKOUT, RESULTS, header, positive, publish, quiet_main
 from benchmarks.report_step import Masters
 from benchmarks.train_step import make_shards
 from rectvlm.types import Batch
@@ -211,15 +211,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", default="demo", help="name of a configuration (default demo)")
     parser.add_argument("--phases", type=int, nargs="+", choices=(1, 2), default=[1, 2], metavar="N")
     parser.add_argument(
-        "--micro-batch", type=int, nargs="+", default=[1, 8], metavar="N", help="cases of a step (default 1 and 8)"
+        "--micro-batch", type=positive, nargs="+", default=[1, 8], metavar="N", help="cases of a step (default 1 and 8)"
     )
-    parser.add_argument("--steps", type=int, default=20, help="steps that count (default 20)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them (default 3)")
+    parser.add_argument("--steps", type=positive, default=20, help="steps that count (default 20)")
+    parser.add_argument("--warmup", type=positive, default=3, help="steps before them (default 3)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
-    options = parser.parse_args(arguments)
-    if min(options.steps, options.warmup, *options.micro_batch) < 1:
-        parser.error("--steps, --warmup and --micro-batch must be at least 1")
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ benchmarks/results/phase3-step-MACHINE-DATE.json and .md.
 import argparse
 import contextlib
 import io
+import logging
 import math
 import multiprocessing
 import os
@@ -32,12 +33,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import CHECKOUT, RESULTS, header, publish, quiet_main
+from benchmarks.common import CHECKOUT, RESULTS, header, positive, publish, quiet_main
 from benchmarks.report_step import language_model
 from rectvlm.config import Config, load
 from rectvlm.labels import N_FINDINGS, N_LESIONS
 from rectvlm.train.memory import peak_memory_bytes, reset_peak_memory
-from rectvlm.types import Batch
+from rectvlm.types import Batch, UserError
+
+log = logging.getLogger(__name__)
 
 PHASE = 3
 PARTS = ("forward", "backward", "optimizer")
@@ -217,7 +220,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overrides.append(f"train.phases.{PHASE}.accumulation=1")
             ds_config = CHECKOUT / "ds_configs" / f"{name}.json"
             chosen = (options.config, overrides, ds_config)
-            rows.append(_alone(measure, *chosen, options.rounds) | _alone(plans, *chosen))
+            try:
+                measured = _alone(measure, *chosen, options.rounds)
+            except torch.OutOfMemoryError:
+                log.error("%s, a micro-batch of %d: out of memory, left out", ds_config.name, micro_batch)
+                continue
+            rows.append(measured | _alone(plans, *chosen))
+    if not rows:
+        raise UserError("Nothing fitted into the memory of the GPU: choose a smaller --config or --micro-batch.")
     facts = {
         "versions": checkpoint.versions(),
         "config": config.name,
@@ -237,14 +247,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", default=default, help="default: large on a GPU, else tiny")
     parser.add_argument("--geometry", metavar="MODEL", help="language model, instead of the configuration's")
     parser.add_argument("--ds-configs", nargs="+", default=["phase3"], metavar="NAME", help="in ds_configs/")
-    parser.add_argument("--micro-batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--rounds", type=int, default=3, help="steps that count (default 3)")
+    parser.add_argument("--micro-batch", type=positive, nargs="+", default=[1])
+    parser.add_argument("--rounds", type=positive, default=3, help="steps that count (default 3)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="part.field=value", help="changes of the configuration")
-    options = parser.parse_intermixed_args(arguments)
-    if min(options.rounds, *options.micro_batch) < 1:
-        parser.error("--rounds and --micro-batch must be at least 1")
-    return options
+    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

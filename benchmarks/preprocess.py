@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from benchmarks.common import CHECKOUT, RESULTS, header, publish, quiet_main
+from benchmarks.common import CHECKOUT, RESULTS, header, positive, publish, quiet_main
 from data_pipeline.cases import Case, CaseData, case_to_sample, file_identity
 from data_pipeline.samples import SCANS, fetch_samples
 from rectvlm.data.packing import pack
@@ -258,10 +258,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.preprocess", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--volumes", type=int, default=2, help="different volumes (default 2)")
-    parser.add_argument("--slices", type=int, default=300, help="slices of each (default 300)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each way and volume (default 5)")
-    parser.add_argument("--cases", type=int, default=10, help="cases that the pipeline makes (default 10)")
+    parser.add_argument("--volumes", type=positive, default=2, help="different volumes (default 2)")
+    parser.add_argument("--slices", type=positive, default=300, help="slices of each (default 300)")
+    parser.add_argument("--rounds", type=positive, default=5, help="measurements of each way and volume (default 5)")
+    parser.add_argument("--cases", type=positive, default=10, help="cases that the pipeline makes (default 10)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--make", nargs=3, metavar=("FOLDER", "OUT", "WORKERS"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

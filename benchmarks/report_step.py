@@ -14,6 +14,7 @@ benchmarks/results/report-step-MACHINE-DATE.json and .md.
 """
 
 import argparse
+import logging
 import statistics
 import sys
 import time
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, header, publish, quiet_main
+from benchmarks.common import RESULTS, header, positive, publish, quiet_main
 from rectvlm import checkpoint, weights
 from rectvlm.config import Config, load
 from rectvlm.labels import N_REGIONS
@@ -34,6 +35,8 @@ from rectvlm.models.loading import Settle, with_packed_layers, without_memory
 from rectvlm.models.reporter import ReportGenerator, ReportLoss
 from rectvlm.train.memory import peak_memory_bytes, reset_peak_memory
 from rectvlm.types import UserError
+
+log = logging.getLogger(__name__)
 
 TOKENIZER = "bundled:tiny-llama"
 """Its few tokens are in every vocabulary; which tokens are read changes no shape."""
@@ -151,7 +154,7 @@ def measure(
     loading = {"load_seconds": _now(device) - begin, "load_peak_bytes": peak_memory_bytes(), "parameters": counts}
     loading["loaded_bytes"] = torch.cuda.memory_allocated() if device.type == "cuda" else None
     optimizer = Masters([p for p in generator.parameters() if p.requires_grad])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for micro_batch in micro_batches:
         image = make_features(config, micro_batch, device)
         cues = ["Findings suggested:" + " nodule" * cue_words] * micro_batch
@@ -161,7 +164,14 @@ def measure(
             found: ReportLoss = generator(image, cues, reports)
             return found
 
-        rows.append(loading | {"micro_batch": micro_batch} | _timed(config, step, optimizer, counts, rounds, device))
+        try:
+            timed = _timed(config, step, optimizer, counts, rounds, device)
+        except torch.OutOfMemoryError as error:
+            if not rows:
+                raise UserError(f"A micro-batch of {micro_batch} needs more memory than {device} has.") from error
+            log.error("a micro-batch of %d needs more memory than %s has: left out", micro_batch, device)
+            break
+        rows.append(loading | {"micro_batch": micro_batch} | timed)
     return rows
 
 
@@ -276,16 +286,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     default = "large" if torch.cuda.is_available() else "tiny"
     parser.add_argument("--config", default=default, help="default: large on a GPU, else tiny")
     parser.add_argument("--geometry", metavar="MODEL", help="language model, instead of the configuration's")
-    parser.add_argument("--layers", type=int, metavar="N", help="of the language model, instead of all")
-    parser.add_argument("--micro-batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--cue-words", type=int, default=100, help="length of the prompt's cues (default 100)")
-    parser.add_argument("--rounds", type=int, default=3, help="steps that count (default 3)")
+    parser.add_argument("--layers", type=positive, metavar="N", help="of the language model, instead of all")
+    parser.add_argument("--micro-batch", type=positive, nargs="+", default=[1])
+    parser.add_argument("--cue-words", type=positive, default=100, help="length of the prompt's cues (default 100)")
+    parser.add_argument("--rounds", type=positive, default=3, help="steps that count (default 3)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="part.field=value", help="changes of the configuration")
-    options = parser.parse_intermixed_args(arguments)
-    if min(options.rounds, *options.micro_batch, options.layers or 1) < 1:
-        parser.error("--rounds, --micro-batch and --layers must be at least 1")
-    return options
+    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.common import CHECKOUT, RESULTS, LaunchFailed, header, publish, quiet_main
+from benchmarks.common import CHECKOUT, RESULTS, LaunchFailed, header, positive, publish, quiet_main
 from rectvlm.config import load
 
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -167,13 +167,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--sizes", nargs="+", metavar="NAME", help="default: demo, and tiny")
     parser.add_argument("--phases", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], metavar="N")
-    parser.add_argument("--processes", type=int, nargs="+", metavar="N", help="default: 1 and the GPUs, or 1 and 2")
-    parser.add_argument("--steps", type=int, default=4, help="steps that count (default 4)")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them (default 2)")
+    parser.add_argument(
+        "--processes", type=positive, nargs="+", metavar="N", help="default: 1 and the GPUs, or 1 and 2"
+    )
+    parser.add_argument("--steps", type=positive, default=4, help="steps that count (default 4)")
+    parser.add_argument("--warmup", type=positive, default=2, help="steps before them (default 2)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     options = parser.parse_args(arguments)
-    if min(options.steps, options.warmup) < 1:
-        parser.error("--steps and --warmup must be at least 1")
     numbers = options.processes or sorted({1, torch.cuda.device_count() or 2})
     # Tiny shows the cost of the machinery; with one number of processes that is enough.
     options.launches = [(size, n) for size in options.sizes or ["demo"] for n in numbers]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, GPT2Config, GPT2LMHeadModel
 
 from rectvlm import weights
@@ -20,6 +20,7 @@ from rectvlm.models.language import causal_lm, load_language_model, lora_targets
 from rectvlm.models.prompt import MARKER, REQUEST, SYSTEM
 from rectvlm.models.reporter import ReportGenerator
 from rectvlm.models.skeleton import skeleton
+from rectvlm.train.optim import set_modes
 from rectvlm.train.phases import PHASES
 from rectvlm.types import UserError
 
@@ -389,3 +390,20 @@ def test_images_and_prompts_must_be_as_many(tiny: Config, llama: str) -> None:
     generator = build(tiny, llama, quantization="none")
     with pytest.raises(AssertionError, match="3 images, but prompts of 2"):
         generator(features(3), [SHORT, LONG], [REPORT, OTHER])
+
+
+def test_a_frozen_language_model_recomputes_too(tiny: Config, llama: str) -> None:
+    """Gradients pass through it to the image; in eval mode Transformers would keep what each layer computed."""
+    model = nn.Module()
+    model.generator = build(tiny, llama, quantization="none", checkpointing=True, lora_dropout=0.5)
+    set_modes(model, tiny.train.phases[1])
+    calls: list[int] = []
+    layers = [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]
+    handles = [layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1)) for layer in layers]
+    first, again = (model.generator(features(1), [SHORT], [REPORT]).per_sample.sum() for _ in range(2))
+    assert first.item() == again.item()  # no dropout
+    before = len(calls)
+    first.backward()
+    assert len(calls) - before == len(layers) == 2
+    for handle in handles:
+        handle.remove()

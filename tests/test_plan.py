@@ -27,7 +27,8 @@ from rectvlm.plan.workarea import WorkAreas
 from rectvlm.train.objectives import losses, total
 from rectvlm.train.optim import freeze_all_but
 from rectvlm.train.phases import PHASES
-from rectvlm.types import Batch
+from rectvlm.train.sharding import read_settings
+from rectvlm.types import Batch, UserError
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -338,7 +339,12 @@ def test_what_does_not_fit_comes_with_knobs_that_were_planned(capsys: pytest.Cap
         (["--config", "tiny", "--nodes", "0"], "--nodes"),
         (["--config", "tiny", "--gpu-memory", "-1"], "--gpu-memory"),
         (["--config", "tiny", "--efficiency", "2"], "--efficiency"),
+        (["--config", "tiny", "--gpu-memory", "inf"], "--gpu-memory"),
+        (["--config", "tiny", "--tflops", "1e-320"], "--tflops"),
+        (["--config", "tiny", "--nodes", "1", "--gpus-per-node", "0"], "--gpus-per-node"),
         (["--config", "tiny", "--ds-configs", "/nowhere"], "/nowhere"),
+        (["--config", "tiny", "train.phases.3.epochs=.inf"], "epochs = inf"),
+        (["--config", "tiny", "localizer.channels=[6,8,16]"], "localizer.channels: 6"),
         pytest.param(["--config", "tiny", "--work-areas", "cuda"], "--work-areas cuda", marks=WITHOUT_GPU),
         (["--config", "tiny", "generator.model=./no/such/model"], "no/such/model"),
     ],
@@ -347,6 +353,110 @@ def test_mistakes_are_one_sentence(arguments: list[str], said: str, capsys: pyte
     assert cli.main(["plan", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("rectvlm: ") and error.count("\n") == 1 and said in error and error.endswith(".\n")
+
+
+ZERO = {"zero_optimization": {"stage": 3}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([], "must say zero_optimization.stage"),
+        ({"zero_optimization": {"stage": "3"}}, "found '3'"),
+        ({"zero_optimization": {"stage": 0}}, "found 0"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, "reduce_bucket_size to 'auto'"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+        (ZERO | {"gradient_accumulation_steps": 16}, "gradient_accumulation_steps to 16"),
+        (ZERO | {"train_micro_batch_size_per_gpu": 3}, "micro_batch to 2"),
+    ],
+)
+def test_deepspeed_settings_that_training_would_not_follow_are_one_sentence(
+    settings: object, said: str, tmp_path: Path, tiny: Config
+) -> None:
+    path = tmp_path / "phase3.json"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=said) as caught:
+        read_settings(path, tiny.train.phases[3], 1.0)
+    assert str(path) in str(caught.value)
+    with pytest.raises(UserError, match="can be read at"):
+        read_settings(tmp_path, tiny.train.phases[3], 1.0)
+
+
+def test_values_that_agree_may_be_written_out(tmp_path: Path, tiny: Config) -> None:
+    path, phase = tmp_path / "phase3.json", tiny.train.phases[3]
+    zero = {"stage": 3, "reduce_bucket_size": 5e7, "offload_param": {"device": "none"}}
+    path.write_text(json.dumps({"zero_optimization": zero, "gradient_accumulation_steps": phase.accumulation}))
+    settings = read_settings(path, phase, 1.0)
+    assert settings["train_micro_batch_size_per_gpu"] == phase.micro_batch
+    assert settings["gradient_clipping"] == 1.0
+
+
+def test_a_frozen_language_model_is_planned_as_it_trains() -> None:
+    """Gradients pass through it to the encoder: recomputed or not, what it keeps is what training keeps."""
+    rates = "train.phases.3.lr={encoder: 1.0e-5, classifier: 1.0e-5, localizer: 1.0e-5}"
+    learns, frozen = planner("tiny"), planner("tiny", 3, rates)
+    kept = [one.rehearsal.kept["language model"] for one in (learns, frozen)]
+    assert kept[1] < 1.2 * kept[0]
+    layers = [m for m in frozen.model.modules() if type(m).__name__ == "LlamaDecoderLayer"]
+    assert len(layers) == 2
+    for layer in layers:
+        assert layer.training and not any(m.training for m in list(layer.modules())[1:])
+
+
+def test_gathers_are_as_many_as_passes(tmp_path: Path) -> None:
+    """Forward, backward, and forward again where activations are recomputed; packed or not, one call a matrix."""
+    ds = tmp_path / "phase3.json"
+    ds.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1000}}))
+    rates = "train.phases.3.lr={generator: 1.0e-4}"  # of the rest little is shared out
+
+    def gathers(*overrides: str) -> float:
+        return Planner(load("tiny", [rates, *overrides]), 3, ds).plan(64, 1.0).time["gathers"]
+
+    one, again = (gathers(f"generator.checkpointing={flag}", "generator.quantization=none") for flag in ("no", "yes"))
+    assert 1.2 * one < again <= 1.5 * one
+    assert gathers("generator.checkpointing=yes") < again
+
+
+def test_zero2_reduces_to_all_and_gathers_the_weights() -> None:
+    network = Hardware(gpus_per_node=1, inter=1.25)
+    config = load("tiny", ["train.phases.3.accumulation=4"])
+    times = {
+        stage: Planner(config, 3, DS_CONFIGS / name, network).plan(2, 1.0)
+        for stage, name in ((2, "phase3_zero2.json"), (1, "phase1.json"), (3, "phase3.json"))
+    }
+    trained = times[2].parameters["trainable"] * 2
+    seconds = trained / 2 / (1.25e9 * 0.7) + 5e-6  # half of it leaves each of two
+    assert times[3].time["reductions"] == pytest.approx(4 * seconds, rel=0.01)
+    assert times[2].time["reductions"] == pytest.approx(8 * seconds, rel=0.01)
+    assert times[1].time["reductions"] == pytest.approx(2 * seconds, rel=0.01)
+
+
+def test_a_sub_step_has_a_plan_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--config", "tiny", "--stage", "align", "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert (tree["phase"], tree["stage"]) == (3, "align")
+    assert tree["parameters"]["trainable"] == tree["parameters"]["generator_trainable"]
+
+
+@pytest.mark.slow
+def test_knobs_are_for_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first number of GPUs that does not, in the unit of the question; a smaller grid sees as much of the body."""
+    sizes = [planner("tiny").plan(gpus, 1.0).gpu_memory_gb["total"] for gpus in (8, 1)]
+    between = f"{sum(sizes) / 2:.9f}"
+    assert cli.main(["plan", "--config", "tiny", "--gpus", "8,1", "--gpu-memory", between, "--json"]) == 0
+    fits, short = json.loads(capsys.readouterr().out)
+    assert fits["fits"] and fits["knobs"] == []
+    assert not short["fits"] and short["knobs"]
+    for knob in short["knobs"]:
+        assert knob["saved_gb"] + knob["total_gb"] == pytest.approx(short["gpu_memory_gb"]["total"])
+    assert cli.main(["plan", "--config", "tiny", "--nodes", "1", "--gpu-memory", "1", "--json"]) == 0
+    changes = [knob["change"] for knob in json.loads(capsys.readouterr().out)["knobs"]]
+    assert not any("--gpus" in change for change in changes)
+    (grid,) = (change.split() for change in changes if "data.grid" in change)
+    before, after = load("tiny").data, load("tiny", grid).data
+    assert [g * s for g, s in zip(after.grid, after.spacing, strict=True)] == pytest.approx(
+        [g * s for g, s in zip(before.grid, before.spacing, strict=True)]
+    )
 
 
 def test_the_command_does_not_load_the_engine() -> None:
