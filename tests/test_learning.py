@@ -133,7 +133,7 @@ def test_encoder_and_localizer_learn_one_batch(tiny: Config, prompts: Prompts) -
         return losses(model(one), one, ("localization",), tiny.train.localization)["localization"].value
 
     first = loss().item()
-    assert learn(model.parameters(), loss, 300, 6e-3) < 0.03 * first
+    assert learn(model.parameters(), loss, 500, 6e-3) < 0.02 * first
 
 
 def test_generator_learns_one_batch(tiny: Config) -> None:
