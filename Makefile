@@ -6,6 +6,7 @@ OUT ?=
 STATS ?=
 PHANTOMS ?=
 ARGS ?=
+JOBS ?= 2
 CT_RATE ?=
 BENCH ?= preprocess loader train_step
 
@@ -48,11 +49,11 @@ demo: $(STAMP) ## all of it in small: shards, three phases on two processes, eva
 learn: $(STAMP) ## a proof of learning on phantoms of other seeds: twenty minutes, targets and figures in runs/learn
 	@$(BIN)/python -m launch.learn $(ARGS)
 
-test: $(STAMP) ## lint, types and the quick tests
+test: $(STAMP) ## lint, types and the quick tests, JOBS=2 files of them at a time
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check --quiet || { echo "Some files are not formatted: run $(VENV)/bin/ruff format." >&2; exit 1; }
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP) ## the tests that take minutes
 	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)

@@ -70,6 +70,7 @@ def test_region_maps_are_counted(tiny_run: Callable[[int], Path], samples: list[
     assert metrics["thresholds"]["n_with_region_map"] == 6 and not metrics["thresholds"]["regions_hidden"]
 
 
+@pytest.mark.slow
 def test_hidden_maps_give_what_prediction_sees(
     tiny_run: Callable[[int], Path], samples: list[Sample], tmp_path: Path
 ) -> None:

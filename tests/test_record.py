@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import sys
 import re
 import subprocess
 from dataclasses import replace
@@ -239,6 +240,7 @@ def test_sessions_are_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(provenance, "MOST_PATCH", 60)
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setattr(sys, "orig_argv", ["python", "launch/phase1.py", "--config", "tiny"])
     for start, state in ((0, "stopped"), (4, None), (4, "finished")):
         sessions = Sessions(tmp_path)
         sessions.start(start, 12, {"world_size": 2})
@@ -252,7 +254,7 @@ def test_sessions_are_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [one["git"]["patch"]["file"] for one in found] == ["code-1.patch", "code-1.patch", "code-3.patch"]
     assert (tmp_path / "code-3.patch").read_bytes() == b"y" * 60 and found[2]["git"]["patch"]["cut_off"]
     assert found[0]["versions"]["torch"] and found[0]["packages"]["numpy"] == np.__version__
-    assert found[0]["pid"] == os.getpid() and "pytest" in found[0]["command"]
+    assert found[0]["pid"] == os.getpid() and found[0]["command"] == "python launch/phase1.py --config tiny"
     assert found[0]["environment"]["NCCL_DEBUG"] == "INFO" and "secret" not in text
     assert sessions.begun == found[0]["start"]
 
