@@ -22,7 +22,7 @@ export PATH := $(BIN):$(PATH)
 help: ## list the targets
 	@echo "make TARGET [NAME=value …]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), TORCH=$(TORCH) (installed first), ARGS (for the command behind)"
+	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), TORCH=$(TORCH) (installed first), ARGS (for the command behind), JOBS=$(JOBS) (of make test)"
 
 setup: $(STAMP) ## make .venv and install the project into it (the other targets do this by themselves)
 	@:

@@ -4,9 +4,9 @@ import io
 import json
 import logging
 import os
-import sys
 import re
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
