@@ -1,5 +1,6 @@
 """What the benchmarks share: where results go, what each result says of its circumstances, and how errors are told."""
 
+import argparse
 import functools
 import itertools
 import json
@@ -53,10 +54,9 @@ def publish(out: Path, name: str, began: float, facts: dict[str, Any], page: Cal
 
 def positive(text: str) -> int:
     """An option's whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
+    return int(text)
 
 
 class LaunchFailed(Exception):

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from rectvlm.config import Config
 from rectvlm.labels import N_REGIONS, WINDOWS
-from rectvlm.models.attention import pooling_weights
 from rectvlm.models.encoder import Encoder, Features, apply_windows, region_mix
 
 
@@ -56,16 +55,14 @@ def test_region_mix_equals_naive_loop(patch: tuple[int, int, int]) -> None:
                     row += 1
 
 
-def test_a_region_is_the_mean_over_its_voxels() -> None:
+def test_a_region_is_the_mean_over_its_voxels(encoder: Encoder) -> None:
     """A small organ is not drowned by the rest of the body; one that the map lacks is told nothing of it."""
-    torch.manual_seed(0)
-    regions = torch.full((2, 8, 8, 8), 3, dtype=torch.uint8)
-    regions[:, 5:7, 1:3, 2:5] = 9  # 12 voxels, in three patches
-    known = torch.tensor([True, False])
-    shares = region_mix(regions, (2, 4, 4))[..., 1:]
-    weights = pooling_weights(shares, known)
-    values = torch.randn(2, shares.shape[1], 5)
-    of_voxels = values[0].view(4, 2, 2, 5).repeat_interleave(2, 0).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    assert encoder.patch == (4, 8, 8)
+    regions = torch.full((2, 8, 16, 16), 3, dtype=torch.uint8)
+    regions[:, 3:5, 6:8, 7:10] = 9  # 12 voxels, in four patches
+    _, _, weights, _ = encoder._shared((2, 2, 2), regions, torch.tensor([True, False]), torch.float32)
+    values = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
+    of_voxels = values[0].view(2, 2, 2, 5).repeat_interleave(4, 0).repeat_interleave(8, 1).repeat_interleave(8, 2)
     pooled = weights.mT @ values
     for region in (3, 9):
         torch.testing.assert_close(pooled[0, region - 1], of_voxels[regions[0] == region].mean(0))

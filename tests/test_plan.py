@@ -365,6 +365,7 @@ ZERO = {"zero_optimization": {"stage": 3}}
         ({"zero_optimization": {"stage": "3"}}, "found '3'"),
         ({"zero_optimization": {"stage": 0}}, "found 0"),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, "reduce_bucket_size to 'auto'"),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": -1}}, "sub_group_size to -1"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
         (ZERO | {"gradient_accumulation_steps": 16}, "gradient_accumulation_steps to 16"),
         (ZERO | {"train_micro_batch_size_per_gpu": 3}, "micro_batch to 2"),
@@ -385,6 +386,7 @@ def test_deepspeed_settings_that_training_would_not_follow_are_one_sentence(
 def test_values_that_agree_may_be_written_out(tmp_path: Path, tiny: Config) -> None:
     path, phase = tmp_path / "phase3.json", tiny.train.phases[3]
     zero = {"stage": 3, "reduce_bucket_size": 5e7, "offload_param": {"device": "none"}}
+    zero |= {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
     path.write_text(json.dumps({"zero_optimization": zero, "gradient_accumulation_steps": phase.accumulation}))
     settings = read_settings(path, phase, 1.0)
     assert settings["train_micro_batch_size_per_gpu"] == phase.micro_batch
@@ -429,6 +431,8 @@ def test_zero2_reduces_to_all_and_gathers_the_weights() -> None:
     assert times[3].time["reductions"] == pytest.approx(4 * seconds, rel=0.01)
     assert times[2].time["reductions"] == pytest.approx(8 * seconds, rel=0.01)
     assert times[1].time["reductions"] == pytest.approx(2 * seconds, rel=0.01)
+    for stage in (1, 2):
+        assert times[stage].time["optimizer"] - times[3].time["optimizer"] == pytest.approx(seconds, rel=0.01)
 
 
 def test_a_sub_step_has_a_plan_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:

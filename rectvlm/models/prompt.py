@@ -19,15 +19,19 @@ Prompt = tuple[list[int], list[int]]
 
 def report_prompt(tokenizer: Any, cues: str) -> Prompt:
     """Token ids of the prompt around the visual tokens."""
-    turn = f"{MARKER}\n{cues}\n{REQUEST}"
-    try:
-        text = _chat(tokenizer, [{"role": "system", "content": SYSTEM}, {"role": "user", "content": turn}])
-    except TemplateError:  # Gemma's template knows no system role
-        text = _chat(tokenizer, [{"role": "user", "content": f"{SYSTEM}\n\n{turn}"}])
-    before, marker, after = text.partition(MARKER)
-    assert marker, f"the text of the user's turn is not in what it makes: {text[:200]!r}"
+    before, marker, after = _text(tokenizer, cues).partition(MARKER)
+    assert marker, "the chat template dropped the user's turn"
     encode = tokenizer.encode
     return encode(before, add_special_tokens=False), encode(after, add_special_tokens=False)
+
+
+def _text(tokenizer: Any, cues: str) -> str:
+    """The prompt with its marker."""
+    turn = f"{MARKER}\n{cues}\n{REQUEST}"
+    try:
+        return _chat(tokenizer, [{"role": "system", "content": SYSTEM}, {"role": "user", "content": turn}])
+    except TemplateError:  # Gemma's template knows no system role
+        return _chat(tokenizer, [{"role": "user", "content": f"{SYSTEM}\n\n{turn}"}])
 
 
 def _chat(tokenizer: Any, messages: list[dict[str, str]]) -> str:
@@ -45,14 +49,17 @@ def check_tokenizer(tokenizer: Any, rows: int, where: object) -> None:
     Raises:
         UserError: a chat template that cannot render the prompt, or token ids that the language model lacks.
     """
+    cues = "No findings suggested."
     try:
-        before, after = report_prompt(tokenizer, "No findings suggested.")
-    except (TemplateError, TypeError, AssertionError) as error:
+        if MARKER not in _text(tokenizer, cues):
+            raise TemplateError("the text of the user's turn is not in what it makes")
+    except (TemplateError, TypeError) as error:
         raise UserError(
             f"The chat template of the language model {where} cannot make the report prompt, a system and a user turn "
             f"of plain text ({str(error).splitlines()[0]}); mend `chat_template` in its tokenizer_config.json, or "
             "choose another model."
         ) from error
+    before, after = report_prompt(tokenizer, cues)
     ids = {"prompt": max(before + after), "end": tokenizer.eos_token_id, "padding": tokenizer.pad_token_id}
     for name, number in ids.items():
         if number >= rows:

@@ -212,13 +212,11 @@ class Planner:
     def _speed(self, time: StepTime, flops: dict[str, Any], gpus: int, samples: int, steps: int) -> dict[str, float]:
         batch = self.settings.micro_batch * self.settings.accumulation * gpus
         tokens = self.rehearsal.positions * self.settings.accumulation / time.total
-        grid = zip(self.config.data.grid, self.config.encoder.patch, strict=True)
-        patches = self.settings.micro_batch * math.prod(g // p for g, p in grid)
         return {
             "samples_per_step": batch,
             "tokens_per_second_per_gpu": tokens,
             "tokens_per_second": tokens * gpus,
-            "language_positions_per_second_per_gpu": tokens * (1 - patches / self.rehearsal.positions),
+            "language_positions_per_second_per_gpu": tokens * (1 - self.rehearsal.patches / self.rehearsal.positions),
             "samples_per_day": batch * 86_400 / time.total,
             "model_tflops_per_gpu": flops["model"] / time.total,
             "hardware_tflops_per_gpu": flops["hardware"] / time.total,

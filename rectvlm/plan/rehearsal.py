@@ -38,8 +38,10 @@ class Rehearsal:
     kept: dict[str, int]
     """Bytes that each part has left for the backward pass when the forward pass ends."""
     work: dict[tuple[str, Stage], Work]
+    patches: int
+    """Of the micro-batch."""
     positions: int
-    """Patches and language positions of the micro-batch."""
+    """Those and language positions."""
 
 
 class Words:
@@ -144,6 +146,7 @@ def rehearse(
                 loss = total(losses(outputs, batch, phase.tasks, config.train.localization), config.train.losses)
                 ledger.sign([loss])
             positions = outputs.tokens
+            patches = positions - (0 if outputs.report is None else outputs.report.positions)
             del outputs
             kept = {part: size for part, size in ledger.live.items() if size}
             ledger.in_backward = True
@@ -151,7 +154,7 @@ def rehearse(
     finally:
         for hook in hooks:
             hook.remove()
-    return Rehearsal(ledger.peak, ledger.at_peak, kept, dict(ledger.work), positions)
+    return Rehearsal(ledger.peak, ledger.at_peak, kept, dict(ledger.work), patches, positions)
 
 
 def _follow(model: RectVLM, ledger: Ledger) -> list[Any]:

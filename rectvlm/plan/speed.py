@@ -82,6 +82,7 @@ class StepTime:
     hooks: float
     """The host's, of ZeRO-3. Large micro-batches may hide them; they are added, so that a plan is not too short."""
     optimizer: float
+    """Its update, and under ZeRO-1 and 2 the gather of the new weights."""
     total: float
 
 

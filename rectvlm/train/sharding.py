@@ -67,11 +67,11 @@ def _check(path: Path, zero: dict[str, Any]) -> None:
             "memory; remove it, and share them among more GPUs."
         )
     for key in SIZES:
-        value = zero.get(key, 1)
+        value = zero.get(key, 0)
         if value == "auto" and key == SIZES[-1]:
             continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 1 <= value < math.inf:
-            raise UserError(f"{path} sets {key} to {value!r}: expected a number of entries of at least 1.")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise UserError(f"{path} sets {key} to {value!r}: expected a number of entries, 0 or more.")
 
 
 def persistence_threshold(packed: Iterable[int]) -> int:

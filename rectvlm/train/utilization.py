@@ -127,17 +127,14 @@ def work_of_a_step(phase: Phase, config: Config) -> StepWork | None:
         # Only a figure is missing then: no reason not to train.
         log.warning("the FLOPs of a step cannot be counted, so no MFU is shown: %s", error)
         return None
-    patches = settings.micro_batch * math.prod(
-        g // p for g, p in zip(config.data.grid, config.encoder.patch, strict=True)
-    )
     flops = {"language model": 0.0, "rest": 0.0}
     for (part, stage), work in rehearsal.work.items():
         if stage != "recomputation":
             flops[part if part in flops else "rest"] += sum(work.flops)
-    positions = rehearsal.positions - patches
+    positions = rehearsal.positions - rehearsal.patches
     return StepWork(
         micro_batches=settings.accumulation * world,
-        patches=patches,
+        patches=rehearsal.patches,
         flops=flops["rest"],
         flops_per_position=flops["language model"] / positions if positions else 0.0,
         peak=rate,
