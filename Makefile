@@ -22,7 +22,7 @@ export PATH := $(BIN):$(PATH)
 help: ## list the targets
 	@echo "make TARGET [NAME=value …]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), TORCH=$(TORCH) (installed first), ARGS (for the command behind), JOBS=$(JOBS) (of make test)"
+	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), TORCH=$(TORCH) (installed first), ARGS (for the command behind), JOBS=$(JOBS) (of the tests)"
 
 setup: $(STAMP) ## make .venv and install the project into it (the other targets do this by themselves)
 	@:
@@ -55,8 +55,8 @@ test: $(STAMP) ## lint, types and the quick tests, JOBS=2 files of them at a tim
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile $(ARGS)
 
-test-slow: $(STAMP) ## the tests that take minutes
-	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+test-slow: $(STAMP) ## the tests that take minutes, JOBS=2 files of them at a time
+	@$(BIN)/python -m pytest -m "slow and not gpu" -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: $(STAMP) ## speed and memory, to benchmarks/results [BENCH="preprocess loader train_step", ARGS to each]
 	@set -e; for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name $(ARGS); done
