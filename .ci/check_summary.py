@@ -4,7 +4,12 @@ import json
 import sys
 from pathlib import Path
 
-ENGINE = {"distributed_type": "DEEPSPEED", "zero_stage": 3, "world_size": 2, "llm_quantization": "nf4"}
+ENGINE = {
+    "distributed_type": "DEEPSPEED",
+    "zero_stage": 3,
+    "world_size": 2,
+    "llm_quantization": "nf4",
+}
 
 
 def faults(summary: dict) -> list[str]:
@@ -20,7 +25,9 @@ def faults(summary: dict) -> list[str]:
         if missing:
             found.append(f"phase {row.get('phase')} has no {', '.join(sorted(missing))}")
         elif not row["loss_last"] < row["loss_first"]:
-            found.append(f"the loss of phase {row['phase']} went from {row['loss_first']} to {row['loss_last']}")
+            found.append(
+                f"the loss of phase {row['phase']} went from {row['loss_first']} to {row['loss_last']}"
+            )
     if not summary.get("evaluation"):
         found.append("no evaluation")
     pages = [Path(row["dir"]) / "index.html" for row in summary.get("predictions", [])]

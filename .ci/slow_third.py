@@ -20,7 +20,9 @@ START = "RECTVLM_SLOW_TESTS_START"
 def count_commits() -> int:
     """Commits that lead to the one that is tested."""
     command = ["git", "rev-list", "--count", "HEAD"]
-    return int(subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True).stdout)
+    return int(
+        subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True).stdout
+    )
 
 
 def pytest_configure() -> None:

@@ -25,17 +25,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import CHECKOUT, RESULTS, header, positive, publish, quiet_main
+from benchmarks.publishing import (
+    CHECKOUT,
+    RESULTS_FOLDER,
+    make_page_header,
+    positive_int,
+    publish_result,
+    quiet_main,
+)
 from rectvlm.labels import N_REGIONS
 from rectvlm.models.attention import SliceRegionAttention
-from rectvlm.train.memory import peak_memory_bytes, reset_peak_memory
+from rectvlm.train.engine.peak_memory import peak_memory_bytes, reset_peak_memory
 
 SLICES, CHANNELS = 16, 64
-WAYS = ("plain", "folded", "dense mask", "formula")
-GPU_WAYS = (*WAYS, "plain cudnn", "folded cudnn", "folded narrow", "flex")
-PATIENCE = 2.0
+METHODS = ("plain", "folded", "dense mask", "formula")
+GPU_METHODS = (*METHODS, "plain cudnn", "folded cudnn", "folded narrow", "flex")
+MAX_SECONDS_PER_METHOD = 2.0
 """Seconds that the rounds of one way may take on a GPU, but for the first."""
-_WORDS = {
+_METHOD_LABELS = {
     "plain": "plain, no biases",
     "folded": "folded (ours)",
     "dense mask": "dense mask",
@@ -47,24 +54,30 @@ _WORDS = {
 }
 
 
-class Example:
+class AttentionInputs:
     """Queries, keys and values (1, H, …, 64) with both biases, all requiring gradients."""
 
     def __init__(self, side: int, heads: int, dtype: torch.dtype, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.n = SLICES * side * side
+        self.patch_count = SLICES * side * side
         self.module = SliceRegionAttention(heads * CHANNELS, heads, SLICES).to(device, dtype)
         torch.nn.init.normal_(self.module.slice_bias)
 
         def leaf(*shape: int) -> Tensor:
             return torch.randn(1, heads, *shape, dtype=dtype, device=device).requires_grad_()
 
-        keys = 1 + self.n + N_REGIONS
-        self.q, self.k, self.v = leaf(1 + self.n, CHANNELS), leaf(keys, CHANNELS), leaf(keys, CHANNELS)
+        keys = 1 + self.patch_count + N_REGIONS
+        self.q, self.k, self.v = (
+            leaf(1 + self.patch_count, CHANNELS),
+            leaf(keys, CHANNELS),
+            leaf(keys, CHANNELS),
+        )
         self.slice_index = torch.arange(SLICES, device=device).repeat_interleave(side * side)
-        self.log_prior = torch.randn(1, self.n, N_REGIONS, dtype=dtype, device=device).log_softmax(-1)
+        self.log_prior = torch.randn(
+            1, self.patch_count, N_REGIONS, dtype=dtype, device=device
+        ).log_softmax(-1)
 
-    def mask(self) -> Tensor:
+    def dense_mask(self) -> Tensor:
         """(1, H, 1 + N, 1 + N + R): both biases, dense."""
         distance = self.slice_index[:, None] - self.slice_index[None] + SLICES - 1
         patches = torch.cat(
@@ -76,34 +89,43 @@ class Example:
         )
         return F.pad(patches, (1, 0, 1, 0))[None]
 
-    def attend(self, way: str) -> Tensor:
+    def attend(self, method: str) -> Tensor:
         """(1, H, 1 + N, 64) by one of `WAYS`."""
-        if way == "plain":
+        if method == "plain":
             return F.scaled_dot_product_attention(self.q, self.k, self.v)
-        if way == "folded":
-            return self.module._folded(self.q, self.k, self.v, self.slice_index, self.log_prior, SLICES)
-        if way in ("plain cudnn", "folded cudnn", "folded narrow"):
-            return self._cudnn(way)
-        if way == "dense mask":
-            return F.scaled_dot_product_attention(self.q, self.k, self.v, attn_mask=self.mask())
-        if way == "formula":
-            return (self.q @ self.k.mT / CHANNELS**0.5 + self.mask()).softmax(-1) @ self.v
-        return self._flex()
+        if method == "folded":
+            return self.module._attend_with_biases(
+                self.q, self.k, self.v, self.slice_index, self.log_prior, SLICES
+            )
+        if method in ("plain cudnn", "folded cudnn", "folded narrow"):
+            return self._attend_cudnn(method)
+        if method == "dense mask":
+            return F.scaled_dot_product_attention(
+                self.q, self.k, self.v, attn_mask=self.dense_mask()
+            )
+        if method == "formula":
+            return (self.q @ self.k.mT / CHANNELS**0.5 + self.dense_mask()).softmax(-1) @ self.v
+        return self._attend_flex()
 
-    def _cudnn(self, way: str) -> Tensor:
+    def _attend_cudnn(self, method: str) -> Tensor:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            if way == "plain cudnn":
+            if method == "plain cudnn":
                 return F.scaled_dot_product_attention(self.q, self.k, self.v)
-            q, k = self.module.fold(self.q, self.k, self.slice_index, self.log_prior, SLICES)
-            v = self.v if way == "folded narrow" else F.pad(self.v, (0, q.shape[-1] - CHANNELS))
+            q, k = self.module.fold_biases(self.q, self.k, self.slice_index, self.log_prior, SLICES)
+            v = self.v if method == "folded narrow" else F.pad(self.v, (0, q.shape[-1] - CHANNELS))
             return F.scaled_dot_product_attention(q, k, v, scale=CHANNELS**-0.5)[..., :CHANNELS]
 
-    def _flex(self) -> Tensor:
+    def _attend_flex(self) -> Tensor:
         from torch.nn.attention.flex_attention import flex_attention
 
-        n, bias, prior, slices = self.n, self.module.slice_bias, self.log_prior, self.slice_index
+        n, bias, prior, slices = (
+            self.patch_count,
+            self.module.slice_bias,
+            self.log_prior,
+            self.slice_index,
+        )
 
         def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             own, other = slices[(i - 1).clamp(min=0)], slices[(j - 1).clamp(0, n - 1)]
@@ -112,65 +134,85 @@ class Example:
             added = torch.where(j == 0, 0.0, torch.where(j <= n, to_patch, to_region))
             return value + torch.where(i == 0, 0.0, added)
 
-        global _compiled
-        _compiled = _compiled or torch.compile(flex_attention)
-        return _compiled(self.q, self.k, self.v, score_mod=score)
+        global _compiled_flex_attention
+        _compiled_flex_attention = _compiled_flex_attention or torch.compile(flex_attention)
+        return _compiled_flex_attention(self.q, self.k, self.v, score_mod=score)
 
 
-_compiled: Callable[..., Any] | None = None
+_compiled_flex_attention: Callable[..., Any] | None = None
 
 
-def once(example: Example, way: str) -> float:
+def time_step(example: AttentionInputs, method: str) -> float:
     """Seconds of a forward and a backward pass."""
     for tensor in (example.q, example.k, example.v, example.module.slice_bias):
         tensor.grad = None
-    _wait(example.q.device)
+    _synchronize(example.q.device)
     begin = time.perf_counter()
-    example.attend(way).square().sum().backward()
-    _wait(example.q.device)
+    example.attend(method).square().sum().backward()
+    _synchronize(example.q.device)
     return time.perf_counter() - begin
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def on_gpu(side: int, heads: int, dtype: torch.dtype, rounds: int) -> dict[str, dict[str, Any]]:
+def measure_on_gpu(
+    side: int, heads: int, dtype: torch.dtype, rounds: int
+) -> dict[str, dict[str, Any]]:
     """All ways; of one that fails, why."""
     device = torch.device("cuda")
     found: dict[str, dict[str, Any]] = {}
-    for way in GPU_WAYS:
-        example = Example(side, heads, dtype, device)
+    for way in GPU_METHODS:
+        example = AttentionInputs(side, heads, dtype, device)
         try:
-            once(example, way)  # compiles, and sets libraries up
-            warm = once(example, way)
+            time_step(example, way)  # compiles, and sets libraries up
+            warm = time_step(example, way)
             before = reset_peak_memory()
             # What takes minutes is not worth all rounds.
-            seconds = [once(example, way) for _ in range(max(1, min(rounds, int(PATIENCE / warm))))]
+            seconds = [
+                time_step(example, way)
+                for _ in range(max(1, min(rounds, int(MAX_SECONDS_PER_METHOD / warm))))
+            ]
             found[way] = {"seconds": seconds, "peak_bytes": peak_memory_bytes() - before}
         except torch.OutOfMemoryError:
             found[way] = {"seconds": None, "peak_bytes": None, "why": "out of memory"}
         except RuntimeError as error:
-            found[way] = {"seconds": None, "peak_bytes": None, "why": str(error).splitlines()[0][:80]}
+            found[way] = {
+                "seconds": None,
+                "peak_bytes": None,
+                "why": str(error).splitlines()[0][:80],
+            }
         del example
         torch.cuda.empty_cache()
     return found
 
 
-def in_process(way: str, side: int, heads: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def measure_in_process(
+    method: str, side: int, heads: int, dtype: torch.dtype, rounds: int
+) -> dict[str, Any]:
     """One way on the CPU, in this process: seconds, and how much its resident peak grew."""
-    example = Example(side, heads, dtype, torch.device("cpu"))
+    example = AttentionInputs(side, heads, dtype, torch.device("cpu"))
     before = reset_peak_memory()
-    seconds = [once(example, way) for _ in range(rounds + 1)][1:]  # the first warms up
+    seconds = [time_step(example, method) for _ in range(rounds + 1)][1:]  # the first warms up
     return {"seconds": seconds, "peak_bytes": peak_memory_bytes() - before}
 
 
-def on_cpu(side: int, heads: int, dtype: str, rounds: int) -> dict[str, dict[str, Any]]:
+def measure_on_cpu(side: int, heads: int, dtype: str, rounds: int) -> dict[str, dict[str, Any]]:
     """All ways that are for CPUs too: FlexAttention's backward pass, for one, PyTorch has for GPUs only."""
     found = {}
-    for way in WAYS:
-        arguments = ["--sides", str(side), "--heads", str(heads), "--dtype", dtype, "--rounds", str(rounds)]
+    for way in METHODS:
+        arguments = [
+            "--sides",
+            str(side),
+            "--heads",
+            str(heads),
+            "--dtype",
+            dtype,
+            "--rounds",
+            str(rounds),
+        ]
         command = [sys.executable, "-m", "benchmarks.attention", "--one", way, *arguments]
         done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
         found[way] = json.loads(done.stdout)
@@ -180,7 +222,9 @@ def on_cpu(side: int, heads: int, dtype: str, rounds: int) -> dict[str, dict[str
 def to_markdown(result: dict[str, Any]) -> str:
     """The result as a page."""
     lines = [
-        header("Attention with slice bias and region prior", "python -m benchmarks.attention", result),
+        make_page_header(
+            "Attention with slice bias and region prior", "python -m benchmarks.attention", result
+        ),
         f"{result['heads']} heads of {CHANNELS} channels, {result['dtype']}, {SLICES} slices; forward and backward, "
         f"median of up to {result['rounds']}; memory beyond the inputs.\n\n"
         "| patches | way | seconds | times plain | GB |\n"
@@ -190,11 +234,11 @@ def to_markdown(result: dict[str, Any]) -> str:
         plain = statistics.median(row["ways"]["plain"]["seconds"] or [math.nan])
         for way, one in row["ways"].items():
             if one["seconds"] is None:
-                lines.append(f"| {row['patches']} | {_WORDS[way]} | {one['why']} | | |\n")
+                lines.append(f"| {row['patches']} | {_METHOD_LABELS[way]} | {one['why']} | | |\n")
                 continue
             seconds = statistics.median(one["seconds"])
             lines.append(
-                f"| {row['patches']} | {_WORDS[way]} | {seconds:.4f} | {seconds / plain:.2f} "
+                f"| {row['patches']} | {_METHOD_LABELS[way]} | {seconds:.4f} | {seconds / plain:.2f} "
                 f"| {one['peak_bytes'] / 1e9:.2f} |\n"
             )
     return "".join(lines)
@@ -203,19 +247,25 @@ def to_markdown(result: dict[str, Any]) -> str:
 @quiet_main
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    options = _parse(arguments)
+    options = _parse_arguments(arguments)
     dtype = getattr(torch, options.dtype)
     if options.one:
-        sys.stdout.write(json.dumps(in_process(options.one, options.sides[0], options.heads, dtype, options.rounds)))
+        sys.stdout.write(
+            json.dumps(
+                measure_in_process(
+                    options.one, options.sides[0], options.heads, dtype, options.rounds
+                )
+            )
+        )
         return 0
     begin = time.monotonic()
     gpu = torch.cuda.is_available()
     rows = [
         {
             "patches": SLICES * side * side,
-            "ways": on_gpu(side, options.heads, dtype, options.rounds)
+            "ways": measure_on_gpu(side, options.heads, dtype, options.rounds)
             if gpu
-            else on_cpu(side, options.heads, options.dtype, options.rounds),
+            else measure_on_cpu(side, options.heads, options.dtype, options.rounds),
         }
         for side in options.sides
     ]
@@ -226,20 +276,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rounds": options.rounds,
         "rows": rows,
     }
-    publish(options.out, "attention", begin, facts, to_markdown)
+    publish_result(options.out, "attention", begin, facts, to_markdown)
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.attention", description=(__doc__ or "").split("\n")[0]
+    )
     sides = [16, 24, 32] if gpu else [8, 12, 16]
-    parser.add_argument("--sides", type=positive, nargs="+", default=sides, help=f"patches a row (default {sides})")
-    parser.add_argument("--heads", type=positive, default=12)
-    parser.add_argument("--rounds", type=positive, default=10 if gpu else 3, help="measurements of each way")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if gpu else "float32")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--sides",
+        type=positive_int,
+        nargs="+",
+        default=sides,
+        help=f"patches a row (default {sides})",
+    )
+    parser.add_argument("--heads", type=positive_int, default=12)
+    parser.add_argument(
+        "--rounds", type=positive_int, default=10 if gpu else 3, help="measurements of each way"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16" if gpu else "float32"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS_FOLDER, metavar="DIR")
+    parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

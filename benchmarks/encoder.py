@@ -25,59 +25,83 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import RESULTS, header, positive, publish, quiet_main
-from rectvlm.config import Config, load
+from benchmarks.publishing import (
+    RESULTS_FOLDER,
+    make_page_header,
+    positive_int,
+    publish_result,
+    quiet_main,
+)
+from rectvlm.config import Config, load_config
 from rectvlm.labels import N_FINDINGS, N_LESIONS, N_REGIONS
 from rectvlm.models.attention import SliceRegionAttention
-from rectvlm.models.encoder import Encoder, Features
-from rectvlm.models.localizer import Localizer
-from rectvlm.models.text import Prompts
-from rectvlm.train.memory import peak_memory_bytes, reset_peak_memory
+from rectvlm.models.encoder import ImageFeatures, VolumeEncoder
+from rectvlm.models.localizer import LesionLocalizer
+from rectvlm.models.prompt_embeddings import PromptEmbeddings
+from rectvlm.train.engine.peak_memory import peak_memory_bytes, reset_peak_memory
 
 PARTS = ("encoder", "localizer")
 TEXT_WIDTH = 768
 
 
-class Inputs:
+class NoiseBatch:
     """A batch of noise on the grid of a configuration."""
 
     def __init__(self, config: Config, micro_batch: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
         shape = (micro_batch, *config.data.grid)
-        self.ct = torch.randint(-1024, 600, shape, generator=generator, dtype=torch.int16).to(device)
-        self.regions = torch.randint(0, N_REGIONS + 1, shape, generator=generator, dtype=torch.uint8).to(device)
-        self.known = torch.ones(micro_batch, dtype=torch.bool, device=device)
+        self.ct = torch.randint(-1024, 600, shape, generator=generator, dtype=torch.int16).to(
+            device
+        )
+        self.regions = torch.randint(
+            0, N_REGIONS + 1, shape, generator=generator, dtype=torch.uint8
+        ).to(device)
+        self.regions_known = torch.ones(micro_batch, dtype=torch.bool, device=device)
         counts = (N_FINDINGS, N_FINDINGS, N_LESIONS)
-        self.prompts = Prompts(*(torch.randn(n, TEXT_WIDTH) for n in counts)).to(device)
+        self.prompts = PromptEmbeddings(*(torch.randn(n, TEXT_WIDTH) for n in counts)).to(device)
         z, y, x = (n // p for n, p in zip(config.data.grid, config.encoder.patch, strict=True))
-        levels, width = 1 + len(config.encoder.taps), config.encoder.width
+        levels, width = 1 + len(config.encoder.tap_blocks), config.encoder.width
 
         def features(*size: int) -> Tensor:
-            return torch.randn(micro_batch, *size, device=device, dtype=torch.bfloat16).requires_grad_()
+            return torch.randn(
+                micro_batch, *size, device=device, dtype=torch.bfloat16
+            ).requires_grad_()
 
         patches = features(z * y * x, width)
-        self.features = Features(
-            features(width), patches, features(N_REGIONS, width), (z, y, x), features(z * y * x, width * levels)
+        self.features = ImageFeatures(
+            features(width),
+            patches,
+            features(N_REGIONS, width),
+            (z, y, x),
+            features(z * y * x, width * levels),
         )
 
 
-def build(part: str, config: Config, checkpointing: bool) -> nn.Module:
+def build_part(part: str, config: Config, checkpointing: bool) -> nn.Module:
     """A part with random weights, in bfloat16."""
     torch.manual_seed(0)
-    encoder = config.encoder.model_copy(update={"checkpointing": checkpointing})
+    encoder = config.encoder.model_copy(update={"activation_checkpointing": checkpointing})
     if part == "encoder":
-        return Encoder(encoder, config.data).bfloat16()
-    localizer = config.localizer.model_copy(update={"checkpointing": checkpointing})
-    return Localizer(localizer, config.data, encoder, TEXT_WIDTH).bfloat16()
+        return VolumeEncoder(encoder, config.data).bfloat16()
+    localizer = config.localizer.model_copy(update={"activation_checkpointing": checkpointing})
+    return LesionLocalizer(localizer, config.data, encoder, TEXT_WIDTH).bfloat16()
 
 
-def run(part: str, module: nn.Module, inputs: Inputs) -> Tensor:
+def run_forward(part: str, module: nn.Module, inputs: NoiseBatch) -> Tensor:
     """A forward pass, to a scalar."""
     if part == "encoder":
-        features = module(inputs.ct, inputs.regions, inputs.known)
-        return features.whole.float().square().mean() + features.levels.float().square().mean()
+        features = module(inputs.ct, inputs.regions, inputs.regions_known)
+        return (
+            features.global_token.float().square().mean()
+            + features.multilevel_patches.float().square().mean()
+        )
     found = module(inputs.ct, inputs.features, inputs.prompts)
-    return found.masks.square().mean() + found.half.square().mean() + found.coarse.square().mean() + found.denoising
+    return (
+        found.mask_logits.square().mean()
+        + found.half_mask_logits.square().mean()
+        + found.patch_logits.square().mean()
+        + found.denoising_loss
+    )
 
 
 def count_flops(part: str, config: Config, micro_batch: int, folded: bool) -> int:
@@ -92,26 +116,38 @@ def count_flops(part: str, config: Config, micro_batch: int, folded: bool) -> in
     """
     device = torch.device("meta")
     with device:
-        module = build(part, config, checkpointing=False).train()
-    plain = patch.object(SliceRegionAttention, "_folded", lambda _, q, k, v, *biases: attention(q, k, v))
+        module = build_part(part, config, checkpointing=False).train()
+    plain = patch.object(
+        SliceRegionAttention, "_attend_with_biases", lambda _, q, k, v, *biases: attention(q, k, v)
+    )
     with nullcontext() if folded else plain, FlopCounterMode(display=False) as counter:
-        run(part, module, Inputs(config, micro_batch, device)).backward()
+        run_forward(part, module, NoiseBatch(config, micro_batch, device)).backward()
     return counter.get_total_flops()
 
 
-def measure(part: str, config: Config, micro_batch: int, rounds: int, checkpointing: bool) -> dict[str, Any]:
+def measure_part(
+    part: str, config: Config, micro_batch: int, rounds: int, checkpointing: bool
+) -> dict[str, Any]:
     """Seconds forward and backward by round, and peak memory; seconds are None where it does not fit."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module, inputs = build(part, config, checkpointing).to(device).train(), Inputs(config, micro_batch, device)
-    row: dict[str, Any] = {"part": part, "checkpointing": checkpointing, "forward": [], "backward": []}
+    module, inputs = (
+        build_part(part, config, checkpointing).to(device).train(),
+        NoiseBatch(config, micro_batch, device),
+    )
+    row: dict[str, Any] = {
+        "part": part,
+        "checkpointing": checkpointing,
+        "forward": [],
+        "backward": [],
+    }
     try:
         for turn in range(rounds + 1):
             module.zero_grad(set_to_none=True)
-            begin = _now(device)
-            loss = run(part, module, inputs)
-            middle = _now(device)
+            begin = _synchronized_time(device)
+            loss = run_forward(part, module, inputs)
+            middle = _synchronized_time(device)
             loss.backward()
-            end = _now(device)
+            end = _synchronized_time(device)
             if turn:  # the first warms up
                 row["forward"].append(middle - begin)
                 row["backward"].append(end - middle)
@@ -122,13 +158,13 @@ def measure(part: str, config: Config, micro_batch: int, rounds: int, checkpoint
     return row | {"peak_bytes": peak_memory_bytes()}
 
 
-def _now(device: torch.device) -> float:
+def _synchronized_time(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def matrix_rate(rounds: int = 10) -> float:
+def measure_matrix_rate(rounds: int = 10) -> float:
     """FLOP/s of a square bfloat16 matrix product, the best of some."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     n = 8192 if device.type == "cuda" else 2048
@@ -137,9 +173,9 @@ def matrix_rate(rounds: int = 10) -> float:
     product()
     best = float("inf")
     for _ in range(rounds):
-        begin = _now(device)
+        begin = _synchronized_time(device)
         product()
-        best = min(best, _now(device) - begin)
+        best = min(best, _synchronized_time(device) - begin)
     return 2 * n**3 / best
 
 
@@ -147,7 +183,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     """The result as a page."""
     rate = result["matrix_flops_per_second"]
     lines = [
-        header("Encoder and localizer", "python -m benchmarks.encoder", result),
+        make_page_header("Encoder and localizer", "python -m benchmarks.encoder", result),
         f"Configuration {result['config']}: grid {' × '.join(map(str, result['grid']))}, micro-batch "
         f"{result['micro_batch']}, bfloat16, median of {result['rounds']}. A square bfloat16 matrix product does "
         f"{rate / 1e12:.2f} TFLOP/s here.\n\n| part | checkpointing | forward s | backward s | TFLOP | TFLOP/s "
@@ -171,14 +207,16 @@ def to_markdown(result: dict[str, Any]) -> str:
 @quiet_main
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    options = _parse(arguments)
+    options = _parse_arguments(arguments)
     begin = time.monotonic()
-    config = load(options.config, options.overrides)
+    config = load_config(options.config, options.overrides)
     rows = []
     for part in options.parts:
-        flops, folded = (count_flops(part, config, options.micro_batch, folded=one) for one in (False, True))
+        flops, folded = (
+            count_flops(part, config, options.micro_batch, folded=one) for one in (False, True)
+        )
         for checkpointing in (False, True):
-            row = measure(part, config, options.micro_batch, options.rounds, checkpointing)
+            row = measure_part(part, config, options.micro_batch, options.rounds, checkpointing)
             rows.append(row | {"flops": flops, "folded_flops": folded})
     facts = {
         "versions": {"torch": torch.__version__},
@@ -186,22 +224,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "grid": config.data.grid,
         "micro_batch": options.micro_batch,
         "rounds": options.rounds,
-        "matrix_flops_per_second": matrix_rate(),
+        "matrix_flops_per_second": measure_matrix_rate(),
         "rows": rows,
     }
-    publish(options.out, "encoder", begin, facts, to_markdown)
+    publish_result(options.out, "encoder", begin, facts, to_markdown)
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.encoder", description=(__doc__ or "").split("\n")[0])
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.encoder", description=(__doc__ or "").split("\n")[0]
+    )
     default = "large" if torch.cuda.is_available() else "demo"
     parser.add_argument("--config", default=default, help="default: large on a GPU, else demo")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--micro-batch", type=positive, default=1)
-    parser.add_argument("--rounds", type=positive, default=5, help="measurements (default 5)")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("overrides", nargs="*", metavar="part.field=value", help="changes of the configuration")
+    parser.add_argument("--micro-batch", type=positive_int, default=1)
+    parser.add_argument("--rounds", type=positive_int, default=5, help="measurements (default 5)")
+    parser.add_argument("--out", type=Path, default=RESULTS_FOLDER, metavar="DIR")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="part.field=value", help="changes of the configuration"
+    )
     return parser.parse_intermixed_args(arguments)
 
 

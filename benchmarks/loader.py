@@ -25,63 +25,84 @@ import blosc2
 import numpy as np
 import torch
 
-from benchmarks.common import CHECKOUT, RESULTS, header, positive, publish, quiet_main
 from benchmarks.preprocess import GRID, SPACING, make_volumes
+from benchmarks.publishing import (
+    CHECKOUT,
+    RESULTS_FOLDER,
+    make_page_header,
+    positive_int,
+    publish_result,
+    quiet_main,
+)
 from data_pipeline.cases import Case, CaseData, case_to_sample, file_identity
-from data_pipeline.samples import LESION, SCANS
-from rectvlm.config import DataConfig, load
-from rectvlm.data.loader import Loader, ShardDataset
-from rectvlm.data.sample import versions
+from data_pipeline.sample_cts import OUTLINED_LESION, SAMPLE_CTS
+from rectvlm.config import DataConfig, load_config
+from rectvlm.data.loader import BatchLoader, ShardDataset
+from rectvlm.data.sample import preprocessing_versions
 from rectvlm.data.shards import write_shards
-from rectvlm.data.store import Store
+from rectvlm.data.store import ShardStore
 from rectvlm.data.volume import read_volume
 from rectvlm.labels import LESION_BY_KEY
 
-VOLUMES_PER_SECOND = 10
+H200_VOLUMES_PER_SECOND = 10
 """What one H200 takes."""
-_WARM_UP = 6
-_MEMBERS = {"ct": np.int16, "lesions": np.uint8, "regions": np.uint8}
+_WARMUP_BATCHES = 6
+_VOLUME_DTYPES = {"ct": np.int16, "lesions": np.uint8, "regions": np.uint8}
 
 
-def make_shards(folder: Path, count: int, slices: int, work: Path) -> None:
+def make_full_grid_shards(folder: Path, count: int, slices: int, work: Path) -> None:
     """`count` samples at the full grid in shards of four, from the two volumes of `make_volumes`."""
     samples = [
         case_to_sample(
-            Case(f"ct_{number}", "train", f"{number}", path.name, partial(_load, path, number), file_identity(path)),
+            Case(
+                f"ct_{number}",
+                "train",
+                f"{number}",
+                path.name,
+                partial(_load_case, path, number),
+                file_identity(path),
+            ),
             GRID,
             SPACING,
             coarse_regions=True,
         )
-        for number, path in enumerate(make_volumes(work, min(count, len(SCANS)), slices))
+        for number, path in enumerate(make_volumes(work, min(count, len(SAMPLE_CTS)), slices))
     ]
     chosen = (samples[number % len(samples)] for number in range(count))
     write_shards(
-        (replace(one, meta=replace(one.meta, key=f"{one.meta.key}_{number}")) for number, one in enumerate(chosen)),
+        (
+            replace(one, meta=replace(one.meta, key=f"{one.meta.key}_{number}"))
+            for number, one in enumerate(chosen)
+        ),
         folder,
         samples_per_shard=4,
     )
 
 
-def _load(path: Path, number: int) -> CaseData:
-    outline = read_volume(SCANS[number].mask(CHECKOUT / "data" / "samples"))
-    bits = (outline.array > 0).astype(np.uint8) << LESION_BY_KEY[LESION].bit
-    looked_for = {key: key == LESION for key in LESION_BY_KEY}
-    return CaseData(volume=read_volume(path), lesions=[replace(outline, array=bits)], lesions_annotated=looked_for)
+def _load_case(path: Path, number: int) -> CaseData:
+    outline = read_volume(SAMPLE_CTS[number].mask_path(CHECKOUT / "data" / "samples"))
+    bits = (outline.array > 0).astype(np.uint8) << LESION_BY_KEY[OUTLINED_LESION].bit
+    looked_for = {key: key == OUTLINED_LESION for key in LESION_BY_KEY}
+    return CaseData(
+        volume=read_volume(path),
+        lesions=[replace(outline, array=bits)],
+        lesions_annotated=looked_for,
+    )
 
 
 def read_buffers(dataset: ShardDataset) -> list[dict[str, memoryview]]:
     """By sample and volume: the blosc2 buffer, in memory."""
     buffers = []
-    for entry in dataset.entries:
+    for entry in dataset.locations:
         found = {}
-        for name in _MEMBERS:
-            data = Store(dataset.store).read_range(entry.shard, *entry.members[name])
+        for name in _VOLUME_DTYPES:
+            data = ShardStore(dataset.store).read_range(entry.shard, *entry.members[name])
             found[name] = memoryview(data)[data.index(b"\n") + 1 :]
         buffers.append(found)
     return buffers
 
 
-def measure(data: DataConfig, rounds: int) -> dict[str, Any]:
+def measure_loader(data: DataConfig, rounds: int) -> dict[str, Any]:
     """Seconds of every way, and what a sample weighs.
 
     Returns:
@@ -92,10 +113,12 @@ def measure(data: DataConfig, rounds: int) -> dict[str, Any]:
     dataset = ShardDataset(data, "train")
     torch.set_num_threads(1)
     buffers = read_buffers(dataset)
-    arrays = {name: np.zeros(data.grid, dtype) for name, dtype in _MEMBERS.items()}
+    arrays = {name: np.zeros(data.grid, dtype) for name, dtype in _VOLUME_DTYPES.items()}
     seconds: dict[str, list[float]] = {"bare": [], "loader": [], "worker": [], "main": []}
     cores = sorted(os.sched_getaffinity(0))
-    batches = iter(Loader(dataset, [[number] for number in range(len(dataset))] * (rounds + 1)))
+    batches = iter(
+        BatchLoader(dataset, [[number] for number in range(len(dataset))] * (rounds + 1))
+    )
     try:
         for turn in range(rounds + 1):
             os.sched_setaffinity(0, {cores[0]})
@@ -108,28 +131,33 @@ def measure(data: DataConfig, rounds: int) -> dict[str, Any]:
                 begin = time.process_time()
                 batch = next(batches)
                 taken["loader"].append(time.process_time() - begin)
-                assert torch.equal(batch.ct[0], torch.from_numpy(arrays["ct"])), "both ways decode the same bytes"
+                assert torch.equal(batch.ct[0], torch.from_numpy(arrays["ct"])), (
+                    "both ways decode the same bytes"
+                )
             if turn == 0:
                 continue  # it warms up
-            between, main = with_worker(dataset, cores)
+            between, main = measure_with_worker(dataset, cores)
             for name, values in (taken | {"worker": [between], "main": [main]}).items():
                 seconds[name] += values
     finally:
         os.sched_setaffinity(0, cores)
     packed = sum(len(buffer) for found in buffers for buffer in found.values()) / len(buffers)
-    return seconds | {"packed_bytes": packed, "voxel_bytes": sum(array.nbytes for array in arrays.values())}
+    return seconds | {
+        "packed_bytes": packed,
+        "voxel_bytes": sum(array.nbytes for array in arrays.values()),
+    }
 
 
-def with_worker(dataset: ShardDataset, cores: Sequence[int]) -> tuple[float, float]:
+def measure_with_worker(dataset: ShardDataset, cores: Sequence[int]) -> tuple[float, float]:
     """Seconds between two batches of a loader whose worker has the last core; CPU seconds of this process for each.
 
     Batches that start the process and fill memory for the first time come before and do not count.
     """
     os.sched_setaffinity(0, {cores[-1]})  # the worker inherits it
-    order = [[number % len(dataset)] for number in range(_WARM_UP + len(dataset))]
-    batches = iter(Loader(dataset, order, workers=1))
+    order = [[number % len(dataset)] for number in range(_WARMUP_BATCHES + len(dataset))]
+    batches = iter(BatchLoader(dataset, order, workers=1))
     os.sched_setaffinity(0, {cores[0]})
-    for _ in range(_WARM_UP):
+    for _ in range(_WARMUP_BATCHES):
         next(batches)
     begin, own = time.perf_counter(), time.process_time()
     for _ in range(len(dataset)):
@@ -139,7 +167,7 @@ def with_worker(dataset: ShardDataset, cores: Sequence[int]) -> tuple[float, flo
     return between / len(dataset), main / len(dataset)
 
 
-def summarize(measured: dict[str, Any]) -> dict[str, float]:
+def summarize_speeds(measured: dict[str, Any]) -> dict[str, float]:
     """Speeds and ratios: of paired measurements of one sample in one round, or of a round, by their median."""
     bare, loader = measured["bare"], measured["loader"]
     rounds = len(measured["worker"])
@@ -148,12 +176,14 @@ def summarize(measured: dict[str, Any]) -> dict[str, float]:
     main, worker = (statistics.median(measured[name]) for name in ("main", "worker"))
     return {
         "loader_over_bare": statistics.median(a / b for a, b in zip(bare, loader, strict=True)),
-        "worker_over_bare": statistics.median(a / c for a, c in zip(means, measured["worker"], strict=True)),
+        "worker_over_bare": statistics.median(
+            a / c for a, c in zip(means, measured["worker"], strict=True)
+        ),
         "bare_per_second": 1 / statistics.median(bare),
         "loader_per_second": 1 / statistics.median(loader),
         "worker_per_second": 1 / worker,
-        "workers_for_a_gpu": VOLUMES_PER_SECOND * worker,
-        "cores_for_a_gpu": VOLUMES_PER_SECOND * (worker + main),
+        "workers_for_a_gpu": H200_VOLUMES_PER_SECOND * worker,
+        "cores_for_a_gpu": H200_VOLUMES_PER_SECOND * (worker + main),
     }
 
 
@@ -162,11 +192,19 @@ def to_markdown(result: dict[str, Any]) -> str:
     measured, ratios = result["measured"], result["ratios"]
     rows = {
         "bare blosc2 decoding": ("bare", "bare_per_second", "1.00"),
-        "loader without workers": ("loader", "loader_per_second", f"{ratios['loader_over_bare']:.2f}"),
-        "loader with one worker": ("worker", "worker_per_second", f"{ratios['worker_over_bare']:.2f}"),
+        "loader without workers": (
+            "loader",
+            "loader_per_second",
+            f"{ratios['loader_over_bare']:.2f}",
+        ),
+        "loader with one worker": (
+            "worker",
+            "worker_per_second",
+            f"{ratios['worker_over_bare']:.2f}",
+        ),
     }
     lines = [
-        header("Loader", "python -m benchmarks.loader", result),
+        make_page_header("Loader", "python -m benchmarks.loader", result),
         f"{result['samples']} samples of {' × '.join(map(str, result['grid']))} voxels with lesions and regions "
         f"({measured['packed_bytes'] / 1e6:.1f} MB in the shards, {measured['voxel_bytes'] / 1e6:.0f} MB decoded), "
         f"over {result['rounds']} rounds. Seconds of a sample: CPU seconds on one core in the first two rows, and in "
@@ -183,7 +221,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     lines.append(
         f"\nThe loader does {ratios['loader_over_bare']:.2f} of the samples that bare decoding does on a core, and "
         f"{ratios['worker_over_bare']:.2f} in a worker process (aim: at least 0.8). To feed one H200 with "
-        f"{VOLUMES_PER_SECOND} volumes a second takes, computed from this, {ratios['workers_for_a_gpu']:.1f} workers "
+        f"{H200_VOLUMES_PER_SECOND} volumes a second takes, computed from this, {ratios['workers_for_a_gpu']:.1f} workers "
         f"on cores of this kind, and {ratios['cores_for_a_gpu']:.1f} cores with the main process's share.\n"
     )
     return "".join(lines)
@@ -192,33 +230,45 @@ def to_markdown(result: dict[str, Any]) -> str:
 @quiet_main
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    options = _parse(arguments)
+    options = _parse_arguments(arguments)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="rectvlm-bench-") as temporary:
         shards = Path(temporary) / "shards"
-        make_shards(shards, options.samples, options.slices, Path(temporary) / "volumes")
+        make_full_grid_shards(shards, options.samples, options.slices, Path(temporary) / "volumes")
         place = {"grid": GRID, "spacing": SPACING, "shards": str(shards)}
-        measured = measure(load("demo").data.model_copy(update=place), options.rounds)
+        measured = measure_loader(load_config("demo").data.model_copy(update=place), options.rounds)
     facts = {
-        "versions": versions() | {"torch": torch.__version__},
+        "versions": preprocessing_versions() | {"torch": torch.__version__},
         "samples": options.samples,
         "grid": GRID,
         "rounds": options.rounds,
         "measured": measured,
-        "ratios": summarize(measured),
+        "ratios": summarize_speeds(measured),
     }
-    publish(options.out, "loader", begin, facts, to_markdown)
+    publish_result(options.out, "loader", begin, facts, to_markdown)
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--samples", type=positive, default=12, help="samples in the shards (default 12)")
-    parser.add_argument("--rounds", type=positive, default=5, help="measurements of each way and sample (default 5)")
-    parser.add_argument(
-        "--slices", type=positive, default=300, help="slices of the volumes they come from (default 300)"
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loader", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument(
+        "--samples", type=positive_int, default=12, help="samples in the shards (default 12)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive_int,
+        default=5,
+        help="measurements of each way and sample (default 5)",
+    )
+    parser.add_argument(
+        "--slices",
+        type=positive_int,
+        default=300,
+        help="slices of the volumes they come from (default 300)",
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS_FOLDER, metavar="DIR")
     return parser.parse_args(arguments)
 
 

@@ -27,22 +27,30 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import CHECKOUT, RESULTS, header, positive, publish, quiet_main
-from benchmarks.report_step import Masters
-from benchmarks.train_step import make_shards
+from benchmarks.publishing import (
+    CHECKOUT,
+    RESULTS_FOLDER,
+    make_page_header,
+    positive_int,
+    publish_result,
+    quiet_main,
+)
+from benchmarks.report_step import MasterWeightAdamW
+from benchmarks.train_step import make_phantom_shards
 from rectvlm.types import Batch
 
-BATCHES = 4
-MOST = 0.03
+BATCH_COUNT = 4
+MAX_OVERHEAD_SHARE = 0.03
 """Share of a step that the trainer may cost."""
 
 
-class Together:
+class InterleavedBatches:
     """Batches for the trainer, and a step of each of the others before every one of them.
 
     `seed` takes the number of a step, from 0, and has the others draw what the trainer will draw in it: an elastic
@@ -52,74 +60,102 @@ class Together:
     def __init__(
         self,
         batches: Sequence[Batch],
-        others: dict[str, Callable[[Batch], None]],
+        other_steps: dict[str, Callable[[Batch], None]],
         device: torch.device,
-        seed: Callable[[int], None],
+        seed_step: Callable[[int], None],
     ) -> None:
-        self.batches, self.others, self.device, self.seed = batches, others, device, seed
-        self.seconds: dict[str, list[float]] = {name: [] for name in (*others, "trainer")}
+        self.batches, self.other_steps, self.device, self.seed_step = (
+            batches,
+            other_steps,
+            device,
+            seed_step,
+        )
+        self.seconds: dict[str, list[float]] = {name: [] for name in (*other_steps, "trainer")}
 
     def __iter__(self) -> Iterator[Batch]:
         for number, batch in enumerate(itertools.cycle(self.batches)):
-            names = list(self.others)
+            names = list(self.other_steps)
             for name in names if number % 2 else reversed(names):
-                self.seed(number)
-                self.seconds[name].append(self._timed(lambda name=name, batch=batch: self.others[name](batch)))  # type: ignore[misc]
+                self.seed_step(number)
+                step = partial(self.other_steps[name], batch)
+                self.seconds[name].append(self._time_step(step))
             begin = time.perf_counter()
             yield batch
-            self._wait()
+            self._synchronize()
             self.seconds["trainer"].append(time.perf_counter() - begin)
 
-    def _timed(self, step: Callable[[], None]) -> float:
+    def _time_step(self, step: Callable[[], None]) -> float:
         begin = time.perf_counter()
         step()
-        self._wait()
+        self._synchronize()
         return time.perf_counter() - begin
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def measure(size: str, number: int, micro_batch: int, steps: int, warmup: int, work: Path) -> dict[str, Any]:
+def measure_overhead(
+    size: str, number: int, micro_batch: int, steps: int, warmup: int, work: Path
+) -> dict[str, Any]:
     """Figures of one phase at a number of cases a step, with random weights: what they are changes nothing in what is
     computed."""
-    from rectvlm.config import load
-    from rectvlm.data.augment import augment
-    from rectvlm.data.loader import train_loader
-    from rectvlm.train.engine import Engine
-    from rectvlm.train.loop import train
-    from rectvlm.train.objectives import losses, total
-    from rectvlm.train.optim import build_optimizer, freeze_all_but
+    from rectvlm.config import load_config
+    from rectvlm.data.augment import augment_batch
+    from rectvlm.data.loader import build_train_loader
+    from rectvlm.train.engine.engine import Engine
+    from rectvlm.train.loop import run_training_loop
+    from rectvlm.train.objectives import combine_losses, compute_losses
+    from rectvlm.train.optimizer import build_optimizer, freeze_all_but
     from rectvlm.train.phases import PHASES
-    from rectvlm.train.position import Position, seed_micro_batch
-    from rectvlm.train.run import build
-    from rectvlm.train.signals import Signals
+    from rectvlm.train.recovery.position import TrainingPosition, seed_micro_batch
+    from rectvlm.train.recovery.signals import StopSignals
+    from rectvlm.train.run import build_model
 
     shards, phase = work / "shards", PHASES[number]
     # One step more: the trainer's time of a step ends when it asks for the next batch.
-    count, key = warmup + steps + 1, f"train.phases.{number}"
+    count, key = warmup + steps + 1, f"train.phases.phase{number}"
     chosen = {"steps": count, "micro_batch": micro_batch, "accumulation": 1, "save_every": 10**9}
     short = [f"{key}.{name}={value}" for name, value in chosen.items()]
-    quiet = [f"{key}.validation.every=0", f"{key}.ema=0", "train.guard.patience=1000000"]
-    config = load(size, [f"data.shards={shards}", f"train.runs={work / 'runs'}", "data.workers=0", *short, *quiet])
-    settings, folder = phase.settings(config), work / "runs" / phase.folder
+    quiet = [f"{key}.validation.every=0", f"{key}.ema=0", "train.limits.max_bad_steps=1000000"]
+    config = load_config(
+        size,
+        [f"data.shards={shards}", f"train.runs={work / 'runs'}", "data.workers=0", *short, *quiet],
+    )
+    settings, folder = phase.get_settings(config), work / "runs" / phase.key
     folder.mkdir(parents=True)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints which op it has built
-        engine = Engine(CHECKOUT / "ds_configs" / f"phase{number}.json", settings, config.train.clip, folder)
-    batches = list(itertools.islice(train_loader(config.data, settings.micro_batch, 0, 1, config.train.seed), BATCHES))
+        engine = Engine(
+            CHECKOUT / "ds_configs" / f"phase{number}.json",
+            settings,
+            config.train.gradient_clipping,
+            folder,
+        )
+    batches = list(
+        itertools.islice(
+            build_train_loader(config.data, settings.micro_batch, 0, 1, config.train.seed),
+            BATCH_COUNT,
+        )
+    )
 
-    plain = build(phase, config, None, engine)
+    plain = build_model(phase, config, None, engine)
     freeze_all_but(plain, settings.lr)
     plain.to(engine.device, torch.bfloat16).train()
-    masters = Masters([p for p in plain.parameters() if p.requires_grad], config.train.clip)
-    model = build(phase, config, None, engine)
+    masters = MasterWeightAdamW(
+        [p for p in plain.parameters() if p.requires_grad], config.train.gradient_clipping
+    )
+    model = build_model(phase, config, None, engine)
     freeze_all_but(model, settings.lr)
     engine.prepare(model, build_optimizer(model, config.train, settings))
 
     def loss_of(module: Any, batch: Batch) -> torch.Tensor:
-        batch = augment(batch.to(engine.device), config.data.augment)
-        return total(losses(module(batch), batch, phase.tasks, config.train.localization), config.train.losses)
+        batch = augment_batch(batch.to(engine.device), config.data.augment)
+        return combine_losses(
+            compute_losses(
+                module(batch), batch, phase.tasks, config.train.localization_loss_weights
+            ),
+            config.train.loss_weights,
+        )
 
     def bare(batch: Batch) -> None:
         loss_of(plain, batch).backward()
@@ -132,41 +168,59 @@ def measure(size: str, number: int, micro_batch: int, steps: int, warmup: int, w
     def seed(step: int) -> None:
         seed_micro_batch(config.train.seed, step * micro_batch)
 
-    together = Together(batches, {"bare": bare, "engine": alone}, engine.device, seed)
-    with Signals() as signals:
-        train(engine, together, phase, config, folder, [], Position(0, 0), signals)
+    together = InterleavedBatches(batches, {"bare": bare, "engine": alone}, engine.device, seed)
+    with StopSignals() as signals:
+        run_training_loop(
+            engine, together, phase, config, folder, [], TrainingPosition(0, 0), signals
+        )
     engine.close()
     kept = {name: times[warmup : warmup + steps] for name, times in together.seconds.items()}
-    return {"size": size, "phase": number, "micro_batch": micro_batch} | compare(kept)
+    return {"size": size, "phase": number, "micro_batch": micro_batch} | compare_step_times(kept)
 
 
-def compare(seconds: dict[str, list[float]]) -> dict[str, Any]:
+def compare_step_times(seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Medians, and by how much the trainer's step is longer than those taken just before it: the median of the steps'
     own shares, so that a slow moment of the machine counts on both sides."""
     found: dict[str, Any] = {"steps": len(seconds["trainer"]), "seconds": {}, "overhead": {}}
     for name, times in seconds.items():
         found["seconds"][name] = statistics.median(times)
         if name != "trainer":
-            shares = [mine / theirs - 1 for mine, theirs in zip(seconds["trainer"], times, strict=True)]
+            shares = [
+                mine / theirs - 1 for mine, theirs in zip(seconds["trainer"], times, strict=True)
+            ]
             found["overhead"][name] = {
                 "median": statistics.median(shares),
-                "quartiles": statistics.quantiles(shares, n=4)[::2] if len(shares) > 1 else [shares[0]] * 2,
+                "quartiles": statistics.quantiles(shares, n=4)[::2]
+                if len(shares) > 1
+                else [shares[0]] * 2,
             }
     return found
 
 
 def to_markdown(result: dict[str, Any]) -> str:
     """The result as a page."""
-    head = header("Trainer overhead", "python -m benchmarks.overhead", result)
+    head = make_page_header("Trainer overhead", "python -m benchmarks.overhead", result)
     head += (
         "Seconds of a step (medians), and by how much the trainer's is longer than the step of the other that was "
         "taken just before it (median over the steps, quartiles in brackets). `bare` is PyTorch alone, `engine` adds "
-        f"DeepSpeed, `trainer` is the whole loop. At most {MOST:.0%} against `bare` is what is asked for.\n\n"
+        f"DeepSpeed, `trainer` is the whole loop. At most {MAX_OVERHEAD_SHARE:.0%} against `bare` is what is asked for.\n\n"
     )
-    columns = ["size", "phase", "micro-batch", "steps", "bare", "engine", "trainer", "against bare", "against engine"]
+    columns = [
+        "size",
+        "phase",
+        "micro-batch",
+        "steps",
+        "bare",
+        "engine",
+        "trainer",
+        "against bare",
+        "against engine",
+    ]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in result["rows"]:
-        seconds = " | ".join(f"{row['seconds'][name]:.4f}" for name in ("bare", "engine", "trainer"))
+        seconds = " | ".join(
+            f"{row['seconds'][name]:.4f}" for name in ("bare", "engine", "trainer")
+        )
         shares = " | ".join(
             f"{row['overhead'][name]['median']:+.1%} ({row['overhead'][name]['quartiles'][0]:+.1%} to "
             f"{row['overhead'][name]['quartiles'][1]:+.1%})"
@@ -180,42 +234,61 @@ def to_markdown(result: dict[str, Any]) -> str:
 @quiet_main
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    options = _parse(arguments)
+    options = _parse_arguments(arguments)
     os.environ.setdefault("RECTVLM_TRACKERS", "none")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from rectvlm import checkpoint
+    from rectvlm.checkpoint import run_checkpoint
 
     begin = time.monotonic()
     rows = []
     for number, micro_batch in itertools.product(options.phases, options.micro_batch):
         with tempfile.TemporaryDirectory(prefix="rectvlm-bench-") as work:
-            make_shards(options.size, Path(work) / "shards")
+            make_phantom_shards(options.size, Path(work) / "shards")
             # A process holds one engine in its life.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                what = (options.size, number, micro_batch, options.steps, options.warmup, Path(work))
-                rows.append(fresh.submit(measure, *what).result())
+                what = (
+                    options.size,
+                    number,
+                    micro_batch,
+                    options.steps,
+                    options.warmup,
+                    Path(work),
+                )
+                rows.append(fresh.submit(measure_overhead, *what).result())
     facts = {
-        "versions": checkpoint.versions(),
+        "versions": run_checkpoint.package_versions(),
         "threads": torch.get_num_threads(),
         "rows": rows,
     }
-    publish(options.out, "overhead", begin, facts, to_markdown)
+    publish_result(options.out, "overhead", begin, facts, to_markdown)
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.overhead", description="The trainer's loop against a bare PyTorch loop."
+        prog="python -m benchmarks.overhead",
+        description="The trainer's loop against a bare PyTorch loop.",
     )
     parser.add_argument("--size", default="demo", help="name of a configuration (default demo)")
-    parser.add_argument("--phases", type=int, nargs="+", choices=(1, 2), default=[1, 2], metavar="N")
     parser.add_argument(
-        "--micro-batch", type=positive, nargs="+", default=[1, 8], metavar="N", help="cases of a step (default 1 and 8)"
+        "--phases", type=int, nargs="+", choices=(1, 2), default=[1, 2], metavar="N"
     )
-    parser.add_argument("--steps", type=positive, default=20, help="steps that count (default 20)")
-    parser.add_argument("--warmup", type=positive, default=3, help="steps before them (default 3)")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument(
+        "--micro-batch",
+        type=positive_int,
+        nargs="+",
+        default=[1, 8],
+        metavar="N",
+        help="cases of a step (default 1 and 8)",
+    )
+    parser.add_argument(
+        "--steps", type=positive_int, default=20, help="steps that count (default 20)"
+    )
+    parser.add_argument(
+        "--warmup", type=positive_int, default=3, help="steps before them (default 3)"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS_FOLDER, metavar="DIR")
     return parser.parse_args(arguments)
 
 

@@ -31,15 +31,22 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from benchmarks.common import CHECKOUT, RESULTS, header, positive, publish, quiet_main
+from benchmarks.publishing import (
+    CHECKOUT,
+    RESULTS_FOLDER,
+    make_page_header,
+    positive_int,
+    publish_result,
+    quiet_main,
+)
 from data_pipeline.cases import Case, CaseData, case_to_sample, file_identity
-from data_pipeline.samples import SCANS, fetch_samples
-from rectvlm.data.packing import pack
-from rectvlm.data.sample import encode, versions
+from data_pipeline.sample_cts import SAMPLE_CTS, fetch_sample_cts
+from rectvlm.data.sample import encode_sample, preprocessing_versions
 from rectvlm.data.volume import canonical_affine, read_volume, resample_to_grid, to_hu
+from rectvlm.data.volume_codec import encode_volume
 
 GRID, SPACING = (64, 512, 512), (5.0, 0.75, 0.75)
-WORKERS = (1, 2)
+WORKER_COUNTS = (1, 2)
 _POLL_SECONDS = 0.05
 
 
@@ -47,10 +54,10 @@ def make_volumes(folder: Path, count: int, slices: int) -> list[Path]:
     """CTs of 512 × 512 × `slices` voxels: a real one on thin slices, with the noise that thin slices have."""
     folder.mkdir(parents=True, exist_ok=True)
     samples = CHECKOUT / "data" / "samples"
-    fetch_samples(samples)
+    fetch_sample_cts(samples)
     paths = []
     for number in range(count):
-        image = nib.nifti1.load(SCANS[number % len(SCANS)].volume(samples))
+        image = nib.nifti1.load(SAMPLE_CTS[number % len(SAMPLE_CTS)].volume_path(samples))
         thick = np.asanyarray(image.dataobj)
         factor = slices / thick.shape[2]
         thin = ndimage.zoom(thick.astype(np.float32), (1, 1, factor), order=1)
@@ -58,23 +65,32 @@ def make_volumes(folder: Path, count: int, slices: int) -> list[Path]:
         affine = image.affine.copy()
         affine[:3, 2] /= factor
         path = folder / f"ct_{number}.nii.gz"
-        nib.save(nib.Nifti1Image(np.clip(np.rint(thin), -1024, 3071).astype(np.int16), affine), path)
+        nib.save(
+            nib.Nifti1Image(np.clip(np.rint(thin), -1024, 3071).astype(np.int16), affine), path
+        )
         paths.append(path)
     return paths
 
 
-def load(path: Path) -> CaseData:
+def load_ct(path: Path) -> CaseData:
     """A case of a CT and nothing else."""
     return CaseData(volume=read_volume(path))
 
 
-def ours(path: Path) -> bytes:
+def run_pipeline(path: Path) -> bytes:
     """A file to the members of a sample, as the pipeline does it."""
-    case = Case(path.name.partition(".")[0], "train", "patient", path.name, partial(load, path), file_identity(path))
-    return b"".join(encode(case_to_sample(case, GRID, SPACING)).values())
+    case = Case(
+        path.name.partition(".")[0],
+        "train",
+        "patient",
+        path.name,
+        partial(load_ct, path),
+        file_identity(path),
+    )
+    return b"".join(encode_sample(case_to_sample(case, GRID, SPACING)).values())
 
 
-def ct_clip(path: Path, slope: float = 1.0, intercept: float = 0.0) -> torch.Tensor:
+def run_ct_clip_recipe(path: Path, slope: float = 1.0, intercept: float = 0.0) -> torch.Tensor:
     """CT-CLIP's recipe, to our grid instead of its own: float64 from the file to the trilinear resampling.
 
     After what its public code does with a volume of CT-RATE: rescale, clip to ±1000 HU, resample to the spacing,
@@ -84,7 +100,9 @@ def ct_clip(path: Path, slope: float = 1.0, intercept: float = 0.0) -> torch.Ten
     hu = np.clip(slope * image.get_fdata() + intercept, -1000, 1000)
     native = np.linalg.norm(image.affine[:3, :3], axis=0)[::-1]
     voxels = torch.tensor(hu.transpose(2, 1, 0))[None, None]
-    shape = [int(n * old / new) for n, old, new in zip(voxels.shape[2:], native, SPACING, strict=True)]
+    shape = [
+        int(n * old / new) for n, old, new in zip(voxels.shape[2:], native, SPACING, strict=True)
+    ]
     resized = F.interpolate(voxels, size=shape, mode="trilinear", align_corners=False)[0, 0].numpy()
     values = torch.tensor((resized / 1000).astype(np.float32))
     pads: list[int] = []
@@ -94,7 +112,7 @@ def ct_clip(path: Path, slope: float = 1.0, intercept: float = 0.0) -> torch.Ten
     return F.pad(values, pads, value=-1.0)
 
 
-def one_core(paths: Sequence[Path], rounds: int) -> dict[str, list[float]]:
+def measure_one_core(paths: Sequence[Path], rounds: int) -> dict[str, list[float]]:
     """CPU seconds of every way, one number for each volume and round."""
     torch.set_num_threads(1)
     files = {path: path.read_bytes() for path in paths}
@@ -103,14 +121,22 @@ def one_core(paths: Sequence[Path], rounds: int) -> dict[str, list[float]]:
         volume = read_volume(path)
         hu, _ = to_hu(volume)
         target = canonical_affine(volume.affine, hu.shape, hu, GRID, SPACING)
-        grids[path] = hu, volume.affine, target, resample_to_grid(hu, volume.affine, target, GRID, "ct")
+        grids[path] = (
+            hu,
+            volume.affine,
+            target,
+            resample_to_grid(hu, volume.affine, target, GRID, "ct"),
+        )
     ways: dict[str, Callable[[Path], Any]] = {
-        "the pipeline": ours,
+        "the pipeline": run_pipeline,
         "bare decompression": lambda path: deflate.gzip_decompress(files[path]),
         "bare resampling": lambda path: resample_to_grid(*grids[path][:3], GRID, "ct"),
-        "bare encoding": lambda path: pack(grids[path][3]),
-        "CT-CLIP's recipe": ct_clip,
-        **{f"decompression by {name}": partial(_apply, call, files) for name, call in decompressors().items()},
+        "bare encoding": lambda path: encode_volume(grids[path][3]),
+        "CT-CLIP's recipe": run_ct_clip_recipe,
+        **{
+            f"decompression by {name}": partial(_apply_to_file, call, files)
+            for name, call in find_decompressors().items()
+        },
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
@@ -123,11 +149,11 @@ def one_core(paths: Sequence[Path], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def _apply(call: Callable[[bytes], Any], files: dict[Path, bytes], path: Path) -> Any:
+def _apply_to_file(call: Callable[[bytes], Any], files: dict[Path, bytes], path: Path) -> Any:
     return call(files[path])
 
 
-def decompressors() -> dict[str, Callable[[bytes], Any]]:
+def find_decompressors() -> dict[str, Callable[[bytes], Any]]:
     """Other readers of gzip, where they are installed."""
     found: dict[str, Callable[[bytes], Any]] = {"gzip": gzip.decompress}
     try:
@@ -145,7 +171,9 @@ def decompressors() -> dict[str, Callable[[bytes], Any]]:
     return found
 
 
-def with_workers(paths: Sequence[Path], cases: int, workers: int, work: Path) -> dict[str, float]:
+def measure_with_workers(
+    paths: Sequence[Path], cases: int, workers: int, work: Path
+) -> dict[str, float]:
     """The pipeline over copies of the volumes in its own processes: cases a second and the largest worker's memory.
 
     The time is that between the first and the last finished shard of one case, so starting the processes is left out.
@@ -154,13 +182,23 @@ def with_workers(paths: Sequence[Path], cases: int, workers: int, work: Path) ->
     folder.mkdir()
     for number in range(cases):
         os.link(paths[number % len(paths)], folder / f"case_{number}.nii.gz")
-    command = [sys.executable, "-m", "benchmarks.preprocess", "--make", str(folder), str(out), str(workers)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.preprocess",
+        "--make",
+        str(folder),
+        str(out),
+        str(workers),
+    ]
     peak = 0
     with subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
             time.sleep(_POLL_SECONDS)
             try:
-                family = psutil.Process(process.pid).children(recursive=True) or [psutil.Process(process.pid)]
+                family = psutil.Process(process.pid).children(recursive=True) or [
+                    psutil.Process(process.pid)
+                ]
                 peak = max([peak, *(one.memory_info().rss for one in family)])
             except psutil.Error:
                 continue
@@ -173,22 +211,33 @@ def with_workers(paths: Sequence[Path], cases: int, workers: int, work: Path) ->
     return {"cases_per_second": counted / (ends[-1] - ends[workers - 1]), "peak_worker_bytes": peak}
 
 
-def make(folder: Path, out: Path, workers: int) -> None:
+def make_case_shards(folder: Path, out: Path, workers: int) -> None:
     """Shards of one case each, from every file of a folder."""
     from data_pipeline.preprocess import preprocess
 
     cases = [
-        Case(path.name.partition(".")[0], "train", path.name, path.name, partial(load, path), file_identity(path))
+        Case(
+            path.name.partition(".")[0],
+            "train",
+            path.name,
+            path.name,
+            partial(load_ct, path),
+            file_identity(path),
+        )
         for path in sorted(folder.iterdir())
     ]
     preprocess(cases, out, GRID, SPACING, samples_per_shard=1, workers=workers)
 
 
-def summarize(seconds: dict[str, list[float]], workers: dict[int, dict[str, float]]) -> dict[str, Any]:
+def summarize_ratios(
+    seconds: dict[str, list[float]], workers: dict[int, dict[str, float]]
+) -> dict[str, Any]:
     """Ratios, each of paired measurements of one volume in one round, by their median."""
-    bare = [sum(parts) for parts in zip(*(seconds[f"bare {part}"] for part in PARTS), strict=True)]
+    bare = [
+        sum(parts) for parts in zip(*(seconds[f"bare {part}"] for part in BARE_STEPS), strict=True)
+    ]
     pairs = list(zip(seconds["the pipeline"], seconds["CT-CLIP's recipe"], bare, strict=True))
-    one, two = (workers[n]["cases_per_second"] for n in WORKERS)
+    one, two = (workers[n]["cases_per_second"] for n in WORKER_COUNTS)
     return {
         "times_ct_clip": statistics.median(recipe / own for own, recipe, _ in pairs),
         "over_bare_sum": statistics.median(own / parts for own, _, parts in pairs),
@@ -197,24 +246,28 @@ def summarize(seconds: dict[str, list[float]], workers: dict[int, dict[str, floa
     }
 
 
-PARTS = ("decompression", "resampling", "encoding")
+BARE_STEPS = ("decompression", "resampling", "encoding")
 
 
 def to_markdown(result: dict[str, Any]) -> str:
     """The result as a page."""
     ratios = result["ratios"]
     lines = [
-        header("Preprocessing", "python -m benchmarks.preprocess", result),
+        make_page_header("Preprocessing", "python -m benchmarks.preprocess", result),
         f"{result['volumes']} volumes of 512 × 512 × {result['slices']} int16 voxels "
         f"({', '.join(f'{size / 1e6:.0f} MB' for size in result['file_bytes'])} as .nii.gz, in the page cache) to "
         f"{' × '.join(map(str, GRID))}; CPU seconds on one core over {result['rounds']} rounds.\n\n",
         "| way | minimum | median | maximum |\n|---|---|---|---|\n",
     ]
     for name, taken in result["cpu_seconds"].items():
-        lines.append(f"| {name} | {min(taken):.3f} | {statistics.median(taken):.3f} | {max(taken):.3f} |\n")
+        lines.append(
+            f"| {name} | {min(taken):.3f} | {statistics.median(taken):.3f} | {max(taken):.3f} |\n"
+        )
     lines.append("\n| workers | cases/s | memory of the largest, GB |\n|---|---|---|\n")
     for number, run in result["workers"].items():
-        lines.append(f"| {number} | {run['cases_per_second']:.2f} | {run['peak_worker_bytes'] / 1e9:.2f} |\n")
+        lines.append(
+            f"| {number} | {run['cases_per_second']:.2f} | {run['peak_worker_bytes'] / 1e9:.2f} |\n"
+        )
     lines.append(
         f"\nThe pipeline takes {ratios['over_bare_sum']:.2f} times the sum of bare decompression, resampling and "
         f"encoding (aim: at most 1.3) and is {ratios['times_ct_clip']:.1f} times as fast as CT-CLIP's recipe (aim: at "
@@ -227,10 +280,10 @@ def to_markdown(result: dict[str, Any]) -> str:
 @quiet_main
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    options = _parse(arguments)
+    options = _parse_arguments(arguments)
     if options.make:
         folder, out, workers = options.make
-        make(Path(folder), Path(out), int(workers))
+        make_case_shards(Path(folder), Path(out), int(workers))
         return 0
     begin = time.monotonic()
     cores = os.sched_getaffinity(0)
@@ -238,32 +291,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work = Path(temporary)
         paths = make_volumes(work / "volumes", options.volumes, options.slices)
         os.sched_setaffinity(0, {min(cores)})
-        seconds = one_core(paths, options.rounds)
+        seconds = measure_one_core(paths, options.rounds)
         os.sched_setaffinity(0, cores)
-        workers = {number: with_workers(paths, options.cases, number, work) for number in WORKERS}
+        workers = {
+            number: measure_with_workers(paths, options.cases, number, work)
+            for number in WORKER_COUNTS
+        }
         sizes = [path.stat().st_size for path in paths]
     facts = {
-        "versions": versions() | {"torch": torch.__version__},
+        "versions": preprocessing_versions() | {"torch": torch.__version__},
         "volumes": options.volumes,
         "slices": options.slices,
         "rounds": options.rounds,
         "file_bytes": sizes,
         "cpu_seconds": seconds,
         "workers": workers,
-        "ratios": summarize(seconds, workers),
+        "ratios": summarize_ratios(seconds, workers),
     }
-    publish(options.out, "preprocess", begin, facts, to_markdown)
+    publish_result(options.out, "preprocess", begin, facts, to_markdown)
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.preprocess", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--volumes", type=positive, default=2, help="different volumes (default 2)")
-    parser.add_argument("--slices", type=positive, default=300, help="slices of each (default 300)")
-    parser.add_argument("--rounds", type=positive, default=5, help="measurements of each way and volume (default 5)")
-    parser.add_argument("--cases", type=positive, default=10, help="cases that the pipeline makes (default 10)")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("--make", nargs=3, metavar=("FOLDER", "OUT", "WORKERS"), help=argparse.SUPPRESS)
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.preprocess", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--volumes", type=positive_int, default=2, help="different volumes (default 2)"
+    )
+    parser.add_argument(
+        "--slices", type=positive_int, default=300, help="slices of each (default 300)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive_int,
+        default=5,
+        help="measurements of each way and volume (default 5)",
+    )
+    parser.add_argument(
+        "--cases", type=positive_int, default=10, help="cases that the pipeline makes (default 10)"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS_FOLDER, metavar="DIR")
+    parser.add_argument(
+        "--make", nargs=3, metavar=("FOLDER", "OUT", "WORKERS"), help=argparse.SUPPRESS
+    )
     return parser.parse_args(arguments)
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rectvlm.data import coarse
-from rectvlm.data.sample import versions
+from data_pipeline.masks.coarse_regions import estimate_coarse_regions
+from rectvlm.data.sample import preprocessing_versions
 from rectvlm.data.volume import Volume, canonical_affine, require_overlap, resample_to_grid, to_hu
 from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS
-from rectvlm.types import COARSE, Geometry, Sample, SampleMeta, Split
+from rectvlm.types import COARSE_REGIONS_SOURCE, GridGeometry, Sample, SampleMeta, Split
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,13 @@ class CaseData:
     impression: str | None = None
     lesions: Sequence[Volume] = ()
     """uint8 lesion bits, each on its own grid and affine; they are united."""
-    lesions_annotated: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(LESION_BY_KEY, False))
+    lesions_annotated: dict[str, bool] = field(
+        default_factory=lambda: dict.fromkeys(LESION_BY_KEY, False)
+    )
     """By lesion key, all 5: whether it was looked for. What was not annotated is not absent."""
-    lesions_partial: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(LESION_BY_KEY, False))
+    lesions_partial: dict[str, bool] = field(
+        default_factory=lambda: dict.fromkeys(LESION_BY_KEY, False)
+    )
     """By lesion key: some are outlined, others may not be; never together with annotated."""
     lesions_source: str | None = None
     """Where the outlines came from."""
@@ -66,11 +70,17 @@ class Case:
 def file_identity(*paths: Path) -> tuple[str, ...]:
     """Name, size and modification time of each file; a missing file counts as such."""
     stats = [(path, path.stat() if path.is_file() else None) for path in paths]
-    return tuple(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" if stat else f"{path}:missing" for path, stat in stats)
+    return tuple(
+        f"{path}:{stat.st_size}:{stat.st_mtime_ns}" if stat else f"{path}:missing"
+        for path, stat in stats
+    )
 
 
 def case_to_sample(
-    case: Case, grid: tuple[int, int, int], spacing: tuple[float, float, float], coarse_regions: bool = False
+    case: Case,
+    grid: tuple[int, int, int],
+    spacing: tuple[float, float, float],
+    coarse_regions: bool = False,
 ) -> Sample:
     """Load a case and bring it to the canonical grid.
 
@@ -93,15 +103,17 @@ def case_to_sample(
         lesions |= resample_to_grid(mask.array, mask.affine, affine, grid, "bits")
     present = int(np.bitwise_or.reduce(lesions, axis=None))
     drawn = {lesion.key for lesion in LESIONS if present >> lesion.bit & 1}
-    looked_for = {key for key in LESION_BY_KEY if data.lesions_annotated[key] or data.lesions_partial[key]}
+    looked_for = {
+        key for key in LESION_BY_KEY if data.lesions_annotated[key] or data.lesions_partial[key]
+    }
     assert drawn <= looked_for, f"{case.key}: {drawn - looked_for} drawn but not annotated"
     ct = resample_to_grid(hu, native.affine, affine, grid, "ct")
     regions, regions_source = np.zeros(grid, np.uint8), data.regions_source
     if data.regions is not None:
         regions = resample_to_grid(data.regions.array, data.regions.affine, affine, grid, "labels")
     elif coarse_regions:
-        regions = coarse.coarse_regions(ct, spacing)
-        regions_source = COARSE if regions.any() else None
+        regions = estimate_coarse_regions(ct, spacing)
+        regions_source = COARSE_REGIONS_SOURCE if regions.any() else None
     meta = SampleMeta(
         key=case.key,
         split=case.split,
@@ -112,7 +124,7 @@ def case_to_sample(
         findings=data.findings,
         impression=data.impression,
         spacing=spacing,
-        geometry=Geometry(
+        geometry=GridGeometry(
             grid_affine=affine.tolist(),
             native_shape=(hu.shape[0], hu.shape[1], hu.shape[2]),
             native_affine=native.affine.tolist(),
@@ -123,6 +135,6 @@ def case_to_sample(
         lesions_partial=data.lesions_partial,
         lesions_source=data.lesions_source,
         series=case.series,
-        versions=versions(),
+        versions=preprocessing_versions(),
     )
     return Sample(ct, lesions, regions, meta)

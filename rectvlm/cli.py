@@ -16,7 +16,7 @@ from typing import Any
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. A user's error is one sentence on stderr and exit code 2."""
-    options = _parser().parse_args(arguments)
+    options = _build_parser().parse_args(arguments)
     _start_logging(options.verbose, getattr(options, "progress", False))
     from rectvlm.types import UserError
 
@@ -31,153 +31,308 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rectvlm", description="3D chest-CT vision-language models.")
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rectvlm", description="3D chest-CT vision-language models."
+    )
     parser.add_argument("--verbose", action="store_true", help="log details")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    predict = commands.add_parser("predict", help="findings, lesion masks, report and a page for a CT or a folder")
-    predict.add_argument("source", type=Path, metavar="FILE_OR_FOLDER", help=".nii or .nii.gz, or a folder of them")
-    predict.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder")
-    predict.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
-    predict.add_argument("--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one")
-    predict.set_defaults(run=_predict)
+    predict = commands.add_parser(
+        "predict", help="findings, lesion masks, report and a page for a CT or a folder"
+    )
+    predict.add_argument(
+        "source", type=Path, metavar="FILE_OR_FOLDER", help=".nii or .nii.gz, or a folder of them"
+    )
+    predict.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder"
+    )
+    predict.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the results"
+    )
+    predict.add_argument(
+        "--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one"
+    )
+    predict.set_defaults(run=_run_predict)
 
-    _add_evaluate(commands.add_parser("evaluate", help="metrics of a checkpoint on shards: JSON, tables and plots"))
+    _add_evaluate_arguments(
+        commands.add_parser(
+            "evaluate", help="metrics of a checkpoint on shards: JSON, tables and plots"
+        )
+    )
 
-    _add_weights(commands.add_parser("weights", help="fetch, publish, check and list weights"))
+    _add_weights_actions(
+        commands.add_parser("weights", help="fetch, publish, check and list weights")
+    )
 
-    export = commands.add_parser("export", help="a checkpoint as a folder in the layout of Hugging Face")
-    export.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder")
-    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    export.add_argument("--base-model", metavar="ID", help="how others find the language model, if not as configured")
-    export.add_argument("--license", metavar="ID", help="for the model card, for example apache-2.0")
-    export.add_argument("--dataset", action="append", default=[], metavar="ID", help="for the model card; repeatable")
-    export.add_argument("--metrics", type=Path, metavar="FILE", help="by default those of `evaluate`, if it has run")
-    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="split larger weights (default: 5GB)")
-    export.add_argument("--overwrite", action="store_true", help="replace the model in a folder that is there")
-    export.set_defaults(run=_export)
+    export = commands.add_parser(
+        "export", help="a checkpoint as a folder in the layout of Hugging Face"
+    )
+    export.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder"
+    )
+    export.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the folder to write"
+    )
+    export.add_argument(
+        "--base-model",
+        metavar="ID",
+        help="how others find the language model, if not as configured",
+    )
+    export.add_argument(
+        "--license", metavar="ID", help="for the model card, for example apache-2.0"
+    )
+    export.add_argument(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="for the model card; repeatable",
+    )
+    export.add_argument(
+        "--metrics", type=Path, metavar="FILE", help="by default those of `evaluate`, if it has run"
+    )
+    export.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="split larger weights (default: 5GB)",
+    )
+    export.add_argument(
+        "--overwrite", action="store_true", help="replace the model in a folder that is there"
+    )
+    export.set_defaults(run=_run_export)
 
-    plan = commands.add_parser("plan", help="memory, FLOPs and time of a configuration, before a GPU is rented")
-    plan.add_argument("--config", default="demo", help="name or path of a configuration (default: demo)")
+    plan = commands.add_parser(
+        "plan", help="memory, FLOPs and time of a configuration, before a GPU is rented"
+    )
+    plan.add_argument(
+        "--config", default="demo", help="name or path of a configuration (default: demo)"
+    )
     what, where = plan.add_mutually_exclusive_group(), plan.add_mutually_exclusive_group()
     what.add_argument("--phase", type=int, choices=(1, 2, 3), default=3)
-    what.add_argument("--stage", choices=("localize", "align"), help="a sub-step of phase 2 or 3, instead of --phase")
-    where.add_argument("--gpus", default="2", metavar="N[,N…]", help="how many GPUs; several numbers give a row each")
+    what.add_argument(
+        "--stage",
+        choices=("localize", "align"),
+        help="a sub-step of phase 2 or 3, instead of --phase",
+    )
+    where.add_argument(
+        "--gpus",
+        default="2",
+        metavar="N[,N…]",
+        help="how many GPUs; several numbers give a row each",
+    )
     where.add_argument("--nodes", type=int, metavar="N", help="full nodes, instead of --gpus")
-    plan.add_argument("--gpu-memory", type=float, default=141.0, metavar="GB", help="of each (default: 141, an H200)")
-    plan.add_argument("--tflops", type=float, default=989.0, help="dense bf16 rate of a GPU, TFLOP/s")
+    plan.add_argument(
+        "--gpu-memory",
+        type=float,
+        default=141.0,
+        metavar="GB",
+        help="of each (default: 141, an H200)",
+    )
+    plan.add_argument(
+        "--tflops", type=float, default=989.0, help="dense bf16 rate of a GPU, TFLOP/s"
+    )
     plan.add_argument(
         "--work-areas",
         choices=("cpu", "cuda"),
         help="run each kind of product and convolution once here, to count what kernels allocate for themselves",
     )
-    plan.add_argument("--efficiency", type=float, default=0.5, help="share of it that matrix products reach")
-    plan.add_argument("--bandwidth", type=float, default=4.8, metavar="TB/s", help="of a GPU's memory")
+    plan.add_argument(
+        "--efficiency", type=float, default=0.5, help="share of it that matrix products reach"
+    )
+    plan.add_argument(
+        "--bandwidth", type=float, default=4.8, metavar="TB/s", help="of a GPU's memory"
+    )
     plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
     plan.add_argument(
-        "--intra", type=float, default=450.0, metavar="GB/s", help="between GPUs of a node, one direction"
+        "--intra",
+        type=float,
+        default=450.0,
+        metavar="GB/s",
+        help="between GPUs of a node, one direction",
     )
-    plan.add_argument("--inter", type=float, default=50.0, metavar="GB/s", help="between nodes, for each GPU")
-    plan.add_argument("--samples", type=int, default=24_128, metavar="N", help="in an epoch (default: CT-RATE's scans)")
-    plan.add_argument("--ds-configs", type=Path, metavar="PATH", help="DeepSpeed JSON, or a folder of them")
+    plan.add_argument(
+        "--inter", type=float, default=50.0, metavar="GB/s", help="between nodes, for each GPU"
+    )
+    plan.add_argument(
+        "--samples",
+        type=int,
+        default=24_128,
+        metavar="N",
+        help="in an epoch (default: CT-RATE's scans)",
+    )
+    plan.add_argument(
+        "--ds-configs", type=Path, metavar="PATH", help="DeepSpeed JSON, or a folder of them"
+    )
     plan.add_argument("--json", action="store_true", help="for programs")
-    plan.add_argument("overrides", nargs="*", metavar="part.field=value", help="change a value of the configuration")
-    plan.set_defaults(run=_plan)
+    plan.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="part.field=value",
+        help="change a value of the configuration",
+    )
+    plan.set_defaults(run=_run_plan)
 
     runs = commands.add_parser("runs", help="list and compare runs, plot their curves")
-    _add_runs(runs)
+    _add_runs_actions(runs)
 
-    commands.add_parser("version", help="versions of rectvlm, Python and torch").set_defaults(run=_version)
+    commands.add_parser("version", help="versions of rectvlm, Python and torch").set_defaults(
+        run=_print_versions
+    )
     return parser
 
 
-def _add_runs(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=_runs)
+def _add_runs_actions(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_run_runs)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     several: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
-    listed = actions.add_parser("list", help="state, steps, loss, best validation, speed of each phase's run")
-    listed.add_argument("folders", nargs="*", default=[Path("runs")], help="where to look (default: runs)", **several)
+    listed = actions.add_parser(
+        "list", help="state, steps, loss, best validation, speed of each phase's run"
+    )
+    listed.add_argument(
+        "folders",
+        nargs="*",
+        default=[Path("runs")],
+        help="where to look (default: runs)",
+        **several,
+    )
     listed.add_argument("--json", action="store_true", help="for programs")
     compared = actions.add_parser("compare", help="what sets runs apart, and how they did")
-    compared.add_argument("folders", nargs="+", help="of a phase, of a run, or of several", **several)
+    compared.add_argument(
+        "folders", nargs="+", help="of a phase, of a run, or of several", **several
+    )
     compared.add_argument("--json", action="store_true", help="for programs")
-    plotted = actions.add_parser("plot", help="losses, learning rate, validation and throughput as a PNG")
-    plotted.add_argument("folders", nargs="+", help="of a phase, of a run, or of several", **several)
-    plotted.add_argument("--out", type=Path, metavar="FILE", help="by default curves.png in the folder of a single run")
+    plotted = actions.add_parser(
+        "plot", help="losses, learning rate, validation and throughput as a PNG"
+    )
+    plotted.add_argument(
+        "folders", nargs="+", help="of a phase, of a run, or of several", **several
+    )
+    plotted.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="by default curves.png in the folder of a single run",
+    )
 
 
-def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
-    evaluate.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder")
-    evaluate.add_argument("--shards", metavar="DIR_OR_URL", help="by default those the checkpoint was trained on")
+def _add_evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder"
+    )
+    evaluate.add_argument(
+        "--shards", metavar="DIR_OR_URL", help="by default those the checkpoint was trained on"
+    )
     evaluate.add_argument("--split", choices=("valid", "train"), default="valid")
-    evaluate.add_argument("--out", type=Path, metavar="FILE", help="by default in the checkpoint's folder")
-    evaluate.add_argument("--no-reports", action="store_true", help="do not generate reports, which take longest")
-    evaluate.add_argument("--report-limit", type=_positive, metavar="N", help="reports of the first N cases only")
-    evaluate.add_argument("--limit", type=_positive, metavar="N", help="evaluate the first N cases only")
-    evaluate.add_argument("--batch-size", type=_positive, default=1, metavar="B")
-    evaluate.add_argument("--device", help="cpu, cuda, cuda:1, …; by default a GPU for each process if there is one")
-    evaluate.add_argument("--truth", type=Path, metavar="DIR", help="outlines as drawn, KEY/LESION.nii.gz")
     evaluate.add_argument(
-        "--hide-regions", action="store_true", help="without region maps, as predict: thresholds for it are fitted so"
+        "--out", type=Path, metavar="FILE", help="by default in the checkpoint's folder"
     )
-    evaluate.add_argument("--surface-tolerance", type=float, default=2.0, metavar="MM", help="of the surface Dice")
     evaluate.add_argument(
-        "--thresholds", choices=("fit", "stored"), default="fit", help="on the train split, or those of the checkpoint"
+        "--no-reports", action="store_true", help="do not generate reports, which take longest"
     )
-    evaluate.add_argument("--fit-limit", type=_positive, default=512, metavar="N", help="cases to fit them on, at most")
-    evaluate.add_argument("--labeler", default="rules", metavar="DIR_OR_ID", help="reads findings in reports")
     evaluate.add_argument(
-        "--bootstrap", type=_whole, default=1000, metavar="N", help="resamples for intervals, 0: none"
+        "--report-limit", type=_positive_int, metavar="N", help="reports of the first N cases only"
+    )
+    evaluate.add_argument(
+        "--limit", type=_positive_int, metavar="N", help="evaluate the first N cases only"
+    )
+    evaluate.add_argument("--batch-size", type=_positive_int, default=1, metavar="B")
+    evaluate.add_argument(
+        "--device", help="cpu, cuda, cuda:1, …; by default a GPU for each process if there is one"
+    )
+    evaluate.add_argument(
+        "--truth", type=Path, metavar="DIR", help="outlines as drawn, KEY/LESION.nii.gz"
+    )
+    evaluate.add_argument(
+        "--hide-regions",
+        action="store_true",
+        help="without region maps, as predict: thresholds for it are fitted so",
+    )
+    evaluate.add_argument(
+        "--surface-tolerance", type=float, default=2.0, metavar="MM", help="of the surface Dice"
+    )
+    evaluate.add_argument(
+        "--thresholds",
+        choices=("fit", "stored"),
+        default="fit",
+        help="on the train split, or those of the checkpoint",
+    )
+    evaluate.add_argument(
+        "--fit-limit",
+        type=_positive_int,
+        default=512,
+        metavar="N",
+        help="cases to fit them on, at most",
+    )
+    evaluate.add_argument(
+        "--labeler", default="rules", metavar="DIR_OR_ID", help="reads findings in reports"
+    )
+    evaluate.add_argument(
+        "--bootstrap",
+        type=_non_negative_int,
+        default=1000,
+        metavar="N",
+        help="resamples for intervals, 0: none",
     )
     evaluate.add_argument("--seed", type=int, default=0, help="of the resamples")
     evaluate.add_argument("--no-plots", action="store_true", help="tables only")
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run=_run_evaluate)
 
 
-def _add_weights(parser: argparse.ArgumentParser) -> None:
+def _add_weights_actions(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     origin: dict[str, Any] = {"dest": "where", "metavar": "URL_OR_FOLDER"}
-    pull = actions.add_parser("pull", help="bring models here; what is there is checked, completed and repaired")
-    pull.add_argument("names", nargs="+", metavar="NAME", help="a name of `rectvlm weights list`, or OWNER/NAME")
-    _add_part(pull)
+    pull = actions.add_parser(
+        "pull", help="bring models here; what is there is checked, completed and repaired"
+    )
+    pull.add_argument(
+        "names", nargs="+", metavar="NAME", help="a name of `rectvlm weights list`, or OWNER/NAME"
+    )
+    _add_part_option(pull)
     pull.add_argument("--from", **origin, help="a mirror or a folder instead of the hub")
     pull.add_argument("--repo", metavar="OWNER/NAME", help="take it from this repository")
     pull.add_argument("--revision", default="main", metavar="REV", help="branch, tag or commit")
     pull.add_argument("--out", type=Path, metavar="DIR", help="folder of the files")
-    pull.set_defaults(run=_pull, progress=True)
+    pull.set_defaults(run=_run_weights_pull, progress=True)
 
-    push = actions.add_parser("push", help="publish a model that `save_pretrained` exported, privately by default")
+    push = actions.add_parser(
+        "push", help="publish a model that `save_pretrained` exported, privately by default"
+    )
     push.add_argument("folder", type=Path, metavar="FOLDER")
     push.add_argument("--repo", required=True, metavar="OWNER/NAME")
-    _add_part(push)
+    _add_part_option(push)
     push.add_argument("--to", **origin, help="another hub or a folder instead of the hub")
     push.add_argument("--public", action="store_true", help="anyone may read it")
     push.add_argument("--message", metavar="TEXT", help="of the commit")
-    push.set_defaults(run=_push, progress=True)
+    push.set_defaults(run=_run_weights_push, progress=True)
 
-    verify = actions.add_parser("verify", help="recompute all checksums; names what differs, is missing or is extra")
+    verify = actions.add_parser(
+        "verify", help="recompute all checksums; names what differs, is missing or is extra"
+    )
     verify.add_argument("targets", nargs="+", metavar="NAME_OR_FOLDER")
-    verify.set_defaults(run=_verify)
+    verify.set_defaults(run=_run_weights_verify)
 
     lister = actions.add_parser("list", help="all names, and what can be had of them now")
     lister.add_argument("--from", **origin, help="ask this mirror, or look into this folder")
-    lister.set_defaults(run=_list)
+    lister.set_defaults(run=_run_weights_list)
 
 
-def _add_part(parser: argparse.ArgumentParser) -> None:
+def _add_part_option(parser: argparse.ArgumentParser) -> None:
     parts = ("encoder", "classifier", "localizer", "generator")
-    parser.add_argument("--part", action="append", choices=parts, help="this part alone; may be given several times")
+    parser.add_argument(
+        "--part", action="append", choices=parts, help="this part alone; may be given several times"
+    )
 
 
-def _positive(text: str) -> int:
+def _positive_int(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return number
 
 
-def _whole(text: str) -> int:
+def _non_negative_int(text: str) -> int:
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
@@ -200,22 +355,22 @@ def _start_logging(verbose: bool, progress: bool = False) -> None:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def _predict(options: argparse.Namespace) -> None:
-    from rectvlm.predict import predict
+def _run_predict(options: argparse.Namespace) -> None:
+    from rectvlm.predict.run import predict_cases
 
     _check_device(options.device)
-    for folder in predict(options.source, options.checkpoint, options.out, options.device):
+    for folder in predict_cases(options.source, options.checkpoint, options.out, options.device):
         sys.stdout.write(f"{folder / 'index.html'}\n")
 
 
-def _evaluate(options: argparse.Namespace) -> None:
+def _run_evaluate(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from rectvlm.evaluate import evaluate, output_path
+    from rectvlm.evaluate import evaluate_checkpoint, output_path
     from rectvlm.evaluate.tables import terminal_table
 
     _check_device(options.device)
-    result = evaluate(
+    result = evaluate_checkpoint(
         options.checkpoint,
         options.shards,
         options.split,
@@ -240,8 +395,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         sys.stdout.write(f"{output_path(options.checkpoint, options.split, options.out)}\n")
 
 
-def _export(options: argparse.Namespace) -> None:
-    from rectvlm.hub import export
+def _run_export(options: argparse.Namespace) -> None:
+    from rectvlm.checkpoint.hub import export_checkpoint
 
     chosen = {
         "base_model": options.base_model,
@@ -252,7 +407,7 @@ def _export(options: argparse.Namespace) -> None:
     }
     if options.metrics is not None:
         chosen["metrics"] = options.metrics
-    sys.stdout.write(f"{export(options.checkpoint, options.out, **chosen)}\n")
+    sys.stdout.write(f"{export_checkpoint(options.checkpoint, options.out, **chosen)}\n")
 
 
 def _check_device(name: str | None) -> None:
@@ -264,71 +419,84 @@ def _check_device(name: str | None) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"Device {name!r} cannot be used ({reason}): give cpu, or leave --device out.") from None
+        raise UserError(
+            f"Device {name!r} cannot be used ({reason}): give cpu, or leave --device out."
+        ) from None
 
 
-def _pull(options: argparse.Namespace) -> None:
+def _run_weights_pull(options: argparse.Namespace) -> None:
+    from rectvlm.pretrained.pull import pull
     from rectvlm.types import UserError
-    from rectvlm.weights.pulling import pull
 
     if len(options.names) > 1 and (options.out or options.repo):
         raise UserError("--out and --repo are for one name: pull the models one by one.")
     for name in options.names:
-        folder = pull(name, options.part or (), options.where, options.repo, options.revision, options.out)
+        folder = pull(
+            name, options.part or (), options.where, options.repo, options.revision, options.out
+        )
         sys.stdout.write(f"{folder}\n")
 
 
-def _push(options: argparse.Namespace) -> None:
-    from rectvlm.weights.pushing import push
+def _run_weights_push(options: argparse.Namespace) -> None:
+    from rectvlm.pretrained.push import push
 
-    place = push(options.folder, options.repo, options.part or (), options.where, options.public, options.message)
+    place = push(
+        options.folder,
+        options.repo,
+        options.part or (),
+        options.where,
+        options.public,
+        options.message,
+    )
     sys.stdout.write(f"{place}\n")
 
 
-def _verify(options: argparse.Namespace) -> None:
+def _run_weights_verify(options: argparse.Namespace) -> None:
+    from rectvlm.pretrained.verify import find_model_faults
     from rectvlm.types import UserError
-    from rectvlm.weights.checking import faults
 
     wrong = 0
     for target in options.targets:
-        folder, found = faults(target)
+        folder, found = find_model_faults(target)
         sys.stdout.writelines(f"{folder}: {fault}\n" for fault in found or ["whole"])
         wrong += bool(found)
     if wrong:
-        raise UserError(f"{wrong} of {len(options.targets)} do not verify: pull again to repair what was pulled.")
+        raise UserError(
+            f"{wrong} of {len(options.targets)} do not verify: pull again to repair what was pulled."
+        )
 
 
-def _list(options: argparse.Namespace) -> None:
+def _run_weights_list(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from rectvlm.weights.catalog import PUBLISHED
-    from rectvlm.weights.checking import rows
+    from rectvlm.pretrained.catalog import PUBLISHED_SIZES
+    from rectvlm.pretrained.verify import list_available_models
 
     table = Table("name", "what", "repository", "state")
-    for row in rows(options.where):
+    for row in list_available_models(options.where):
         table.add_row(*row)
     Console().print(table)
-    if not PUBLISHED:
+    if not PUBLISHED_SIZES:
         sys.stdout.write(
             "No weights of rectvlm are published yet. Sizes can be pulled from a repository that you name (--repo), a "
             "mirror or a folder (--from).\n"
         )
 
 
-def _plan(options: argparse.Namespace) -> None:
+def _run_plan(options: argparse.Namespace) -> None:
     from rectvlm.plan.command import run
 
     run(options)
 
 
-def _runs(options: argparse.Namespace) -> None:
+def _run_runs(options: argparse.Namespace) -> None:
     from rectvlm.runs.command import run
 
     run(options)
 
 
-def _version(_options: argparse.Namespace) -> None:
+def _print_versions(_options: argparse.Namespace) -> None:
     for name in ("rectvlm", "torch"):
         sys.stdout.write(f"{name} {version(name)}\n")
     sys.stdout.write(f"python {sys.version.split()[0]}\n")

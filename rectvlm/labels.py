@@ -7,7 +7,7 @@ Everything that names a finding, a lesion or a region reads it here: shards, hea
 from dataclasses import dataclass
 from typing import Literal
 
-Side = Literal["left", "right"]
+BodySide = Literal["left", "right"]
 
 FINDINGS: tuple[str, ...] = (
     "Medical material",
@@ -44,7 +44,7 @@ class Lesion:
     """Name in text."""
     finding: str
     """The finding of `FINDINGS` that this lesion implies: where the finding is absent, so is the lesion."""
-    is_finding: bool
+    is_implied_by_finding: bool
     """Whether the finding implies the lesion too. An opacity of the lung need not be ground glass."""
     site: Literal["lung", "pleura", "pericardium"]
     """Where it lies, which decides how its place is worded."""
@@ -53,10 +53,22 @@ class Lesion:
 
 
 LESIONS: tuple[Lesion, ...] = (
-    Lesion(0, "pericardial_effusion", "pericardial effusion", "Pericardial effusion", True, "pericardium", "#CC79A7"),
-    Lesion(1, "pleural_effusion", "pleural effusion", "Pleural effusion", True, "pleura", "#56B4E9"),
+    Lesion(
+        0,
+        "pericardial_effusion",
+        "pericardial effusion",
+        "Pericardial effusion",
+        True,
+        "pericardium",
+        "#CC79A7",
+    ),
+    Lesion(
+        1, "pleural_effusion", "pleural effusion", "Pleural effusion", True, "pleura", "#56B4E9"
+    ),
     Lesion(2, "consolidation", "consolidation", "Consolidation", True, "lung", "#E69F00"),
-    Lesion(3, "ground_glass_opacity", "ground-glass opacity", "Lung opacity", False, "lung", "#009E73"),
+    Lesion(
+        3, "ground_glass_opacity", "ground-glass opacity", "Lung opacity", False, "lung", "#009E73"
+    ),
     Lesion(4, "lung_nodule", "lung nodule", "Lung nodule", True, "lung", "#F0E442"),
 )
 """The five lesions, in the order of their bits."""
@@ -70,9 +82,9 @@ class Region:
     """Value in the `regions` volume, 1 to 20; 0 is none."""
     name: str
     """Name in text."""
-    side: Side | None
+    side: BodySide | None
     """The patient's side, for regions that have one."""
-    totalsegmentator: tuple[str, ...]
+    totalsegmentator_classes: tuple[str, ...]
     """Class names of TotalSegmentator (task `total`, version 2); a trailing `*` matches any ending."""
 
 
@@ -90,7 +102,12 @@ REGIONS: tuple[Region, ...] = (
         10,
         "great vessels",
         None,
-        ("superior_vena_cava", "brachiocephalic_*", "subclavian_artery_*", "common_carotid_artery_*"),
+        (
+            "superior_vena_cava",
+            "brachiocephalic_*",
+            "subclavian_artery_*",
+            "common_carotid_artery_*",
+        ),
     ),
     Region(11, "esophagus", None, ("esophagus",)),
     Region(12, "thyroid", None, ("thyroid_gland",)),
@@ -105,7 +122,14 @@ REGIONS: tuple[Region, ...] = (
         20,
         "other upper abdominal organs",
         None,
-        ("kidney_*", "adrenal_gland_*", "pancreas", "gallbladder", "duodenum", "inferior_vena_cava"),
+        (
+            "kidney_*",
+            "adrenal_gland_*",
+            "pancreas",
+            "gallbladder",
+            "duodenum",
+            "inferior_vena_cava",
+        ),
     ),
 )
 """The 20 regions, in the order of their ids."""
@@ -115,9 +139,9 @@ LOBES: tuple[Region, ...] = REGIONS[:5]
 
 N_FINDINGS, N_LESIONS, N_REGIONS = len(FINDINGS), len(LESIONS), len(REGIONS)
 
-LESION_FINDINGS = tuple(FINDINGS.index(lesion.finding) for lesion in LESIONS)
+LESION_FINDING_INDEXES = tuple(FINDINGS.index(lesion.finding) for lesion in LESIONS)
 """Index of each lesion's finding."""
-LESION_IS_FINDING = tuple(lesion.is_finding for lesion in LESIONS)
+LESION_IS_IMPLIED_BY_FINDING = tuple(lesion.is_implied_by_finding for lesion in LESIONS)
 
 LESION_BY_KEY = {lesion.key: lesion for lesion in LESIONS}
 REGION_BY_NAME = {region.name: region for region in REGIONS}
@@ -134,7 +158,7 @@ def lesion_prompt(lesion: Lesion) -> str:
     return f"{lesion.name.capitalize()} on chest CT."
 
 
-WINDOWS: dict[str, tuple[float, float]] = {
+CT_WINDOWS: dict[str, tuple[float, float]] = {
     "lung": (-600.0, 1500.0),
     "mediastinal": (40.0, 400.0),
     "bone": (400.0, 1800.0),

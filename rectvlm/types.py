@@ -18,7 +18,7 @@ Affine = NDArray[np.float64]
 
 Split = Literal["train", "valid"]
 
-COARSE = "coarse"
+COARSE_REGIONS_SOURCE = "coarse"
 """The source of a region map that was estimated from the CT alone: good for sides and zones, not for lobes."""
 
 
@@ -29,18 +29,28 @@ class UserError(Exception):
 class InputError(UserError):
     """A file that cannot be used, in the parts that a quarantine list keeps."""
 
-    def __init__(self, file: object, reason: str, *, expected: str, found: str, remedy: str) -> None:
+    def __init__(
+        self, file: object, reason: str, *, expected: str, found: str, remedy: str
+    ) -> None:
         """One sentence: FILE REASON: expected EXPECTED, found FOUND; REMEDY."""
         super().__init__(f"{file} {reason}: expected {expected}, found {found}; {remedy}.")
-        self.file, self.reason, self.expected, self.found, self.remedy = str(file), reason, expected, found, remedy
+        self.file, self.reason, self.expected, self.found, self.remedy = (
+            str(file),
+            reason,
+            expected,
+            found,
+            remedy,
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions pickle by their positional arguments alone; this one crosses process borders.
         parts = (self.file, self.reason, self.expected, self.found, self.remedy)
-        return _input_error, parts
+        return _rebuild_input_error, parts
 
 
-def _input_error(file: str, reason: str, expected: str, found: str, remedy: str) -> InputError:
+def _rebuild_input_error(
+    file: str, reason: str, expected: str, found: str, remedy: str
+) -> InputError:
     return InputError(file, reason, expected=expected, found=found, remedy=remedy)
 
 
@@ -57,7 +67,7 @@ class Volume:
 
 
 @dataclass(frozen=True)
-class Geometry:
+class GridGeometry:
     """Where a sample's grid lies, and where it came from, so that masks can go back.
 
     The world is RAS+ millimetres throughout.
@@ -72,7 +82,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class HuDecision:
+class HuConversion:
     """How a file's numbers became Hounsfield units, and why."""
 
     slope: float
@@ -105,13 +115,15 @@ class SampleMeta:
     """The report's Impression section, None when there is none."""
     spacing: tuple[float, float, float]
     """Grid spacing (z, y, x) in mm."""
-    geometry: Geometry
-    hu: HuDecision
+    geometry: GridGeometry
+    hu: HuConversion
     lesions_annotated: dict[str, bool]
     """By lesion key: whether every lesion of the kind was outlined. A lesion that was not annotated is not absent."""
     regions_source: str | None
     """Where the region map came from; None when there is none, `COARSE` when it was estimated from the CT."""
-    lesions_partial: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(LESION_BY_KEY, False))
+    lesions_partial: dict[str, bool] = field(
+        default_factory=lambda: dict.fromkeys(LESION_BY_KEY, False)
+    )
     """By lesion key: some are outlined, others may not be. What is drawn is sure, what is empty is unknown; such a
     lesion does not count as annotated."""
     lesions_source: str | None = None
@@ -160,7 +172,7 @@ class Batch:
     """The target text of each sample, sections included; None where there is no report."""
     spacing: tuple[float, float, float]
     """(z, y, x) in mm."""
-    meta: list[SampleMeta]
+    metas: list[SampleMeta]
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on a device (pinned memory is copied asynchronously)."""
@@ -182,12 +194,12 @@ class Batch:
 
 
 @dataclass
-class Prediction:
+class BatchPrediction:
     """What the model says of a batch. B samples on a grid of Z × Y × X voxels."""
 
-    findings: torch.Tensor
+    finding_probabilities: torch.Tensor
     """(B, 18) float32, probabilities."""
-    lesions: torch.Tensor
+    lesion_probabilities: torch.Tensor
     """(B, 5, Z, Y, X) float32, probabilities in the order of `labels.LESIONS`."""
     reports: list[str] | None
     """Generated text, sections included; None when no report was asked for or the model has no generator."""
@@ -201,7 +213,10 @@ class Prediction:
         Raises:
             UserError: a probability is not finite.
         """
-        for what, found in (("findings", self.findings), ("lesions", self.lesions)):
+        for what, found in (
+            ("findings", self.finding_probabilities),
+            ("lesions", self.lesion_probabilities),
+        ):
             if not found.isfinite().all():
                 raise UserError(
                     f"The model's probabilities of {what} for {', '.join(keys)} are not finite: use another checkpoint."

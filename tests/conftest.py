@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from rectvlm.config import Config, Part, load
-from rectvlm.data.phantom import Phantom, make_phantom
+from rectvlm.config import Config, ModelPart, load_config
 from rectvlm.data.shards import write_shards
 from rectvlm.data.volume import Volume, canonical_affine, resample_to_grid, to_hu
-from rectvlm.types import Geometry, Sample, SampleMeta, Split
+from rectvlm.phantom.phantom import PhantomCase, make_phantom
+from rectvlm.types import GridGeometry, Sample, SampleMeta, Split
 
 
 def phantom_sample(seed: int, config: Config, split: Split = "train") -> Sample:
@@ -32,7 +32,7 @@ def phantom_sample(seed: int, config: Config, split: Split = "train") -> Sample:
         findings=phantom.findings,
         impression=phantom.impression,
         spacing=spacing,
-        geometry=Geometry(grid_affine.tolist(), shape, phantom.affine.tolist()),
+        geometry=GridGeometry(grid_affine.tolist(), shape, phantom.affine.tolist()),
         hu=decision,
         lesions_annotated=phantom.lesions_annotated,
         regions_source="phantom",
@@ -53,7 +53,7 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def tiny() -> Config:
     """The tiny configuration."""
-    return load("tiny")
+    return load_config("tiny")
 
 
 @pytest.fixture(scope="session")
@@ -66,21 +66,24 @@ def phantom_shards(tmp_path_factory: pytest.TempPathFactory, tiny: Config) -> Pa
 
 
 @pytest.fixture(scope="session")
-def phantoms() -> Callable[[int], Phantom]:
+def phantoms() -> Callable[[int], PhantomCase]:
     """Phantoms by seed, made once."""
-    made: dict[int, Phantom] = {}
+    made: dict[int, PhantomCase] = {}
     return lambda seed: made[seed] if seed in made else made.setdefault(seed, make_phantom(seed))
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny: Config, phantom_shards: Path) -> Callable[[int], Path]:
+def tiny_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Config, phantom_shards: Path
+) -> Callable[[int], Path]:
     """The phase folder of an untrained tiny model with the parts of a phase."""
-    from rectvlm import checkpoint, weights
+    from rectvlm import pretrained
+    from rectvlm.checkpoint import run_checkpoint
     from rectvlm.models import RectVLM
-    from rectvlm.models.language import load_language_model
-    from rectvlm.models.text import Prompts
+    from rectvlm.models.language_model import load_language_model
+    from rectvlm.models.prompt_embeddings import PromptEmbeddings
 
-    parts: dict[int, tuple[Part, ...]] = {
+    parts: dict[int, tuple[ModelPart, ...]] = {
         1: ("encoder", "classifier"),
         2: ("encoder", "classifier", "localizer"),
         3: ("encoder", "classifier", "localizer", "generator"),
@@ -89,20 +92,31 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny: Config, phantom_sha
 
     def build(phase: int) -> Path:
         if phase not in made:
-            config = load("tiny", [f"data.shards={phantom_shards}"])
+            config = load_config("tiny", [f"data.shards={phantom_shards}"])
             torch.manual_seed(0)
-            prompts = Prompts.embed(weights.resolve(config.text.model), config.text.max_tokens)
+            prompts = PromptEmbeddings.from_text_encoder(
+                pretrained.resolve_model(config.text.model), config.text.max_tokens
+            )
             language = None
             if phase == 3:
-                language = load_language_model(config.generator, weights.resolve(config.generator.model))
+                language = load_language_model(
+                    config.generator, pretrained.resolve_model(config.generator.model)
+                )
             model = RectVLM(config, parts[phase], prompts, language)
             own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-            tensors = {name: own[name].detach() for name in checkpoint.saved_names(model)}
+            tensors = {
+                name: own[name].detach() for name in run_checkpoint.checkpoint_tensor_names(model)
+            }
             run = tmp_path_factory.mktemp("run") / f"phase{phase}"
-            folder = checkpoint.step_folder(run, 0)
+            folder = run_checkpoint.step_folder(run, 0)
             folder.mkdir(parents=True)
-            checkpoint.write(
-                folder, tensors, config, checkpoint.State(phase, parts[phase], 0, 0, 1, checkpoint.versions())
+            run_checkpoint.write_checkpoint(
+                folder,
+                tensors,
+                config,
+                run_checkpoint.TrainingState(
+                    phase, parts[phase], 0, 0, 1, run_checkpoint.package_versions()
+                ),
             )
             made[phase] = run
         return made[phase]
@@ -111,7 +125,9 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny: Config, phantom_sha
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Callable[[int], Path]:
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path
+) -> Callable[[int], Path]:
     """The folder of a phase, trained without a break on two processes; the phases before it are trained first."""
     from launches import TWO, run, settings
 
@@ -121,7 +137,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> C
     def train(phase: int) -> Path:
         for number in range(1, phase + 1):
             if number not in done:
-                run([*TWO, f"launch/phase{number}.py", *settings(number, phantom_shards, folder)], folder)
+                run(
+                    [*TWO, f"launch/phase{number}.py", *settings(number, phantom_shards, folder)],
+                    folder,
+                )
                 done.add(number)
         return folder / "tiny" / f"phase{phase}"
 
@@ -147,12 +166,27 @@ def launched_phase1(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Pa
 
     runs = tmp_path_factory.mktemp("launched")
     checkout = Path(__file__).resolve().parents[1]
-    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--num_processes", "1", "launch/phase1.py"]
-    short = ["train.phases.1.steps=6", "train.phases.1.save_every=6", f"data.shards={phantom_shards}"]
+    command = [
+        str(Path(sys.executable).parent / "accelerate"),
+        "launch",
+        "--num_processes",
+        "1",
+        "launch/phase1.py",
+    ]
+    short = [
+        "train.phases.phase1.steps=6",
+        "train.phases.phase1.save_every=6",
+        f"data.shards={phantom_shards}",
+    ]
     done = subprocess.run(
         [*command, "--config", "tiny", f"train.runs={runs}", *short],
         cwd=checkout,
-        env={**os.environ, "RECTVLM_TRACKERS": "none", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        env={
+            **os.environ,
+            "RECTVLM_TRACKERS": "none",
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
         capture_output=True,
         text=True,
         check=False,

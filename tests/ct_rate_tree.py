@@ -9,8 +9,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from rectvlm.data.phantom import Phantom, make_phantom
 from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.phantom.phantom import PhantomCase, make_phantom
 
 _COLUMNS = """
 VolumeName Manufacturer SeriesDescription ManufacturerModelName PatientSex PatientAge ReconstructionDiameter
@@ -42,7 +42,11 @@ class Tree:
     metadata: Rows = field(default_factory=dict)
     no_chest: dict[str, list[str]] = field(default_factory=lambda: {"train": [], "valid": []})
     columns: dict[str, list[str]] = field(
-        default_factory=lambda: {"labels": list(LABELS), "reports": list(REPORT), "metadata": list(METADATA)}
+        default_factory=lambda: {
+            "labels": list(LABELS),
+            "reports": list(REPORT),
+            "metadata": list(METADATA),
+        }
     )
     name_as: Callable[[str], str] = "{}.nii.gz".format
     """How the tables write a name."""
@@ -54,7 +58,13 @@ class Tree:
     def path(self, name: str, layout: str = "fixed") -> Path:
         split, patient, scan, _ = name.split("_")
         folder = f"{split}_fixed" if layout == "fixed" else split
-        return self.dataset / folder / f"{split}_{patient}" / f"{split}_{patient}_{scan}" / f"{name}.nii.gz"
+        return (
+            self.dataset
+            / folder
+            / f"{split}_{patient}"
+            / f"{split}_{patient}_{scan}"
+            / f"{name}.nii.gz"
+        )
 
     def add(
         self,
@@ -75,10 +85,14 @@ class Tree:
             spacing: mm between slices in the metadata; of a phantom, its own.
         """
         one = phantom(seed) if seed is not None else None
-        hu, affine = _lps(one, one.hu) if one else (np.zeros((512, 512, round(300 / spacing))), np.eye(4))
+        hu, affine = (
+            _lps(one, one.hu) if one else (np.zeros((512, 512, round(300 / spacing))), np.eye(4))
+        )
         voxel = np.linalg.norm(affine[:3, :3], axis=0) if one else np.array((0.7, 0.7, spacing))
         given = one.labels if one else dict.fromkeys(FINDINGS, 0)
-        self.labels[name] = {finding: "" if value is None else str(value) for finding, value in given.items()}
+        self.labels[name] = {
+            finding: "" if value is None else str(value) for finding, value in given.items()
+        }
         self.reports[name] = {
             "ClinicalInformation_EN": "Not given.",
             "Technique_EN": "Not given.",
@@ -125,8 +139,16 @@ class Tree:
     def write(self) -> Path:
         """The tables; the download's top folder."""
         for split in ("train", "valid"):
-            self._table("multi_abnormality_labels", f"{split}_predicted_labels.csv", "labels", split, split)
-            self._table("radiology_text_reports", f"{LONG[split]}_reports.csv", "reports", split, LONG[split])
+            self._table(
+                "multi_abnormality_labels", f"{split}_predicted_labels.csv", "labels", split, split
+            )
+            self._table(
+                "radiology_text_reports",
+                f"{LONG[split]}_reports.csv",
+                "reports",
+                split,
+                LONG[split],
+            )
             self._table("metadata", f"{LONG[split]}_metadata.csv", "metadata", split, LONG[split])
             lines = "".join(f"{line}\n" for line in self.no_chest[split])
             (self.dataset / "metadata" / f"no_chest_{split}.txt").write_text(lines)
@@ -145,7 +167,7 @@ class Tree:
                     writer.writerow([title, *(row.get(column, "") for column in columns[1:])])
 
 
-def _lps(one: Phantom, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _lps(one: PhantomCase, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A phantom's array as CT-RATE stores it, towards left, posterior and superior, with its affine."""
     native = nib.orientations.io_orientation(one.affine)
     wanted = nib.orientations.axcodes2ornt(("L", "P", "S"))

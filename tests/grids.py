@@ -10,11 +10,17 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-ORDERS = [(p, f) for p in itertools.permutations(range(3)) for f in itertools.product((False, True), repeat=3)]
+ORDERS = [
+    (p, f)
+    for p in itertools.permutations(range(3))
+    for f in itertools.product((False, True), repeat=3)
+]
 """All 48 ways to store a volume: order of the axes, and which of them are flipped."""
 
 
-def reorder(array: NDArray, affine: NDArray, order: Sequence[int], flips: Sequence[bool]) -> tuple[NDArray, NDArray]:
+def reorder(
+    array: NDArray, affine: NDArray, order: Sequence[int], flips: Sequence[bool]
+) -> tuple[NDArray, NDArray]:
     """The same voxels in another axis order, with the affine that says so."""
     out, matrix = array.transpose(order), affine[:, [*order, 3]].copy()
     for axis in np.flatnonzero(flips):
@@ -24,9 +30,14 @@ def reorder(array: NDArray, affine: NDArray, order: Sequence[int], flips: Sequen
     return np.ascontiguousarray(out), matrix
 
 
-def grid_over(affine: NDArray, shape: Sequence[int], spacing: float, angles: Sequence[float] = (0, 0, 0)) -> tuple:
+def grid_over(
+    affine: NDArray, shape: Sequence[int], spacing: float, angles: Sequence[float] = (0, 0, 0)
+) -> tuple:
     """Affine and shape of a grid of cubic voxels around a volume, turned by angles in degrees about x, y and z."""
-    corners = np.array(list(itertools.product(*[(0, n - 1) for n in shape]))) @ affine[:3, :3].T + affine[:3, 3]
+    corners = (
+        np.array(list(itertools.product(*[(0, n - 1) for n in shape]))) @ affine[:3, :3].T
+        + affine[:3, 3]
+    )
     turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
     along = corners @ turn
     size = np.ceil((along.max(0) - along.min(0)) / spacing).astype(int) + 1
@@ -39,7 +50,9 @@ def grid_over(affine: NDArray, shape: Sequence[int], spacing: float, angles: Seq
 def regrid(array: NDArray, affine: NDArray, grid: NDArray, shape: Sequence[int]) -> NDArray:
     """The value at each voxel of another grid, by the world's coordinates; 0 outside."""
     pull = np.linalg.inv(affine) @ grid
-    return ndimage.affine_transform(array, pull[:3, :3], pull[:3, 3], tuple(shape), order=0, mode="grid-constant")
+    return ndimage.affine_transform(
+        array, pull[:3, :3], pull[:3, 3], tuple(shape), order=0, mode="grid-constant"
+    )
 
 
 def save(path: Path, array: NDArray, affine: NDArray) -> Path:

@@ -37,7 +37,9 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
-        seed = json.dumps([len(self.commits), branch, sorted((n, sha256(d)) for n, d in files.items())])
+        seed = json.dumps(
+            [len(self.commits), branch, sorted((n, sha256(d)) for n, d in files.items())]
+        )
         name = hashlib.sha1(seed.encode()).hexdigest()
         self.files, self.commits[name], self.branches[branch] = dict(files), dict(files), name
         return name
@@ -83,7 +85,9 @@ def running() -> Iterator[Hub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    )
     thread.start()
     try:
         yield hub
@@ -121,7 +125,9 @@ class _Handler(BaseHTTPRequestHandler):
                     raise _Refused(500)
             self._route(path)
         except _Refused as refused:
-            self._send(refused.status, b"{}", {"X-Error-Code": refused.code} if refused.code else {})
+            self._send(
+                refused.status, b"{}", {"X-Error-Code": refused.code} if refused.code else {}
+            )
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 
@@ -151,7 +157,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200)
         elif parts[0] == "storage":
             if self._token():
-                raise _Refused(400)  # signed addresses on another host: the token must not travel there
+                raise _Refused(
+                    400
+                )  # signed addresses on another host: the token must not travel there
             self._file(parts[2], self.hub.stored[parts[1]], {"ETag": f'"{parts[1]}"'})
         elif path.endswith(".git/info/lfs/objects/batch"):
             self._batch(json.loads(self.body))
@@ -188,8 +196,19 @@ class _Handler(BaseHTTPRequestHandler):
         verb = rest[0] if rest else "revision"
         revision = "/".join(rest[1:]) if rest[1:] else "main"
         if verb == "revision":
-            about = {"id": name, "sha": self._commit(repository, revision), "tags": [], "siblings": []}
-            self._json({**about, "private": repository.private, "gated": "manual" if repository.gated else False})
+            about = {
+                "id": name,
+                "sha": self._commit(repository, revision),
+                "tags": [],
+                "siblings": [],
+            }
+            self._json(
+                {
+                    **about,
+                    "private": repository.private,
+                    "gated": "manual" if repository.gated else False,
+                }
+            )
         elif verb == "tree":
             files = repository.commits[self._commit(repository, revision)]
             self._json([self._row(path, data) for path, data in sorted(files.items())])
@@ -229,7 +248,11 @@ class _Handler(BaseHTTPRequestHandler):
         rows = []
         for row in wanted["objects"]:
             upload = {"href": f"{self.hub.url}/storage/{row['oid']}", "header": {}}
-            rows.append(dict(row) if row["oid"] in self.hub.stored else {**row, "actions": {"upload": upload}})
+            rows.append(
+                dict(row)
+                if row["oid"] in self.hub.stored
+                else {**row, "actions": {"upload": upload}}
+            )
         self._json({"transfer": "basic", "objects": rows})
 
     def _take(self, name: str, repository: Repository) -> None:
@@ -245,7 +268,9 @@ class _Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
         commit = repository.commit(files)
         address = f"{self.hub.url}/{name}/commit/{commit}"
-        self._json({"success": True, "commitOid": commit, "commitUrl": address, "pullRequestUrl": None})
+        self._json(
+            {"success": True, "commitOid": commit, "commitUrl": address, "pullRequestUrl": None}
+        )
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
         repository = self._repository(name)
@@ -277,7 +302,11 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
             data, status = data[begin:end], 206
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(data)), "Accept-Ranges": "bytes"}.items():
+        for key, value in {
+            **headers,
+            "Content-Length": str(len(data)),
+            "Accept-Ranges": "bytes",
+        }.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "HEAD":

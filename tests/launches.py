@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from rectvlm import checkpoint
+from rectvlm.checkpoint import run_checkpoint
 
 CHECKOUT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY, WORLD, MICRO_BATCH = 12, 4, 2, 2
@@ -44,13 +44,21 @@ def settings(phase: int, shards: Path, runs: Path, steps: int = STEPS) -> list[s
     """Arguments of a phase at the tiny size."""
     return [
         *("--config", "tiny", f"data.shards={shards}", f"train.runs={runs}"),
-        *(f"train.phases.{phase}.steps={steps}", f"train.phases.{phase}.save_every={SAVE_EVERY}"),
+        *(
+            f"train.phases.phase{phase}.steps={steps}",
+            f"train.phases.phase{phase}.save_every={SAVE_EVERY}",
+        ),
     ]
 
 
 def start(command: Sequence[str], folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command, cwd=CHECKOUT, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=CHECKOUT,
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -119,7 +127,10 @@ def steps_done(phase_folder: Path) -> int:
 
 def comparable(phase_folder: Path) -> list[dict[str, Any]]:
     """`metrics.jsonl` without what no two runs share."""
-    return [{key: value for key, value in line.items() if key not in VOLATILE} for line in metrics(phase_folder)]
+    return [
+        {key: value for key, value in line.items() if key not in VOLATILE}
+        for line in metrics(phase_folder)
+    ]
 
 
 def ending(phase_folder: Path) -> dict[str, Any]:
@@ -130,4 +141,4 @@ def ending(phase_folder: Path) -> dict[str, Any]:
 
 def weights_of(phase_folder: Path) -> dict[str, Any]:
     """Of the newest checkpoint."""
-    return checkpoint.read_weights(checkpoint.find(phase_folder, ""))
+    return run_checkpoint.read_weights(run_checkpoint.find_checkpoint(phase_folder, ""))

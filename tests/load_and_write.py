@@ -14,11 +14,11 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from rectvlm.config import load
-from rectvlm.models.encoder import Features
-from rectvlm.models.language import load_language_model
-from rectvlm.models.reporter import ReportGenerator
-from rectvlm.train.engine import Engine
+from rectvlm.config import load_config
+from rectvlm.models.encoder import ImageFeatures
+from rectvlm.models.language_model import load_language_model
+from rectvlm.models.report_generator import ReportGenerator
+from rectvlm.train.engine.engine import Engine
 
 WIDTH = 48
 CUES = (["No findings suggested."], ["Findings suggested: emphysema, lung nodule. " * 4])
@@ -43,23 +43,27 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def features(rank: int) -> Features:
+def features(rank: int) -> ImageFeatures:
     torch.manual_seed(rank)
-    whole, patches, regions = (torch.randn(1, *shape, WIDTH).bfloat16() for shape in ((), (12,), (20,)))
-    return Features(whole, patches, regions, (3, 2, 2), patches)
+    whole, patches, regions = (
+        torch.randn(1, *shape, WIDTH).bfloat16() for shape in ((), (12,), (20,))
+    )
+    return ImageFeatures(whole, patches, regions, (3, 2, 2), patches)
 
 
 def write(generator: ReportGenerator, rank: int) -> list[str]:
     texts = []
     for options in WAYS:
         torch.manual_seed(rank)
-        texts += generator.generate(features(rank), CUES[rank], MOST[rank], **options)
+        texts += generator.generate_reports(features(rank), CUES[rank], MOST[rank], **options)
     return texts
 
 
 def main(folder: str, out: Path, quantization: str) -> None:
-    config = load("tiny", ["generator.lora_rank=4", f"generator.quantization={quantization}"])
-    engine = Engine(Path("ds_configs/phase3.json"), config.train.phases[3], 1.0, out)
+    config = load_config(
+        "tiny", ["generator.lora_rank=4", f"generator.quantization={quantization}"]
+    )
+    engine = Engine(Path("ds_configs/phase3.json"), config.train.phases["phase3"], 1.0, out)
     before, peak, largest, shard, whole = live_bytes(), 0, 0, 0, 0
 
     def settle(module: nn.Module) -> None:
@@ -67,7 +71,7 @@ def main(folder: str, out: Path, quantization: str) -> None:
         own = list(module.parameters(recurse=False))
         largest = max(largest, sum(p.numel() * p.element_size() for p in own))
         peak = max(peak, live_bytes() - before)
-        engine.settle(module)
+        engine.shard_module(module)
         for parameter in own:
             held: Any = parameter
             shard += held.ds_tensor.numel() * held.ds_tensor.element_size()
@@ -87,8 +91,15 @@ def main(folder: str, out: Path, quantization: str) -> None:
     loss = engine.model(features(rank), CUES[rank], REPORTS[rank]).per_sample.sum()
     engine.backward(loss)
     engine.step()
-    result = {"peak": peak, "shard": shard, "kept": kept, "whole": whole, "largest_module": largest, "texts": texts}
-    result |= {"tokens": MOST[rank], "loss": engine.sum(loss.item())}
+    result = {
+        "peak": peak,
+        "shard": shard,
+        "kept": kept,
+        "whole": whole,
+        "largest_module": largest,
+        "texts": texts,
+    }
+    result |= {"tokens": MOST[rank], "loss": engine.all_reduce_sum(loss.item())}
     (out / f"rank-{rank}.json").write_text(json.dumps(result))
     engine.barrier()
     if engine.is_main:
@@ -100,7 +111,9 @@ def main(folder: str, out: Path, quantization: str) -> None:
         for module in alone.modules():
             if isinstance(module, Linear4bit):
                 module.support_avx512bf16_for_cpu = False  # other kernels, which round otherwise
-        (out / "alone.json").write_text(json.dumps({"texts": [write(alone, rank) for rank in (0, 1)]}))
+        (out / "alone.json").write_text(
+            json.dumps({"texts": [write(alone, rank) for rank in (0, 1)]})
+        )
     engine.close()
 
 

@@ -46,7 +46,14 @@ def load_small(seed: int) -> CaseData:
 
 
 def small_case(seed: int, split: Split = "train") -> Case:
-    return Case(f"small_{seed}", split, f"small_{seed}", f"small {seed}", partial(load_small, seed), (str(seed),))
+    return Case(
+        f"small_{seed}",
+        split,
+        f"small_{seed}",
+        f"small {seed}",
+        partial(load_small, seed),
+        (str(seed),),
+    )
 
 
 def small_cases(train: int, valid: int) -> list[Case]:
@@ -66,7 +73,10 @@ def small_tree(root: Path, train: int, valid: int) -> "Tree":
         name = f"train_{seed + 1}_a_1" if seed < train else f"valid_{seed + 1 - train}_a_1"
         tree.add(name, layout=None)
         hu, mask = body(seed)
-        for array, path in ((hu, tree.path(name)), (mask, root / "lesions" / name / "lung_nodule.nii.gz")):
+        for array, path in (
+            (hu, tree.path(name)),
+            (mask, root / "lesions" / name / "lung_nodule.nii.gz"),
+        ):
             path.parent.mkdir(parents=True, exist_ok=True)
             nib.save(nib.Nifti1Image(array, AFFINE), path)
     tree.write()

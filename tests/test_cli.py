@@ -15,20 +15,36 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
         "sys.exit(str(heavy) if heavy else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    done = subprocess.run([sys.executable, "-m", "rectvlm.cli", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "rectvlm.cli", "--help"], capture_output=True, text=True, check=True
+    )
     for command in ("predict", "evaluate", "weights", "version"):
         assert command in done.stdout
 
 
 def test_a_users_error_is_one_sentence_and_exit_code_2(tmp_path, capsys):
     code = cli.main(
-        ["predict", str(tmp_path / "gone.nii"), "--checkpoint", str(tmp_path), "--out", str(tmp_path / "o")]
+        [
+            "predict",
+            str(tmp_path / "gone.nii"),
+            "--checkpoint",
+            str(tmp_path),
+            "--out",
+            str(tmp_path / "o"),
+        ]
     )
     error = capsys.readouterr().err
-    assert code == 2 and error.startswith("rectvlm: ") and error.count("\n") == 1 and "gone.nii" in error
+    assert (
+        code == 2
+        and error.startswith("rectvlm: ")
+        and error.count("\n") == 1
+        and "gone.nii" in error
+    )
 
 
-@pytest.mark.parametrize("arguments", [[], ["predict"], ["evaluate", "--checkpoint", "x", "--limit", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["predict"], ["evaluate", "--checkpoint", "x", "--limit", "0"]]
+)
 def test_wrong_arguments_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
@@ -38,15 +54,35 @@ def test_wrong_arguments_exit_with_2(arguments, capsys):
 def test_predict_prints_the_pages_and_nothing_else(tiny_run, phantoms, tmp_path):
     """In a process of its own: libraries that are imported must not write to stdout either."""
     file = write_nifti(phantoms(1).hu, phantoms(1).affine, tmp_path / "chest.nii.gz")
-    command = [sys.executable, "-m", "rectvlm.cli", "predict", str(file), "--out", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--checkpoint", str(tiny_run(3))], capture_output=True, text=True, check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "rectvlm.cli",
+        "predict",
+        str(file),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        [*command, "--checkpoint", str(tiny_run(3))], capture_output=True, text=True, check=True
+    )
     page = tmp_path / "out" / "chest" / "index.html"
     assert done.stdout == f"{page}\n" and page.is_file()
 
 
-def test_evaluate_prints_a_table_and_where_the_metrics_are(tiny_run, phantom_shards, tmp_path, capsys):
+def test_evaluate_prints_a_table_and_where_the_metrics_are(
+    tiny_run, phantom_shards, tmp_path, capsys
+):
     out = tmp_path / "metrics.json"
-    arguments = ["evaluate", "--checkpoint", str(tiny_run(2)), "--shards", str(phantom_shards), "--out", str(out)]
+    arguments = [
+        "evaluate",
+        "--checkpoint",
+        str(tiny_run(2)),
+        "--shards",
+        str(phantom_shards),
+        "--out",
+        str(out),
+    ]
     assert cli.main([*arguments, "--no-reports", "--limit", "2", "--batch-size", "2"]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == str(out) and "macro auroc" in printed.lower()

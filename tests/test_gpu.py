@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launches import CHECKOUT, LAUNCH, TIMEOUT, environment, metrics, settings
-from test_attention import example, outputs_and_gradients
+from models.test_attention import example, outputs_and_gradients
 
-from rectvlm import checkpoint
-from rectvlm.models.lean import NormGelu, enlarged
+from rectvlm.checkpoint import run_checkpoint
+from rectvlm.models.memory_efficient import NormGelu, upsample_nearest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,7 +46,9 @@ def test_attention_equals_the_dense_oracle(dtype: torch.dtype, compiled: bool) -
         allowed = 1e-5 if dtype == torch.float32 else 2 * float((dense - true).abs().max())
         assert (mine - true).abs().max() <= allowed
     for name, true in wanted_gradients.items():
-        dense_error, error = ((one[name] - true).norm() / true.norm() for one in (plain_gradients, found_gradients))
+        dense_error, error = (
+            (one[name] - true).norm() / true.norm() for one in (plain_gradients, found_gradients)
+        )
         allowed = 1e-4 if dtype == torch.float32 else max(0.02, 2 * float(dense_error))
         assert error <= allowed, (
             f"gradient of {name} is off by {error:.1e} of its norm, the formula by {dense_error:.1e}"
@@ -58,7 +60,7 @@ def test_lean_layers_are_the_plain_ones(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer = NormGelu(2, 6).to("cuda", dtype)
     x = (1 + torch.randn(2, 6, 8, 10, 12, device="cuda")).to(dtype).requires_grad_()
-    ours = enlarged(layer(x), (1, 2, 2))
+    ours = upsample_nearest(layer(x), (1, 2, 2))
     exact = x.detach().double().requires_grad_()
     normal = F.gelu(F.group_norm(exact, 2, layer.weight.double(), layer.bias.double(), layer.eps))
     wanted = F.interpolate(normal, scale_factor=(1.0, 2.0, 2.0), mode="nearest")
@@ -71,14 +73,31 @@ def test_lean_layers_are_the_plain_ones(dtype: torch.dtype) -> None:
 
 
 def train(phase: int, shards: Path, runs: Path, steps: int, *more: str) -> str:
-    command = [*LAUNCH, "--num_processes", "1", f"launch/phase{phase}.py", *settings(phase, shards, runs, steps), *more]
+    command = [
+        *LAUNCH,
+        "--num_processes",
+        "1",
+        f"launch/phase{phase}.py",
+        *settings(phase, shards, runs, steps),
+        *more,
+    ]
     return say(command, runs)
 
 
 def say(command: list[str], folder: Path) -> str:
     """Standard error of a command on the GPU."""
-    told = {name: value for name, value in environment(folder).items() if name != "CUDA_VISIBLE_DEVICES"}
-    done = subprocess.run(command, cwd=CHECKOUT, env=told, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    told = {
+        name: value for name, value in environment(folder).items() if name != "CUDA_VISIBLE_DEVICES"
+    }
+    done = subprocess.run(
+        command,
+        cwd=CHECKOUT,
+        env=told,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
 
@@ -101,14 +120,29 @@ def test_phases_train_and_go_on(runs: Path, phase: int) -> None:
     assert all(math.isfinite(line["loss"]) and line["skipped"] is None for line in found)
     engine = json.loads((folder / "engine.json").read_text())
     assert engine["distributed_type"] == "DEEPSPEED" and engine["zero_stage"] == phase
-    assert engine["ranks"][0]["device"].startswith("cuda") and engine["ranks"][0]["peak_memory_bytes"] > 0
-    tensors = checkpoint.read_weights(checkpoint.find(folder, ""))
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values() if tensor.is_floating_point())
+    assert (
+        engine["ranks"][0]["device"].startswith("cuda")
+        and engine["ranks"][0]["peak_memory_bytes"] > 0
+    )
+    tensors = run_checkpoint.read_weights(run_checkpoint.find_checkpoint(folder, ""))
+    assert all(
+        bool(torch.isfinite(tensor).all())
+        for tensor in tensors.values()
+        if tensor.is_floating_point()
+    )
 
 
 def test_the_trained_model_is_evaluated(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "metrics.json"
-    command = [sys.executable, "-m", "rectvlm", "evaluate", "--checkpoint", str(runs / "tiny/phase3"), "--no-plots"]
+    command = [
+        sys.executable,
+        "-m",
+        "rectvlm",
+        "evaluate",
+        "--checkpoint",
+        str(runs / "tiny/phase3"),
+        "--no-plots",
+    ]
     say([*command, "--out", str(out), "--limit", "2", "--bootstrap", "0"], tmp_path)
     found = json.loads(out.read_text())
     assert found["n_cases"] == 2 and found["machine"]["gpus"]

@@ -13,16 +13,21 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from rectvlm.config import Config, PhaseConfig, load
-from rectvlm.train.ema import decay_at
-from rectvlm.train.engine import Engine
-from rectvlm.train.optim import build_optimizer, freeze_all_but, set_gradients, set_rates
-from rectvlm.train.weighting import TaskWeighting
+from rectvlm.config import Config, PhaseConfig, load_config
+from rectvlm.train.ema import ema_decay_at
+from rectvlm.train.engine.engine import Engine
+from rectvlm.train.optimizer import (
+    build_optimizer,
+    freeze_all_but,
+    set_learning_rates,
+    set_requires_grad,
+)
+from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
 
 WIDTH, DECAY, STEPS, SAVED = 16, 0.6, 9, 3
 LAST, WHOLE = 2, 5
 """Steps from which the encoder's last block, and all of it, train."""
-UNFREEZE = f"[{{part: encoder, blocks: 1, step: {LAST}}}, {{part: encoder, blocks: null, step: {WHOLE}}}]"
+UNFREEZE = f"[{{part: encoder, last_blocks: 1, step: {LAST}}}, {{part: encoder, last_blocks: null, step: {WHOLE}}}]"
 
 
 class Encoder(nn.Module):
@@ -46,7 +51,7 @@ class Toy(nn.Module):
         super().__init__()
         self.encoder = Encoder()
         self.classifier = nn.Linear(WIDTH, 4)
-        self.weighting = TaskWeighting(2)
+        self.weighting = UncertaintyWeighting(2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.encoder(x))
@@ -66,17 +71,26 @@ class Run:
     """An engine around a toy."""
 
     def __init__(self, out: Path, stage: int) -> None:
-        lr = "train.phases.1.lr={encoder: 1.0e-2, classifier: 1.0e-2}"
-        self.config: Config = load("tiny", [lr, f"train.phases.1.ema={DECAY}", f"train.phases.1.unfreeze={UNFREEZE}"])
-        self.phase: PhaseConfig = self.config.train.phases[1]
+        lr = "train.phases.phase1.lr={encoder: 1.0e-2, classifier: 1.0e-2}"
+        self.config: Config = load_config(
+            "tiny",
+            [
+                lr,
+                f"train.phases.phase1.ema_decay={DECAY}",
+                f"train.phases.phase1.unfreeze={UNFREEZE}",
+            ],
+        )
+        self.phase: PhaseConfig = self.config.train.phases["phase1"]
         settings: dict[str, Any] = json.loads(Path(f"ds_configs/phase{stage}.json").read_text())
         if stage == 3:  # biases stay whole on every rank, matrices are sharded
             settings["zero_optimization"]["stage3_param_persistence_threshold"] = WIDTH
         (out / f"stage{stage}.json").write_text(json.dumps(settings))
-        self.engine = Engine(out / f"stage{stage}.json", self.phase, self.config.train.clip, out)
+        self.engine = Engine(
+            out / f"stage{stage}.json", self.phase, self.config.train.gradient_clipping, out
+        )
         torch.manual_seed(0)
         model = Toy()
-        freeze_all_but(model, self.phase.lr, self.phase.unfreeze, others=["weighting"])
+        freeze_all_but(model, self.phase.lr, self.phase.unfreeze, extra_modules=["weighting"])
         self.engine.prepare(model, build_optimizer(model, self.config.train, self.phase))
         self.model: nn.Module = self.engine.model.module
 
@@ -87,18 +101,20 @@ class Run:
     def step(self, number: int) -> dict[str, float]:
         """One step on a batch of this rank's own; the rates."""
         torch.manual_seed(100 * number + self.engine.rank)
-        rates = set_rates(self.groups, number, self.phase)
-        set_gradients(self.model, self.groups)
+        rates = set_learning_rates(self.groups, number, self.phase)
+        set_requires_grad(self.model, self.groups)
         found = self.engine.model(torch.randn(6, 8, dtype=torch.bfloat16)).float()
-        weighted = torch.stack([found[:, :2].square().mean(), 3 * (found[:, 2:] - 1).square().mean()])
+        weighted = torch.stack(
+            [found[:, :2].square().mean(), 3 * (found[:, 2:] - 1).square().mean()]
+        )
         self.engine.backward(self.model.weighting(weighted, torch.tensor([True, number > 0])))  # type: ignore[operator]
         self.engine.step()
         return rates
 
     def average(self, names: list[str]) -> dict[str, Tensor]:
         """What a checkpoint would hold, on rank 0."""
-        with self.engine.averaged():
-            return self.engine.gather(names)
+        with self.engine.use_ema_weights():
+            return self.engine.gather_tensors(names)
 
 
 def begins(name: str) -> int:
@@ -108,25 +124,36 @@ def begins(name: str) -> int:
     return LAST if name.startswith(("encoder.blocks.2", "encoder.norm")) else WHOLE
 
 
-def check_step(number: int, before: dict[str, Tensor], after: dict[str, Tensor], rates: dict[str, float]) -> None:
+def check_step(
+    number: int, before: dict[str, Tensor], after: dict[str, Tensor], rates: dict[str, float]
+) -> None:
     for name, now in after.items():
         moved = (now - before[name]).abs().max().item()
         if number < begins(name):
-            assert moved == 0, f"step {number} moved {name}, which waits for step {begins(name)}, by {moved}"
+            assert moved == 0, (
+                f"step {number} moved {name}, which waits for step {begins(name)}, by {moved}"
+            )
             continue
         assert moved > 0, f"step {number} left {name} where it was"
-        if number == begins(name):  # the first update of an Adam is its rate, and decay 1% of 1% of that
+        if number == begins(
+            name
+        ):  # the first update of an Adam is its rate, and decay 1% of 1% of that
             part = name.partition(".")[0]
-            assert moved <= 1.02 * rates[part], f"{name} began with {moved} at a rate of {rates[part]}"
+            assert moved <= 1.02 * rates[part], (
+                f"{name} began with {moved} at a rate of {rates[part]}"
+            )
             assert moved > 0.5 * rates[part] or now.numel() < 4
 
 
 def main(out: Path, stage: int) -> None:
     run = Run(out, stage)
     names = list(whole(run.model))
-    bits = run.engine.gather(names)
-    with run.engine.averaged():  # before the first step there is none
-        assert all(torch.equal(tensor, bits[name]) for name, tensor in run.engine.gather(names).items())
+    bits = run.engine.gather_tensors(names)
+    with run.engine.use_ema_weights():  # before the first step there is none
+        assert all(
+            torch.equal(tensor, bits[name])
+            for name, tensor in run.engine.gather_tensors(names).items()
+        )
     by_hand: dict[str, Tensor] = {}
     seen: list[dict[str, Tensor]] = []
     values = whole(run.model)
@@ -138,38 +165,61 @@ def main(out: Path, stage: int) -> None:
         for name, now in values.items():
             own = max(1, number - begins(name) + 1)  # steps since it began
             old = by_hand.get(name, now)
-            by_hand[name] = torch.lerp(old, now, 1 - decay_at(own, DECAY)) if name in by_hand else now.clone()
-        bits, average = run.engine.gather(names), run.average(names)
+            by_hand[name] = (
+                torch.lerp(old, now, 1 - ema_decay_at(own, DECAY))
+                if name in by_hand
+                else now.clone()
+            )
+        bits, average = run.engine.gather_tensors(names), run.average(names)
         for name, tensor in average.items():
-            assert torch.equal(tensor, by_hand[name].to(tensor.dtype)), f"step {number}: the average of {name} differs"
-            assert torch.equal(bits[name], values[name].to(tensor.dtype)), f"{name} is not its rounded 32-bit weight"
-        after = run.engine.gather(names)
-        assert all(torch.equal(after[name], bits[name]) for name in after), "the weights did not come back"
+            assert torch.equal(tensor, by_hand[name].to(tensor.dtype)), (
+                f"step {number}: the average of {name} differs"
+            )
+            assert torch.equal(bits[name], values[name].to(tensor.dtype)), (
+                f"{name} is not its rounded 32-bit weight"
+            )
+        after = run.engine.gather_tensors(names)
+        assert all(torch.equal(after[name], bits[name]) for name in after), (
+            "the weights did not come back"
+        )
         assert all(torch.equal(tensor, values[name]) for name, tensor in whole(run.model).items())
         if number == SAVED:  # some of the encoder trains, some waits
             state = out / f"state{stage}"
             state.mkdir(exist_ok=True)
-            run.engine.save_state(state)
+            run.engine.save_optimizer_shard(state)
             run.engine.barrier()
         seen.append(values)
     apart = [name for name in names if not torch.equal(by_hand[name], values[name])]
     assert set(apart) == set(names), "an average that is its weights shows nothing"
     final = run.average(names)
-    with run.engine.averaged():
+    with run.engine.use_ema_weights():
         full = whole(run.model)
-    assert all(torch.equal(full[name], by_hand[name]) for name in names), "the 32-bit averages differ"
+    assert all(torch.equal(full[name], by_hand[name]) for name in names), (
+        "the 32-bit averages differ"
+    )
 
-    run.engine.load_state(out / f"state{stage}", run.engine.world, averaged=True)
+    run.engine.load_optimizer_shards(out / f"state{stage}", run.engine.world_size, keeps_ema=True)
     for number in range(SAVED + 1, STEPS):
         run.step(number)
         for name, tensor in whole(run.model).items():
-            assert torch.equal(tensor, seen[number][name]), f"resumed, step {number} gave another {name}"
+            assert torch.equal(tensor, seen[number][name]), (
+                f"resumed, step {number} gave another {name}"
+            )
     resumed = run.average(names)
-    assert all(torch.equal(resumed[name], final[name]) for name in resumed), "resumed, the average differs"
+    assert all(torch.equal(resumed[name], final[name]) for name in resumed), (
+        "resumed, the average differs"
+    )
     # Rank 0 has seen 1 case with a loss of 1, rank 1 three whose losses sum to 9; of another task nobody has seen one.
-    sums, counts = (torch.tensor([share[run.engine.rank], 0.0]) for share in ((1.0, 9.0), (1.0, 3.0)))
-    mean, expected = run.engine.mean(sums, counts).tolist(), (1.0, 2.5)[run.engine.world - 1]
-    assert mean[0] == expected and math.isnan(mean[1]), f"cases count alike: {expected} and nan, not {mean}"
+    sums, counts = (
+        torch.tensor([share[run.engine.rank], 0.0]) for share in ((1.0, 9.0), (1.0, 3.0))
+    )
+    mean, expected = (
+        run.engine.all_reduce_mean(sums, counts).tolist(),
+        (1.0, 2.5)[run.engine.world_size - 1],
+    )
+    assert mean[0] == expected and math.isnan(mean[1]), (
+        f"cases count alike: {expected} and nan, not {mean}"
+    )
     (out / f"rank-{run.engine.rank}").write_text(str(run.engine.model.zero_optimization_stage()))
     run.engine.barrier()
     run.engine.close()

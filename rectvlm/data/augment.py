@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rectvlm.config import AugmentConfig
-from rectvlm.data.mirror import mirror
-from rectvlm.data.warp import Warp, draw_warps
+from rectvlm.data.mirror import mirror_samples
+from rectvlm.data.warp import SpatialWarp, draw_warps
 from rectvlm.labels import AIR_HU, N_LESIONS
 from rectvlm.types import Batch
 
 
-def augment(batch: Batch, config: AugmentConfig) -> Batch:
+def augment_batch(batch: Batch, config: AugmentConfig) -> Batch:
     """A changed copy of a batch; its CT becomes float32 HU. A sample that is not chosen keeps every bit."""
     count = len(batch.keys)
     chosen = torch.rand(count) < config.probability
@@ -32,12 +32,19 @@ def augment(batch: Batch, config: AugmentConfig) -> Batch:
     warps = draw_warps(count, (z, y, x), batch.spacing, config)
 
     known = batch.regions_known & shown.to(batch.regions_known.device)
-    batch = mirror(replace(batch, regions_known=known), torch.nonzero(mirrored).flatten().tolist())
+    batch = mirror_samples(
+        replace(batch, regions_known=known), torch.nonzero(mirrored).flatten().tolist()
+    )
     ct, lesions, regions = batch.ct.to(torch.float32, copy=True), batch.lesions, batch.regions
     for i in torch.nonzero(chosen).flatten().tolist():
         if not warps[i].is_identity:
-            lesions, regions = _own(lesions, batch.lesions), _own(regions, batch.regions)
-            ct[i], lesions[i], regions[i] = _move(ct[i], lesions[i], regions[i], batch.spacing, warps[i])
+            lesions, regions = (
+                _clone_if_shared(lesions, batch.lesions),
+                _clone_if_shared(regions, batch.regions),
+            )
+            ct[i], lesions[i], regions[i] = _warp_sample(
+                ct[i], lesions[i], regions[i], batch.spacing, warps[i]
+            )
         contrast, offset, noise = intensity[i].tolist()
         if contrast:
             ct[i] += contrast * ct[i].clamp_min(0)
@@ -49,12 +56,16 @@ def augment(batch: Batch, config: AugmentConfig) -> Batch:
     return replace(batch, ct=ct, lesions=lesions, regions=regions)
 
 
-def _own(tensor: Tensor, original: Tensor) -> Tensor:
+def _clone_if_shared(tensor: Tensor, original: Tensor) -> Tensor:
     return tensor.clone() if tensor is original else tensor
 
 
-def _move(
-    ct: Tensor, bits: Tensor, regions: Tensor, spacing: tuple[float, float, float], warp: Warp
+def _warp_sample(
+    ct: Tensor,
+    bits: Tensor,
+    regions: Tensor,
+    spacing: tuple[float, float, float],
+    warp: SpatialWarp,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One sample moved, all (Z, Y, X): CT and lesions by linear interpolation, regions from the nearest voxel.
 
@@ -62,7 +73,7 @@ def _move(
     one that is too small for that keeps the voxel that holds most of it, since its label still says that it is there.
     """
     z, y, x = ct.shape
-    grid = warp.grid((z, y, x), spacing, ct.device)
+    grid = warp.sampling_grid((z, y, x), spacing, ct.device)
     present = [k for k in range(N_LESIONS) if bool((bits >> k & 1).any())]
     layers = torch.stack([ct - AIR_HU, *((bits >> k & 1).float() for k in present)])
     layers = F.grid_sample(layers[None], grid, mode="bilinear", align_corners=False)[0]
@@ -70,5 +81,7 @@ def _move(
     for k, share in zip(present, layers[1:], strict=True):
         enough = share.amax().clamp(max=0.5)
         moved_bits |= ((share >= enough) & (share > 0)).to(bits.dtype) << k
-    nearest = F.grid_sample(regions[None, None].float(), grid, mode="nearest", align_corners=False)[0, 0]
+    nearest = F.grid_sample(regions[None, None].float(), grid, mode="nearest", align_corners=False)[
+        0, 0
+    ]
     return layers[0] + AIR_HU, moved_bits, nearest.to(regions.dtype)

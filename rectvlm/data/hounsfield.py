@@ -7,14 +7,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rectvlm.labels import AIR_HU
-from rectvlm.types import HuDecision, InputError, Int16Volume, Volume
+from rectvlm.types import HuConversion, InputError, Int16Volume, Volume
 
-HU_LOW, HU_HIGH = AIR_HU, 3071
-_LEVELS = 256
+MIN_HU, MAX_HU = AIR_HU, 3071
+_MAX_GREY_LEVELS = 256
 """A picture of 8 bits has no more grey levels."""
 
 
-def to_hu(volume: Volume, slope: float | None = None, intercept: float | None = None) -> tuple[Int16Volume, HuDecision]:
+def to_hu(
+    volume: Volume, slope: float | None = None, intercept: float | None = None
+) -> tuple[Int16Volume, HuConversion]:
     """Hounsfield units (i, j, k), int16 in [−1024, 3071], and how they came about.
 
     Whether the numbers are HU already is read from the numbers: air (and lung) must lie near −1000 and soft tissue
@@ -29,9 +31,9 @@ def to_hu(volume: Volume, slope: float | None = None, intercept: float | None = 
     Raises:
         UserError: a windowed picture, or numbers that are not HU with or without slope and intercept, or both ways.
     """
-    sample = _sample(volume.array)
-    levels = _grey_levels(sample)
-    if volume.array.dtype == np.uint8 or levels <= _LEVELS:
+    sample = _sample_voxels(volume.array)
+    levels = _count_grey_levels(sample)
+    if volume.array.dtype == np.uint8 or levels <= _MAX_GREY_LEVELS:
         raise InputError(
             volume.where,
             "is a windowed picture, not CT numbers",
@@ -39,9 +41,13 @@ def to_hu(volume: Volume, slope: float | None = None, intercept: float | None = 
             found=f"{levels} grey levels from {sample.min():g} to {sample.max():g}",
             remedy="export the original series",
         )
-    as_stored = Evidence.of(sample)
+    as_stored = HuEvidence.from_values(sample)
     given = (1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept))
-    rescaled = as_stored if given == (1.0, 0.0) else Evidence.of(sample * np.float32(given[0]) + np.float32(given[1]))
+    rescaled = (
+        as_stored
+        if given == (1.0, 0.0)
+        else HuEvidence.from_values(sample * np.float32(given[0]) + np.float32(given[1]))
+    )
     if as_stored.is_hu and rescaled.is_hu and given != (1.0, 0.0):
         raise InputError(
             volume.where,
@@ -52,12 +58,20 @@ def to_hu(volume: Volume, slope: float | None = None, intercept: float | None = 
         )
     if as_stored.is_hu:
         _refuse_clipped(sample, volume.where)
-        unused = "" if given == (1.0, 0.0) else f"; slope {given[0]:g} and intercept {given[1]:g} not applied again"
-        return _finish(volume.array, 1.0, 0.0, f"already HU: {as_stored}{unused}")
+        unused = (
+            ""
+            if given == (1.0, 0.0)
+            else f"; slope {given[0]:g} and intercept {given[1]:g} not applied again"
+        )
+        return _convert_to_int16(volume.array, 1.0, 0.0, f"already HU: {as_stored}{unused}")
     if rescaled.is_hu:
         reason = f"stored numbers were not HU ({as_stored}); with slope and intercept {rescaled}"
-        return _finish(volume.array, *given, reason)
-    tried = f"; slope {given[0]:g} and intercept {given[1]:g} do not mend it" if given != (1.0, 0.0) else ""
+        return _convert_to_int16(volume.array, *given, reason)
+    tried = (
+        f"; slope {given[0]:g} and intercept {given[1]:g} do not mend it"
+        if given != (1.0, 0.0)
+        else ""
+    )
     raise InputError(
         volume.where,
         "is not in HU",
@@ -68,14 +82,14 @@ def to_hu(volume: Volume, slope: float | None = None, intercept: float | None = 
 
 
 @dataclass(frozen=True)
-class Evidence:
+class HuEvidence:
     """Shares of the voxels inside the field of view, by which HU are known."""
 
-    air: float
-    soft: float
+    air_share: float
+    soft_tissue_share: float
 
     @classmethod
-    def of(cls, values: NDArray[Any]) -> "Evidence":
+    def from_values(cls, values: NDArray[Any]) -> "HuEvidence":
         """Of numbers taken to be HU.
 
         The lowest number does not count: it may be padding. Stored numbers with padding at −1024 (−2048 HU, once their
@@ -91,22 +105,22 @@ class Evidence:
     @property
     def is_hu(self) -> bool:
         """Both are there: an offset of ±1000 or a scale loses one of them."""
-        return self.air >= 0.05 and self.soft >= 0.05
+        return self.air_share >= 0.05 and self.soft_tissue_share >= 0.05
 
     def __str__(self) -> str:
-        return f"{self.air:.0%} of voxels are air or lung (−1050 to −700), {self.soft:.0%} soft tissue (−150 to 150)"
+        return f"{self.air_share:.0%} of voxels are air or lung (−1050 to −700), {self.soft_tissue_share:.0%} soft tissue (−150 to 150)"
 
 
-def _sample(array: NDArray[Any], about: int = 300_000) -> NDArray[np.float32]:
+def _sample_voxels(array: NDArray[Any], about: int = 300_000) -> NDArray[np.float32]:
     """About so many voxels from all over the volume, in memory order."""
     step = max(1, int(np.ceil((array.size / about) ** (1 / 3))))
     return array[::step, ::step, ::step].astype(np.float32).ravel(order="K")
 
 
-def _grey_levels(sample: NDArray[np.float32]) -> int:
+def _count_grey_levels(sample: NDArray[np.float32]) -> int:
     """How many values occur; counting stops beyond those of a picture, since sorting a million numbers takes time."""
     few = len(np.unique(sample[:: max(1, sample.size // 10_000)]))
-    return few if few > _LEVELS else len(np.unique(sample))
+    return few if few > _MAX_GREY_LEVELS else len(np.unique(sample))
 
 
 def _refuse_clipped(sample: NDArray[np.float32], where: str) -> None:
@@ -123,16 +137,18 @@ def _refuse_clipped(sample: NDArray[np.float32], where: str) -> None:
         )
 
 
-def _finish(array: NDArray[Any], slope: float, intercept: float, reason: str) -> tuple[Int16Volume, HuDecision]:
+def _convert_to_int16(
+    array: NDArray[Any], slope: float, intercept: float, reason: str
+) -> tuple[Int16Volume, HuConversion]:
     values = array
     if (slope, intercept) != (1.0, 0.0):
         values = array.astype(np.float32) * np.float32(slope) + np.float32(intercept)
     if values.dtype.kind == "f":
         values = np.rint(values)
     padding = 0
-    if values.min() < HU_LOW or values.max() > HU_HIGH:
-        padding = int(np.count_nonzero(values < HU_LOW))
-        values = np.clip(values, HU_LOW, HU_HIGH)
+    if values.min() < MIN_HU or values.max() > MAX_HU:
+        padding = int(np.count_nonzero(values < MIN_HU))
+        values = np.clip(values, MIN_HU, MAX_HU)
     if padding:
-        reason += f"; {padding} voxels below {HU_LOW} set to air"
-    return values.astype(np.int16, copy=False), HuDecision(slope, intercept, reason, padding)
+        reason += f"; {padding} voxels below {MIN_HU} set to air"
+    return values.astype(np.int16, copy=False), HuConversion(slope, intercept, reason, padding)

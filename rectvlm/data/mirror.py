@@ -25,14 +25,23 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rectvlm.data.report import report_text
+from rectvlm.data.report_text import join_report_sections
 from rectvlm.labels import REGION_BY_NAME, REGIONS
-from rectvlm.types import Batch, Geometry, SampleMeta
+from rectvlm.types import Batch, GridGeometry, SampleMeta
 
-_OTHER = {"left": "right", "right": "left", "rul": "lul", "lul": "rul", "rll": "lll", "lll": "rll"}
-_SIDE = re.compile(r"\b(?:left|right)(?=(?:wards?|most|sided)?\b)|\b(?:RUL|RLL|LUL|LLL)\b", re.IGNORECASE)
+_OPPOSITE_WORD = {
+    "left": "right",
+    "right": "left",
+    "rul": "lul",
+    "lul": "rul",
+    "rll": "lll",
+    "lll": "rll",
+}
+_SIDE_WORD = re.compile(
+    r"\b(?:left|right)(?=(?:wards?|most|sided)?\b)|\b(?:RUL|RLL|LUL|LLL)\b", re.IGNORECASE
+)
 
-_ONE_SIDED = re.compile(
+_ONE_SIDED_TERM = re.compile(
     r"""\b(?:
       middle[\s-]+lob\w* | lingul\w* | (?:minor|horizontal)\s+fissures? | intermedi(?:us|ate|ary)
       | apico-?posterior | antero-?medial | (?:hemi-?)?azyg\w* | brachiocephalic\s+(?:trunk|artery) | innominate
@@ -49,67 +58,96 @@ _ONE_SIDED = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 """What stands on one side, or carries a side that a mirror does not change; and words that are no sides at all."""
-_MIDDLE = re.compile(r"heart|\bcardi|coronar|\baort|\barch\b|\bcava|pulmonary\s+trunk", re.IGNORECASE)
+_MIDLINE_ORGAN = re.compile(
+    r"heart|\bcardi|coronar|\baort|\barch\b|\bcava|pulmonary\s+trunk", re.IGNORECASE
+)
 """What lies off the middle without a side in its name: fine alone, not together with a side."""
-_ABBREVIATED = re.compile(r"\b(?:[RL]|\d+\s?[RL]|[Rr][Tt]|[Ll][Tt]|[RL][A-Z]{1,4}s?)\b")
-_PLAIN = {"RUL", "RLL", "LUL", "LLL", "LN", "LNs", "LAP", "RIGHT", "LEFT"}
-_PLAIN |= {"LUNG", "LUNGS", "LOBE", "LOBES", "LOWER", "LYMPH", "RIB", "RIBS", "LARGE", "LEVEL"}
+_ABBREVIATION = re.compile(r"\b(?:[RL]|\d+\s?[RL]|[Rr][Tt]|[Ll][Tt]|[RL][A-Z]{1,4}s?)\b")
+_KNOWN_ABBREVIATIONS = {"RUL", "RLL", "LUL", "LLL", "LN", "LNs", "LAP", "RIGHT", "LEFT"}
+_KNOWN_ABBREVIATIONS |= {
+    "LUNG",
+    "LUNGS",
+    "LOBE",
+    "LOBES",
+    "LOWER",
+    "LYMPH",
+    "RIB",
+    "RIBS",
+    "LARGE",
+    "LEVEL",
+}
 """Capitals that begin with R or L and are understood, or have no side."""
-_GLUED = re.compile(r"\b(?:[Ll]eft|[Rr]ight|LEFT|RIGHT)(?!(?:wards?|most|sided)?\b)|[a-z](?:Left|Right)")
+_SIDE_IN_LONGER_WORD = re.compile(
+    r"\b(?:[Ll]eft|[Rr]ight|LEFT|RIGHT)(?!(?:wards?|most|sided)?\b)|[a-z](?:Left|Right)"
+)
 """A side that is part of a longer word."""
-_SENTENCE = re.compile(r"(?<=[.!?;])\s+|\n")
+_SENTENCE_BREAK = re.compile(r"(?<=[.!?;])\s+|\n")
 
-_TWIN = {"left": "right", "right": "left"}
-_LEFT_FOR_RIGHT = {
-    region.id: REGION_BY_NAME.get(f"{_TWIN[region.side]}{region.name.removeprefix(region.side)}")
+_OPPOSITE_SIDE = {"left": "right", "right": "left"}
+_COUNTERPART_BY_ID = {
+    region.id: REGION_BY_NAME.get(
+        f"{_OPPOSITE_SIDE[region.side]}{region.name.removeprefix(region.side)}"
+    )
     for region in REGIONS
     if region.side is not None
 }
-_NEW_ID = [0, *(twin.id if (twin := _LEFT_FOR_RIGHT.get(region.id)) else region.id for region in REGIONS)]
-_LONELY = [id for id, twin in _LEFT_FOR_RIGHT.items() if twin is None] + [
-    REGION_BY_NAME[name].id for name in ("liver", "spleen", "stomach", "other upper abdominal organs")
+_MIRRORED_IDS = [
+    0,
+    *(twin.id if (twin := _COUNTERPART_BY_ID.get(region.id)) else region.id for region in REGIONS),
+]
+_UNPAIRED_IDS = [id for id, twin in _COUNTERPART_BY_ID.items() if twin is None] + [
+    REGION_BY_NAME[name].id
+    for name in ("liver", "spleen", "stomach", "other upper abdominal organs")
 ]
 """Regions on one side without a counterpart. The heart and the vessels of the middle stay what they are."""
 
 
 def mirror_text(text: str) -> str | None:
     """A text with its sides exchanged, or None where that might be false of the mirror image (see the module)."""
-    plain = all(found[0] in _PLAIN for found in _ABBREVIATED.finditer(text))
-    if not plain or _ONE_SIDED.search(text) or _GLUED.search(text):
+    plain = all(found[0] in _KNOWN_ABBREVIATIONS for found in _ABBREVIATION.finditer(text))
+    if not plain or _ONE_SIDED_TERM.search(text) or _SIDE_IN_LONGER_WORD.search(text):
         return None
-    if any(_SIDE.search(sentence) and _MIDDLE.search(sentence) for sentence in _SENTENCE.split(text)):
+    if any(
+        _SIDE_WORD.search(sentence) and _MIDLINE_ORGAN.search(sentence)
+        for sentence in _SENTENCE_BREAK.split(text)
+    ):
         return None
-    if any(word != word.lower() and word not in (word.upper(), word.capitalize()) for word in _SIDE.findall(text)):
+    if any(
+        word != word.lower() and word not in (word.upper(), word.capitalize())
+        for word in _SIDE_WORD.findall(text)
+    ):
         return None
-    return _SIDE.sub(_exchange, text)
+    return _SIDE_WORD.sub(_swap_side, text)
 
 
-def _exchange(found: re.Match[str]) -> str:
-    word, other = found[0], _OTHER[found[0].lower()]
+def _swap_side(found: re.Match[str]) -> str:
+    word, other = found[0], _OPPOSITE_WORD[found[0].lower()]
     return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
 
 
-def mirror(batch: Batch, wanted: Sequence[int]) -> Batch:
+def mirror_samples(batch: Batch, indexes: Sequence[int]) -> Batch:
     """A copy of a batch in which the wanted samples are mirrored, as far as that is safe.
 
     A hidden region map (`regions_known` False) keeps none from being mirrored; it is emptied then.
     """
-    metas = {i: _mirror_meta(batch.meta[i], batch.ct.shape[-1]) for i in wanted}
-    safe = {i: meta for i, meta in metas.items() if meta is not None and _map_is_safe(batch, i)}
+    metas = {i: _mirror_meta(batch.metas[i], batch.ct.shape[-1]) for i in indexes}
+    safe = {i: meta for i, meta in metas.items() if meta is not None and _can_mirror_map(batch, i)}
     if not safe:
         return batch
     ct, lesions, regions = batch.ct.clone(), batch.lesions.clone(), batch.regions.clone()
-    new_id = torch.tensor(_NEW_ID, dtype=regions.dtype, device=regions.device)
-    reports, every_meta = list(batch.reports), list(batch.meta)
+    new_id = torch.tensor(_MIRRORED_IDS, dtype=regions.dtype, device=regions.device)
+    reports, every_meta = list(batch.reports), list(batch.metas)
     for i, meta in safe.items():
         ct[i], lesions[i] = batch.ct[i].flip(-1), batch.lesions[i].flip(-1)
         regions[i] = new_id[batch.regions[i].flip(-1).long()] if batch.regions_known[i] else 0
-        reports[i], every_meta[i] = report_text(meta.findings, meta.impression), meta
-    return replace(batch, ct=ct, lesions=lesions, regions=regions, reports=reports, meta=every_meta)
+        reports[i], every_meta[i] = join_report_sections(meta.findings, meta.impression), meta
+    return replace(
+        batch, ct=ct, lesions=lesions, regions=regions, reports=reports, metas=every_meta
+    )
 
 
-def _map_is_safe(batch: Batch, i: int) -> bool:
-    lonely = torch.tensor(_LONELY, dtype=batch.regions.dtype, device=batch.regions.device)
+def _can_mirror_map(batch: Batch, i: int) -> bool:
+    lonely = torch.tensor(_UNPAIRED_IDS, dtype=batch.regions.dtype, device=batch.regions.device)
     return not (bool(batch.regions_known[i]) and bool(torch.isin(batch.regions[i], lonely).any()))
 
 
@@ -119,11 +157,19 @@ def _mirror_meta(meta: SampleMeta, width: int) -> SampleMeta | None:
         meta.findings and mirror_text(meta.findings),
         meta.impression and mirror_text(meta.impression),
     )
-    if (findings is None) != (meta.findings is None) or (impression is None) != (meta.impression is None):
+    if (findings is None) != (meta.findings is None) or (impression is None) != (
+        meta.impression is None
+    ):
         return None
     grid, flip = np.array(meta.geometry.grid_affine), np.eye(4)
     flip[2, 2], flip[2, 3] = -1, width - 1
     reflection = grid @ flip @ np.linalg.inv(grid)
     native = (reflection @ np.array(meta.geometry.native_affine)).tolist()
-    geometry = Geometry(meta.geometry.grid_affine, meta.geometry.native_shape, native)
-    return replace(meta, findings=findings, impression=impression, geometry=geometry, source=f"{meta.source}, mirrored")
+    geometry = GridGeometry(meta.geometry.grid_affine, meta.geometry.native_shape, native)
+    return replace(
+        meta,
+        findings=findings,
+        impression=impression,
+        geometry=geometry,
+        source=f"{meta.source}, mirrored",
+    )

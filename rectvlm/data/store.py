@@ -18,52 +18,63 @@ import fsspec
 
 from rectvlm.types import UserError
 
-_TRIES = 4
-_FIRST_PAUSE = 0.25
+_MAX_ATTEMPTS = 4
+_FIRST_RETRY_SECONDS = 0.25
 """Seconds before the second try; each further pause is four times as long."""
-_SILENCE_SECONDS = 60.0
+_READ_TIMEOUT_SECONDS = 60.0
 """How long a web server may send nothing. The whole answer may take any time: a shard over a slow line does."""
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+_TEMPORARY_FILE = re.compile(r"\..+\.\d+\.tmp")
 _T = TypeVar("_T")
 
 
-class Store:
+class ShardStore:
     """Files by name in one folder; names may hold `/`. Safe to send to another process."""
 
-    def __init__(self, place: "str | Path | Store") -> None:
+    def __init__(self, path_or_url: "str | Path | ShardStore") -> None:
         """Open a folder by path or URL; nothing is made or read yet.
 
         Raises:
             UserError: a URL whose protocol is unknown or lacks its package.
         """
-        self.place: str = str(place.place if isinstance(place, Store) else place).rstrip("/") or "/"
-        self.folder: Path | None = None
-        if "://" not in self.place or self.place.startswith("file://"):
-            self.folder = Path(self.place.removeprefix("file://"))
+        self.path_or_url: str = (
+            str(
+                path_or_url.path_or_url if isinstance(path_or_url, ShardStore) else path_or_url
+            ).rstrip("/")
+            or "/"
+        )
+        self.local_folder: Path | None = None
+        if "://" not in self.path_or_url or self.path_or_url.startswith("file://"):
+            self.local_folder = Path(self.path_or_url.removeprefix("file://"))
             return
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.place, **_options(self.place))
+            self._fs, self._root = fsspec.core.url_to_fs(
+                self.path_or_url, **_fsspec_options(self.path_or_url)
+            )
         except (ValueError, ImportError) as error:
             raise UserError(
-                f"{self.place} cannot be opened ({error}): give a folder or a URL whose fsspec package is installed."
+                f"{self.path_or_url} cannot be opened ({error}): give a folder or a URL whose fsspec package is installed."
             ) from None
 
     def __str__(self) -> str:
-        return self.place
+        return self.path_or_url
 
     def __truediv__(self, name: str) -> str:
         """The path or URL of a file, for messages."""
-        return str(self.folder / name) if self.folder is not None else f"{self.place}/{name}"
+        return (
+            str(self.local_folder / name)
+            if self.local_folder is not None
+            else f"{self.path_or_url}/{name}"
+        )
 
-    def read(self, name: str) -> bytes:
+    def read_file(self, name: str) -> bytes:
         """A whole file.
 
         Raises:
             OSError: it is not there (`FileNotFoundError`) or cannot be read.
         """
-        if self.folder is not None:
-            return (self.folder / name).read_bytes()
-        return bytes(self._patiently(lambda: self._fs.cat_file(self._at(name))))
+        if self.local_folder is not None:
+            return (self.local_folder / name).read_bytes()
+        return bytes(self._call_with_retries(lambda: self._fs.cat_file(self._remote_path(name))))
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         """`size` bytes from `start` on; fewer where the file ends before.
@@ -73,105 +84,123 @@ class Store:
         Raises:
             OSError: as `read`.
         """
-        if self.folder is not None:
-            with (self.folder / name).open("rb") as file:
+        if self.local_folder is not None:
+            with (self.local_folder / name).open("rb") as file:
                 file.seek(start)
                 return file.read(size)
-        data = bytes(self._patiently(lambda: self._fs.cat_file(self._at(name), start=start, end=start + size)))
+        data = bytes(
+            self._call_with_retries(
+                lambda: self._fs.cat_file(self._remote_path(name), start=start, end=start + size)
+            )
+        )
         if len(data) > size:
-            raise OSError("the server sends whole files where a part is asked for; it must support range requests")
+            raise OSError(
+                "the server sends whole files where a part is asked for; it must support range requests"
+            )
         return data
 
-    def size(self, name: str) -> int | None:
+    def file_size(self, name: str) -> int | None:
         """Size of a file, bytes; None when it is not there."""
-        if self.folder is not None:
-            path = self.folder / name
+        if self.local_folder is not None:
+            path = self.local_folder / name
             return path.stat().st_size if path.is_file() else None
         try:
-            return int(self._patiently(lambda: self._fs.size(self._at(name))))
+            return int(self._call_with_retries(lambda: self._fs.size(self._remote_path(name))))
         except FileNotFoundError:
             return None
 
-    def names(self, folder: str = "") -> list[str]:
+    def list_names(self, folder: str = "") -> list[str]:
         """Names of the files right in the store, or in one of its folders; sorted."""
-        return sorted(self.sizes(folder))
+        return sorted(self.list_sizes(folder))
 
-    def sizes(self, folder: str = "") -> dict[str, int]:
+    def list_sizes(self, folder: str = "") -> dict[str, int]:
         """Bytes of each file right in the store, or in one of its folders, by one listing."""
-        if self.folder is not None:
-            root = self.folder / folder
+        if self.local_folder is not None:
+            root = self.local_folder / folder
             files = (path for path in root.iterdir() if path.is_file()) if root.is_dir() else ()
             found = {path.name: path.stat().st_size for path in files}
         else:
             try:
                 # Anew each time: s3fs would answer from what it listed before other processes wrote.
                 self._fs.invalidate_cache()
-                listed = self._patiently(lambda: self._fs.ls(self._at(folder), detail=True))
+                listed = self._call_with_retries(
+                    lambda: self._fs.ls(self._remote_path(folder), detail=True)
+                )
             except FileNotFoundError:
                 listed = []
-            found = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in listed if entry["type"] == "file"}
-        return {f"{folder}/{name}" if folder else name: int(size or 0) for name, size in found.items()}
+            found = {
+                entry["name"].rsplit("/", 1)[-1]: entry["size"]
+                for entry in listed
+                if entry["type"] == "file"
+            }
+        return {
+            f"{folder}/{name}" if folder else name: int(size or 0) for name, size in found.items()
+        }
 
-    def remove(self, name: str) -> None:
+    def remove_file(self, name: str) -> None:
         """Remove a file, if it is there."""
-        if self.folder is not None:
-            (self.folder / name).unlink(missing_ok=True)
-        elif self.size(name) is not None:
-            self._patiently(lambda: self._fs.rm_file(self._at(name)))
+        if self.local_folder is not None:
+            (self.local_folder / name).unlink(missing_ok=True)
+        elif self.file_size(name) is not None:
+            self._call_with_retries(lambda: self._fs.rm_file(self._remote_path(name)))
 
-    def write(self, name: str, data: bytes) -> None:
+    def write_file(self, name: str, data: bytes) -> None:
         """Write a whole file; see `writing`."""
-        with self.writing(name) as file:
+        with self.open_for_writing(name) as file:
             file.write(data)
 
-    def sweep(self, folder: str = "") -> None:
+    def remove_temporary_files(self, folder: str = "") -> None:
         """Remove the half-written files of processes that were killed; only where no other writes."""
-        for name in self.names(folder):
-            if self.folder is not None and _TEMPORARY.fullmatch(name.rpartition("/")[2]):
-                self.remove(name)
+        for name in self.list_names(folder):
+            if self.local_folder is not None and _TEMPORARY_FILE.fullmatch(name.rpartition("/")[2]):
+                self.remove_file(name)
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[IO[bytes]]:
+    def open_for_writing(self, name: str) -> Iterator[IO[bytes]]:
         """A file that appears under its name complete, or not at all; readable and seekable while it is written."""
-        if self.folder is not None:
-            with atomic_file(self.folder / name) as file:
+        if self.local_folder is not None:
+            with atomic_file(self.local_folder / name) as file:
                 yield file
             return
         # A file without a name, so that a kill leaves nothing in the temporary folder.
         with tempfile.TemporaryFile(prefix="rectvlm-") as temporary:
             yield temporary
             temporary.flush()
-            self._fs.makedirs(os.path.dirname(self._at(name)), exist_ok=True)
-            self._patiently(lambda: self._put(temporary, name))
+            self._fs.makedirs(os.path.dirname(self._remote_path(name)), exist_ok=True)
+            self._call_with_retries(lambda: self._upload_file(temporary, name))
 
-    def _put(self, file: IO[bytes], name: str) -> None:
+    def _upload_file(self, file: IO[bytes], name: str) -> None:
         file.seek(0)
-        self._fs.put_file(f"/dev/fd/{file.fileno()}", self._at(name))
+        self._fs.put_file(f"/dev/fd/{file.fileno()}", self._remote_path(name))
 
-    def _at(self, name: str) -> str:
+    def _remote_path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}".rstrip("/")
 
-    def _patiently(self, call: Callable[[], _T]) -> _T:
+    def _call_with_retries(self, call: Callable[[], _T]) -> _T:
         """The call's result; a failure that may pass is tried again, since a long run must outlive one lost reply."""
-        for attempt in range(_TRIES):
+        for attempt in range(_MAX_ATTEMPTS):
             try:
                 return call()
             except FileNotFoundError as error:  # without a reason, in most of fsspec
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(error)) from None
+                raise FileNotFoundError(
+                    errno.ENOENT, os.strerror(errno.ENOENT), str(error)
+                ) from None
             except Exception as error:
-                if attempt + 1 == _TRIES:
+                if attempt + 1 == _MAX_ATTEMPTS:
                     raise OSError(f"{type(error).__name__}: {error}") from error
-                time.sleep(_FIRST_PAUSE * 4**attempt)
+                time.sleep(_FIRST_RETRY_SECONDS * 4**attempt)
         raise AssertionError("unreachable")
 
 
-def _options(url: str) -> dict[str, Any]:
+def _fsspec_options(url: str) -> dict[str, Any]:
     """What fsspec is told beside the URL: aiohttp would give up after five minutes in all, and not notice silence."""
     if not url.startswith(("http://", "https://")):
         return {}
     import aiohttp
 
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE_SECONDS, sock_read=_SILENCE_SECONDS)
+    timeout = aiohttp.ClientTimeout(
+        total=None, sock_connect=_READ_TIMEOUT_SECONDS, sock_read=_READ_TIMEOUT_SECONDS
+    )
     return {"client_kwargs": {"timeout": timeout}}
 
 

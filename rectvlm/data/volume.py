@@ -1,6 +1,6 @@
 """A CT or mask file to an array with an affine.
 
-What its numbers mean is `rectvlm.data.hounsfield`, the way to the canonical grid and back `rectvlm.data.frame`; their
+What its numbers mean is `rectvlm.data.hounsfield`, the way to the canonical grid and back `rectvlm.data.canonical_grid`; their
 functions are named here too, so that who handles a volume imports one module.
 """
 
@@ -18,7 +18,12 @@ import psutil
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
-from rectvlm.data.frame import canonical_affine, mask_to_native, require_overlap, resample_to_grid
+from rectvlm.data.canonical_grid import (
+    canonical_affine,
+    mask_to_native,
+    require_overlap,
+    resample_to_grid,
+)
 from rectvlm.data.hounsfield import to_hu
 from rectvlm.types import Affine, InputError, Volume
 
@@ -33,14 +38,14 @@ __all__ = [
     "to_hu",
 ]
 
-_MAX_BYTES = 16 << 30
+_MAX_VOLUME_BYTES = 16 << 30
 _MAX_DEFLATE_RATIO = 1032
 """The most that DEFLATE can expand a byte."""
 _HEADER_BYTES = 540
-_HEADERS: dict[int, type[nib.Nifti1Header]] = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+_HEADER_CLASSES: dict[int, type[nib.Nifti1Header]] = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 
 
-def read_volume(path: Path, blank: Affine | None = None) -> Volume:
+def read_volume(path: Path, default_affine: Affine | None = None) -> Volume:
     """Read a CT from a NIfTI file; voxels keep their stored type where the header does not scale them.
 
     Args:
@@ -51,7 +56,7 @@ def read_volume(path: Path, blank: Affine | None = None) -> Volume:
             large for memory, no orientation, a spacing that is zero or not finite, voxels that are not finite, or one
             value throughout.
     """
-    volume = _read(path, blank)
+    volume = _read_nifti(path, default_affine)
     if min(volume.array.shape) == 1:
         raise InputError(
             path,
@@ -78,7 +83,7 @@ def read_mask(path: Path) -> Volume:
     Raises:
         UserError: as `read_volume`, or values that are not of a mask.
     """
-    volume = _read(path)
+    volume = _read_nifti(path)
     array = volume.array.astype(np.uint8)
     if (array != volume.array).any():
         low, high = volume.array.min(), volume.array.max()
@@ -92,13 +97,13 @@ def read_mask(path: Path) -> Volume:
     return Volume(array, volume.affine, volume.where)
 
 
-def _read(path: Path, blank: Affine | None = None) -> Volume:
-    packed = _is_packed(path)
-    header = _header(path, packed)
-    shape = _shape(header, path, packed)
-    affine = _affine(header, path, blank)
-    slope, inter = _scaling(header, path)
-    array = _voxels(header, shape, path, packed)
+def _read_nifti(path: Path, blank: Affine | None = None) -> Volume:
+    packed = _is_gzip(path)
+    header = _read_header(path, packed)
+    shape = _read_shape(header, path, packed)
+    affine = _read_affine(header, path, blank)
+    slope, inter = _read_scaling(header, path)
+    array = _read_voxels(header, shape, path, packed)
     if slope is not None and (slope, inter) != (1, 0):
         array = array.astype(np.float32) * np.float32(slope) + np.float32(inter)
     if array.dtype.kind == "f":
@@ -114,31 +119,47 @@ def _read(path: Path, blank: Affine | None = None) -> Volume:
     return Volume(array, affine, str(path))
 
 
-def _is_packed(path: Path) -> bool:
+def _is_gzip(path: Path) -> bool:
     """Whether a file is gzip; anything but a readable, regular, non-empty file is refused before it is opened."""
     wanted = "a NIfTI file (.nii or .nii.gz)"
     try:
         kind = path.stat()
         if stat.S_ISDIR(kind.st_mode):
             raise InputError(
-                path, "is a folder", expected=wanted, found="a folder", remedy="convert DICOM with dcm2niix"
+                path,
+                "is a folder",
+                expected=wanted,
+                found="a folder",
+                remedy="convert DICOM with dcm2niix",
             )
         if not stat.S_ISREG(kind.st_mode):
             # Opening a pipe would wait for ever.
-            raise InputError(path, "is not a file", expected=wanted, found="a pipe or device", remedy="copy it again")
+            raise InputError(
+                path,
+                "is not a file",
+                expected=wanted,
+                found="a pipe or device",
+                remedy="copy it again",
+            )
         if kind.st_size == 0:
-            raise InputError(path, "is empty", expected=wanted, found="0 bytes", remedy="copy or export it again")
+            raise InputError(
+                path, "is empty", expected=wanted, found="0 bytes", remedy="copy or export it again"
+            )
         with path.open("rb") as file:
             return file.read(2) == b"\x1f\x8b"
     except FileNotFoundError:
         raise InputError(
-            path, "does not exist", expected=wanted, found="nothing", remedy="download it or correct the path"
+            path,
+            "does not exist",
+            expected=wanted,
+            found="nothing",
+            remedy="download it or correct the path",
         ) from None
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable_error(path, error) from None
 
 
-def _unreadable(path: Path, error: OSError) -> InputError:
+def _unreadable_error(path: Path, error: OSError) -> InputError:
     return InputError(
         path,
         "cannot be read",
@@ -148,12 +169,12 @@ def _unreadable(path: Path, error: OSError) -> InputError:
     )
 
 
-def _header(path: Path, packed: bool) -> nib.Nifti1Header:
+def _read_header(path: Path, packed: bool) -> nib.Nifti1Header:
     try:
         with gzip.open(path, "rb") if packed else path.open("rb") as file:
             block = file.read(_HEADER_BYTES)
         size = {int.from_bytes(block[:4], order): order for order in ("little", "big")}
-        kind = next((_HEADERS[n] for n in size if n in _HEADERS), None)
+        kind = next((_HEADER_CLASSES[n] for n in size if n in _HEADER_CLASSES), None)
         if kind is None:
             raise HeaderDataError("a file that starts with something else")
         if len(block) < kind.template_dtype.itemsize:
@@ -163,8 +184,17 @@ def _header(path: Path, packed: bool) -> nib.Nifti1Header:
         if int(header["datatype"]) not in nib.nifti1.data_type_codes.dtype:
             raise HeaderDataError(f"the unknown voxel type {int(header['datatype'])}")
         if not kind.template_dtype.itemsize + 4 <= header["vox_offset"] < 1 << 20:
-            raise HeaderDataError(f"voxels that would start at byte {float(header['vox_offset']):g}")
-    except (HeaderDataError, nib.spatialimages.HeaderTypeError, EOFError, zlib.error, OSError, ValueError) as error:
+            raise HeaderDataError(
+                f"voxels that would start at byte {float(header['vox_offset']):g}"
+            )
+    except (
+        HeaderDataError,
+        nib.spatialimages.HeaderTypeError,
+        EOFError,
+        zlib.error,
+        OSError,
+        ValueError,
+    ) as error:
         raise InputError(
             path,
             "is not a NIfTI file",
@@ -183,7 +213,7 @@ def _header(path: Path, packed: bool) -> nib.Nifti1Header:
     return header
 
 
-def _shape(header: nib.Nifti1Header, path: Path, packed: bool) -> tuple[int, int, int]:
+def _read_shape(header: nib.Nifti1Header, path: Path, packed: bool) -> tuple[int, int, int]:
     """The three sides; sizes are compared with the file and with memory before anything is allocated."""
     shape = tuple(int(n) for n in header.get_data_shape())
     if len(shape) < 3 or set(shape[3:]) - {1} or min(shape) < 1:
@@ -206,11 +236,11 @@ def _shape(header: nib.Nifti1Header, path: Path, packed: bool) -> tuple[int, int
     size = path.stat().st_size
     needed = int(np.prod(shape, dtype=object)) * dtype.itemsize
     end = needed + int(header["vox_offset"])
-    room = min(_MAX_BYTES, psutil.virtual_memory().available)
+    room = min(_MAX_VOLUME_BYTES, psutil.virtual_memory().available)
     if not packed and end > size:
-        raise _cut_short(path, end, size)
+        raise _truncated_error(path, end, size)
     if not packed and size - end >= needed // shape[2]:
-        raise _too_long(path, end, size)
+        raise _trailing_bytes_error(path, end, size)
     if needed > room or needed > size * _MAX_DEFLATE_RATIO:
         raise InputError(
             path,
@@ -222,7 +252,7 @@ def _shape(header: nib.Nifti1Header, path: Path, packed: bool) -> tuple[int, int
     return shape[0], shape[1], shape[2]
 
 
-def _cut_short(path: Path, expected: int, found: int) -> InputError:
+def _truncated_error(path: Path, expected: int, found: int) -> InputError:
     return InputError(
         path,
         "is cut short",
@@ -232,7 +262,7 @@ def _cut_short(path: Path, expected: int, found: int) -> InputError:
     )
 
 
-def _too_long(path: Path, expected: int, found: int) -> InputError:
+def _trailing_bytes_error(path: Path, expected: int, found: int) -> InputError:
     return InputError(
         path,
         "holds more than its header says",
@@ -242,7 +272,7 @@ def _too_long(path: Path, expected: int, found: int) -> InputError:
     )
 
 
-def _scaling(header: nib.Nifti1Header, path: Path) -> tuple[float | None, float | None]:
+def _read_scaling(header: nib.Nifti1Header, path: Path) -> tuple[float | None, float | None]:
     """Slope and intercept of the header; None for both where it does not scale."""
     try:
         slope, inter = header.get_slope_inter()
@@ -257,11 +287,11 @@ def _scaling(header: nib.Nifti1Header, path: Path) -> tuple[float | None, float 
     return slope, inter
 
 
-def _affine(header: nib.Nifti1Header, path: Path, blank: Affine | None) -> Affine:
+def _read_affine(header: nib.Nifti1Header, path: Path, blank: Affine | None) -> Affine:
     zooms = header["pixdim"][1:4].astype(float)
     codes = int(header["sform_code"]), int(header["qform_code"])
     if not (np.isfinite(zooms).all() and (zooms > 0).all()):
-        raise _bad_spacing(path, f"{zooms.tolist()} mm")
+        raise _bad_spacing_error(path, f"{zooms.tolist()} mm")
     if not any(codes):
         if blank is not None:
             return blank
@@ -273,7 +303,11 @@ def _affine(header: nib.Nifti1Header, path: Path, blank: Affine | None) -> Affin
             remedy="convert the DICOM series again, with its orientation",
         )
     try:
-        forms = [form for form, code in zip((header.get_sform, header.get_qform), codes, strict=True) if code]
+        forms = [
+            form
+            for form, code in zip((header.get_sform, header.get_qform), codes, strict=True)
+            if code
+        ]
         affines = [np.asarray(form(), np.float64) for form in forms]
     except (HeaderDataError, ValueError, np.linalg.LinAlgError) as error:
         raise InputError(
@@ -286,7 +320,7 @@ def _affine(header: nib.Nifti1Header, path: Path, blank: Affine | None) -> Affin
     for affine in affines:
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
         if not (np.isfinite(affine).all() and ((spacing > 1e-3) & (spacing < 1e3)).all()):
-            raise _bad_spacing(path, f"{spacing.round(4).tolist()} mm in its affine")
+            raise _bad_spacing_error(path, f"{spacing.round(4).tolist()} mm in its affine")
         skew = abs(np.linalg.det(affine[:3, :3] / spacing))
         if skew < 0.5:
             raise InputError(
@@ -309,7 +343,7 @@ def _affine(header: nib.Nifti1Header, path: Path, blank: Affine | None) -> Affin
     return affines[0]
 
 
-def _bad_spacing(path: Path, found: str) -> InputError:
+def _bad_spacing_error(path: Path, found: str) -> InputError:
     return InputError(
         path,
         "has an impossible voxel size",
@@ -319,12 +353,16 @@ def _bad_spacing(path: Path, found: str) -> InputError:
     )
 
 
-def _voxels(header: nib.Nifti1Header, shape: tuple[int, int, int], path: Path, packed: bool) -> NDArray[Any]:
+def _read_voxels(
+    header: nib.Nifti1Header, shape: tuple[int, int, int], path: Path, packed: bool
+) -> NDArray[Any]:
     """Stored numbers (i, j, k) in Fortran order, without a detour over float64."""
     dtype, offset = header.get_data_dtype(), int(header["vox_offset"])
     count = int(np.prod(shape))
     if packed:
-        data = _gunzip(path, offset + count * dtype.itemsize, count // shape[2] * dtype.itemsize)
+        data = _decompress_gzip(
+            path, offset + count * dtype.itemsize, count // shape[2] * dtype.itemsize
+        )
         array = np.frombuffer(data, dtype, count, offset)
     else:
         array = np.fromfile(path, dtype, count, offset=offset)
@@ -333,13 +371,13 @@ def _voxels(header: nib.Nifti1Header, shape: tuple[int, int, int], path: Path, p
     return array.astype(array.dtype.newbyteorder("="), copy=False).reshape(shape, order="F")
 
 
-class _Scratch(threading.local):
+class _ReadBuffer(threading.local):
     """Memory for the bytes of one file at a time; taking it anew for each costs more than reading them."""
 
     def __init__(self) -> None:
         self.memory = bytearray()
 
-    def fill(self, path: Path) -> memoryview:
+    def read_file(self, path: Path) -> memoryview:
         """The bytes of a file, until the next call."""
         size, done = path.stat().st_size, 0
         if len(self.memory) < size:
@@ -351,18 +389,18 @@ class _Scratch(threading.local):
         return view[:done]
 
 
-_scratch = _Scratch()
+_read_buffer = _ReadBuffer()
 
 
-def _gunzip(path: Path, needed: int, surplus: int) -> bytes | bytearray:
+def _decompress_gzip(path: Path, needed: int, surplus: int) -> bytes | bytearray:
     """The first `needed` bytes of a gzip file with less than `surplus` more.
 
     By libdeflate where it is one plain member, by the standard library else.
     """
     try:
-        data = _scratch.fill(path)
+        data = _read_buffer.read_file(path)
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable_error(path, error) from None
     # The trailer holds the size of the last member, which is the only one in nearly every file.
     if int.from_bytes(data[-4:], "little") == needed:
         try:
@@ -385,7 +423,7 @@ def _gunzip(path: Path, needed: int, surplus: int) -> bytes | bytearray:
             remedy="copy it again",
         ) from None
     if len(part) < needed:
-        raise _cut_short(path, needed, len(part))
+        raise _truncated_error(path, needed, len(part))
     if rest >= surplus:
-        raise _too_long(path, needed, needed + rest)
+        raise _trailing_bytes_error(path, needed, needed + rest)
     return part

@@ -19,47 +19,50 @@ from typing import Any
 from pydantic import ValidationError
 
 from rectvlm.data.store import atomic_file
-from rectvlm.evaluate.cases import RECORD, CaseRecord, Purpose
-from rectvlm.evaluate.options import short
+from rectvlm.evaluate.case_records import CASE_RECORD_ADAPTER, CasePurpose, CaseRecord
+from rectvlm.evaluate.options import hash_fingerprint
 from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
 
-Slot = tuple[Purpose, int]
+CaseId = tuple[CasePurpose, int]
 """Purpose and position of a case."""
 POLL_SECONDS = 0.5
-STALLED_SECONDS = 1800.0
+STALL_TIMEOUT_SECONDS = 1800.0
 """Silence of all other processes after which the first one gives up; a batch of long reports takes minutes."""
 
 
-class Journal:
+class EvaluationJournal:
     """The results of one fingerprint: those of this process, and what others left."""
 
     def __init__(self, out: Path, fingerprint: dict[str, Any], rank: int) -> None:
         """Open the folder in `out`, without writing yet."""
-        self.folder = out / "cases" / short(fingerprint)
+        self.folder = out / "cases" / hash_fingerprint(fingerprint)
         self.fingerprint = fingerprint
-        self.own = self.folder / f"rank-{rank:04d}.jsonl"
+        self.rank_file = self.folder / f"rank-{rank:04d}.jsonl"
         self._read: dict[Path, int] = {}
-        self._found: dict[Slot, CaseRecord] = {}
+        self._found: dict[CaseId, CaseRecord] = {}
         self._begun = False
 
-    def append(self, records: Iterable[CaseRecord]) -> None:
+    def append_records(self, records: Iterable[CaseRecord]) -> None:
         """Write results, forced to the disk."""
-        if not self.own.exists():
+        if not self.rank_file.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(self.folder / "fingerprint.json") as file:
                 file.write((json.dumps(self.fingerprint, indent=2) + "\n").encode())
         if not self._begun:
-            _cut_torn_line(self.own)
+            _truncate_partial_line(self.rank_file)
             self._begun = True
-        lines = [json.dumps(record.as_dict(), ensure_ascii=False, allow_nan=False) + "\n" for record in records]
-        with self.own.open("ab") as file:
+        lines = [
+            json.dumps(record.as_dict(), ensure_ascii=False, allow_nan=False) + "\n"
+            for record in records
+        ]
+        with self.rank_file.open("ab") as file:
             file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())
 
-    def found(self) -> dict[Slot, CaseRecord]:
+    def read_records(self) -> dict[CaseId, CaseRecord]:
         """All results so far, of all processes; files are read from where the last call ended."""
         for path in sorted(self.folder.glob("rank-*.jsonl")):
             start = self._read.get(path, 0)
@@ -70,14 +73,16 @@ class Journal:
             self._read[path] = start + end
             for line in data[:end].splitlines():
                 try:
-                    record = RECORD.validate_json(line)
+                    record = CASE_RECORD_ADAPTER.validate_json(line)
                 except ValidationError:
                     log.warning("A line of %s is damaged; its case is done again.", path)
                     continue
                 self._found.setdefault((record.purpose, record.position), record)
         return self._found
 
-    def wait(self, expected: Iterable[Slot], stalled: float = STALLED_SECONDS) -> dict[Slot, CaseRecord]:
+    def wait_for_records(
+        self, expected: Iterable[CaseId], timeout_seconds: float = STALL_TIMEOUT_SECONDS
+    ) -> dict[CaseId, CaseRecord]:
         """All expected results, as soon as other processes have written theirs.
 
         Raises:
@@ -86,16 +91,16 @@ class Journal:
         slots = list(expected)
         last, count, told = time.monotonic(), -1, False
         while True:
-            found = self.found()
+            found = self.read_records()
             missing = [slot for slot in slots if slot not in found]
             if not missing:
                 return found
             if len(found) != count:
                 last, count = time.monotonic(), len(found)
-            elif time.monotonic() - last > stalled:
+            elif time.monotonic() - last > timeout_seconds:
                 raise UserError(
                     f"{len(missing)} of {len(slots)} cases are missing in {self.folder} and no process has written any "
-                    f"for {stalled:.0f} s: give the same command again, it goes on with these."
+                    f"for {timeout_seconds:.0f} s: give the same command again, it goes on with these."
                 )
             if not told:
                 log.info("Waiting for %d cases of the other processes", len(missing))
@@ -103,7 +108,7 @@ class Journal:
             time.sleep(POLL_SECONDS)
 
 
-def _cut_torn_line(path: Path) -> None:
+def _truncate_partial_line(path: Path) -> None:
     """Remove what a kill left of a last line, so that the next one does not join it."""
     if not path.is_file():
         return

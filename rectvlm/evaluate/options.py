@@ -7,40 +7,40 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rectvlm import checkpoint as checkpoints
-from rectvlm import weights
+from rectvlm import pretrained
+from rectvlm.checkpoint import run_checkpoint as checkpoints
+from rectvlm.checkpoint.manifest import UNLISTED_FILES
 from rectvlm.config import Config
-from rectvlm.data.shards import INDEX
-from rectvlm.data.store import Store
-from rectvlm.metrics.surfaces import TOLERANCE_MM
+from rectvlm.data.shards import SHARD_INDEX_FILE
+from rectvlm.data.store import ShardStore
+from rectvlm.metrics.surface_distances import SURFACE_TOLERANCE_MM
 from rectvlm.types import Split
-from rectvlm.weights.manifest import FREE
 
 LESION_THRESHOLD = 0.5
 """At or above which probability a voxel belongs to a lesion, as in prediction."""
-PACKAGE = Path(__file__).parents[1]
-DECIDING = (
-    "checkpoint.py",
+PACKAGE_FOLDER = Path(__file__).parents[1]
+FINGERPRINTED_CODE = (
+    "checkpoint/run_checkpoint.py",
     "data",
-    "evaluate/cases.py",
-    "evaluate/native.py",
+    "evaluate/case_records.py",
+    "evaluate/native_grid.py",
     "labels.py",
     "metrics/lesions.py",
-    "metrics/localization.py",
-    "metrics/surfaces.py",
+    "metrics/lesion_overlap.py",
+    "metrics/surface_distances.py",
     "models",
-    "places.py",
-    "pretrained.py",
+    "lesion_places.py",
+    "checkpoint/model_folder.py",
     "types.py",
 )
 """Code that decides what is found in a case; the rest makes figures of it, anew each time. A test reads the imports of
 these files: each must lead to another of them, or to one that the test names as deciding nothing."""
-BLOCK, BLOCKS = 1 << 16, 64
+SAMPLED_BLOCK_BYTES, SAMPLED_BLOCKS = 1 << 16, 64
 """Bytes of a block, and blocks of a file, by which a base model is recognized."""
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """All that decides a case's results, beside checkpoint and shards, and what is made of them."""
 
     split: Split = "valid"
@@ -55,7 +55,7 @@ class Options:
     """Folder of the lesions' outlines as they were drawn, KEY/LESION.nii.gz; else those of the shards."""
     hide_regions: bool = False
     """Treat every region map as unknown, as prediction does."""
-    surface_tolerance: float = TOLERANCE_MM
+    surface_tolerance: float = SURFACE_TOLERANCE_MM
     """Of the surface Dice, mm."""
     thresholds: Literal["fit", "stored"] = "fit"
     """Fit thresholds of the findings on the train split, or take those that lie with the checkpoint."""
@@ -69,15 +69,20 @@ class Options:
     """Of the resamples."""
     plots: bool = True
 
-    def deciding(self) -> dict[str, Any]:
+    def fingerprint_fields(self) -> dict[str, Any]:
         """The options on which the results of a case depend, and those that say which cases there are."""
         left_out = {"thresholds", "labeler", "bootstrap", "seed", "plots", "truth"}
         chosen = {name: value for name, value in asdict(self).items() if name not in left_out}
         return chosen | {"lesion_threshold": LESION_THRESHOLD}
 
 
-def fingerprint(
-    checkpoint: Path, config: Config, shards: Store, device: str, options: Options, writes: bool = False
+def compute_fingerprint(
+    checkpoint: Path,
+    config: Config,
+    shards: ShardStore,
+    device: str,
+    options: EvaluationOptions,
+    has_reports: bool = False,
 ) -> dict[str, Any]:
     """What results must have in common to be put together: the same weights, samples, options, code and versions.
 
@@ -97,21 +102,23 @@ def fingerprint(
         UserError: the language model is not there.
     """
     trained = sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("adapter/*.safetensors")])
-    code = [file for part in DECIDING for file in _sources(PACKAGE / part)]
+    code = [
+        file for part in FINGERPRINTED_CODE for file in _list_source_files(PACKAGE_FOLDER / part)
+    ]
     return {
         "weights": _hash_files(trained, checkpoint),
-        "language_model": base_model(config.generator.model) if writes else None,
+        "language_model": identify_language_model(config.generator.model) if has_reports else None,
         "config": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
-        "shards": hashlib.sha256(shards.read(INDEX)).hexdigest(),
-        "truth": None if options.truth is None else _listing(options.truth),
-        "code": _hash_files(code, PACKAGE),
+        "shards": hashlib.sha256(shards.read_file(SHARD_INDEX_FILE)).hexdigest(),
+        "truth": None if options.truth is None else _hash_file_stats(options.truth),
+        "code": _hash_files(code, PACKAGE_FOLDER),
         "device": device.partition(":")[0],
-        "versions": checkpoints.versions("numpy", "scipy", "monai"),
-        "options": options.deciding(),
+        "versions": checkpoints.package_versions("numpy", "scipy", "monai"),
+        "options": options.fingerprint_fields(),
     }
 
 
-def base_model(reference: str) -> dict[str, str | None]:
+def identify_language_model(reference: str) -> dict[str, str | None]:
     """What identifies a frozen language model, which no checkpoint holds.
 
     Of a folder its contents: the files are told apart by their sizes and by blocks spread over them, since a hash of
@@ -124,35 +131,37 @@ def base_model(reference: str) -> dict[str, str | None]:
     Raises:
         UserError: an unknown bundled name, or a path that does not exist.
     """
-    place = weights.resolve(reference)
+    place = pretrained.resolve_model(reference)
     if not Path(place).is_dir():
         return {"reference": reference, "contents": None}
     total = hashlib.sha256()
     for path in sorted(Path(place).iterdir()):
-        if path.is_file() and not path.name.startswith(".") and path.name not in FREE:
-            total.update(f"{path.name} {path.stat().st_size} {_sampled(path)}\n".encode())
+        if path.is_file() and not path.name.startswith(".") and path.name not in UNLISTED_FILES:
+            total.update(
+                f"{path.name} {path.stat().st_size} {_hash_sampled_blocks(path)}\n".encode()
+            )
     return {"reference": reference, "contents": total.hexdigest()}
 
 
-def _sampled(path: Path) -> str:
+def _hash_sampled_blocks(path: Path) -> str:
     """Checksum of a file of up to 4 MiB, and of evenly spread blocks, the first and the last among them, of a larger
     one."""
     total, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as file:
-        if size <= BLOCK * BLOCKS:
+        if size <= SAMPLED_BLOCK_BYTES * SAMPLED_BLOCKS:
             return hashlib.file_digest(file, "sha256").hexdigest()
-        for number in range(BLOCKS):
-            file.seek(number * (size - BLOCK) // (BLOCKS - 1))
-            total.update(file.read(BLOCK))
+        for number in range(SAMPLED_BLOCKS):
+            file.seek(number * (size - SAMPLED_BLOCK_BYTES) // (SAMPLED_BLOCKS - 1))
+            total.update(file.read(SAMPLED_BLOCK_BYTES))
     return total.hexdigest()
 
 
-def short(found: dict[str, Any]) -> str:
+def hash_fingerprint(fingerprint: dict[str, Any]) -> str:
     """A fingerprint as the name of a folder."""
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _sources(path: Path) -> list[Path]:
+def _list_source_files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(path.rglob("*.py"))
 
 
@@ -160,12 +169,16 @@ def _hash_files(files: Iterable[Path], root: Path) -> str:
     total = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
-            total.update(f"{path.relative_to(root)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            total.update(
+                f"{path.relative_to(root)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
+            )
     return total.hexdigest()
 
 
-def _listing(folder: Path) -> str:
+def _hash_file_stats(folder: Path) -> str:
     """Names, sizes and times of the outlines; they may be many GB."""
     stats = ((path, path.stat()) for path in sorted(folder.rglob("*.nii*")))
-    text = "".join(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in stats)
+    text = "".join(
+        f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in stats
+    )
     return hashlib.sha256(text.encode()).hexdigest()

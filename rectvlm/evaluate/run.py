@@ -14,44 +14,57 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rectvlm import checkpoint as checkpoints
+from rectvlm.checkpoint import run_checkpoint as checkpoints
 from rectvlm.config import Config, DataConfig
-from rectvlm.data.loader import Loader, ShardDataset
+from rectvlm.data.loader import BatchLoader, ShardDataset
 from rectvlm.data.shards import read_index
-from rectvlm.data.store import Store, atomic_file
+from rectvlm.data.store import ShardStore, atomic_file
 from rectvlm.evaluate import summary, tables
-from rectvlm.evaluate.cases import CaseRecord, Purpose, check_truth, examine
-from rectvlm.evaluate.journal import Journal
-from rectvlm.evaluate.machine import machine
-from rectvlm.evaluate.options import Options, fingerprint
-from rectvlm.evaluate.ranks import Ranks, ranks_of_environment
-from rectvlm.evaluate.regions import RegionMaps
-from rectvlm.evaluate.reports import reports as compare_reports
-from rectvlm.evaluate.scans import Scans, by_scan
-from rectvlm.evaluate.selection import are_same, selected_on
-from rectvlm.evaluate.thresholds import decide
-from rectvlm.metrics import Thresholds
-from rectvlm.metrics.labelers import Labeler, get_labeler
+from rectvlm.evaluate.case_records import (
+    CasePurpose,
+    CaseRecord,
+    evaluate_batch,
+    require_truth_folder,
+)
+from rectvlm.evaluate.journal import EvaluationJournal
+from rectvlm.evaluate.options import EvaluationOptions, compute_fingerprint
+from rectvlm.evaluate.process_ranks import ProcessRanks, read_ranks_from_environment
+from rectvlm.evaluate.region_maps import RegionMapUsage
+from rectvlm.evaluate.report_figures import evaluate_reports as compare_reports
+from rectvlm.evaluate.scans import ScanResults, group_by_scan
+from rectvlm.evaluate.selection import are_same_shards, was_selected_on
+from rectvlm.evaluate.thresholds import choose_thresholds
+from rectvlm.machine import describe_machine
+from rectvlm.metrics import FindingThresholds
+from rectvlm.metrics.report_labeler.labeler import ReportLabeler, load_labeler
 from rectvlm.types import Split
 
 log = logging.getLogger(__name__)
 
-LOG_EVERY = 10.0
+LOG_INTERVAL_SECONDS = 10.0
 """Seconds between two lines of progress."""
-METRICS = ("numpy", "scipy", "scikit-learn", "monai", "sacrebleu", "rouge-score", "bert-score")
+METRIC_PACKAGES = (
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "monai",
+    "sacrebleu",
+    "rouge-score",
+    "bert-score",
+)
 """Packages that decide a figure, beside those that decide what a model says."""
-CASES, REPORTS, TABLE = "cases.jsonl", "reports.jsonl", "metrics.md"
+CASES_FILE, REPORTS_FILE, TABLE_FILE = "cases.jsonl", "reports.jsonl", "metrics.md"
 
 
 @dataclass(frozen=True)
-class Unit:
+class PlannedBatch:
     """Cases that are predicted together: the same ones on any number of processes, since numbers depend on it."""
 
-    purpose: Purpose
+    purpose: CasePurpose
     positions: list[int]
 
 
-def evaluate(
+def evaluate_checkpoint(
     checkpoint: str | Path,
     shards: str | Path | None = None,
     split: Split = "valid",
@@ -86,34 +99,41 @@ def evaluate(
             not load, or a process that has stopped.
     """
     started = time.monotonic()
-    ranks = ranks_of_environment()
-    asked = Options(split=split, **options)
-    check_truth(asked.truth)
-    folder = checkpoints.find(checkpoint, "train first, or give a run's phase folder")
+    ranks = read_ranks_from_environment()
+    asked = EvaluationOptions(split=split, **options)
+    require_truth_folder(asked.truth)
+    folder = checkpoints.find_checkpoint(checkpoint, "train first, or give a run's phase folder")
     target = output_path(folder, split, out)
-    work = _Work(folder, shards, asked, ranks, ranks.device(device), target.parent)
+    work = _EvaluationRun(folder, shards, asked, ranks, ranks.choose_device(device), target.parent)
     # Before the hours of prediction, since it may not load.
-    labeler = get_labeler(asked.labeler) if ranks.first and work.has_reports else None
-    work.do()
-    if not ranks.first:
+    labeler = load_labeler(asked.labeler) if ranks.is_main and work.has_reports else None
+    work.predict_missing_cases()
+    if not ranks.is_main:
         return None
-    found = work.journal.wait([(unit.purpose, position) for unit in work.units for position in unit.positions])
-    records = {purpose: work.records(found, purpose) for purpose in ("evaluate", "fit")}
-    scans = by_scan(records["evaluate"])
+    found = work.journal.wait_for_records(
+        [(unit.purpose, position) for unit in work.units for position in unit.positions]
+    )
+    records = {purpose: work.select_records(found, purpose) for purpose in ("evaluate", "fit")}
+    scans = group_by_scan(records["evaluate"])
     stored_alone = asked.thresholds == "stored"
-    thresholds = decide(
-        folder, records["fit"], work.data.shards, stored_alone, bool(work.own_shards), asked.hide_regions
+    thresholds = choose_thresholds(
+        folder,
+        records["fit"],
+        work.data.shards,
+        stored_alone,
+        bool(work.has_training_shards),
+        asked.hide_regions,
     )
     facts = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "device": work.device,
-        "processes": ranks.world,
-        "versions": checkpoints.versions(*METRICS),
+        "processes": ranks.world_size,
+        "versions": checkpoints.package_versions(*METRIC_PACKAGES),
         "seconds": 0.0,
     }
-    result = _figures(work, scans, thresholds, labeler) | facts
+    result = _compute_metrics(work, scans, thresholds, labeler) | facts
     result["seconds"] = round(time.monotonic() - started, 1)
-    _write(target, result, records["evaluate"], scans, asked)
+    _write_results(target, result, records["evaluate"], scans, asked)
     return result
 
 
@@ -121,118 +141,183 @@ def output_path(checkpoint: str | Path, split: Split, out: str | Path | None) ->
     """Where `evaluate` writes the metrics: `out`, or `evaluation-SPLIT/metrics.json` in the checkpoint's folder."""
     if out is not None:
         return Path(out)
-    return checkpoints.find(checkpoint, "train first") / f"evaluation-{split}" / "metrics.json"
+    return (
+        checkpoints.find_checkpoint(checkpoint, "train first")
+        / f"evaluation-{split}"
+        / "metrics.json"
+    )
 
 
-class _Work:
+class _EvaluationRun:
     """The cases of an evaluation, which of them are this process's, and what is known of them."""
 
     def __init__(
-        self, folder: Path, shards: str | Path | None, options: Options, ranks: Ranks, device: str, out: Path
+        self,
+        folder: Path,
+        shards: str | Path | None,
+        options: EvaluationOptions,
+        ranks: ProcessRanks,
+        device: str,
+        out: Path,
     ) -> None:
         self.folder, self.options, self.ranks, self.device = folder, options, ranks, device
         self.config: Config = checkpoints.read_config(folder)
-        self.state = checkpoints.read_state(folder)
+        self.state = checkpoints.read_training_state(folder)
         chosen = {} if shards is None else {"shards": str(shards)}
         self.data: DataConfig = self.config.data.model_copy(update=chosen)
-        self.datasets: dict[Purpose, ShardDataset] = {"evaluate": ShardDataset(self.data, options.split)}
-        if options.thresholds == "fit" and read_index(self.data.shards).select("train"):
+        self.datasets: dict[CasePurpose, ShardDataset] = {
+            "evaluate": ShardDataset(self.data, options.split)
+        }
+        if options.thresholds == "fit" and read_index(self.data.shards).select_split("train"):
             self.datasets["fit"] = ShardDataset(self.data, "train")
         limits = {"evaluate": options.limit, "fit": options.fit_limit}
         self.units = [
-            Unit(purpose, list(range(start, min(start + options.batch_size, count))))
+            PlannedBatch(purpose, list(range(start, min(start + options.batch_size, count))))
             for purpose, dataset in self.datasets.items()
             for count in [min(len(dataset), limits[purpose] or len(dataset))]
             for start in range(0, count, options.batch_size)
         ]
         self.has_reports = "generator" in self.state.parts and options.reports
-        store = Store(self.data.shards)
-        self.fingerprint = fingerprint(folder, self.config, store, device, options, self.has_reports)
-        self.journal = Journal(out, self.fingerprint, ranks.rank)
+        store = ShardStore(self.data.shards)
+        self.fingerprint = compute_fingerprint(
+            folder, self.config, store, device, options, self.has_reports
+        )
+        self.journal = EvaluationJournal(out, self.fingerprint, ranks.rank)
 
     @cached_property
-    def own_shards(self) -> bool | None:
+    def has_training_shards(self) -> bool | None:
         """Whether the shards are those of the training; None where that cannot be known."""
-        return are_same(self.data.shards, self.config.data.shards)
+        return are_same_shards(self.data.shards, self.config.data.shards)
 
-    def do(self) -> None:
+    def predict_missing_cases(self) -> None:
         """Predict this process's cases that nothing is known of; the model is loaded only if there are any."""
-        found = self.journal.found()
-        own = self.units[self.ranks.rank :: self.ranks.world]
-        missing = [unit for unit in own if any((unit.purpose, place) not in found for place in unit.positions)]
-        done = sum(len(unit.positions) for unit in own) - sum(len(unit.positions) for unit in missing)
+        found = self.journal.read_records()
+        own = self.units[self.ranks.rank :: self.ranks.world_size]
+        missing = [
+            unit
+            for unit in own
+            if any((unit.purpose, place) not in found for place in unit.positions)
+        ]
+        done = sum(len(unit.positions) for unit in own) - sum(
+            len(unit.positions) for unit in missing
+        )
         if done:
-            log.info("Going on: %d of %d cases are there already", done, sum(len(unit.positions) for unit in own))
+            log.info(
+                "Going on: %d of %d cases are there already",
+                done,
+                sum(len(unit.positions) for unit in own),
+            )
         if not missing:
             return
         model, _ = checkpoints.load_model(self.folder, self.device)
         left, told = len(missing), time.monotonic()
         for purpose, dataset in self.datasets.items():
             units = [unit for unit in missing if unit.purpose == purpose]
-            for unit, batch in zip(units, Loader(dataset, [unit.positions for unit in units]), strict=True):
-                records = examine(model, batch, unit.positions, purpose, self.options)
-                self.journal.append(one for one in records if (purpose, one.position) not in found)
+            for unit, batch in zip(
+                units, BatchLoader(dataset, [unit.positions for unit in units]), strict=True
+            ):
+                records = evaluate_batch(model, batch, unit.positions, purpose, self.options)
+                self.journal.append_records(
+                    one for one in records if (purpose, one.position) not in found
+                )
                 left -= 1
-                if time.monotonic() - told > LOG_EVERY:
-                    log.info("%s%d of %d batches left", self._name(), left, len(missing))
+                if time.monotonic() - told > LOG_INTERVAL_SECONDS:
+                    log.info("%s%d of %d batches left", self._process_label(), left, len(missing))
                     told = time.monotonic()
 
-    def records(self, found: dict[tuple[Purpose, int], CaseRecord], purpose: Purpose) -> list[CaseRecord]:
+    def select_records(
+        self, found: dict[tuple[CasePurpose, int], CaseRecord], purpose: CasePurpose
+    ) -> list[CaseRecord]:
         """What was found of the cases of this evaluation, in their order."""
-        return [found[purpose, place] for unit in self.units if unit.purpose == purpose for place in unit.positions]
+        return [
+            found[purpose, place]
+            for unit in self.units
+            if unit.purpose == purpose
+            for place in unit.positions
+        ]
 
-    def _name(self) -> str:
-        return f"process {self.ranks.rank} of {self.ranks.world}: " if self.ranks.world > 1 else ""
+    def _process_label(self) -> str:
+        return (
+            f"process {self.ranks.rank} of {self.ranks.world_size}: "
+            if self.ranks.world_size > 1
+            else ""
+        )
 
 
-def _figures(work: _Work, scans: Scans, thresholds: Thresholds, labeler: Labeler | None) -> dict[str, Any]:
+def _compute_metrics(
+    work: _EvaluationRun,
+    scans: ScanResults,
+    thresholds: FindingThresholds,
+    labeler: ReportLabeler | None,
+) -> dict[str, Any]:
     """All figures, and what was measured."""
     options, parts = work.options, work.state.parts
-    drawn = summary.draw(scans.patients, options)
+    drawn = summary.draw_resamples(scans.patients, options)
     reports = None
     if labeler is not None:
-        patients = [one.patient for one in scans.reported()[1]]
-        reports = compare_reports(scans, work.config, labeler, summary.draw(patients, options))
+        patients = [one.patient for one in scans.select_report_cases()[1]]
+        reports = compare_reports(
+            scans, work.config, labeler, summary.draw_resamples(patients, options)
+        )
     return {
         "checkpoint": str(work.folder),
         "config": work.config.name,
         "step": work.state.step,
         "shards": work.data.shards,
         "split": options.split,
-        "selected_on_this_split": selected_on(work.folder, work.config, work.state, options.split, work.own_shards),
+        "selected_on_this_split": was_selected_on(
+            work.folder, work.config, work.state, options.split, work.has_training_shards
+        ),
         "n_cases": sum(len(volumes) for volumes in scans.volumes),
-        **RegionMaps.of(itertools.chain.from_iterable(scans.volumes), options.hide_regions).as_dict(),
+        **RegionMapUsage.from_records(
+            itertools.chain.from_iterable(scans.volumes), options.hide_regions
+        ).as_dict(),
         "n_scans": len(scans.names),
         "n_patients": len(set(scans.patients)),
         "limit": options.limit,
-        "classification": summary.findings(scans, thresholds, drawn),
+        "classification": summary.summarize_findings(scans, thresholds, drawn),
         "thresholds": thresholds.as_dict() | {"same_data": options.split == "train"},
-        "localization": summary.lesions(scans, drawn, options) if "localizer" in parts else None,
+        "localization": summary.summarize_lesions(scans, drawn, options)
+        if "localizer" in parts
+        else None,
         "reports": reports,
-        "bootstrap": summary.bootstrap_facts(options),
+        "bootstrap": summary.describe_bootstrap(options),
         "fingerprint": work.fingerprint,
     }
 
 
-def _write(target: Path, result: dict[str, Any], records: list[CaseRecord], scans: Scans, options: Options) -> None:
+def _write_results(
+    target: Path,
+    result: dict[str, Any],
+    records: list[CaseRecord],
+    scans: ScanResults,
+    options: EvaluationOptions,
+) -> None:
     """The results, the metrics last: a folder with metrics is complete."""
-    _write_lines(target.with_name(CASES), (_without_texts(one) for one in records))
+    _write_jsonl(target.with_name(CASES_FILE), (_drop_texts(one) for one in records))
     if result["reports"] is not None:
-        _write_lines(target.with_name(REPORTS), (_texts(one) for one in scans.reported()[1]))
-    _write_text(target.with_name(TABLE), tables.markdown(result))
+        _write_jsonl(
+            target.with_name(REPORTS_FILE),
+            (_report_texts(one) for one in scans.select_report_cases()[1]),
+        )
+    _write_text(target.with_name(TABLE_FILE), tables.render_markdown(result))
     if options.plots:
         from rectvlm.evaluate import plots  # matplotlib takes its time
 
-        plots.write(target.parent, result, scans)
+        plots.write_plots(target.parent, result, scans)
     _write_text(target, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _without_texts(record: CaseRecord) -> dict[str, Any]:
+def _drop_texts(record: CaseRecord) -> dict[str, Any]:
     row = record.as_dict()
-    return {name: value for name, value in row.items() if name not in ("reference", "generated", "without_image")}
+    return {
+        name: value
+        for name, value in row.items()
+        if name not in ("reference", "generated", "without_image")
+    }
 
 
-def _texts(record: CaseRecord) -> dict[str, Any]:
+def _report_texts(record: CaseRecord) -> dict[str, Any]:
     return {
         "key": record.key,
         "reference": record.reference,
@@ -241,8 +326,10 @@ def _texts(record: CaseRecord) -> dict[str, Any]:
     }
 
 
-def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    _write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    _write_text(
+        path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    )
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -2,26 +2,34 @@
 
 from pathlib import Path
 
-from rectvlm import checkpoint as checkpoints
-from rectvlm.checkpoint import State
-from rectvlm.config import Config
-from rectvlm.data.shards import INDEX
-from rectvlm.data.store import Store
-from rectvlm.runs.reading import VALIDATION, read_run
+from rectvlm.checkpoint import run_checkpoint as checkpoints
+from rectvlm.checkpoint.run_checkpoint import TrainingState
+from rectvlm.config import Config, phase_key
+from rectvlm.data.shards import SHARD_INDEX_FILE
+from rectvlm.data.store import ShardStore
+from rectvlm.runs.read_runs import VALIDATION_FILE, read_run
 from rectvlm.types import Split, UserError
 
 
-def are_same(shards: str, trained_on: str) -> bool | None:
+def are_same_shards(shards: str, trained_on: str) -> bool | None:
     """Whether two places hold the same shards, by the index, which holds checksums; None where one cannot be read."""
     if shards == trained_on:
         return True
     try:
-        return Store(shards).read(INDEX) == Store(trained_on).read(INDEX)
+        return ShardStore(shards).read_file(SHARD_INDEX_FILE) == ShardStore(trained_on).read_file(
+            SHARD_INDEX_FILE
+        )
     except (OSError, UserError):
         return None
 
 
-def selected_on(checkpoint: Path, config: Config, state: State, split: Split, own_shards: bool | None) -> bool | None:
+def was_selected_on(
+    checkpoint: Path,
+    config: Config,
+    state: TrainingState,
+    split: Split,
+    has_training_shards: bool | None,
+) -> bool | None:
     """Whether validation during training chose a checkpoint on the split that is evaluated: as the best of its run, or
     as the one with which patience ended the run.
 
@@ -39,16 +47,23 @@ def selected_on(checkpoint: Path, config: Config, state: State, split: Split, ow
         None where it cannot be known: the checkpoint was exported or moved away from its run, or it was chosen and its
         shards cannot be compared.
     """
-    settings = config.train.phases[state.stage or state.phase].validation  # type: ignore[index]
-    if split != "valid" or not settings.every or own_shards is False:
+    settings = config.train.phases[phase_key(state.phase, state.stage)].validation
+    if split != "valid" or not settings.every or has_training_shards is False:
         return False
     folder = checkpoint.resolve()
     phase_folder = folder.parents[1]
-    if folder != checkpoints.step_folder(phase_folder, state.step) or not (phase_folder / VALIDATION).is_file():
+    if (
+        folder != checkpoints.step_folder(phase_folder, state.step)
+        or not (phase_folder / VALIDATION_FILE).is_file()
+    ):
         return None
-    chosen = checkpoints.best(phase_folder) == folder
+    chosen = checkpoints.best_checkpoint(phase_folder) == folder
     if settings.patience and not chosen:
         run = read_run(phase_folder)
-        ended_early = run.state == "finished" and run.steps is not None and run.step < run.steps
-        chosen = ended_early and run.step == state.step
-    return own_shards if chosen else False
+        ended_early = (
+            run.state == "finished"
+            and run.planned_steps is not None
+            and run.last_step < run.planned_steps
+        )
+        chosen = ended_early and run.last_step == state.step
+    return has_training_shards if chosen else False

@@ -3,25 +3,31 @@
 Their definitions are in `docs/evaluation.md` and `docs/report-metrics.md`.
 """
 
-from rectvlm.metrics.classification import Thresholds, classification, fit_thresholds
-from rectvlm.metrics.lesions import LesionCase, lesions, measure
-from rectvlm.metrics.localization import lesion_counts, localization
-from rectvlm.metrics.reports import ReportRows, report_rows, report_scores, reports, summarise
-from rectvlm.metrics.resampling import patient_weights
+from rectvlm.metrics.bootstrap import draw_patient_weights
+from rectvlm.metrics.findings import FindingThresholds, fit_thresholds, score_findings
+from rectvlm.metrics.lesion_overlap import count_lesion_voxels, score_lesion_overlap
+from rectvlm.metrics.lesions import LesionComparison, compare_lesion_masks, score_lesions
+from rectvlm.metrics.reports import (
+    ReportStatistics,
+    compute_report_statistics,
+    headline_scores,
+    score_reports,
+    summarize_reports,
+)
 
 __all__ = [
-    "LesionCase",
-    "ReportRows",
-    "Thresholds",
-    "classification",
+    "FindingThresholds",
+    "LesionComparison",
+    "ReportStatistics",
+    "compare_lesion_masks",
+    "compute_report_statistics",
+    "count_lesion_voxels",
+    "draw_patient_weights",
     "fit_thresholds",
-    "lesion_counts",
-    "lesions",
-    "localization",
-    "measure",
-    "patient_weights",
-    "report_rows",
-    "report_scores",
-    "reports",
-    "summarise",
+    "headline_scores",
+    "score_findings",
+    "score_lesion_overlap",
+    "score_lesions",
+    "score_reports",
+    "summarize_reports",
 ]

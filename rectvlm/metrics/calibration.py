@@ -6,35 +6,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.floating[Any]]
-Bools = NDArray[np.bool_]
+FloatArray = NDArray[np.floating[Any]]
+BoolArray = NDArray[np.bool_]
 
-BINS = 15
+CALIBRATION_BINS = 15
 """Bins of equal width, as in Guo et al. 2017."""
 
 
 @dataclass(frozen=True)
-class Reliability:
+class ReliabilityBins:
     """Sums over the cases of each bin, for each resample. R resamples, K bins."""
 
-    weight: Floats
+    case_counts: FloatArray
     """(R, K) cases."""
-    predicted: Floats
+    probability_sums: FloatArray
     """(R, K) sum of probabilities."""
-    positive: Floats
+    positive_counts: FloatArray
     """(R, K) cases with the finding."""
 
-    def error(self) -> Floats:
+    def expected_calibration_error(self) -> FloatArray:
         """Expected calibration error (R,): mean over cases of |mean probability − share of positives| in their bin.
 
         NaN without cases.
         """
-        total = self.weight.sum(axis=1)
-        gaps = np.abs(self.predicted - self.positive).sum(axis=1)
+        total = self.case_counts.sum(axis=1)
+        gaps = np.abs(self.probability_sums - self.positive_counts).sum(axis=1)
         return np.divide(gaps, total, out=np.full(len(total), np.nan), where=total > 0)
 
 
-def reliability(weights: Floats, probabilities: Floats, truth: Bools, bins: int = BINS) -> Reliability:
+def compute_reliability(
+    weights: FloatArray, probabilities: FloatArray, truth: BoolArray, n_bins: int = CALIBRATION_BINS
+) -> ReliabilityBins:
     """Probabilities of one finding against how often it was there.
 
     The binary form of the expected calibration error: Guo et al. 2017, equation 5, on the probability of the finding
@@ -46,9 +48,15 @@ def reliability(weights: Floats, probabilities: Floats, truth: Bools, bins: int 
         probabilities: (N,).
         truth: (N,).
     """
-    place = np.clip(np.searchsorted(np.linspace(0, 1, bins + 1), probabilities, side="right") - 1, 0, bins - 1)
-    member = np.zeros((len(probabilities), bins))
+    place = np.clip(
+        np.searchsorted(np.linspace(0, 1, n_bins + 1), probabilities, side="right") - 1,
+        0,
+        n_bins - 1,
+    )
+    member = np.zeros((len(probabilities), n_bins))
     member[np.arange(len(probabilities)), place] = 1
-    return Reliability(
-        weights @ member, weights @ (member * probabilities[:, None]), weights @ (member * truth[:, None])
+    return ReliabilityBins(
+        weights @ member,
+        weights @ (member * probabilities[:, None]),
+        weights @ (member * truth[:, None]),
     )

@@ -12,22 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rectvlm.labels import N_FINDINGS
-from rectvlm.metrics import words
-from rectvlm.metrics.clinical import clinical, crg, finding_counts
-from rectvlm.metrics.labeler import State
-from rectvlm.metrics.labelers import Labeler, get_labeler
-from rectvlm.metrics.sides import laterality, lesion_laterality, side_outcomes
+from rectvlm.metrics import text_overlap
+from rectvlm.metrics.clinical_efficacy import count_confusions, crg_score, score_clinical_efficacy
+from rectvlm.metrics.report_labeler.labeler import ReportLabeler, load_labeler
+from rectvlm.metrics.report_labeler.laterality import (
+    count_side_outcomes,
+    score_laterality,
+    score_lesion_laterality,
+)
+from rectvlm.metrics.report_labeler.rule_labeler import FindingState
 
-CIDER_NEEDS = "needs at least two cases: with one, every word has weight 0"
+CIDER_LEFT_OUT_REASON = "needs at least two cases: with one, every word has weight 0"
 
 
 @dataclass(frozen=True)
-class ReportRows:
+class ReportStatistics:
     """What each case contributes to the figures. N cases."""
 
     has_reference: NDArray[np.bool_]
     """(N,)."""
-    bleu: NDArray[np.int64]
+    bleu_counts: NDArray[np.int64]
     """(N, 10) counts of `words.bleu_counts`, 0 without a reference."""
     rouge_l: NDArray[np.float64]
     """(N,), as the next three: 0 without a reference, read only with one."""
@@ -35,11 +39,11 @@ class ReportRows:
     cider: NDArray[np.float64]
     bertscore_f1: NDArray[np.float64] | None
     """None where no encoder was given or could be loaded."""
-    by_labels: NDArray[np.int64] | None
+    label_counts: NDArray[np.int64] | None
     """(N, 18, 4) counts of `clinical.finding_counts` against the cases' labels; None where none were given."""
-    by_reference: NDArray[np.int64]
+    reference_counts: NDArray[np.int64]
     """(N, 18, 4) counts against what the labeler reads in the reference reports."""
-    sides: NDArray[np.int64]
+    side_counts: NDArray[np.int64]
     """(N, 11, 5) counts of `sides.side_outcomes`."""
     signatures: dict[str, str]
     left_out: dict[str, str]
@@ -48,16 +52,16 @@ class ReportRows:
         return len(self.has_reference)
 
 
-def report_rows(
+def compute_report_statistics(
     generated: Sequence[str],
     references: Sequence[str | None],
     bertscore_model: str | Path | None = None,
     *,
     labels: NDArray[Any] | None = None,
     known: NDArray[np.bool_] | None = None,
-    labeler: str | Path | Labeler = "rules",
-    uncertain: bool = True,
-) -> ReportRows:
+    labeler: str | Path | ReportLabeler = "rules",
+    uncertain_is_present: bool = True,
+) -> ReportStatistics:
     """Reads the texts, and keeps what each case contributes; the arguments are those of `reports`.
 
     Raises:
@@ -65,41 +69,54 @@ def report_rows(
     """
     assert len(generated) == len(references)
     has = np.array([reference is not None for reference in references], dtype=bool)
-    texts = [text for text, reference in zip(generated, references, strict=True) if reference is not None]
+    texts = [
+        text for text, reference in zip(generated, references, strict=True) if reference is not None
+    ]
     truths = [reference for reference in references if reference is not None]
-    reader = get_labeler(labeler)
-    least = State.UNCERTAIN if uncertain else State.PRESENT
-    called = reader.label(generated) >= least
+    reader = load_labeler(labeler)
+    least = FindingState.UNCERTAIN if uncertain_is_present else FindingState.PRESENT
+    called = reader.label_reports(generated) >= least
     told = np.zeros((len(generated), N_FINDINGS), dtype=bool)
-    told[has] = reader.label(truths) >= least
+    told[has] = reader.label_reports(truths) >= least
     by_labels = None
     if labels is not None:
         known = np.ones(labels.shape, dtype=bool) if known is None else known
-        by_labels = finding_counts(called, labels > 0.5, known)
-    signatures = {"rouge_l": words.ROUGE_SIGNATURE, "meteor": words.meteor_signature(), "cider": words.CIDER_SIGNATURE}
-    signatures |= {f"bleu_{order}": words.bleu_signature(order) for order in range(1, 5)}
-    signatures["clinical"] = f"{reader.signature}; uncertain counts as {'present' if uncertain else 'absent'}"
-    left_out = {} if len(truths) > 1 else {"cider": CIDER_NEEDS}
-    scores, reason = _bertscore(texts, truths, bertscore_model, signatures)
+        by_labels = count_confusions(called, labels > 0.5, known)
+    signatures = {
+        "rouge_l": text_overlap.ROUGE_SIGNATURE,
+        "meteor": text_overlap.meteor_signature(),
+        "cider": text_overlap.CIDER_SIGNATURE,
+    }
+    signatures |= {f"bleu_{order}": text_overlap.bleu_signature(order) for order in range(1, 5)}
+    signatures["clinical"] = (
+        f"{reader.signature}; uncertain counts as {'present' if uncertain_is_present else 'absent'}"
+    )
+    left_out = {} if len(truths) > 1 else {"cider": CIDER_LEFT_OUT_REASON}
+    scores, reason = _compute_bertscore(texts, truths, bertscore_model, signatures)
     if reason is not None:
         left_out["bertscore_f1"] = reason
-    return ReportRows(
+    return ReportStatistics(
         has_reference=has,
-        bleu=_spread(words.bleu_counts(texts, truths), has),
-        rouge_l=_spread(words.rouge_l(texts, truths), has),
-        meteor=_spread(words.meteor(texts, truths), has),
-        cider=_spread(words.cider(texts, truths), has),
-        bertscore_f1=None if scores is None else _spread(scores, has),
-        by_labels=by_labels,
-        by_reference=finding_counts(called, told, np.repeat(has[:, None], N_FINDINGS, axis=1)),
-        sides=side_outcomes(generated, references),
+        bleu_counts=_scatter_to_all_cases(text_overlap.bleu_counts(texts, truths), has),
+        rouge_l=_scatter_to_all_cases(text_overlap.rouge_l(texts, truths), has),
+        meteor=_scatter_to_all_cases(text_overlap.meteor(texts, truths), has),
+        cider=_scatter_to_all_cases(text_overlap.cider(texts, truths), has),
+        bertscore_f1=None if scores is None else _scatter_to_all_cases(scores, has),
+        label_counts=by_labels,
+        reference_counts=count_confusions(
+            called, told, np.repeat(has[:, None], N_FINDINGS, axis=1)
+        ),
+        side_counts=count_side_outcomes(generated, references),
         signatures=signatures,
         left_out=left_out,
     )
 
 
-def _bertscore(
-    texts: Sequence[str], truths: Sequence[str], model: str | Path | None, signatures: dict[str, str]
+def _compute_bertscore(
+    texts: Sequence[str],
+    truths: Sequence[str],
+    model: str | Path | None,
+    signatures: dict[str, str],
 ) -> tuple[NDArray[np.float64] | None, str | None]:
     """Scores, or the reason why there are none; adds the signature."""
     if model is None:
@@ -107,28 +124,28 @@ def _bertscore(
     if not truths:
         return None, None
     try:
-        scores, signatures["bertscore_f1"] = words.bertscore_by_case(texts, truths, model)
+        scores, signatures["bertscore_f1"] = text_overlap.bertscore_by_case(texts, truths, model)
     except OSError as error:
         return None, f"{model} cannot be loaded: {str(error).splitlines()[0]}"
     return scores, None
 
 
-def _spread(values: NDArray[Any], has: NDArray[np.bool_]) -> NDArray[Any]:
+def _scatter_to_all_cases(values: NDArray[Any], has: NDArray[np.bool_]) -> NDArray[Any]:
     """Values of the cases with a reference, at their places among all."""
     spread = np.zeros((len(has), *values.shape[1:]), dtype=values.dtype)
     spread[has] = values
     return spread
 
 
-def reports(
+def score_reports(
     generated: Sequence[str],
     references: Sequence[str | None],
     bertscore_model: str | Path | None = None,
     *,
     labels: NDArray[Any] | None = None,
     known: NDArray[np.bool_] | None = None,
-    labeler: str | Path | Labeler = "rules",
-    uncertain: bool = True,
+    labeler: str | Path | ReportLabeler = "rules",
+    uncertain_is_present: bool = True,
 ) -> dict[str, Any]:
     """Words, findings and sides of generated reports. A score is None where it is not defined.
 
@@ -149,41 +166,44 @@ def reports(
     Raises:
         UserError: the labeler cannot be loaded, or has other labels.
     """
-    rows = report_rows(
+    rows = compute_report_statistics(
         generated,
         references,
         bertscore_model,
         labels=labels,
         known=known,
         labeler=labeler,
-        uncertain=uncertain,
+        uncertain_is_present=uncertain_is_present,
     )
-    return summarise(rows)
+    return summarize_reports(rows)
 
 
-def summarise(rows: ReportRows) -> dict[str, Any]:
+def summarize_reports(rows: ReportStatistics) -> dict[str, Any]:
     """The figures of `reports` from its rows."""
     n = int(rows.has_reference.sum())
     return {
         "n": n,
         "n_without_reference": len(rows) - n,
-        **_word_scores(rows),
+        **_text_overlap_scores(rows),
         "clinical": {
-            "labels": None if rows.by_labels is None else clinical(rows.by_labels),
-            "reference_reports": clinical(rows.by_reference),
+            "labels": None
+            if rows.label_counts is None
+            else score_clinical_efficacy(rows.label_counts),
+            "reference_reports": score_clinical_efficacy(rows.reference_counts),
         },
-        "laterality": laterality(rows.sides),
+        "laterality": score_laterality(rows.side_counts),
         "signatures": rows.signatures,
         "left_out": rows.left_out,
     }
 
 
-def _word_scores(rows: ReportRows) -> dict[str, float | None]:
+def _text_overlap_scores(rows: ReportStatistics) -> dict[str, float | None]:
     """BLEU-1 to 4 and the means over cases; BERTScore only where it was computed."""
     has = rows.has_reference
-    counts = rows.bleu[has].sum(axis=0)
+    counts = rows.bleu_counts[has].sum(axis=0)
     result: dict[str, float | None] = {
-        f"bleu_{order}": words.bleu(counts, order) if has.any() else None for order in range(1, 5)
+        f"bleu_{order}": text_overlap.bleu(counts, order) if has.any() else None
+        for order in range(1, 5)
     }
     for name in ("rouge_l", "meteor", "cider", "bertscore_f1"):
         values = getattr(rows, name)
@@ -194,18 +214,18 @@ def _word_scores(rows: ReportRows) -> dict[str, float | None]:
     return result
 
 
-def report_scores(rows: ReportRows) -> dict[str, float | None]:
+def headline_scores(rows: ReportStatistics) -> dict[str, float | None]:
     """The headline figures in one level, quick enough to be computed for every bootstrap sample.
 
     `clinical_labels_*` against the cases' labels (where given), `clinical_reference_*` against the reference reports.
     """
-    scores = _word_scores(rows)
-    for name, counts in (("labels", rows.by_labels), ("reference", rows.by_reference)):
+    scores = _text_overlap_scores(rows)
+    for name, counts in (("labels", rows.label_counts), ("reference", rows.reference_counts)):
         if counts is not None:
-            result = clinical(counts)
+            result = score_clinical_efficacy(counts)
             for mean in ("micro", "macro", "weighted"):
                 for score, value in result[mean].items():
                     scores[f"clinical_{name}_{mean}_{score}"] = value
-            scores[f"clinical_{name}_crg"] = crg(counts.sum(axis=(0, 1)))
-    scores["laterality"] = lesion_laterality(rows.sides)["accuracy"]
+            scores[f"clinical_{name}_crg"] = crg_score(counts.sum(axis=(0, 1)))
+    scores["laterality"] = score_lesion_laterality(rows.side_counts)["accuracy"]
     return scores

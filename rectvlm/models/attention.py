@@ -32,7 +32,9 @@ def pooling_weights(shares: Tensor, known: Tensor) -> Tensor:
         known: (B,) bool, where there is a map.
     """
     total = shares.sum(dim=1, keepdim=True)
-    return torch.where(known[:, None, None], shares / total.masked_fill(total == 0, 1), 1 / shares.shape[1])
+    return torch.where(
+        known[:, None, None], shares / total.masked_fill(total == 0, 1), 1 / shares.shape[1]
+    )
 
 
 class SliceRegionAttention(nn.Module):
@@ -71,26 +73,35 @@ class SliceRegionAttention(nn.Module):
             (B, 1 + N, C) and (B, R, C), both after the output projection.
         """
         n = tokens.shape[1]
-        q = self._split(self.q(tokens))
-        k, v = (self._split(x) for x in self.kv(torch.cat([tokens, regions], dim=1)).chunk(2, dim=-1))
-        attended = self._folded(q, k, v, slice_index, log_prior.to(q.dtype), slices or self.slices)
+        q = self._split_heads(self.q(tokens))
+        k, v = (
+            self._split_heads(x)
+            for x in self.kv(torch.cat([tokens, regions], dim=1)).chunk(2, dim=-1)
+        )
+        attended = self._attend_with_biases(
+            q, k, v, slice_index, log_prior.to(q.dtype), slices or self.slices
+        )
         pooled = torch.einsum("bnr,bhnd->bhrd", weights.to(v.dtype), v[:, :, 1:n])
-        return self.out(self._merge(attended)), self.out(self._merge(pooled))
+        return self.out(self._merge_heads(attended)), self.out(self._merge_heads(pooled))
 
-    def shares(self, tokens: Tensor, regions: Tensor) -> Tensor:
+    def compute_attention_shares(self, tokens: Tensor, regions: Tensor) -> Tensor:
         """How the global token's attention is shared out: (B, H, 1 + N + R), over itself, patches and region tokens."""
-        q = self._split(self.q(tokens[:, :1]))
-        k = self._split(self.kv(torch.cat([tokens, regions], dim=1)).chunk(2, dim=-1)[0])
+        q = self._split_heads(self.q(tokens[:, :1]))
+        k = self._split_heads(self.kv(torch.cat([tokens, regions], dim=1)).chunk(2, dim=-1)[0])
         return (q @ k.mT / q.shape[-1] ** 0.5)[:, :, 0].float().softmax(-1)
 
-    def _folded(self, q: Tensor, k: Tensor, v: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int) -> Tensor:
+    def _attend_with_biases(
+        self, q: Tensor, k: Tensor, v: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int
+    ) -> Tensor:
         """Fused attention with both biases as extra channels; q (B, H, 1+N, D), k and v (B, H, 1+N+R, D)."""
         d = q.shape[-1]
-        q, k = self.fold(q, k, slice_index, log_prior, slices)
+        q, k = self.fold_biases(q, k, slice_index, log_prior, slices)
         v = F.pad(v, (0, q.shape[-1] - d))
         return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
 
-    def fold(self, q: Tensor, k: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int) -> tuple[Tensor, Tensor]:
+    def fold_biases(
+        self, q: Tensor, k: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int
+    ) -> tuple[Tensor, Tensor]:
         """Queries (B, H, 1 + N, D + E) and keys (B, H, 1 + N + R, D + E) whose products hold both biases, times √D.
 
         E is Z + R, and what makes D + E a multiple of 8, which fused kernels want.
@@ -105,7 +116,9 @@ class SliceRegionAttention(nn.Module):
         distance = (numbers[:, None] - numbers).clamp(-known, known) + known
         # Rows of a small table by a product with one-hot codes: the gradient of indexing would add N rows one by one.
         slice_part = own @ self.slice_bias.to(q.dtype)[:, distance]  # (H, N, Z)
-        q_bias = torch.cat([slice_part.expand(b, h, n, slices), log_prior[:, None].expand(b, h, n, r)], dim=-1)
+        q_bias = torch.cat(
+            [slice_part.expand(b, h, n, slices), log_prior[:, None].expand(b, h, n, r)], dim=-1
+        )
         q = torch.cat([q, F.pad(q_bias * d**0.5, (0, pad, 1, 0))], dim=-1)
 
         codes = torch.zeros(1 + n + r, extra + pad, device=q.device, dtype=q.dtype)
@@ -113,9 +126,9 @@ class SliceRegionAttention(nn.Module):
         codes[1 + n :, slices:extra] = torch.eye(r, device=q.device, dtype=q.dtype)
         return q, torch.cat([k, codes.expand(b, h, -1, -1)], dim=-1)
 
-    def _split(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     @staticmethod
-    def _merge(x: Tensor) -> Tensor:
+    def _merge_heads(x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(2)

@@ -22,17 +22,19 @@ from torch import Tensor, nn
 
 from rectvlm.config import ClassifierConfig
 from rectvlm.labels import N_FINDINGS
-from rectvlm.models.encoder import Features
-from rectvlm.models.text import Prompts
+from rectvlm.models.encoder import ImageFeatures
+from rectvlm.models.prompt_embeddings import PromptEmbeddings
 
 
-class Classifier(nn.Module):
+class FindingClassifier(nn.Module):
     """Finding logits from evidence pooled over image tokens."""
 
     def __init__(self, config: ClassifierConfig, image_width: int, text_width: int) -> None:
         super().__init__()
         width = config.width
-        self.text = nn.Linear(text_width, width, bias=False)  # a bias would cancel in the difference
+        self.text = nn.Linear(
+            text_width, width, bias=False
+        )  # a bias would cancel in the difference
         self.query = nn.Linear(text_width, width)
         self.image = nn.Linear(image_width, width)
         self.norm = nn.LayerNorm(width)
@@ -41,17 +43,25 @@ class Classifier(nn.Module):
         self.sharpness = nn.Parameter(torch.zeros(N_FINDINGS))
         self.bias = nn.Parameter(torch.full((N_FINDINGS,), -0.5))
 
-    def forward(self, features: Features, prompts: Prompts) -> Tensor:
+    def forward(self, features: ImageFeatures, prompts: PromptEmbeddings) -> Tensor:
         """(B, 18) float32 logits."""
         dtype = self.text.weight.dtype
-        assert len(prompts.present) == len(prompts.absent) == N_FINDINGS, f"prompts must be of {N_FINDINGS} findings"
+        assert len(prompts.present) == len(prompts.absent) == N_FINDINGS, (
+            f"prompts must be of {N_FINDINGS} findings"
+        )
         present = prompts.present.to(dtype) + self.offset_present
-        direction = self.text(present) - self.text(prompts.absent.to(dtype) + self.offset_absent)  # (F, S)
-        tokens = torch.cat([features.whole[:, None], features.regions, features.patches], dim=1)
+        direction = self.text(present) - self.text(
+            prompts.absent.to(dtype) + self.offset_absent
+        )  # (F, S)
+        tokens = torch.cat(
+            [features.global_token[:, None], features.region_tokens, features.patches], dim=1
+        )
         tokens = self.image(tokens)  # (B, M, S)
         # What all tokens share says little; with it, training sits on a plateau for some 40 steps first.
         tokens = self.norm(tokens - tokens.mean(dim=1, keepdim=True))
         root = tokens.shape[-1] ** 0.5
         evidence = (tokens @ direction.T).float() / root  # (B, M, F)
-        attention = (tokens @ self.query(present).T).float() / root + self.sharpness.float() * evidence
+        attention = (
+            tokens @ self.query(present).T
+        ).float() / root + self.sharpness.float() * evidence
         return (attention.softmax(1) * evidence).sum(1) + self.bias.float()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rectvlm.config import DataConfig, EncoderConfig
-from rectvlm.labels import N_REGIONS, WINDOWS
+from rectvlm.labels import CT_WINDOWS, N_REGIONS
 from rectvlm.models.attention import SliceRegionAttention, pooling_weights
 from rectvlm.models.layers import Mlp, init_blocks
 
@@ -24,23 +24,23 @@ PRIOR_FLOOR = 1e-3
 """Smallest p(r | patch) in attention: a region that a patch does not touch is unlikely, not impossible."""
 
 
-class Features(NamedTuple):
+class ImageFeatures(NamedTuple):
     """What the encoder says of a batch.
 
     What modules hand on is a named tuple everywhere: ZeRO-3 hooks the tensors that it finds in tuples, and a module
     whose output it cannot see loses its own parameters before its backward pass.
     """
 
-    whole: Tensor
+    global_token: Tensor
     """(B, C), the global token."""
     patches: Tensor
     """(B, N, C), slices outermost."""
-    regions: Tensor
+    region_tokens: Tensor
     """(B, R, C)."""
-    grid: tuple[int, int, int]
+    patch_grid: tuple[int, int, int]
     """Patches (z, y, x)."""
-    levels: Tensor
-    """(B, N, K · C): patches after the blocks that `encoder.taps` names, each with mean 0 and spread 1, then those of
+    multilevel_patches: Tensor
+    """(B, N, K · C): patches after the blocks that `encoder.tap_blocks` names, each with mean 0 and spread 1, then those of
     the last block."""
 
 
@@ -52,12 +52,12 @@ def apply_windows(ct: Tensor, windows: tuple[str, ...]) -> Tensor:
     hu = ct.float()
     channels = []
     for name in windows:
-        centre, width = WINDOWS[name]
+        centre, width = CT_WINDOWS[name]
         channels.append(((hu - centre) / width + 0.5).clamp(0, 1))
     return torch.stack(channels, dim=1)
 
 
-def region_mix(regions: Tensor, patch: tuple[int, int, int]) -> Tensor:
+def compute_region_shares(regions: Tensor, patch: tuple[int, int, int]) -> Tensor:
     """Exact share of each region in each patch.
 
     Args:
@@ -73,7 +73,9 @@ def region_mix(regions: Tensor, patch: tuple[int, int, int]) -> Tensor:
     assert regions.is_meta or regions.is_cuda or int(regions.max()) <= N_REGIONS, (
         f"region ids must be 0 to {N_REGIONS}, found {int(regions.max())}"
     )
-    voxels = regions.view(b, z, pz, y, py, x, px).permute(0, 1, 3, 5, 2, 4, 6).reshape(b, z * y * x, -1)
+    voxels = (
+        regions.view(b, z, pz, y, py, x, px).permute(0, 1, 3, 5, 2, 4, 6).reshape(b, z * y * x, -1)
+    )
     mix = torch.zeros(b, z * y * x, N_REGIONS + 1, device=regions.device)
     share = torch.full((1, 1, 1), 1 / voxels.shape[-1], device=regions.device)
     return mix.scatter_add_(2, voxels.long(), share.expand(voxels.shape))
@@ -91,8 +93,15 @@ class PatchEmbedding(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         """See above."""
         b, w, *shape = x.shape
-        (pz, py, px), (z, y, x_) = self.kernel_size, (s // p for s, p in zip(shape, self.kernel_size, strict=True))
-        rows = x.view(b, w, z, pz, y, py, x_, px).permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, z * y * x_, -1)
+        (pz, py, px), (z, y, x_) = (
+            self.kernel_size,
+            (s // p for s, p in zip(shape, self.kernel_size, strict=True)),
+        )
+        rows = (
+            x.view(b, w, z, pz, y, py, x_, px)
+            .permute(0, 2, 4, 6, 1, 3, 5, 7)
+            .reshape(b, z * y * x_, -1)
+        )
         return F.linear(rows, self.weight.flatten(1), self.bias)
 
 
@@ -115,17 +124,21 @@ class EncoderBlock(nn.Module):
         return both[:, : tokens.shape[1]], both[:, tokens.shape[1] :]
 
 
-class Encoder(nn.Module):
+class VolumeEncoder(nn.Module):
     """Patches, factorized positions, slice- and region-aware blocks."""
 
     atlas: Tensor | None
 
     def __init__(self, config: EncoderConfig, data: DataConfig) -> None:
         super().__init__()
-        self.patch, self.windows, self.checkpointing = config.patch, data.windows, config.checkpointing
-        self.taps = config.taps
+        self.patch, self.windows, self.checkpointing = (
+            config.patch,
+            data.windows,
+            config.activation_checkpointing,
+        )
+        self.taps = config.tap_blocks
         z, y, x = (g // p for g, p in zip(data.grid, config.patch, strict=True))
-        self.grid = (z, y, x)
+        self.patch_grid = (z, y, x)
         self.embed = PatchEmbedding(len(data.windows), config.width, config.patch)
         self.position_z = nn.Parameter(torch.randn(z, 1, 1, config.width) * POSITION_STD)
         self.position_y = nn.Parameter(torch.randn(1, y, 1, config.width) * POSITION_STD)
@@ -135,12 +148,16 @@ class Encoder(nn.Module):
         self.unknown_prior = nn.Parameter(torch.zeros(N_REGIONS))
         self.blocks = nn.ModuleList(EncoderBlock(config, z) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
-        self.register_buffer("atlas", torch.zeros(len(data.windows), *data.grid) if config.atlas else None)
+        self.register_buffer(
+            "atlas", torch.zeros(len(data.windows), *data.grid) if config.atlas_cases else None
+        )
         init_blocks(self.blocks)
-        nn.init.normal_(self.embed.weight, std=2 / self.embed.weight[0].numel() ** 0.5)  # windows have a spread of ~0.5
+        nn.init.normal_(
+            self.embed.weight, std=2 / self.embed.weight[0].numel() ** 0.5
+        )  # windows have a spread of ~0.5
         nn.init.zeros_(self.embed.bias)  # type: ignore[arg-type]
 
-    def forward(self, ct: Tensor, regions: Tensor, regions_known: Tensor) -> Features:
+    def forward(self, ct: Tensor, regions: Tensor, regions_known: Tensor) -> ImageFeatures:
         """Encode.
 
         Args:
@@ -149,10 +166,10 @@ class Encoder(nn.Module):
             regions: (B, Z, Y, X) uint8 ids.
             regions_known: (B,) bool; where False, `regions` is not read.
         """
-        tokens, region_tokens = self._start(ct, regions, regions_known)
+        tokens, region_tokens = self._embed_tokens(ct, regions, regions_known)
         levels: list[Tensor] = []
-        grid = self.grid_of(ct)
-        shared = self._shared(grid, regions, regions_known, tokens.dtype)
+        grid = self.compute_patch_grid(ct)
+        shared = self._prepare_block_inputs(grid, regions, regions_known, tokens.dtype)
         for number, block in enumerate(self.blocks, start=1):
             tokens, region_tokens = (
                 checkpoint(block, tokens, region_tokens, *shared, use_reentrant=False)
@@ -163,17 +180,21 @@ class Encoder(nn.Module):
                 levels.append(F.layer_norm(tokens[:, 1:], tokens.shape[-1:]))
         tokens, region_tokens = self.norm(tokens), self.norm(region_tokens)
         patches = tokens[:, 1:]
-        return Features(tokens[:, 0], patches, region_tokens, grid, torch.cat([*levels, patches], dim=-1))
+        return ImageFeatures(
+            tokens[:, 0], patches, region_tokens, grid, torch.cat([*levels, patches], dim=-1)
+        )
 
     @torch.no_grad()
-    def draw_atlas(self, volumes: Iterable[Tensor]) -> None:
+    def fit_atlas(self, volumes: Iterable[Tensor]) -> None:
         """Make the atlas the mean of some CTs, each (Z, Y, X) HU, window by window."""
         assert self.atlas is not None, "encoder.atlas is 0"
         mean = torch.stack([apply_windows(ct[None], self.windows)[0] for ct in volumes]).mean(0)
         self.atlas.copy_(mean)
 
     @torch.no_grad()
-    def attention_map(self, ct: Tensor, regions: Tensor, regions_known: Tensor, block: int = -1) -> Tensor:
+    def attention_map(
+        self, ct: Tensor, regions: Tensor, regions_known: Tensor, block: int = -1
+    ) -> Tensor:
         """Where the global token looks, for pictures: (B, H, z, y, x) shares of its attention, by head of one block.
 
         Args:
@@ -182,49 +203,68 @@ class Encoder(nn.Module):
             regions_known: see above.
             block: its number from 0, or from the end.
         """
-        tokens, region_tokens = self._start(ct, regions, regions_known)
-        grid = self.grid_of(ct)
-        shared = self._shared(grid, regions, regions_known, tokens.dtype)
+        tokens, region_tokens = self._embed_tokens(ct, regions, regions_known)
+        grid = self.compute_patch_grid(ct)
+        shared = self._prepare_block_inputs(grid, regions, regions_known, tokens.dtype)
         chosen = range(len(self.blocks))[block]
         for earlier in self.blocks[:chosen]:
             tokens, region_tokens = earlier(tokens, region_tokens, *shared)
         last = self.blocks[chosen]
         assert isinstance(last, EncoderBlock)
-        shares = last.attention.shares(last.norm1(tokens), last.norm1(region_tokens))
+        shares = last.attention.compute_attention_shares(
+            last.norm1(tokens), last.norm1(region_tokens)
+        )
         return shares[:, :, 1 : tokens.shape[1]].unflatten(2, grid)
 
-    def grid_of(self, ct: Tensor) -> tuple[int, int, int]:
+    def compute_patch_grid(self, ct: Tensor) -> tuple[int, int, int]:
         """Patches (z, y, x) of a CT (B, Z, Y, X)."""
         z, y, x = (n // p for n, p in zip(ct.shape[1:], self.patch, strict=True))
         return z, y, x
 
     @staticmethod
-    def slice_index(grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    def patch_slice_indices(grid: tuple[int, int, int], device: torch.device) -> Tensor:
         """(N,) int64: the slice of each patch."""
         z, y, x = grid
         return torch.arange(z, device=device).repeat_interleave(y * x)
 
-    def _shared(
+    def _prepare_block_inputs(
         self, grid: tuple[int, int, int], regions: Tensor, known: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor, int]:
         """What every block is told of the volume: slice of each patch, region prior, its pooling weights, slices."""
         # What stands in a map that does not count may be anything.
-        shares = region_mix(regions.masked_fill(~known[:, None, None, None], 0), self.patch)[..., 1:]
-        log_prior = self.log_prior(shares, known).to(dtype)
-        return self.slice_index(grid, regions.device), log_prior, pooling_weights(shares, known).to(dtype), grid[0]
+        shares = compute_region_shares(
+            regions.masked_fill(~known[:, None, None, None], 0), self.patch
+        )[..., 1:]
+        log_prior = self.region_log_prior(shares, known).to(dtype)
+        return (
+            self.patch_slice_indices(grid, regions.device),
+            log_prior,
+            pooling_weights(shares, known).to(dtype),
+            grid[0],
+        )
 
-    def _start(self, ct: Tensor, regions: Tensor, regions_known: Tensor) -> tuple[Tensor, Tensor]:
+    def _embed_tokens(
+        self, ct: Tensor, regions: Tensor, regions_known: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Tokens (B, 1 + N, C) and region tokens (B, R, C) before the first block."""
-        self._check(ct, regions, regions_known)
+        self._check_inputs(ct, regions, regions_known)
         channels = apply_windows(ct, self.windows)
         if self.atlas is not None:
-            assert self.atlas.shape[1:] == ct.shape[1:], f"the atlas is of {tuple(self.atlas.shape[1:])} voxels"
+            assert self.atlas.shape[1:] == ct.shape[1:], (
+                f"the atlas is of {tuple(self.atlas.shape[1:])} voxels"
+            )
             channels = (channels - self.atlas) * ATLAS_GAIN
         patches = self.embed(channels.to(self.embed.weight.dtype))
-        tokens = torch.cat([self.whole.expand(len(ct), -1, -1), patches + self._positions(self.grid_of(ct))], dim=1)
+        tokens = torch.cat(
+            [
+                self.whole.expand(len(ct), -1, -1),
+                patches + self._embed_positions(self.compute_patch_grid(ct)),
+            ],
+            dim=1,
+        )
         return tokens, self.regions.expand(len(ct), -1, -1)
 
-    def _check(self, ct: Tensor, regions: Tensor, known: Tensor) -> None:
+    def _check_inputs(self, ct: Tensor, regions: Tensor, known: Tensor) -> None:
         assert ct.ndim == 4, f"a CT must be (B, Z, Y, X), not {tuple(ct.shape)}"
         assert all(n > 0 and n % p == 0 for n, p in zip(ct.shape[1:], self.patch, strict=True)), (
             f"a CT of {tuple(ct.shape[1:])} voxels is not tiled by patches of {self.patch}"
@@ -238,7 +278,7 @@ class Encoder(nn.Module):
         places = {ct.device, regions.device, known.device, self.embed.weight.device}
         assert len(places) == 1, f"CT, regions and encoder must be on one device, not on {places}"
 
-    def _positions(self, grid: tuple[int, int, int]) -> Tensor:
+    def _embed_positions(self, grid: tuple[int, int, int]) -> Tensor:
         """(N, C): the sum of one embedding an axis."""
         axes: list[Tensor] = []
         for axis, learned in enumerate((self.position_z, self.position_y, self.position_x)):
@@ -246,14 +286,16 @@ class Encoder(nn.Module):
             count = embedding.shape[axis]
             if grid[axis] != count:
                 line = embedding.reshape(1, count, -1).transpose(1, 2)
-                line = F.interpolate(line.float(), grid[axis], mode="linear", align_corners=False).to(embedding.dtype)
+                line = F.interpolate(
+                    line.float(), grid[axis], mode="linear", align_corners=False
+                ).to(embedding.dtype)
                 shape = [1, 1, 1, embedding.shape[-1]]
                 shape[axis] = grid[axis]
                 embedding = line.transpose(1, 2).reshape(shape)
             axes.append(embedding)
         return (axes[0] + axes[1] + axes[2]).flatten(0, 2)
 
-    def log_prior(self, shares: Tensor, known: Tensor) -> Tensor:
+    def region_log_prior(self, shares: Tensor, known: Tensor) -> Tensor:
         """log p(r | patch), (B, N, R), of shares (B, N, R); the learned vector where a sample has no region map."""
         prior = shares.clamp_min(PRIOR_FLOOR).log()
         unknown = self.unknown_prior.float().log_softmax(0).expand_as(prior)

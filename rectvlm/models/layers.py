@@ -17,7 +17,9 @@ def init_blocks(blocks: nn.ModuleList) -> None:
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear):
                 adds_to_stream = name.endswith(("out", "mlp.2"))
-                nn.init.trunc_normal_(module.weight, std=LINEAR_STD / (2 * len(blocks)) ** (0.5 * adds_to_stream))
+                nn.init.trunc_normal_(
+                    module.weight, std=LINEAR_STD / (2 * len(blocks)) ** (0.5 * adds_to_stream)
+                )
                 nn.init.zeros_(module.bias)
 
 
@@ -29,7 +31,7 @@ class Mlp(nn.Sequential):
         super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out or width))
 
 
-class Attention(nn.Module):
+class MultiHeadAttention(nn.Module):
     """Multi-head attention of queries over a context; both have the same width."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -43,17 +45,20 @@ class Attention(nn.Module):
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
         """(B, M, C) over (B, N, C) gives (B, M, C)."""
         q = self.q(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in self.kv(context).chunk(2, dim=-1))
+        k, v = (
+            x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for x in self.kv(context).chunk(2, dim=-1)
+        )
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Pre-norm transformer block: self-attention and MLP, or cross-attention when a context is given."""
 
     def __init__(self, width: int, heads: int, ratio: float = 4.0) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
+        self.attention = MultiHeadAttention(width, heads)
         self.mlp = Mlp(width, ratio)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

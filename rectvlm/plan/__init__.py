@@ -5,7 +5,7 @@ that train; nothing here repeats a size. What cannot be rehearsed (the CUDA cont
 hardware) is a constant with its reason.
 """
 
-from rectvlm.plan.planner import Plan, Planner
-from rectvlm.plan.speed import Hardware
+from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
+from rectvlm.plan.step_time import HardwareRates
 
-__all__ = ["Hardware", "Plan", "Planner"]
+__all__ = ["HardwareRates", "ResourcePlan", "ResourcePlanner"]

@@ -8,7 +8,7 @@ from rectvlm.train.phases import PHASES, Phase
 __all__ = ["PHASES", "Phase", "main"]
 
 
-def main(number: int, checkout: Path, argv: Sequence[str] | None = None) -> None:
+def main(phase_number: int, checkout: Path, argv: Sequence[str] | None = None) -> None:
     """Run a phase as a command; `rectvlm.train.run` has the rest.
 
     Args:
@@ -16,9 +16,11 @@ def main(number: int, checkout: Path, argv: Sequence[str] | None = None) -> None
         checkout: folder that holds `ds_configs/`.
         argv: arguments; by default those of the process.
     """
-    from rectvlm.train.quiet import start_logging
+    from rectvlm.train.logging.logging_setup import configure_logging
 
-    start_logging()
-    from rectvlm.train.run import main as run_phase  # imports the engine, which speaks unless it was told not to
+    configure_logging()
+    from rectvlm.train.run import (
+        main as run_phase,  # imports the engine, which speaks unless it was told not to
+    )
 
-    run_phase(number, checkout, argv)
+    run_phase(phase_number, checkout, argv)

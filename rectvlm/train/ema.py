@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEY = "ema"
+EMA_KEY = "ema"
 """Of the optimizer's state."""
 
 
-def decay_at(step: int, decay: float) -> float:
+def ema_decay_at(step: int, decay: float) -> float:
     """Share of the average that stays at a step (1 is the first).
 
     min(decay, (step − 1) / (step + 8)): the average begins as the weights after the first step and forgets quickly at
@@ -24,7 +24,7 @@ def decay_at(step: int, decay: float) -> float:
     return min(decay, (step - 1) / (step + 8))
 
 
-def follow(decay: float) -> Callable[..., None]:
+def make_ema_hook(decay: float) -> Callable[..., None]:
     """A hook for `register_step_post_hook` of an Adam: average ← d · average + (1 − d) · weights."""
 
     @torch.no_grad()
@@ -34,17 +34,19 @@ def follow(decay: float) -> Callable[..., None]:
                 state = optimizer.state[weights]
                 if not state:  # no gradient yet
                     continue
-                if KEY not in state:
-                    state[KEY] = weights.detach().clone()
+                if EMA_KEY not in state:
+                    state[EMA_KEY] = weights.detach().clone()
                 else:
-                    state[KEY].lerp_(weights, 1 - decay_at(max(1, int(state["step"])), decay))
+                    state[EMA_KEY].lerp_(
+                        weights, 1 - ema_decay_at(max(1, int(state["step"])), decay)
+                    )
 
     return hook
 
 
-def exchange(weights: Tensor, state: dict[str, Any]) -> bool:
+def swap_ema_tensor(weights: Tensor, state: dict[str, Any]) -> bool:
     """Exchange weights and their average in place, where there is one."""
-    average = state.get(KEY)
+    average = state.get(EMA_KEY)
     if average is None:
         return False
     held = weights.detach().clone()

@@ -11,57 +11,66 @@ from typing import Any
 
 import torch
 
-from rectvlm.config import Config, GuardConfig
-from rectvlm.data.augment import augment
-from rectvlm.train.engine import Engine
-from rectvlm.train.exits import Ended, Exit
-from rectvlm.train.guard import FILE as BAD_STEPS
-from rectvlm.train.guard import BadSteps, Seen, finite, judge, reason_of, shorten
-from rectvlm.train.memory import peak_memory_bytes
-from rectvlm.train.objectives import losses, total
-from rectvlm.train.optim import set_gradients, set_rates
+from rectvlm.checkpoint.integrity import is_disk_full
+from rectvlm.config import Config, TrainingLimitsConfig
+from rectvlm.data.augment import augment_batch
+from rectvlm.train.engine.engine import Engine
+from rectvlm.train.engine.peak_memory import peak_memory_bytes
+from rectvlm.train.logging.mfu import StepFlops
+from rectvlm.train.logging.run_log import RunLog
+from rectvlm.train.objectives import combine_losses, compute_losses
+from rectvlm.train.optimizer import set_learning_rates, set_requires_grad
 from rectvlm.train.phases import Phase
-from rectvlm.train.position import Position, seed_micro_batch
-from rectvlm.train.record import Record
-from rectvlm.train.saving import save
-from rectvlm.train.signals import Signals
-from rectvlm.train.utilization import StepWork
+from rectvlm.train.recovery.bad_steps import BAD_STEPS_FILE as BAD_STEPS
+from rectvlm.train.recovery.bad_steps import (
+    BadStepsLog,
+    RankObservation,
+    explain_skipped_step,
+    finite_or_none,
+    join_sample_names,
+    judge_losses,
+)
+from rectvlm.train.recovery.exit_codes import ExitCode, RunEnded
+from rectvlm.train.recovery.position import TrainingPosition, seed_micro_batch
+from rectvlm.train.recovery.save import save_checkpoint
+from rectvlm.train.recovery.signals import StopSignals
+from rectvlm.train.recovery.watchdog import RankActivity, Watchdog
 from rectvlm.train.validation import Validator
-from rectvlm.train.watchdog import Doing, Watchdog
 from rectvlm.types import Batch
-from rectvlm.whole import is_full
 
 log = logging.getLogger(__name__)
 
 
-class Stopwatch:
+class StepTimer:
     """Seconds by part of a step, as the host sees them with the device waited for."""
 
-    def __init__(self, device: torch.device, doing: Doing) -> None:
-        self.device, self.doing = device, doing
-        self.seconds = dict.fromkeys(("data", "augment", "forward", "backward", "optimizer"), 0.0)
+    def __init__(self, device: torch.device, doing: RankActivity) -> None:
+        self.device, self.activity = device, doing
+        self.seconds_by_operation = dict.fromkeys(
+            ("data", "augment", "forward", "backward", "optimizer"), 0.0
+        )
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def time_operation(self, name: str) -> Iterator[None]:
         """Add the time of a block to a part."""
-        self.doing.part = name
+        self.activity.operation = name
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds[name] += time.perf_counter() - start
+        self.seconds_by_operation[name] += time.perf_counter() - start
 
 
-def train(
+def run_training_loop(
     engine: Engine,
     loader: Iterable[Batch],
     phase: Phase,
     config: Config,
     folder: Path,
     saved_names: list[str],
-    position: Position,
-    signals: Signals,
-    work: StepWork | None = None,
+    position: TrainingPosition,
+    signals: StopSignals,
+    step_flops: StepFlops | None = None,
 ) -> None:
     """Train from a position to the phase's last step, recording every step and saving checkpoints.
 
@@ -76,33 +85,48 @@ def train(
         signals: open; one that has arrived ends the run after its next step.
         work: FLOPs of a step, for the record.
     """
-    settings, guard = phase.settings(config), config.train.guard
-    doing = Doing()
+    settings, guard = phase.get_settings(config), config.train.limits
+    doing = RankActivity()
     with (
-        _room(folder),
-        Watchdog(doing, engine.rank, folder, 60 * guard.timeout) as watchdog,
+        _end_run_on_full_disk(folder),
+        Watchdog(doing, engine.rank, folder, 60 * guard.timeout_minutes) as watchdog,
         ExitStack() as opened,
     ):
         validator = Validator(engine, phase, config, folder, position.step)
-        bad_steps = BadSteps(folder, position.step) if engine.is_main else None
-        record = opened.enter_context(Record(engine, phase, config, folder, position.step, work))
-        after = _After(engine, phase, config, folder, saved_names, position, validator, record, watchdog, position.step)
+        bad_steps = BadStepsLog(folder, position.step) if engine.is_main else None
+        record = opened.enter_context(
+            RunLog(engine, phase, config, folder, position.step, step_flops)
+        )
+        after = _StepFollowUp(
+            engine,
+            phase,
+            config,
+            folder,
+            saved_names,
+            position,
+            validator,
+            record,
+            watchdog,
+            position.step,
+        )
         if validator.is_due(position.step):  # the run was asked to end before it could validate
             after.save_and_validate(signal=0)
         batches = iter(loader)
-        while position.step < settings.steps and not validator.stopped:
-            watchdog.beat()
-            line, samples, signal = _step(engine, batches, phase, config, position, doing, signals)
+        while position.step < settings.steps and not validator.should_stop:
+            watchdog.record_heartbeat()
+            line, samples, signal = _train_step(
+                engine, batches, phase, config, position, doing, signals
+            )
             if line["skipped"] is not None:
-                _note(bad_steps, engine, line, guard)
-            record.write(line, samples)
-            if position.bad_in_a_row >= guard.patience:
-                raise Ended(Exit.DIVERGED, _diverged(line, folder))
+                _log_skipped_step(bad_steps, engine, line, guard)
+            record.log_step(line, samples)
+            if position.bad_in_a_row >= guard.max_bad_steps:
+                raise RunEnded(ExitCode.DIVERGED, _explain_divergence(line, folder))
             after.save_and_validate(signal)
 
 
 @dataclass
-class _After:
+class _StepFollowUp:
     """What follows a step."""
 
     engine: Engine
@@ -110,11 +134,11 @@ class _After:
     config: Config
     folder: Path
     saved_names: list[str]
-    position: Position
+    position: TrainingPosition
     validator: Validator
-    record: Record
+    record: RunLog
     watchdog: Watchdog
-    saved: int
+    saved_step: int
     """Step of the newest checkpoint, which is never written over."""
 
     def save_and_validate(self, signal: int) -> None:
@@ -124,151 +148,190 @@ class _After:
         Raises:
             Ended: asked to end, or the last checkpoint could not be written.
         """
-        step, settings = self.position.step, self.phase.settings(self.config)
+        step, settings = self.position.step, self.phase.get_settings(self.config)
         if step % settings.save_every == 0 or step == settings.steps or signal:
-            self._save()
+            self._save_checkpoint()
         if not signal:
-            self._validate()
-        last = step == settings.steps or self.validator.stopped
-        if (last or signal) and self.saved != step:
-            raise Ended(Exit.DISK, f"the checkpoint of step {step} could not be written")
+            self._run_validation()
+        last = step == settings.steps or self.validator.should_stop
+        if (last or signal) and self.saved_step != step:
+            raise RunEnded(
+                ExitCode.WRITE_FAILED, f"the checkpoint of step {step} could not be written"
+            )
         if signal and (not last or self.validator.is_due(step)):
-            raise Ended(Exit.RESUME, f"{Signal(signal).name}: saved after step {step}, go on with --resume auto")
+            raise RunEnded(
+                ExitCode.STOPPED_BY_SIGNAL,
+                f"{Signal(signal).name}: saved after step {step}, go on with --resume auto",
+            )
 
-    def _save(self) -> None:
-        if self.saved == self.position.step:
+    def _save_checkpoint(self) -> None:
+        if self.saved_step == self.position.step:
             return
-        self._begin("saving")
-        self.record.settle()
-        if save(self.engine, self.phase, self.config, self.folder, self.saved_names, self.position):
-            self.saved = self.position.step
+        self._begin_operation("saving")
+        self.record.fsync_logs()
+        if save_checkpoint(
+            self.engine, self.phase, self.config, self.folder, self.saved_names, self.position
+        ):
+            self.saved_step = self.position.step
 
-    def _validate(self) -> None:
-        self._begin("validation")
-        found = self.validator.after(self.position.step, self.watchdog.beat)
+    def _run_validation(self) -> None:
+        self._begin_operation("validation")
+        found = self.validator.validate_if_due(self.position.step, self.watchdog.record_heartbeat)
         if found is None:
             return
-        self.record.validated(found.step, found.metrics, found.samples)
-        if found.best is not None or self.validator.stopped:
-            self._save()
-        if found.best is not None and self.saved == found.step:
-            self.validator.keep(found)
+        self.record.log_validation(found.step, found.metrics, found.examples)
+        if found.best_value is not None or self.validator.should_stop:
+            self._save_checkpoint()
+        if found.best_value is not None and self.saved_step == found.step:
+            self.validator.keep_best(found)
 
-    def _begin(self, part: str) -> None:
-        doing = self.watchdog.doing
-        doing.part, doing.samples = part, []
-        self.watchdog.beat()
+    def _begin_operation(self, part: str) -> None:
+        doing = self.watchdog.activity
+        doing.operation, doing.sample_keys = part, []
+        self.watchdog.record_heartbeat()
 
 
-def _step(
+def _train_step(
     engine: Engine,
     batches: Iterator[Batch],
     phase: Phase,
     config: Config,
-    position: Position,
-    doing: Doing,
-    signals: Signals,
+    position: TrainingPosition,
+    doing: RankActivity,
+    signals: StopSignals,
 ) -> tuple[dict[str, Any], list[str], int]:
     """One optimizer step: what `metrics.jsonl` says of it, the samples that this rank took, and the number of a signal
     that some rank has received, 0 for none."""
-    settings, guard = phase.settings(config), config.train.guard
+    settings, guard = phase.get_settings(config), config.train.limits
     begin = time.perf_counter()
-    watch = Stopwatch(engine.device, doing)
-    doing.step, doing.samples = position.step + 1, []
+    watch = StepTimer(engine.device, doing)
+    doing.step, doing.sample_keys = position.step + 1, []
     groups = engine.optimizer.param_groups
-    samples_a_step = settings.micro_batch * settings.accumulation * engine.world
+    samples_a_step = settings.micro_batch * settings.accumulation * engine.world_size
     # Where epochs count, the schedule follows the samples: another number of ranks has other steps.
     scheduled = position.samples_seen / samples_a_step if settings.epochs else None
-    rates = set_rates(groups, position.step, settings, scheduled)
-    set_gradients(engine.model.module, groups)
+    rates = set_learning_rates(groups, position.step, settings, scheduled)
+    set_requires_grad(engine.model.module, groups)
     weighting = getattr(engine.model.module, "weighting", None)
     sums = torch.zeros(len(phase.tasks), 2)
     values: list[float] = []
     keys: list[str] = []
     tokens, stepped = 0, None
     for number in range(settings.accumulation):
-        first = position.samples_seen + (number * engine.world + engine.rank) * settings.micro_batch
+        first = (
+            position.samples_seen
+            + (number * engine.world_size + engine.rank) * settings.micro_batch
+        )
         seed_micro_batch(config.train.seed, first)
-        with watch.part("data"):
+        with watch.time_operation("data"):
             raw = next(batches)
-        doing.samples = raw.keys
-        with watch.part("augment"):
-            batch = augment(raw.to(engine.device), config.data.augment)
-        with watch.part("forward"):
+        doing.sample_keys = raw.keys
+        with watch.time_operation("augment"):
+            batch = augment_batch(raw.to(engine.device), config.data.augment)
+        with watch.time_operation("forward"):
             outputs = engine.model(batch)
-            found = losses(outputs, batch, phase.tasks, config.train.localization)
-            loss = total(found, config.train.losses, weighting)
-        with watch.part("backward"):
+            found = compute_losses(
+                outputs, batch, phase.tasks, config.train.localization_loss_weights
+            )
+            loss = combine_losses(found, config.train.loss_weights, weighting)
+        with watch.time_operation("backward"):
             engine.backward(loss)
             values.append(loss.item())
-        with watch.part("optimizer"):
+        with watch.time_operation("optimizer"):
             last = number == settings.accumulation - 1
             # A loss that is not normal is refused by all ranks or by none.
-            refuse = last and engine.largest(judge(values, guard))[0] > 0
-            stepped = engine.step(refuse, guard.norm)
+            refuse = last and engine.all_reduce_max(judge_losses(values, guard))[0] > 0
+            stepped = engine.step(refuse, guard.max_gradient_norm)
         for row, task in enumerate(found.values()):
             known = float(task.count > 0)
             sums[row] += torch.tensor([known * task.value.item(), known])
         keys += batch.keys
-        tokens += outputs.tokens
+        tokens += outputs.token_count
     assert stepped is not None
-    doing.part = "agreeing"
-    skipped = None if stepped.applied else _skipped(engine, values, keys, stepped.norm, position, guard)
+    doing.operation = "agreeing"
+    skipped = (
+        None
+        if stepped.is_applied
+        else _describe_skipped_step(engine, values, keys, stepped.gradient_norm, position, guard)
+    )
     position.bad_in_a_row = skipped["in_a_row"] if skipped else 0
     position.step += 1
     position.samples_seen += samples_a_step
-    means = engine.mean(sums[:, 0], sums[:, 1])
-    by_task = {task: finite(value) for task, value in zip(phase.tasks, means.tolist(), strict=True)}
-    memory, signal = engine.largest(peak_memory_bytes(), signals.received)
+    means = engine.all_reduce_mean(sums[:, 0], sums[:, 1])
+    by_task = {
+        task: finite_or_none(value) for task, value in zip(phase.tasks, means.tolist(), strict=True)
+    }
+    memory, signal = engine.all_reduce_max(peak_memory_bytes(), signals.received_signal)
     line = {
         "step": position.step,
-        "loss": sum(getattr(config.train.losses, task) * (value or 0.0) for task, value in by_task.items()),
+        "loss": sum(
+            getattr(config.train.loss_weights, task) * (value or 0.0)
+            for task, value in by_task.items()
+        ),
         "losses": by_task,
         "lr": rates,
-        "grad_norm": finite(stepped.norm),
+        "grad_norm": finite_or_none(stepped.gradient_norm),
         "skipped": skipped,
         "samples_seen": position.samples_seen,
-        "tokens": engine.sum(tokens),
-        "seconds": {"total": time.perf_counter() - begin, **watch.seconds},
+        "tokens": engine.all_reduce_sum(tokens),
+        "seconds": {"total": time.perf_counter() - begin, **watch.seconds_by_operation},
         "memory_bytes": memory,
     }
     if skipped is not None and any(None in seen["losses"] for seen in skipped["ranks"]):
         line["loss"] = None
     if weighting is not None:
         factors = zip(phase.tasks, weighting.factors().tolist(), strict=True)
-        line["task_weights"] = {task: getattr(config.train.losses, task) * factor for task, factor in factors}
+        line["task_weights"] = {
+            task: getattr(config.train.loss_weights, task) * factor for task, factor in factors
+        }
     return line, keys, int(signal)
 
 
-def _skipped(
-    engine: Engine, values: list[float], keys: list[str], norm: float | None, position: Position, guard: GuardConfig
+def _describe_skipped_step(
+    engine: Engine,
+    values: list[float],
+    keys: list[str],
+    norm: float | None,
+    position: TrainingPosition,
+    guard: TrainingLimitsConfig,
 ) -> dict[str, Any]:
     """Why the step was skipped, and what every rank saw of it; every rank must call it."""
-    own: Seen = {"rank": engine.rank, "losses": [finite(value) for value in values], "samples": keys}
-    ranks: list[Seen] = engine.everyone(own)
+    own: RankObservation = {
+        "rank": engine.rank,
+        "losses": [finite_or_none(value) for value in values],
+        "samples": keys,
+    }
+    ranks: list[RankObservation] = engine.all_gather_object(own)
     names = [name for rank in ranks for name in rank["samples"]]
-    reason = reason_of(ranks, norm, guard)
-    return {"reason": reason, "in_a_row": position.bad_in_a_row + 1, "samples": names, "ranks": ranks}
+    reason = explain_skipped_step(ranks, norm, guard)
+    return {
+        "reason": reason,
+        "in_a_row": position.bad_in_a_row + 1,
+        "samples": names,
+        "ranks": ranks,
+    }
 
 
-def _note(bad_steps: BadSteps | None, engine: Engine, line: dict[str, Any], guard: GuardConfig) -> None:
+def _log_skipped_step(
+    bad_steps: BadStepsLog | None, engine: Engine, line: dict[str, Any], guard: TrainingLimitsConfig
+) -> None:
     """Write a skipped step down, by rank, and say so."""
     ranks = line["skipped"].pop("ranks")
     if bad_steps is None:
         return
     skipped = line["skipped"]
-    bad_steps.append(line["step"], skipped["reason"], line["grad_norm"], ranks)
+    bad_steps.append_step(line["step"], skipped["reason"], line["grad_norm"], ranks)
     log.warning(
         "step %d skipped, %d of at most %d in a row: %s; samples %s",
         line["step"],
         skipped["in_a_row"],
-        guard.patience,
+        guard.max_bad_steps,
         skipped["reason"],
-        shorten(skipped["samples"]),
+        join_sample_names(skipped["samples"]),
     )
 
 
-def _diverged(line: dict[str, Any], folder: Path) -> str:
+def _explain_divergence(line: dict[str, Any], folder: Path) -> str:
     skipped = line["skipped"]
     return (
         f"{skipped['in_a_row']} steps in a row were skipped, the last, {line['step']}, because {skipped['reason']}; "
@@ -278,12 +341,12 @@ def _diverged(line: dict[str, Any], folder: Path) -> str:
 
 
 @contextmanager
-def _room(folder: Path) -> Iterator[None]:
+def _end_run_on_full_disk(folder: Path) -> Iterator[None]:
     """End in order when the log files cannot grow."""
     try:
         yield
     except OSError as error:
-        if not is_full(error):
+        if not is_disk_full(error):
             raise
         reason = f"no room to write to {folder} ({error}): make room, go on with --resume auto"
-        raise Ended(Exit.DISK, reason, together=False) from error
+        raise RunEnded(ExitCode.WRITE_FAILED, reason, on_all_ranks=False) from error

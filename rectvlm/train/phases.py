@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rectvlm.config import Config, Part, PhaseConfig, PhaseKey
+from rectvlm.config import Config, ModelPart, PhaseConfig, PhaseKey, phase_key
 from rectvlm.types import UserError
 
 Task = Literal["classification", "localization", "report"]
@@ -31,30 +31,25 @@ class Phase:
     """One row of the table."""
 
     number: PhaseNumber
-    parts: tuple[Part, ...]
+    parts: tuple[ModelPart, ...]
     """Parts of the model that exist in this phase."""
     tasks: tuple[Task, ...]
     stage: Stage | None = None
     """The sub-step; None is the phase itself, which trains everything jointly."""
-    may_train: tuple[Part, ...] | None = None
+    may_train: tuple[ModelPart, ...] | None = None
     """Parts that may have a learning rate; None is all."""
 
     @property
     def key(self) -> PhaseKey:
-        """The section of the configuration."""
-        return self.stage or self.number
+        """Name of the section of the configuration and of the run's folder: `phase3`, `phase3-align`."""
+        return phase_key(self.number, self.stage)
 
     @property
-    def folder(self) -> str:
-        """Name of the run's folder: `phase3`, `phase3-align`."""
-        return f"phase{self.number}" + (f"-{self.stage}" if self.stage else "")
-
-    @property
-    def init_from(self) -> PhaseNumber | None:
+    def previous_phase(self) -> PhaseNumber | None:
         """The phase whose checkpoint this one starts from."""
         return None if self.number == 1 else PHASES[self.number - 1].number
 
-    def settings(self, config: Config) -> PhaseConfig:
+    def get_settings(self, config: Config) -> PhaseConfig:
         """This row's section of the configuration.
 
         Raises:
@@ -62,7 +57,9 @@ class Phase:
         """
         section = config.train.phases.get(self.key)
         if section is None:
-            raise UserError(f"Configuration {config.name} has no train.phases.{self.key}: add the section.")
+            raise UserError(
+                f"Configuration {config.name} has no train.phases.{self.key}: add the section."
+            )
         able = self.parts if self.may_train is None else self.may_train
         strangers = set(section.lr) - set(able)
         if strangers or not section.lr:
@@ -74,22 +71,29 @@ class Phase:
         return section
 
 
-_ENCODED: tuple[Part, ...] = ("encoder", "classifier")
-_OUTLINED: tuple[Part, ...] = (*_ENCODED, "localizer")
-_WRITTEN: tuple[Part, ...] = (*_OUTLINED, "generator")
+_PHASE_1_PARTS: tuple[ModelPart, ...] = ("encoder", "classifier")
+_PHASE_2_PARTS: tuple[ModelPart, ...] = (*_PHASE_1_PARTS, "localizer")
+_PHASE_3_PARTS: tuple[ModelPart, ...] = (*_PHASE_2_PARTS, "generator")
 
-ROWS: tuple[Phase, ...] = (
-    Phase(1, _ENCODED, ("classification",)),
-    Phase(2, _OUTLINED, ("localization",), stage="localize", may_train=("localizer",)),
-    Phase(2, _OUTLINED, ("classification", "localization")),
-    Phase(3, _WRITTEN, ("report",), stage="align", may_train=("generator",)),
-    Phase(3, _WRITTEN, ("classification", "localization", "report")),
+PHASE_TABLE: tuple[Phase, ...] = (
+    Phase(1, _PHASE_1_PARTS, ("classification",)),
+    Phase(2, _PHASE_2_PARTS, ("localization",), stage="localize", may_train=("localizer",)),
+    Phase(2, _PHASE_2_PARTS, ("classification", "localization")),
+    Phase(3, _PHASE_3_PARTS, ("report",), stage="align", may_train=("generator",)),
+    Phase(3, _PHASE_3_PARTS, ("classification", "localization", "report")),
 )
-PHASES: dict[int, Phase] = {row.number: row for row in ROWS if row.stage is None}
-STAGES: dict[Stage, Phase] = {row.stage: row for row in ROWS if row.stage is not None}
+PHASES: dict[int, Phase] = {row.number: row for row in PHASE_TABLE if row.stage is None}
+STAGES: dict[Stage, Phase] = {row.stage: row for row in PHASE_TABLE if row.stage is not None}
 
 
-def planned(config: Config, phase: Phase, samples: int, world: int, step: int = 0, seen: int = 0) -> Config:
+def with_step_count(
+    config: Config,
+    phase: Phase,
+    sample_count: int,
+    world_size: int,
+    step: int = 0,
+    samples_seen: int = 0,
+) -> Config:
     """The configuration with the steps of a phase counted, where it gives epochs.
 
     Args:
@@ -101,10 +105,12 @@ def planned(config: Config, phase: Phase, samples: int, world: int, step: int = 
         seen: samples that all ranks took in them: a run that goes on with another number of ranks ends after as many
             epochs, in another number of steps.
     """
-    settings = phase.settings(config)
+    settings = phase.get_settings(config)
     if not settings.epochs:
         return config
-    left = math.ceil(settings.epochs * samples - seen)
-    steps = max(1, step + math.ceil(left / (settings.micro_batch * settings.accumulation * world)))
+    left = math.ceil(settings.epochs * sample_count - samples_seen)
+    steps = max(
+        1, step + math.ceil(left / (settings.micro_batch * settings.accumulation * world_size))
+    )
     phases = config.train.phases | {phase.key: settings.model_copy(update={"steps": steps})}
     return config.model_copy(update={"train": config.train.model_copy(update={"phases": phases})})

@@ -16,86 +16,89 @@ from typing import NoReturn
 
 import torch
 
-from rectvlm import checkpoint, weights
-from rectvlm.config import Config, load
-from rectvlm.data.loader import train_loader
+from rectvlm import pretrained
+from rectvlm.checkpoint import run_checkpoint
+from rectvlm.config import Config, load_config
+from rectvlm.data.loader import build_train_loader
 from rectvlm.models import RectVLM
-from rectvlm.models.language import load_language_model
-from rectvlm.models.text import Prompts
-from rectvlm.train.beginning import (
-    Resume,
-    make_way,
-    may_resume,
-    newest_whole,
-    position_of,
-    require_something_to_resume,
-    source_of,
+from rectvlm.models.language_model import load_language_model
+from rectvlm.models.prompt_embeddings import PromptEmbeddings
+from rectvlm.train.engine.engine import Engine, is_lost_peer_error
+from rectvlm.train.logging.mfu import count_step_flops
+from rectvlm.train.logging.trackers import choose_trackers
+from rectvlm.train.loop import run_training_loop
+from rectvlm.train.optimizer import build_optimizer, freeze_all_but, set_training_modes
+from rectvlm.train.phases import PHASES, STAGES, Phase, with_step_count
+from rectvlm.train.recovery.exit_codes import ExitCode, RunEnded, clear_ending, write_ending
+from rectvlm.train.recovery.resume import (
+    ResumeMode,
+    find_newest_intact_checkpoint,
+    find_source_checkpoint,
+    has_checkpoints,
+    prepare_run_folder,
+    read_position,
+    require_checkpoint_to_resume,
 )
-from rectvlm.train.engine import Engine, is_lost
-from rectvlm.train.exits import Ended, Exit, clear_ending, write_ending
-from rectvlm.train.loop import train
-from rectvlm.train.optim import build_optimizer, freeze_all_but, set_modes
-from rectvlm.train.phases import PHASES, STAGES, Phase, planned
-from rectvlm.train.signals import Signals, end_with_the_launcher
-from rectvlm.train.trackers import chosen
-from rectvlm.train.utilization import work_of_a_step
-from rectvlm.train.weighting import TaskWeighting
+from rectvlm.train.recovery.signals import StopSignals, terminate_with_launcher
+from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
 from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
 
-COLLECTIVES_LATER = 60.0
+COLLECTIVE_GRACE_SECONDS = 60.0
 """Seconds after the watchdog's timeout in which a collective gives up."""
 
 
-def main(number: int, checkout: Path, argv: Sequence[str] | None = None) -> None:
+def main(phase_number: int, checkout: Path, argv: Sequence[str] | None = None) -> None:
     """Run a phase as a command: exit code 2 and one sentence for what the user can mend."""
-    phase = PHASES[number]
-    args = _parse(phase, argv)
+    phase = PHASES[phase_number]
+    args = _parse_arguments(phase, argv)
     if args.stage is not None:
         phase = STAGES[args.stage]
     folder = None
     try:
-        with Signals() as signals:
-            end_with_the_launcher()
+        with StopSignals() as signals:
+            terminate_with_launcher()
             ds_config = args.ds_config or checkout / "ds_configs" / f"phase{phase.number}.json"
-            config = load(args.config, args.overrides)
-            folder = folder_of(phase, config)
-            run(phase, config, ds_config, args.resume, args.restart, signals, args.source)
+            config = load_config(args.config, args.overrides)
+            folder = get_run_folder(phase, config)
+            train_phase(phase, config, ds_config, args.resume, args.restart, signals, args.source)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         if folder is not None:
-            write_ending(folder, Exit.MISTAKE, str(error), None)
-        sys.exit(Exit.MISTAKE)
+            write_ending(folder, ExitCode.USER_ERROR, str(error), None)
+        sys.exit(ExitCode.USER_ERROR)
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:300]
-        if isinstance(error, RuntimeError) and is_lost(error):
-            _leave(folder, f"a rank lost the others ({reason})")
+        if isinstance(error, RuntimeError) and is_lost_peer_error(error):
+            _exit_after_losing_ranks(folder, f"a rank lost the others ({reason})")
         if folder is not None:
-            write_ending(folder, Exit.FAILED, f"{type(error).__name__}: {reason}", None)
+            write_ending(folder, ExitCode.FAILED, f"{type(error).__name__}: {reason}", None)
         raise
 
 
-def folder_of(phase: Phase, config: Config) -> Path:
+def get_run_folder(phase: Phase, config: Config) -> Path:
     """Where a phase's run is."""
-    return Path(config.train.runs) / config.name / phase.folder
+    return Path(config.train.runs) / config.name / phase.key
 
 
-def _leave(folder: Path | None, reason: str) -> NoReturn:
+def _exit_after_losing_ranks(folder: Path | None, reason: str) -> NoReturn:
     """End a rank that has lost the others, at once: what waits for them would wait for good."""
     sys.stderr.write(f"error: {reason}; go on with --resume auto.\n")
     sys.stderr.flush()
     if folder is not None:
-        write_ending(folder, Exit.LOST, reason, None)
-    os._exit(Exit.LOST)
+        write_ending(folder, ExitCode.RANK_LOST, reason, None)
+    os._exit(ExitCode.RANK_LOST)
 
 
-def _parse(phase: Phase, argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse_arguments(phase: Phase, argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=f"launch/phase{phase.number}.py",
         description=f"Phase {phase.number}: {', '.join(phase.tasks)}. Trains {', '.join(phase.parts)}.",
     )
-    parser.add_argument("--config", default="demo", help="name or path of a configuration (default: demo)")
+    parser.add_argument(
+        "--config", default="demo", help="name or path of a configuration (default: demo)"
+    )
     stages = [stage for stage, row in STAGES.items() if row.number == phase.number]
     parser.add_argument(
         "--stage",
@@ -118,18 +121,25 @@ def _parse(phase: Phase, argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="[auto]",
         help="go on from this phase's newest whole checkpoint; with `auto`, begin where there is none",
     )
-    start.add_argument("--restart", action="store_true", help="delete this phase's earlier run and begin anew")
+    start.add_argument(
+        "--restart", action="store_true", help="delete this phase's earlier run and begin anew"
+    )
     parser.add_argument(
         "--ds-config",
         type=Path,
         metavar="JSON",
         help=f"instead of ds_configs/phase{phase.number}.json",
     )
-    parser.add_argument("overrides", nargs="*", metavar="part.field=value", help="change a value of the configuration")
-    return parser.parse_intermixed_args(_joined(sys.argv[1:] if argv is None else argv))
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="part.field=value",
+        help="change a value of the configuration",
+    )
+    return parser.parse_intermixed_args(_join_resume_value(sys.argv[1:] if argv is None else argv))
 
 
-def _joined(words: Sequence[str]) -> list[str]:
+def _join_resume_value(words: Sequence[str]) -> list[str]:
     """Words of a command line with `--resume` and its value as one, so that it does not swallow an override."""
     found: list[str] = []
     for word in words:
@@ -140,14 +150,14 @@ def _joined(words: Sequence[str]) -> list[str]:
     return found
 
 
-def run(
+def train_phase(
     phase: Phase,
     config: Config,
     ds_config: Path,
-    resume: Resume,
+    resume: ResumeMode,
     restart: bool,
-    signals: Signals,
-    source_given: str | None = None,
+    signals: StopSignals,
+    requested_source: str | None = None,
 ) -> None:
     """Train one phase.
 
@@ -155,87 +165,105 @@ def run(
         Ended: early, in order.
         UserError: missing shards, a missing or unfit checkpoint of the phase before, an earlier run in the way.
     """
-    settings = phase.settings(config)
-    folder = folder_of(phase, config)
+    settings = phase.get_settings(config)
+    folder = get_run_folder(phase, config)
     # What is missing is said before anything is loaded; a run that goes on needs nothing of the phase before.
-    source = None if resume != "no" and may_resume(folder) else source_of(phase, config, source_given)
+    source = (
+        None
+        if resume != "no" and has_checkpoints(folder)
+        else find_source_checkpoint(phase, config, requested_source)
+    )
     if resume == "yes":
-        require_something_to_resume(folder, phase)
-    _prepare_models(phase, config)
-    work = work_of_a_step(phase, config)
+        require_checkpoint_to_resume(folder, phase)
+    _fetch_frozen_models(phase, config)
+    work = count_step_flops(phase, config)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints which op it has built
         # The watchdog, which says more, comes before the timeout of a collective.
-        timeout = 60 * config.train.guard.timeout + COLLECTIVES_LATER
-        engine = Engine(ds_config, settings, config.train.clip, folder, chosen(config), timeout)
+        timeout = 60 * config.train.limits.timeout_minutes + COLLECTIVE_GRACE_SECONDS
+        engine = Engine(
+            ds_config,
+            settings,
+            config.train.gradient_clipping,
+            folder,
+            choose_trackers(config),
+            timeout,
+        )
     if not engine.is_main:
         logging.getLogger("rectvlm").setLevel(logging.WARNING)
-    start = newest_whole(folder, resume, engine)
+    start = find_newest_intact_checkpoint(folder, resume, engine)
     if start is None and source is None:
-        source = source_of(phase, config, source_given)
-    position = position_of(start)
-    loader = train_loader(
+        source = find_source_checkpoint(phase, config, requested_source)
+    position = read_position(start)
+    loader = build_train_loader(
         config.data,
         settings.micro_batch,
         engine.rank,
-        engine.world,
+        engine.world_size,
         config.train.seed,
-        seen=position.samples_seen,
-        pin=engine.device.type == "cuda",
+        samples_seen=position.samples_seen,
+        pin_memory=engine.device.type == "cuda",
     )
     samples = len(loader.dataset)
     if start is None:
-        make_way(folder, phase, config, samples, restart, engine)
+        prepare_run_folder(folder, phase, config, samples, restart, engine)
     elif engine.is_main:
         clear_ending(folder)
-    config = planned(config, phase, samples, engine.world, position.step, position.samples_seen)
+    config = with_step_count(
+        config, phase, samples, engine.world_size, position.step, position.samples_seen
+    )
 
     torch.manual_seed(config.train.seed)
     # A run that goes on has all its weights in its own checkpoint, whatever became of the phase before.
-    model = build(phase, config, start or source, engine)
-    if start is None and source is None and config.encoder.atlas:
-        cases = range(min(config.encoder.atlas, samples))  # the same on every rank
-        model.encoder.draw_atlas(torch.from_numpy(loader.dataset[number].ct) for number in cases)
+    model = build_model(phase, config, start or source, engine)
+    if start is None and source is None and config.encoder.atlas_cases:
+        cases = range(min(config.encoder.atlas_cases, samples))  # the same on every rank
+        model.encoder.fit_atlas(torch.from_numpy(loader.dataset[number].ct) for number in cases)
     # Before freezing: a part without a learning rate belongs to the checkpoint too.
-    names = checkpoint.saved_names(model)
+    names = run_checkpoint.checkpoint_tensor_names(model)
     if config.train.weighting == "uncertainty":
-        model.weighting = TaskWeighting(len(phase.tasks))
-    freeze_all_but(model, settings.lr, settings.unfreeze, others=["weighting"])
+        model.weighting = UncertaintyWeighting(len(phase.tasks))
+    freeze_all_but(model, settings.lr, settings.unfreeze, extra_modules=["weighting"])
     optimizer = build_optimizer(model, config.train, settings)
     engine.prepare(model, optimizer)
-    set_modes(model, settings)
+    set_training_modes(model, settings)
     if start is not None:
-        world = checkpoint.read_state(start).world_size
-        engine.load_state(start / checkpoint.ENGINE, world, averaged=settings.ema > 0)
+        world = run_checkpoint.read_training_state(start).world_size
+        engine.load_optimizer_shards(
+            start / run_checkpoint.ENGINE_FOLDER, world, keeps_ema=settings.ema_decay > 0
+        )
         log.info("resumed from %s", start)
     try:
-        if engine.largest(signals.received)[0]:
+        if engine.all_reduce_max(signals.received_signal)[0]:
             # Nothing has been done yet that could be lost.
-            raise Ended(Exit.RESUME, f"asked to end before step {position.step + 1}: go on with --resume auto")
-        train(engine, loader, phase, config, folder, names, position, signals, work)
-    except Ended as ended:
-        if engine.is_main or not ended.together:
-            kind = "stopped" if ended.exit == Exit.RESUME else "error"
+            raise RunEnded(
+                ExitCode.STOPPED_BY_SIGNAL,
+                f"asked to end before step {position.step + 1}: go on with --resume auto",
+            )
+        run_training_loop(engine, loader, phase, config, folder, names, position, signals, work)
+    except RunEnded as ended:
+        if engine.is_main or not ended.on_all_ranks:
+            kind = "stopped" if ended.exit_code == ExitCode.STOPPED_BY_SIGNAL else "error"
             sys.stderr.write(f"{kind}: {ended.reason}.\n")
-            write_ending(folder, ended.exit, ended.reason, position.step)
-        if ended.together:
+            write_ending(folder, ended.exit_code, ended.reason, position.step)
+        if ended.on_all_ranks:
             engine.barrier()  # a launcher ends all ranks as soon as one has left
             engine.close()
         raise
     if engine.is_main:
-        write_ending(folder, Exit.FINISHED, "finished", position.step)
+        write_ending(folder, ExitCode.FINISHED, "finished", position.step)
     engine.close()
 
 
-def _prepare_models(phase: Phase, config: Config) -> None:
+def _fetch_frozen_models(phase: Phase, config: Config) -> None:
     """Fetch or build bundled models before processes join: from then on Transformers saves on rank 0 alone, whichever
     rank prepares, and under ZeRO-3 it builds what it loads in shards."""
-    if phase.init_from is None:
-        weights.resolve(config.text.model)
+    if phase.previous_phase is None:
+        pretrained.resolve_model(config.text.model)
     if "generator" in phase.parts:
-        weights.resolve(config.generator.model)
+        pretrained.resolve_model(config.generator.model)
 
 
-def build(phase: Phase, config: Config, source: Path | None, engine: Engine) -> RectVLM:
+def build_model(phase: Phase, config: Config, source: Path | None, engine: Engine) -> RectVLM:
     """The model of a phase, with the weights of the phase before; the engine shards the language model as it is read.
 
     Raises:
@@ -243,18 +271,26 @@ def build(phase: Phase, config: Config, source: Path | None, engine: Engine) -> 
     """
     language = None
     if "generator" in phase.parts:
-        folder = weights.resolve(config.generator.model)
-        language = load_language_model(config.generator, folder, engine.device, engine.settle)
+        folder = pretrained.resolve_model(config.generator.model)
+        language = load_language_model(config.generator, folder, engine.device, engine.shard_module)
     if source is None:
-        prompts = Prompts.embed(weights.resolve(config.text.model), config.text.max_tokens)
+        prompts = PromptEmbeddings.from_text_encoder(
+            pretrained.resolve_model(config.text.model), config.text.max_tokens
+        )
         return RectVLM(config, phase.parts, prompts, language)
-    tensors = checkpoint.read_weights(source)
-    model = RectVLM(config, phase.parts, checkpoint.prompts_of(tensors, source), language)
-    before = checkpoint.read_state(source).parts
+    tensors = run_checkpoint.read_weights(source)
+    model = RectVLM(
+        config, phase.parts, run_checkpoint.prompts_from_tensors(tensors, source), language
+    )
+    before = run_checkpoint.read_training_state(source).parts
     absent = [part for part in phase.parts if part not in before and part != phase.parts[-1]]
     if absent:
         log.warning("%s has no %s: it begins with random weights", source, " and no ".join(absent))
-    expected = [name for name in checkpoint.saved_names(model) if name.partition(".")[0] in (*before, "prompts")]
-    checkpoint.load_weights(model, tensors, expected, source)
+    expected = [
+        name
+        for name in run_checkpoint.checkpoint_tensor_names(model)
+        if name.partition(".")[0] in (*before, "prompts")
+    ]
+    run_checkpoint.load_weights(model, tensors, expected, source)
     log.info("starting from %s", source)
     return model

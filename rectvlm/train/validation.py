@@ -22,69 +22,69 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rectvlm import checkpoint
+from rectvlm.checkpoint import run_checkpoint
 from rectvlm.config import Config, PhaseConfig, ValidationConfig
-from rectvlm.data.loader import Loader, ShardDataset
+from rectvlm.data.loader import BatchLoader, ShardDataset
 from rectvlm.labels import N_FINDINGS, N_LESIONS
-from rectvlm.models import Outputs
-from rectvlm.train.engine import Engine
-from rectvlm.train.guard import finite
-from rectvlm.train.objectives import losses
-from rectvlm.train.optim import set_modes
+from rectvlm.models import ModelOutputs
+from rectvlm.train.engine.engine import Engine
+from rectvlm.train.objectives import compute_losses
+from rectvlm.train.optimizer import set_training_modes
 from rectvlm.train.phases import Phase
+from rectvlm.train.recovery.bad_steps import finite_or_none
 from rectvlm.types import Batch
 
 log = logging.getLogger(__name__)
 
-FILE = "validation.jsonl"
+VALIDATION_FILE = "validation.jsonl"
 
 
-class ValidationSample(NamedTuple):
+class ValidationExample(NamedTuple):
     """One case to look at. Volumes are on the model's grid, canonical."""
 
     key: str
     ct: NDArray[np.int16]
     """(Z, Y, X), HU."""
-    spacing: tuple[float, float, float]
+    spacing_mm: tuple[float, float, float]
     """(z, y, x), mm."""
     labels: NDArray[np.float32]
     """(18,), NaN where unknown."""
-    findings: NDArray[np.float32]
+    finding_probabilities: NDArray[np.float32]
     """(18,), probabilities."""
-    annotated: NDArray[np.bool_]
+    lesions_annotated: NDArray[np.bool_]
     """(5,), whether a lesion was looked for."""
-    lesions_true: NDArray[np.uint8]
+    true_lesions: NDArray[np.uint8]
     """(Z, Y, X), lesion bits."""
-    lesions_found: NDArray[np.uint8] | None
+    predicted_lesions: NDArray[np.uint8] | None
     """(Z, Y, X), lesion bits; None without a localizer."""
-    report_true: str | None
-    report_found: str | None
+    true_report: str | None
+    predicted_report: str | None
     """None without a generator."""
 
 
 @dataclass(frozen=True)
-class Validation:
+class ValidationResult:
     """What a validation found; the same on every rank but for the samples."""
 
     step: int
     metrics: dict[str, float | None]
     """By name (`rectvlm.config.Metric`); None where the cases do not decide it."""
-    samples: list[ValidationSample]
+    examples: list[ValidationExample]
     """On the first rank; empty elsewhere."""
-    best: float | None
+    best_value: float | None
     """The value of the metric that decides, if it is better than that of every checkpoint."""
 
 
-class _Row(NamedTuple):
+class _ScoredCase(NamedTuple):
     """A case: what the model said, and the truth."""
 
-    place: int
+    case_index: int
     losses: dict[str, float | None]
     probabilities: NDArray[np.float32]
     labels: NDArray[np.float32]
-    known: NDArray[np.bool_]
-    counts: NDArray[np.int64] | None
-    annotated: NDArray[np.bool_]
+    labels_known: NDArray[np.bool_]
+    overlap_counts: NDArray[np.int64] | None
+    lesions_annotated: NDArray[np.bool_]
 
     @property
     def is_finite(self) -> bool:
@@ -96,37 +96,44 @@ class _Row(NamedTuple):
 class Validator:
     """Validates when it is time, and remembers which checkpoint is the best."""
 
-    def __init__(self, engine: Engine, phase: Phase, config: Config, folder: Path, step: int) -> None:
+    def __init__(
+        self, engine: Engine, phase: Phase, config: Config, folder: Path, step: int
+    ) -> None:
         """Go on after `step`; every rank must call it before any line of the folder's files is dropped.
 
         Raises:
             UserError: validation is asked for and the shards hold no valid split.
         """
         self.engine, self.phase, self.config, self.folder = engine, phase, config, folder
-        self.phase_settings: PhaseConfig = phase.settings(config)
+        self.phase_settings: PhaseConfig = phase.get_settings(config)
         self.settings: ValidationConfig = self.phase_settings.validation
         self.dataset = ShardDataset(config.data, "valid") if self.settings.every else None
-        self._values = [(done, value) for done, value in _history(folder, self.settings) if done <= step]
+        self._values = [
+            (done, value) for done, value in _read_history(folder, self.settings) if done <= step
+        ]
         kept = [
             (done, value)
             for done, value in self._values
-            if value is not None and (checkpoint.step_folder(folder, done) / checkpoint.STATE).is_file()
+            if value is not None
+            and (run_checkpoint.step_folder(folder, done) / run_checkpoint.STATE_FILE).is_file()
         ]
         # The first of equals, as in a run that was not broken.
-        self._best = min(kept, key=lambda pair: (self._order(pair[1]), pair[0]), default=None)
+        self._best = min(kept, key=lambda pair: (self._sort_key(pair[1]), pair[0]), default=None)
         engine.barrier()
         if engine.is_main and self.dataset is not None:
             chosen = self._best or (None, None)
-            checkpoint.note_best(folder, chosen[0], self.settings.best, chosen[1])
+            run_checkpoint.record_best_checkpoint(
+                folder, chosen[0], self.settings.best_metric, chosen[1]
+            )
 
-    def _order(self, value: float) -> float:
+    def _sort_key(self, value: float) -> float:
         """Smaller is better."""
-        return _order(value, self.settings)
+        return _sort_key(value, self.settings)
 
     @property
-    def stopped(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether patience has run out."""
-        return _patience_is_out([value for _, value in self._values], self.settings)
+        return _is_patience_exhausted([value for _, value in self._values], self.settings)
 
     def is_due(self, step: int) -> bool:
         """Whether a step is followed by a validation that has not been done."""
@@ -134,161 +141,222 @@ class Validator:
             return False
         return step % self.settings.every == 0 or step == self.phase_settings.steps
 
-    def after(self, step: int, beat: Callable[[], None] = lambda: None) -> Validation | None:
+    def validate_if_due(
+        self, step: int, heartbeat: Callable[[], None] = lambda: None
+    ) -> ValidationResult | None:
         """Validate if it is time after a step; every rank must call it. `beat` is called after every case."""
         if not self.is_due(step):
             return None
-        with self._undisturbed():
-            rows, samples = self._run(beat)
-        every = sorted((row for part in self.engine.everyone(rows) for row in part), key=lambda row: row.place)
-        metrics = self._metrics(every)
-        value = metrics.get(self.settings.best)
+        with self._evaluation_mode():
+            rows, samples = self._run_cases(heartbeat)
+        every = sorted(
+            (row for part in self.engine.all_gather_object(rows) for row in part),
+            key=lambda row: row.place,
+        )
+        metrics = self._compute_metrics(every)
+        value = metrics.get(self.settings.best_metric)
         if value is None and not self._values:
             log.warning(
-                "the %d validation cases do not decide %s, so no checkpoint is the best", len(every), self.settings.best
+                "the %d validation cases do not decide %s, so no checkpoint is the best",
+                len(every),
+                self.settings.best_metric,
             )
         self._values.append((step, value))
-        best = value is not None and (self._best is None or self._order(value) < self._order(self._best[1]))
-        told = ", ".join(f"{name} {'–' if v is None else f'{v:.4f}'}" for name, v in metrics.items())
-        log.info("step %d, %d validation cases: %s%s", step, len(every), told, " (best so far)" if best else "")
-        return Validation(step, metrics, samples, value if best else None)
+        best = value is not None and (
+            self._best is None or self._sort_key(value) < self._sort_key(self._best[1])
+        )
+        told = ", ".join(
+            f"{name} {'–' if v is None else f'{v:.4f}'}" for name, v in metrics.items()
+        )
+        log.info(
+            "step %d, %d validation cases: %s%s",
+            step,
+            len(every),
+            told,
+            " (best so far)" if best else "",
+        )
+        return ValidationResult(step, metrics, samples, value if best else None)
 
-    def keep(self, found: Validation) -> None:
+    def keep_best(self, found: ValidationResult) -> None:
         """A validation's checkpoint, which is on the disk, is the best; the one that was may go."""
-        assert found.best is not None
-        self._best = (found.step, found.best)
+        assert found.best_value is not None
+        self._best = (found.step, found.best_value)
         if self.engine.is_main:
-            checkpoint.note_best(self.folder, found.step, self.settings.best, found.best)
-            checkpoint.prune(self.folder, self.config.train.keep)
+            run_checkpoint.record_best_checkpoint(
+                self.folder, found.step, self.settings.best_metric, found.best_value
+            )
+            run_checkpoint.prune_checkpoints(self.folder, self.config.train.keep_checkpoints)
 
     @contextlib.contextmanager
-    def _undisturbed(self) -> Iterator[None]:
+    def _evaluation_mode(self) -> Iterator[None]:
         """Eval mode, averaged weights, no gradients; modes, weights and random states are as before afterwards."""
         module = self.engine.model.module
         devices = [self.engine.device] if self.engine.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices), self.engine.averaged():
+        with torch.no_grad(), torch.random.fork_rng(devices), self.engine.use_ema_weights():
             self.engine.model.eval()
             yield
-            set_modes(module, self.phase_settings)
+            set_training_modes(module, self.phase_settings)
 
-    def _places(self) -> list[int]:
+    def _choose_case_indices(self) -> list[int]:
         """Numbers of the cases that count, spread evenly over the split."""
         assert self.dataset is not None
         n = min(self.settings.cases, len(self.dataset))
         return [i * len(self.dataset) // n for i in range(n)]
 
-    def _run(self, beat: Callable[[], None]) -> tuple[list[_Row], list[ValidationSample]]:
+    def _run_cases(
+        self, beat: Callable[[], None]
+    ) -> tuple[list[_ScoredCase], list[ValidationExample]]:
         assert self.dataset is not None
-        rank, world = self.engine.rank, self.engine.world
-        places = self._places()
-        mine = [places[min(i, len(places) - 1)] for i in range(rank, world * math.ceil(len(places) / world), world)]
+        rank, world = self.engine.rank, self.engine.world_size
+        places = self._choose_case_indices()
+        mine = [
+            places[min(i, len(places) - 1)]
+            for i in range(rank, world * math.ceil(len(places) / world), world)
+        ]
         module = self.engine.model.module
         rows, samples = [], []
-        for number, batch in enumerate(Loader(self.dataset, [[place] for place in mine])):
-            torch.manual_seed(self.config.train.seed + mine[number])  # which cues are true does not depend on the ranks
+        for number, batch in enumerate(BatchLoader(self.dataset, [[place] for place in mine])):
+            torch.manual_seed(
+                self.config.train.seed + mine[number]
+            )  # which cues are true does not depend on the ranks
             batch = batch.to(self.engine.device)
             outputs = self.engine.model(batch)
             if rank + number * world < len(places):
-                rows.append(self._row(mine[number], outputs, batch))
-            if number < self.settings.samples:
-                written = module.predict(batch).reports if module.has_generator else None
+                rows.append(self._score_case(mine[number], outputs, batch))
+            if number < self.settings.shown_cases:
+                written = module.predict_batch(batch).reports if module.has_generator else None
                 if self.engine.is_main:
-                    samples.append(_sample(outputs, batch, written))
+                    samples.append(_make_example(outputs, batch, written))
             beat()
         return rows, samples
 
-    def _row(self, place: int, outputs: Outputs, batch: Batch) -> _Row:
+    def _score_case(self, place: int, outputs: ModelOutputs, batch: Batch) -> _ScoredCase:
         # Imported here: scikit-learn takes a second that a run without validation need not spend.
-        from rectvlm.metrics import lesion_counts
+        from rectvlm.metrics import count_lesion_voxels
 
-        found = losses(outputs, batch, self.phase.tasks, self.config.train.localization)
+        found = compute_losses(
+            outputs, batch, self.phase.tasks, self.config.train.localization_loss_weights
+        )
         counts = None
         if outputs.localization is not None:
-            marked = (outputs.localization.masks[0] >= 0).cpu().numpy()
-            counts = lesion_counts(marked, batch.lesions[0].cpu().numpy())
-        return _Row(
+            marked = (outputs.localization.mask_logits[0] >= 0).cpu().numpy()
+            counts = count_lesion_voxels(marked, batch.lesions[0].cpu().numpy())
+        return _ScoredCase(
             place,
             {task: loss.value.item() if loss.count > 0 else None for task, loss in found.items()},
-            outputs.findings[0].float().sigmoid().cpu().numpy(),
+            outputs.finding_logits[0].float().sigmoid().cpu().numpy(),
             batch.labels[0].cpu().numpy(),
             batch.labels_known[0].cpu().numpy(),
             counts,
             batch.lesions_annotated[0].cpu().numpy(),
         )
 
-    def _metrics(self, rows: list[_Row]) -> dict[str, float | None]:
+    def _compute_metrics(self, rows: list[_ScoredCase]) -> dict[str, float | None]:
         from rectvlm import metrics
 
-        weights = self.config.train.losses
-        spoilt = [row.place for row in rows if not row.is_finite]
+        weights = self.config.train.loss_weights
+        spoilt = [row.case_index for row in rows if not row.is_finite]
         if spoilt and self.engine.is_main:
-            log.warning("validation: figures of %d of %d cases are not finite", len(spoilt), len(rows))
+            log.warning(
+                "validation: figures of %d of %d cases are not finite", len(spoilt), len(rows)
+            )
         if spoilt:  # the other cases' mean would look better than the model is
-            names = ["loss", *(f"loss_{task}" for task in self.phase.tasks), "macro_auroc", "macro_average_precision"]
-            return dict.fromkeys([*names, "mean_dice"] if rows[0].counts is not None else names)
-        by_task = {task: _mean([row.losses[task] for row in rows]) for task in self.phase.tasks}
-        known = [getattr(weights, task) * value for task, value in by_task.items() if value is not None]
+            names = [
+                "loss",
+                *(f"loss_{task}" for task in self.phase.tasks),
+                "macro_auroc",
+                "macro_average_precision",
+            ]
+            return dict.fromkeys(
+                [*names, "mean_dice"] if rows[0].overlap_counts is not None else names
+            )
+        by_task = {
+            task: _mean_of_known([row.losses[task] for row in rows]) for task in self.phase.tasks
+        }
+        known = [
+            getattr(weights, task) * value for task, value in by_task.items() if value is not None
+        ]
         found: dict[str, float | None] = {"loss": sum(known) if known else None}
         found |= {f"loss_{task}": value for task, value in by_task.items()}
-        probabilities, labels, flags = (np.stack(parts) for parts in list(zip(*rows, strict=True))[2:5])
-        scores = metrics.classification(probabilities, labels, flags, np.full(N_FINDINGS, 0.5))["macro"]
-        found |= {"macro_auroc": scores["auroc"], "macro_average_precision": scores["average_precision"]}
-        if rows[0].counts is not None:
-            counts = np.stack([row.counts for row in rows if row.counts is not None])
-            outlined = metrics.localization(counts, np.stack([row.annotated for row in rows]))
+        probabilities, labels, flags = (
+            np.stack(parts) for parts in list(zip(*rows, strict=True))[2:5]
+        )
+        scores = metrics.score_findings(probabilities, labels, flags, np.full(N_FINDINGS, 0.5))[
+            "macro"
+        ]
+        found |= {
+            "macro_auroc": scores["auroc"],
+            "macro_average_precision": scores["average_precision"],
+        }
+        if rows[0].overlap_counts is not None:
+            counts = np.stack(
+                [row.overlap_counts for row in rows if row.overlap_counts is not None]
+            )
+            outlined = metrics.score_lesion_overlap(
+                counts, np.stack([row.lesions_annotated for row in rows])
+            )
             found["mean_dice"] = outlined["macro"]["dice"]
         return found
 
 
-def has_stopped(folder: Path, settings: ValidationConfig) -> bool:
+def has_stopped_early(folder: Path, settings: ValidationConfig) -> bool:
     """Whether the run in a phase's folder ended early."""
-    return _patience_is_out([value for _, value in _history(folder, settings)], settings)
+    return _is_patience_exhausted([value for _, value in _read_history(folder, settings)], settings)
 
 
-def _patience_is_out(values: list[float | None], settings: ValidationConfig) -> bool:
+def _is_patience_exhausted(values: list[float | None], settings: ValidationConfig) -> bool:
     if not (settings.every and settings.patience):
         return False
     best, waited = math.inf, 0
     for value in values:
-        order = math.inf if value is None else _order(value, settings)
+        order = math.inf if value is None else _sort_key(value, settings)
         best, waited = (order, 0) if order < best else (best, waited + 1)
     return waited >= settings.patience
 
 
-def _order(value: float, settings: ValidationConfig) -> float:
+def _sort_key(value: float, settings: ValidationConfig) -> float:
     """Smaller is better: a loss as it is, anything else turned round."""
-    return value if settings.best.startswith("loss") else -value
+    return value if settings.best_metric.startswith("loss") else -value
 
 
-def _history(folder: Path, settings: ValidationConfig) -> list[tuple[int, float | None]]:
+def _read_history(folder: Path, settings: ValidationConfig) -> list[tuple[int, float | None]]:
     """Steps of a run's validations and the values of the metric that decides."""
-    path = folder / FILE
+    path = folder / VALIDATION_FILE
     found = []
     for text in path.read_text().splitlines() if path.is_file() and settings.every else []:
         with contextlib.suppress(json.JSONDecodeError):  # the last line may be cut off by a kill
             line = json.loads(text)
-            found.append((int(line["step"]), finite(line["metrics"].get(settings.best))))
+            found.append(
+                (int(line["step"]), finite_or_none(line["metrics"].get(settings.best_metric)))
+            )
     return found
 
 
-def _mean(values: list[float | None]) -> float | None:
+def _mean_of_known(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
 
-def _sample(outputs: Outputs, batch: Batch, written: list[str] | None) -> ValidationSample:
+def _make_example(
+    outputs: ModelOutputs, batch: Batch, written: list[str] | None
+) -> ValidationExample:
     found: Any = None
     if outputs.localization is not None:
-        marked = outputs.localization.masks[0] >= 0
+        marked = outputs.localization.mask_logits[0] >= 0
         bits = torch.arange(N_LESIONS, device=marked.device, dtype=torch.uint8)
-        found = (marked.to(torch.uint8) << bits[:, None, None, None]).sum(0, dtype=torch.uint8).cpu().numpy()
+        found = (
+            (marked.to(torch.uint8) << bits[:, None, None, None])
+            .sum(0, dtype=torch.uint8)
+            .cpu()
+            .numpy()
+        )
     labels = torch.where(batch.labels_known[0], batch.labels[0], torch.nan)
-    return ValidationSample(
+    return ValidationExample(
         batch.keys[0],
         batch.ct[0].cpu().numpy(),
         batch.spacing,
         labels.cpu().numpy(),
-        outputs.findings[0].float().sigmoid().cpu().numpy(),
+        outputs.finding_logits[0].float().sigmoid().cpu().numpy(),
         batch.lesions_annotated[0].cpu().numpy(),
         batch.lesions[0].cpu().numpy(),
         found,

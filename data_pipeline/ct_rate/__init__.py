@@ -1,0 +1,1 @@
+"""A CT-RATE download: its tables, its volumes, and the cases that they make."""

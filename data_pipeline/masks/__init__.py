@@ -1,0 +1,1 @@
+"""Lesion and region masks of every source, brought onto a volume's grid."""

@@ -1,0 +1,1 @@
+"""Checkpoints and exported models: the folder format, its integrity, the model card, the Hub."""

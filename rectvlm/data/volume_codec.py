@@ -1,0 +1,69 @@
+"""A volume as bytes and back: a line of JSON (dtype, shape), then a blosc2 buffer (zstd, bits shuffled); no pickle."""
+
+import json
+import math
+from typing import Any, cast
+
+import blosc2
+import numpy as np
+from numpy.typing import NDArray
+
+from rectvlm.types import UserError
+
+# A fixed block size: blosc2's own choice depends on the machine's caches, and shards must repeat byte for byte.
+_BLOCK_BYTES = 1 << 18
+_MAX_HEADER_BYTES = 256
+_MAX_VOLUME_BYTES = 1 << 30
+
+
+def encode_volume(array: NDArray[Any]) -> bytes:
+    """A volume as bytes, the same on every machine."""
+    array = np.ascontiguousarray(array)
+    header = json.dumps({"dtype": array.dtype.name, "shape": array.shape}).encode() + b"\n"
+    body = blosc2.compress2(
+        array,
+        codec=blosc2.Codec.ZSTD,
+        clevel=1,
+        typesize=array.itemsize,
+        filters=[blosc2.Filter.BITSHUFFLE],
+        filters_meta=[0],
+        blocksize=_BLOCK_BYTES,
+        nthreads=1,
+    )
+    return header + cast(bytes, body)
+
+
+def decode_volume(
+    data: bytes | memoryview, dtype: np.dtype[Any], where: str, out: NDArray[Any] | None = None
+) -> NDArray[Any]:
+    """The volume of `pack`, in an array of its own or in `out` (contiguous, of the type), which then is returned.
+
+    Sizes are compared before anything is allocated: a damaged header must not ask for all the memory.
+
+    Raises:
+        UserError: damaged, another type than `dtype`, or another shape than `out`; `where` names the source.
+    """
+    header, newline, _ = bytes(data[:_MAX_HEADER_BYTES]).partition(b"\n")
+    body = memoryview(data)[len(header) + 1 :]
+    try:
+        described = json.loads(header) if newline else {}
+        shape = tuple(int(n) for n in described["shape"])
+        if described["dtype"] != dtype.name or len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"found {described}")
+        n_bytes, packed_bytes, _ = blosc2.get_cbuffer_sizes(body)
+        if (
+            n_bytes != math.prod(shape) * dtype.itemsize
+            or packed_bytes != len(body)
+            or n_bytes > _MAX_VOLUME_BYTES
+        ):
+            raise ValueError(f"{len(body)} bytes for shape {shape}")
+        if out is not None and out.shape != shape:
+            raise ValueError(f"of shape {out.shape}, found {shape}")
+        array = np.empty(shape, dtype) if out is None else out
+        assert array.dtype == dtype and array.flags.c_contiguous
+        blosc2.decompress2(body, dst=array, nthreads=1)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{where} is damaged: expected a {dtype.name} volume, {error}; make the shards again."
+        ) from None
+    return array

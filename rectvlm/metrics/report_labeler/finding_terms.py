@@ -1,0 +1,318 @@
+"""The words of chest-CT reports: what names each finding.
+
+A table to be read and amended by someone who reads reports. Every pattern is matched in lower-case text, inside one
+clause. The cues are in `rectvlm.metrics.report_labeler.modifiers`, and how all is put together in `rectvlm.metrics.report_labeler.rule_labeler`.
+"""
+
+import re
+from dataclasses import dataclass
+
+_JOINED = (
+    r"(?:\W+(?:and|or|nor|bilateral|left|right|both|sided|minimal|small|mild|moderate|large|massive|free|loculated|"
+    r"significant|physiologic\w*|pleural|pericardial|peritoneal|spaces?|cavit\w+|leaves|a|the))*\W+"
+)
+"""What may stand between an adjective and its noun: "pleural or pericardial effusion", "pleural free fluid"."""
+
+
+def _compile_alternatives(*alternatives: str) -> re.Pattern[str]:
+    return re.compile("|".join(f"(?:{text})" for text in alternatives))
+
+
+@dataclass(frozen=True)
+class FindingTerm:
+    """One way of naming a finding."""
+
+    finding: str
+    name_pattern: re.Pattern[str]
+    required_vessel: re.Pattern[str] | None = None
+    """The vessel that must be named with it: on its side of a "without", or anywhere in the clause where no `VESSEL`
+    is named on that side."""
+    excluded_in_phrase: re.Pattern[str] | None = None
+    """Must not stand in the same phrase (see `rectvlm.metrics.report_labeler.clauses`)."""
+    excluded_organs: re.Pattern[str] | None = None
+    """Organs that it must not be of: named in its phrase, or else in its clause, and `LUNG` is not."""
+    is_device: bool = False
+    """Is gone once it was removed."""
+    is_weak: bool = False
+    """Gives way where another term's words cover it."""
+    min_short_axis_mm: float | None = None
+    """The finding is there from this short axis on, and is not below; words without a measurement say nothing."""
+
+
+_AORTA = _compile_alternatives(
+    r"(?<!para)(?<!para-)aort(?!o-?pulm|ico-?pulm)\w*(?!\w*(?:\s+and\s+mitral)?\s+valv)",
+    r"\barch\b(?!\s+of)",
+    r"supra-?aortic",
+    r"brachiocephalic|subclavian|carotid|innominate|iliac|splenic arter|mesenteric arter|celiac",
+    r"great vessels?|main vascular|vascular (?:walls?|structures?|calcif\w+)|\bvessel walls?|arterial (?:walls?|"
+    r"calcif\w+)",
+)
+_CORONARY = _compile_alternatives(
+    r"coronar\w*", r"anterior descending", r"\blad\b|\brca\b|\blcx\b|\bcx\b", r"circumflex"
+)
+_OTHER_ORGAN = _compile_alternatives(
+    r"thyroid\w*|goit\w+|adrenal|surrenal|liver|hepat\w+|spleen|splenic|breast|mamm\w+|kidney|renal|pancrea\w*|skin|"
+    r"subcutaneous|parotid|prostat\w*|gall-?bladder|vertebra\w*|bones?|abdom\w+|peritone\w+|omental|mesenter\w+"
+)
+LUNG_PATTERN = re.compile(
+    r"lung|pulmon|(?<!liver )(?<!hepatic )(?<!splenic )(?<!renal )(?<!breast )(?<!thyroid )(?<!pancreatic )parenchyma|"
+    r"upper lobe|lower lobe|middle lobe|lingula|pleura|\bapic(?:es|al)\b"
+)
+_BONE = _compile_alternatives(
+    r"\bribs?\b|fractur\w*|vertebra\w*|bones?\b|osse\w+|sternum|clavic\w+|costal|spleen|splenic|kidney|renal"
+)
+_WORD = r"[\w/%'-]+"
+VESSEL_PATTERN = _compile_alternatives(_AORTA.pattern, _CORONARY.pattern)
+_NOT_VASCULAR = (
+    rf"(?!(?: (?!(?:and|or|with)\b|{VESSEL_PATTERN.pattern}){_WORD}){{0,4}} "
+    r"(?:lymph|nodes?\b|lap\b|nodul|granulom|mass|lesion|pleura|thyroid|trache|bronch|ribs?\b|costal|disc\b|valv|annul))"
+)
+"""After "calcified": what is calcified is no vessel."""
+_CALCIFIED = (
+    rf"(?<!pleural )(?<!valve )calcif\w*\b{_NOT_VASCULAR}|(?<!pleural )\bplaques?\b{_NOT_VASCULAR}"
+)
+
+FINDING_TERMS: tuple[FindingTerm, ...] = (
+    FindingTerm(
+        "Medical material",
+        _compile_alternatives(
+            r"pace-?makers?|pacing (?:wire|lead|electrode)s?|\bicds?\b|defibrillators?|electrodes?\b",
+            r"\bleads?(?= (?:in|within|terminat|extend|are|is|tip))",
+            r"port-?a-?cath\w*|\bport catheters?|(?:chest|venous|subclavian|jugular|infusion|left|"
+            r"right)(?: wall)? port\b",
+            r"catheters?|cannulas?|\bpicc\b|central (?:venous )?lines?|swan-?ganz|balloon pump",
+            r"\bstents?\b|\bstent-?grafts?|bypass grafts?|vascular grafts?|embolization coils?|\bfilter\b",
+            r"sternotom\w*|sternal (?:wires?|sutures?|cerclage)|cerclage",
+            r"sutures?\b|staples?\b|surgical (?:clips?|materials?|material)|\bclips?\b|metallic (?:clips?|materials?|"
+            r"implants?)",
+            r"prosthe\w+|implants?\b|mechanical valve|valve replacement|osteosynthesis|screws?\b",
+            r"(?:endotracheal|tracheostomy|tracheal|nasogastric|feeding|chest|thoracostomy|thorax|drainage|enteric|ng|"
+            r"et)"
+            r" (?:tubes?|cannulas?)",
+            r"intubat\w+|tracheostom\w+|gastrostom\w+|\bdrains?\b|medical (?:materials?|devices?)",
+        ),
+        is_device=True,
+    ),
+    FindingTerm(
+        "Arterial wall calcification",
+        re.compile(_CALCIFIED),
+        required_vessel=_AORTA,
+    ),
+    FindingTerm(
+        "Arterial wall calcification", re.compile(r"ather(?:o|om|os)\w*"), required_vessel=_AORTA
+    ),
+    FindingTerm(
+        "Arterial wall calcification",
+        re.compile(r"ather(?:o|om|os)\w*"),
+        excluded_in_phrase=_CORONARY,
+    ),
+    FindingTerm(
+        "Coronary artery wall calcification",
+        re.compile(rf"{_CALCIFIED}|ather(?:o|om|os)\w*"),
+        required_vessel=_CORONARY,
+    ),
+    FindingTerm(
+        "Cardiomegaly",
+        _compile_alternatives(
+            r"cardiomegaly|megalocardia",
+            r"enlarged (?:heart|cardiac silhouette)|(?:cardiac|heart) enlargement",
+            r"enlargement (?:\w+ ){0,2}?(?:of|in) (?:the )?(?:heart|cardiac)",
+            rf"\b(?:heart|cardiac|cardiothoracic|ct[or])(?: (?!normal|valve|failure){_WORD},?){{0,6}}? "
+            r"(?:enlarged|increased?|larger|dilated|above normal|greater than normal|big|wider)",
+            r"increased? (?:in )?(?:heart size|heart dimensions|cardiothoracic (?:index|ratio))",
+        ),
+    ),
+    FindingTerm(
+        "Pericardial effusion",
+        _compile_alternatives(
+            rf"pericardi\w+{_JOINED}(?:effusions?|fluid|collections?)",
+            r"pericardi\w+(?:\W+(?:or|and|pleural))*\W+thickening\s*(?:-|/|or|and)\s*effusions?",
+            rf"(?:effusions?|fluid|collection)(?: {_WORD}){{0,6}}? (?:in|between|around|"
+            rf"surrounding)(?: {_WORD}){{0,3}}? "
+            r"(?:pericardi\w+|heart)",
+            r"hemopericardium",
+        ),
+    ),
+    FindingTerm(
+        "Hiatal hernia",
+        _compile_alternatives(
+            rf"(?:hiat\w+|sliding|para-?esophageal|gastric)(?:[ -]{_WORD}){{0,3}}? hernia\w*",
+            r"hernia\w*(?: \w+){0,4}? (?:esophageal )?hiatus",
+        ),
+    ),
+    FindingTerm(
+        "Lymphadenopathy",
+        _compile_alternatives(
+            r"\w*adenopath\w*|lymphadenomegal\w*|\blaps?\b",
+            rf"(?:enlarge\w*|bulky|patholog\w+)(?: (?!lymph|node){_WORD},?){{0,5}} (?:lymph[ -]?)?nod(?:e|es|al)\b"
+            rf"(?:(?: {_WORD},?){{0,16}}? patholog\w+(?: \w+)?)?",
+            rf"(?:lymph[ -]?)nodes?\b(?: (?!nodul){_WORD},?){{0,16}}? (?:enlarge\w*|bulky|patholog\w+)",
+            rf"\bnodes?\b(?: {_WORD},?){{0,4}}? (?:enlarged|patholog\w+)",
+            r"enlarge\w*(?: \w+){0,3}? (?:lymph[ -]?)?nodes?",
+        ),
+        excluded_in_phrase=re.compile(r"sinus node"),
+    ),
+    FindingTerm(
+        "Lymphadenopathy",
+        re.compile(r"\b(?:lymph[ -]?)?nodes?\b"),
+        is_weak=True,
+        min_short_axis_mm=10.0,
+    ),
+    FindingTerm(
+        "Emphysema",
+        re.compile(
+            r"(?<!subcutaneous )(?<!mediastinal )(?<!soft tissue )(?<!surgical )(?<!muscular )emphysem\w*"
+            r"(?! (?:in|of) the (?:subcutaneous|chest wall|soft|mediastin|neck|muscle))"
+        ),
+    ),
+    FindingTerm(
+        "Atelectasis",
+        _compile_alternatives(
+            r"\w*atelecta\w*|\w*atelacta\w*",
+            r"(?:lobar|lung|lobe) collapse|collaps\w+ (?:of )?(?:the )?(?:\w+ ){0,3}?(?:lobe|lung|parenchyma)",
+        ),
+    ),
+    FindingTerm(
+        "Lung nodule",
+        _compile_alternatives(
+            r"(?:micro)?nodules?\b|nodulo-?(?:infiltrative|ground)",
+            r"nodular(?:,? (?:or|and|and/or|solid|\w+ive))* (?:lesions?|opacit\w+|densit\w+|formations?|structures?)",
+        ),
+        excluded_organs=_OTHER_ORGAN,
+    ),
+    FindingTerm(
+        "Lung opacity",
+        _compile_alternatives(
+            r"ground[ -]?glass\w*|crazy[ -]?paving",
+            r"\w*opacit(?:y|ies)|opacifications?",
+            r"density increases?|increases? in density|increased (?:\w+ )?densit(?:y|ies)",
+            r"infiltrat(?:es?|ions?|ive)\b",
+        ),
+        excluded_in_phrase=re.compile(
+            r"opacification of the (?:pulmonary arter|vessel|aort)|contrast opacif|fatty|fat planes?|muscle"
+        ),
+        excluded_organs=_OTHER_ORGAN,
+    ),
+    FindingTerm(
+        "Pulmonary fibrotic sequela",
+        _compile_alternatives(
+            r"sequel\w*\b(?!(?: \w+)? lymph)",
+            r"fibro(?:tic|s[ie]s|-?atel\w*|-?linear\w*|-?retract\w*)",
+            r"scars?\b|scarring|honeycomb\w*|(?:pleuro-?)?parenchymal bands?",
+        ),
+        excluded_in_phrase=re.compile(
+            r"surgical scar|incision|cystic fibrosis|retroperitoneal|myocard|infarct"
+        ),
+        excluded_organs=_compile_alternatives(_BONE.pattern, _OTHER_ORGAN.pattern),
+    ),
+    FindingTerm(
+        "Pleural effusion",
+        _compile_alternatives(
+            rf"\bpleura\w*{_JOINED}(?:effusions?|fluid|collections?)",
+            r"\bpleura\w*(?:\W+(?:or|and|pericardial))*\W+thickening\s*(?:-|/|or|and)\s*effusions?",
+            rf"(?:effusions?|fluid|collection)(?: {_WORD}){{0,6}}? (?:in|between|within)(?: {_WORD}){{0,4}}? "
+            r"(?:pleura\w*|hemi-?thora\w+|fissures?|costophrenic)",
+            r"hydro-?thorax|hemothorax|hydropneumothorax|empyema",
+        ),
+    ),
+    FindingTerm(
+        "Pleural effusion",
+        re.compile(r"(?<!joint )(?<!pericardial )\beffusions?"),
+        excluded_in_phrase=re.compile(
+            r"perihepatic|perisplenic|ascit|abdom\w+|pelvi[cs]|peritone|intraarticular|subdural"
+        ),
+        is_weak=True,
+    ),
+    FindingTerm("Mosaic attenuation pattern", re.compile(r"\bmosaic\w*")),
+    FindingTerm(
+        "Peribronchial thickening",
+        _compile_alternatives(
+            rf"peri-?bronch\w*(?: {_WORD}){{0,4}}? (?:thick\w*|cuff\w*)",
+            rf"(?:bronch(?:ial|us|iolar|i)|airway)'?s? walls?(?: {_WORD}){{0,4}}? thick\w*",
+            r"thick\w*(?: (?:increase|in|of|the|both))* (?:peri-?bronch\w*|bronch(?:ial|us|iolar) walls?|airway walls?|"
+            r"walls? of the bronchi)",
+            r"bronchial thickening",
+        ),
+    ),
+    FindingTerm("Consolidation", re.compile(r"consolidat\w*")),
+    FindingTerm(
+        "Bronchiectasis",
+        _compile_alternatives(
+            r"bronchi(?:ol)?ecta\w*",
+            r"(?:dilat\w+|ectati\w+|widen\w+)(?: (?:of|in|the))* bronch(?:i|us|ial)\b",
+            r"\bbronch(?:i|us|ial)\b(?: \w+){0,4}? (?:dilat\w+|ectas\w+|ectati\w+|enlarge\w+|widen\w+)",
+        ),
+    ),
+    FindingTerm(
+        "Interlobular septal thickening",
+        _compile_alternatives(
+            rf"\b(?:inter-?)?sept(?:a|al|um|ae)?\b(?: {_WORD},?){{0,5}}? thick\w*|kerley|septal lines?",
+            rf"thick\w*(?: (?!bronch|pleura){_WORD}){{0,5}}? (?:inter-?lobular|sept(?:a|al|um|ae)?\b)",
+            r"inter-?lobular(?: \w+){0,2} thick\w*|crazy[ -]?paving",
+        ),
+        excluded_in_phrase=re.compile(r"interatrial|interventricular|nasal|gall"),
+    ),
+)
+
+IMPLIED_FINDINGS = {"Consolidation": "Lung opacity"}
+"""A finding that is a kind of another: present or uncertain, it makes the other at least that."""
+
+
+@dataclass(frozen=True)
+class NormalStructure:
+    """A structure whose normal state rules findings out: "heart size is normal". A finding's name in the words of its
+    structure ("bronchial wall thickness is normal") is no statement of its own."""
+
+    structure: re.Pattern[str]
+    findings: tuple[str, ...]
+
+
+_IS_NORMAL = (
+    r"(?:normal|natural|unremarkable|clear|open|preserved|regular|not (?:enlarged|dilated|increased)|"
+    r"within (?:the )?(?:normal|physiologic\w*)(?: limits?| range)?)\b"
+)
+NORMAL_STRUCTURES: tuple[NormalStructure, ...] = (
+    NormalStructure(
+        re.compile(
+            rf"\b(?:heart|cardiac|cardiothoracic|ct[or])\b(?! (?:valve|failure))(?:,? (?!enlarg|increas|"
+            rf"larg){_WORD}){{0,9}}? {_IS_NORMAL}"
+            r"|normal(?:[ -]sized)? (?:heart|cardiac)"
+        ),
+        ("Cardiomegaly",),
+    ),
+    NormalStructure(
+        re.compile(rf"\bpericardium\b(?:,? {_WORD}){{0,5}}? {_IS_NORMAL}|normal pericardium"),
+        ("Pericardial effusion",),
+    ),
+    NormalStructure(
+        re.compile(
+            rf"\b(?:pleura|pleural (?:spaces?|cavit\w+|surfaces?)|costo-?(?:phrenic|diaphragmatic) (?:angles?|sinuses|"
+            rf"recess\w*))"
+            rf"\b(?:,? {_WORD}){{0,5}}? {_IS_NORMAL}|clear pleural spaces"
+        ),
+        ("Pleural effusion",),
+    ),
+    NormalStructure(
+        re.compile(
+            r"\b(?:lungs|lung (?:fields|parenchyma))(?: (?:are|is|appears?|remains?|\w+ly|otherwise))+ "
+            r"(?:clear|normal|unremarkable)\b"
+        ),
+        ("Lung opacity", "Consolidation", "Lung nodule", "Atelectasis"),
+    ),
+    NormalStructure(
+        re.compile(
+            r"(?:\b(?:peri-?bronch\w+|(?:bronch(?:ial|us|i)|airway)'?s?) walls?"
+            r"|\b(?:peri-?bronch\w+|bronchial) thickness(?:es)?"
+            r"|thickness(?:es)? of (?:the )?(?:peri-?bronch\w+|bronch(?:ial|us|i)|airway))"
+            rf"(?: (?!thicken|increas){_WORD}){{0,4}}? {_IS_NORMAL}"
+        ),
+        ("Peribronchial thickening",),
+    ),
+    NormalStructure(
+        re.compile(
+            rf"(?:thickness(?:es)? of (?:the )?)?\binter-?lobular sept(?:a|al|um)\b"
+            rf"(?: (?!thicken|increas){_WORD}){{0,4}}? {_IS_NORMAL}"
+        ),
+        ("Interlobular septal thickening",),
+    ),
+)

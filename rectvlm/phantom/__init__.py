@@ -1,0 +1,1 @@
+"""Synthetic chest CTs whose truth is known."""

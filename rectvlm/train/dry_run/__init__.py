@@ -1,0 +1,1 @@
+"""A training step on the meta device: bytes and FLOPs without numbers."""

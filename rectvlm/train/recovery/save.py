@@ -1,0 +1,106 @@
+"""A checkpoint, whole or not there, and what happens when the disk is full."""
+
+import logging
+import shutil
+import time
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from rectvlm.checkpoint import integrity, run_checkpoint
+from rectvlm.checkpoint.manifest import ManifestEntry
+from rectvlm.config import Config
+from rectvlm.train.engine.engine import Engine
+from rectvlm.train.phases import Phase
+from rectvlm.train.recovery.position import TrainingPosition
+
+log = logging.getLogger(__name__)
+
+
+def save_checkpoint(
+    engine: Engine,
+    phase: Phase,
+    config: Config,
+    folder: Path,
+    saved_names: list[str],
+    position: TrainingPosition,
+) -> bool:
+    """Write a whole checkpoint or none: under a temporary name, with checksums, on the disk before it is renamed.
+
+    Its weights are the moving averages where the phase keeps some.
+
+    Returns:
+        Whether it could be written; all ranks agree. If not, earlier checkpoints are untouched and a warning says why.
+    """
+    begin = time.monotonic()
+    target = run_checkpoint.step_folder(folder, position.step)
+    work = integrity.partial_folder(target)
+    if engine.is_main:
+        shutil.rmtree(work, ignore_errors=True)
+    engine.barrier()
+    written, fault = _write_rank_files(engine, phase, config, work, saved_names, position)
+    reports = engine.all_gather_object((written, fault))
+    faults = [
+        f"rank {rank}: {fault}" for rank, (_, fault) in enumerate(reports) if fault is not None
+    ]
+    if engine.is_main and not faults:
+        try:
+            integrity.finalize_checkpoint(
+                work,
+                {name: entry for entries, _ in reports for name, entry in entries.items()},
+                target,
+            )
+        except OSError as error:
+            faults = [str(error)]
+    faults = engine.all_gather_object(faults)[0]
+    if faults:
+        if engine.is_main:
+            shutil.rmtree(work, ignore_errors=True)
+            log.warning(
+                "The checkpoint of step %d could not be written to %s (%s): the checkpoints before it are untouched, "
+                "and saving is tried again after %d steps; make room on the disk.",
+                position.step,
+                target.parent,
+                "; ".join(faults),
+                phase.get_settings(config).save_every,
+            )
+        return False
+    if engine.is_main:
+        run_checkpoint.prune_checkpoints(folder, config.train.keep_checkpoints)
+        log.info("saved %s in %.1f s", target, time.monotonic() - begin)
+    engine.barrier()
+    return True
+
+
+def _write_rank_files(
+    engine: Engine,
+    phase: Phase,
+    config: Config,
+    work: Path,
+    saved_names: list[str],
+    position: TrainingPosition,
+) -> tuple[dict[str, ManifestEntry], str | None]:
+    """Every rank writes its files: their checksums, and what went wrong. A rank that cannot write still takes part in
+    the gathering, for which the others wait."""
+    with engine.use_ema_weights():
+        tensors = engine.gather_tensors(saved_names)
+    try:
+        (work / run_checkpoint.ENGINE_FOLDER).mkdir(parents=True, exist_ok=True)
+        files = [engine.save_optimizer_shard(work / run_checkpoint.ENGINE_FOLDER)]
+        if engine.is_main:
+            state = run_checkpoint.TrainingState(
+                phase=phase.number,
+                parts=phase.parts,
+                step=position.step,
+                samples_seen=position.samples_seen,
+                world_size=engine.world_size,
+                versions=run_checkpoint.package_versions(),
+                stage=phase.stage,
+                bad_in_a_row=position.bad_in_a_row,
+            )
+            files += run_checkpoint.write_checkpoint(work, tensors, config, state)
+        return {
+            path.relative_to(work).as_posix(): integrity.fsync_file(path) for path in files
+        }, None
+    except (OSError, SafetensorError) as error:
+        return {}, str(error)

@@ -1,0 +1,279 @@
+import copy
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import phantom_sample, write_nifti
+
+from rectvlm.checkpoint import run_checkpoint
+from rectvlm.data.shard_manifest import read_manifest
+from rectvlm.data.shards import read_index, write_shards
+from rectvlm.evaluate import THRESHOLDS_FILE, evaluate_checkpoint, read_thresholds, tables
+from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.types import UserError
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluation") / "metrics.json"
+    return evaluate_checkpoint(tiny_run(3), out=out, device="cpu", batch_size=2), out
+
+
+def test_the_file_holds_what_is_returned_and_where_it_came_from(evaluated, tiny_run):
+    result, out = evaluated
+    assert json.loads(out.read_text()) == result
+    assert result["n_cases"] == 3 and result["split"] == "valid" and result["config"] == "tiny"
+    assert result["checkpoint"] == str(run_checkpoint.find_checkpoint(tiny_run(3), ""))
+    assert (
+        result["machine"]["cores"] >= 1
+        and result["device"] == "cpu"
+        and result["versions"]["torch"]
+    )
+    assert set(result["classification"]["per_finding"]) == set(FINDINGS)
+    assert set(result["localization"]["per_lesion"]) == {lesion.key for lesion in LESIONS}
+
+
+def test_unknown_labels_and_unannotated_lesions_are_not_counted(evaluated, phantom_shards):
+    counts = read_manifest(phantom_shards).counts["valid"]
+    result, _ = evaluated
+    for name, row in result["classification"]["per_finding"].items():
+        known = counts["labels"][name]
+        assert (row["n_known"], row["n_positive"]) == (
+            known["present"] + known["absent"],
+            known["present"],
+        )
+    for key, row in result["localization"]["per_lesion"].items():
+        assert row["n_annotated"] == counts["lesions"][key]["annotated"]
+    annotated = [row["n_annotated"] for row in result["localization"]["per_lesion"].values()]
+    assert min(annotated) < 3, "the phantoms should hold a lesion that was not annotated"
+
+
+def test_thresholds_come_from_the_train_split_and_are_kept_for_prediction(evaluated, tiny_run):
+    result, _ = evaluated
+    thresholds = result["thresholds"]
+    assert (
+        thresholds["n_cases"] == 6
+        and "train split" in thresholds["source"]
+        and not thresholds["same_data"]
+    )
+    fitted = {
+        name: value
+        for name, value in thresholds["values"].items()
+        if name not in thresholds["not_fitted"]
+    }
+    assert read_thresholds(run_checkpoint.find_checkpoint(tiny_run(3), "")) == fitted
+    used = {name: row["threshold"] for name, row in result["classification"]["per_finding"].items()}
+    assert used == thresholds["values"] and len(set(used.values())) > 2
+
+
+def test_reports_stand_beside_their_references_and_the_control(evaluated, phantom_shards):
+    result, out = evaluated
+    rows = [json.loads(line) for line in out.with_name("reports.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in rows] == [
+        entry.key for entry in read_index(phantom_shards).select_split("valid")
+    ]
+    assert all(row["reference"].startswith("Findings: ") for row in rows)
+    assert any(row["generated"] != row["generated_without_image"] for row in rows)
+    image, ablated = result["reports"]["image"], result["reports"]["image_ablated"]
+    assert image["n"] == ablated["n"] == 3
+    assert 0 < image["bertscore_f1"] < 1 and "tiny-bert" in image["signatures"]["bertscore_f1"]
+    assert image["clinical"]["labels"]["n_labels"] == sum(
+        row["n_known"] for row in result["classification"]["per_finding"].values()
+    )
+    difference = result["reports"]["difference"]
+    for name in ("bleu_1", "rouge_l", "cider", "clinical_labels_micro_f1"):
+        assert difference[name] == image["scores"][name] - ablated["scores"][name]
+        low, high = difference["ci95"][name]
+        assert low <= high
+
+
+def test_a_limit_cuts_a_batch_and_the_batch_size_changes_nothing(tiny_run, tmp_path):
+    def run(**options):
+        result = evaluate_checkpoint(tiny_run(2), out=tmp_path / "m.json", device="cpu", **options)
+        assert result["reports"] is None
+        return result
+
+    by_one, by_two = run(limit=2, batch_size=1), run(limit=2, batch_size=3)
+    assert by_one["n_cases"] == by_two["n_cases"] == 2
+    assert by_one["localization"] == by_two["localization"]
+    for name in FINDINGS:
+        one, two = (r["classification"]["per_finding"][name]["auroc"] for r in (by_one, by_two))
+        assert one == two
+    assert not (tmp_path / "reports.jsonl").exists()
+
+
+def test_a_model_without_localizer_has_no_localization(tiny_run, tmp_path):
+    assert (
+        evaluate_checkpoint(tiny_run(1), out=tmp_path / "m.json", device="cpu")["localization"]
+        is None
+    )
+
+
+def test_without_a_train_split_thresholds_stay_at_one_half(tiny_run, tiny, tmp_path):
+    sample = phantom_sample(8, tiny, "valid")
+    no_report = replace(
+        sample.meta, key="silent", patient="silent", scan="silent", findings=None, impression=None
+    )
+    write_shards([sample, replace(sample, meta=no_report)], tmp_path / "shards")
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(run_checkpoint.find_checkpoint(tiny_run(3), ""), folder)
+    (folder / THRESHOLDS_FILE).unlink(missing_ok=True)
+    result = evaluate_checkpoint(folder, tmp_path / "shards", out=tmp_path / "m.json", device="cpu")
+    assert set(result["thresholds"]["values"].values()) == {0.5}
+    assert (
+        "no train split" in result["thresholds"]["source"]
+        and len(result["thresholds"]["not_fitted"]) == 18
+    )
+    assert not (folder / THRESHOLDS_FILE).exists(), "prediction would call findings by them"
+    assert (result["reports"]["image"]["n"], result["reports"]["image"]["n_without_reference"]) == (
+        1,
+        1,
+    )
+
+
+def test_evaluation_leaves_the_weights_alone(tiny_run, tmp_path):
+    folder = run_checkpoint.find_checkpoint(tiny_run(1), "")
+    before = run_checkpoint.read_weights(folder)
+    evaluate_checkpoint(folder, out=tmp_path / "m.json", device="cpu", split="train", limit=1)
+    after = run_checkpoint.read_weights(folder)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_bad_inputs_give_one_clear_sentence(tiny_run, tmp_path):
+    with pytest.raises(UserError, match="No checkpoint in"):
+        evaluate_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="No shards in"):
+        evaluate_checkpoint(tiny_run(1), tmp_path / "none", device="cpu")
+    with pytest.raises(UserError, match=r"labeler .* cannot be loaded"):
+        evaluate_checkpoint(
+            tiny_run(3),
+            out=tmp_path / "new" / "m.json",
+            device="cpu",
+            labeler=str(tmp_path / "none"),
+        )
+    assert not list(tmp_path.rglob("*.jsonl")), (
+        "it should be found out before the cases are predicted"
+    )
+    folder = tmp_path / "copy"
+    shutil.copytree(run_checkpoint.find_checkpoint(tiny_run(1), ""), folder)
+    (folder / THRESHOLDS_FILE).write_text("[]")
+    with pytest.raises(UserError, match="damaged"):
+        read_thresholds(folder)
+
+
+def test_tables_and_plots_lie_beside_the_metrics(evaluated):
+    result, out = evaluated
+    page = out.with_name("metrics.md").read_text()
+    assert f"{result['n_scans']} scans of {result['n_patients']} patients" in page
+    auroc = result["classification"]["macro"]
+    low, high = auroc["ci95"]["auroc"]
+    assert f"{auroc['auroc']:.3f} [{low:.3f}, {high:.3f}]" in page
+    assert all(f"| {name} |" in page for name in FINDINGS) and "without (air)" in page
+    for name in ("roc", "precision_recall", "calibration", "dice"):
+        assert out.with_name(f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in out.with_name("cases.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and all(len(row["probabilities"]) == 18 for row in rows)
+
+
+def test_the_page_shows_each_finding_that_is_read_in_reports_beside_the_control(evaluated):
+    result, out = evaluated
+    assert tables.render_markdown(result) == out.with_name("metrics.md").read_text()
+    given = copy.deepcopy(result)  # an untrained model's figures are mostly 0
+    image, air = (
+        given["reports"][kind]["clinical"]["labels"]["per_finding"]
+        for kind in ("image", "image_ablated")
+    )
+    for i, name in enumerate(FINDINGS):
+        image[name] |= {
+            "precision": i / 100,
+            "recall": i / 100 + 0.2,
+            "f1": None if i == 3 else i / 100 + 0.4,
+        }
+        air[name] |= {"precision": i / 200, "recall": i / 200 + 0.5, "f1": i / 200 + 0.7}
+    section = (
+        tables.render_markdown(given).split("### Findings in the reports\n\n")[1].split("\n\n")[0]
+    )
+    head, _, *lines = (line.strip("| ").split(" | ") for line in section.splitlines())
+    rows = {cells[0]: dict(zip(head, cells, strict=True)) for cells in lines}
+    assert set(rows) == {*FINDINGS, "**micro**", "**macro**", "**weighted**"}
+    for name in FINDINGS:
+        assert (rows[name]["n"], rows[name]["positive"]) == (
+            str(image[name]["n_known"]),
+            str(image[name]["n_positive"]),
+        )
+        for score, title in (("precision", "precision"), ("recall", "recall"), ("f1", "F1")):
+            for row, column in ((image[name], title), (air[name], f"{title}, air")):
+                assert rows[name][column] == ("–" if row[score] is None else f"{row[score]:.3f}")
+
+
+def test_the_language_model_is_part_of_the_fingerprint_where_reports_are_written(
+    evaluated, tiny_run, tmp_path
+):
+    found = evaluated[0]["fingerprint"]["language_model"]
+    assert found["reference"] == "bundled:tiny-llama" and len(found["contents"]) == 64
+    options = {
+        "out": tmp_path / "m.json",
+        "device": "cpu",
+        "plots": False,
+        "bootstrap": 0,
+        "limit": 1,
+    }
+    without = evaluate_checkpoint(tiny_run(2), **options)
+    assert without["fingerprint"]["language_model"] is None
+
+
+def test_stored_thresholds_serve_where_there_is_nothing_to_fit_on(tiny_run, tiny, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(run_checkpoint.find_checkpoint(tiny_run(1), ""), folder)
+    write_shards([phantom_sample(8, tiny, "valid")], tmp_path / "shards")
+    stored = {
+        "source": "elsewhere",
+        "n_cases": 9,
+        "not_fitted": [],
+        "values": dict.fromkeys(FINDINGS, 0.31),
+    }
+    (folder / THRESHOLDS_FILE).write_text(json.dumps(stored))
+
+    def evaluated(**options):
+        return evaluate_checkpoint(
+            folder, out=tmp_path / "m.json", device="cpu", plots=False, **options
+        )
+
+    assert evaluated(shards=tmp_path / "shards")["thresholds"] == stored | {"same_data": False}
+    assert evaluated(thresholds="stored", limit=1)["thresholds"]["source"] == "elsewhere"
+    assert json.loads((folder / THRESHOLDS_FILE).read_text()) == stored
+    assert evaluated(fit_limit=4)["thresholds"]["n_cases"] == 4
+    assert json.loads((folder / THRESHOLDS_FILE).read_text()) == stored, "more cases decided those"
+    (folder / THRESHOLDS_FILE).unlink()
+    with pytest.raises(UserError, match=r"No fitted thresholds in .*thresholds\.json"):
+        evaluated(thresholds="stored")
+
+
+def test_outlines_as_drawn_are_the_truth_when_they_are_given(
+    tiny_run, phantom_shards, phantoms, tmp_path
+):
+    key, seed = "phantom_8", 8
+    (tmp_path / "drawn" / key).mkdir(parents=True)
+    bits, affine = phantoms(seed).lesions, phantoms(seed).affine
+    for lesion in LESIONS:
+        mask = (bits >> lesion.bit & 1).astype(np.uint8)
+        write_nifti(mask, affine, tmp_path / "drawn" / key / f"{lesion.key}.nii.gz")
+    options = {"device": "cpu", "plots": False, "bootstrap": 0, "reports": False}
+    result = evaluate_checkpoint(
+        tiny_run(2), out=tmp_path / "m.json", truth=tmp_path / "drawn", **options
+    )
+    annotated = sum(phantoms(seed).lesions_annotated.values())
+    assert result["localization"]["truth"]["file"] == annotated
+    rows = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    (row,) = (row for row in rows if row["key"] == key)
+    for lesion in LESIONS:
+        if phantoms(seed).lesions_annotated[lesion.key]:
+            assert row["lesions"][lesion.bit]["native"]["truth"] == np.count_nonzero(
+                bits >> lesion.bit & 1
+            )
+    with pytest.raises(UserError, match="--truth"):
+        evaluate_checkpoint(
+            tiny_run(2), out=tmp_path / "m.json", truth=tmp_path / "none", **options
+        )

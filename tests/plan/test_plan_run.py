@@ -1,0 +1,119 @@
+"""What a plan says of a whole run: steps where it gives epochs, what of it trains, and checkpoints on the disk."""
+
+from pathlib import Path
+
+import pytest
+from launches import TWO, run, settings
+
+from rectvlm.checkpoint import run_checkpoint
+from rectvlm.config import load_config
+from rectvlm.models.meta_model import build_meta_model
+from rectvlm.plan import ResourcePlanner
+from rectvlm.train.phases import PHASES
+
+DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+SAMPLES = 100
+LATE = "train.phases.phase1.unfreeze=[{part: encoder, last_blocks: 1, step: 3}]"
+
+
+def planner(*overrides: str, phase: int = 1) -> ResourcePlanner:
+    return ResourcePlanner(load_config("tiny", overrides), phase, DS_CONFIGS)
+
+
+def test_epochs_decide_the_steps_and_more_gpus_need_fewer() -> None:
+    made = planner(
+        "train.phases.phase1.epochs=2.5",
+        "train.phases.phase1.micro_batch=2",
+        "train.phases.phase1.accumulation=3",
+    )
+    for gpus, steps in ((1, 42), (4, 11), (1024, 1)):  # 250 samples, 6 a step and GPU
+        plan = made.make_plan(gpus, 1.0, SAMPLES)
+        assert plan.speed["steps"] == steps
+        assert plan.speed["epochs"] == pytest.approx(steps * 6 * gpus / SAMPLES)
+        assert plan.speed["days"] == pytest.approx(steps * plan.time["total"] / 86_400)
+    assert made.make_plan(1, 1.0, 2 * SAMPLES).speed["steps"] == 84
+    steps = planner("train.phases.phase1.steps=7").make_plan(4, 1.0, SAMPLES).speed["steps"]
+    assert steps == 7, "without epochs the configuration says it"
+
+
+def test_what_no_row_of_unfreeze_covers_is_planned_as_frozen() -> None:
+    """The encoder's last block, what follows it, and the classifier are all that ever train."""
+    config = load_config("tiny", [LATE])
+    whole = build_meta_model(config, PHASES[1].parts, 32, None)
+    late = f"encoder.blocks.{config.encoder.depth - 1}."
+    trains = {
+        name
+        for name, _ in whole.named_parameters()
+        if name.startswith((late, "encoder.norm.", "classifier."))
+    }
+    made, before = planner(LATE), planner()
+    assert {name for name, p in made.model.named_parameters() if p.requires_grad} == trains
+    count = sum(p.numel() for name, p in made.model.named_parameters() if name in trains)
+    memory, all_trains = (
+        made.make_plan(1, 1.0).gpu_memory_gb,
+        before.make_plan(1, 1.0).gpu_memory_gb,
+    )
+    assert memory["optimizer"] == pytest.approx(12e-9 * count)
+    assert memory["weights_frozen"] > all_trains["weights_frozen"] == 0
+    assert (
+        made.make_plan(1, 1.0).flops_per_step["backward"]
+        < before.make_plan(1, 1.0).flops_per_step["backward"]
+    )
+
+
+def agrees_on_disk(phase_folder: Path, phase: int) -> None:
+    """The newest checkpoint of a real run has the planned size; what is not weights is about 1% of a tiny one."""
+    folder = run_checkpoint.find_checkpoint(phase_folder, "")
+    gpus = run_checkpoint.read_training_state(folder).world_size
+    plan = ResourcePlanner(run_checkpoint.read_config(folder), phase, DS_CONFIGS).make_plan(
+        gpus, 1.0
+    )
+    found = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert plan.checkpoint_gb * 1e9 == pytest.approx(found, rel=0.02)
+
+
+def test_a_checkpoint_is_as_large_as_planned(launched_phase1: Path) -> None:
+    agrees_on_disk(launched_phase1, 1)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_an_average_is_as_large_as_planned(
+    phantom_shards: Path, tmp_path: Path
+) -> None:
+    """Of two ranks, with a part of the encoder that never learns; wider, so that names and layouts stay about 1%."""
+    more = [LATE, "train.phases.phase1.ema_decay=0.9", "encoder.width=96"]
+    run(
+        [*TWO, "launch/phase1.py", *settings(1, phantom_shards, tmp_path, steps=5), *more], tmp_path
+    )
+    agrees_on_disk(tmp_path / "tiny" / "phase1", 1)
+
+
+def test_parts_that_do_not_learn_are_in_a_checkpoint_without_a_state() -> None:
+    one, late, averaged = (
+        planner(*more).make_plan(2, 1.0)
+        for more in ((), (LATE,), (LATE, "train.phases.phase1.ema_decay=0.99"))
+    )
+    learnt = late.parameters["trainable"]
+    frozen = one.parameters["trainable"] - learnt
+    assert one.checkpoint_gb - late.checkpoint_gb == pytest.approx(12e-9 * frozen)
+    assert averaged.checkpoint_gb - late.checkpoint_gb == pytest.approx(4e-9 * learnt)
+
+
+@pytest.mark.parametrize(("keep", "every"), [(1, 0), (3, 0), (1, 1), (3, 1)])
+def test_there_is_room_for_as_many_checkpoints_as_there_are_at_once(
+    keep: int, every: int, tmp_path: Path
+) -> None:
+    """As training saves: the next one is written, then older ones go. The best comes early and is never beaten."""
+    most = 0
+    for step in range(1, 8):
+        folder = run_checkpoint.step_folder(tmp_path, step)
+        folder.mkdir(parents=True)
+        (folder / run_checkpoint.STATE_FILE).write_text("{}")
+        most = max(most, len(run_checkpoint.list_checkpoints(tmp_path)))
+        if every and step == 1:
+            run_checkpoint.record_best_checkpoint(tmp_path, step, "loss", 0.5)
+        run_checkpoint.prune_checkpoints(tmp_path, keep)
+    plan = planner(
+        f"train.keep_checkpoints={keep}", f"train.phases.phase1.validation.every={every}"
+    ).make_plan(1, 1.0)
+    assert plan.checkpoint_disk_gb == pytest.approx(most * plan.checkpoint_gb)

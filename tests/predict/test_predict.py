@@ -1,0 +1,410 @@
+import base64
+import io
+import itertools
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import write_nifti
+from PIL import Image
+
+from rectvlm.checkpoint import run_checkpoint
+from rectvlm.data.volume import Volume, canonical_affine, mask_to_native, resample_to_grid
+from rectvlm.evaluate import THRESHOLDS_FILE
+from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS
+from rectvlm.predict import case_page, run
+from rectvlm.types import HuConversion, UserError
+
+ORIENTATIONS = [
+    "".join(code)
+    for axes in itertools.permutations(("LR", "AP", "IS"))
+    for code in itertools.product(*axes)
+]
+NODULE = LESION_BY_KEY["lung_nodule"]
+
+
+def in_orientation(array, affine, code):
+    """The same volume with its axes in another order and direction."""
+    native = nib.orientations.io_orientation(affine)
+    turn = nib.orientations.ornt_transform(native, nib.orientations.axcodes2ornt(tuple(code)))
+    turned = np.ascontiguousarray(nib.orientations.apply_orientation(array, turn))
+    return turned, affine @ nib.orientations.inv_ornt_aff(turn, array.shape)
+
+
+@pytest.fixture(scope="module")
+def predicted(tiny_run, phantoms, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("predict")
+    file = write_nifti(phantoms(1).hu, phantoms(1).affine, folder / "chest.nii.gz")
+    (case,) = run.predict_cases(file, tiny_run(3), folder / "out", device="cpu")
+    return file, case
+
+
+def test_a_case_is_complete(predicted):
+    file, case = predicted
+    assert {path.name for path in case.iterdir()} == {
+        "findings.json",
+        "lesions.nii.gz",
+        "report.txt",
+        "index.html",
+    }
+    summary = json.loads((case / "findings.json").read_text())
+    assert list(summary["findings"]) == list(FINDINGS)
+    assert all(0 <= row["probability"] <= 1 for row in summary["findings"].values())
+    assert summary["disclaimer"] == "Research use only; not a medical device."
+    assert (
+        summary["file"] == str(file)
+        and summary["config"] == "tiny"
+        and "already HU" in summary["hu"]["reason"]
+    )
+    for name in ("index.html", "report.txt"):
+        assert case_page.DISCLAIMER in (case / name).read_text()
+    assert not list(case.parent.glob(".*"))
+
+
+def test_masks_lie_on_the_grid_of_the_file(predicted):
+    file, case = predicted
+    ct, mask = nib.load(file), nib.load(case / "lesions.nii.gz")
+    assert mask.shape == ct.shape and mask.get_data_dtype() == np.uint8
+    assert np.array_equal(mask.affine, ct.affine)
+    assert mask.header.get_sform(coded=True)[1] == mask.header.get_qform(coded=True)[1] == 1
+    (note,) = mask.header.extensions
+    assert all(f"{1 << lesion.bit} {lesion.key}" in note.text for lesion in LESIONS)
+
+
+@pytest.mark.parametrize(
+    ("part", "what"), [("classifier.bias", "findings"), ("localizer.denoiser.bias", "lesions")]
+)
+def test_a_model_that_gives_no_numbers_is_one_sentence(tiny_run, predicted, tmp_path, part, what):
+    """It would read as a CT without lesions."""
+    whole = run_checkpoint.find_checkpoint(tiny_run(2), "")
+    tensors = run_checkpoint.read_weights(whole)
+    tensors[part] = torch.full_like(tensors[part], torch.nan)
+    spoilt = run_checkpoint.step_folder(tmp_path / "phase2", 1)
+    spoilt.mkdir(parents=True)
+    run_checkpoint.write_checkpoint(
+        spoilt,
+        tensors,
+        run_checkpoint.read_config(whole),
+        run_checkpoint.read_training_state(whole),
+    )
+    with pytest.raises(UserError, match=f"probabilities of {what} for chest are not finite"):
+        run.predict_cases(predicted[0], spoilt, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out" / "chest").exists()
+
+
+def test_volumes_are_those_of_the_mask(predicted):
+    _, case = predicted
+    mask = nib.load(case / "lesions.nii.gz")
+    bits = np.asanyarray(mask.dataobj)
+    voxel_ml = abs(np.linalg.det(mask.affine[:3, :3])) / 1000
+    for row in json.loads((case / "findings.json").read_text())["lesions"]:
+        voxels = np.count_nonzero(bits & row["mask_value"])
+        assert row["voxels"] == voxels and row["volume_ml"] == pytest.approx(voxels * voxel_ml)
+
+
+def test_the_axis_order_of_the_file_changes_nothing(tiny_run, phantoms, tmp_path):
+    phantom = phantoms(1)
+    for code in ("LPS", "SRA"):
+        turned, affine = in_orientation(phantom.hu, phantom.affine, code)
+        write_nifti(turned, affine, tmp_path / f"{code}.nii")
+    one, two = (
+        json.loads((case / "findings.json").read_text())["findings"]
+        for case in run.predict_cases(tmp_path, tiny_run(2), tmp_path / "out", device="cpu")
+    )
+    for name in FINDINGS:
+        assert one[name]["probability"] == pytest.approx(two[name]["probability"], abs=2e-3)
+
+
+@pytest.mark.parametrize("code", ORIENTATIONS)
+def test_canonical_view_is_the_same_from_every_axis_order(code):
+    canonical = np.arange(2 * 3 * 4).reshape(2, 3, 4)
+    affine = np.array([[0, 0, -0.7, 9], [0, -0.8, 0, 8], [5, 0, 0, -700], [0, 0, 0, 1.0]])
+    turned, native = in_orientation(canonical, affine, code)
+    view, view_affine = run.canonical_view(turned, native)
+    assert np.array_equal(view, canonical)
+    assert np.allclose(view_affine, affine)
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPS", "LAS", "SAL", "PIR", "IRP"])
+def test_a_lesion_on_the_patients_left_is_on_the_right_of_the_picture(
+    code, tiny_run, tiny, phantoms, tmp_path
+):
+    """A nodule drawn at negative world x, on the model's grid and back, then on the page and in words."""
+    phantom = phantoms(1)
+    hu, affine = in_orientation(phantom.hu, phantom.affine, code)
+    ct, view_affine = run.canonical_view(hu, affine)
+    depth, height, width = ct.shape
+    column = round(0.72 * width)
+    world = view_affine @ [depth // 2, height // 2, column, 1]
+    middle = view_affine @ [depth // 2, height // 2, width // 2, 1]
+    assert world[0] < middle[0], "the patient's left is at smaller world x"
+    index = np.stack(np.meshgrid(*map(np.arange, hu.shape), indexing="ij"), axis=-1)
+    mm = index @ affine[:3, :3].T + affine[:3, 3]
+    ball = (np.linalg.norm(mm - world[:3], axis=-1) < 14).astype(np.uint8)
+    hu = np.where(ball, 2500, hu).astype(np.int16)
+    grid_affine = canonical_affine(affine, hu.shape, hu, tiny.data.grid, tiny.data.spacing)
+    on_grid = resample_to_grid(ball << NODULE.bit, affine, grid_affine, tiny.data.grid, "bits")
+    back = mask_to_native(on_grid, grid_affine, hu.shape, affine)
+    assert (back & (ball << NODULE.bit)).any()
+
+    model, config = run_checkpoint.load_model(tiny_run(2), "cpu")
+    reader = run._LoadedModel(model, config, tiny_run(2), 0, None)
+    volume, decision = Volume(hu, affine, "left.nii"), HuConversion(1, 0, "HU")
+    case = run._PredictedCase(
+        "left", volume, hu, decision, grid_affine, dict.fromkeys(FINDINGS, 0.5), back, None
+    )
+    folder = run._write_case(reader, case, tmp_path)
+
+    row = json.loads((folder / "findings.json").read_text())["lesions"][NODULE.bit]
+    assert (
+        row["side"] == "left"
+        and row["place"].startswith("left lung")
+        and row["basis"] == "geometry"
+    )
+    data = page_data(folder)
+    path = data["outlines"]["lung_nodule"][data["first"]]
+    x = np.array([float(point.split()[0]) for point in re.findall(r"[\d.e+-]+ [\d.e+-]+", path)])
+    assert x.min() > width / 2
+    picture = decode_jpeg(data["images"]["bone"][data["first"]]).astype(int)
+    brightest = picture.reshape(-1).argsort()[-20:] % picture.shape[1]
+    assert (brightest > picture.shape[1] / 2).all()
+
+
+def page_data(folder):
+    html = (folder / "index.html").read_text()
+    return json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1]
+    )
+
+
+def decode_jpeg(text):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+
+
+def test_a_checkpoint_without_localizer_and_generator_says_so(tiny_run, phantoms, tmp_path):
+    file = write_nifti(phantoms(1).hu, phantoms(1).affine, tmp_path / "chest.nii")
+    (case,) = run.predict_cases(file, tiny_run(1), tmp_path / "out", device="cpu")
+    assert {path.name for path in case.iterdir()} == {"findings.json", "index.html"}
+    summary = json.loads((case / "findings.json").read_text())
+    assert summary["lesions"] is None and summary["report"] is None
+    html = (case / "index.html").read_text()
+    assert "does not outline lesions" in html and "no report generator" in html
+
+
+def test_stored_thresholds_decide_what_is_present(tiny_run, phantoms, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(run_checkpoint.find_checkpoint(tiny_run(1), ""), folder)
+    file = write_nifti(phantoms(1).hu, phantoms(1).affine, tmp_path / "chest.nii")
+    cuts = dict.fromkeys(FINDINGS, 0.999) | {FINDINGS[0]: 0.001}
+    (folder / THRESHOLDS_FILE).write_text(json.dumps({"values": cuts}))
+    (case,) = run.predict_cases(file, folder, tmp_path / "out", device="cpu")
+    rows = json.loads((case / "findings.json").read_text())["findings"]
+    assert [name for name, row in rows.items() if row["present"]] == [FINDINGS[0]]
+    assert (case / "index.html").read_text().count("finding called") == 1
+
+
+def test_a_finding_whose_threshold_was_not_fitted_is_not_called(tiny_run, phantoms, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(run_checkpoint.find_checkpoint(tiny_run(1), ""), folder)
+    file = write_nifti(phantoms(1).hu, phantoms(1).affine, tmp_path / "chest.nii")
+    cuts = {"values": dict.fromkeys(FINDINGS, 0.001), "not_fitted": [FINDINGS[1]]}
+    (folder / THRESHOLDS_FILE).write_text(json.dumps(cuts))
+    (case,) = run.predict_cases(file, folder, tmp_path / "out", device="cpu")
+    rows = json.loads((case / "findings.json").read_text())["findings"]
+    assert [name for name, row in rows.items() if row["present"] is None] == [FINDINGS[1]]
+    assert rows[FINDINGS[1]]["threshold"] is None and rows[FINDINGS[0]]["present"]
+    html = (case / "index.html").read_text()
+    assert (
+        html.count("finding called") == html.count('class="cut"') == 17
+        and "for one without a mark none" in html
+    )
+    (folder / THRESHOLDS_FILE).write_text(json.dumps(cuts | {"not_fitted": list(FINDINGS)}))
+    (case,) = run.predict_cases(file, folder, tmp_path / "out", device="cpu")
+    rows = json.loads((case / "findings.json").read_text())["findings"]
+    assert (
+        {row["present"] for row in rows.values()}
+        == {row["threshold"] for row in rows.values()}
+        == {None}
+    )
+    assert "no thresholds were fitted" in (case / "index.html").read_text()
+
+
+def test_in_a_folder_bad_files_are_set_aside_and_the_rest_goes_on(
+    tiny_run, phantoms, tmp_path, caplog
+):
+    phantom = phantoms(1)
+    source = tmp_path / "in"
+    (source / "deeper").mkdir(parents=True)
+    good = write_nifti(phantom.hu, phantom.affine, source / "deeper" / "chest.nii.gz")
+    write_nifti(phantom.lesions, phantom.affine, source / "mask.nii.gz")
+    (source / "cut.nii.gz").write_bytes(good.read_bytes()[:2000])
+    (source / "notes.txt").write_text("not a volume")
+    out = source / "out"
+
+    cases = run.predict_cases(source, tiny_run(1), out, device="cpu")
+
+    assert cases == [out / "chest"]
+    rows = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
+    assert {row["file"].rsplit("/", 1)[1] for row in rows} == {"cut.nii.gz", "mask.nii.gz"}
+    for row in rows:
+        assert row["file"] in row["reason"] and "\n" not in row["reason"]
+        assert row["reason"] in caplog.text
+    # A second run finds no CT in its own results, and no failure when nothing fails.
+    (source / "cut.nii.gz").unlink()
+    (source / "mask.nii.gz").unlink()
+    assert run.predict_cases(source, tiny_run(1), out, device="cpu") == [out / "chest"]
+    assert not (out / "failed.jsonl").exists()
+
+
+def test_bad_inputs_give_one_clear_sentence(tiny_run, phantoms, tmp_path):
+    mask = write_nifti(phantoms(1).lesions, phantoms(1).affine, tmp_path / "mask.nii.gz")
+    with pytest.raises(UserError, match="windowed picture"):
+        run.predict_cases(mask, tiny_run(1), tmp_path / "out", device="cpu")
+    with pytest.raises(UserError, match="None of the 1 files"):
+        run.predict_cases(tmp_path, tiny_run(1), tmp_path / "out", device="cpu")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"No \.nii"):
+        run.predict_cases(tmp_path / "empty", tiny_run(1), tmp_path / "out", device="cpu")
+    with pytest.raises(UserError, match="does not exist"):
+        run.predict_cases(tmp_path / "gone.nii", tiny_run(1), tmp_path / "out", device="cpu")
+
+
+def test_no_input_is_replaced_by_its_result(tiny_run, phantoms, tmp_path):
+    """The folder of a case may be the very one that its CT lies in, or that of another's DICOM files."""
+    phantom = phantoms(1)
+    (tmp_path / "P001").mkdir()
+    file = write_nifti(phantom.hu, phantom.affine, tmp_path / "P001" / "P001.nii.gz")
+    before = file.read_bytes()
+    for source in (tmp_path, file):
+        with pytest.raises(UserError, match="P001 would be replaced"):
+            run.predict_cases(source, tiny_run(1), tmp_path, device="cpu")
+    assert file.read_bytes() == before
+
+    (tmp_path / "P002").mkdir()
+    (tmp_path / "P002" / "slice1.dcm").write_bytes(b"dicom")
+    beside = shutil.move(file, tmp_path / "P002.nii.gz")
+    with pytest.raises(UserError, match="P002 would be replaced"):
+        run.predict_cases(tmp_path, tiny_run(1), tmp_path, device="cpu")
+    assert (tmp_path / "P002" / "slice1.dcm").read_bytes() == b"dicom"
+
+    # Results beside the CTs: an earlier one is replaced, and its mask is not taken for a CT.
+    shutil.rmtree(tmp_path / "P002")
+    for _ in range(2):
+        assert run.predict_cases(tmp_path, tiny_run(2), tmp_path, device="cpu") == [
+            tmp_path / "P002"
+        ]
+        assert (tmp_path / "P002" / "lesions.nii.gz").exists()
+    assert beside.read_bytes() == before
+
+
+def test_equal_file_names_get_different_folders(tmp_path):
+    files = [
+        tmp_path / "a" / "ct.nii.gz",
+        tmp_path / "b" / "ct.nii",
+        tmp_path / "b" / "other.nii",
+        tmp_path / "a_ct.nii",
+    ]
+    assert run.case_names(files) == ["a_ct", "b_ct", "other", "a_ct-2"]
+
+
+# The page
+
+
+@pytest.fixture
+def view():
+    rng = np.random.default_rng(0)
+    ct = rng.integers(-1000, 400, (6, 20, 30)).astype(np.int16)
+    affine = np.array([[0, 0, -1, 9], [0, -1, 0, 8], [5, 0, 0, -700], [0, 0, 0, 1.0]])
+    lesions = np.zeros(ct.shape, np.uint8)
+    lesions[4, 5:8, 20:24] = 1 << NODULE.bit
+    return case_page.CaseView(
+        name="<b>case</b>",
+        ct=ct,
+        lesion_bits=lesions,
+        affine=affine,
+        finding_probabilities=dict.fromkeys(FINDINGS, 0.25),
+        thresholds=None,
+        volumes_ml={NODULE.key: 0.06},
+        places={NODULE.key: "left lung"},
+        report_sections=[("Findings", "</script><img src=x>\x01")],
+        facts=[("File", "a & b")],
+    )
+
+
+def test_a_page_needs_nothing_else_and_trusts_no_text(view):
+    html = case_page.render_page(view)
+    assert (
+        "<b>case" not in html
+        and "<img src=x" not in html
+        and "\x01" not in html
+        and "a &amp; b" in html
+    )
+    assert not re.search(r"https?://|@import|url\(", html)
+    assert set(re.findall(r'(?:src|href)="([^"]{0,22})', html)) == {"data:image/jpeg;base64"}
+
+
+def test_the_first_slice_is_the_one_with_most_lesion_else_the_middle(view, tmp_path):
+    def first_of(case):
+        (tmp_path / "index.html").write_text(case_page.render_page(case))
+        data = page_data(tmp_path)
+        return data["slices"][data["first"]]
+
+    # Slice 4 of 0 to 5 lies 20 mm above the lowest, at −700 mm.
+    assert first_of(view) == {"number": 5, "mm": -680.0}
+    nothing = replace(
+        view,
+        lesion_bits=np.zeros_like(view.lesion_bits),
+        volumes_ml=dict.fromkeys(view.volumes_ml, 0.0),
+    )
+    assert first_of(nothing)["number"] == 3
+
+
+def test_windows_map_their_edges_to_black_and_white():
+    for name, (centre, width) in case_page.HU_WINDOWS.items():
+        hu = np.array(
+            [[centre - width, centre - width / 2, centre, centre + width / 2, centre + width]]
+        )
+        assert case_page.apply_window(hu, name).tolist() == [[0, 0, 128, 255, 255]]
+
+
+def test_an_outline_goes_around_its_pixels():
+    mask = np.zeros((10, 12), bool)
+    mask[0:3, 5:9] = True
+    path, left_out = case_page.outline_svg_path(mask)
+    assert left_out == 0
+    points = np.array(
+        [[float(n) for n in point.split()] for point in re.findall(r"[\d.e+-]+ [\d.e+-]+", path)]
+    )
+    assert points.min(axis=0).tolist() == [5, 0] and points.max(axis=0).tolist() == [9, 3]
+
+
+def test_thinning_keeps_slices_with_a_lesion():
+    lesions = np.zeros((200, 4, 4), np.uint8)
+    lesions[[31, 32], 0, 0], lesions[32, 1] = 1, 2
+    chosen = case_page.choose_slices(lesions, max_slices=80)
+    assert len(chosen) <= 80 and (np.diff(chosen) > 0).all() and np.diff(chosen).max() <= 5
+    assert 32 in chosen
+    assert case_page.choose_slices(lesions[:80], max_slices=80).tolist() == list(range(80))
+
+
+def test_a_full_size_page_is_below_8_mb(phantoms, view):
+    ct, _ = run.canonical_view(phantoms(1).hu, phantoms(1).affine)
+    rng = np.random.default_rng(0)
+    rows = np.linspace(0, ct.shape[1] - 1, 512).round().astype(int)
+    columns = np.linspace(0, ct.shape[2] - 1, 512).round().astype(int)
+    large = ct[np.linspace(0, len(ct) - 1, 60).round().astype(int)][:, rows][:, :, columns]
+    large = (large + rng.normal(0, 15, large.shape)).astype(np.int16)
+    lesions = np.zeros(large.shape, np.uint8)
+    lesions[20:30, 100:400, 100:400] = 1 << NODULE.bit
+    lesions[40] = (rng.random((512, 512)) < 0.1) << 2
+    case = replace(
+        view, ct=large, lesion_bits=lesions, volumes_ml={lesion.key: 1.0 for lesion in LESIONS}
+    )
+    html = case_page.render_page(case)
+    assert len(html.encode()) < 8e6
+    assert "smallest ones are left out" in html

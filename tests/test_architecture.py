@@ -1,0 +1,139 @@
+"""The design's rules, read from the source: who may import whom, and what no one does."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[1]
+FILES = sorted((CHECKOUT / "rectvlm").rglob("*.py"))
+SHARED = {"config", "labels", "types", "lesion_places"}
+"""What data and models may see beside themselves."""
+HEAVY = {"accelerate", "deepspeed"}
+
+
+def name(path: Path) -> str:
+    """Dotted name of a module."""
+    parts = path.relative_to(CHECKOUT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room(module: str) -> str:
+    """First name below the package: `data`, `models`, `predict`, …"""
+    return module.partition(".")[2].partition(".")[0]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, anywhere in it, as absolute dotted names with what is taken from them."""
+    package = name(path).split(".") if path.name == "__init__.py" else name(path).split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and _called(node) in ("import_module", "__import__"):
+            argument = node.args[0]
+            assert isinstance(argument, ast.Constant), (
+                f"{path}:{node.lineno} imports a name that cannot be read"
+            )
+            yield str(argument.value)
+
+
+def _called(node: ast.Call) -> str:
+    target = node.func
+    return (
+        target.attr
+        if isinstance(target, ast.Attribute)
+        else target.id
+        if isinstance(target, ast.Name)
+        else ""
+    )
+
+
+def ours(path: Path) -> set[str]:
+    """Rooms of the package that a file imports."""
+    return {room(module) for module in imports(path) if module.split(".")[0] == "rectvlm"}
+
+
+def test_there_is_something_to_read() -> None:
+    rooms = {room(name(path)) for path in FILES}
+    assert {
+        "data",
+        "models",
+        "train",
+        "config",
+        "labels",
+        "types",
+        "predict",
+        "evaluate",
+        "metrics",
+    } <= rooms
+    assert "data" in ours(CHECKOUT / "rectvlm/train/run.py")
+    assert "types" in ours(CHECKOUT / "rectvlm/data/loader.py")
+
+
+@pytest.mark.parametrize("of", ["data", "models"])
+def test_data_and_models_see_only_what_is_shared(of: str) -> None:
+    for path in FILES:
+        if room(name(path)) == of:
+            assert ours(path) <= {of, *SHARED}, f"{name(path)} imports {ours(path) - {of, *SHARED}}"
+
+
+def test_shared_modules_see_only_each_other() -> None:
+    for path in FILES:
+        if room(name(path)) in SHARED:
+            assert ours(path) <= SHARED, f"{name(path)} imports {ours(path) - SHARED}"
+
+
+def test_one_module_knows_the_launcher() -> None:
+    those = {
+        name(path)
+        for path in FILES
+        if any(module.split(".")[0] in HEAVY for module in imports(path))
+    }
+    assert those == {"rectvlm.train.engine.engine"}
+
+
+def test_only_training_and_its_plan_see_training() -> None:
+    for path in FILES:
+        if room(name(path)) not in ("train", "plan"):
+            assert "train" not in ours(path), f"{name(path)} imports rectvlm.train"
+
+
+def test_the_package_stands_alone() -> None:
+    outside = {path.name for path in CHECKOUT.iterdir() if path.is_dir()} - {"rectvlm"}
+    assert {"data_pipeline", "launch", "tests"} <= outside
+    outside.add("benchmarks")
+    for path in FILES:
+        found = {module.split(".")[0] for module in imports(path)} & outside
+        assert not found, f"{name(path)} imports {found}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_what_no_one_does(path: Path) -> None:
+    for module in imports(path):
+        first = module.split(".")[0]
+        assert first not in ("pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"), (
+            f"{path} imports {module}"
+        )
+        assert not module.startswith("sys.path")
+    for node in ast.walk(ast.parse(path.read_text())):
+        where = f"{path}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Attribute):
+            dotted = ast.unparse(node)
+            assert dotted != "sys.path", f"{where} touches sys.path"
+            assert dotted != "torch.load", f"{where} reads a pickle"
+        if isinstance(node, ast.Call):
+            assert not (isinstance(node.func, ast.Name) and node.func.id == "print"), (
+                f"{where} prints"
+            )
+            for keyword in node.keywords:
+                if keyword.arg in ("trust_remote_code", "allow_pickle"):
+                    value = keyword.value
+                    assert isinstance(value, ast.Constant), f"{where} leaves {keyword.arg} open"
+                    assert value.value is False, f"{where} sets {keyword.arg}"
+                if keyword.arg == "weights_only":
+                    raise AssertionError(f"{where} reads a pickle")

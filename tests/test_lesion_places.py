@@ -1,0 +1,234 @@
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from rectvlm.config import load_config
+from rectvlm.labels import FINDINGS, LESION_BY_KEY, REGION_BY_NAME
+from rectvlm.lesion_places import LesionPlace, describe_lobes, describe_places, locate_lesions
+from rectvlm.models.rectvlm import describe_cues
+from tests.conftest import phantom_sample
+
+SPACING = (8.0, 3.6, 3.6)
+SHAPE = (32, 96, 96)
+
+
+def bit(key: str) -> np.uint8:
+    return np.uint8(1 << LESION_BY_KEY[key].bit)
+
+
+def chest() -> tuple[np.ndarray, np.ndarray]:
+    """A body with two lungs of upper and lower lobes; canonical, so the patient's left is at large x."""
+    ct = np.full(SHAPE, -1000, np.int16)
+    ct[:, 20:76, 10:86] = 40
+    regions = np.zeros(SHAPE, np.uint8)
+    for side, columns in (("right", slice(16, 44)), ("left", slice(52, 80))):
+        ct[4:28, 26:70, columns] = -850
+        regions[4:16, 26:70, columns] = REGION_BY_NAME[f"{side} lower lobe"].id
+        regions[16:28, 26:70, columns] = REGION_BY_NAME[f"{side} upper lobe"].id
+    return ct, regions
+
+
+def lesion(key: str, *boxes: tuple[slice, slice, slice]) -> np.ndarray:
+    out = np.zeros(SHAPE, np.uint8)
+    for box in boxes:
+        out[box] |= bit(key)
+    return out
+
+
+RIGHT_LOW = (slice(5, 10), slice(30, 40), slice(20, 30))
+LEFT_LOW = (slice(5, 10), slice(30, 40), slice(60, 70))
+LEFT_HIGH = (slice(22, 26), slice(30, 40), slice(60, 70))
+
+
+@pytest.mark.parametrize(
+    ("boxes", "words", "side", "geometry"),
+    [
+        ([RIGHT_LOW], "right lower lobe", "right", "right lung, lower zone"),
+        ([LEFT_HIGH], "left upper lobe", "left", "left lung, upper zone"),
+        ([RIGHT_LOW, LEFT_LOW], "both lower lobes", "both", "both lungs, lower zones"),
+        ([LEFT_LOW, LEFT_HIGH], "left lung", "left", "left lung, upper and lower zones"),
+        (
+            [RIGHT_LOW, LEFT_HIGH],
+            "right lower lobe and left upper lobe",
+            "both",
+            "both lungs, upper and lower zones",
+        ),
+    ],
+)
+def test_lung_lesion_with_and_without_a_map(
+    boxes: list, words: str, side: str, geometry: str
+) -> None:
+    ct, regions = chest()
+    mask = lesion("consolidation", *boxes)
+    (known,) = locate_lesions(mask, ct, regions, SPACING)
+    assert (known.wording, known.side, known.basis) == (words, side, "regions")
+    assert known.volume_ml == pytest.approx((mask > 0).sum() * np.prod(SPACING) / 1000)
+    (guess,) = locate_lesions(mask, ct, None, SPACING)
+    assert (guess.wording, guess.side, guess.basis, guess.regions) == (
+        geometry,
+        side,
+        "geometry",
+        (),
+    )
+    assert "lobe" not in guess.wording
+    (empty_map,) = locate_lesions(mask, ct, np.zeros_like(regions), SPACING)
+    assert empty_map == guess
+
+
+def test_regions_come_largest_share_first() -> None:
+    ct, regions = chest()
+    mask = lesion("consolidation", LEFT_LOW, (slice(22, 24), slice(30, 40), slice(60, 70)))
+    (place,) = locate_lesions(mask, ct, regions, SPACING)
+    assert place.regions == ("left lower lobe", "left upper lobe")
+
+
+def test_a_lesion_outside_every_lobe_goes_to_the_nearest() -> None:
+    ct, regions = chest()
+    box = (slice(5, 10), slice(40, 50), slice(80, 84))
+    (place,) = locate_lesions(lesion("consolidation", box), ct, regions, SPACING)
+    assert place.regions == ("left lower lobe",)
+
+
+def test_a_small_share_is_not_named() -> None:
+    ct, regions = chest()
+    speck = (slice(20, 21), slice(30, 34), slice(20, 30))
+    (place,) = locate_lesions(lesion("lung_nodule", RIGHT_LOW, speck), ct, regions, SPACING)
+    assert place.wording == "right lower lobe"
+
+
+def test_pleura_and_pericardium() -> None:
+    ct, regions = chest()
+    fluid = (slice(5, 12), slice(70, 74), slice(55, 75))
+    mask = lesion("pleural_effusion", fluid) | lesion(
+        "pericardial_effusion", (slice(8, 14), slice(40, 50), slice(44, 52))
+    )
+    for regions_or_none in (regions, None):
+        heart, pleura = locate_lesions(mask, ct, regions_or_none, SPACING)
+        assert (heart.wording, heart.side) == ("around the heart", None)
+        assert (pleura.wording, pleura.side) == ("left pleural space", "left")
+
+
+def test_lesions_overlap() -> None:
+    ct, regions = chest()
+    mask = lesion("consolidation", RIGHT_LOW) | lesion("ground_glass_opacity", RIGHT_LOW)
+    assert [place.lesion for place in locate_lesions(mask, ct, regions, SPACING)] == [
+        "consolidation",
+        "ground_glass_opacity",
+    ]
+
+
+def test_the_midline_is_the_bodys_and_not_the_arrays() -> None:
+    ct, _ = chest()
+    ct = np.roll(ct, -9, axis=2)
+    ct[:, 90:92, :] = 100  # a table as wide as the field of view
+    mask = lesion("lung_nodule", (slice(10, 14), slice(40, 50), slice(44, 47)))
+    (place,) = locate_lesions(mask, ct, None, SPACING)
+    assert place.side == "left"
+
+
+def test_lobe_words() -> None:
+    assert describe_lobes(["left lower lobe", "right lower lobe"]) == "both lower lobes"
+    assert (
+        describe_lobes(["right upper lobe", "right middle lobe", "right lower lobe"])
+        == "right lung"
+    )
+    everything = [name for name in REGION_BY_NAME if name.endswith("lobe")]
+    assert describe_lobes(everything) == "both lungs"
+    assert describe_lobes(everything[:4]) == "right lung and left upper lobe"
+    assert (
+        describe_lobes(["left upper lobe", "left lower lobe", "right lower lobe"])
+        == "right lower lobe and left lung"
+    )
+
+
+def test_describe() -> None:
+    places = [
+        LesionPlace(
+            "consolidation", 12.2, "right", ("right lower lobe",), "regions", "right lower lobe"
+        ),
+        LesionPlace("pleural_effusion", 84.6, "left", (), "regions", "left pleural space"),
+        LesionPlace("pericardial_effusion", 9.04, None, (), "regions", "around the heart"),
+        LesionPlace("lung_nodule", 0.2, "both", (), "regions", "both upper lobes"),
+    ]
+    assert describe_places(places) == (
+        "Lesions outlined: consolidation (12 ml) in the right lower lobe; pleural effusion (85 ml) in the left pleural "
+        "space; pericardial effusion (9.0 ml) around the heart; lung nodule (0.2 ml) in both upper lobes."
+    )
+    assert "nodule" not in describe_places(places, min_ml=1.0)
+    assert describe_places([]) == "No lesions outlined."
+
+
+def test_nothing_outlined() -> None:
+    ct, regions = chest()
+    assert locate_lesions(np.zeros(SHAPE, np.uint8), ct, regions, SPACING) == []
+    one = np.zeros(SHAPE, np.uint8)
+    one[10, 40, 60] = bit("lung_nodule")
+    assert locate_lesions(one, ct, regions, (1.0, 1.0, 1.0)) == []
+
+
+def test_no_lungs_in_the_field_leaves_the_zone_out() -> None:
+    ct, _ = chest()
+    ct[ct == -850] = 30
+    (place,) = locate_lesions(lesion("consolidation", RIGHT_LOW), ct, None, SPACING)
+    assert place.wording == "right lung"
+
+
+def test_it_is_quick() -> None:
+    ct, regions = chest()
+    mask = lesion("pleural_effusion", LEFT_LOW) | lesion("consolidation", RIGHT_LOW)
+    for regions_or_none in (regions, None):
+        fastest = min(_seconds(mask, ct, regions_or_none) for _ in range(5))
+        assert fastest < 0.1  # about 0.01 on an idle core
+
+
+def _seconds(mask: np.ndarray, ct: np.ndarray, regions: np.ndarray | None) -> float:
+    begin = time.perf_counter()
+    locate_lesions(mask, ct, regions, SPACING)
+    return time.perf_counter() - begin
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_body_that_is_cut_off_keeps_its_sides(side: str, padded: bool) -> None:
+    """A third of the body is missing, at the edge of the volume or before it; the lesion lies in the whole lung."""
+    config = load_config("demo")
+    for seed in (2, 4):
+        ct = phantom_sample(seed, config).ct.copy()
+        depth, height, width = ct.shape
+        column = round(width * (0.6 if side == "left" else 0.4))
+        box = (slice(depth // 2 - 2, depth // 2 + 2), slice(height // 2 - 6, height // 2 + 6))
+        mask = np.zeros(ct.shape, np.uint8)
+        mask[*box, column - 2 : column + 3] = bit("lung_nodule")
+        mask[ct > -500] = 0
+        assert mask.any()
+        third = width // 3
+        gone, kept = slice(0, third), slice(third, width)
+        if side == "right":
+            gone, kept = slice(width - third, width), slice(0, width - third)
+        if padded:
+            ct[:, :, gone] = -1024
+        else:
+            ct, mask = np.ascontiguousarray(ct[:, :, kept]), np.ascontiguousarray(mask[:, :, kept])
+        (place,) = locate_lesions(mask, ct, None, config.data.spacing)
+        assert (place.side, place.basis) == (side, "geometry")
+
+
+def test_an_outline_without_its_finding_is_not_told() -> None:
+    ct, regions = chest()
+    mask = lesion("consolidation", RIGHT_LOW) | lesion("lung_nodule", LEFT_HIGH)
+    volumes = [torch.from_numpy(volume) for volume in (mask, ct, regions)]
+
+    def told(*findings: str) -> str:
+        suggested = torch.tensor([0.9 if finding in findings else 0.4 for finding in FINDINGS])
+        return describe_cues(suggested, *volumes, SPACING)
+
+    both = told("Consolidation", "Lung nodule")
+    assert "Findings suggested: lung nodule, consolidation." in both
+    assert "right lower lobe" in both and "left upper lobe" in both
+    assert "lung nodule (" not in told("Consolidation") and "in the right lower lobe" in told(
+        "Consolidation"
+    )
+    assert told("Emphysema") == "Findings suggested: emphysema. No lesions outlined."
+    assert told() == "No findings suggested. No lesions outlined."

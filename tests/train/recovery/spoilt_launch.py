@@ -1,0 +1,26 @@
+"""A phase whose CTs now and then hold a voxel that is not a number, as a faulty device or a broken decoder gives them.
+
+Started like `launch/phaseN.py`, with the phase's number first. Every third micro-batch of rank 1 is spoilt, after the
+augmentation: shards hold whole numbers, so nothing before that can be NaN.
+"""
+
+import os
+import sys
+from itertools import count
+from pathlib import Path
+
+if __name__ == "__main__":
+    from rectvlm.config import AugmentConfig
+    from rectvlm.train import loop, main
+    from rectvlm.types import Batch
+
+    augment, taken = loop.augment_batch, count(1)
+
+    def spoil(batch: Batch, config: AugmentConfig) -> Batch:
+        changed = augment(batch, config)
+        if os.environ["RANK"] == "1" and next(taken) % 3 == 0:
+            changed.ct[0].flatten()[changed.ct[0].numel() // 2] = float("nan")
+        return changed
+
+    loop.augment_batch = spoil
+    main(int(sys.argv[1]), Path(__file__).resolve().parents[3], sys.argv[2:])

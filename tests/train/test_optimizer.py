@@ -1,0 +1,142 @@
+"""Which parameters train, at what rate, with what decay."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from rectvlm.config import Config, load_config
+from rectvlm.train.optimizer import (
+    build_optimizer,
+    freeze_all_but,
+    learning_rate_factor,
+    set_learning_rates,
+)
+from rectvlm.train.phases import PHASES
+from rectvlm.types import UserError
+
+
+class TwoParts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+        self.classifier = nn.Linear(4, 2)
+        self.prompts = nn.Linear(2, 2)
+
+
+@pytest.fixture
+def model(tiny: Config) -> TwoParts:
+    model = TwoParts()
+    freeze_all_but(model, tiny.train.phases["phase1"].lr)
+    return model
+
+
+def test_parts_without_a_rate_are_frozen(model: TwoParts) -> None:
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trains == {
+        name for name, _ in model.named_parameters() if not name.startswith("prompts")
+    }
+    freeze_all_but(model, {"classifier": 1e-3})
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+
+
+def test_every_trainable_parameter_once_and_vectors_without_decay(
+    model: TwoParts, tiny: Config
+) -> None:
+    optimizer = build_optimizer(model, tiny.train, tiny.train.phases["phase1"])
+    members = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in members} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(members) == len({id(p) for p in members})
+    for group in optimizer.param_groups:
+        decay = tiny.train.weight_decay
+        assert all(group["weight_decay"] == (decay if p.ndim > 1 else 0) for p in group["params"])
+        assert group["betas"] == tiny.train.betas
+
+
+def test_rates_warm_up_and_fall_to_the_last(tiny: Config) -> None:
+    phase = tiny.train.phases["phase1"].model_copy(
+        update={"steps": 100, "warmup": 10, "final_lr_ratio": 0.1}
+    )
+    factors = [learning_rate_factor(step, phase) for step in range(100)]
+    assert factors[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
+    assert factors[10] == pytest.approx(1)
+    assert factors[99] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(factors[9:]))
+    # half-way down the cosine lies the mean of both ends
+    middle = (learning_rate_factor(54, phase) + learning_rate_factor(55, phase)) / 2
+    assert middle == pytest.approx(0.55, abs=1e-3)
+
+
+def test_with_another_number_of_ranks_the_schedule_goes_on_where_its_samples_are(
+    tiny: Config, model: TwoParts
+) -> None:
+    """Half of an epoch on two ranks, and the rest in twice as many steps on one."""
+    phase = tiny.train.phases["phase1"].model_copy(
+        update={"steps": 100, "warmup": 0, "final_lr_ratio": 0.0, "unfreeze": []}
+    )
+    groups = build_optimizer(model, tiny.train, phase).param_groups
+    before = set_learning_rates(groups, 49, phase)["encoder"]
+    more = phase.model_copy(update={"steps": 150})
+    rates = [
+        set_learning_rates(groups, step, more, scheduled=100 + step - 50)["encoder"]
+        for step in range(50, 150)
+    ]
+    assert rates[0] == pytest.approx(before, rel=0.03)
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+    assert all(a >= b for a, b in pairwise([before, *rates]))
+    assert set_learning_rates(groups, 50, phase, scheduled=50.0) == set_learning_rates(
+        groups, 50, phase
+    )
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 5), (4, 4), (3, 2)])
+def test_short_runs_have_sound_rates(tiny: Config, steps: int, warmup: int) -> None:
+    phase = tiny.train.phases["phase1"].model_copy(update={"steps": steps, "warmup": warmup})
+    assert all(0 < learning_rate_factor(step, phase) <= 1 for step in range(steps))
+
+
+def test_each_part_has_its_own_rate(model: TwoParts) -> None:
+    phase = load_config(
+        "tiny", ["train.phases.phase1.lr={encoder: 0.5, classifier: 0.25}"]
+    ).train.phases["phase1"]
+    optimizer = build_optimizer(model, load_config("tiny").train, phase)
+    rates = set_learning_rates(optimizer.param_groups, 0, phase)
+    factor = 1 / phase.warmup
+    assert rates == {"encoder": 0.5 * factor, "classifier": 0.25 * factor}
+    encoder = {id(p) for p in model.encoder.parameters()}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            assert group["lr"] == (rates["encoder"] if id(p) in encoder else rates["classifier"])
+
+
+def test_a_part_that_the_phase_lacks_is_refused() -> None:
+    config = load_config("tiny", ["train.phases.phase1.lr={encoder: 0.1, localizer: 0.1}"])
+    with pytest.raises(UserError, match="localizer"):
+        PHASES[1].get_settings(config)
+    with pytest.raises(UserError, match="no part"):
+        PHASES[1].get_settings(load_config("tiny", ["train.phases.phase1.lr={}"]))
+    with pytest.raises(UserError, match=r"train\.phases\.phase3"):
+        PHASES[3].get_settings(
+            load_config("tiny", ["train.phases={phase1: " + str(_plain(config)) + "}"])
+        )
+
+
+def _plain(config: Config) -> dict[str, object]:
+    return config.train.phases["phase1"].model_dump(mode="json")
+
+
+def test_phases_follow_each_other() -> None:
+    assert [PHASES[n].previous_phase for n in (1, 2, 3)] == [None, 1, 2]
+    for n in (2, 3):
+        assert set(PHASES[n - 1].parts) < set(PHASES[n].parts)
+        assert set(PHASES[n - 1].tasks) < set(PHASES[n].tasks)
+
+
+def test_a_step_of_the_optimizer_moves_only_what_trains(model: TwoParts, tiny: Config) -> None:
+    optimizer = build_optimizer(model, tiny.train, tiny.train.phases["phase1"])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.prompts(model.classifier(model.encoder(torch.randn(5, 3)))).square().sum().backward()
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,264 @@
+"""The table of phases and its choices: sub-steps, schedules, epochs, averages, late parts, learned task weights."""
+
+import math
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launches import CHECKOUT, LAUNCH, TIMEOUT, TWO, environment
+from torch import nn
+
+from rectvlm.config import MODEL_PARTS, Config, load_config
+from rectvlm.models.encoder import VolumeEncoder
+from rectvlm.train.ema import EMA_KEY, ema_decay_at
+from rectvlm.train.objectives import TaskLoss, combine_losses
+from rectvlm.train.optimizer import (
+    build_optimizer,
+    find_unfreeze_steps,
+    freeze_all_but,
+    learning_rate_factor,
+    set_learning_rates,
+    set_requires_grad,
+    set_training_modes,
+)
+from rectvlm.train.phases import PHASE_TABLE, PHASES, STAGES, with_step_count
+from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
+from rectvlm.types import UserError
+
+
+def test_every_row_has_a_section_and_a_folder_of_its_own(tiny: Config) -> None:
+    assert {row.key for row in PHASE_TABLE} == set(tiny.train.phases)
+    assert len({row.key for row in PHASE_TABLE}) == len(PHASE_TABLE)
+    for row in PHASE_TABLE:
+        able = row.parts if row.may_train is None else row.may_train
+        assert set(row.get_settings(tiny).lr) == set(able)
+    assert STAGES["localize"].previous_phase == 1
+    assert STAGES["align"].previous_phase == 2
+    for stage in STAGES.values():  # the joint phase can start from its sub-step
+        assert stage.parts == PHASES[stage.number].parts
+
+
+def test_a_sub_step_refuses_to_train_what_it_freezes() -> None:
+    config = load_config("tiny", ["train.phases.phase3-align.lr={generator: 0.1, encoder: 0.1}"])
+    with pytest.raises(
+        UserError,
+        match=r"train\.phases\.phase3-align\.lr names encoder; phase 3 with --stage align",
+    ):
+        STAGES["align"].get_settings(config)
+
+
+def test_schedules(tiny: Config) -> None:
+    plan = tiny.train.phases["phase1"].model_copy(
+        update={"steps": 12, "warmup": 2, "final_lr_ratio": 0.2}
+    )
+    shapes = {
+        kind: [
+            learning_rate_factor(step, plan.model_copy(update={"schedule": kind}))
+            for step in range(12)
+        ]
+        for kind in ("cosine", "linear", "constant")
+    }
+    for factors in shapes.values():
+        assert factors[:3] == pytest.approx([0.5, 1.0, 1.0])
+    assert shapes["constant"] == pytest.approx([0.5] + [1.0] * 11)
+    assert shapes["linear"][2:] == pytest.approx([1 - 0.8 * k / 9 for k in range(10)])
+    assert shapes["cosine"][-1] == pytest.approx(0.2)
+    assert shapes["cosine"][4] > shapes["linear"][4]
+    assert shapes["cosine"][-3] < shapes["linear"][-3]
+
+
+def test_epochs_become_steps() -> None:
+    config = load_config(
+        "tiny", ["train.phases.phase2.epochs=2.5", "train.phases.phase2.accumulation=3"]
+    )
+    found = with_step_count(config, PHASES[2], sample_count=100, world_size=2)
+    assert found.train.phases["phase2"].steps == math.ceil(250 / (2 * 3 * 2))
+    assert found.train.phases["phase1"] == config.train.phases["phase1"]
+    assert with_step_count(config, PHASES[1], sample_count=100, world_size=2) is config
+    # Half-way on two ranks, then on one: as many samples in all.
+    assert with_step_count(config, PHASES[2], 100, 1, step=10, samples_seen=120).train.phases[
+        "phase2"
+    ].steps == 10 + math.ceil(130 / 6)
+    for seen in (0, 12, 240):
+        assert (
+            with_step_count(config, PHASES[2], 100, 2, step=seen // 12, samples_seen=seen) == found
+        )
+    assert (
+        with_step_count(config, PHASES[2], 100, 2, step=21, samples_seen=252)
+        .train.phases["phase2"]
+        .steps
+        == 21
+    )
+
+
+class Toy(nn.Module):
+    """Named as the model is."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.encoder = VolumeEncoder(config.encoder, config.data)
+        self.classifier = nn.Linear(4, 2)
+        self.localizer = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+
+
+UNFREEZE = "[{part: encoder, last_blocks: 1, step: 3}, {part: encoder, last_blocks: null, step: 6}]"
+
+
+def test_the_end_of_the_encoder_begins_before_the_rest(tiny: Config) -> None:
+    plan = load_config("tiny", [f"train.phases.phase1.unfreeze={UNFREEZE}"]).train.phases["phase1"]
+    starts = find_unfreeze_steps(Toy(tiny), plan.unfreeze)
+    assert {name.partition(".")[0] for name in starts} == {"encoder"}
+    last = tiny.encoder.depth - 1
+    early = {name for name, step in starts.items() if step == 3}
+    assert early == {
+        n for n in starts if n.startswith((f"encoder.blocks.{last}.", "encoder.norm."))
+    }
+    assert {step for name, step in starts.items() if name not in early} == {6}
+    assert {"encoder.embed.weight", "encoder.position_x", "encoder.blocks.0.norm1.weight"} <= set(
+        starts
+    ) - early
+
+
+def test_what_no_row_covers_stays_frozen(tiny: Config) -> None:
+    config = load_config(
+        "tiny", ["train.phases.phase1.unfreeze=[{part: encoder, last_blocks: 1, step: 3}]"]
+    )
+    model, plan = Toy(tiny), config.train.phases["phase1"]
+    freeze_all_but(model, plan.lr, plan.unfreeze)
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    last = tiny.encoder.depth - 1
+    assert trains == {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith((f"encoder.blocks.{last}.", "encoder.norm.", "classifier."))
+    }
+    optimizer = build_optimizer(model, config.train, plan)
+    assert {name for group in optimizer.param_groups for name in group["names"]} == trains
+
+
+def test_rates_of_a_late_part_rise_when_it_begins(tiny: Config) -> None:
+    config = load_config(
+        "tiny",
+        [
+            f"train.phases.phase1.unfreeze={UNFREEZE}",
+            "train.phases.phase1.steps=20",
+            "train.phases.phase1.warmup=4",
+        ],
+    )
+    model, plan = Toy(tiny), config.train.phases["phase1"]
+    freeze_all_but(model, plan.lr, plan.unfreeze)
+    groups = build_optimizer(model, config.train, plan).param_groups
+    own = dict(model.named_parameters())
+    for step in range(20):
+        told = set_learning_rates(groups, step, plan)
+        set_requires_grad(model, groups)
+        for group in groups:
+            late = step - group["start"]
+            asks = {own[name].requires_grad for name in group["names"]}
+            assert asks == {late >= 0}
+            rise = min(1.0, (late + 1) / 4) if group["start"] else 1.0
+            assert group["lr"] == pytest.approx(
+                max(0.0, rise) * plan.lr[group["part"]] * learning_rate_factor(step, plan)
+            )
+        assert told["encoder"] == max(group["lr"] for group in groups if group["part"] == "encoder")
+        assert (told["encoder"] > 0) == (step >= 3)
+
+
+def test_parts_that_do_not_train_are_in_eval_mode(tiny: Config) -> None:
+    model = Toy(tiny)
+    set_training_modes(model, STAGES["localize"].get_settings(tiny))
+    assert {
+        part: getattr(model, part).training for part in MODEL_PARTS if hasattr(model, part)
+    } == {
+        "encoder": False,
+        "classifier": False,
+        "localizer": True,
+    }
+
+
+def test_the_average_is_the_one_by_hand(tiny: Config) -> None:
+    plan = tiny.train.phases["phase1"].model_copy(update={"ema_decay": 0.5})
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"encoder": nn.Linear(3, 4), "classifier": nn.Linear(4, 2)})
+    optimizer = build_optimizer(model, tiny.train, plan)
+    by_hand: dict[str, torch.Tensor] = {}
+    for step in range(1, 13):
+        model["classifier"](model["encoder"](torch.randn(5, 3))).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        d = min(0.5, (step - 1) / (step + 8))
+        for name, p in model.named_parameters():
+            by_hand[name] = (
+                p.detach().clone() if step == 1 else d * by_hand[name] + (1 - d) * p.detach()
+            )
+            torch.testing.assert_close(
+                optimizer.state[p][EMA_KEY], by_hand[name], rtol=1e-5, atol=1e-7
+            )
+    assert ema_decay_at(12, 0.5) == 0.5 > ema_decay_at(9, 0.5)
+    assert EMA_KEY not in next(
+        iter(build_optimizer(model, tiny.train, tiny.train.phases["phase1"]).state.values()), {}
+    )
+
+
+def test_learned_weights_settle_where_tasks_count_the_same() -> None:
+    weighting = UncertaintyWeighting(3)
+    fixed = torch.tensor([1.0, 8.0, 0.25])
+    optimizer = torch.optim.SGD(weighting.parameters(), lr=0.5)
+    for _ in range(400):
+        optimizer.zero_grad()
+        weighting(fixed, torch.tensor([True, True, True])).backward()
+        optimizer.step()
+    torch.testing.assert_close(
+        weighting.log_variance.detach(), torch.log(2 * fixed), rtol=1e-3, atol=1e-3
+    )
+    torch.testing.assert_close(
+        weighting.compute_factors() * fixed, torch.full((3,), 0.5), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_task_of_which_nothing_is_known_keeps_its_weight(tiny: Config) -> None:
+    weighting = UncertaintyWeighting(2)
+    found: dict[Any, TaskLoss] = {
+        "classification": TaskLoss(torch.tensor(2.0), torch.tensor(5)),
+        "localization": TaskLoss(torch.tensor(0.5), torch.tensor(0)),  # denoising needs no outline
+    }
+    value = combine_losses(found, tiny.train.loss_weights, weighting)
+    assert (
+        value.item() == combine_losses(found, tiny.train.loss_weights).item() == 3.0
+    )  # at the start they are the configured weights
+    value.backward()
+    assert weighting.log_variance.grad is not None
+    assert weighting.log_variance.grad.tolist() == [0.5 - 2.0, 0.0]
+
+
+def by_hand(tmp_path: Path, stage: int, launcher: list[str], ranks: int) -> None:
+    command = [*launcher, "--module", "tests.train_by_hand", str(tmp_path), str(stage)]
+    done = subprocess.run(
+        command,
+        cwd=CHECKOUT,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(ranks)] == [
+        str(stage)
+    ] * ranks
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
+def test_two_ranks_train_as_by_hand(tmp_path: Path, stage: int) -> None:
+    """Averages, late parts and learned weights, sharded, saved and resumed (see `tests/train_by_hand.py`)."""
+    by_hand(tmp_path, stage, TWO, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_one_rank_trains_as_by_hand(tmp_path: Path, stage: int) -> None:
+    by_hand(tmp_path, stage, [*LAUNCH, "--num_processes", "1"], 1)
