@@ -12,7 +12,8 @@ from rich.console import Console
 
 from rectvlm.config import Config, load_config
 from rectvlm.plan.plan_tables import print_memory_savings, print_plan, print_scaling
-from rectvlm.plan.planner import ResourcePlan, ResourcePlanner, find_memory_savings
+from rectvlm.plan.memory_savings import find_memory_savings
+from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
 from rectvlm.plan.step_time import HardwareRates
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 from rectvlm.train.phases import STAGES
