@@ -8,7 +8,7 @@ import pytest
 
 CHECKOUT = Path(__file__).parents[1]
 FILES = sorted((CHECKOUT / "rectvlm").rglob("*.py"))
-SHARED = {"config", "labels", "types", "lesion_places"}
+SHARED = {"config", "files", "labels", "lesion_bits", "lesion_places", "types"}
 """What data and models may see beside themselves."""
 HEAVY = {"accelerate", "deepspeed"}
 
