@@ -152,7 +152,7 @@ class Validator:
             rows, samples = self._run_cases(heartbeat)
         every = sorted(
             (row for part in self.engine.all_gather_object(rows) for row in part),
-            key=lambda row: row.place,
+            key=lambda row: row.case_index,
         )
         metrics = self._compute_metrics(every)
         value = metrics.get(self.settings.best_metric)
