@@ -13,7 +13,8 @@ import numpy as np
 from data_pipeline.masks.coarse_regions import estimate_coarse_regions
 from rectvlm.data.sample import preprocessing_versions
 from rectvlm.data.volume import Volume, canonical_affine, require_overlap, resample_to_grid, to_hu
-from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS
+from rectvlm.labels import FINDINGS, LESION_BY_KEY
+from rectvlm.lesion_bits import present_lesions
 from rectvlm.types import COARSE_REGIONS_SOURCE, GridGeometry, Sample, SampleMeta, Split
 
 
@@ -101,8 +102,7 @@ def case_to_sample(
     lesions = np.zeros(grid, np.uint8)
     for mask in data.lesions:
         lesions |= resample_to_grid(mask.array, mask.affine, affine, grid, "bits")
-    present = int(np.bitwise_or.reduce(lesions, axis=None))
-    drawn = {lesion.key for lesion in LESIONS if present >> lesion.bit & 1}
+    drawn = {lesion.key for lesion in present_lesions(lesions)}
     looked_for = {
         key for key in LESION_BY_KEY if data.lesions_annotated[key] or data.lesions_partial[key]
     }

@@ -4,12 +4,11 @@ import hashlib
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from data_pipeline.cases import Case, CaseData, file_identity
 from data_pipeline.sample_cts import OUTLINED_LESION, SAMPLE_CTS, SampleCt, fetch_sample_cts
 from rectvlm.data.volume import Volume, read_mask, read_volume
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
+from rectvlm.lesion_bits import pack_lesion
 from rectvlm.phantom import phantom
 from rectvlm.phantom.patient_plan import PHANTOM_STYLES, VARIED_STYLE
 from rectvlm.phantom.phantom import make_phantom
@@ -59,7 +58,7 @@ def _sample_ct_case(scan: SampleCt, folder: Path) -> Case:
 
 def _load_sample_ct(scan: SampleCt, folder: Path) -> CaseData:
     mask = read_mask(scan.mask_path(folder))
-    bits = np.where(mask.array > 0, np.uint8(1 << LESION_BY_KEY[OUTLINED_LESION].bit), np.uint8(0))
+    bits = pack_lesion(mask.array > 0, LESION_BY_KEY[OUTLINED_LESION])
     return CaseData(
         volume=read_volume(scan.volume_path(folder)),
         labels={**dict.fromkeys(FINDINGS), "Lung nodule": scan.nodule_label},

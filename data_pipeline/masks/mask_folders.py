@@ -16,6 +16,7 @@ from data_pipeline.masks import rexgrounding, totalsegmentator
 from data_pipeline.masks.rexgrounding import RexVolumeRecord as RexEntry
 from rectvlm.data.volume import Volume, read_mask, require_overlap
 from rectvlm.labels import LESION_BY_KEY
+from rectvlm.lesion_bits import pack_lesion
 from rectvlm.types import Affine, InputError, MaskVolume, UserError
 
 MIN_OVERLAP_SHARE = 0.75
@@ -110,7 +111,7 @@ class CaseMasks:
             )
         for key, path in self.lesion_files:
             mask = _require_on_volume(volume, read_mask(path))
-            union.add(mask, (mask.array > 0) * np.uint8(1 << LESION_BY_KEY[key].bit))
+            union.add(mask, pack_lesion(mask.array > 0, LESION_BY_KEY[key]))
             (complete if _covers_volume(mask, volume) else partly).add(key)
             sources.append("lesion files")
         for task, path in self.task_files:

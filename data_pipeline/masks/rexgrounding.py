@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from rectvlm.data.volume import Volume
 from rectvlm.labels import LESION_BY_KEY
+from rectvlm.lesion_bits import combined_mask_value
 from rectvlm.types import InputError, MaskVolume
 
 TABLE_FILES = ("dataset.json", "MICCAI_challenge_dataset.json")
@@ -205,7 +206,11 @@ def read_outlines(path: Path, listed: RexVolumeRecord, volume: Volume) -> RexLes
         n: [key for key, how in lesions.items() if how == "sure"]
         for n, lesions in enumerate(meanings)
     }
-    bits = {n: sum(1 << LESION_BY_KEY[key].bit for key in keys) for n, keys in sure.items() if keys}
+    bits = {
+        n: combined_mask_value(LESION_BY_KEY[key] for key in keys)
+        for n, keys in sure.items()
+        if keys
+    }
     array, drawn = _stream_lesion_bits(path, stored, volume.array.shape, bits)
     outlined = {key for n in bits if n in drawn for key in sure[n]}
     doubtful = {key for lesions in meanings for key, how in lesions.items() if how == "perhaps"}

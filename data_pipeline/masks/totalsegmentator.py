@@ -198,7 +198,7 @@ def read_lesions(path: Path, task: str) -> tuple[Volume, set[str]]:
 
     def bit(name: str) -> int:
         key = lesion_of_class(name)
-        return 0 if key is None else 1 << LESION_BY_KEY[key].bit
+        return 0 if key is None else LESION_BY_KEY[key].mask_value
 
     looked_for = {key for key in map(lesion_of_class, classes.values()) if key}
     if not looked_for & {lesion_of_class(name) for name in LESION_TASKS[task].values()}:
