@@ -136,7 +136,7 @@ def measure_step(
 
 def plan_step(size: str, overrides: Sequence[str], ds_config: Path) -> dict[str, Any]:
     """What is planned, without and with measured work areas, and the floating-point operations of a step."""
-    from rectvlm.plan import ResourcePlanner
+    from rectvlm.plan.planner import ResourcePlanner
     from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 
     config = load_config(size, overrides)
@@ -154,7 +154,10 @@ def plan_step(size: str, overrides: Sequence[str], ds_config: Path) -> dict[str,
             "seconds": plan.time.total,
             "tokens": planner.dry_run.positions,
         }
-        found |= {"model_tflop": plan.flops_per_step.model, "hardware_tflop": plan.flops_per_step.hardware}
+        found |= {
+            "model_tflop": plan.flops_per_step.model,
+            "hardware_tflop": plan.flops_per_step.hardware,
+        }
     return found
 
 

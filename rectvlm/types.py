@@ -18,6 +18,9 @@ Affine = NDArray[np.float64]
 
 Split = Literal["train", "valid"]
 
+JsonObject = dict[str, Any]
+"""A JSON object at a file's border, before or after it has a type of its own."""
+
 COARSE_REGIONS_SOURCE = "coarse"
 """The source of a region map that was estimated from the CT alone: good for sides and zones, not for lobes."""
 

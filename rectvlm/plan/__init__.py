@@ -4,8 +4,3 @@ A micro-batch is dry-run on the meta device, so every figure comes from the modu
 settings that train; no size is repeated here. What a dry run cannot show (the CUDA context, the
 allocator's waste, the rates of hardware) is a constant with its reason.
 """
-
-from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
-from rectvlm.plan.step_time import HardwareRates
-
-__all__ = ["HardwareRates", "ResourcePlan", "ResourcePlanner"]

@@ -12,6 +12,8 @@ from rectvlm.checkpoint import run_checkpoint
 from rectvlm.config import Config
 from rectvlm.models import RectVLM
 from rectvlm.models.meta_model import build_meta_model
+from rectvlm.plan.hardware import HardwareRates
+from rectvlm.plan.options import CT_RATE_SCANS
 from rectvlm.plan.static_memory import (
     BF16_BYTES,
     FP32_BYTES,
@@ -22,7 +24,7 @@ from rectvlm.plan.static_memory import (
     count_passes,
     list_stored_parameters,
 )
-from rectvlm.plan.step_time import EngineCalls, HardwareRates, StepTime, estimate_step_time
+from rectvlm.plan.step_time import EngineCalls, StepTime, estimate_step_time
 from rectvlm.train.dry_run.dry_run import DryRunResult, apply_phase_settings, dry_run_micro_batch
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 from rectvlm.train.dry_run.memory_tracker import WORKSPACE_KIND
@@ -45,8 +47,6 @@ BATCHES_PER_WORKER = 3
 """Batches that a loader worker holds: two ready and one in the making."""
 PROCESS_BYTES = 3e9
 """Memory of a rank with torch, DeepSpeed and Transformers loaded, before the model: assumed."""
-CT_RATE_SCANS = 24_128
-"""Training scans of CT-RATE, the default length of an epoch."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from rectvlm.data.loader import BatchLoader, ShardDataset
 from rectvlm.labels import N_FINDINGS
 from rectvlm.lesion_bits import pack_lesions
 from rectvlm.models import ModelOutputs
+from rectvlm.runs.run_files import VALIDATION_FILE
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.objectives import compute_losses
 from rectvlm.train.optimizer import set_training_modes
@@ -36,8 +37,6 @@ from rectvlm.train.recovery.bad_steps import finite_or_none
 from rectvlm.types import Batch
 
 log = logging.getLogger(__name__)
-
-VALIDATION_FILE = "validation.jsonl"
 
 
 class ValidationExample(NamedTuple):

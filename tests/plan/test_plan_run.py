@@ -8,7 +8,7 @@ from launches import TWO, run, settings
 from rectvlm.checkpoint import run_checkpoint
 from rectvlm.config import load_config
 from rectvlm.models.meta_model import build_meta_model
-from rectvlm.plan import ResourcePlanner
+from rectvlm.plan.planner import ResourcePlanner
 from rectvlm.train.phases import PHASES
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"

@@ -19,7 +19,8 @@ from rectvlm.data.loader import collate_samples
 from rectvlm.models import RectVLM
 from rectvlm.models.language_model import load_language_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
-from rectvlm.plan import HardwareRates, ResourcePlan, ResourcePlanner
+from rectvlm.plan.hardware import HardwareRates
+from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
 from rectvlm.plan.step_time import RingCollective
 from rectvlm.train.dry_run.dry_run import PROMPT_TOKENS
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
@@ -260,9 +261,7 @@ def test_large_fits_two_h200s(large: ResourcePlanner, large_plan: ResourcePlan) 
     assert large_plan.parameters.trainable == pytest.approx(460e6, rel=0.03)
     memory = large_plan.gpu_memory_gb
     assert memory["quantization_state"] == pytest.approx(1.09, abs=0.01)  # engine notes
-    assert memory["weights_4bit"] == pytest.approx(
-        large_plan.parameters.total * 0.25e-9, rel=0.05
-    )
+    assert memory["weights_4bit"] == pytest.approx(large_plan.parameters.total * 0.25e-9, rel=0.05)
     kinds = {kind: size for kind, size in memory.items() if kind not in ("total", "allocated")}
     assert memory["total"] == pytest.approx(sum(kinds.values()))
     assert memory["allocated"] == pytest.approx(
@@ -288,10 +287,8 @@ def test_flops_are_those_of_the_formula(large_plan: ResourcePlan, large: Resourc
     once = 2 * large_plan.parameters.language_model_frozen * positions
     assert done["forward"] == pytest.approx(once, rel=0.05)
     assert done["backward"] == pytest.approx(once, rel=0.1)
-    assert flops["hardware"] == pytest.approx(
-        flops["forward"] + flops["backward"] + flops["recomputation"]
-    )
-    assert flops["model"] < flops["hardware"] < 1.5 * flops["model"]
+    assert flops.hardware == pytest.approx(flops.forward + flops.backward + flops.recomputation)
+    assert flops.model < flops.hardware < 1.5 * flops.model
 
 
 @pytest.mark.slow

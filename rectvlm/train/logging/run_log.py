@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from rectvlm.config import Config
+from rectvlm.runs.run_files import CONFIG_FILE, ENGINE_FILE, METRICS_FILE, VALIDATION_FILE
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.logging.console import ProgressDisplay, ProgressMeter
 from rectvlm.train.logging.jsonl import truncate_after_step
@@ -72,9 +73,9 @@ class RunLog:
                 int(other.stem.removeprefix("rank-")) >= engine.world_size
             ):  # there were more ranks before
                 _reopen_log(other, step).close()
-        (folder / "config.yaml").write_text(config.to_yaml())
-        self._files["metrics"] = _reopen_log(folder / "metrics.jsonl", step)
-        self._files["validation"] = _reopen_log(folder / "validation.jsonl", step)
+        (folder / CONFIG_FILE).write_text(config.to_yaml())
+        self._files["metrics"] = _reopen_log(folder / METRICS_FILE, step)
+        self._files["validation"] = _reopen_log(folder / VALIDATION_FILE, step)
         self._sessions = SessionLog(folder)
         self._sessions.start_session(step, steps, _describe_session(engine, phase, config, work))
         self._trackers = ExperimentTrackers(
@@ -157,7 +158,7 @@ class RunLog:
         """After the first step: what ZeRO keeps whole on a rank is known by then."""
         described = self.engine.describe_ranks() | {"llm_quantization": self._quantization}
         if self.engine.is_main:
-            (self.folder / "engine.json").write_text(json.dumps(described, indent=2) + "\n")
+            (self.folder / ENGINE_FILE).write_text(json.dumps(described, indent=2) + "\n")
         self._described = True
 
 

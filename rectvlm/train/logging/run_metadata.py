@@ -25,10 +25,10 @@ import torch
 
 from rectvlm.checkpoint.run_checkpoint import package_versions
 from rectvlm.files import atomic_file
+from rectvlm.runs.run_files import SESSIONS_FILE
 
 log = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
 MAX_PATCH_BYTES = 2_000_000
 """Bytes of a patch; what is longer is cut off, and the record says so."""
 MAX_UNTRACKED_NAMES = 200
@@ -62,7 +62,7 @@ class SessionLog:
     def __init__(self, folder: Path) -> None:
         """Read what earlier sessions have left; a file that cannot be read is kept beside the new one."""
         self._folder = folder
-        self._path = folder / RUN_FILE
+        self._path = folder / SESSIONS_FILE
         self.sessions: list[dict[str, Any]] = []
         if self._path.exists():
             try:
