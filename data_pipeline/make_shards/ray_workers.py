@@ -13,8 +13,9 @@ from typing import Any
 
 import data_pipeline
 import rectvlm
-from data_pipeline.make_shards.shard_plan import ShardTask, code_digest
+from data_pipeline.make_shards.shard_plan import ShardTask
 from data_pipeline.make_shards.workers import THREAD_VARIABLES, mark_as_worker
+from rectvlm.code_fingerprint import code_sha256
 from rectvlm.types import UserError
 
 
@@ -93,7 +94,7 @@ def _no_cluster_error(address: str, error: Exception) -> UserError:
 
 def _run_on_worker(function: Callable[[ShardTask], Any], task: ShardTask) -> Any:
     """On a worker: the code must be the plan's, or shards of one run would differ by machine."""
-    if code_digest(task.modules) != task.code_sha256:
+    if code_sha256(task.modules) != task.code_sha256:
         raise UserError(
             f"{socket.gethostname()} has other code of data_pipeline or rectvlm than the machine that started the "
             f"run: bring all machines to one version."
