@@ -29,7 +29,8 @@ from data_pipeline.ct_rate.selection import SelectedVolume, select_volumes
 from data_pipeline.ct_rate.series import kernel_class, series_affine
 from data_pipeline.ct_rate.tables import FindingLabels, ReportSections, SeriesMetadata
 from data_pipeline.ct_rate.volume_names import VolumeName
-from data_pipeline.masks.mask_folders import CaseMaskFiles, is_blank_affine
+from data_pipeline.masks.mask_files import CaseMaskFiles
+from data_pipeline.masks.mask_placement import is_blank_affine
 from rectvlm.data.volume import Volume, read_volume
 from rectvlm.files import json_sha256
 from rectvlm.labels import FINDINGS

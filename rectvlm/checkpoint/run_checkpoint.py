@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from rectvlm import pretrained
 from rectvlm.checkpoint import integrity, model_folder
 from rectvlm.config import MODEL_PARTS, Config, ModelPart, load_config
-from rectvlm.data.store import atomic_file
+from rectvlm.files import atomic_file
 from rectvlm.models import RectVLM
 from rectvlm.models.language_model import load_language_model, resolve_device
 from rectvlm.models.prompt_embeddings import PromptEmbeddings

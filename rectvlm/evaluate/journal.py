@@ -18,9 +18,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rectvlm.data.store import atomic_file
 from rectvlm.evaluate.case_records import CASE_RECORD_ADAPTER, CasePurpose, CaseRecord
 from rectvlm.evaluate.options import hash_fingerprint
+from rectvlm.files import atomic_file
 from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)

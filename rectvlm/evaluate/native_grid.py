@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rectvlm.data.volume import mask_to_native, read_mask, require_overlap, resample_to_grid
-from rectvlm.labels import N_LESIONS, Lesion
+from rectvlm.labels import LESIONS, N_LESIONS, Lesion
+from rectvlm.lesion_bits import combined_mask_value, lesion_mask, pack_lesion
 from rectvlm.types import Affine, MaskVolume, SampleMeta
 
 TruthSource = Literal["file", "shard"]
@@ -39,10 +40,7 @@ class NativeLesions:
 
     def extract_masks(self, lesion: Lesion) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Prediction and truth of one lesion."""
-        predicted, truth = (
-            (bits >> lesion.bit & 1).astype(bool) for bits in (self.predicted, self.truth)
-        )
-        return predicted, truth
+        return lesion_mask(self.predicted, lesion), lesion_mask(self.truth, lesion)
 
 
 def lesions_to_native_grid(
@@ -79,12 +77,13 @@ def lesions_to_native_grid(
     drawn = np.zeros(shape, np.uint8) if files else None
     for lesion, path in files.items():
         assert drawn is not None
-        drawn |= _read_outline(path, native, shape) << lesion.bit
-    keep = np.uint8(sum(1 << lesion.bit for lesion in annotated))
-    truth = truth & np.uint8(sum(1 << lesion.bit for lesion in annotated if lesion not in files))
+        drawn |= pack_lesion(_read_outline(path, native, shape), lesion)
+    truth = truth & np.uint8(
+        combined_mask_value(lesion for lesion in annotated if lesion not in files)
+    )
     if len(annotated) < N_LESIONS:
         probabilities = probabilities.copy()
-        probabilities[[bit for bit in range(N_LESIONS) if not keep >> bit & 1]] = 0
+        probabilities[[lesion.bit for lesion in LESIONS if lesion not in annotated]] = 0
     window = _find_crop_box(
         (probabilities >= _LOWEST_RELEVANT_PROBABILITY).any(axis=0) | (truth > 0),
         grid_affine,

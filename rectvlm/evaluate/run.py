@@ -18,7 +18,7 @@ from rectvlm.checkpoint import run_checkpoint as checkpoints
 from rectvlm.config import Config, DataConfig
 from rectvlm.data.loader import BatchLoader, ShardDataset
 from rectvlm.data.shards import read_index
-from rectvlm.data.store import ShardStore, atomic_file
+from rectvlm.data.store import ShardStore
 from rectvlm.evaluate import summary, tables
 from rectvlm.evaluate.case_records import (
     CasePurpose,
@@ -34,6 +34,7 @@ from rectvlm.evaluate.report_figures import evaluate_reports as compare_reports
 from rectvlm.evaluate.scans import ScanResults, group_by_scan
 from rectvlm.evaluate.selection import are_same_shards, was_selected_on
 from rectvlm.evaluate.thresholds import choose_thresholds
+from rectvlm.files import atomic_file
 from rectvlm.machine import describe_machine
 from rectvlm.metrics import FindingThresholds
 from rectvlm.metrics.report_labeler.labeler import ReportLabeler, load_labeler

@@ -11,10 +11,10 @@ import numpy as np
 
 from rectvlm import metrics
 from rectvlm.checkpoint.run_checkpoint import THRESHOLDS_FILE
-from rectvlm.data.store import atomic_file
 from rectvlm.evaluate.case_records import CaseRecord
 from rectvlm.evaluate.region_maps import RegionMapUsage
 from rectvlm.evaluate.scans import group_by_scan
+from rectvlm.files import atomic_file
 from rectvlm.labels import FINDINGS
 from rectvlm.metrics import FindingThresholds
 from rectvlm.types import UserError

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rectvlm.config import Config, ModelPart
-from rectvlm.labels import AIR_HU, FINDINGS, LESION_BY_KEY, N_LESIONS
+from rectvlm.labels import AIR_HU, FINDINGS, LESION_BY_KEY, LESIONS, N_LESIONS
+from rectvlm.lesion_bits import pack_lesion, pack_lesions
 from rectvlm.lesion_places import describe_places, locate_lesions
 from rectvlm.models.classifier import FindingClassifier
 from rectvlm.models.encoder import ImageFeatures, VolumeEncoder
@@ -156,11 +157,7 @@ class RectVLM(nn.Module):
             batch.labels_known & true[:, None], batch.labels, logits.detach().sigmoid()
         )
         guessed = _pack_lesion_bits(localization.mask_logits.detach(), torch.sigmoid)
-        shown = (batch.lesions_annotated & true[:, None]).to(torch.uint8)
-        told = (shown << torch.arange(N_LESIONS, device=shown.device, dtype=torch.uint8)).sum(
-            1, dtype=torch.uint8
-        )
-        told = told[:, None, None, None]
+        told = pack_lesions(batch.lesions_annotated & true[:, None], axis=1)[:, None, None, None]
         return self._describe_batch_cues(
             batch, findings, batch.lesions & told | guessed & ~told, batch.regions_known
         )
@@ -189,8 +186,8 @@ class RectVLM(nn.Module):
 def _pack_lesion_bits(masks: Tensor, probability: Callable[[Tensor], Tensor]) -> Tensor:
     """Lesion bits (B, Z, Y, X) of (B, 5, Z, Y, X), one lesion at a time: at full size, float copies of all are a GB."""
     bits = torch.zeros_like(masks[:, 0], dtype=torch.uint8)
-    for k, mask in enumerate(masks.unbind(1)):
-        bits |= (probability(mask) >= 0.5).to(torch.uint8) << k
+    for lesion in LESIONS:
+        bits |= pack_lesion(probability(masks[:, lesion.bit]) >= 0.5, lesion)
     return bits
 
 

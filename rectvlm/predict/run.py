@@ -29,7 +29,6 @@ from rectvlm.checkpoint import run_checkpoint as checkpoints
 from rectvlm.config import Config
 from rectvlm.data.loader import collate_samples
 from rectvlm.data.report_text import split_report_sections
-from rectvlm.data.store import atomic_file
 from rectvlm.data.volume import (
     Volume,
     canonical_affine,
@@ -39,7 +38,9 @@ from rectvlm.data.volume import (
     to_hu,
 )
 from rectvlm.evaluate import read_thresholds
+from rectvlm.files import atomic_file
 from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.lesion_places import LesionPlace, locate_lesions
 from rectvlm.models import RectVLM
 from rectvlm.predict.case_page import DISCLAIMER, CaseView, render_page
@@ -65,7 +66,7 @@ SUMMARY_FILE, PAGE_FILE, MASK_FILE, REPORT_FILE = (
     "report.txt",
 )
 """Files of a case's folder; it holds no others."""
-MASK_BITS_NOTE = "bits: " + ", ".join(f"{1 << lesion.bit} {lesion.key}" for lesion in LESIONS)
+MASK_BITS_NOTE = "bits: " + ", ".join(f"{lesion.mask_value} {lesion.key}" for lesion in LESIONS)
 
 
 @dataclass(frozen=True)
@@ -381,13 +382,13 @@ def _lesion_rows(case: _PredictedCase, places: list[LesionPlace]) -> list[dict[s
     by_key = {place.lesion: place for place in places}
     rows = []
     for lesion in LESIONS:
-        voxels = int(np.count_nonzero(case.lesion_bits >> lesion.bit & 1))
+        voxels = int(np.count_nonzero(lesion_mask(case.lesion_bits, lesion)))
         place = by_key.get(lesion.key)
         rows.append(
             {
                 "key": lesion.key,
                 "name": lesion.name,
-                "mask_value": 1 << lesion.bit,
+                "mask_value": lesion.mask_value,
                 "voxels": voxels,
                 "volume_ml": voxels * voxel_ml,
                 "place": place.wording if place else None,

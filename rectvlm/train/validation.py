@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from rectvlm.checkpoint import run_checkpoint
 from rectvlm.config import Config, PhaseConfig, ValidationConfig
 from rectvlm.data.loader import BatchLoader, ShardDataset
-from rectvlm.labels import N_FINDINGS, N_LESIONS
+from rectvlm.labels import N_FINDINGS
+from rectvlm.lesion_bits import pack_lesions
 from rectvlm.models import ModelOutputs
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.objectives import compute_losses
@@ -151,7 +152,7 @@ class Validator:
             rows, samples = self._run_cases(heartbeat)
         every = sorted(
             (row for part in self.engine.all_gather_object(rows) for row in part),
-            key=lambda row: row.place,
+            key=lambda row: row.case_index,
         )
         metrics = self._compute_metrics(every)
         value = metrics.get(self.settings.best_metric)
@@ -343,13 +344,7 @@ def _make_example(
     found: Any = None
     if outputs.localization is not None:
         marked = outputs.localization.mask_logits[0] >= 0
-        bits = torch.arange(N_LESIONS, device=marked.device, dtype=torch.uint8)
-        found = (
-            (marked.to(torch.uint8) << bits[:, None, None, None])
-            .sum(0, dtype=torch.uint8)
-            .cpu()
-            .numpy()
-        )
+        found = pack_lesions(marked).cpu().numpy()
     labels = torch.where(batch.labels_known[0], batch.labels[0], torch.nan)
     return ValidationExample(
         batch.keys[0],

@@ -12,6 +12,7 @@ from rectvlm.data.shard_manifest import read_manifest
 from rectvlm.data.shards import read_index, write_shards
 from rectvlm.evaluate import THRESHOLDS_FILE, evaluate_checkpoint, read_thresholds, tables
 from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.types import UserError
 
 
@@ -258,7 +259,7 @@ def test_outlines_as_drawn_are_the_truth_when_they_are_given(
     (tmp_path / "drawn" / key).mkdir(parents=True)
     bits, affine = phantoms(seed).lesions, phantoms(seed).affine
     for lesion in LESIONS:
-        mask = (bits >> lesion.bit & 1).astype(np.uint8)
+        mask = lesion_mask(bits, lesion).astype(np.uint8)
         write_nifti(mask, affine, tmp_path / "drawn" / key / f"{lesion.key}.nii.gz")
     options = {"device": "cpu", "plots": False, "bootstrap": 0, "reports": False}
     result = evaluate_checkpoint(
@@ -271,7 +272,7 @@ def test_outlines_as_drawn_are_the_truth_when_they_are_given(
     for lesion in LESIONS:
         if phantoms(seed).lesions_annotated[lesion.key]:
             assert row["lesions"][lesion.bit]["native"]["truth"] == np.count_nonzero(
-                bits >> lesion.bit & 1
+                lesion_mask(bits, lesion)
             )
     with pytest.raises(UserError, match="--truth"):
         evaluate_checkpoint(

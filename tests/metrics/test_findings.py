@@ -10,6 +10,7 @@ from sklearn.metrics import f1_score
 
 from rectvlm import metrics
 from rectvlm.labels import FINDINGS, LESIONS, N_FINDINGS, N_LESIONS
+from rectvlm.lesion_bits import unpack_lesions
 from rectvlm.metrics.findings import FINDING_SCORES
 from rectvlm.metrics.text_overlap import bertscore_by_case
 
@@ -115,7 +116,7 @@ def test_dice_and_iou_are_monais(seed):
     truth = rng.integers(0, 2**N_LESIONS, (3, 4, 5)).astype(np.uint8)
     counts = metrics.count_lesion_voxels(predicted, truth)[None]
     result = metrics.score_lesion_overlap(counts, np.ones((1, N_LESIONS), dtype=bool))
-    bits = np.stack([truth >> lesion.bit & 1 for lesion in LESIONS])
+    bits = unpack_lesions(truth)
     y_pred, y = torch.from_numpy(predicted)[None].float(), torch.from_numpy(bits)[None].float()
     for lesion in LESIONS:
         row = result["per_lesion"][lesion.key]

@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from rectvlm.checkpoint.run_checkpoint import package_versions
-from rectvlm.data.store import atomic_file
+from rectvlm.files import atomic_file
 
 log = logging.getLogger(__name__)
 
