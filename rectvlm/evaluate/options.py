@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rectvlm import pretrained
 from rectvlm.checkpoint import run_checkpoint as checkpoints
 from rectvlm.checkpoint.manifest import UNLISTED_FILES
+from rectvlm.cli_options import argument
 from rectvlm.config import Config
 from rectvlm.data.shards import SHARD_INDEX_FILE
 from rectvlm.data.store import ShardStore
@@ -41,33 +42,40 @@ SAMPLED_BLOCK_BYTES, SAMPLED_BLOCKS = 1 << 16, 64
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """All that decides a case's results, beside checkpoint and shards, and what is made of them."""
+    """What decides a case's results, besides checkpoint and shards, and what is made of them."""
 
     split: Split = "valid"
-    reports: bool = True
-    """Generate reports, if the model can."""
-    report_limit: int | None = None
-    """Generate reports for the first cases only."""
-    limit: int | None = None
-    """Evaluate the first cases only."""
-    batch_size: int = 1
-    truth: Path | None = None
-    """Folder of the lesions' outlines as they were drawn, KEY/LESION.nii.gz; else those of the shards."""
+    """Split that is evaluated."""
+    reports: bool = field(
+        default=True, metadata=argument(help="do not generate reports, which take longest")
+    )
+    """Whether reports are generated, if the model can."""
+    report_limit: int | None = field(default=None, metadata=argument(metavar="N", minimum=1))
+    """Number of cases with a report, the first ones; by default all."""
+    limit: int | None = field(default=None, metadata=argument(metavar="N", minimum=1))
+    """Number of cases that are evaluated, the first ones; by default all."""
+    batch_size: int = field(default=1, metadata=argument(metavar="B", minimum=1))
+    """Number of cases that are predicted together."""
+    truth: Path | None = field(default=None, metadata=argument(metavar="DIR"))
+    """Folder of lesion outlines as drawn, KEY/LESION.nii.gz; by default those of the shards."""
     hide_regions: bool = False
-    """Treat every region map as unknown, as prediction does."""
-    surface_tolerance: float = SURFACE_TOLERANCE_MM
-    """Of the surface Dice, mm."""
+    """Treat every region map as unknown, as prediction does; thresholds are fitted so, too."""
+    surface_tolerance: float = field(
+        default=SURFACE_TOLERANCE_MM, metadata=argument(metavar="MM", minimum=0)
+    )
+    """Tolerance of the surface Dice, mm."""
     thresholds: Literal["fit", "stored"] = "fit"
-    """Fit thresholds of the findings on the train split, or take those that lie with the checkpoint."""
-    fit_limit: int = 512
-    """Training cases that thresholds are fitted on, at most."""
-    labeler: str = "rules"
-    """What reads findings in reports: `rules`, or the folder or hub id of a classifier."""
-    bootstrap: int = 1000
-    """Resamples of the patients for the intervals; 0 for none."""
+    """Thresholds of the findings: fitted on the train split, or stored with the checkpoint."""
+    fit_limit: int = field(default=512, metadata=argument(metavar="N", minimum=1))
+    """Largest number of training cases that thresholds are fitted on."""
+    labeler: str = field(default="rules", metadata=argument(metavar="DIR_OR_ID"))
+    """Labeler of findings in reports: `rules`, or the folder or hub id of a classifier."""
+    bootstrap: int = field(default=1000, metadata=argument(metavar="N", minimum=0))
+    """Number of bootstrap resamples for the intervals, 0 for none."""
     seed: int = 0
-    """Of the resamples."""
-    plots: bool = True
+    """Seed of the bootstrap resamples."""
+    plots: bool = field(default=True, metadata=argument(help="write tables only"))
+    """Whether plots are written."""
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """The options on which the results of a case depend, and those that say which cases there are."""

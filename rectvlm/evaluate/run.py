@@ -68,11 +68,10 @@ class PlannedBatch:
 def evaluate_checkpoint(
     checkpoint: str | Path,
     shards: str | Path | None = None,
-    split: Split = "valid",
     out: str | Path | None = None,
     *,
     device: str | None = None,
-    **options: Any,
+    options: EvaluationOptions | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a checkpoint on a split, write metrics, tables and plots, and return the metrics.
 
@@ -87,10 +86,9 @@ def evaluate_checkpoint(
     Args:
         checkpoint: a run's phase folder, or one checkpoint in it.
         shards: folder or URL of shards; by default the one that the checkpoint's configuration names.
-        split: `valid` or `train`.
         out: the JSON; by default `evaluation-SPLIT/metrics.json` in the checkpoint's folder. The rest lies beside it.
         device: by default a GPU for each process if there is one.
-        options: fields of `Options`.
+        options: What is evaluated and how; by default those of `EvaluationOptions`.
 
     Returns:
         The metrics, as in the JSON; None on all processes but the first.
@@ -101,13 +99,15 @@ def evaluate_checkpoint(
     """
     started = time.monotonic()
     ranks = read_ranks_from_environment()
-    asked = EvaluationOptions(split=split, **options)
-    require_truth_folder(asked.truth)
+    options = options or EvaluationOptions()
+    require_truth_folder(options.truth)
     folder = checkpoints.find_checkpoint(checkpoint, "train first, or give a run's phase folder")
-    target = output_path(folder, split, out)
-    work = _EvaluationRun(folder, shards, asked, ranks, ranks.choose_device(device), target.parent)
+    target = output_path(folder, options.split, out)
+    work = _EvaluationRun(
+        folder, shards, options, ranks, ranks.choose_device(device), target.parent
+    )
     # Before the hours of prediction, since it may not load.
-    labeler = load_labeler(asked.labeler) if ranks.is_main and work.has_reports else None
+    labeler = load_labeler(options.labeler) if ranks.is_main and work.has_reports else None
     work.predict_missing_cases()
     if not ranks.is_main:
         return None
@@ -116,14 +116,14 @@ def evaluate_checkpoint(
     )
     records = {purpose: work.select_records(found, purpose) for purpose in ("evaluate", "fit")}
     scans = group_by_scan(records["evaluate"])
-    stored_alone = asked.thresholds == "stored"
+    stored_alone = options.thresholds == "stored"
     thresholds = choose_thresholds(
         folder,
         records["fit"],
         work.data.shards,
         stored_alone,
         bool(work.has_training_shards),
-        asked.hide_regions,
+        options.hide_regions,
     )
     facts = {
         "machine": describe_machine(),
@@ -134,7 +134,7 @@ def evaluate_checkpoint(
     }
     result = _compute_metrics(work, scans, thresholds, labeler) | facts
     result["seconds"] = round(time.monotonic() - started, 1)
-    _write_results(target, result, records["evaluate"], scans, asked)
+    _write_results(target, result, records["evaluate"], scans, options)
     return result
 
 
