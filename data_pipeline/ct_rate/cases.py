@@ -83,9 +83,7 @@ def list_ct_rate_cases(root: Path, options: CtRateOptions) -> CtRateCases:
     counts: Counter[str] = Counter()
     files = find_volumes(dataset, options, counts)
     splits_on_disk = {name.split for name in files}
-    splits = [
-        split for split in options.splits if options.require_all or split in splits_on_disk
-    ]
+    splits = [split for split in options.splits if options.require_all or split in splits_on_disk]
     tables = read_tables(dataset, splits, options, counts)
     selection = select_volumes(files.keys(), tables, options, counts)
 

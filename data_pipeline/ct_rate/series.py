@@ -123,9 +123,7 @@ def choose_reconstruction(
     best = ranked[0]
     if len(ranked) == 1:
         return best, "the only reconstruction"
-    for reason, value, next_value in zip(
-        _CHOICE_REASONS, rank(best), rank(ranked[1]), strict=True
-    ):
+    for reason, value, next_value in zip(_CHOICE_REASONS, rank(best), rank(ranked[1]), strict=True):
         if value != next_value:
             return best, reason
     raise AssertionError(f"{best} is listed twice")

@@ -1,11 +1,12 @@
 """Folders of masks beside a data set's volumes, and which of their files belong to a volume."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from data_pipeline.masks import rexgrounding, totalsegmentator
 from data_pipeline.masks.mask_files import CaseMaskFiles
+from rectvlm.cli_options import argument
 from rectvlm.labels import LESION_BY_KEY
 from rectvlm.types import UserError
 
@@ -14,25 +15,25 @@ from rectvlm.types import UserError
 class MaskFolders:
     """Folders in which masks are looked for; None for those that are not used."""
 
-    ts_seg: Path | None = None
-    """Outputs of TotalSegmentator: CT-RATE's `dataset/ts_seg` with `ts_total`, `ts_lung_nodules`, …"""
-    rexgrounding: Path | None = None
-    """ReXGroundingCT: `dataset.json` and `segmentations/KEY.nii.gz`."""
-    lesions: Path | None = None
-    """One NIfTI a lesion: `KEY/LESION.nii.gz` or `KEY_LESION.nii.gz`, LESION a key of
+    ts_seg: Path | None = field(default=None, metadata=argument(metavar="DIR"))
+    """Outputs of TotalSegmentator (`ts_total`, `ts_lung_nodules`, …), as in CT-RATE's dataset/ts_seg."""
+    rexgrounding: Path | None = field(default=None, metadata=argument(metavar="DIR"))
+    """ReXGroundingCT: dataset.json, which is held out as well, and segmentations/KEY.nii.gz."""
+    lesions: Path | None = field(default=None, metadata=argument(metavar="DIR"))
+    """One NIfTI a lesion: KEY/LESION.nii.gz or KEY_LESION.nii.gz, LESION a key of
     `labels.LESION_BY_KEY`. A file that is all zero says that there is none; a lesion without a file is
     not annotated."""
-    regions: Path | None = None
-    """Region maps: `KEY.nii.gz` with TotalSegmentator's classes, or `KEY/CLASS.nii.gz`, one file a
-    class. They count before `ts_seg`."""
+    regions: Path | None = field(default=None, metadata=argument(metavar="DIR"))
+    """Region maps: KEY.nii.gz with TotalSegmentator's classes, or KEY/CLASS.nii.gz, one file a class.
+    They count before `ts_seg`."""
 
     def __post_init__(self) -> None:
         """Refuse folders that do not exist."""
-        for field in fields(self):
-            folder = getattr(self, field.name)
+        for mask_kind in fields(self):
+            folder = getattr(self, mask_kind.name)
             if folder is not None and not Path(folder).is_dir():
                 raise UserError(
-                    f"{folder} is not a folder: expected the one given as {field.name} masks; "
+                    f"{folder} is not a folder: expected the one given as {mask_kind.name} masks; "
                     f"check its path."
                 )
 
