@@ -94,7 +94,8 @@ def case_to_sample(
             `COARSE_REGIONS_SOURCE`.
 
     Raises:
-        UserError: a file that cannot be read, numbers that are not HU, or a mask that lies elsewhere.
+        UserError: a file that cannot be read, numbers that are not HU, or a mask that lies
+            elsewhere.
     """
     data = case.load()
     native = data.volume

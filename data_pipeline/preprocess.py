@@ -1,13 +1,13 @@
 """Command that brings cases to shards.
 
-    python -m data_pipeline.preprocess [--config demo] [--out DIR_OR_URL] [--phantoms 48] [part.field=value …]
+    python -m data_pipeline.preprocess [--config demo] [--out DIR_OR_URL] [part.field=value …]
     python -m data_pipeline.preprocess --config large --ct-rate /data/CT-RATE --out /data/shards
 
 With no arguments it takes two real chest CTs and seeded phantoms to the grid and the folder of the
 `demo` configuration. Shards are made in parallel, each by one process. A finished shard is recorded
-in `.parts/`, so a run that was stopped continues where it was, and a run without changes has nothing
-to do. A case that cannot be used is listed in `quarantine.jsonl` with its reason, and the rest goes
-on.
+in `.parts/`, so a run that was stopped continues where it was, and a run without changes has
+nothing to do. A case that cannot be used is listed in `quarantine.jsonl` with its reason, and the
+rest goes on.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def _list_demo_selection(options: PreprocessOptions) -> CaseSelection:
 def _list_ct_rate_selection(
     root: Path, ct_rate_options: CtRateOptions, options: PreprocessOptions
 ) -> CaseSelection:
-    """List the cases of a CT-RATE download, with phantoms where they are asked for; log the counts."""
+    """List the cases of a CT-RATE download and the phantoms that are asked for; log the counts."""
     log.info("reading the tables of %s", root)
     ct_rate = list_ct_rate_cases(root, ct_rate_options)
     dropped = {reason: len(names) for reason, names in sorted(ct_rate.dropped.items())}

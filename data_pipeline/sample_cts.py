@@ -1,10 +1,10 @@
-"""Two real chest CTs with a tumour outline each, for the demo: `python -m data_pipeline.sample_cts`.
+"""Two real chest CTs with a tumour outline each: `python -m data_pipeline.sample_cts`.
 
 They are the test data of pyradiomics 3.0.1 (BSD-3-Clause): CTs of two patients with non-small-cell
 lung cancer, 5 mm slices, with the tumour outlined (1.36 ml in lung1, 48.4 ml in lung2). Of the five
-lesions only "lung nodule" fits a solid tumour in the lung, so its outline serves as that mask; lung2
-is a mass by size, so the finding "Lung nodule" is left unknown there. Nothing else was annotated and
-there is no report: all other labels are unknown.
+lesions only "lung nodule" fits a solid tumour in the lung, so its outline serves as that mask;
+lung2 is a mass by size, so the finding "Lung nodule" is left unknown there. Nothing else was
+annotated and there is no report: all other labels are unknown.
 """
 
 import logging

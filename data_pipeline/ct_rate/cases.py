@@ -2,8 +2,8 @@
 
     python -m data_pipeline.preprocess --ct-rate /data/CT-RATE
 
-Nothing unknown is read as negative. Volumes are found by their names; none is opened before its turn
-comes in a worker process.
+Nothing unknown is read as negative. Volumes are found by their names; none is opened before its
+turn comes in a worker process.
 """
 
 from collections import Counter
@@ -76,8 +76,8 @@ def list_ct_rate_cases(root: Path, options: CtRateOptions) -> CtRateCases:
         options: what the user wants of it.
 
     Raises:
-        UserError: no such folder, no volumes, a table that is missing or cannot be read, or a list of
-            volumes that cannot.
+        UserError: no such folder, no volumes, a table that is missing or cannot be read, or a list
+            of volumes that cannot.
     """
     dataset = find_dataset_folder(root)
     counts: Counter[str] = Counter()
@@ -198,12 +198,12 @@ def _with_known_affine(volume: Volume, affine: Affine | None) -> Volume:
         is_size_missing = (voxel_size == 1).all()
         if is_size_missing or np.allclose(voxel_size, metadata_size, rtol=0.01):
             return replace(volume, affine=affine)
+    size_text = ", ".join(f"{size:g}" for size in voxel_size)
     raise InputError(
         volume.where,
         "has a blank header (voxels along the world's axes, at the origin) and no metadata that "
         "fits",
         expected="an affine, or position, orientation and spacing in the metadata",
-        found=f"voxels of {', '.join(f'{size:g}' for size in voxel_size)} mm, so left and right are "
-        f"unknown",
+        found=f"voxels of {size_text} mm, so left and right are unknown",
         remedy="take the volume of the fixed tree",
     )

@@ -35,7 +35,7 @@ class CtRateOptions:
     hold_out: tuple[Path, ...] = field(
         default=(), metadata=argument(metavar="JSON", is_repeated=True)
     )
-    """ReXGroundingCT table (dataset.json) whose validation and test patients stay out of training."""
+    """ReXGroundingCT dataset.json whose validation and test patients stay out of training."""
     masks: MaskFolders = field(default_factory=MaskFolders)
     """Folders of masks; where `ts_seg` is None, the download's own is used if there is one."""
     without: tuple[TableName, ...] = ()

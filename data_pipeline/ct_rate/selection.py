@@ -164,7 +164,7 @@ def _choose_reconstructions(
 
 
 def _find_outlined(scan_names: Sequence[VolumeName], options: CtRateOptions) -> list[VolumeName]:
-    """Names of a scan's volumes that have lesion masks of an annotator; they decide between several."""
+    """Names of a scan's volumes that have lesion masks; empty when there is no choice to make."""
     if len(scan_names) == 1:
         return []
     lesion_folders = replace(options.masks, ts_seg=None, regions=None)

@@ -1,4 +1,4 @@
-"""What a reconstruction's metadata implies: its kernel's class, its rank among others, its affine."""
+"""What a reconstruction's metadata implies: its kernel's class, its rank, its affine."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -55,7 +55,7 @@ def siemens_kernel_number(kernel: str | None) -> int | None:
 
 
 def kernel_class(kernel: str | None) -> KernelClass | None:
-    """Tell a kernel for soft tissue from a sharp one, for lung and bone; None for an unknown name."""
+    """The class of a kernel: soft tissue, or sharp for lung and bone; None for an unknown name."""
     number = siemens_kernel_number(kernel)
     if number is not None:
         return "sharp" if number >= _MIN_SHARP_KERNEL_NUMBER else "soft"
@@ -83,8 +83,8 @@ def choose_reconstruction(
     2. It shows the whole scan.
     3. Its slices are no farther apart than the grid's: what lies between them would be invented.
     4. It has the wanted kernel.
-    5. Its slice spacing is the widest up to half of the grid's. Up to half, each voxel of the grid is
-       the mean of at least two slices, so noise is averaged and nothing falls between slices. (A
+    5. Its slice spacing is the widest up to half of the grid's. Up to half, each voxel of the grid
+       is the mean of at least two slices, so noise is averaged and nothing falls between slices. (A
        spacing near the grid's may be thin slices with gaps: the metadata has no thickness.) The
        widest of these has the fewest bytes to read and the same mean.
     6. Its kernel's number is nearest to the usual one of its class.
@@ -146,7 +146,7 @@ def _series_extent_mm(series: SeriesMetadata) -> tuple[float, float]:
 
 
 def _is_detail(extent: Sequence[float], largest_extent: Sequence[float]) -> bool:
-    """Whether a reconstruction shows only a part of its scan; an unknown extent (0) does not count."""
+    """Whether a reconstruction shows only a part of its scan; no unknown extent (0) does."""
     return any(
         0 < size < _MIN_EXTENT_SHARE * largest
         for size, largest in zip(extent, largest_extent, strict=True)
@@ -156,13 +156,13 @@ def _is_detail(extent: Sequence[float], largest_extent: Sequence[float]) -> bool
 def series_affine(series: SeriesMetadata) -> Affine | None:
     """The affine of a volume of the first release, whose header is blank.
 
-    CT-RATE's own correction (`fix_metadata.py`) reads the place from the same fields: i runs along a
-    row, j from row to row, k along their cross product. DICOM's world is LPS, so the first two
+    CT-RATE's own correction (`fix_metadata.py`) reads the place from the same fields: i runs along
+    a row, j from row to row, k along their cross product. DICOM's world is LPS, so the first two
     coordinates change sign.
 
     Returns:
-        4 × 4, index (i, j, k) to RAS+ mm; None where a field is missing, or where the fields make no
-        right-handed grid.
+        4 × 4, index (i, j, k) to RAS+ mm; None where a field is missing, or where the fields make
+        no right-handed grid.
     """
     if not (
         series.pixel_spacing_mm

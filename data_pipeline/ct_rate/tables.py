@@ -104,7 +104,8 @@ def read_metadata(path: Path) -> dict[VolumeName, SeriesMetadata]:
     """Read the metadata of each reconstruction.
 
     Raises:
-        UserError: a column is missing, a value cannot be read, or a name has two rows that disagree.
+        UserError: a column is missing, a value cannot be read, or a name has two rows that
+            disagree.
     """
 
     def parse_series(cells: Mapping[str, str], row_number: int) -> SeriesMetadata:
@@ -158,7 +159,7 @@ def _read_table(
 def _iterate_rows(
     path: Path, columns: Sequence[str]
 ) -> Iterator[tuple[int, VolumeName, dict[str, str]]]:
-    """Yield the number (from 1, the header not counted), name and wanted cells of each row, as text."""
+    """Yield number (from 1, without the header), name and wanted cells of each row, as text."""
     header = _read_header(path)
     name_column = next((column for column in NAME_COLUMNS if column in header), None)
     missing = [column for column in columns if column not in header]
@@ -203,7 +204,7 @@ def _load_columns(path: Path, columns: Sequence[str]) -> dict[str, list[str | No
     features = datasets.Features({column: datasets.Value("string") for column in columns})
     with tempfile.TemporaryDirectory() as cache, _hide_progress_bars(datasets):
         try:
-            # Without na_filter=False pandas takes a report that says "None" or "NA" for a missing one.
+            # With na_filter pandas would take a report that says "None" or "NA" for a missing one.
             table = datasets.Dataset.from_csv(
                 str(path),
                 features=features,
@@ -280,7 +281,7 @@ def _parse_kernel(text: str) -> str | None:
 def _parse_numbers(
     text: str, count: int, path: Path, row_number: int, column: str
 ) -> tuple[float, ...] | None:
-    """Read `count` numbers written as `0.5` or `[0.5, 0.5]`; None where one is missing or not finite."""
+    """Read `count` numbers written as `0.5` or `[0.5, 0.5]`; None if one is not finite."""
     value = text.strip()
     if value.lower() in _UNKNOWN_VALUES:
         return None

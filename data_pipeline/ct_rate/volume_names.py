@@ -51,7 +51,7 @@ class VolumeName:
 
 
 def parse_volume_name(text: str) -> VolumeName | None:
-    """Read the name of a volume or scan from a file name, a path or a table's cell; None if it is none."""
+    """Read the name of a volume or scan from a file name, path or cell; None if it is none."""
     match = _NAME_PATTERN.fullmatch(re.split(r"[/\\]", text.strip())[-1])
     if match is None:
         return None
@@ -88,7 +88,7 @@ def require_volume_name(text: str, path: Path, place: str) -> VolumeName:
 
 
 def read_volume_list(path: Path) -> list[VolumeName]:
-    """Read a list of volumes or scans, one a line; paths and suffixes are allowed, `#` starts a comment.
+    """Read a list of volumes or scans, one a line; `#` starts a comment.
 
     Raises:
         UserError: no such file, or a line that names neither a volume nor a scan.

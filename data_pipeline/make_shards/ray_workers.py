@@ -99,7 +99,7 @@ def _no_cluster_error(address: str, error: Exception) -> UserError:
 
 
 def _run_on_worker(function: Callable[[ShardTask], Any], task: ShardTask) -> Any:
-    """Run a task on a worker whose code is the plan's; else the shards of a run differ by machine."""
+    """Run a task on a worker, whose code must be the plan's: shards must not vary by machine."""
     if code_digest(task.modules) != task.code_sha256:
         raise UserError(
             f"{socket.gethostname()} has other code of data_pipeline or rectvlm than the machine "

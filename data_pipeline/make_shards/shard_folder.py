@@ -227,7 +227,7 @@ def _require_all_shards(store: ShardStore, shards: Sequence[WrittenShard]) -> No
 
 
 def _read_previous_result(store: ShardStore, fingerprint: str | None) -> PreprocessResult | None:
-    """Read the result of an earlier run of the same plan; None when there is none or a shard has gone."""
+    """Read the result of an earlier run of the same plan; None unless all its shards exist."""
     try:
         index = read_index(store)
         manifest = read_manifest(store)

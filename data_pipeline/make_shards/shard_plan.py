@@ -1,4 +1,4 @@
-"""The plan of a preprocessing run: the shards to make, the record of each finished one, fingerprints.
+"""The plan of a preprocessing run: the shards to make and the record of each finished one.
 
 The plan follows from the list of cases alone, not from the machine, the number of workers or an
 earlier run. So a run that was stopped, or one with other workers, makes the same shards with the
@@ -112,7 +112,7 @@ SHARD_RECORD_ADAPTER: TypeAdapter[ShardRecord] = TypeAdapter(ShardRecord)
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to make. It is small enough to send to any machine: its cases are not loaded yet."""
+    """One shard to make, small enough to send to any machine: its cases are not loaded yet."""
 
     name: str
     """File name of the shard."""

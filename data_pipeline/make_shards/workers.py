@@ -1,4 +1,4 @@
-"""Shard tasks carried out in this process or in worker processes; a case that kills its worker is set aside.
+"""Shard tasks in this process or in worker processes; a case that kills its worker is set aside.
 
 A worker holds one case at a time. What it sends back is the record of a shard, a few kilobytes.
 """
@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 THREAD_VARIABLES = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
 )
-"""Environment of a worker: numerical libraries read these variables when a process first loads them,
-and one thread is enough where the workers are the parallelism."""
+"""Environment of a worker: numerical libraries read these variables when a process first loads
+them, and one thread is enough where the workers are the parallelism."""
 _is_worker = False
 """Whether this process is a worker, which may end itself without harm to anyone."""
 
@@ -144,7 +144,7 @@ def make_shard(task: ShardTask) -> ShardRecord:
 
 
 def try_case(task: ShardTask) -> bool:
-    """Prepare the only case of a task and drop the result; True says that the process survived it."""
+    """Prepare the only case of a task and drop the result; return if the process survives it."""
     _prepare_case(task.cases[0], task)
     return True
 

@@ -1,7 +1,7 @@
-"""The mask files of one volume, and how they are read: sources are united, nothing empty is negative.
+"""The mask files of one volume, read and united.
 
-Each mask keeps its own grid and affine; `rectvlm.data.canonical_grid` brings it to the sample's grid.
-What the numbers in a file mean is the subject of `totalsegmentator` and `rexgrounding`.
+Each mask keeps its own grid and affine; `rectvlm.data.canonical_grid` brings it to the sample's
+grid. What the numbers in a file mean is the subject of `totalsegmentator` and `rexgrounding`.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class CaseMaskFiles:
     stray_files: tuple[Path, ...] = ()
     """Files beside the lesion files that bear the name of no lesion and of no anatomical class."""
     task_files: tuple[tuple[str, Path], ...] = ()
-    """Pairs of a TotalSegmentator task that outlines lesions, by its folder's name, and its file."""
+    """Pairs of a TotalSegmentator task that outlines lesions (its folder's name) and a file."""
     region_map: Path | None = None
     """A multi-label map, or a folder with one file a class."""
     rex_files: tuple[Path, ...] = ()

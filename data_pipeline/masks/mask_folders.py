@@ -16,16 +16,17 @@ class MaskFolders:
     """Folders in which masks are looked for; None for those that are not used."""
 
     ts_seg: Path | None = field(default=None, metadata=argument(metavar="DIR"))
-    """Outputs of TotalSegmentator (`ts_total`, `ts_lung_nodules`, …), as in CT-RATE's dataset/ts_seg."""
+    """Outputs of TotalSegmentator (`ts_total`, `ts_lung_nodules`, …), as in CT-RATE's
+    dataset/ts_seg."""
     rexgrounding: Path | None = field(default=None, metadata=argument(metavar="DIR"))
     """ReXGroundingCT: dataset.json, which is held out as well, and segmentations/KEY.nii.gz."""
     lesions: Path | None = field(default=None, metadata=argument(metavar="DIR"))
     """One NIfTI a lesion: KEY/LESION.nii.gz or KEY_LESION.nii.gz, LESION a key of
-    `labels.LESION_BY_KEY`. A file that is all zero says that there is none; a lesion without a file is
-    not annotated."""
+    `labels.LESION_BY_KEY`. A file that is all zero says that there is none; a lesion without a file
+    is not annotated."""
     regions: Path | None = field(default=None, metadata=argument(metavar="DIR"))
-    """Region maps: KEY.nii.gz with TotalSegmentator's classes, or KEY/CLASS.nii.gz, one file a class.
-    They count before `ts_seg`."""
+    """Region maps: KEY.nii.gz with TotalSegmentator's classes, or KEY/CLASS.nii.gz, one file a
+    class. They count before `ts_seg`."""
 
     def __post_init__(self) -> None:
         """Refuse folders that do not exist."""

@@ -1,4 +1,4 @@
-"""Where a mask lies on its volume: refused when it lies elsewhere, measured when it spans a part."""
+"""Where a mask lies on its volume, and how much of it the mask spans."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,14 @@ from rectvlm.data.volume import require_overlap
 from rectvlm.types import Affine, InputError, Volume
 
 MIN_OVERLAP_SHARE = 0.75
-"""Least share of the shorter box, the mask's or the volume's, that the two have in common along each
-axis. In one scan, one box holds the other (a mask of part of it, a crop of the CT), so the share is
-near 1. Three quarters leave room for two crops of one scan, and still detect most masks of another
-patient, who lay elsewhere on the table."""
+"""Least share of the shorter box, the mask's or the volume's, that the two have in common along
+each axis. In one scan, one box holds the other (a mask of part of it, a crop of the CT), so the
+share is near 1. Three quarters leave room for two crops of one scan, and still detect most masks of
+another patient, who lay elsewhere on the table."""
 MIN_COVERED_SHARE = 2 / 3
-"""Least share of the volume along each axis that a mask's box must span for its empty voxels to mean
-that there is nothing. A box around the body or the lungs spans it; in a smaller box no one knows
-whether the rest was looked at."""
+"""Least share of the volume along each axis that a mask's box must span for its empty voxels to
+mean that there is nothing. A box around the body or the lungs spans it; in a smaller box no one
+knows whether the rest was looked at."""
 
 
 def is_blank_affine(affine: Affine) -> bool:
@@ -42,8 +42,8 @@ def require_on_volume(mask: Volume, volume: Volume) -> Volume:
             "has an affine that says nothing about its place or which side is left",
             expected="the affine of the grid that it was drawn on",
             found=f"voxels of {voxel_size} mm at the origin",
-            remedy="write that affine into it (the masks of RadGenome-ChestCT need it), or leave it "
-            "out",
+            remedy="write that affine into it (the masks of RadGenome-ChestCT need it), or leave "
+            "it out",
         )
     require_overlap(mask.affine, mask.array.shape, volume.affine, volume.array.shape, mask.where)
     overlap_mm, mask_size_mm, volume_size_mm = _measure_overlap(mask, volume)

@@ -2,8 +2,8 @@
 
 A folder has `dataset.json` (and, since 2026, `MICCAI_challenge_dataset.json`), which lists by split
 the findings of each volume in words and a category each; and `segmentations/KEY.nii.gz`, an array
-(finding, i, j, k). That array follows the voxel order of CT-RATE's `_fixed` files, which are LPS; the
-affine in its header describes the finding axis as space and is of no use.
+(finding, i, j, k). That array follows the voxel order of CT-RATE's `_fixed` files, which are LPS;
+the affine in its header describes the finding axis as space and is of no use.
 """
 
 import gzip
@@ -47,7 +47,7 @@ class CategoryRule:
     sure_pattern: str = ""
     """Words that make the mask this lesion."""
     unless_pattern: str = _NO_MATCH
-    """Words that say that the mask may hold something else besides, whatever `sure_pattern` matches."""
+    """Words by which the mask may hold something else besides, whatever else matches."""
     never_pattern: str = _NO_MATCH
     """Words that exclude the lesion, unless `sure_pattern` matches too."""
 
@@ -67,8 +67,9 @@ CATEGORY_RULES: dict[str, CategoryRule] = {
 }
 """The categories that are one of the five lesions: 2b atelectasis or consolidation, 2c ground-glass
 opacity, 2d nodules or masses, 2e pleural effusion or thickening. All others (1a bronchial wall
-thickening, 1b bronchiectasis, 1c emphysema, 1d septal thickening, 1e micronodules, 1f other non-focal,
-2a linear, 2f honeycombing, 2g pneumothorax, 2h other focal, and 3 to 12 outside the lungs) are none."""
+thickening, 1b bronchiectasis, 1c emphysema, 1d septal thickening, 1e micronodules, 1f other
+non-focal, 2a linear, 2f honeycombing, 2g pneumothorax, 2h other focal, and 3 to 12 outside the
+lungs) are none."""
 
 _ANY_LESION = {
     "pericardial_effusion": "pericard",
@@ -220,8 +221,8 @@ def read_outlines(path: Path, record: RexVolumeRecord, volume: Volume) -> RexLes
     """Read a mask file.
 
     It is read a block at a time, so the extra memory is one volume of bits for any number of
-    findings. A lesion that no finding names is not annotated, and neither is one whose finding has an
-    empty mask.
+    findings. A lesion that no finding names is not annotated, and neither is one whose finding has
+    an empty mask.
 
     Args:
         path: of the mask file.
@@ -229,8 +230,8 @@ def read_outlines(path: Path, record: RexVolumeRecord, volume: Volume) -> RexLes
         volume: the CT that the masks were drawn on.
 
     Raises:
-        InputError: not one mask a finding on the volume's array, a volume that is not in the order of
-            the released files, or a file that is damaged.
+        InputError: not one mask a finding on the volume's array, a volume that is not in the order
+            of the released files, or a file that is damaged.
     """
     voxels = _open_mask(path, record, volume)
     sure_keys: dict[int, list[str]] = defaultdict(list)
@@ -298,7 +299,8 @@ def _open_mask(path: Path, record: RexVolumeRecord, volume: Volume) -> nib.array
             "does not fit its volume",
             expected=f"shape {expected_shape}, one mask a finding on the volume's array",
             found=str(shape),
-            remedy="give the volume that it was drawn on, and the dataset.json of the same download",
+            remedy="give the volume that it was drawn on, and the dataset.json of the same "
+            "download",
         )
     return image.dataobj
 
@@ -359,7 +361,8 @@ def _unite_block(
     mask_values: Mapping[int, int],
     drawn_findings: set[int],
 ) -> None:
-    """Add the masks of a block (voxel, finding) to its bits, in place; note the findings it shows."""
+    """Add the masks of a block (voxel, finding) to its bits, in place; note the findings it
+    shows."""
     for finding, mask_value in mask_values.items():
         inside = values[:, finding] > 0
         if inside.any():

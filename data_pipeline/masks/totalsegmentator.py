@@ -1,8 +1,8 @@
 """TotalSegmentator's outputs: the class of each number, and the region or lesion of each class.
 
-Class numbers follow TotalSegmentator's `map_to_binary.py` (Wasserthal et al., Radiology: AI 2023). A
-file may carry the names of its classes in its header (an XML list that TotalSegmentator writes as a
-NIfTI extension); these then count before the tables here.
+Class numbers follow TotalSegmentator's `map_to_binary.py` (Wasserthal et al., Radiology: AI 2023).
+A file may carry the names of its classes in its header (an XML list that TotalSegmentator writes as
+a NIfTI extension); these then count before the tables here.
 """
 
 import re
@@ -29,7 +29,10 @@ _VERTEBRAE = " ".join(
     for n in range(top, 0, -1)
 )
 _RIBS = " ".join(f"rib_{side}_{n}" for side in ("left", "right") for n in range(1, 13))
-_LOBES = "lung_upper_lobe_left lung_lower_lobe_left lung_upper_lobe_right lung_middle_lobe_right lung_lower_lobe_right"
+_LOBES = (
+    "lung_upper_lobe_left lung_lower_lobe_left "
+    "lung_upper_lobe_right lung_middle_lobe_right lung_lower_lobe_right"
+)
 _ILIAC = "iliac_artery_left iliac_artery_right iliac_vena_left iliac_vena_right"
 _GLUTEI = " ".join(
     f"gluteus_{size}_{side}"
@@ -37,7 +40,11 @@ _GLUTEI = " ".join(
     for side in ("left", "right")
 )
 _BACK = "autochthon_left autochthon_right iliopsoas_left iliopsoas_right"
-_LIMBS = "humerus_left humerus_right scapula_left scapula_right clavicula_left clavicula_right femur_left femur_right"
+_LIMBS = " ".join(
+    f"{bone}_{side}"
+    for bone in ("humerus", "scapula", "clavicula", "femur")
+    for side in ("left", "right")
+)
 
 
 def _number_classes(names: str) -> dict[int, str]:
@@ -45,21 +52,24 @@ def _number_classes(names: str) -> dict[int, str]:
 
 
 TOTAL_V2: ClassNames = _number_classes(
-    "spleen kidney_right kidney_left gallbladder liver stomach pancreas adrenal_gland_right adrenal_gland_left "
-    f"{_LOBES} esophagus trachea thyroid_gland small_bowel duodenum colon urinary_bladder prostate kidney_cyst_left "
-    f"kidney_cyst_right sacrum vertebrae_S1 {_VERTEBRAE} heart aorta pulmonary_vein brachiocephalic_trunk "
-    "subclavian_artery_right subclavian_artery_left common_carotid_artery_right common_carotid_artery_left "
-    "brachiocephalic_vein_left brachiocephalic_vein_right atrial_appendage_left superior_vena_cava inferior_vena_cava "
-    f"portal_vein_and_splenic_vein {_ILIAC} {_LIMBS} hip_left hip_right spinal_cord {_GLUTEI} {_BACK} brain skull "
+    "spleen kidney_right kidney_left gallbladder liver stomach pancreas adrenal_gland_right "
+    f"adrenal_gland_left {_LOBES} esophagus trachea thyroid_gland small_bowel duodenum colon "
+    "urinary_bladder prostate kidney_cyst_left kidney_cyst_right sacrum vertebrae_S1 "
+    f"{_VERTEBRAE} heart aorta pulmonary_vein brachiocephalic_trunk subclavian_artery_right "
+    "subclavian_artery_left common_carotid_artery_right common_carotid_artery_left "
+    "brachiocephalic_vein_left brachiocephalic_vein_right atrial_appendage_left "
+    "superior_vena_cava inferior_vena_cava portal_vein_and_splenic_vein "
+    f"{_ILIAC} {_LIMBS} hip_left hip_right spinal_cord {_GLUTEI} {_BACK} brain skull "
     f"{_RIBS} sternum costal_cartilages"
 )
 """Task `total` of version 2, 117 classes."""
 
 TOTAL_V1: ClassNames = _number_classes(
-    "spleen kidney_right kidney_left gallbladder liver stomach aorta inferior_vena_cava portal_vein_and_splenic_vein "
-    f"pancreas adrenal_gland_right adrenal_gland_left {_LOBES} {_VERTEBRAE} esophagus trachea heart_myocardium "
-    "heart_atrium_left heart_ventricle_left heart_atrium_right heart_ventricle_right pulmonary_artery brain "
-    f"{_ILIAC} small_bowel duodenum colon {_RIBS} {_LIMBS} hip_left hip_right sacrum face {_GLUTEI} {_BACK} "
+    "spleen kidney_right kidney_left gallbladder liver stomach aorta inferior_vena_cava "
+    f"portal_vein_and_splenic_vein pancreas adrenal_gland_right adrenal_gland_left {_LOBES} "
+    f"{_VERTEBRAE} esophagus trachea heart_myocardium heart_atrium_left heart_ventricle_left "
+    f"heart_atrium_right heart_ventricle_right pulmonary_artery brain {_ILIAC} small_bowel "
+    f"duodenum colon {_RIBS} {_LIMBS} hip_left hip_right sacrum face {_GLUTEI} {_BACK} "
     "urinary_bladder"
 )
 """Task `total` of version 1, 104 classes."""
@@ -154,8 +164,8 @@ def read_class_names(path: Path) -> ClassNames | None:
 def read_regions(path: Path) -> tuple[Volume, str]:
     """Read a multi-label map of the task `total` as region ids; return it with its source.
 
-    A map without class names in its header is read by the version that gives it lungs of the size of
-    lungs. The other version would turn left lobes into right ones, so a map that does not decide
+    A map without class names in its header is read by the version that gives it lungs of the size
+    of lungs. The other version would turn left lobes into right ones, so a map that does not decide
     between the two is refused.
 
     Raises:
@@ -204,7 +214,8 @@ def require_sides(regions: Volume) -> None:
         regions: region ids, uint8 (i, j, k).
 
     Raises:
-        InputError: left and right lobes or ribs are on the wrong side of each other, or of the spine.
+        InputError: left and right lobes or ribs are on the wrong side of each other, or of the
+            spine.
     """
     steps = [max(1, size // _MAX_SAMPLES_PER_AXIS) for size in regions.array.shape]
     samples = regions.array[:: steps[0], :: steps[1], :: steps[2]]
@@ -232,7 +243,7 @@ def require_sides(regions: Volume) -> None:
 
 
 def read_lesions(path: Path, task: str) -> tuple[Volume, set[str]]:
-    """Read a map of a lesion task as lesion bits; return it with the lesions that the task looks for.
+    """Read a map of a lesion task as lesion bits; return it with the lesions it looked for.
 
     Args:
         path: of the map.
