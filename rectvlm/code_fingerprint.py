@@ -34,7 +34,7 @@ def find_imported_modules(
 
 
 @cache
-def code_sha256(modules: tuple[str, ...]) -> str:
+def hash_modules(modules: tuple[str, ...]) -> str:
     """SHA-256 of the source of modules, as they are on this machine."""
     return hashlib.sha256(b"".join(map(_read_source, modules))).hexdigest()
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from rectvlm.code_fingerprint import code_sha256, find_imported_modules
+from rectvlm.code_fingerprint import find_imported_modules, hash_modules
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in list(sys.modules):
         if name.partition(".")[0] in ("ours_cf", "other_cf"):
             monkeypatch.delitem(sys.modules, name)
-    code_sha256.cache_clear()
+    hash_modules.cache_clear()
     return tmp_path
 
 
@@ -46,7 +46,7 @@ def test_imports_are_followed_inside_the_packages_and_in_circles(packages: Path)
 
 def test_the_checksum_changes_with_any_source(packages: Path) -> None:
     modules = find_imported_modules(["ours_cf.start"], ["ours_cf"])
-    before = code_sha256(modules)
+    before = hash_modules(modules)
     (packages / "ours_cf/tools/far.py").write_text("class Thing: ...\n")
-    code_sha256.cache_clear()
-    assert code_sha256(modules) != before
+    hash_modules.cache_clear()
+    assert hash_modules(modules) != before

@@ -1,7 +1,6 @@
 """Fingerprint of an evaluation: case records with the same one may be put together."""
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 from rectvlm import pretrained
 from rectvlm.checkpoint import run_checkpoint
 from rectvlm.checkpoint.manifest import UNLISTED_FILES
-from rectvlm.code_fingerprint import code_sha256, find_imported_modules
+from rectvlm.code_fingerprint import find_imported_modules, hash_modules
 from rectvlm.config import Config
 from rectvlm.data.shards import SHARD_INDEX_FILE
 from rectvlm.data.store import ShardStore
 from rectvlm.evaluate.options import LESION_THRESHOLD, EvaluationOptions
-from rectvlm.files import file_sha256
+from rectvlm.files import file_sha256, json_sha256
 
 FINGERPRINTED_MODULES = (
     "rectvlm.checkpoint.run_checkpoint",
@@ -64,7 +63,7 @@ def compute_fingerprint(
         "config": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
         "shards": hashlib.sha256(shards.read_file(SHARD_INDEX_FILE)).hexdigest(),
         "truth": None if options.truth is None else _hash_file_stats(options.truth),
-        "code": code_sha256(find_imported_modules(FINGERPRINTED_MODULES)),
+        "code": hash_modules(find_imported_modules(FINGERPRINTED_MODULES)),
         "device": device.partition(":")[0],
         "versions": run_checkpoint.package_versions("numpy", "scipy", "monai"),
         "options": _select_options(options),
@@ -73,7 +72,7 @@ def compute_fingerprint(
 
 def hash_fingerprint(fingerprint: dict[str, Any]) -> str:
     """Short hash of a fingerprint, the name of its folder."""
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+    return json_sha256(fingerprint)[:16]
 
 
 def identify_language_model(reference: str) -> dict[str, str | None]:
