@@ -146,7 +146,7 @@ def load_phantom(seed: int, with_map: bool) -> CaseData:
     made = make_phantom(seed)
     regions = Volume(made.regions, made.affine, "map") if with_map else None
     return CaseData(
-        Volume(made.hu, made.affine, "ct"),
+        volume=Volume(made.hu, made.affine, "ct"),
         regions=regions,
         regions_source="drawn" if with_map else None,
     )
