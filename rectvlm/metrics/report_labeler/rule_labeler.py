@@ -248,7 +248,8 @@ def _is_term_meant(named: _NamedTerm, text: str) -> bool:
 
 def _match_terms(text: str) -> list[_NamedTerm]:
     """Matches of every term; of a weak term only where no other term's words cover it."""
-    strong, weak = [], []
+    strong: list[_NamedTerm] = []
+    weak: list[_NamedTerm] = []
     for term in FINDING_TERMS:
         matches = [_NamedTerm(term, match.span()) for match in term.name_pattern.finditer(text)]
         (weak if term.is_weak else strong).extend(matches)
