@@ -37,7 +37,7 @@ from rectvlm.data.volume import (
     resample_to_grid,
     to_hu,
 )
-from rectvlm.evaluate import read_thresholds
+from rectvlm.evaluate.stored_thresholds import read_thresholds
 from rectvlm.files import atomic_file
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.lesion_bits import lesion_mask
