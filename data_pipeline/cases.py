@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.masks.coarse_regions import estimate_coarse_regions
+from rectvlm.data.canonical_grid import canonical_affine, require_overlap, resample_to_grid
+from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.sample import preprocessing_versions
-from rectvlm.data.volume import Volume, canonical_affine, require_overlap, resample_to_grid, to_hu
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
 from rectvlm.lesion_bits import present_lesions
-from rectvlm.types import COARSE_REGIONS_SOURCE, GridGeometry, Sample, SampleMeta, Split
+from rectvlm.types import COARSE_REGIONS_SOURCE, GridGeometry, Sample, SampleMeta, Split, Volume
 
 
 @dataclass(frozen=True)

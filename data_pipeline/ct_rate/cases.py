@@ -40,9 +40,9 @@ from data_pipeline.ct_rate.tables import (
 )
 from data_pipeline.masks.mask_folders import CaseMasks, is_blank_affine
 from data_pipeline.masks.rexgrounding import TABLE_FILES as REX_TABLES
-from rectvlm.data.volume import Volume, read_volume
+from rectvlm.data.volume import read_volume
 from rectvlm.labels import FINDINGS
-from rectvlm.types import Affine, InputError
+from rectvlm.types import Affine, InputError, Volume
 
 __all__ = [
     "CtRateCases",

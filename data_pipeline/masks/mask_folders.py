@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from data_pipeline.masks import rexgrounding, totalsegmentator
 from data_pipeline.masks.rexgrounding import RexVolumeRecord as RexEntry
-from rectvlm.data.volume import Volume, read_mask, require_overlap
+from rectvlm.data.canonical_grid import require_overlap
+from rectvlm.data.volume import read_mask
 from rectvlm.labels import LESION_BY_KEY
 from rectvlm.lesion_bits import pack_lesion
-from rectvlm.types import Affine, InputError, MaskVolume, UserError
+from rectvlm.types import Affine, InputError, MaskVolume, UserError, Volume
 
 MIN_OVERLAP_SHARE = 0.75
 """Least share of the shorter box, mask's or volume's, that the two have in common along each axis. Of one scan, one box
