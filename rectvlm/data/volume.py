@@ -230,8 +230,8 @@ def _read_shape(header: nib.Nifti1Header, path: Path, is_gzip: bool) -> tuple[in
         raise InputError(
             path,
             "has a header that asks for too much",
-            expected=f"a size that a file of {size} bytes and {room / 2**30:.1f} GiB of free memory "
-            "can hold",
+            expected=f"a size that a file of {size} bytes and {room / 2**30:.1f} GiB of free "
+            "memory can hold",
             found=f"{shape} voxels, {needed / 2**30:.1f} GiB",
             remedy="copy it again, or crop the volume",
         )

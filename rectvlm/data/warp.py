@@ -1,8 +1,8 @@
 """Random smooth movements of a volume: rotation, scale, shift and elastic deformation.
 
 They become one sampling grid. It is computed in mm, since voxels are longer along z: a rotation
-stays a rotation, and the deformation is equally smooth in all directions. Parameters are drawn on the CPU
-and are the same for every device; only the dense grid is made on the device.
+stays a rotation, and the deformation is equally smooth in all directions. Parameters are drawn on
+the CPU and are the same for every device; only the dense grid is made on the device.
 """
 
 import math
@@ -52,8 +52,8 @@ def draw_warps(
     """Draw warps from torch's global generator: as many numbers for any strength.
 
     A voxel at p mm from the centre comes from A (p + u(p)) + t. A rotates and scales; u is a
-    free-form deformation (Rueckert et al., 1999) whose control points, `ELASTIC_LATTICE_MM` apart, move by at
-    most the configured mm along each axis.
+    free-form deformation (Rueckert et al., 1999) whose control points, `ELASTIC_LATTICE_MM` apart,
+    move by at most the configured mm along each axis.
     """
     angles = (torch.rand(count, 3) * 2 - 1) * torch.tensor(
         [config.tilt, config.tilt, config.rotate]
