@@ -19,12 +19,7 @@ import webdataset
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from rectvlm.data.sample import (
-    SAMPLE_MEMBERS,
-    decode_sample,
-    encode_sample,
-    preprocessing_versions,
-)
+from rectvlm.data.sample import SAMPLE_MEMBERS, decode_sample, encode_sample, preprocessing_versions
 from rectvlm.data.shard_manifest import (
     SHARD_MANIFEST_FILE,
     LabelCounts,

@@ -32,7 +32,7 @@ from rectvlm.data.dataset import collate_samples
 from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.report_text import split_report_sections
 from rectvlm.data.volume import read_volume
-from rectvlm.evaluate import read_thresholds
+from rectvlm.evaluate.stored_thresholds import read_thresholds
 from rectvlm.files import atomic_file
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.lesion_bits import lesion_mask

@@ -14,8 +14,8 @@ from conftest import write_nifti
 from PIL import Image
 
 from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint.run_checkpoint import THRESHOLDS_FILE
 from rectvlm.data.canonical_grid import canonical_affine, mask_to_native, resample_to_grid
-from rectvlm.evaluate import THRESHOLDS_FILE
 from rectvlm.labels import CT_WINDOWS, FINDINGS, LESION_BY_KEY, LESIONS
 from rectvlm.lesion_bits import pack_lesion
 from rectvlm.predict import case_page, run
