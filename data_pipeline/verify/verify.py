@@ -47,7 +47,7 @@ from data_pipeline.verify.statistics import (
     pick_evenly,
 )
 from rectvlm import config
-from rectvlm.data.sample import SAMPLE_MEMBERS, SAMPLE_SCHEMA
+from rectvlm.data.sample import SAMPLE_MEMBERS
 from rectvlm.data.shard_manifest import (
     SHARD_MANIFEST_FILE,
     ShardManifest,
@@ -64,7 +64,7 @@ from rectvlm.data.shards import (
     read_index,
 )
 from rectvlm.data.store import ShardStore
-from rectvlm.types import UserError
+from rectvlm.types import SAMPLE_SCHEMA, UserError
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.preprocess import preprocess
+from data_pipeline.make_shards.shard_folder import preprocess
 from data_pipeline.verify import verify as module
 from data_pipeline.verify.sample_checks import VerificationIssue
 from data_pipeline.verify.verify import VerificationResult, main, verify_shards
@@ -27,7 +27,6 @@ from rectvlm.data.sample import preprocessing_versions
 from rectvlm.data.shard_manifest import (
     ShardManifest,
     dump_manifest,
-    find_lesion_bits,
     read_manifest,
     sum_counts,
 )
@@ -43,6 +42,7 @@ from rectvlm.data.shards import (
 )
 from rectvlm.data.volume_codec import encode_volume
 from rectvlm.labels import REGION_BY_NAME
+from rectvlm.lesion_bits import present_lesions
 from rectvlm.types import Sample, UserError
 from tests.small_cases import GRID, SPACING, small_cases
 
@@ -115,7 +115,7 @@ def packing(sample: Sample, tree: Tree | None = None, **members: bytes) -> Packe
     arrays = {name: encode_volume(getattr(sample, name)) for name in ("ct", "lesions", "regions")}
     data = json.dumps(tree, separators=(",", ":")).encode()
     return PackedSample(
-        sample.meta, {**arrays, "json": data, **members}, find_lesion_bits(sample.lesions)
+        sample.meta, {**arrays, "json": data, **members}, present_lesions(sample.lesions)
     )
 
 
