@@ -42,8 +42,8 @@ def _case_table(by_split: dict[str, SplitStatistics]) -> Table:
     return table
 
 
-def _format_reconstructions(scans_by_number: dict[int, int]) -> str:
-    return ", ".join(f"{count} (×{number})" for number, count in scans_by_number.items())
+def _format_reconstructions(scan_counts: dict[int, int]) -> str:
+    return ", ".join(f"{number} (×{scans})" for number, scans in scan_counts.items())
 
 
 def _format_counts(counts: dict[str, int]) -> str:
