@@ -17,7 +17,7 @@ from data_pipeline.verify.statistics import (
     count_labels,
     count_lesions,
 )
-from rectvlm.data.sample import SAMPLE_MEMBERS, SAMPLE_SCHEMA
+from rectvlm.data.sample import SAMPLE_MEMBERS
 from rectvlm.data.shard_manifest import (
     SHARD_MANIFEST_FILE,
     ShardManifest,
@@ -32,6 +32,7 @@ from rectvlm.data.shards import (
     dump_index,
 )
 from rectvlm.data.store import ShardStore
+from rectvlm.types import SAMPLE_SCHEMA
 
 EXPECTED_FILES = (SHARD_INDEX_FILE, SHARD_MANIFEST_FILE, QUARANTINE_FILE)
 """Files that belong beside the shards."""

@@ -13,8 +13,8 @@ from rectvlm.checkpoint import run_checkpoint
 from rectvlm.checkpoint.run_checkpoint import TrainingState
 from rectvlm.config import Config, load_config
 from rectvlm.data.shards import write_shards
-from rectvlm.evaluate import evaluate_checkpoint
 from rectvlm.evaluate.options import EvaluationOptions
+from rectvlm.evaluate.run import evaluate_checkpoint
 from rectvlm.evaluate.selection import are_same_shards, was_selected_on
 from rectvlm.evaluate.tables import render_markdown
 

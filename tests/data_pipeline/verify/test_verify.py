@@ -29,7 +29,6 @@ from rectvlm.data.sample import preprocessing_versions
 from rectvlm.data.shard_manifest import (
     ShardManifest,
     dump_manifest,
-    find_lesion_bits,
     read_manifest,
     sum_counts,
 )
@@ -45,6 +44,7 @@ from rectvlm.data.shards import (
 )
 from rectvlm.data.volume_codec import encode_volume
 from rectvlm.labels import REGION_BY_NAME
+from rectvlm.lesion_bits import present_lesions
 from rectvlm.types import Sample, UserError
 from tests.small_cases import GRID, SPACING, small_cases
 
@@ -118,7 +118,7 @@ def packing(sample: Sample, tree: Tree | None = None, **members: bytes) -> Packe
     arrays = {name: encode_volume(getattr(sample, name)) for name in ("ct", "lesions", "regions")}
     data = json.dumps(tree, separators=(",", ":")).encode()
     return PackedSample(
-        sample.meta, {**arrays, "json": data, **members}, find_lesion_bits(sample.lesions)
+        sample.meta, {**arrays, "json": data, **members}, present_lesions(sample.lesions)
     )
 
 
