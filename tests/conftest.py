@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from rectvlm.config import Config, ModelPart, load_config
+from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
+from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.shards import write_shards
-from rectvlm.data.volume import Volume, canonical_affine, resample_to_grid, to_hu
 from rectvlm.phantom.phantom import PhantomCase, make_phantom
-from rectvlm.types import GridGeometry, Sample, SampleMeta, Split
+from rectvlm.types import GridGeometry, Sample, SampleMeta, Split, Volume
 
 
 def phantom_sample(seed: int, config: Config, split: Split = "train") -> Sample:

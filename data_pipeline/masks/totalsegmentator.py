@@ -16,9 +16,9 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from rectvlm.data.volume import Volume, read_mask
+from rectvlm.data.volume import read_mask
 from rectvlm.labels import LESION_BY_KEY, REGIONS
-from rectvlm.types import InputError, MaskVolume
+from rectvlm.types import InputError, MaskVolume, Volume
 
 ClassNames = Mapping[int, str]
 """Class names by their number in a file."""

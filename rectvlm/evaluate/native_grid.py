@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rectvlm.data.volume import mask_to_native, read_mask, require_overlap, resample_to_grid
+from rectvlm.data.canonical_grid import mask_to_native, require_overlap, resample_to_grid
+from rectvlm.data.volume import read_mask
 from rectvlm.labels import LESIONS, N_LESIONS, Lesion
 from rectvlm.lesion_bits import combined_mask_value, lesion_mask, pack_lesion
 from rectvlm.types import Affine, MaskVolume, SampleMeta

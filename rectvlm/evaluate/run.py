@@ -17,7 +17,8 @@ from typing import Any
 
 from rectvlm.checkpoint import run_checkpoint
 from rectvlm.config import Config, DataConfig
-from rectvlm.data.loader import BatchLoader, ShardDataset
+from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.loader import BatchLoader
 from rectvlm.data.shards import read_index
 from rectvlm.data.store import ShardStore
 from rectvlm.evaluate import summary, tables

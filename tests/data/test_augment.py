@@ -8,7 +8,7 @@ import torch
 
 from rectvlm.config import ELASTIC_LATTICE_MM, AugmentConfig, Config
 from rectvlm.data.augment import augment_batch
-from rectvlm.data.loader import ShardDataset, collate_samples
+from rectvlm.data.dataset import ShardDataset, collate_samples
 from rectvlm.data.warp import SpatialWarp, draw_warps
 from rectvlm.labels import AIR_HU, REGIONS
 from rectvlm.types import Batch

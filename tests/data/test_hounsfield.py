@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from rectvlm.data.hounsfield import HuEvidence, to_hu
-from rectvlm.data.volume import Volume, read_volume
-from rectvlm.types import HuConversion, InputError, UserError
+from rectvlm.data.volume import read_volume
+from rectvlm.types import HuConversion, InputError, UserError, Volume
 from tests.ct_rate_tree import phantom
 
 AFFINE = np.diag([-2.5, -2.5, 4.5, 1.0])

@@ -15,14 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rectvlm.config import Config, DataConfig
-from rectvlm.data.loader import (
-    VOLUME_DTYPES,
-    ShardDataset,
-    TrainOrder,
-    build_eval_loader,
-    build_train_loader,
-    collate_samples,
-)
+from rectvlm.data.dataset import VOLUME_DTYPES, ShardDataset, collate_samples
+from rectvlm.data.loader import build_eval_loader, build_train_loader
+from rectvlm.data.order import TrainOrder
 from rectvlm.data.shards import write_shards
 from rectvlm.data.shared_batches import BatchPool
 from rectvlm.labels import CT_WINDOWS, FINDINGS, LESIONS
@@ -171,22 +166,21 @@ def test_more_batches_than_slots_can_be_kept(data: DataConfig) -> None:
 
 def test_a_slot_is_free_when_nothing_lies_on_its_volumes() -> None:
     pool = BatchPool(2, 2, 3, VOLUME_DTYPES, (2, 4, 8))
-    slot, arrays = pool.take_slot(1, 2) or (None, {})
-    assert slot == 2, "the second worker's first"
-    for i, array in enumerate(arrays.values()):
+    assert pool.take_slot(1, 2) == 2, "the second worker's first"
+    for i, array in enumerate(pool.slot_arrays(2, 2).values()):
         array[:] = i + 1
     opened = pool.open_slot(2, 2)
     assert {name: (v.dtype, tuple(v.shape), v.unique().tolist()) for name, v in opened.items()} == {
         name: (dtype, (2, 2, 4, 8), [i + 1])
         for i, (name, dtype) in enumerate(VOLUME_DTYPES.items())
     }
-    assert (pool.take_slot(1, 3) or ())[0] == 3 and pool.take_slot(1, 1) is None
-    assert (pool.take_slot(0, 3) or ())[0] == 0 and pool.take_slot(0, 4) is None
+    assert pool.take_slot(1, 3) == 3 and pool.take_slot(1, 1) is None
+    assert pool.take_slot(0, 3) == 0 and pool.take_slot(0, 4) is None
     part = opened["lesions"][1].flatten()[4:]
     del opened
     assert pool.take_slot(1, 1) is None
     del part
-    assert (pool.take_slot(1, 1) or ())[0] == 2
+    assert pool.take_slot(1, 1) == 2
 
 
 NEEDS_CUDA = [

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from rectvlm.config import Config, load_config
-from rectvlm.data.loader import ShardDataset, build_train_loader, collate_samples
+from rectvlm.data.dataset import ShardDataset, collate_samples
+from rectvlm.data.loader import build_train_loader
 from rectvlm.data.shards import write_shards
 from rectvlm.types import Batch, Sample
 

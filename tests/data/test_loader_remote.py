@@ -14,7 +14,8 @@ import torch
 
 from rectvlm.config import Config, DataConfig
 from rectvlm.data import store
-from rectvlm.data.loader import ShardDataset, build_eval_loader, build_train_loader
+from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.loader import build_eval_loader, build_train_loader
 from rectvlm.types import Batch, UserError
 
 

@@ -9,7 +9,7 @@ from conftest import phantom_sample
 
 from rectvlm.config import Config
 from rectvlm.data.canonical_grid import mask_to_native
-from rectvlm.data.loader import collate_samples
+from rectvlm.data.dataset import collate_samples
 from rectvlm.data.mirror import mirror_samples, mirror_text
 from rectvlm.labels import REGION_BY_NAME
 from rectvlm.lesion_places import locate_lesions

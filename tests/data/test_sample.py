@@ -14,11 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rectvlm.data.report_text import join_report_sections, split_report_sections
-from rectvlm.data.sample import (
-    SAMPLE_MEMBERS,
-    decode_sample,
-    encode_sample,
-)
+from rectvlm.data.sample import SAMPLE_MEMBERS, decode_sample, encode_sample
 from rectvlm.data.shard_manifest import read_manifest
 from rectvlm.data.shards import read_index, read_sample, write_shards
 from rectvlm.labels import FINDINGS, LESIONS

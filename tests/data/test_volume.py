@@ -14,17 +14,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from rectvlm.data.volume import (
-    Volume,
+from rectvlm.data.canonical_grid import (
     canonical_affine,
     mask_to_native,
-    read_mask,
-    read_volume,
     require_overlap,
     resample_to_grid,
-    to_hu,
 )
-from rectvlm.types import UserError
+from rectvlm.data.hounsfield import to_hu
+from rectvlm.data.volume import read_mask, read_volume
+from rectvlm.types import UserError, Volume
 
 SHAPE, SPACING = (44, 40, 16), (8.0, 8.0, 16.0)
 RAS = np.array([[8.0, 0, 0, -170], [0, 8.0, 0, -160], [0, 0, 16.0, 900], [0, 0, 0, 1]])

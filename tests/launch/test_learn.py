@@ -23,7 +23,7 @@ from launch.learn import (
 from rectvlm import pretrained
 from rectvlm.checkpoint.run_checkpoint import checkpoint_tensor_names
 from rectvlm.config import Config, load_config
-from rectvlm.data.loader import collate_samples
+from rectvlm.data.dataset import collate_samples
 from rectvlm.labels import FINDINGS, LESION_FINDING_INDEXES, N_LESIONS
 from rectvlm.metrics.clinical_efficacy import count_confusions, score_clinical_efficacy
 from rectvlm.metrics.report_labeler.finding_states import FindingState

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rectvlm import pretrained
 from rectvlm.config import Config
-from rectvlm.data.loader import ShardDataset, collate_samples
+from rectvlm.data.dataset import ShardDataset, collate_samples
 from rectvlm.labels import N_FINDINGS, N_LESIONS
 from rectvlm.models import RectVLM
 from rectvlm.models.image_features import ImageFeatures
