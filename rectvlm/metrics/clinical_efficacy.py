@@ -1,4 +1,4 @@
-"""Clinical efficacy of generated reports: precision, recall and F1 over the 18 findings; the CRG score.
+"""Clinical efficacy of generated reports: precision, recall, F1 over the 18 findings; CRG.
 
 All scores are computed from counts of true positives, false positives, false negatives and known
 labels of each finding, so that cases can be resampled by adding rows. Shapes: N cases, 18 findings.

@@ -36,11 +36,12 @@ def count_lesion_voxels(predicted: BoolArray, truth: MaskVolume) -> CountArray:
 def score_lesion_overlap(counts: CountArray, annotated: BoolArray) -> dict[str, Any]:
     """Dice and IoU of each lesion, averaged over cases, and their macro means.
 
-    Dice = 2|P ∩ T| / (|P| + |T|), IoU = |P ∩ T| / |P ∪ T| on the model's grid, for the cases in which
-    this lesion was annotated. A case where truth and prediction are both empty has no Dice: it is
-    counted in `n_empty_agreed` and not averaged. A prediction on an empty truth has Dice 0 and is
-    counted in `n_false_positive`; a true lesion that the prediction does not touch has Dice 0 and is
-    counted in `n_missed`. `dice_where_present` averages over the cases with a true lesion only.
+    Dice = 2|P ∩ T| / (|P| + |T|), IoU = |P ∩ T| / |P ∪ T| on the model's grid, for the cases in
+    which this lesion was annotated. A case where truth and prediction are both empty has no Dice:
+    it is counted in `n_empty_agreed` and not averaged. A prediction on an empty truth has Dice 0
+    and is counted in `n_false_positive`; a true lesion that the prediction does not touch has Dice
+    0 and is counted in `n_missed`. `dice_where_present` averages over the cases with a true lesion
+    only.
 
     Args:
         counts: Voxel counts of `count_lesion_voxels`, (N, 5, 3).

@@ -65,7 +65,7 @@ class LesionComparison:
     parts_touched: int
     """Components of the truth of which the prediction has a voxel."""
     parts_matched: int
-    """Pairs of components with a Dice of at least `MATCH_DICE`, each component in one pair at most."""
+    """Pairs of components with a Dice of at least `MATCH_DICE`, each in one pair at most."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,11 @@ def score_lesions(
 ) -> dict[str, Any]:
     """Score each lesion over the cases in which it was annotated, with macro means.
 
-    Dice = 2|P ∩ T| / (|P| + |T|) and IoU = |P ∩ T| / |P ∪ T| on the native grid, averaged over cases.
-    A case where truth and prediction are both empty has no Dice: it is counted in `n_empty_agreed`
-    and not averaged. A prediction on an empty truth has Dice 0 and is counted in
-    `n_false_positive`; a true lesion that the prediction does not touch has Dice 0 and is counted in
-    `n_missed`. The other scores are defined in `docs/evaluation.md`.
+    Dice = 2|P ∩ T| / (|P| + |T|) and IoU = |P ∩ T| / |P ∪ T| on the native grid, averaged over
+    cases. A case where truth and prediction are both empty has no Dice: it is counted in
+    `n_empty_agreed` and not averaged. A prediction on an empty truth has Dice 0 and is counted in
+    `n_false_positive`; a true lesion that the prediction does not touch has Dice 0 and is counted
+    in `n_missed`. The other scores are defined in `docs/evaluation.md`.
 
     Args:
         cases: Five lesions of each case, None where a lesion was not annotated.

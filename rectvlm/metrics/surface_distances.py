@@ -69,7 +69,8 @@ def surface_dice(
         return 0.0 if predicted.any() or truth.any() else None
     points, areas = _surface_elements(predicted, spacing_mm)
     true_points, true_areas = _surface_elements(truth, spacing_mm)
-    # In float32 as in MONAI: a distance of exactly the tolerance is within it, whatever its last bit.
+    # In float32 as in MONAI: a distance of exactly the tolerance is within it, whatever its last
+    # bit.
     distances = KDTree(true_points).query(points)[0].astype(np.float32)
     true_distances = KDTree(points).query(true_points)[0].astype(np.float32)
     near = areas[distances <= tolerance_mm].sum()

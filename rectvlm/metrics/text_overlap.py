@@ -1,7 +1,7 @@
 """Text overlap of generated reports with their references: BLEU, ROUGE-L, METEOR, CIDEr, BERTScore.
 
-These measure wording, not clinical truth. Each function returns figures by case, in the order of the
-cases, so that cases can be resampled; each has a signature that states library, version and
+These measure wording, not clinical truth. Each function returns figures by case, in the order of
+the cases, so that cases can be resampled; each has a signature that states library, version and
 tokenization. Shape: N cases.
 """
 
@@ -57,8 +57,8 @@ def bleu_counts(generated: Sequence[str], references: Sequence[str]) -> CountArr
     The counts are sacrebleu's, lower case, with `13a` tokens.
 
     Returns:
-        Length of the text, length of the reference, matching n-grams (1 to 4) and n-grams of the text
-        (1 to 4), (N, 10).
+        Length of the text, length of the reference, matching n-grams (1 to 4) and n-grams of the
+        text (1 to 4), (N, 10).
     """
     scorer = BLEU(lowercase=True)
     rows = []
@@ -166,9 +166,9 @@ def cider(generated: Sequence[str], references: Sequence[str]) -> NDArray[np.flo
     """CIDEr-D (Vedantam et al., CVPR 2015, arXiv 1411.5726), 0 to 10, one reference a case, (N,).
 
     As the authors' scorer computes it: counts of n-grams weighted by log(N / document frequency)
-    over the references, clipped to the reference's, as a cosine for each n, times exp(−Δ² / 2σ²) with
-    Δ the difference in bigrams; the mean over n times 10. With one case every weight is 0, and so is
-    the score.
+    over the references, clipped to the reference's, as a cosine for each n, times exp(−Δ² / 2σ²)
+    with Δ the difference in bigrams; the mean over n times 10. With one case every weight is 0,
+    and so is the score.
     """
     text_ngrams = [_count_ngrams(text) for text in generated]
     true_ngrams = [_count_ngrams(reference) for reference in references]

@@ -1,1 +1,1 @@
-"""Report labeler: findings and their sides in the text of a chest-CT report, by rules or a classifier."""
+"""Report labeler: reads findings and sides in a chest-CT report, by rules or a classifier."""

@@ -1,7 +1,7 @@
 """Clauses of a sentence, and the phrases inside them.
 
-A clause is as far as the scope of a modifier reaches; a phrase, between "and", "with" and commas, is
-about one thing.
+A clause is as far as the scope of a modifier reaches; a phrase, between "and", "with" and commas,
+is about one thing.
 """
 
 import re

@@ -66,7 +66,7 @@ def is_device_removed(clause: str, start: int, end: int) -> bool:
 
 
 def is_denied_in_form(text: str, clause: Span) -> bool:
-    """Whether a form denies a whole clause, a list that ends in a colon: "effusion, nodule: none"."""
+    """Whether a form denies a whole clause, a list before a colon: "effusion, nodule: none"."""
     start, end = clause
     if not modifiers.NEGATION_RIGHT_AFTER.match(text, end - 1):
         return False
@@ -147,7 +147,7 @@ def _find_uncertainties(clause: str) -> list[Span]:
 
 
 def _outside_spans(matches: Iterable[re.Match[str]], spans: Sequence[Span]) -> list[re.Match[str]]:
-    """Matches that begin in none of the spans: "cannot be excluded" does not negate by "excluded"."""
+    """Matches that begin in no span: "cannot be excluded" does not negate by "excluded"."""
     outside = []
     for match in matches:
         if not any(start <= match.start() < end for start, end in spans):

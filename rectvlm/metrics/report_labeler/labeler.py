@@ -24,8 +24,8 @@ def load_labeler(labeler: "str | Path | ReportLabeler" = "rules") -> ReportLabel
     """Load a labeler by name.
 
     Args:
-        labeler: `rules`, the folder or hub id of a sequence classifier with 18 labels, or a labeler,
-            which is returned as it is.
+        labeler: `rules`, the folder or hub id of a sequence classifier with 18 labels, or a
+            labeler, which is returned as it is.
 
     Raises:
         UserError: The classifier cannot be loaded, or its labels are not the 18 findings.

@@ -39,18 +39,22 @@ SIDE_OUTCOMES = ("correct", "partial", "opposite", "unstated", "not_mentioned")
 """Outcomes of a finding whose side the reference states; the last one is not part of any n."""
 
 _NOT_A_SIDE = (
-    r"(?! (?:\w+ )?(?:ventric|atri|heart|coronary|main coronary|anterior descending|kidney|adrenal|subclavian|jugular|"
-    r"brachiocephalic|carotid|axill|breast|hepatic|lobe of the (?:thyroid|liver)|thyroid|chest wall|shoulder|clavic|"
+    r"(?! (?:\w+ )?(?:ventric|atri|heart|coronary|main coronary|anterior descending|kidney|"
+    r"adrenal|subclavian|jugular|"
+    r"brachiocephalic|carotid|axill|breast|hepatic|lobe of the (?:thyroid|liver)|thyroid|"
+    r"chest wall|shoulder|clavic|"
     r"rib))"
 )
 _SIDE_PATTERN = re.compile(
     rf"(?P<left>\bleft\b{_NOT_A_SIDE}|\bl[ul]l\b|\blingul\w*)"
     rf"|(?P<right>\bright\b{_NOT_A_SIDE}|\br[uml]l\b|(?<!left )\bmiddle lobe\b)"
-    r"|(?P<both>\bboth\b(?! (?:main )?bronch)|\bbilateral\w*|\bbi-?(?:basal|basilar|apical)\w*|\beither (?:lung|side)\b"
+    r"|(?P<both>\bboth\b(?! (?:main )?bronch)|\bbilateral\w*|\bbi-?(?:basal|basilar|"
+    r"apical)\w*|\beither (?:lung|side)\b"
     r"|\beach (?:lung|side)\b)"
 )
 _DISPLACEMENT = re.compile(
-    r"\b(?:shift|displac|deviat|push)\w*(?:(?: (?!due\b|secondary\b)[\w-]+){0,6}? (?:to|towards?)(?: the)?)? $"
+    r"\b(?:shift|displac|deviat|push)\w*(?:(?: (?!due\b|secondary\b)[\w-]+){0,6}? (?:to|"
+    r"towards?)(?: the)?)? $"
 )
 """Before a side: the direction in which something is moved, not the place of the finding."""
 _JOINING_WORDS = re.compile(r"^(?:,|\s|\band\b|\bor\b|\bwith\b|\baccompanied by\b|[\w-]+\s)*$")
@@ -67,11 +71,11 @@ def read_sides(report: str) -> dict[str, BodySides]:
     """Read the sides of each sided finding that a report calls present or uncertain.
 
     The set is empty where the report states no side. A side belongs to the name that it stands
-    before ("left pleural effusion", "right upper lobe nodule"), else to the name before it and those
-    joined to that ("consolidation and ground glass in the left lower lobe"), else, at the beginning
-    of a statement, to all that follow ("In the right lung, …"). Lobes have their lung's side, the
-    middle lobe is right, the lingula left; "both" and "bilateral" are both. The sides of all
-    sentences are put together.
+    before ("left pleural effusion", "right upper lobe nodule"), else to the name before it and
+    those joined to that ("consolidation and ground glass in the left lower lobe"), else, at the
+    beginning of a statement, to all that follow ("In the right lung, …"). Lobes have their lung's
+    side, the middle lobe is right, the lingula left; "both" and "bilateral" are both. The sides of
+    all sentences are put together.
     """
     sides_by_finding: dict[str, BodySides] = {}
     for sentence in parse_report(report):
@@ -93,8 +97,8 @@ def count_side_outcomes(generated: Sequence[str], references: Sequence[str | Non
         references: True report of each case, (N,); None where there is none.
 
     Returns:
-        Counts by finding of `SIDED_FINDINGS` and by `SIDE_OUTCOMES`, (N, 11, 5), 0 or 1; all 0 where
-        the reference states no side.
+        Counts by finding of `SIDED_FINDINGS` and by `SIDE_OUTCOMES`, (N, 11, 5), 0 or 1; all 0
+        where the reference states no side.
     """
     shape = (len(generated), len(SIDED_FINDINGS), len(SIDE_OUTCOMES))
     counts = np.zeros(shape, dtype=np.int64)
@@ -223,7 +227,7 @@ def _mentions_after_side(
 def _mentions_before_side(
     text: str, start: int, mentions: list[FindingMention], adjectival: set[int]
 ) -> list[int]:
-    """Indexes of the mention before a side, and of those joined to it without a side before them."""
+    """Indexes of the mention before a side, and of those joined to it that have none before."""
     before = [i for i, mention in enumerate(mentions) if mention.end <= start]
     if not before:
         return []
