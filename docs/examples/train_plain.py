@@ -1,6 +1,6 @@
 """Phases 1 and 2 in plain PyTorch: the method in one file, with the real modules and shards.
 
-    python docs/examples/train_plain.py [--config demo] [--steps N] [--out FILE] [part.field=value …]
+    python docs/examples/train_plain.py [--config demo] [--steps N] [--out FILE] [part.field=value]
 
 It reads the shards of `make preprocess`. Phase 1 trains encoder and classifier on the labels of 18
 findings. Phase 2 adds the localizer and trains all three, on labels and on masks of 5 lesions. Both
@@ -26,7 +26,8 @@ from rectvlm.config import Config, PhaseConfig, load_config
 from rectvlm.data.augment import augment_batch
 from rectvlm.data.loader import build_eval_loader, build_train_loader
 from rectvlm.labels import N_FINDINGS
-from rectvlm.metrics import count_lesion_voxels, score_findings, score_lesion_overlap
+from rectvlm.metrics.findings import score_findings
+from rectvlm.metrics.lesion_overlap import count_lesion_voxels, score_lesion_overlap
 from rectvlm.models import RectVLM
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.pretrained import resolve_model

@@ -79,13 +79,13 @@ def _warp_sample(
     z, y, x = ct.shape
     grid = warp.sampling_grid((z, y, x), spacing, ct.device)
     present = present_lesions(bits)
-    layers = torch.stack([ct - AIR_HU, *(lesion_mask(bits, lesion).float() for lesion in present)])
+    masks = [lesion_mask(bits, lesion).float() for lesion in present]
+    layers = torch.stack([ct - AIR_HU, *masks])
     layers = F.grid_sample(layers[None], grid, mode="bilinear", align_corners=False)[0]
     moved_bits = torch.zeros_like(bits)
     for lesion, share in zip(present, layers[1:], strict=True):
         enough = share.amax().clamp(max=0.5)
         moved_bits |= pack_lesion((share >= enough) & (share > 0), lesion)
-    nearest = F.grid_sample(regions[None, None].float(), grid, mode="nearest", align_corners=False)[
-        0, 0
-    ]
-    return layers[0] + AIR_HU, moved_bits, nearest.to(regions.dtype)
+    ids = regions[None, None].float()
+    ids = F.grid_sample(ids, grid, mode="nearest", align_corners=False)[0, 0]
+    return layers[0] + AIR_HU, moved_bits, ids.to(regions.dtype)

@@ -82,25 +82,26 @@ def read_mask(path: Path) -> Volume:
     return Volume(array, volume.affine, volume.where)
 
 
-def _read_nifti(path: Path, blank: Affine | None = None) -> Volume:
+def _read_nifti(path: Path, default_affine: Affine | None = None) -> Volume:
     is_gzip = _is_gzip(path)
     header = _read_header(path, is_gzip)
     shape = _read_shape(header, path, is_gzip)
-    affine = _read_affine(header, path, blank)
-    slope, inter = _read_scaling(header, path)
+    affine = _read_affine(header, path, default_affine)
+    slope, intercept = _read_scaling(header, path)
     array = _read_voxels(header, shape, path, is_gzip)
-    if slope is not None and (slope, inter) != (1, 0):
-        array = array.astype(np.float32) * np.float32(slope) + np.float32(inter)
+    if slope is not None and (slope, intercept) != (1, 0):
+        array = array.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    bad = 0
     if array.dtype.kind == "f":
-        bad = array.size - np.count_nonzero(np.isfinite(array))
-        if bad:
-            raise InputError(
-                path,
-                "has voxels that are no numbers",
-                expected="finite HU",
-                found=f"{bad} voxels that are NaN or infinite",
-                remedy="export the series again",
-            )
+        bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    if bad:
+        raise InputError(
+            path,
+            "has voxels that are no numbers",
+            expected="finite HU",
+            found=f"{bad} voxels that are NaN or infinite",
+            remedy="export the series again",
+        )
     return Volume(array, affine, str(path))
 
 
@@ -158,8 +159,8 @@ def _read_header(path: Path, is_gzip: bool) -> nib.Nifti1Header:
     try:
         with gzip.open(path, "rb") if is_gzip else path.open("rb") as file:
             block = file.read(_HEADER_BYTES)
-        size = {int.from_bytes(block[:4], order): order for order in ("little", "big")}
-        kind = next((_HEADER_CLASSES[n] for n in size if n in _HEADER_CLASSES), None)
+        little, big = int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")
+        kind = _HEADER_CLASSES.get(little) or _HEADER_CLASSES.get(big)
         if kind is None:
             raise HeaderDataError("a file that starts with something else")
         if len(block) < kind.template_dtype.itemsize:
@@ -261,7 +262,7 @@ def _trailing_bytes_error(path: Path, expected: int, found: int) -> InputError:
 def _read_scaling(header: nib.Nifti1Header, path: Path) -> tuple[float | None, float | None]:
     """Slope and intercept of the header; None for both without scaling."""
     try:
-        slope, inter = header.get_slope_inter()
+        slope, intercept = header.get_slope_inter()
     except HeaderDataError:
         raise InputError(
             path,
@@ -270,17 +271,18 @@ def _read_scaling(header: nib.Nifti1Header, path: Path) -> tuple[float | None, f
             found=f"slope {header['scl_slope']:g} and intercept {header['scl_inter']:g}",
             remedy="export the series again",
         ) from None
-    return slope, inter
+    return slope, intercept
 
 
-def _read_affine(header: nib.Nifti1Header, path: Path, blank: Affine | None) -> Affine:
+def _read_affine(header: nib.Nifti1Header, path: Path, default_affine: Affine | None) -> Affine:
+    """Affine of the header; `default_affine` for a header without orientation."""
     zooms = header["pixdim"][1:4].astype(float)
     codes = int(header["sform_code"]), int(header["qform_code"])
     if not (np.isfinite(zooms).all() and (zooms > 0).all()):
         raise _bad_spacing_error(path, f"{zooms.tolist()} mm")
     if not any(codes):
-        if blank is not None:
-            return blank
+        if default_affine is not None:
+            return default_affine
         raise InputError(
             path,
             "has no orientation, so left and right are unknown",
@@ -289,12 +291,10 @@ def _read_affine(header: nib.Nifti1Header, path: Path, blank: Affine | None) -> 
             remedy="convert the DICOM series again, with its orientation",
         )
     try:
-        forms = [
-            form
-            for form, code in zip((header.get_sform, header.get_qform), codes, strict=True)
-            if code
-        ]
-        affines = [np.asarray(form(), np.float64) for form in forms]
+        affines = []
+        for get_form, code in zip((header.get_sform, header.get_qform), codes, strict=True):
+            if code:
+                affines.append(np.asarray(get_form(), np.float64))
     except (HeaderDataError, ValueError, np.linalg.LinAlgError) as error:
         raise InputError(
             path,
@@ -304,18 +304,7 @@ def _read_affine(header: nib.Nifti1Header, path: Path, blank: Affine | None) -> 
             remedy="convert the DICOM series again",
         ) from None
     for affine in affines:
-        spacing = np.linalg.norm(affine[:3, :3], axis=0)
-        if not (np.isfinite(affine).all() and ((spacing > 1e-3) & (spacing < 1e3)).all()):
-            raise _bad_spacing_error(path, f"{spacing.round(4).tolist()} mm in its affine")
-        skew = abs(np.linalg.det(affine[:3, :3] / spacing))
-        if skew < 0.5:
-            raise InputError(
-                path,
-                "has axes that are not at right angles",
-                expected="a straight grid",
-                found=f"a determinant of {skew:.2g} instead of 1",
-                remedy="resample it to a straight grid",
-            )
+        _check_affine(affine, path)
     names = ["".join(nib.aff2axcodes(affine)) for affine in affines]
     if len(set(names)) > 1:
         raise InputError(
@@ -327,6 +316,21 @@ def _read_affine(header: nib.Nifti1Header, path: Path, blank: Affine | None) -> 
         )
     # As everywhere in NIfTI, the sform takes precedence over the qform.
     return affines[0]
+
+
+def _check_affine(affine: Affine, path: Path) -> None:
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not (np.isfinite(affine).all() and ((spacing > 1e-3) & (spacing < 1e3)).all()):
+        raise _bad_spacing_error(path, f"{spacing.round(4).tolist()} mm in its affine")
+    determinant = abs(np.linalg.det(affine[:3, :3] / spacing))
+    if determinant < 0.5:
+        raise InputError(
+            path,
+            "has axes that are not at right angles",
+            expected="a straight grid",
+            found=f"a determinant of {determinant:.2g} instead of 1",
+            remedy="resample it to a straight grid",
+        )
 
 
 def _bad_spacing_error(path: Path, found: str) -> InputError:

@@ -38,9 +38,8 @@ class SpatialWarp:
         if not self.control_points.any():
             return grid
         field = self.control_points.to(device)
-        z, y, x = (
-            _spline_basis(n, step).to(device) for n, step in zip(shape, spacing, strict=True)
-        )
+        bases = [_spline_basis(n, step) for n, step in zip(shape, spacing, strict=True)]
+        z, y, x = (basis.to(device) for basis in bases)
         field = torch.einsum("zi,ijkc->zjkc", z, field)
         field = torch.einsum("yj,zjkc->zykc", y, field)
         return grid + torch.einsum("xk,zykc->zyxc", x, field)
@@ -55,9 +54,8 @@ def draw_warps(
     free-form deformation (Rueckert et al., 1999) whose control points, `ELASTIC_LATTICE_MM` apart,
     move by at most the configured mm along each axis.
     """
-    angles = (torch.rand(count, 3) * 2 - 1) * torch.tensor(
-        [config.tilt, config.tilt, config.rotate]
-    )
+    largest_angles = torch.tensor([config.tilt, config.tilt, config.rotate])
+    angles = (torch.rand(count, 3) * 2 - 1) * largest_angles
     size = 1 + (torch.rand(count, 1, 1) * 2 - 1) * config.scale
     shift = (torch.rand(count, 3) * 2 - 1) * config.shift * 2
     points = [_control_point_count(n, step) for n, step in zip(shape, spacing, strict=True)]

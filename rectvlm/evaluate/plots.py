@@ -123,7 +123,8 @@ def plot_calibration(result: dict[str, Any], scans: ScanResults) -> Figure:
         filled = weight > 0
         means = predicted[filled] / weight[filled], positive[filled] / weight[filled]
         axes.plot(*means, color=LINE_COLOR, linewidth=0.9, clip_on=False)
-        # The area of a dot is the share of its bin: a point of two scans must not look like one of two hundred.
+        # The area of a dot is the share of its bin: a point of two scans must not look like one of
+        # two hundred.
         axes.scatter(
             *means,
             s=4 + 70 * weight[filled] / weight.sum(),
@@ -198,7 +199,8 @@ def _plot_finding_panels(
     draw: DrawPanel,
 ) -> Figure:
     """A panel a finding with one of its scores; an empty one where the finding has no such score."""
-    # Fixed margins: a layout that is solved for 18 panels costs more than all that is drawn in them.
+    # Fixed margins: a layout that is solved for 18 panels costs more than all that is drawn in
+    # them.
     figure = new_figure(PANEL_COLUMNS * 2.25, PANEL_ROWS * 2.55, layout="none")
     figure.subplots_adjust(left=0.045, right=0.99, bottom=0.075, top=0.895, wspace=0.12, hspace=0.3)
     panels = figure.subplots(PANEL_ROWS, PANEL_COLUMNS, sharex=True, sharey=True).ravel()

@@ -1,4 +1,4 @@
-"""Order, split, resume: every sample once an epoch, on any number of ranks, from any point on."""
+"""Loaders: batches with and without workers, resumed, in pinned memory, and ended cleanly."""
 
 import multiprocessing
 import os
@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import phantom_sample
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from rectvlm.config import Config, DataConfig
 from rectvlm.data.dataset import VOLUME_DTYPES, ShardDataset, collate_samples
@@ -28,41 +26,6 @@ from rectvlm.types import Batch, UserError
 @pytest.fixture(scope="module")
 def data(tiny: Config, phantom_shards: Path) -> DataConfig:
     return tiny.data.model_copy(update={"shards": str(phantom_shards)})
-
-
-def row(samples: int, micro_batch: int, world: int, seed: int, seen: int, count: int) -> list[int]:
-    """The first `count` samples after `seen`, of all ranks together in their order."""
-    steps = -(-count // (micro_batch * world))
-    ranks = [
-        islice(TrainOrder(samples, micro_batch, rank, world, seed, seen), steps)
-        for rank in range(world)
-    ]
-    return [number for step in zip(*ranks, strict=True) for part in step for number in part][:count]
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("micro_batch", [1, 2, 3])
-def test_an_epoch_holds_each_sample_once(world: int, micro_batch: int) -> None:
-    found = row(7, micro_batch, world, seed=3, seen=0, count=3 * 7)
-    epochs = [found[k : k + 7] for k in (0, 7, 14)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert found != row(7, micro_batch, world, seed=4, seen=0, count=3 * 7)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    samples=st.integers(1, 20),
-    seed=st.integers(0, 2**31),
-    seen=st.integers(0, 60),
-    before=st.tuples(st.integers(1, 4), st.integers(1, 3)),
-    after=st.tuples(st.integers(1, 4), st.integers(1, 3)),
-)
-def test_resume_goes_on_exactly_on_another_number_of_ranks(
-    samples: int, seed: int, seen: int, before: tuple[int, int], after: tuple[int, int]
-) -> None:
-    whole = row(samples, before[1], before[0], seed, seen=0, count=seen + 30)
-    assert row(samples, after[1], after[0], seed, seen=seen, count=30) == whole[seen:]
 
 
 def first(
@@ -106,7 +69,7 @@ def test_worker_processes_give_the_same_batches(data: DataConfig) -> None:
 
 
 def test_a_signal_while_workers_start_is_left_to_the_parent(data: DataConfig) -> None:
-    """They import for seconds; a launcher's signal goes to them too, and the step at hand needs its batches."""
+    """A launcher's signal reaches workers while they import, but the step needs their batches."""
     sent: set[int] = set()
     done = threading.Event()
 
@@ -133,7 +96,7 @@ def test_a_signal_while_workers_start_is_left_to_the_parent(data: DataConfig) ->
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_a_consumer_keeps_is_never_written_over(data: DataConfig, workers: int) -> None:
-    """Batches dropped at once take turns in a few slots; one kept whole, and a single volume's view, stay."""
+    """Dropped batches share a few slots; a batch or a view that is kept stays unchanged."""
     dataset = ShardDataset(data, "train")
     expected = [
         dataset.read_batch(numbers) for numbers in islice(TrainOrder(6, 2, 0, 1, seed=0), 14)
@@ -200,7 +163,7 @@ NEEDS_CUDA = [
 def test_hu_travel_as_int16_and_windows_are_made_on_the_device(
     data: DataConfig, device: str, workers: int
 ) -> None:
-    """Two bytes a voxel to the device, whatever the number of windows; nothing of the scale is lost before them."""
+    """Two bytes a voxel go to the device for any number of windows, with the full range of HU."""
     pin = device == "cuda"
     loader = build_train_loader(
         data.model_copy(update={"workers": workers}), 2, 0, 1, seed=0, pin_memory=pin
