@@ -15,7 +15,7 @@ RUN/learn.json and, as tables, to RUN/learn.md:
     machine, versions, stages (name, command, seconds and cpu_seconds of each), seconds
 
 The exit status is 0 when all targets are met, 1 when one is missed or a command failed.
-`docs/learning.md` says what the targets mean and what was measured.
+`docs/how-to/check-that-it-learns.md` says what the targets mean and what was measured.
 """
 
 import argparse

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from rectvlm.checkpoint import run_checkpoint
 from rectvlm.config import Config, PhaseConfig, ValidationConfig
-from rectvlm.data.loader import BatchLoader, ShardDataset
+from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.loader import BatchLoader
 from rectvlm.labels import N_FINDINGS
 from rectvlm.lesion_bits import pack_lesions
 from rectvlm.models import ModelOutputs
@@ -232,7 +233,7 @@ class Validator:
 
     def _score_case(self, place: int, outputs: ModelOutputs, batch: Batch) -> _ScoredCase:
         # Imported here: scikit-learn takes a second that a run without validation need not spend.
-        from rectvlm.metrics import count_lesion_voxels
+        from rectvlm.metrics.lesion_overlap import count_lesion_voxels
 
         found = compute_losses(
             outputs, batch, self.phase.tasks, self.config.train.localization_loss_weights
@@ -252,7 +253,8 @@ class Validator:
         )
 
     def _compute_metrics(self, rows: list[_ScoredCase]) -> dict[str, float | None]:
-        from rectvlm import metrics
+        from rectvlm.metrics.findings import score_findings
+        from rectvlm.metrics.lesion_overlap import score_lesion_overlap
 
         weights = self.config.train.loss_weights
         spoilt = [row.case_index for row in rows if not row.is_finite]
@@ -281,9 +283,7 @@ class Validator:
         probabilities, labels, flags = (
             np.stack(parts) for parts in list(zip(*rows, strict=True))[2:5]
         )
-        scores = metrics.score_findings(probabilities, labels, flags, np.full(N_FINDINGS, 0.5))[
-            "macro"
-        ]
+        scores = score_findings(probabilities, labels, flags, np.full(N_FINDINGS, 0.5))["macro"]
         found |= {
             "macro_auroc": scores["auroc"],
             "macro_average_precision": scores["average_precision"],
@@ -292,7 +292,7 @@ class Validator:
             counts = np.stack(
                 [row.overlap_counts for row in rows if row.overlap_counts is not None]
             )
-            outlined = metrics.score_lesion_overlap(
+            outlined = score_lesion_overlap(
                 counts, np.stack([row.lesions_annotated for row in rows])
             )
             found["mean_dice"] = outlined["macro"]["dice"]

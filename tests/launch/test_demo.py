@@ -28,7 +28,7 @@ from launch.demo import (
     run_command,
     summarize_demo,
 )
-from rectvlm.evaluate import evaluate_checkpoint
+from rectvlm.evaluate.run import evaluate_checkpoint
 from rectvlm.phantom.phantom import make_phantom
 from rectvlm.predict.run import predict_cases
 from rectvlm.types import UserError
@@ -148,7 +148,7 @@ def test_the_summary_says_what_the_run_wrote(demo_folder: Path) -> None:
     json.dumps(asdict(summary), allow_nan=False)
     console = Console(record=True, width=100, file=io.StringIO())
     console.print(*make_result_tables(summary))
-    assert f"{phase['loss_last']:.3f}" in console.export_text()
+    assert f"{phase.loss_last:.3f}" in console.export_text()
     without_loss = replace(phase, loss_last=None)  # its steps were skipped
     console.print(*make_result_tables(replace(summary, phases=[without_loss])))
 
