@@ -36,7 +36,7 @@ from rectvlm import pretrained
 from rectvlm.checkpoint import run_checkpoint
 from rectvlm.config import Config, load_config
 from rectvlm.labels import N_REGIONS
-from rectvlm.models.encoder import ImageFeatures
+from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.language_model import (
     LanguageModel,
     add_lora,

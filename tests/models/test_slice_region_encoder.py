@@ -9,18 +9,14 @@ from torch import Tensor
 
 from rectvlm.config import Config
 from rectvlm.labels import CT_WINDOWS, N_REGIONS
-from rectvlm.models.encoder import (
-    ImageFeatures,
-    VolumeEncoder,
-    apply_windows,
-    compute_region_shares,
-)
+from rectvlm.models.image_features import ImageFeatures, apply_windows
+from rectvlm.models.slice_region_encoder import SliceRegionEncoder, compute_region_shares
 
 
 @pytest.fixture
-def encoder(tiny: Config) -> VolumeEncoder:
+def encoder(tiny: Config) -> SliceRegionEncoder:
     torch.manual_seed(0)
-    return VolumeEncoder(tiny.encoder, tiny.data)
+    return SliceRegionEncoder(tiny.encoder, tiny.data)
 
 
 @pytest.fixture
@@ -64,14 +60,13 @@ def test_region_mix_equals_naive_loop(patch: tuple[int, int, int]) -> None:
                     row += 1
 
 
-def test_a_region_is_the_mean_over_its_voxels(encoder: VolumeEncoder) -> None:
+def test_a_region_is_the_mean_over_its_voxels(encoder: SliceRegionEncoder) -> None:
     """A small organ is not drowned by the rest of the body; one that the map lacks is told nothing of it."""
     assert encoder.patch == (4, 8, 8)
     regions = torch.full((2, 8, 16, 16), 3, dtype=torch.uint8)
     regions[:, 3:5, 6:8, 7:10] = 9  # 12 voxels, in four patches
-    _, _, weights, _ = encoder._prepare_block_inputs(
-        (2, 2, 2), regions, torch.tensor([True, False]), torch.float32
-    )
+    known = torch.tensor([True, False])
+    weights = encoder._prepare_context(regions, known, torch.float32).weights
     values = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
     of_voxels = (
         values[0]
@@ -90,7 +85,7 @@ def test_a_region_is_the_mean_over_its_voxels(encoder: VolumeEncoder) -> None:
 
 
 def test_unknown_map_is_not_an_empty_map(
-    encoder: VolumeEncoder, inputs: tuple[Tensor, Tensor]
+    encoder: SliceRegionEncoder, inputs: tuple[Tensor, Tensor]
 ) -> None:
     ct, regions = inputs
     empty = torch.zeros_like(regions)
@@ -103,7 +98,9 @@ def test_unknown_map_is_not_an_empty_map(
     assert patches > 1e-4
 
 
-def test_an_unknown_map_is_not_read(encoder: VolumeEncoder, inputs: tuple[Tensor, Tensor]) -> None:
+def test_an_unknown_map_is_not_read(
+    encoder: SliceRegionEncoder, inputs: tuple[Tensor, Tensor]
+) -> None:
     ct, regions = inputs
     known = torch.tensor([True, False])
     with torch.no_grad():
@@ -115,7 +112,7 @@ def test_an_unknown_map_is_not_read(encoder: VolumeEncoder, inputs: tuple[Tensor
 
 
 def test_unknown_prior_learns_from_unknown_maps_alone(
-    encoder: VolumeEncoder, inputs: tuple[Tensor, Tensor]
+    encoder: SliceRegionEncoder, inputs: tuple[Tensor, Tensor]
 ) -> None:
     def gradient(known: list[bool]) -> Tensor:
         encoder.zero_grad()
@@ -127,7 +124,9 @@ def test_unknown_prior_learns_from_unknown_maps_alone(
     assert gradient([True, True]).abs().max() == 0
 
 
-def test_regions_change_features(encoder: VolumeEncoder, inputs: tuple[Tensor, Tensor]) -> None:
+def test_regions_change_features(
+    encoder: SliceRegionEncoder, inputs: tuple[Tensor, Tensor]
+) -> None:
     ct, regions = inputs
     encoder = encoder.double()
     with torch.no_grad():
@@ -140,7 +139,7 @@ def test_regions_change_features(encoder: VolumeEncoder, inputs: tuple[Tensor, T
 
 
 def test_another_image_changes_every_feature(
-    encoder: VolumeEncoder, inputs: tuple[Tensor, Tensor]
+    encoder: SliceRegionEncoder, inputs: tuple[Tensor, Tensor]
 ) -> None:
     ct, regions = inputs
     with torch.no_grad():
@@ -148,7 +147,7 @@ def test_another_image_changes_every_feature(
 
 
 def test_samples_of_a_batch_do_not_mix(
-    encoder: VolumeEncoder, inputs: tuple[Tensor, Tensor]
+    encoder: SliceRegionEncoder, inputs: tuple[Tensor, Tensor]
 ) -> None:
     ct, regions = inputs
     with torch.no_grad():
@@ -158,7 +157,7 @@ def test_samples_of_a_batch_do_not_mix(
 
 
 def test_patches_see_each_other_across_the_volume(
-    encoder: VolumeEncoder, inputs: tuple[Tensor, Tensor]
+    encoder: SliceRegionEncoder, inputs: tuple[Tensor, Tensor]
 ) -> None:
     ct, regions = inputs
     changed = ct.clone()
@@ -171,7 +170,7 @@ def test_patches_see_each_other_across_the_volume(
 
 
 def test_patch_order_is_slices_outermost(
-    encoder: VolumeEncoder, inputs: tuple[Tensor, Tensor], tiny: Config
+    encoder: SliceRegionEncoder, inputs: tuple[Tensor, Tensor], tiny: Config
 ) -> None:
     z, y, x = encoder.patch_grid
     assert encoder.patch_slice_indices(encoder.patch_grid, torch.device("cpu")).tolist() == [
@@ -192,7 +191,7 @@ def test_patch_order_is_slices_outermost(
 
 
 def test_shapes_and_grid(
-    encoder: VolumeEncoder, inputs: tuple[Tensor, Tensor], tiny: Config
+    encoder: SliceRegionEncoder, inputs: tuple[Tensor, Tensor], tiny: Config
 ) -> None:
     features = encoder(*inputs, KNOWN)
     assert features.patch_grid == (4, 6, 6)
@@ -221,14 +220,17 @@ def test_shapes_and_grid(
     ],
 )
 def test_inputs_that_do_not_fit_are_named(
-    encoder: VolumeEncoder, inputs: tuple[Tensor, Tensor], change: Callable[..., Any], said: str
+    encoder: SliceRegionEncoder,
+    inputs: tuple[Tensor, Tensor],
+    change: Callable[..., Any],
+    said: str,
 ) -> None:
     with pytest.raises(AssertionError, match=said):
         encoder(*change(*inputs, KNOWN))
 
 
 @pytest.mark.parametrize("grid", [(8, 24, 40), (16, 48, 48), (24, 64, 32)])
-def test_other_grids(encoder: VolumeEncoder, grid: tuple[int, int, int]) -> None:
+def test_other_grids(encoder: SliceRegionEncoder, grid: tuple[int, int, int]) -> None:
     """Fewer and more patches an axis than the configuration's; on its own grid nothing is interpolated."""
     torch.nn.init.normal_(encoder.blocks[0].attention.slice_bias)
     generator = torch.Generator().manual_seed(1)
@@ -253,7 +255,7 @@ def test_levels_are_the_tapped_blocks_and_the_last(
     tiny: Config, inputs: tuple[Tensor, Tensor]
 ) -> None:
     torch.manual_seed(0)
-    tapped = VolumeEncoder(tiny.encoder.model_copy(update={"tap_blocks": (1,)}), tiny.data)
+    tapped = SliceRegionEncoder(tiny.encoder.model_copy(update={"tap_blocks": (1,)}), tiny.data)
     features = tapped(*inputs, KNOWN)
     first, last = features.multilevel_patches.split(48, dim=-1)
     assert torch.equal(last, features.patches)
@@ -261,7 +263,9 @@ def test_levels_are_the_tapped_blocks_and_the_last(
     torch.testing.assert_close(first.mean(-1), torch.zeros_like(first[..., 0]), rtol=0, atol=1e-5)
 
 
-def test_attention_maps_are_shares(encoder: VolumeEncoder, inputs: tuple[Tensor, Tensor]) -> None:
+def test_attention_maps_are_shares(
+    encoder: SliceRegionEncoder, inputs: tuple[Tensor, Tensor]
+) -> None:
     for block in (0, 1, -1):
         shares = encoder.attention_map(*inputs, KNOWN, block=block)
         assert shares.shape == (2, 3, 4, 6, 6) and (shares > 0).all()
@@ -283,17 +287,19 @@ def test_attention_maps_are_shares(encoder: VolumeEncoder, inputs: tuple[Tensor,
     )
 
 
-def test_compiling_changes_nothing(encoder: VolumeEncoder, inputs: tuple[Tensor, Tensor]) -> None:
+def test_compiling_changes_nothing(
+    encoder: SliceRegionEncoder, inputs: tuple[Tensor, Tensor]
+) -> None:
     """Traced in one graph by the front end of torch.compile, forward and backward."""
     block = encoder.blocks[0]
     torch.nn.init.normal_(block.attention.slice_bias)
     tokens, regions = torch.randn(2, 145, 48, requires_grad=True), torch.randn(2, 20, 48)
-    shared = encoder._prepare_block_inputs(encoder.patch_grid, inputs[1], KNOWN, tokens.dtype)
-    fixed = [one.detach() if isinstance(one, Tensor) else one for one in shared]
+    context = encoder._prepare_context(inputs[1], KNOWN, tokens.dtype)
+    context = [x.detach() if isinstance(x, Tensor) else x for x in context]
     results = []
     for call in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
         encoder.zero_grad()
-        out = call(tokens, regions, *fixed)
+        out = call(tokens, regions, *context)
         (grad,) = torch.autograd.grad(sum(o.square().sum() for o in out), tokens, retain_graph=True)
         sum(o.square().sum() for o in out).backward()
         results.append([*out, grad, block.attention.slice_bias.grad.clone()])
@@ -319,7 +325,7 @@ def test_recomputing_changes_nothing(tiny: Config, inputs: tuple[Tensor, Tensor]
     results = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = VolumeEncoder(
+        model = SliceRegionEncoder(
             tiny.encoder.model_copy(update={"activation_checkpointing": checkpointing}), tiny.data
         )
         features = model(*inputs, torch.tensor([True, False]))
