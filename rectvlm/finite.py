@@ -13,5 +13,5 @@ def finite_or_none(value: float | None) -> float | None:
 
 def mean_of_finite(values: Iterable[float | None]) -> float | None:
     """Mean of the finite values; None where there are none."""
-    finite_values = [value for value in values if finite_or_none(value) is not None]
+    finite_values = [value for value in map(finite_or_none, values) if value is not None]
     return float(np.mean(finite_values)) if finite_values else None

@@ -1,4 +1,4 @@
-"""A phase's DeepSpeed JSON: reading, checking and filling in `auto`, for the engine and the planner."""
+"""A phase's DeepSpeed JSON: read, checked and completed, for the engine and the planner."""
 
 import math
 from collections.abc import Iterable
@@ -21,8 +21,8 @@ SIZE_SETTINGS = (
     "stage3_max_reuse_distance",
     "stage3_param_persistence_threshold",
 )
-"""Settings in entries. Only the last may be `auto`: the others would be filled in by a launcher that
-is not used here."""
+"""Settings in entries. Only the last may be `auto`: the others would need a launcher to fill them
+in, which is not used here."""
 
 
 def read_ds_config(path: Path, phase: PhaseConfig, max_gradient_norm: float) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def count_bytes_by_kind(module: nn.Module, packed_names: Collection[str]) -> dic
     bytes_by_kind["quantization_state"] = 0
     for layer in module.modules():
         if isinstance(layer, Linear4bit):
-            tensors = _list_quantization_tensors(layer.weight.quant_state)
+            weight: Any = layer.weight
+            tensors = _list_quantization_tensors(weight.quant_state)
             bytes_by_kind["quantization_state"] += sum(tensor.nbytes for tensor in tensors)
     return bytes_by_kind
 

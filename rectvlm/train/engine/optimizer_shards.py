@@ -1,4 +1,4 @@
-"""Optimizer shards on disk: each rank's 32-bit weights and moments, readable by any number of ranks.
+"""Optimizer shards on disk: 32-bit weights and moments, readable by any number of ranks.
 
     engine/rank-00000-of-00002.safetensors
         tensors             `G.weights`, `G.exp_avg`, `G.exp_avg_sq`, … of flat group G

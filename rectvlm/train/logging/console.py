@@ -1,4 +1,4 @@
-"""Progress of a run on the console: figures of the last steps, as a bar on a terminal or as lines."""
+"""Progress of a run on the console: figures of the last steps, below a bar or as lines."""
 
 import logging
 import sys
@@ -128,7 +128,7 @@ class ProgressMeter:
 
 
 class ProgressDisplay:
-    """A bar with the figures below it on a terminal, else a line every 20 s and at the last step."""
+    """A bar above the figures on a terminal, else a line every 20 s and at the last step."""
 
     def __init__(self, name: str, total_steps: int, step: int) -> None:
         """Begin at a step; `name` is the phase's."""

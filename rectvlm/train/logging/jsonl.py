@@ -1,4 +1,4 @@
-"""JSONL files that grow while a run goes on, and are cut back when it resumes from an earlier step."""
+"""JSONL files that grow with a run and are cut back when it resumes from an earlier step."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Model FLOPs utilization (MFU): the arithmetic of a step over what its devices could do in its time.
+"""Model FLOPs utilization (MFU): FLOPs of a step over what its devices could do in its time.
 
 A step's FLOPs are those of its operations, forward and backward, without what activation
 checkpointing computes again (Chowdhery et al., 2022, appendix B), counted by a dry run. The

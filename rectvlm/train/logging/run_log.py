@@ -131,7 +131,7 @@ class RunLog:
         self._trackers.log_numbers(line, result.step)
 
     def fsync_logs(self) -> None:
-        """Flush all lines to disk: a checkpoint that survives a power cut must not be ahead of them.
+        """Flush all lines to disk, so that no checkpoint is ahead of them after a power cut.
 
         Raises:
             OSError: they could not be written.

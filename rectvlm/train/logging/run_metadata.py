@@ -1,8 +1,8 @@
 """Where a run came from: `run.json`, with one session for each time that it was started.
 
 RUN/phaseN/run.json         sessions: command, code, versions, machine, start, end, how it ended
-RUN/phaseN/code-1.patch     what was not committed when the first session started; `git apply` on the
-                            named commit restores it
+RUN/phaseN/code-1.patch     what was not committed when the first session started; `git apply` on
+                            the named commit restores it
 """
 
 import contextlib
@@ -44,8 +44,8 @@ RECORDED_VARIABLE_PREFIXES = (
     "SKYPILOT_TASK_",
     "SKYPILOT_NODE_",
 )
-"""Prefixes of variables that decide how a run behaves or say which job it is. No other variables are
-recorded, since some hold secrets."""
+"""Prefixes of variables that decide how a run behaves or say which job it is. No other variables
+are recorded, since some hold secrets."""
 LAUNCHER_NAMES = ("accelerate", "torchrun", "torch.distributed.run", "deepspeed")
 
 

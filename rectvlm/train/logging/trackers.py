@@ -21,7 +21,7 @@ TRACKERS_VARIABLE = "RECTVLM_TRACKERS"
 
 
 def choose_trackers(config: Config) -> list[str]:
-    """Names of the trackers: the environment's if it names any (`none` for none), else the config's.
+    """Names of the trackers: the environment's if it is set (`none` for none), else the config's.
 
     Raises:
         UserError: a name is not a tracker's.

@@ -107,7 +107,7 @@ class BadStepsLog:
     """The file `bad-steps.jsonl` of a run: one line a skipped step, with what each rank saw."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Continue the file after a step; lines of later steps, which are done again, are dropped."""
+        """Continue the file after a step, dropping lines of later steps that are done again."""
         self.path = folder / BAD_STEPS_FILE
         truncate_after_step(self.path, step)
 

@@ -19,7 +19,7 @@ from rectvlm.data.loader import collate_samples
 from rectvlm.data.volume import Volume, read_volume
 from rectvlm.labels import LESION_BY_KEY, LESIONS
 from rectvlm.models.localizer import LocalizerOutput
-from rectvlm.train.objectives import LesionPresence, LesionTargets, localization_loss
+from rectvlm.train.localization_loss import LesionPresence, LesionTargets, localization_loss
 from rectvlm.types import InputError, Sample, UserError
 from tests.ct_rate_tree import phantom
 from tests.grids import ORDERS, dice, grid_over, regrid, reorder, save
