@@ -308,8 +308,8 @@ def _run_predict(options: argparse.Namespace) -> None:
 def _run_evaluate(namespace: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from rectvlm.evaluate import evaluate_checkpoint, output_path
     from rectvlm.evaluate.options import EvaluationOptions
+    from rectvlm.evaluate.run import evaluate_checkpoint, output_path
     from rectvlm.evaluate.tables import terminal_table
 
     _check_device(namespace.device)

@@ -13,8 +13,9 @@ from typing import Any
 
 import data_pipeline
 import rectvlm
-from data_pipeline.make_shards.shard_plan import ShardTask, code_digest
+from data_pipeline.make_shards.shard_plan import ShardTask
 from data_pipeline.make_shards.workers import THREAD_VARIABLES, mark_as_worker
+from rectvlm.code_fingerprint import hash_modules
 from rectvlm.types import UserError
 
 
@@ -100,7 +101,7 @@ def _no_cluster_error(address: str, error: Exception) -> UserError:
 
 def _run_on_worker(function: Callable[[ShardTask], Any], task: ShardTask) -> Any:
     """Run a task on a worker, whose code must be the plan's: shards must not vary by machine."""
-    if code_digest(task.modules) != task.code_sha256:
+    if hash_modules(task.modules) != task.code_sha256:
         raise UserError(
             f"{socket.gethostname()} has other code of data_pipeline or rectvlm than the machine "
             f"that started the run: bring all machines to one version."

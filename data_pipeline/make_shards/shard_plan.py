@@ -5,20 +5,16 @@ earlier run. So a run that was stopped, or one with other workers, makes the sam
 same bytes.
 """
 
-import ast
-import hashlib
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache, partial
-from importlib.util import find_spec
-from pathlib import Path
+from functools import partial
 
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.cases import Case
+from rectvlm.code_fingerprint import find_imported_modules, hash_modules
 from rectvlm.data.sample import preprocessing_versions
 from rectvlm.data.shards import WrittenShard
 from rectvlm.data.store import ShardStore
@@ -152,7 +148,7 @@ def plan_shards(
     _require_unique_keys(cases)
     _require_one_split_per_patient(cases)
     modules = _find_modules(cases)
-    code_sha256 = code_digest(modules)
+    code_sha256 = hash_modules(modules)
 
     tasks = []
     for split in ("train", "valid"):
@@ -235,49 +231,10 @@ def _read_record(store: ShardStore, task: ShardTask) -> ShardRecord | None:
         return None
 
 
-@cache
-def code_digest(modules: tuple[str, ...]) -> str:
-    """SHA-256 of the source of modules, as they are on this machine."""
-    return hashlib.sha256(b"".join(map(_read_source, modules))).hexdigest()
-
-
 def _find_modules(cases: Sequence[Case]) -> tuple[str, ...]:
     """The modules whose code decides what these cases become, sorted."""
-    waiting = {*_ROOT_MODULES, *(_unwrap_partial(case.load).__module__ for case in cases)}
-    found: set[str] = set()
-    while waiting:
-        name = waiting.pop()
-        found.add(name)
-        waiting |= _find_imports(name) - found
-    return tuple(sorted(found))
-
-
-@cache
-def _find_imports(module: str) -> frozenset[str]:
-    """Our modules that a module imports, anywhere in it."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(_read_source(module))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return frozenset(
-        name for name in names if name.partition(".")[0] in _OWN_PACKAGES and _is_module(name)
-    )
-
-
-def _is_module(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:  # a name of a module's own, such as a class
-        return False
-
-
-def _read_source(module: str) -> bytes:
-    # Not imported for this: some of what is imported in passing takes seconds, and is never run here.
-    loaded = sys.modules.get(module)
-    spec = None if loaded is not None else find_spec(module)
-    return Path(str(loaded.__file__ if loaded is not None else spec and spec.origin)).read_bytes()
+    loaders = {_unwrap_partial(case.load).__module__ for case in cases}
+    return find_imported_modules({*_ROOT_MODULES, *loaders}, _OWN_PACKAGES)
 
 
 def _unwrap_partial(function: object) -> object:

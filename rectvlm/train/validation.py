@@ -21,7 +21,8 @@ import torch
 
 from rectvlm.checkpoint import run_checkpoint
 from rectvlm.config import Config
-from rectvlm.data.loader import BatchLoader, ShardDataset
+from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.loader import BatchLoader
 from rectvlm.train.early_stopping import (
     MetricValue,
     is_patience_exhausted,

@@ -8,10 +8,13 @@ import pytest
 from conftest import phantom_sample, write_nifti
 
 from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint.run_checkpoint import THRESHOLDS_FILE
 from rectvlm.data.shard_manifest import read_manifest
 from rectvlm.data.shards import read_index, write_shards
-from rectvlm.evaluate import THRESHOLDS_FILE, evaluate_checkpoint, read_thresholds, tables
+from rectvlm.evaluate import tables
 from rectvlm.evaluate.options import EvaluationOptions
+from rectvlm.evaluate.run import evaluate_checkpoint
+from rectvlm.evaluate.stored_thresholds import read_thresholds
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.lesion_bits import lesion_mask
 from rectvlm.types import UserError

@@ -17,10 +17,10 @@ from conftest import phantom_sample
 from rectvlm.checkpoint import run_checkpoint
 from rectvlm.config import Config
 from rectvlm.data.shards import write_shards
-from rectvlm.evaluate import evaluate_checkpoint
 from rectvlm.evaluate.journal import EvaluationJournal
 from rectvlm.evaluate.options import EvaluationOptions
 from rectvlm.evaluate.process_ranks import ProcessRanks, read_ranks_from_environment
+from rectvlm.evaluate.run import evaluate_checkpoint
 from rectvlm.types import UserError
 
 OFTEN = ["--batch-size", "1", "--bootstrap", "50", "--device", "cpu"]

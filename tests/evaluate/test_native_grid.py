@@ -8,12 +8,12 @@ import pytest
 from conftest import phantom_sample, write_nifti
 from numpy.typing import NDArray
 
-from rectvlm import metrics
 from rectvlm.config import Config
-from rectvlm.data.volume import mask_to_native
+from rectvlm.data.canonical_grid import mask_to_native
 from rectvlm.evaluate.native_grid import lesions_to_native_grid
 from rectvlm.labels import LESIONS, N_LESIONS
 from rectvlm.lesion_bits import lesion_mask, present_lesions, unpack_lesions
+from rectvlm.metrics.lesions import compare_lesion_masks
 from rectvlm.phantom.phantom import make_phantom
 from rectvlm.types import GridGeometry, Sample, SampleMeta, UserError
 
@@ -80,9 +80,9 @@ def test_the_window_holds_what_prediction_writes(
     for lesion in LESIONS:
         predicted, truth = found.extract_masks(lesion)
         bits = [lesion_mask(mask, lesion) for mask in (whole, true)]
-        assert metrics.compare_lesion_masks(
-            predicted, truth, found.spacing_mm
-        ) == metrics.compare_lesion_masks(bits[0], bits[1], spacing.tolist())
+        assert compare_lesion_masks(predicted, truth, found.spacing_mm) == compare_lesion_masks(
+            bits[0], bits[1], spacing.tolist()
+        )
         assert (predicted.sum(), truth.sum()) == (bits[0].sum(), bits[1].sum())
 
 
@@ -97,11 +97,9 @@ def test_a_perfect_prediction_is_perfect_and_a_mirrored_one_is_not(sample: Sampl
         predicted, truth = found.extract_masks(lesion)
         assert np.array_equal(predicted, truth)
         if truth.any():
-            one = metrics.compare_lesion_masks(predicted, truth, found.spacing_mm)
+            one = compare_lesion_masks(predicted, truth, found.spacing_mm)
             assert (one.hd95_mm, one.surface_dice, one.parts_matched) == (0.0, 1.0, one.parts_true)
-            other = metrics.compare_lesion_masks(
-                *mirrored.extract_masks(lesion), mirrored.spacing_mm
-            )
+            other = compare_lesion_masks(*mirrored.extract_masks(lesion), mirrored.spacing_mm)
             sided += 2 * other.both < 0.2 * (other.predicted + other.truth)
     assert sided
 
@@ -159,7 +157,7 @@ def test_outlines_from_files_are_the_truth_where_they_are_at_hand(
     assert np.array_equal(found.extract_masks(other)[1].sum(), mask_to_native(
         sample.lesions, np.array(sample.meta.geometry.grid_affine), phantom.hu.shape, phantom.affine
     ).__rshift__(other.bit).__and__(1).sum())  # fmt: skip
-    assert metrics.compare_lesion_masks(predicted, truth, found.spacing_mm).both > 0
+    assert compare_lesion_masks(predicted, truth, found.spacing_mm).both > 0
 
 
 def test_a_file_that_lies_elsewhere_is_refused(sample: Sample, tmp_path: Path) -> None:

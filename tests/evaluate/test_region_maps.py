@@ -13,10 +13,11 @@ from conftest import phantom_sample
 
 from rectvlm import cli
 from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint.run_checkpoint import THRESHOLDS_FILE
 from rectvlm.config import Config
 from rectvlm.data.shards import write_shards
-from rectvlm.evaluate import THRESHOLDS_FILE, evaluate_checkpoint
 from rectvlm.evaluate.options import EvaluationOptions
+from rectvlm.evaluate.run import evaluate_checkpoint
 from rectvlm.types import COARSE_REGIONS_SOURCE, Sample, Split
 
 

@@ -28,7 +28,8 @@ from launches import (
 
 from rectvlm.checkpoint import run_checkpoint
 from rectvlm.config import Config, ValidationConfig, load_config
-from rectvlm.data.loader import ShardDataset, build_eval_loader
+from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.loader import build_eval_loader
 from rectvlm.labels import N_FINDINGS, N_LESIONS
 from rectvlm.train import loop
 from rectvlm.train.early_stopping import has_stopped_early
