@@ -94,7 +94,7 @@ NOT_ASSESSED = re.compile(
     r"examined)\b"
     r"|\b(?:limit\w+|insufficient|suboptimal)(?: for)?(?: the)? (?:evaluation|assessment)\b"
 )
-"""In a clause: the findings that it names were not assessed, so they are neither there nor absent."""
+"""Assessment was impossible: findings of the clause are neither there nor absent."""
 NEW = re.compile(r"\bnew(?:ly)?\b")
 """Between a negation and a name, or before a name that is denied after it.
 
