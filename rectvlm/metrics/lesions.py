@@ -151,7 +151,7 @@ def score_lesions(
     cases. A case where truth and prediction are both empty has no Dice: it is counted in
     `n_empty_agreed` and not averaged. A prediction on an empty truth has Dice 0 and is counted in
     `n_false_positive`; a true lesion that the prediction does not touch has Dice 0 and is counted
-    in `n_missed`. The other scores are defined in `docs/evaluation.md`.
+    in `n_missed`. The other scores are defined in `docs/concepts/evaluation.md`.
 
     Args:
         cases: Five lesions of each case, None where a lesion was not annotated.

@@ -1,4 +1,4 @@
-"""Metrics of generated reports: text overlap, findings, sides (`docs/report-metrics.md`).
+"""Metrics of generated reports: text overlap, findings, sides (`docs/concepts/report-metrics.md`).
 
 `compute_report_statistics` reads the texts once and keeps what each case contributes;
 `summarize_reports` and `headline_scores` only add rows up.
