@@ -211,15 +211,22 @@ def outlined_volumes_ml(summaries: Sequence[SampleSummary], lesion: Lesion) -> l
 def _split_statistics(
     summaries: list[SampleSummary], hu_histogram: NDArray[np.int64] | None
 ) -> SplitStatistics:
-    samples_by_scan = Counter(summary.scan for summary in summaries)
+    samples_by_scan: Counter[str] = Counter()
+    regions_sources: Counter[str] = Counter()
+    hu_conversions: Counter[str] = Counter()
+    matrix_sizes: Counter[int] = Counter()
+    report_words, in_plane_mm, slice_spacings_mm, slice_counts = [], [], [], []
+    for summary in summaries:
+        samples_by_scan[summary.scan] += 1
+        regions_sources[summary.regions_source] += 1
+        hu_conversions[summary.hu_conversion] += 1
+        matrix_sizes[summary.native_sampling.matrix_size] += 1
+        in_plane_mm.append(summary.native_sampling.in_plane_mm)
+        slice_spacings_mm.append(summary.native_sampling.slice_spacing_mm)
+        slice_counts.append(summary.native_sampling.slice_count)
+        if summary.report_words is not None:
+            report_words.append(summary.report_words)
     reconstructions = Counter(samples_by_scan.values())
-    report_words = [
-        summary.report_words for summary in summaries if summary.report_words is not None
-    ]
-    samplings = [summary.native_sampling for summary in summaries]
-    matrix_sizes = Counter(sampling.matrix_size for sampling in samplings)
-    regions_sources = Counter(summary.regions_source for summary in summaries)
-    hu_conversions = Counter(summary.hu_conversion for summary in summaries)
     lesion_counts = count_lesions(summaries)
     lesions = {}
     for lesion in LESIONS:
@@ -235,9 +242,9 @@ def _split_statistics(
         "region sources": dict(regions_sources.most_common()),
         "reports": len(report_words),
         "report words": _percentiles(report_words),
-        "in-plane spacing, mm": _percentiles([sampling.in_plane_mm for sampling in samplings]),
-        "slice spacing, mm": _percentiles([sampling.slice_spacing_mm for sampling in samplings]),
-        "slices": _percentiles([sampling.slice_count for sampling in samplings]),
+        "in-plane spacing, mm": _percentiles(in_plane_mm),
+        "slice spacing, mm": _percentiles(slice_spacings_mm),
+        "slices": _percentiles(slice_counts),
         "matrix": dict(sorted(matrix_sizes.items())),
         "HU decisions": dict(hu_conversions.most_common()),
         "with padding": sum(summary.has_padding for summary in summaries),

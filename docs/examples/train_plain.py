@@ -1,6 +1,6 @@
 """Phases 1 and 2 in plain PyTorch: the method in one file, with the real modules and shards.
 
-    python docs/examples/train_plain.py [--config demo] [--steps N] [--out FILE] [part.field=value …]
+    python docs/examples/train_plain.py [--config demo] [--steps N] [--out FILE] [part.field=value]
 
 It reads the shards of `make preprocess`. Phase 1 trains encoder and classifier on the labels of 18
 findings. Phase 2 adds the localizer and trains all three, on labels and on masks of 5 lesions. Both

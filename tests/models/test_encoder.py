@@ -1,4 +1,5 @@
-"""The registry of encoders, and the encoder of docs/how-to/own-encoder.md in all that an encoder must serve."""
+"""The registry of encoders, and the encoder of docs/how-to/own-encoder.md in all that an encoder
+must serve."""
 
 import re
 import sys
