@@ -32,7 +32,7 @@ def state_of(step: int) -> TrainingState:
 def a_run(
     folder: Path, last: int, best: int | None, config: Config, state: str = "finished"
 ) -> Path:
-    """A phase's folder with a checkpoint every four steps, up to the last, as training leaves it."""
+    """A phase's folder with a checkpoint every four steps, as training leaves it."""
     steps = range(4, last + 1, 4)
     for step in steps:
         run_checkpoint.step_folder(folder, step).mkdir(parents=True)
