@@ -139,7 +139,7 @@ def test_what_is_known_is_not_done_again_and_never_mixed(
             options=EvaluationOptions(plots=False, bootstrap=20, **options),
         )
         assert result is not None
-        return result
+        return result.as_dict()
 
     def journals() -> int:
         return len(list(out.parent.glob("cases/*/rank-*.jsonl")))

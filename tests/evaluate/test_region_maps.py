@@ -64,7 +64,7 @@ def evaluated(run: Path, samples: list[Sample], folder: Path, **options: Any) ->
     rows = [json.loads(line) for line in (folder / "cases.jsonl").read_text().splitlines()]
     reports = folder / "reports.jsonl"
     return {
-        "metrics": result,
+        "metrics": result.as_dict(),
         "page": out.with_name("metrics.md").read_text(),
         "probabilities": [row["probabilities"] for row in rows],
         "lesions": [row["lesions"] for row in rows],

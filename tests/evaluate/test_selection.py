@@ -148,9 +148,9 @@ def test_the_metrics_say_so(
         assert result is not None
         assert (
             json.loads((tmp_path / "m.json").read_text())["selected_on_this_split"]
-            == result["selected_on_this_split"]
+            == result.selected_on_this_split
         )
-        return result["selected_on_this_split"], render_markdown(result)
+        return result.selected_on_this_split, render_markdown(result)
 
     yes, page = said(run / run_checkpoint.BEST_CHECKPOINT)
     assert yes is True and "chose this checkpoint on cases of this split" in page
