@@ -20,11 +20,10 @@ The exit status is 0 when all targets are met, 1 when one is missed or a command
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -41,6 +40,7 @@ from launch.demo import (
 from rectvlm.config import load_config
 from rectvlm.data.shards import read_index
 from rectvlm.files import read_json_object, write_json
+from rectvlm.finite import mean_of_finite
 from rectvlm.phantom.patient_plan import PLAIN_STYLE
 from rectvlm.runs.phase_summary import PhaseSummary, summarize_phase
 from rectvlm.runs.run_tables import format_number
@@ -193,7 +193,7 @@ def summarize_learning(folder: Path, commands: Sequence[FinishedCommand]) -> Lea
             "macro F1 of the findings, thresholds fitted on other cases": metrics["classification"][
                 "macro"
             ]["f1"],
-            "mean Dice, 0 where a lesion was drawn that is not there": _mean_known(
+            "mean Dice, 0 where a lesion was drawn that is not there": mean_of_finite(
                 scores.dice for scores in lesions.values()
             ),
             "F1 of the findings in the reports, mean of the findings": image_scores[
@@ -226,8 +226,8 @@ def _list_targets(
     ablated_scores: JsonObject,
     minutes: float,
 ) -> list[LearningTarget]:
-    mean_auroc = _mean_known(auroc_by_finding.values())
-    mean_dice = _mean_known(scores.dice_where_present for scores in lesions.values())
+    mean_auroc = mean_of_finite(auroc_by_finding.values())
+    mean_dice = mean_of_finite(scores.dice_where_present for scores in lesions.values())
     f1 = image_scores["clinical_labels_micro_f1"]
     f1_without_image = ablated_scores["clinical_labels_micro_f1"]
     f1_loss = None
@@ -242,11 +242,6 @@ def _list_targets(
         LearningTarget("F1 lost without the image", 0.40, f1_loss),
         LearningTarget("minutes", MAX_MINUTES, minutes, at_most=True),
     ]
-
-
-def _mean_known(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
 
 
 def to_markdown(summary: LearningSummary) -> str:

@@ -3,13 +3,14 @@
 import os
 import platform
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
+from rectvlm.types import JsonObject
 
-def describe_machine() -> dict[str, Any]:
+
+def describe_machine() -> JsonObject:
     """Processor, usable cores, memory and GPUs of this machine."""
     return {
         "cpu": _processor_name(),

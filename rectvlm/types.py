@@ -21,7 +21,7 @@ Affine = NDArray[np.float64]
 Split = Literal["train", "valid"]
 
 JsonObject = dict[str, Any]
-"""A JSON object at a file's border, before or after it has a type of its own."""
+"""Tree of plain values, as a JSON file holds it."""
 
 COARSE_REGIONS_SOURCE = "coarse"
 """`regions_source` of a map estimated from the CT: good for sides and zones, not for lobes."""

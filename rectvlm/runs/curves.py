@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from rectvlm.figures import hide_top_and_right_spines, new_figure
-from rectvlm.runs.read_runs import MetricsLine, TrainingRun, finite_or_none, task_loss
+from rectvlm.runs.read_runs import MetricsLine, TrainingRun, read_number, task_loss
 from rectvlm.runs.run_tables import list_tasks, list_validation_metrics, read_validation_curve
 from rectvlm.types import UserError
 
@@ -125,7 +125,7 @@ def _validation_reader(metric: str) -> Callable[[TrainingRun], dict[str, Curve]]
 def _read_curve(run: TrainingRun, read_value: Callable[[MetricsLine], Any]) -> Curve:
     curve: Curve = []
     for line in run.metrics_lines:
-        value = finite_or_none(read_value(line))
+        value = read_number(read_value(line))
         if value is not None:
             curve.append((line["step"], value))
     return curve
@@ -136,7 +136,7 @@ def _read_learning_rates(run: TrainingRun) -> dict[str, Curve]:
     curves: dict[str, Curve] = {}
     for line in run.metrics_lines:
         for part, rate in (line.get("lr") or {}).items():
-            curve, value = curves.setdefault(part, []), finite_or_none(rate)
+            curve, value = curves.setdefault(part, []), read_number(rate)
             if value is not None:
                 curve.append((line["step"], value))
     return curves
@@ -144,7 +144,7 @@ def _read_learning_rates(run: TrainingRun) -> dict[str, Curve]:
 
 def _read_seconds(line: MetricsLine, section: str) -> float | None:
     seconds = line.get("seconds")
-    return finite_or_none(seconds.get(section)) if isinstance(seconds, dict) else None
+    return read_number(seconds.get(section)) if isinstance(seconds, dict) else None
 
 
 def _data_wait_percent(line: MetricsLine) -> float | None:
@@ -153,7 +153,7 @@ def _data_wait_percent(line: MetricsLine) -> float | None:
 
 
 def _memory_gb(line: MetricsLine) -> float | None:
-    memory_bytes = finite_or_none(line.get("memory_bytes"))
+    memory_bytes = read_number(line.get("memory_bytes"))
     return None if memory_bytes is None else memory_bytes / 1e9
 
 

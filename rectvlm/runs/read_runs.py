@@ -148,16 +148,15 @@ def task_loss(line: MetricsLine, task: str) -> Any:
     return (line.get("losses") or {}).get(task)
 
 
+def read_number(value: Any) -> float | None:
+    """Return a finite number as a float, and None for whatever else a damaged line holds."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
 def mean_finite(values: Sequence[Any]) -> float | None:
     """Return the mean of the finite numbers among some values; None where there is none."""
-    numbers = [float(value) for value in values if isinstance(value, int | float)]
-    finite_numbers = [number for number in numbers if math.isfinite(number)]
-    return sum(finite_numbers) / len(finite_numbers) if finite_numbers else None
-
-
-def finite_or_none(value: Any) -> float | None:
-    """Return a finite number as a float, and None for everything else."""
-    return mean_finite([value])
+    numbers = [number for number in map(read_number, values) if number is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def _step_seconds(line: MetricsLine) -> float:

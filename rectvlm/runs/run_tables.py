@@ -12,7 +12,7 @@ from rich.text import Text
 from rectvlm.runs.read_runs import (
     TrainingRun,
     compute_throughput,
-    finite_or_none,
+    read_number,
 )
 from rectvlm.runs.run_files import CURVES_FILE
 from rectvlm.types import JsonObject, UserError
@@ -203,7 +203,7 @@ def _collect_results(runs: Sequence[TrainingRun]) -> Rows:
     for name in ("samples_per_second", "tokens_per_second", "data_wait", "mfu"):
         title = name.replace("_per_second", "/s").replace("_", " ")
         rows[title] = [throughput[name] for throughput in throughputs]
-    memory_bytes = [finite_or_none(run.peak_memory_bytes) for run in runs]
+    memory_bytes = [read_number(run.peak_memory_bytes) for run in runs]
     rows["peak memory, GB"] = [size / 1e9 if size else None for size in memory_bytes]
     rows["hours of steps"] = [run.training_seconds / 3600 for run in runs]
     return rows
@@ -223,7 +223,7 @@ def list_validation_metrics(runs: Sequence[TrainingRun]) -> list[str]:
     for run in runs:
         for line in run.validation_lines:
             for name, value in (line.get("metrics") or {}).items():
-                if finite_or_none(value) is not None:
+                if read_number(value) is not None:
                     metrics[name] = None
     return list(metrics)
 
@@ -232,7 +232,7 @@ def read_validation_curve(run: TrainingRun, metric: str) -> list[tuple[int, floa
     """Read steps and values of a validation metric."""
     points: list[tuple[int, float]] = []
     for line in run.validation_lines:
-        value = finite_or_none((line.get("metrics") or {}).get(metric))
+        value = read_number((line.get("metrics") or {}).get(metric))
         if value is not None:
             points.append((line["step"], value))
     return points

@@ -96,7 +96,7 @@ def _write_rank_files(
                 world_size=engine.world_size,
                 versions=run_checkpoint.package_versions(),
                 stage=phase.stage,
-                bad_in_a_row=position.bad_in_a_row,
+                bad_in_a_row=position.skipped_in_a_row,
             )
             files += run_checkpoint.write_checkpoint(work, tensors, config, state)
         return {
