@@ -2,12 +2,13 @@
 
     python -m benchmarks.attention [--sides 8 16] [--heads 12] [--rounds 3] [--dtype float32]
 
-One attention of 16 slices of side × side patches, 12 heads of 64 channels and 20 region tokens, forward and backward to
-all inputs and to the learned slice bias. Ways: plain attention without the biases (what they cost is the difference),
-the folded form of `rectvlm/models/attention.py`, a dense mask given to the fused call, the formula written out with its
-N × N matrices as published code has it, and on a GPU the kernels of cuDNN, which need no padded values, and
-FlexAttention. On a CPU each measurement is a process of its own, whose memory is the growth of its resident peak.
-Results go to benchmarks/results/attention-MACHINE-DATE.json and .md.
+One attention of 16 slices of side × side patches, 12 heads of 64 channels and 20 region tokens runs
+forward and backward, to all inputs and to the learned slice bias. The ways to compute it are plain
+attention without the biases (the difference is their cost), the folded form of
+`rectvlm/models/attention.py`, a dense mask given to the fused call, the formula written out with
+its N × N matrices as published code has it, and on a GPU the kernels of cuDNN, which need no padded
+values, and FlexAttention. On a CPU each measurement is a process of its own, whose memory is the
+growth of its resident peak. Results go to benchmarks/results/attention-MACHINE-DATE.json and .md.
 """
 
 import argparse
@@ -18,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,21 +27,24 @@ from torch import Tensor
 
 from benchmarks.publishing import (
     CHECKOUT,
-    RESULTS_FOLDER,
     make_page_header,
+    make_parser,
+    make_table,
     positive_int,
     publish_result,
     quiet_main,
 )
+from benchmarks.timing import synchronized_time
 from rectvlm.labels import N_REGIONS
 from rectvlm.models.attention import SliceRegionAttention
 from rectvlm.train.engine.peak_memory import peak_memory_bytes, reset_peak_memory
+from rectvlm.types import JsonObject
 
 SLICES, CHANNELS = 16, 64
 METHODS = ("plain", "folded", "dense mask", "formula")
 GPU_METHODS = (*METHODS, "plain cudnn", "folded cudnn", "folded narrow", "flex")
 MAX_SECONDS_PER_METHOD = 2.0
-"""Seconds that the rounds of one way may take on a GPU, but for the first."""
+"""Seconds of all rounds of one way on a GPU, without the first, at most."""
 _METHOD_LABELS = {
     "plain": "plain, no biases",
     "folded": "folded (ours)",
@@ -63,34 +66,26 @@ class AttentionInputs:
         self.module = SliceRegionAttention(heads * CHANNELS, heads, SLICES).to(device, dtype)
         torch.nn.init.normal_(self.module.slice_bias)
 
-        def leaf(*shape: int) -> Tensor:
-            return torch.randn(1, heads, *shape, dtype=dtype, device=device).requires_grad_()
+        def random_leaf(rows: int) -> Tensor:
+            leaf = torch.randn(1, heads, rows, CHANNELS, dtype=dtype, device=device)
+            return leaf.requires_grad_()
 
         keys = 1 + self.patch_count + N_REGIONS
-        self.q, self.k, self.v = (
-            leaf(1 + self.patch_count, CHANNELS),
-            leaf(keys, CHANNELS),
-            leaf(keys, CHANNELS),
-        )
+        self.q = random_leaf(1 + self.patch_count)
+        self.k, self.v = random_leaf(keys), random_leaf(keys)
         self.slice_index = torch.arange(SLICES, device=device).repeat_interleave(side * side)
-        self.log_prior = torch.randn(
-            1, self.patch_count, N_REGIONS, dtype=dtype, device=device
-        ).log_softmax(-1)
+        prior = torch.randn(1, self.patch_count, N_REGIONS, dtype=dtype, device=device)
+        self.log_prior = prior.log_softmax(-1)
 
     def dense_mask(self) -> Tensor:
-        """(1, H, 1 + N, 1 + N + R): both biases, dense."""
+        """Make both biases as a dense mask (1, H, 1 + N, 1 + N + R)."""
         distance = self.slice_index[:, None] - self.slice_index[None] + SLICES - 1
-        patches = torch.cat(
-            [
-                self.module.slice_bias[:, distance],
-                self.log_prior.expand(self.module.heads, -1, -1).to(self.module.slice_bias.dtype),
-            ],
-            dim=-1,
-        )
-        return F.pad(patches, (1, 0, 1, 0))[None]
+        slice_bias = self.module.slice_bias[:, distance]
+        region_prior = self.log_prior.expand(self.module.heads, -1, -1).to(slice_bias.dtype)
+        return F.pad(torch.cat([slice_bias, region_prior], dim=-1), (1, 0, 1, 0))[None]
 
     def attend(self, method: str) -> Tensor:
-        """(1, H, 1 + N, 64) by one of `WAYS`."""
+        """Compute the attention (1, H, 1 + N, 64) by one of `GPU_METHODS`."""
         if method == "plain":
             return F.scaled_dot_product_attention(self.q, self.k, self.v)
         if method == "folded":
@@ -120,172 +115,149 @@ class AttentionInputs:
     def _attend_flex(self) -> Tensor:
         from torch.nn.attention.flex_attention import flex_attention
 
-        n, bias, prior, slices = (
-            self.patch_count,
-            self.module.slice_bias,
-            self.log_prior,
-            self.slice_index,
-        )
+        patches, slices = self.patch_count, self.slice_index
+        slice_bias, log_prior = self.module.slice_bias, self.log_prior
 
-        def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            own, other = slices[(i - 1).clamp(min=0)], slices[(j - 1).clamp(0, n - 1)]
-            to_patch = bias[h, own - other + SLICES - 1]
-            to_region = prior[b, (i - 1).clamp(min=0), (j - 1 - n).clamp(min=0)]
-            added = torch.where(j == 0, 0.0, torch.where(j <= n, to_patch, to_region))
-            return value + torch.where(i == 0, 0.0, added)
+        def add_biases(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            query_slice = slices[(i - 1).clamp(min=0)]
+            key_slice = slices[(j - 1).clamp(0, patches - 1)]
+            to_patch = slice_bias[h, query_slice - key_slice + SLICES - 1]
+            to_region = log_prior[b, (i - 1).clamp(min=0), (j - 1 - patches).clamp(min=0)]
+            bias = torch.where(j == 0, 0.0, torch.where(j <= patches, to_patch, to_region))
+            return value + torch.where(i == 0, 0.0, bias)
 
         global _compiled_flex_attention
         _compiled_flex_attention = _compiled_flex_attention or torch.compile(flex_attention)
-        return _compiled_flex_attention(self.q, self.k, self.v, score_mod=score)
+        return _compiled_flex_attention(self.q, self.k, self.v, score_mod=add_biases)
 
 
 _compiled_flex_attention: Callable[..., Any] | None = None
 
 
-def time_step(example: AttentionInputs, method: str) -> float:
-    """Seconds of a forward and a backward pass."""
-    for tensor in (example.q, example.k, example.v, example.module.slice_bias):
+def time_step(inputs: AttentionInputs, method: str) -> float:
+    """Return the seconds of a forward and a backward pass."""
+    for tensor in (inputs.q, inputs.k, inputs.v, inputs.module.slice_bias):
         tensor.grad = None
-    _synchronize(example.q.device)
-    begin = time.perf_counter()
-    example.attend(method).square().sum().backward()
-    _synchronize(example.q.device)
-    return time.perf_counter() - begin
+    start_seconds = synchronized_time(inputs.q.device)
+    inputs.attend(method).square().sum().backward()
+    return synchronized_time(inputs.q.device) - start_seconds
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def measure_on_gpu(
-    side: int, heads: int, dtype: torch.dtype, rounds: int
-) -> dict[str, dict[str, Any]]:
-    """All ways; of one that fails, why."""
+def measure_on_gpu(side: int, heads: int, dtype: torch.dtype, rounds: int) -> dict[str, JsonObject]:
+    """Measure all ways; a way that fails has the reason instead."""
     device = torch.device("cuda")
-    found: dict[str, dict[str, Any]] = {}
-    for way in GPU_METHODS:
-        example = AttentionInputs(side, heads, dtype, device)
+    measurements: dict[str, JsonObject] = {}
+    for method in GPU_METHODS:
+        inputs = AttentionInputs(side, heads, dtype, device)
         try:
-            time_step(example, way)  # compiles, and sets libraries up
-            warm = time_step(example, way)
-            before = reset_peak_memory()
-            # What takes minutes is not worth all rounds.
-            seconds = [
-                time_step(example, way)
-                for _ in range(max(1, min(rounds, int(MAX_SECONDS_PER_METHOD / warm))))
-            ]
-            found[way] = {"seconds": seconds, "peak_bytes": peak_memory_bytes() - before}
+            measurements[method] = _measure_method_on_gpu(inputs, method, rounds)
         except torch.OutOfMemoryError:
-            found[way] = {"seconds": None, "peak_bytes": None, "why": "out of memory"}
+            measurements[method] = _describe_failure("out of memory")
         except RuntimeError as error:
-            found[way] = {
-                "seconds": None,
-                "peak_bytes": None,
-                "why": str(error).splitlines()[0][:80],
-            }
-        del example
+            measurements[method] = _describe_failure(str(error).splitlines()[0][:80])
+        del inputs
         torch.cuda.empty_cache()
-    return found
+    return measurements
+
+
+def _measure_method_on_gpu(inputs: AttentionInputs, method: str, rounds: int) -> JsonObject:
+    time_step(inputs, method)  # compiles, and sets libraries up
+    warm_seconds = time_step(inputs, method)
+    memory_before = reset_peak_memory()
+    # What takes minutes is not worth all rounds.
+    worthwhile_rounds = max(1, min(rounds, int(MAX_SECONDS_PER_METHOD / warm_seconds)))
+    seconds = [time_step(inputs, method) for _ in range(worthwhile_rounds)]
+    return {"seconds": seconds, "peak_bytes": peak_memory_bytes() - memory_before}
+
+
+def _describe_failure(reason: str) -> JsonObject:
+    return {"seconds": None, "peak_bytes": None, "why": reason}
 
 
 def measure_in_process(
     method: str, side: int, heads: int, dtype: torch.dtype, rounds: int
-) -> dict[str, Any]:
-    """One way on the CPU, in this process: seconds, and how much its resident peak grew."""
-    example = AttentionInputs(side, heads, dtype, torch.device("cpu"))
-    before = reset_peak_memory()
-    seconds = [time_step(example, method) for _ in range(rounds + 1)][1:]  # the first warms up
-    return {"seconds": seconds, "peak_bytes": peak_memory_bytes() - before}
+) -> JsonObject:
+    """Measure one way on the CPU in this process: seconds, and growth of its resident peak."""
+    inputs = AttentionInputs(side, heads, dtype, torch.device("cpu"))
+    memory_before = reset_peak_memory()
+    seconds = [time_step(inputs, method) for _ in range(rounds + 1)]
+    # The first step warms up.
+    return {"seconds": seconds[1:], "peak_bytes": peak_memory_bytes() - memory_before}
 
 
-def measure_on_cpu(side: int, heads: int, dtype: str, rounds: int) -> dict[str, dict[str, Any]]:
-    """All ways that are for CPUs too: FlexAttention's backward pass, for one, PyTorch has for GPUs only."""
-    found = {}
-    for way in METHODS:
-        arguments = [
-            "--sides",
-            str(side),
-            "--heads",
-            str(heads),
-            "--dtype",
-            dtype,
-            "--rounds",
-            str(rounds),
-        ]
-        command = [sys.executable, "-m", "benchmarks.attention", "--one", way, *arguments]
-        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
-        found[way] = json.loads(done.stdout)
-    return found
+def measure_on_cpu(side: int, heads: int, dtype: str, rounds: int) -> dict[str, JsonObject]:
+    """Measure all ways that run on a CPU, each in a process of its own.
+
+    PyTorch has FlexAttention's backward pass for GPUs only.
+    """
+    measurements: dict[str, JsonObject] = {}
+    size = ("--sides", str(side), "--heads", str(heads))
+    settings = ("--dtype", dtype, "--rounds", str(rounds))
+    for method in METHODS:
+        module = (sys.executable, "-m", "benchmarks.attention")
+        command = [*module, "--one", method, *size, *settings]
+        process = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+        measurements[method] = json.loads(process.stdout)
+    return measurements
 
 
-def to_markdown(result: dict[str, Any]) -> str:
-    """The result as a page."""
-    lines = [
-        make_page_header(
-            "Attention with slice bias and region prior", "python -m benchmarks.attention", result
-        ),
-        f"{result['heads']} heads of {CHANNELS} channels, {result['dtype']}, {SLICES} slices; forward and backward, "
-        f"median of up to {result['rounds']}; memory beyond the inputs.\n\n"
-        "| patches | way | seconds | times plain | GB |\n"
-        "|---|---|---|---|---|\n",
-    ]
-    for row in result["rows"]:
-        plain = statistics.median(row["ways"]["plain"]["seconds"] or [math.nan])
-        for way, one in row["ways"].items():
-            if one["seconds"] is None:
-                lines.append(f"| {row['patches']} | {_METHOD_LABELS[way]} | {one['why']} | | |\n")
+def to_markdown(result: JsonObject) -> str:
+    """Write the result as a page."""
+    script = "python -m benchmarks.attention"
+    rows: list[list[str]] = []
+    for size_row in result["rows"]:
+        patches, measurements = str(size_row["patches"]), size_row["ways"]
+        plain_seconds = statistics.median(measurements["plain"]["seconds"] or [math.nan])
+        for method, measurement in measurements.items():
+            label = _METHOD_LABELS[method]
+            if measurement["seconds"] is None:
+                rows.append([patches, label, measurement["why"], "", ""])
                 continue
-            seconds = statistics.median(one["seconds"])
-            lines.append(
-                f"| {row['patches']} | {_METHOD_LABELS[way]} | {seconds:.4f} | {seconds / plain:.2f} "
-                f"| {one['peak_bytes'] / 1e9:.2f} |\n"
-            )
-    return "".join(lines)
+            seconds = statistics.median(measurement["seconds"])
+            peak_gb = measurement["peak_bytes"] / 1e9
+            figures = [f"{seconds:.4f}", f"{seconds / plain_seconds:.2f}", f"{peak_gb:.2f}"]
+            rows.append([patches, label, *figures])
+    return (
+        make_page_header("Attention with slice bias and region prior", script, result)
+        + f"{result['heads']} heads of {CHANNELS} channels, {result['dtype']}, {SLICES} slices; "
+        f"forward and backward, median of up to {result['rounds']}; memory beyond the inputs.\n\n"
+        + make_table(["patches", "way", "seconds", "times plain", "GB"], rows)
+    )
 
 
 @quiet_main
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line; return the exit status."""
     options = _parse_arguments(arguments)
+    heads, rounds = options.heads, options.rounds
     dtype = getattr(torch, options.dtype)
     if options.one:
-        sys.stdout.write(
-            json.dumps(
-                measure_in_process(
-                    options.one, options.sides[0], options.heads, dtype, options.rounds
-                )
-            )
-        )
+        measurement = measure_in_process(options.one, options.sides[0], heads, dtype, rounds)
+        sys.stdout.write(json.dumps(measurement))
         return 0
-    begin = time.monotonic()
-    gpu = torch.cuda.is_available()
-    rows = [
-        {
-            "patches": SLICES * side * side,
-            "ways": measure_on_gpu(side, options.heads, dtype, options.rounds)
-            if gpu
-            else measure_on_cpu(side, options.heads, options.dtype, options.rounds),
-        }
-        for side in options.sides
-    ]
+    start_seconds = time.monotonic()
+    rows: list[JsonObject] = []
+    for side in options.sides:
+        if torch.cuda.is_available():
+            measurements = measure_on_gpu(side, heads, dtype, rounds)
+        else:
+            measurements = measure_on_cpu(side, heads, options.dtype, rounds)
+        rows.append({"patches": SLICES * side * side, "ways": measurements})
     facts = {
         "versions": {"torch": torch.__version__},
-        "heads": options.heads,
+        "heads": heads,
         "dtype": options.dtype,
-        "rounds": options.rounds,
+        "rounds": rounds,
         "rows": rows,
     }
-    publish_result(options.out, "attention", begin, facts, to_markdown)
+    publish_result(options.out, "attention", start_seconds, facts, to_markdown)
     return 0
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.attention", description=(__doc__ or "").split("\n")[0]
-    )
-    sides = [16, 24, 32] if gpu else [8, 12, 16]
+    has_gpu = torch.cuda.is_available()
+    parser = make_parser("attention", "Attention with slice bias and region prior, several ways.")
+    sides = [16, 24, 32] if has_gpu else [8, 12, 16]
     parser.add_argument(
         "--sides",
         type=positive_int,
@@ -295,12 +267,11 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--heads", type=positive_int, default=12)
     parser.add_argument(
-        "--rounds", type=positive_int, default=10 if gpu else 3, help="measurements of each way"
+        "--rounds", type=positive_int, default=10 if has_gpu else 3, help="measurements of each way"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="bfloat16" if gpu else "float32"
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16" if has_gpu else "float32"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS_FOLDER, metavar="DIR")
     parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

@@ -1,32 +1,33 @@
-"""What the trainer costs beside the model: its whole loop against a bare PyTorch loop, step by step.
+"""What the trainer costs beside the model: its loop against a bare PyTorch loop, step by step.
 
-    python -m benchmarks.overhead [--size demo] [--phases 1 2] [--micro-batch 1 8] [--steps 20] [--warmup 3] [--out DIR]
+    python -m benchmarks.overhead [--size demo] [--phases 1 2] [--micro-batch 1 8] [--steps 20]
+        [--warmup 3] [--out DIR]
 
-One process trains the same model twice, side by side, on the same batches, which lie in memory. Before every step of
-the trainer a step of each of the others is taken and timed, in turn, with the same random draws, so that whatever else
-the machine does meets all of them alike:
+One process trains the same model twice, side by side, on the same batches, which lie in memory.
+Before every step of the trainer a bare step and a step of the engine are taken and timed, in turn,
+with the same random draws, so that whatever else the machine does meets all of them alike:
 
-bare      PyTorch alone: augment, forward, losses, backward, clip, AdamW on 32-bit copies of the bfloat16 weights. No
-          DeepSpeed, nothing recorded.
+bare      PyTorch alone: augment, forward, losses, backward, clip, AdamW on 32-bit copies of the
+          bfloat16 weights. No DeepSpeed, nothing recorded.
 engine    the trainer's engine alone: the same, with DeepSpeed's forward, backward and step.
-trainer   all that `rectvlm.train.loop.train` does from one batch to the next: learning rates, seeds, the guard against
-          bad steps, agreeing with other ranks, the clock of each part, memory, metrics.jsonl, the trace, the watchdog.
+trainer   all that `rectvlm.train.loop.run_training_loop` does from one batch to the next: learning
+          rates, seeds, the guard against bad steps, agreeing with other ranks, the clock of each
+          part, memory, metrics.jsonl, the trace, the watchdog.
 
-Checkpoints and validation are not part of a step and take none. Results go to benchmarks/results/overhead-….
+Checkpoints and validation are not part of a step and take none. Results go to
+benchmarks/results/overhead-MACHINE-DATE.json and .md.
 """
 
 import argparse
 import contextlib
 import io
 import itertools
-import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,41 +36,61 @@ import torch
 
 from benchmarks.publishing import (
     CHECKOUT,
-    RESULTS_FOLDER,
     make_page_header,
+    make_parser,
+    make_table,
     positive_int,
+    prepare_engine_environment,
     publish_result,
     quiet_main,
 )
 from benchmarks.report_step import MasterWeightAdamW
+from benchmarks.timing import run_in_new_process, synchronize
 from benchmarks.train_step import make_phantom_shards
-from rectvlm.types import Batch
+from rectvlm.config import Config
+from rectvlm.types import Batch, JsonObject
 
 BATCH_COUNT = 4
 MAX_OVERHEAD_SHARE = 0.03
 """Share of a step that the trainer may cost."""
+LOOPS = ("bare", "engine", "trainer")
+
+
+@dataclass(frozen=True)
+class OverheadSettings:
+    """What is measured."""
+
+    size: str
+    """Name of the configuration."""
+    phase: int
+    micro_batch: int
+    steps: int
+    """Number of steps that count."""
+    warmup: int
+    """Number of steps before them."""
 
 
 class InterleavedBatches:
-    """Batches for the trainer, and a step of each of the others before every one of them.
-
-    `seed` takes the number of a step, from 0, and has the others draw what the trainer will draw in it: an elastic
-    deformation that one of them alone computes would count as its overhead.
-    """
+    """Batches for the trainer, with a step of each other loop before every one of them."""
 
     def __init__(
         self,
         batches: Sequence[Batch],
-        other_steps: dict[str, Callable[[Batch], None]],
+        other_steps: Mapping[str, Callable[[Batch], None]],
         device: torch.device,
         seed_step: Callable[[int], None],
     ) -> None:
-        self.batches, self.other_steps, self.device, self.seed_step = (
-            batches,
-            other_steps,
-            device,
-            seed_step,
-        )
+        """Start with no step timed.
+
+        Args:
+            batches: the batches, which are repeated.
+            other_steps: a step of each other loop, by its name.
+            device: the device of the steps.
+            seed_step: seeds a step by its number, from 0, as the trainer will seed it: an elastic
+                deformation that one loop alone computes would count as its overhead.
+        """
+        self.batches, self.other_steps = batches, other_steps
+        self.device, self.seed_step = device, seed_step
         self.seconds: dict[str, list[float]] = {name: [] for name in (*other_steps, "trainer")}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -79,28 +100,20 @@ class InterleavedBatches:
                 self.seed_step(number)
                 step = partial(self.other_steps[name], batch)
                 self.seconds[name].append(self._time_step(step))
-            begin = time.perf_counter()
+            start_seconds = time.perf_counter()
             yield batch
-            self._synchronize()
-            self.seconds["trainer"].append(time.perf_counter() - begin)
+            synchronize(self.device)
+            self.seconds["trainer"].append(time.perf_counter() - start_seconds)
 
     def _time_step(self, step: Callable[[], None]) -> float:
-        begin = time.perf_counter()
+        start_seconds = time.perf_counter()
         step()
-        self._synchronize()
-        return time.perf_counter() - begin
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
+        return time.perf_counter() - start_seconds
 
 
-def measure_overhead(
-    size: str, number: int, micro_batch: int, steps: int, warmup: int, work: Path
-) -> dict[str, Any]:
-    """Figures of one phase at a number of cases a step, with random weights: what they are changes nothing in what is
-    computed."""
-    from rectvlm.config import load_config
+def measure_overhead(settings: OverheadSettings, work: Path) -> JsonObject:
+    """Measure one phase with random weights, whose values change nothing in what is computed."""
     from rectvlm.data.augment import augment_batch
     from rectvlm.data.loader import build_train_loader
     from rectvlm.train.engine.engine import Engine
@@ -112,164 +125,147 @@ def measure_overhead(
     from rectvlm.train.recovery.signals import StopSignals
     from rectvlm.train.run import build_model
 
-    shards, phase = work / "shards", PHASES[number]
-    # One step more: the trainer's time of a step ends when it asks for the next batch.
-    count, key = warmup + steps + 1, f"train.phases.phase{number}"
-    chosen = {"steps": count, "micro_batch": micro_batch, "accumulation": 1, "save_every": 10**9}
-    short = [f"{key}.{name}={value}" for name, value in chosen.items()]
-    quiet = [f"{key}.validation.every=0", f"{key}.ema=0", "train.limits.max_bad_steps=1000000"]
-    config = load_config(
-        size,
-        [f"data.shards={shards}", f"train.runs={work / 'runs'}", "data.workers=0", *short, *quiet],
-    )
-    settings, folder = phase.get_settings(config), work / "runs" / phase.key
+    config, phase = _load_config(settings, work), PHASES[settings.phase]
+    phase_settings, folder = phase.get_settings(config), work / "runs" / phase.key
     folder.mkdir(parents=True)
+    clipping, seed = config.train.gradient_clipping, config.train.seed
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints which op it has built
-        engine = Engine(
-            CHECKOUT / "ds_configs" / f"phase{number}.json",
-            settings,
-            config.train.gradient_clipping,
-            folder,
-        )
-    batches = list(
-        itertools.islice(
-            build_train_loader(config.data, settings.micro_batch, 0, 1, config.train.seed),
-            BATCH_COUNT,
-        )
-    )
+        ds_config = CHECKOUT / "ds_configs" / f"phase{settings.phase}.json"
+        engine = Engine(ds_config, phase_settings, clipping, folder)
+    loader = build_train_loader(config.data, settings.micro_batch, 0, 1, seed)
+    batches = list(itertools.islice(loader, BATCH_COUNT))
 
-    plain = build_model(phase, config, None, engine)
-    freeze_all_but(plain, settings.lr)
-    plain.to(engine.device, torch.bfloat16).train()
-    masters = MasterWeightAdamW(
-        [p for p in plain.parameters() if p.requires_grad], config.train.gradient_clipping
-    )
+    bare_model = build_model(phase, config, None, engine)
+    freeze_all_but(bare_model, phase_settings.lr)
+    bare_model.to(engine.device, torch.bfloat16).train()
+    trainable = [parameter for parameter in bare_model.parameters() if parameter.requires_grad]
+    bare_optimizer = MasterWeightAdamW(trainable, clipping)
     model = build_model(phase, config, None, engine)
-    freeze_all_but(model, settings.lr)
-    engine.prepare(model, build_optimizer(model, config.train, settings))
+    freeze_all_but(model, phase_settings.lr)
+    engine.prepare(model, build_optimizer(model, config.train, phase_settings))
 
-    def loss_of(module: Any, batch: Batch) -> torch.Tensor:
+    def compute_loss(module: Any, batch: Batch) -> torch.Tensor:
         batch = augment_batch(batch.to(engine.device), config.data.augment)
-        return combine_losses(
-            compute_losses(
-                module(batch), batch, phase.tasks, config.train.localization_loss_weights
-            ),
-            config.train.loss_weights,
-        )
+        localization_weights = config.train.localization_loss_weights
+        losses = compute_losses(module(batch), batch, phase.tasks, localization_weights)
+        return combine_losses(losses, config.train.loss_weights)
 
-    def bare(batch: Batch) -> None:
-        loss_of(plain, batch).backward()
-        masters.step()
+    def run_bare_step(batch: Batch) -> None:
+        compute_loss(bare_model, batch).backward()
+        bare_optimizer.step()
 
-    def alone(batch: Batch) -> None:
-        engine.backward(loss_of(engine.model, batch))
+    def run_engine_step(batch: Batch) -> None:
+        engine.backward(compute_loss(engine.model, batch))
         engine.step()
 
-    def seed(step: int) -> None:
-        seed_micro_batch(config.train.seed, step * micro_batch)
+    def seed_step(step: int) -> None:
+        seed_micro_batch(seed, step * settings.micro_batch)
 
-    together = InterleavedBatches(batches, {"bare": bare, "engine": alone}, engine.device, seed)
+    other_steps = {"bare": run_bare_step, "engine": run_engine_step}
+    interleaved = InterleavedBatches(batches, other_steps, engine.device, seed_step)
+    start = TrainingPosition(0, 0)
     with StopSignals() as signals:
-        run_training_loop(
-            engine, together, phase, config, folder, [], TrainingPosition(0, 0), signals
-        )
+        run_training_loop(engine, interleaved, phase, config, folder, [], start, signals)
     engine.close()
-    kept = {name: times[warmup : warmup + steps] for name, times in together.seconds.items()}
-    return {"size": size, "phase": number, "micro_batch": micro_batch} | compare_step_times(kept)
+    counted = slice(settings.warmup, settings.warmup + settings.steps)
+    seconds = {name: times[counted] for name, times in interleaved.seconds.items()}
+    row = {"size": settings.size, "phase": settings.phase, "micro_batch": settings.micro_batch}
+    return row | compare_step_times(seconds)
 
 
-def compare_step_times(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians, and by how much the trainer's step is longer than those taken just before it: the median of the steps'
-    own shares, so that a slow moment of the machine counts on both sides."""
-    found: dict[str, Any] = {"steps": len(seconds["trainer"]), "seconds": {}, "overhead": {}}
+def _load_config(settings: OverheadSettings, work: Path) -> Config:
+    """Load the configuration of a phase that neither saves nor validates."""
+    from rectvlm.config import load_config
+
+    key = f"train.phases.phase{settings.phase}"
+    changes: dict[str, object] = {
+        "data.shards": work / "shards",
+        "train.runs": work / "runs",
+        "data.workers": 0,
+        # One step more: the trainer's time of a step ends when it asks for the next batch.
+        f"{key}.steps": settings.warmup + settings.steps + 1,
+        f"{key}.micro_batch": settings.micro_batch,
+        f"{key}.accumulation": 1,
+        f"{key}.save_every": 10**9,
+        f"{key}.validation.every": 0,
+        f"{key}.ema_decay": 0,
+        "train.limits.max_bad_steps": 1_000_000,
+    }
+    return load_config(settings.size, [f"{name}={value}" for name, value in changes.items()])
+
+
+def compare_step_times(seconds: dict[str, list[float]]) -> JsonObject:
+    """Compute medians, and by how much the trainer's step is longer than those just before it.
+
+    That is the median of the steps' own shares, so that a slow moment of the machine counts on both
+    sides.
+    """
+    trainer_seconds = seconds["trainer"]
+    overheads: dict[str, JsonObject] = {}
     for name, times in seconds.items():
-        found["seconds"][name] = statistics.median(times)
-        if name != "trainer":
-            shares = [
-                mine / theirs - 1 for mine, theirs in zip(seconds["trainer"], times, strict=True)
-            ]
-            found["overhead"][name] = {
-                "median": statistics.median(shares),
-                "quartiles": statistics.quantiles(shares, n=4)[::2]
-                if len(shares) > 1
-                else [shares[0]] * 2,
-            }
-    return found
+        if name == "trainer":
+            continue
+        pairs = zip(trainer_seconds, times, strict=True)
+        shares = [trainer_time / time - 1 for trainer_time, time in pairs]
+        quartiles = [shares[0], shares[0]]
+        if len(shares) > 1:
+            quartiles = statistics.quantiles(shares, n=4)[::2]
+        overheads[name] = {"median": statistics.median(shares), "quartiles": quartiles}
+    return {
+        "steps": len(trainer_seconds),
+        "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "overhead": overheads,
+    }
 
 
-def to_markdown(result: dict[str, Any]) -> str:
-    """The result as a page."""
-    head = make_page_header("Trainer overhead", "python -m benchmarks.overhead", result)
-    head += (
-        "Seconds of a step (medians), and by how much the trainer's is longer than the step of the other that was "
-        "taken just before it (median over the steps, quartiles in brackets). `bare` is PyTorch alone, `engine` adds "
-        f"DeepSpeed, `trainer` is the whole loop. At most {MAX_OVERHEAD_SHARE:.0%} against `bare` is what is asked for.\n\n"
-    )
-    columns = [
-        "size",
-        "phase",
-        "micro-batch",
-        "steps",
-        "bare",
-        "engine",
-        "trainer",
-        "against bare",
-        "against engine",
-    ]
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+def to_markdown(result: JsonObject) -> str:
+    """Write the result as a page."""
+    columns = ["size", "phase", "micro-batch", "steps", *LOOPS, "against bare", "against engine"]
+    rows: list[list[str]] = []
     for row in result["rows"]:
-        seconds = " | ".join(
-            f"{row['seconds'][name]:.4f}" for name in ("bare", "engine", "trainer")
-        )
-        shares = " | ".join(
-            f"{row['overhead'][name]['median']:+.1%} ({row['overhead'][name]['quartiles'][0]:+.1%} to "
-            f"{row['overhead'][name]['quartiles'][1]:+.1%})"
-            for name in ("bare", "engine")
-        )
-        what = f"{row['size']} | {row['phase']} | {row['micro_batch']} | {row['steps']}"
-        lines.append(f"| {what} | {seconds} | {shares} |")
-    return head + "\n".join(lines) + "\n"
+        cells = [str(row[name]) for name in ("size", "phase", "micro_batch", "steps")]
+        cells += [f"{row['seconds'][name]:.4f}" for name in LOOPS]
+        for name in ("bare", "engine"):
+            overhead = row["overhead"][name]
+            low, high = overhead["quartiles"]
+            cells.append(f"{overhead['median']:+.1%} ({low:+.1%} to {high:+.1%})")
+        rows.append(cells)
+    return (
+        make_page_header("Trainer overhead", "python -m benchmarks.overhead", result)
+        + "Seconds of a step (medians), and by how much the trainer's is longer than the step of "
+        "the other loop that was taken just before it (median over the steps, quartiles in "
+        "brackets). `bare` is PyTorch alone, `engine` adds DeepSpeed, `trainer` is the complete "
+        f"loop. At most {MAX_OVERHEAD_SHARE:.0%} against `bare` is what is asked for.\n\n"
+        + make_table(columns, rows)
+    )
 
 
 @quiet_main
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line; return the exit status."""
     options = _parse_arguments(arguments)
-    os.environ.setdefault("RECTVLM_TRACKERS", "none")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    prepare_engine_environment()
     from rectvlm.checkpoint import run_checkpoint
 
-    begin = time.monotonic()
-    rows = []
-    for number, micro_batch in itertools.product(options.phases, options.micro_batch):
+    start_seconds = time.monotonic()
+    rows: list[JsonObject] = []
+    for phase, micro_batch in itertools.product(options.phases, options.micro_batch):
+        settings = OverheadSettings(options.size, phase, micro_batch, options.steps, options.warmup)
         with tempfile.TemporaryDirectory(prefix="rectvlm-bench-") as work:
             make_phantom_shards(options.size, Path(work) / "shards")
             # A process holds one engine in its life.
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                what = (
-                    options.size,
-                    number,
-                    micro_batch,
-                    options.steps,
-                    options.warmup,
-                    Path(work),
-                )
-                rows.append(fresh.submit(measure_overhead, *what).result())
+            rows.append(run_in_new_process(measure_overhead, settings, Path(work)))
     facts = {
         "versions": run_checkpoint.package_versions(),
         "threads": torch.get_num_threads(),
         "rows": rows,
     }
-    publish_result(options.out, "overhead", begin, facts, to_markdown)
+    publish_result(options.out, "overhead", start_seconds, facts, to_markdown)
     return 0
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.overhead",
-        description="The trainer's loop against a bare PyTorch loop.",
-    )
+    parser = make_parser("overhead", "The trainer's loop against a bare PyTorch loop.")
     parser.add_argument("--size", default="demo", help="name of a configuration (default demo)")
     parser.add_argument(
         "--phases", type=int, nargs="+", choices=(1, 2), default=[1, 2], metavar="N"
@@ -288,7 +284,6 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--warmup", type=positive_int, default=3, help="steps before them (default 3)"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS_FOLDER, metavar="DIR")
     return parser.parse_args(arguments)
 
 

@@ -1,14 +1,16 @@
-"""How fast a CT file becomes a sample, against the bare work that it holds and against CT-CLIP's published recipe.
+"""How fast a CT file becomes a sample, against its bare work and against CT-CLIP's recipe.
 
     python -m benchmarks.preprocess [--volumes 2] [--rounds 5] [--cases 10] [--slices 300]
 
-All ways take the same 512 × 512 volumes (`.nii.gz`, int16) to the grid of 64 × 512 × 512 voxels of 5 × 0.75 × 0.75 mm,
-in one process pinned to one core, in turns, so that a slow minute of the machine meets all of them. The volumes are the
-demo's two real CTs, interpolated to thin slices, with noise. Then the pipeline itself makes shards of copies with one
-worker and with two. Results go to benchmarks/results/preprocess-MACHINE-DATE.json and .md.
+All ways take the same 512 × 512 volumes (`.nii.gz`, int16) to the grid of 64 × 512 × 512 voxels of
+5 × 0.75 × 0.75 mm, in one process pinned to one core, in turns, so that a slow minute of the
+machine meets all of them. The volumes are the demo's two real CTs, interpolated to thin slices,
+with noise. Then the pipeline itself makes shards of copies with one worker and with two. Results go
+to benchmarks/results/preprocess-MACHINE-DATE.json and .md.
 """
 
 import argparse
+import contextlib
 import gzip
 import os
 import shutil
@@ -33,8 +35,9 @@ from scipy import ndimage
 
 from benchmarks.publishing import (
     CHECKOUT,
-    RESULTS_FOLDER,
     make_page_header,
+    make_parser,
+    make_table,
     positive_int,
     publish_result,
     quiet_main,
@@ -46,18 +49,20 @@ from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.sample import encode_sample, preprocessing_versions
 from rectvlm.data.volume import read_volume
 from rectvlm.data.volume_codec import encode_volume
+from rectvlm.types import JsonObject
 
 GRID, SPACING = (64, 512, 512), (5.0, 0.75, 0.75)
 WORKER_COUNTS = (1, 2)
+BARE_STEPS = ("decompression", "resampling", "encoding")
 _POLL_SECONDS = 0.05
 
 
 def make_volumes(folder: Path, count: int, slices: int) -> list[Path]:
-    """CTs of 512 × 512 × `slices` voxels: a real one on thin slices, with the noise that thin slices have."""
+    """Write CTs of 512 × 512 × `slices` voxels: real ones on thin slices, with their noise."""
     folder.mkdir(parents=True, exist_ok=True)
     samples = CHECKOUT / "data" / "samples"
     fetch_sample_cts(samples)
-    paths = []
+    paths: list[Path] = []
     for number in range(count):
         image = nib.nifti1.load(SAMPLE_CTS[number % len(SAMPLE_CTS)].volume_path(samples))
         thick = np.asanyarray(image.dataobj)
@@ -67,44 +72,41 @@ def make_volumes(folder: Path, count: int, slices: int) -> list[Path]:
         affine = image.affine.copy()
         affine[:3, 2] /= factor
         path = folder / f"ct_{number}.nii.gz"
-        nib.save(
-            nib.Nifti1Image(np.clip(np.rint(thin), -1024, 3071).astype(np.int16), affine), path
-        )
+        hu = np.clip(np.rint(thin), -1024, 3071).astype(np.int16)
+        nib.save(nib.Nifti1Image(hu, affine), path)
         paths.append(path)
     return paths
 
 
 def load_ct(path: Path) -> CaseData:
-    """A case of a CT and nothing else."""
+    """Load a case of a CT and nothing else."""
     return CaseData(volume=read_volume(path))
 
 
+def name_case(path: Path, patient: str, load: Callable[[], CaseData]) -> Case:
+    """Make a training case of a CT file, with the file's name as its key."""
+    key = path.name.partition(".")[0]
+    return Case(key, "train", patient, path.name, load, file_identity(path))
+
+
 def run_pipeline(path: Path) -> bytes:
-    """A file to the members of a sample, as the pipeline does it."""
-    case = Case(
-        path.name.partition(".")[0],
-        "train",
-        "patient",
-        path.name,
-        partial(load_ct, path),
-        file_identity(path),
-    )
+    """Turn a file into the members of a sample, as the pipeline does it."""
+    case = name_case(path, "patient", partial(load_ct, path))
     return b"".join(encode_sample(case_to_sample(case, GRID, SPACING)).values())
 
 
 def run_ct_clip_recipe(path: Path, slope: float = 1.0, intercept: float = 0.0) -> torch.Tensor:
-    """CT-CLIP's recipe, to our grid instead of its own: float64 from the file to the trilinear resampling.
+    """Follow CT-CLIP's recipe, in float64 from the file to the trilinear resampling.
 
-    After what its public code does with a volume of CT-RATE: rescale, clip to ±1000 HU, resample to the spacing,
-    divide by 1000, crop or pad around the centre.
+    As its public code does with a volume of CT-RATE, but to our grid: rescale, clip to ±1000 HU,
+    resample to the spacing, divide by 1000, crop or pad around the centre.
     """
     image = nib.nifti1.load(path)
     hu = np.clip(slope * image.get_fdata() + intercept, -1000, 1000)
     native = np.linalg.norm(image.affine[:3, :3], axis=0)[::-1]
     voxels = torch.tensor(hu.transpose(2, 1, 0))[None, None]
-    shape = [
-        int(n * old / new) for n, old, new in zip(voxels.shape[2:], native, SPACING, strict=True)
-    ]
+    sides = zip(voxels.shape[2:], native, SPACING, strict=True)
+    shape = [int(size * old / new) for size, old, new in sides]
     resized = F.interpolate(voxels, size=shape, mode="trilinear", align_corners=False)[0, 0].numpy()
     values = torch.tensor((resized / 1000).astype(np.float32))
     pads: list[int] = []
@@ -115,7 +117,7 @@ def run_ct_clip_recipe(path: Path, slope: float = 1.0, intercept: float = 0.0) -
 
 
 def measure_one_core(paths: Sequence[Path], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of every way, one number for each volume and round."""
+    """Measure the CPU seconds of every way, one number for each volume and round."""
     torch.set_num_threads(1)
     files = {path: path.read_bytes() for path in paths}
     grids: dict[Path, tuple[NDArray[np.int16], Any, Any, NDArray[np.int16]]] = {}
@@ -123,201 +125,175 @@ def measure_one_core(paths: Sequence[Path], rounds: int) -> dict[str, list[float
         volume = read_volume(path)
         hu, _ = to_hu(volume)
         target = canonical_affine(volume.affine, hu.shape, hu, GRID, SPACING)
-        grids[path] = (
-            hu,
-            volume.affine,
-            target,
-            resample_to_grid(hu, volume.affine, target, GRID, "ct"),
-        )
+        resampled = resample_to_grid(hu, volume.affine, target, GRID, "ct")
+        grids[path] = (hu, volume.affine, target, resampled)
     ways: dict[str, Callable[[Path], Any]] = {
         "the pipeline": run_pipeline,
         "bare decompression": lambda path: deflate.gzip_decompress(files[path]),
         "bare resampling": lambda path: resample_to_grid(*grids[path][:3], GRID, "ct"),
         "bare encoding": lambda path: encode_volume(grids[path][3]),
         "CT-CLIP's recipe": run_ct_clip_recipe,
-        **{
-            f"decompression by {name}": partial(_apply_to_file, call, files)
-            for name, call in find_decompressors().items()
-        },
     }
+    for name, decompress in find_decompressors().items():
+        ways[f"decompression by {name}"] = partial(_apply_to_file, decompress, files)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for path in paths:
-            for name, way in ways.items():
-                begin = time.process_time()
-                way(path)
+            for name, run_way in ways.items():
+                start_seconds = time.process_time()
+                run_way(path)
                 if turn:  # the first turn warms up
-                    seconds[name].append(time.process_time() - begin)
+                    seconds[name].append(time.process_time() - start_seconds)
     return seconds
 
 
-def _apply_to_file(call: Callable[[bytes], Any], files: dict[Path, bytes], path: Path) -> Any:
-    return call(files[path])
+def _apply_to_file(decompress: Callable[[bytes], Any], files: dict[Path, bytes], path: Path) -> Any:
+    return decompress(files[path])
 
 
 def find_decompressors() -> dict[str, Callable[[bytes], Any]]:
-    """Other readers of gzip, where they are installed."""
-    found: dict[str, Callable[[bytes], Any]] = {"gzip": gzip.decompress}
-    try:
+    """Find other readers of gzip that are installed."""
+    decompressors: dict[str, Callable[[bytes], Any]] = {"gzip": gzip.decompress}
+    with contextlib.suppress(ImportError):
         from isal import igzip
 
-        found["isal"] = igzip.decompress
-    except ImportError:
-        pass
-    try:
+        decompressors["isal"] = igzip.decompress
+    with contextlib.suppress(ImportError):
         from zlib_ng import gzip_ng
 
-        found["zlib-ng"] = gzip_ng.decompress
-    except ImportError:
-        pass
-    return found
+        decompressors["zlib-ng"] = gzip_ng.decompress
+    return decompressors
 
 
 def measure_with_workers(
     paths: Sequence[Path], cases: int, workers: int, work: Path
 ) -> dict[str, float]:
-    """The pipeline over copies of the volumes in its own processes: cases a second and the largest worker's memory.
+    """Run the pipeline over copies of the volumes in its own processes.
 
-    The time is that between the first and the last finished shard of one case, so starting the processes is left out.
+    The time is that between the first and the last finished shard of one case, so starting the
+    processes is left out.
+
+    Returns:
+        Cases a second, and peak memory of the largest worker in bytes.
     """
     folder, out = work / f"cases-{workers}", work / f"shards-{workers}"
     folder.mkdir()
     for number in range(cases):
         os.link(paths[number % len(paths)], folder / f"case_{number}.nii.gz")
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.preprocess",
-        "--make",
-        str(folder),
-        str(out),
-        str(workers),
-    ]
-    peak = 0
+    module = [sys.executable, "-m", "benchmarks.preprocess"]
+    command = [*module, "--make", str(folder), str(out), str(workers)]
+    peak_bytes = 0
     with subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
             time.sleep(_POLL_SECONDS)
-            try:
-                family = psutil.Process(process.pid).children(recursive=True) or [
-                    psutil.Process(process.pid)
-                ]
-                peak = max([peak, *(one.memory_info().rss for one in family)])
-            except psutil.Error:
-                continue
+            with contextlib.suppress(psutil.Error):
+                peak_bytes = max(peak_bytes, _largest_worker_bytes(process.pid))
     assert process.returncode == 0, "the pipeline failed"
-    ends = sorted(path.stat().st_mtime for path in out.glob("*.tar"))
-    assert len(ends) == cases
+    end_times = sorted(path.stat().st_mtime for path in out.glob("*.tar"))
+    assert len(end_times) == cases
     shutil.rmtree(out)
     # The first `workers` cases end with the start-up in them; from then on all workers are busy.
-    counted = cases - workers
-    return {"cases_per_second": counted / (ends[-1] - ends[workers - 1]), "peak_worker_bytes": peak}
+    seconds = end_times[-1] - end_times[workers - 1]
+    return {"cases_per_second": (cases - workers) / seconds, "peak_worker_bytes": peak_bytes}
+
+
+def _largest_worker_bytes(process_id: int) -> int:
+    parent = psutil.Process(process_id)
+    workers = parent.children(recursive=True) or [parent]
+    return max(worker.memory_info().rss for worker in workers)
 
 
 def make_case_shards(folder: Path, out: Path, workers: int) -> None:
-    """Shards of one case each, from every file of a folder."""
+    """Write shards of one case each, from every file of a folder."""
     from data_pipeline.make_shards.shard_folder import preprocess
 
-    cases = [
-        Case(
-            path.name.partition(".")[0],
-            "train",
-            path.name,
-            path.name,
-            partial(load_ct, path),
-            file_identity(path),
-        )
-        for path in sorted(folder.iterdir())
-    ]
+    paths = sorted(folder.iterdir())
+    cases = [name_case(path, path.name, partial(load_ct, path)) for path in paths]
     preprocess(cases, out, GRID, SPACING, samples_per_shard=1, workers=workers)
 
 
 def summarize_ratios(
     seconds: dict[str, list[float]], workers: dict[int, dict[str, float]]
-) -> dict[str, Any]:
-    """Ratios, each of paired measurements of one volume in one round, by their median."""
-    bare = [
-        sum(parts) for parts in zip(*(seconds[f"bare {part}"] for part in BARE_STEPS), strict=True)
-    ]
-    pairs = list(zip(seconds["the pipeline"], seconds["CT-CLIP's recipe"], bare, strict=True))
-    one, two = (workers[n]["cases_per_second"] for n in WORKER_COUNTS)
+) -> JsonObject:
+    """Compute ratios, each the median over pairs of measurements of one volume in one round."""
+    pipeline, recipe = seconds["the pipeline"], seconds["CT-CLIP's recipe"]
+    bare_seconds = [seconds[f"bare {step}"] for step in BARE_STEPS]
+    bare_sums = [sum(steps) for steps in zip(*bare_seconds, strict=True)]
+    recipe_ratios = [a / b for a, b in zip(recipe, pipeline, strict=True)]
+    bare_ratios = [a / b for a, b in zip(pipeline, bare_sums, strict=True)]
+    one_worker, two_workers = (workers[count]["cases_per_second"] for count in WORKER_COUNTS)
     return {
-        "times_ct_clip": statistics.median(recipe / own for own, recipe, _ in pairs),
-        "over_bare_sum": statistics.median(own / parts for own, _, parts in pairs),
-        "two_workers_over_one": two / one,
+        "times_ct_clip": statistics.median(recipe_ratios),
+        "over_bare_sum": statistics.median(bare_ratios),
+        "two_workers_over_one": two_workers / one_worker,
         "peak_worker_gb": max(run["peak_worker_bytes"] for run in workers.values()) / 1e9,
     }
 
 
-BARE_STEPS = ("decompression", "resampling", "encoding")
-
-
-def to_markdown(result: dict[str, Any]) -> str:
-    """The result as a page."""
+def to_markdown(result: JsonObject) -> str:
+    """Write the result as a page."""
     ratios = result["ratios"]
-    lines = [
-        make_page_header("Preprocessing", "python -m benchmarks.preprocess", result),
-        f"{result['volumes']} volumes of 512 × 512 × {result['slices']} int16 voxels "
-        f"({', '.join(f'{size / 1e6:.0f} MB' for size in result['file_bytes'])} as .nii.gz, in the page cache) to "
-        f"{' × '.join(map(str, GRID))}; CPU seconds on one core over {result['rounds']} rounds.\n\n",
-        "| way | minimum | median | maximum |\n|---|---|---|---|\n",
-    ]
-    for name, taken in result["cpu_seconds"].items():
-        lines.append(
-            f"| {name} | {min(taken):.3f} | {statistics.median(taken):.3f} | {max(taken):.3f} |\n"
-        )
-    lines.append("\n| workers | cases/s | memory of the largest, GB |\n|---|---|---|\n")
-    for number, run in result["workers"].items():
-        lines.append(
-            f"| {number} | {run['cases_per_second']:.2f} | {run['peak_worker_bytes'] / 1e9:.2f} |\n"
-        )
-    lines.append(
-        f"\nThe pipeline takes {ratios['over_bare_sum']:.2f} times the sum of bare decompression, resampling and "
-        f"encoding (aim: at most 1.3) and is {ratios['times_ct_clip']:.1f} times as fast as CT-CLIP's recipe (aim: at "
-        f"least 4). Two workers do {ratios['two_workers_over_one']:.2f} times the work of one (aim: at least 1.8); a "
-        f"worker holds at most {ratios['peak_worker_gb']:.2f} GB (aim: below 1.5).\n"
+    sizes = ", ".join(f"{size / 1e6:.0f} MB" for size in result["file_bytes"])
+    way_rows: list[list[str]] = []
+    for name, seconds in result["cpu_seconds"].items():
+        figures = [min(seconds), statistics.median(seconds), max(seconds)]
+        way_rows.append([name, *(f"{figure:.3f}" for figure in figures)])
+    worker_rows: list[list[str]] = []
+    for count, run in result["workers"].items():
+        speed, peak_gb = run["cases_per_second"], run["peak_worker_bytes"] / 1e9
+        worker_rows.append([str(count), f"{speed:.2f}", f"{peak_gb:.2f}"])
+    return (
+        make_page_header("Preprocessing", "python -m benchmarks.preprocess", result)
+        + f"{result['volumes']} volumes of 512 × 512 × {result['slices']} int16 voxels ({sizes} as "
+        f".nii.gz, in the page cache) to {' × '.join(map(str, GRID))}; CPU seconds on one core "
+        f"over {result['rounds']} rounds.\n\n"
+        + make_table(["way", "minimum", "median", "maximum"], way_rows)
+        + "\n"
+        + make_table(["workers", "cases/s", "memory of the largest, GB"], worker_rows)
+        + f"\nThe pipeline takes {ratios['over_bare_sum']:.2f} times the sum of bare "
+        f"decompression, resampling and encoding (aim: at most 1.3) and is "
+        f"{ratios['times_ct_clip']:.1f} times as fast as CT-CLIP's recipe (aim: at least 4). Two workers do "
+        f"{ratios['two_workers_over_one']:.2f} times the work of one (aim: at least 1.8); a worker "
+        f"holds at most {ratios['peak_worker_gb']:.2f} GB (aim: below 1.5).\n"
     )
-    return "".join(lines)
 
 
 @quiet_main
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line; return the exit status."""
     options = _parse_arguments(arguments)
     if options.make:
         folder, out, workers = options.make
         make_case_shards(Path(folder), Path(out), int(workers))
         return 0
-    begin = time.monotonic()
+    start_seconds = time.monotonic()
     cores = os.sched_getaffinity(0)
+    speed_by_workers: dict[int, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="rectvlm-bench-") as temporary:
         work = Path(temporary)
         paths = make_volumes(work / "volumes", options.volumes, options.slices)
         os.sched_setaffinity(0, {min(cores)})
         seconds = measure_one_core(paths, options.rounds)
         os.sched_setaffinity(0, cores)
-        workers = {
-            number: measure_with_workers(paths, options.cases, number, work)
-            for number in WORKER_COUNTS
-        }
-        sizes = [path.stat().st_size for path in paths]
+        for count in WORKER_COUNTS:
+            speed_by_workers[count] = measure_with_workers(paths, options.cases, count, work)
+        file_bytes = [path.stat().st_size for path in paths]
     facts = {
         "versions": preprocessing_versions() | {"torch": torch.__version__},
         "volumes": options.volumes,
         "slices": options.slices,
         "rounds": options.rounds,
-        "file_bytes": sizes,
+        "file_bytes": file_bytes,
         "cpu_seconds": seconds,
-        "workers": workers,
-        "ratios": summarize_ratios(seconds, workers),
+        "workers": speed_by_workers,
+        "ratios": summarize_ratios(seconds, speed_by_workers),
     }
-    publish_result(options.out, "preprocess", begin, facts, to_markdown)
+    publish_result(options.out, "preprocess", start_seconds, facts, to_markdown)
     return 0
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.preprocess", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = make_parser("preprocess", "How fast a CT file becomes a sample.")
     parser.add_argument(
         "--volumes", type=positive_int, default=2, help="different volumes (default 2)"
     )
@@ -333,7 +309,6 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cases", type=positive_int, default=10, help="cases that the pipeline makes (default 10)"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS_FOLDER, metavar="DIR")
     parser.add_argument(
         "--make", nargs=3, metavar=("FOLDER", "OUT", "WORKERS"), help=argparse.SUPPRESS
     )

@@ -2,12 +2,19 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.overhead import InterleavedBatches, compare_step_times, to_markdown
+from benchmarks.overhead import (
+    InterleavedBatches,
+    OverheadSettings,
+    _load_config,
+    compare_step_times,
+    to_markdown,
+)
 
 
 def test_slow_moments_of_the_machine_count_on_both_sides() -> None:
@@ -61,3 +68,10 @@ def test_the_page_names_what_is_compared() -> None:
     )
     assert "| demo | 1 | 8 | 1 | 1.0000 | 1.0000 | 1.0200 | +2.0% (+2.0% to +2.0%) |" in page
     assert "At most 3%" in page
+
+
+def test_the_measured_phase_neither_saves_nor_validates(tmp_path: Path) -> None:
+    config = _load_config(OverheadSettings("tiny", 1, micro_batch=2, steps=5, warmup=1), tmp_path)
+    settings = config.train.phases["phase1"]
+    assert settings.steps == 7 < settings.save_every
+    assert settings.validation.every == 0 and settings.ema_decay == 0
