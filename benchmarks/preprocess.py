@@ -252,7 +252,8 @@ def to_markdown(result: JsonObject) -> str:
         + make_table(["workers", "cases/s", "memory of the largest, GB"], worker_rows)
         + f"\nThe pipeline takes {ratios['over_bare_sum']:.2f} times the sum of bare "
         f"decompression, resampling and encoding (aim: at most 1.3) and is "
-        f"{ratios['times_ct_clip']:.1f} times as fast as CT-CLIP's recipe (aim: at least 4). Two workers do "
+        f"{ratios['times_ct_clip']:.1f} times as fast as CT-CLIP's recipe (aim: at "
+        "least 4). Two workers do "
         f"{ratios['two_workers_over_one']:.2f} times the work of one (aim: at least 1.8); a worker "
         f"holds at most {ratios['peak_worker_gb']:.2f} GB (aim: below 1.5).\n"
     )

@@ -288,8 +288,8 @@ def to_markdown(result: JsonObject) -> str:
         f"{result['quantization']}, LoRA rank {result['lora_rank']}, random weights; activation "
         f"checkpointing {checkpointing}, logits of {result['loss_chunk']} positions at once; "
         f"median of {result['rounds']} steps after one. Memory is the peak, {kind}. "
-        "Useful work is 4N a token, the hardware's 6N with checkpointing; the docstring of the script says what N "
-        "holds.\n\n" + make_table(columns, rows)
+        "Useful work is 4N a token, the hardware's 6N with checkpointing; the docstring of the "
+        "script says what N holds.\n\n" + make_table(columns, rows)
     )
 
 
