@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("RECTVLM_TRACKERS", "none")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from rectvlm.checkpoint import run_checkpoint
+    from rectvlm.machine import package_versions
 
     begin = time.monotonic()
     rows = []
@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "Nothing fitted into the memory of the GPU: choose a smaller --config or --micro-batch."
         )
     facts = {
-        "versions": run_checkpoint.package_versions(),
+        "versions": package_versions(),
         "config": config.name,
         "geometry": config.generator.model,
         "rounds": options.rounds,

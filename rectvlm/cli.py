@@ -93,12 +93,6 @@ def _build_parser() -> argparse.ArgumentParser:
         "--metrics", type=Path, metavar="FILE", help="by default those of `evaluate`, if it has run"
     )
     export.add_argument(
-        "--max-shard-size",
-        default="5GB",
-        metavar="SIZE",
-        help="split larger weights (default: 5GB)",
-    )
-    export.add_argument(
         "--overwrite", action="store_true", help="replace the model in a folder that is there"
     )
     export.set_defaults(run=_run_export)
@@ -396,13 +390,12 @@ def _run_evaluate(options: argparse.Namespace) -> None:
 
 
 def _run_export(options: argparse.Namespace) -> None:
-    from rectvlm.checkpoint.hub import export_checkpoint
+    from rectvlm.checkpoint.export import export_checkpoint
 
     chosen = {
         "base_model": options.base_model,
         "license_id": options.license,
         "datasets": options.dataset,
-        "max_shard_size": options.max_shard_size,
         "overwrite": options.overwrite,
     }
     if options.metrics is not None:
@@ -425,22 +418,22 @@ def _check_device(name: str | None) -> None:
 
 
 def _run_weights_pull(options: argparse.Namespace) -> None:
-    from rectvlm.pretrained.pull import pull
+    from rectvlm.pretrained.pull import pull_model
     from rectvlm.types import UserError
 
     if len(options.names) > 1 and (options.out or options.repo):
         raise UserError("--out and --repo are for one name: pull the models one by one.")
     for name in options.names:
-        folder = pull(
+        folder = pull_model(
             name, options.part or (), options.where, options.repo, options.revision, options.out
         )
         sys.stdout.write(f"{folder}\n")
 
 
 def _run_weights_push(options: argparse.Namespace) -> None:
-    from rectvlm.pretrained.push import push
+    from rectvlm.pretrained.push import push_model
 
-    place = push(
+    place = push_model(
         options.folder,
         options.repo,
         options.part or (),
@@ -475,7 +468,7 @@ def _run_weights_list(options: argparse.Namespace) -> None:
 
     table = Table("name", "what", "repository", "state")
     for row in list_available_models(options.where):
-        table.add_row(*row)
+        table.add_row(row.name, row.kind, row.repository, row.availability)
     Console().print(table)
     if not PUBLISHED_SIZES:
         sys.stdout.write(

@@ -1,6 +1,6 @@
 """Evaluation of a checkpoint: from shards to figures that can be compared (`docs/evaluation.md`)."""
 
-from rectvlm.checkpoint.run_checkpoint import THRESHOLDS_FILE
+from rectvlm.checkpoint import THRESHOLDS_FILE
 from rectvlm.evaluate.run import evaluate_checkpoint, output_path
 from rectvlm.evaluate.thresholds import read_thresholds
 from rectvlm.machine import describe_machine

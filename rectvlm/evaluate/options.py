@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rectvlm import pretrained
-from rectvlm.checkpoint import run_checkpoint as checkpoints
-from rectvlm.checkpoint.manifest import UNLISTED_FILES
+from rectvlm.checkpoint.integrity import UNLISTED_FILES
 from rectvlm.config import Config
 from rectvlm.data.shards import SHARD_INDEX_FILE
 from rectvlm.data.store import ShardStore
+from rectvlm.machine import package_versions
 from rectvlm.metrics.surface_distances import SURFACE_TOLERANCE_MM
 from rectvlm.types import Split
 
@@ -20,7 +20,7 @@ LESION_THRESHOLD = 0.5
 """At or above which probability a voxel belongs to a lesion, as in prediction."""
 PACKAGE_FOLDER = Path(__file__).parents[1]
 FINGERPRINTED_CODE = (
-    "checkpoint/run_checkpoint.py",
+    "checkpoint/checkpoint.py",
     "data",
     "evaluate/case_records.py",
     "evaluate/native_grid.py",
@@ -30,7 +30,6 @@ FINGERPRINTED_CODE = (
     "metrics/surface_distances.py",
     "models",
     "lesion_places.py",
-    "checkpoint/model_folder.py",
     "types.py",
 )
 """Code that decides what is found in a case; the rest makes figures of it, anew each time. A test reads the imports of
@@ -113,7 +112,7 @@ def compute_fingerprint(
         "truth": None if options.truth is None else _hash_file_stats(options.truth),
         "code": _hash_files(code, PACKAGE_FOLDER),
         "device": device.partition(":")[0],
-        "versions": checkpoints.package_versions("numpy", "scipy", "monai"),
+        "versions": package_versions("numpy", "scipy", "monai"),
         "options": options.fingerprint_fields(),
     }
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rectvlm.checkpoint import run_checkpoint as checkpoints
+from rectvlm.checkpoint import Checkpoint, find_checkpoint
 from rectvlm.config import Config, DataConfig
 from rectvlm.data.loader import BatchLoader, ShardDataset
 from rectvlm.data.shards import read_index
@@ -34,9 +34,10 @@ from rectvlm.evaluate.report_figures import evaluate_reports as compare_reports
 from rectvlm.evaluate.scans import ScanResults, group_by_scan
 from rectvlm.evaluate.selection import are_same_shards, was_selected_on
 from rectvlm.evaluate.thresholds import choose_thresholds
-from rectvlm.machine import describe_machine
+from rectvlm.machine import describe_machine, package_versions
 from rectvlm.metrics import FindingThresholds
 from rectvlm.metrics.report_labeler.labeler import ReportLabeler, load_labeler
+from rectvlm.models import RectVLM
 from rectvlm.types import Split
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def evaluate_checkpoint(
     ranks = read_ranks_from_environment()
     asked = EvaluationOptions(split=split, **options)
     require_truth_folder(asked.truth)
-    folder = checkpoints.find_checkpoint(checkpoint, "train first, or give a run's phase folder")
+    folder = find_checkpoint(checkpoint, "train first, or give a run's phase folder")
     target = output_path(folder, split, out)
     work = _EvaluationRun(folder, shards, asked, ranks, ranks.choose_device(device), target.parent)
     # Before the hours of prediction, since it may not load.
@@ -128,7 +129,7 @@ def evaluate_checkpoint(
         "machine": describe_machine(),
         "device": work.device,
         "processes": ranks.world_size,
-        "versions": checkpoints.package_versions(*METRIC_PACKAGES),
+        "versions": package_versions(*METRIC_PACKAGES),
         "seconds": 0.0,
     }
     result = _compute_metrics(work, scans, thresholds, labeler) | facts
@@ -141,11 +142,7 @@ def output_path(checkpoint: str | Path, split: Split, out: str | Path | None) ->
     """Where `evaluate` writes the metrics: `out`, or `evaluation-SPLIT/metrics.json` in the checkpoint's folder."""
     if out is not None:
         return Path(out)
-    return (
-        checkpoints.find_checkpoint(checkpoint, "train first")
-        / f"evaluation-{split}"
-        / "metrics.json"
-    )
+    return find_checkpoint(checkpoint, "train first") / f"evaluation-{split}" / "metrics.json"
 
 
 class _EvaluationRun:
@@ -161,8 +158,9 @@ class _EvaluationRun:
         out: Path,
     ) -> None:
         self.folder, self.options, self.ranks, self.device = folder, options, ranks, device
-        self.config: Config = checkpoints.read_config(folder)
-        self.state = checkpoints.read_training_state(folder)
+        self.checkpoint = Checkpoint.open(folder)
+        self.config: Config = self.checkpoint.config
+        self.state = self.checkpoint.training
         chosen = {} if shards is None else {"shards": str(shards)}
         self.data: DataConfig = self.config.data.model_copy(update=chosen)
         self.datasets: dict[CasePurpose, ShardDataset] = {
@@ -177,7 +175,7 @@ class _EvaluationRun:
             for count in [min(len(dataset), limits[purpose] or len(dataset))]
             for start in range(0, count, options.batch_size)
         ]
-        self.has_reports = "generator" in self.state.parts and options.reports
+        self.has_reports = "generator" in self.checkpoint.parts and options.reports
         store = ShardStore(self.data.shards)
         self.fingerprint = compute_fingerprint(
             folder, self.config, store, device, options, self.has_reports
@@ -209,7 +207,7 @@ class _EvaluationRun:
             )
         if not missing:
             return
-        model, _ = checkpoints.load_model(self.folder, self.device)
+        model = RectVLM.from_checkpoint(self.checkpoint, self.device)
         left, told = len(missing), time.monotonic()
         for purpose, dataset in self.datasets.items():
             units = [unit for unit in missing if unit.purpose == purpose]
@@ -251,7 +249,7 @@ def _compute_metrics(
     labeler: ReportLabeler | None,
 ) -> dict[str, Any]:
     """All figures, and what was measured."""
-    options, parts = work.options, work.state.parts
+    options, parts = work.options, work.checkpoint.parts
     drawn = summary.draw_resamples(scans.patients, options)
     reports = None
     if labeler is not None:

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from rectvlm.checkpoint import run_checkpoint as checkpoints
-from rectvlm.checkpoint.run_checkpoint import TrainingState
+from rectvlm.checkpoint import TrainingState, run_folder
 from rectvlm.config import Config, phase_key
 from rectvlm.data.shards import SHARD_INDEX_FILE
 from rectvlm.data.store import ShardStore
@@ -53,11 +52,11 @@ def was_selected_on(
     folder = checkpoint.resolve()
     phase_folder = folder.parents[1]
     if (
-        folder != checkpoints.step_folder(phase_folder, state.step)
+        folder != run_folder.step_folder(phase_folder, state.step)
         or not (phase_folder / VALIDATION_FILE).is_file()
     ):
         return None
-    chosen = checkpoints.best_checkpoint(phase_folder) == folder
+    chosen = run_folder.best_checkpoint(phase_folder) == folder
     if settings.patience and not chosen:
         run = read_run(phase_folder)
         ended_early = (

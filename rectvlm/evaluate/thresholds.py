@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rectvlm import metrics
-from rectvlm.checkpoint.run_checkpoint import THRESHOLDS_FILE
+from rectvlm.checkpoint import THRESHOLDS_FILE
 from rectvlm.data.store import atomic_file
 from rectvlm.evaluate.case_records import CaseRecord
 from rectvlm.evaluate.region_maps import RegionMapUsage

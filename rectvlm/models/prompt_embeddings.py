@@ -4,6 +4,7 @@ The encoder is frozen and the prompts are fixed, so each is embedded once, when 
 travel with the weights: a trained model needs no text encoder to run.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from rectvlm.labels import FINDINGS, LESIONS, finding_prompts, lesion_prompt
+from rectvlm.types import UserError
 
 
 @torch.no_grad()
@@ -56,6 +58,24 @@ class PromptEmbeddings(nn.Module):
             [len(pairs), len(pairs), len(LESIONS)]
         )
         return cls(present.clone(), absent.clone(), lesions.clone())
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], where: Path) -> "PromptEmbeddings":
+        """The embeddings that a checkpoint carries.
+
+        Args:
+            tensors: of the checkpoint, by name.
+            where: its folder, for the message.
+
+        Raises:
+            UserError: it carries none.
+        """
+        try:
+            return cls(*(tensors[f"prompts.{name}"] for name in ("present", "absent", "lesions")))
+        except KeyError as error:
+            raise UserError(
+                f"The weights in {where} lack {error}: they are not those of a rectvlm run."
+            ) from error
 
     @property
     def embedding_width(self) -> int:

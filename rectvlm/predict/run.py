@@ -25,11 +25,10 @@ from nibabel.orientations import (
 )
 from numpy.typing import NDArray
 
-from rectvlm.checkpoint import run_checkpoint as checkpoints
+from rectvlm.checkpoint import Checkpoint
 from rectvlm.config import Config
 from rectvlm.data.loader import collate_samples
 from rectvlm.data.report_text import split_report_sections
-from rectvlm.data.store import atomic_file
 from rectvlm.data.volume import (
     Volume,
     canonical_affine,
@@ -39,6 +38,7 @@ from rectvlm.data.volume import (
     to_hu,
 )
 from rectvlm.evaluate import read_thresholds
+from rectvlm.files import atomic_file
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.lesion_places import LesionPlace, locate_lesions
 from rectvlm.models import RectVLM
@@ -73,9 +73,7 @@ class _LoadedModel:
     """The model and what it was loaded with."""
 
     model: RectVLM
-    config: Config
-    checkpoint: Path
-    step: int
+    checkpoint: Checkpoint
     thresholds: dict[str, float] | None
     """Of the findings that were fitted; None when none were."""
 
@@ -123,11 +121,9 @@ def predict_cases(
     names = case_names(files)
     for name in names:
         _refuse_to_replace(out / name)
-    folder = checkpoints.find_checkpoint(checkpoint, "train first, or give a run's phase folder")
-    model, config = checkpoints.load_model(folder, device)
-    reader = _LoadedModel(
-        model, config, folder, checkpoints.read_training_state(folder).step, read_thresholds(folder)
-    )
+    opened = Checkpoint.open(checkpoint)
+    model = RectVLM.from_checkpoint(opened, device)
+    reader = _LoadedModel(model, opened, read_thresholds(opened.folder))
     done: list[Path] = []
     failed: list[dict[str, str]] = []
     out.mkdir(parents=True, exist_ok=True)
@@ -241,7 +237,7 @@ def _strip_nifti_suffix(file: Path) -> str:
 def _predict_case(reader: _LoadedModel, name: str, file: Path) -> _PredictedCase:
     volume = read_volume(file)
     hu, decision = to_hu(volume)
-    sample = _make_sample(name, volume, hu, decision, reader.config)
+    sample = _make_sample(name, volume, hu, decision, reader.checkpoint.config)
     device = next(reader.model.parameters()).device
     prediction = reader.model.predict_batch(collate_samples([sample]).to(device))
     prediction.require_finite([name])
@@ -357,9 +353,9 @@ def _summarize_case(
         "shape": list(case.volume.array.shape),
         "spacing_zyx_mm": [round(float(step), 4) for step in spacing],
         "hu": asdict(case.hu_decision),
-        "checkpoint": str(reader.checkpoint),
-        "config": reader.config.name,
-        "step": reader.step,
+        "checkpoint": str(reader.checkpoint.folder),
+        "config": reader.checkpoint.config.name,
+        "step": reader.checkpoint.training.step,
         "version": version("rectvlm"),
         "findings": {
             name: {
@@ -401,7 +397,7 @@ def _lesion_rows(case: _PredictedCase, places: list[LesionPlace]) -> list[dict[s
 def _describe_case(
     reader: _LoadedModel, case: _PredictedCase, ct: Int16Volume, affine: Affine
 ) -> list[tuple[str, str]]:
-    data = reader.config.data
+    data = reader.checkpoint.config.data
     z, y, x = np.linalg.norm(affine[:3, :3], axis=0)
     seen = _describe_seen_slices(ct, affine, case.grid_affine, data.grid)
     grid, step = " × ".join(map(str, data.grid)), " × ".join(f"{mm:g}" for mm in data.spacing)
@@ -415,7 +411,7 @@ def _describe_case(
         ("Seen by the model", f"{seen}, on a grid of {grid} voxels of {step} mm (z, y, x)"),
         (
             "Model",
-            f"{reader.config.name}, {reader.checkpoint}, step {reader.step}, rectvlm {version('rectvlm')}",
+            f"{reader.checkpoint.config.name}, {reader.checkpoint.folder}, step {reader.checkpoint.training.step}, rectvlm {version('rectvlm')}",
         ),
     ]
 

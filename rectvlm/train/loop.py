@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from rectvlm.checkpoint.integrity import is_disk_full
 from rectvlm.config import Config, TrainingLimitsConfig
 from rectvlm.data.augment import augment_batch
+from rectvlm.files import is_disk_full
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.engine.peak_memory import peak_memory_bytes
 from rectvlm.train.logging.mfu import StepFlops

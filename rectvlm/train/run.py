@@ -17,7 +17,8 @@ from typing import NoReturn
 import torch
 
 from rectvlm import pretrained
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import Checkpoint
+from rectvlm.checkpoint.strict_load import load_tensors
 from rectvlm.config import Config, load_config
 from rectvlm.data.loader import build_train_loader
 from rectvlm.models import RectVLM
@@ -219,7 +220,7 @@ def train_phase(
         cases = range(min(config.encoder.atlas_cases, samples))  # the same on every rank
         model.encoder.fit_atlas(torch.from_numpy(loader.dataset[number].ct) for number in cases)
     # Before freezing: a part without a learning rate belongs to the checkpoint too.
-    names = run_checkpoint.checkpoint_tensor_names(model)
+    names = model.checkpoint_tensor_names()
     if config.train.weighting == "uncertainty":
         model.weighting = UncertaintyWeighting(len(phase.tasks))
     freeze_all_but(model, settings.lr, settings.unfreeze, extra_modules=["weighting"])
@@ -227,9 +228,11 @@ def train_phase(
     engine.prepare(model, optimizer)
     set_training_modes(model, settings)
     if start is not None:
-        world = run_checkpoint.read_training_state(start).world_size
+        resumed = Checkpoint.open(start)
         engine.load_optimizer_shards(
-            start / run_checkpoint.ENGINE_FOLDER, world, keeps_ema=settings.ema_decay > 0
+            resumed.engine_folder,
+            resumed.training.world_size,
+            keeps_ema=settings.ema_decay > 0,
         )
         log.info("resumed from %s", start)
     try:
@@ -278,19 +281,19 @@ def build_model(phase: Phase, config: Config, source: Path | None, engine: Engin
             pretrained.resolve_model(config.text.model), config.text.max_tokens
         )
         return RectVLM(config, phase.parts, prompts, language)
-    tensors = run_checkpoint.read_weights(source)
-    model = RectVLM(
-        config, phase.parts, run_checkpoint.prompts_from_tensors(tensors, source), language
-    )
-    before = run_checkpoint.read_training_state(source).parts
+    checkpoint = Checkpoint.open(source)
+    tensors = checkpoint.read_tensors()
+    prompts = PromptEmbeddings.from_tensors(tensors, source)
+    model = RectVLM(config, phase.parts, prompts, language)
+    before = checkpoint.parts
     absent = [part for part in phase.parts if part not in before and part != phase.parts[-1]]
     if absent:
         log.warning("%s has no %s: it begins with random weights", source, " and no ".join(absent))
     expected = [
         name
-        for name in run_checkpoint.checkpoint_tensor_names(model)
+        for name in model.checkpoint_tensor_names()
         if name.partition(".")[0] in (*before, "prompts")
     ]
-    run_checkpoint.load_weights(model, tensors, expected, source)
+    load_tensors(model, tensors, expected, source)
     log.info("starting from %s", source)
     return model

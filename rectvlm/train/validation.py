@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import run_folder
 from rectvlm.config import Config, PhaseConfig, ValidationConfig
 from rectvlm.data.loader import BatchLoader, ShardDataset
 from rectvlm.labels import N_FINDINGS, N_LESIONS
@@ -114,15 +114,14 @@ class Validator:
         kept = [
             (done, value)
             for done, value in self._values
-            if value is not None
-            and (run_checkpoint.step_folder(folder, done) / run_checkpoint.STATE_FILE).is_file()
+            if value is not None and run_folder.is_checkpoint(run_folder.step_folder(folder, done))
         ]
         # The first of equals, as in a run that was not broken.
         self._best = min(kept, key=lambda pair: (self._sort_key(pair[1]), pair[0]), default=None)
         engine.barrier()
         if engine.is_main and self.dataset is not None:
             chosen = self._best or (None, None)
-            run_checkpoint.record_best_checkpoint(
+            run_folder.record_best_checkpoint(
                 folder, chosen[0], self.settings.best_metric, chosen[1]
             )
 
@@ -182,10 +181,10 @@ class Validator:
         assert found.best_value is not None
         self._best = (found.step, found.best_value)
         if self.engine.is_main:
-            run_checkpoint.record_best_checkpoint(
+            run_folder.record_best_checkpoint(
                 self.folder, found.step, self.settings.best_metric, found.best_value
             )
-            run_checkpoint.prune_checkpoints(self.folder, self.config.train.keep_checkpoints)
+            run_folder.prune_checkpoints(self.folder, self.config.train.keep_checkpoints)
 
     @contextlib.contextmanager
     def _evaluation_mode(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ import pytest
 from conftest import phantom_sample
 
 from rectvlm import cli
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import run_folder
 from rectvlm.config import Config
 from rectvlm.data.shards import write_shards
 from rectvlm.evaluate import THRESHOLDS_FILE, evaluate_checkpoint
@@ -65,7 +65,7 @@ def evaluated(run: Path, samples: list[Sample], folder: Path, **options: Any) ->
         "regions": [row["regions"] for row in rows],
         "reports": reports.read_text() if reports.exists() else None,
         "thresholds": json.loads(
-            (run_checkpoint.find_checkpoint(run, "") / THRESHOLDS_FILE).read_text()
+            (run_folder.find_checkpoint(run, "") / THRESHOLDS_FILE).read_text()
         ),
     }
 

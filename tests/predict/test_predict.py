@@ -13,10 +13,11 @@ import torch
 from conftest import write_nifti
 from PIL import Image
 
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import Checkpoint, run_folder
 from rectvlm.data.volume import Volume, canonical_affine, mask_to_native, resample_to_grid
 from rectvlm.evaluate import THRESHOLDS_FILE
 from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS
+from rectvlm.models import RectVLM
 from rectvlm.predict import case_page, run
 from rectvlm.types import HuConversion, UserError
 
@@ -81,17 +82,12 @@ def test_masks_lie_on_the_grid_of_the_file(predicted):
 )
 def test_a_model_that_gives_no_numbers_is_one_sentence(tiny_run, predicted, tmp_path, part, what):
     """It would read as a CT without lesions."""
-    whole = run_checkpoint.find_checkpoint(tiny_run(2), "")
-    tensors = run_checkpoint.read_weights(whole)
+    source = Checkpoint.open(tiny_run(2))
+    tensors = source.read_tensors()
     tensors[part] = torch.full_like(tensors[part], torch.nan)
-    spoilt = run_checkpoint.step_folder(tmp_path / "phase2", 1)
+    spoilt = run_folder.step_folder(tmp_path / "phase2", 1)
     spoilt.mkdir(parents=True)
-    run_checkpoint.write_checkpoint(
-        spoilt,
-        tensors,
-        run_checkpoint.read_config(whole),
-        run_checkpoint.read_training_state(whole),
-    )
+    replace(source, folder=spoilt).write_files(tensors, None)
     with pytest.raises(UserError, match=f"probabilities of {what} for chest are not finite"):
         run.predict_cases(predicted[0], spoilt, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out" / "chest").exists()
@@ -152,8 +148,8 @@ def test_a_lesion_on_the_patients_left_is_on_the_right_of_the_picture(
     back = mask_to_native(on_grid, grid_affine, hu.shape, affine)
     assert (back & (ball << NODULE.bit)).any()
 
-    model, config = run_checkpoint.load_model(tiny_run(2), "cpu")
-    reader = run._LoadedModel(model, config, tiny_run(2), 0, None)
+    checkpoint = Checkpoint.open(tiny_run(2))
+    reader = run._LoadedModel(RectVLM.from_checkpoint(checkpoint, "cpu"), checkpoint, None)
     volume, decision = Volume(hu, affine, "left.nii"), HuConversion(1, 0, "HU")
     case = run._PredictedCase(
         "left", volume, hu, decision, grid_affine, dict.fromkeys(FINDINGS, 0.5), back, None
@@ -198,7 +194,7 @@ def test_a_checkpoint_without_localizer_and_generator_says_so(tiny_run, phantoms
 
 def test_stored_thresholds_decide_what_is_present(tiny_run, phantoms, tmp_path):
     folder = tmp_path / "checkpoint"
-    shutil.copytree(run_checkpoint.find_checkpoint(tiny_run(1), ""), folder)
+    shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
     file = write_nifti(phantoms(1).hu, phantoms(1).affine, tmp_path / "chest.nii")
     cuts = dict.fromkeys(FINDINGS, 0.999) | {FINDINGS[0]: 0.001}
     (folder / THRESHOLDS_FILE).write_text(json.dumps({"values": cuts}))
@@ -210,7 +206,7 @@ def test_stored_thresholds_decide_what_is_present(tiny_run, phantoms, tmp_path):
 
 def test_a_finding_whose_threshold_was_not_fitted_is_not_called(tiny_run, phantoms, tmp_path):
     folder = tmp_path / "checkpoint"
-    shutil.copytree(run_checkpoint.find_checkpoint(tiny_run(1), ""), folder)
+    shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
     file = write_nifti(phantoms(1).hu, phantoms(1).affine, tmp_path / "chest.nii")
     cuts = {"values": dict.fromkeys(FINDINGS, 0.001), "not_fitted": [FINDINGS[1]]}
     (folder / THRESHOLDS_FILE).write_text(json.dumps(cuts))

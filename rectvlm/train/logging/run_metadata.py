@@ -23,8 +23,8 @@ from typing import Any
 import psutil
 import torch
 
-from rectvlm.checkpoint.run_checkpoint import package_versions
 from rectvlm.data.store import atomic_file
+from rectvlm.machine import package_versions
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from itertools import count
 from pathlib import Path
 from typing import Literal
 
-from rectvlm.checkpoint import integrity, run_checkpoint
+from rectvlm.checkpoint import Checkpoint, integrity, run_folder
 from rectvlm.config import Config
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.phases import Phase, with_step_count
@@ -15,9 +15,6 @@ from rectvlm.train.validation import has_stopped_early
 from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
-
-_DEEPSPEED_STATE_FOLDER = "state"
-"""Folder of DeepSpeed's own files, which earlier versions wrote."""
 
 ResumeMode = Literal["no", "yes", "auto"]
 """Whether to go on with an earlier run; `auto` begins anew where there is none."""
@@ -29,8 +26,8 @@ def find_source_checkpoint(phase: Phase, config: Config, requested: str | None) 
     Raises:
         UserError: there is none.
     """
-    if requested not in (None, run_checkpoint.BEST_CHECKPOINT):
-        return run_checkpoint.find_checkpoint(
+    if requested not in (None, run_folder.BEST_CHECKPOINT):
+        return run_folder.find_checkpoint(
             requested,
             "give --from a run's phase folder, one checkpoint in it, or an exported model",
         )
@@ -42,17 +39,17 @@ def find_source_checkpoint(phase: Phase, config: Config, requested: str | None) 
         return None
     folder = Path(config.train.runs) / config.name / f"phase{phase.previous_phase}"
     if requested is not None:
-        folder /= run_checkpoint.BEST_CHECKPOINT
+        folder /= run_folder.BEST_CHECKPOINT
     remedy = (
         f"phase {phase.number} starts from phase {phase.previous_phase}'s, so run "
         f"`accelerate launch launch/phase{phase.previous_phase}.py --config {config.name}` first"
     )
-    return run_checkpoint.find_checkpoint(folder, remedy)
+    return run_folder.find_checkpoint(folder, remedy)
 
 
 def has_checkpoints(folder: Path) -> bool:
     """Whether there is a checkpoint, whole or not."""
-    return bool(run_checkpoint.list_step_folders(folder))
+    return bool(run_folder.list_step_folders(folder))
 
 
 def require_checkpoint_to_resume(folder: Path, phase: Phase) -> None:
@@ -82,13 +79,8 @@ def find_newest_intact_checkpoint(folder: Path, resume: ResumeMode, engine: Engi
         for unfinished in folder.glob("checkpoints/.step-*.partial"):
             log.warning("%s was being written or removed when the run ended: removed", unfinished)
             shutil.rmtree(unfinished, ignore_errors=True)
-    found: list[Path] = engine.all_gather_object(run_checkpoint.list_step_folders(folder))[0]
+    found: list[Path] = engine.all_gather_object(run_folder.list_step_folders(folder))[0]
     for path in reversed(found):
-        if (path / run_checkpoint.ENGINE_FOLDER / _DEEPSPEED_STATE_FOLDER).is_dir():
-            raise UserError(
-                f"{path} was written by an earlier version of rectvlm, whose runs can be used but not resumed: begin "
-                "anew with --restart, or write elsewhere with name=NEW."
-            )
         faults = sorted(
             {
                 fault
@@ -118,7 +110,7 @@ def read_position(resumed_from: Path | None) -> TrainingPosition:
     """How far a checkpoint had come."""
     if resumed_from is None:
         return TrainingPosition(step=0, samples_seen=0)
-    state = run_checkpoint.read_training_state(resumed_from)
+    state = Checkpoint.open(resumed_from).training
     return TrainingPosition(state.step, state.samples_seen, state.bad_in_a_row)
 
 
@@ -139,13 +131,13 @@ def prepare_run_folder(
     Raises:
         UserError: an unfinished run is there, and `restart` is not given.
     """
-    earlier = run_checkpoint.list_checkpoints(folder)
+    earlier = run_folder.list_checkpoints(folder)
     damaged = list(folder.glob("checkpoints/damaged-*"))
     engine.barrier()  # all ranks have looked before any removes
     finished = False
     if earlier:
         # Its samples count, not its steps: it may have had another number of ranks.
-        done = run_checkpoint.read_training_state(earlier[-1])
+        done = Checkpoint.open(earlier[-1]).training
         settings = phase.get_settings(
             with_step_count(
                 config, phase, sample_count, engine.world_size, done.step, done.samples_seen
