@@ -43,6 +43,7 @@ from rectvlm.data.shards import write_shards
 from rectvlm.data.store import ShardStore
 from rectvlm.data.volume import read_volume
 from rectvlm.labels import LESION_BY_KEY
+from rectvlm.lesion_bits import pack_lesion
 
 H200_VOLUMES_PER_SECOND = 10
 """What one H200 takes."""
@@ -81,7 +82,7 @@ def make_full_grid_shards(folder: Path, count: int, slices: int, work: Path) -> 
 
 def _load_case(path: Path, number: int) -> CaseData:
     outline = read_volume(SAMPLE_CTS[number].mask_path(CHECKOUT / "data" / "samples"))
-    bits = (outline.array > 0).astype(np.uint8) << LESION_BY_KEY[OUTLINED_LESION].bit
+    bits = pack_lesion(outline.array > 0, LESION_BY_KEY[OUTLINED_LESION])
     looked_for = {key: key == OUTLINED_LESION for key in LESION_BY_KEY}
     return CaseData(
         volume=read_volume(path),

@@ -213,7 +213,7 @@ def measure_with_workers(
 
 def make_case_shards(folder: Path, out: Path, workers: int) -> None:
     """Shards of one case each, from every file of a folder."""
-    from data_pipeline.preprocess import preprocess
+    from data_pipeline.make_shards.shard_folder import preprocess
 
     cases = [
         Case(

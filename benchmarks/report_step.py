@@ -33,10 +33,10 @@ from benchmarks.publishing import (
     quiet_main,
 )
 from rectvlm import pretrained
-from rectvlm.machine import package_versions
 from rectvlm.config import Config, load_config
 from rectvlm.labels import N_REGIONS
-from rectvlm.models.encoder import ImageFeatures
+from rectvlm.machine import package_versions
+from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.language_model import (
     LanguageModel,
     add_lora,

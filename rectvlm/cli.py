@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rectvlm.cli_options import CommandParser, add_options, options_from_namespace
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. A user's error is one sentence on stderr and exit code 2."""
@@ -32,9 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rectvlm", description="3D chest-CT vision-language models."
-    )
+    parser = CommandParser(prog="rectvlm", description="3D chest-CT vision-language models.")
     parser.add_argument("--verbose", action="store_true", help="log details")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -55,10 +55,10 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     predict.set_defaults(run=_run_predict)
 
-    _add_evaluate_arguments(
-        commands.add_parser(
-            "evaluate", help="metrics of a checkpoint on shards: JSON, tables and plots"
-        )
+    commands.add_parser(
+        "evaluate",
+        help="metrics of a checkpoint on shards: JSON, tables and plots",
+        add_arguments=_add_evaluate_arguments,
     )
 
     _add_weights_actions(
@@ -212,65 +212,21 @@ def _add_runs_actions(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
+    from rectvlm.evaluate.options import EvaluationOptions
+
     evaluate.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder"
     )
     evaluate.add_argument(
         "--shards", metavar="DIR_OR_URL", help="by default those the checkpoint was trained on"
     )
-    evaluate.add_argument("--split", choices=("valid", "train"), default="valid")
     evaluate.add_argument(
         "--out", type=Path, metavar="FILE", help="by default in the checkpoint's folder"
     )
     evaluate.add_argument(
-        "--no-reports", action="store_true", help="do not generate reports, which take longest"
-    )
-    evaluate.add_argument(
-        "--report-limit", type=_positive_int, metavar="N", help="reports of the first N cases only"
-    )
-    evaluate.add_argument(
-        "--limit", type=_positive_int, metavar="N", help="evaluate the first N cases only"
-    )
-    evaluate.add_argument("--batch-size", type=_positive_int, default=1, metavar="B")
-    evaluate.add_argument(
         "--device", help="cpu, cuda, cuda:1, …; by default a GPU for each process if there is one"
     )
-    evaluate.add_argument(
-        "--truth", type=Path, metavar="DIR", help="outlines as drawn, KEY/LESION.nii.gz"
-    )
-    evaluate.add_argument(
-        "--hide-regions",
-        action="store_true",
-        help="without region maps, as predict: thresholds for it are fitted so",
-    )
-    evaluate.add_argument(
-        "--surface-tolerance", type=float, default=2.0, metavar="MM", help="of the surface Dice"
-    )
-    evaluate.add_argument(
-        "--thresholds",
-        choices=("fit", "stored"),
-        default="fit",
-        help="on the train split, or those of the checkpoint",
-    )
-    evaluate.add_argument(
-        "--fit-limit",
-        type=_positive_int,
-        default=512,
-        metavar="N",
-        help="cases to fit them on, at most",
-    )
-    evaluate.add_argument(
-        "--labeler", default="rules", metavar="DIR_OR_ID", help="reads findings in reports"
-    )
-    evaluate.add_argument(
-        "--bootstrap",
-        type=_non_negative_int,
-        default=1000,
-        metavar="N",
-        help="resamples for intervals, 0: none",
-    )
-    evaluate.add_argument("--seed", type=int, default=0, help="of the resamples")
-    evaluate.add_argument("--no-plots", action="store_true", help="tables only")
+    add_options(evaluate, EvaluationOptions)
     evaluate.set_defaults(run=_run_evaluate)
 
 
@@ -319,20 +275,6 @@ def _add_part_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return number
-
-
-def _non_negative_int(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
-    return number
-
-
 def _start_logging(verbose: bool, progress: bool = False) -> None:
     from rich.console import Console
     from rich.logging import RichHandler
@@ -357,36 +299,25 @@ def _run_predict(options: argparse.Namespace) -> None:
         sys.stdout.write(f"{folder / 'index.html'}\n")
 
 
-def _run_evaluate(options: argparse.Namespace) -> None:
+def _run_evaluate(namespace: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from rectvlm.evaluate import evaluate_checkpoint, output_path
+    from rectvlm.evaluate.options import EvaluationOptions
+    from rectvlm.evaluate.run import evaluate_checkpoint, output_path
     from rectvlm.evaluate.tables import terminal_table
 
-    _check_device(options.device)
+    _check_device(namespace.device)
+    options = options_from_namespace(EvaluationOptions, namespace)
     result = evaluate_checkpoint(
-        options.checkpoint,
-        options.shards,
-        options.split,
-        options.out,
-        device=options.device,
-        reports=not options.no_reports,
-        report_limit=options.report_limit,
-        limit=options.limit,
-        batch_size=options.batch_size,
-        truth=options.truth,
-        hide_regions=options.hide_regions,
-        surface_tolerance=options.surface_tolerance,
-        thresholds=options.thresholds,
-        fit_limit=options.fit_limit,
-        labeler=options.labeler,
-        bootstrap=options.bootstrap,
-        seed=options.seed,
-        plots=not options.no_plots,
+        namespace.checkpoint,
+        namespace.shards,
+        namespace.out,
+        device=namespace.device,
+        options=options,
     )
     if result is not None:  # the first of several processes
         Console().print(terminal_table(result))
-        sys.stdout.write(f"{output_path(options.checkpoint, options.split, options.out)}\n")
+        sys.stdout.write(f"{output_path(namespace.checkpoint, options.split, namespace.out)}\n")
 
 
 def _run_export(options: argparse.Namespace) -> None:

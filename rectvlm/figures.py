@@ -16,6 +16,7 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from rectvlm.labels import CT_WINDOWS, LESION_BY_KEY, LESIONS, Lesion
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.types import Int16Volume, MaskVolume
 
 DARK_COLOUR, LIGHT_COLOUR = "#111111", "#EEEEEE"
@@ -106,7 +107,7 @@ def choose_window(outlines: Sequence[LesionOutlines]) -> str:
     """The window that shows the lesions of a slice best: lung where ground-glass is among them, as no other shows it,
     or where the largest lies in the lung; else mediastinal."""
     areas = {
-        lesion: sum(np.count_nonzero(one.bits >> lesion.bit & 1) for one in outlines)
+        lesion: sum(np.count_nonzero(lesion_mask(one.bits, lesion)) for one in outlines)
         for lesion in LESIONS
     }
     largest: Lesion = max(areas, key=lambda lesion: areas[lesion])
@@ -157,7 +158,7 @@ def _draw_outlines(axes: Axes, view: SliceView, outlines: LesionOutlines) -> Non
     y = (np.arange(-1, rows + 1) + 0.5) * view.pixel_size_mm[0]
     x = (np.arange(-1, columns + 1) + 0.5) * view.pixel_size_mm[1]
     for lesion in LESIONS:
-        mask = np.pad(outlines.bits >> lesion.bit & 1, 1)
+        mask = np.pad(lesion_mask(outlines.bits, lesion), 1)
         if mask.any():
             style = outlines.line_styles.get(lesion.key, "solid")
             line = axes.contour(

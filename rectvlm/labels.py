@@ -5,7 +5,7 @@ Everything that names a finding, a lesion or a region reads it here: shards, hea
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 BodySide = Literal["left", "right"]
 
@@ -37,7 +37,7 @@ class Lesion:
     """One of the five lesions that are outlined."""
 
     bit: int
-    """Bit of the `lesions` volume: a voxel carries this lesion when `lesions >> bit & 1`."""
+    """Position in `LESIONS`, and number of the lesion's bit in a `lesions` volume (see `lesion_bits`)."""
     key: str
     """Name in files: lower case, no spaces."""
     name: str
@@ -50,6 +50,11 @@ class Lesion:
     """Where it lies, which decides how its place is worded."""
     colour: str
     """Outline colour on pages and pictures (a colour-blind-safe palette after Okabe and Ito, 2008)."""
+
+    @property
+    def mask_value(self) -> int:
+        """Value of a voxel of a `lesions` volume that carries this lesion alone."""
+        return 1 << self.bit
 
 
 LESIONS: tuple[Lesion, ...] = (
@@ -158,12 +163,19 @@ def lesion_prompt(lesion: Lesion) -> str:
     return f"{lesion.name.capitalize()} on chest CT."
 
 
-CT_WINDOWS: dict[str, tuple[float, float]] = {
-    "lung": (-600.0, 1500.0),
-    "mediastinal": (40.0, 400.0),
-    "bone": (400.0, 1800.0),
+class CtWindow(NamedTuple):
+    """Range of HU that is displayed from black to white."""
+
+    centre_hu: int
+    width_hu: int
+
+
+CT_WINDOWS = {
+    "lung": CtWindow(-600, 1500),
+    "mediastinal": CtWindow(40, 400),
+    "bone": CtWindow(400, 1800),
 }
-"""Centre and width of each display window, HU."""
+"""Display windows by name."""
 
 AIR_HU = -1024
 """What lies outside the field of view."""

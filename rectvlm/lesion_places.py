@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from rectvlm.labels import LESION_BY_KEY, LESIONS, LOBES, REGION_BY_NAME, Lesion
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.types import Int16Volume, MaskVolume
 
 PlaceSide = Literal["left", "right", "both"]
@@ -115,7 +116,7 @@ def locate_lesions(
         lobes = None
     places = []
     for lesion in LESIONS:
-        own = flat[(bits >> lesion.bit) & 1 == 1]
+        own = flat[lesion_mask(bits, lesion)]
         volume = own.size * ml
         if not own.size or volume < MIN_LESION_ML:
             continue

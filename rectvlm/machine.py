@@ -33,21 +33,18 @@ def package_versions(*extra_packages: str) -> dict[str, str]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores that may be used, memory and GPUs."""
-    names = {
-        line.partition(":")[2].strip() for line in _read_cpuinfo() if line.startswith("model name")
-    }
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    """Processor, usable cores, memory and GPUs of this machine."""
+    has_affinity = hasattr(os, "sched_getaffinity")
     return {
-        "cpu": ", ".join(sorted(names)) or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpu": _processor_name(),
+        "cores": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
 
-def _read_cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    return ", ".join(sorted(names)) or platform.processor() or platform.machine()

@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 
 from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.phantom.phantom import PhantomCase, make_phantom
 
 _COLUMNS = """
@@ -133,7 +134,7 @@ class Tree:
         (folder / name).mkdir(parents=True, exist_ok=True)
         for lesion in LESIONS:
             if one.lesions_annotated[lesion.key]:
-                mask = nib.Nifti1Image((bits >> lesion.bit) & 1, affine)
+                mask = nib.Nifti1Image(lesion_mask(bits, lesion).astype(np.uint8), affine)
                 nib.save(mask, folder / name / f"{lesion.key}.nii.gz")
 
     def write(self) -> Path:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from data_pipeline.cases import Case
-from data_pipeline.preprocess import preprocess
+from data_pipeline.make_shards.shard_folder import preprocess
 from rectvlm.types import UserError
 from tests.small_cases import GRID, SPACING
 

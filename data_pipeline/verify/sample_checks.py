@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from rectvlm.data.canonical_grid import require_overlap
 from rectvlm.data.hounsfield import MAX_HU, MIN_HU, HuEvidence, to_hu
 from rectvlm.data.shards import SampleLocation
-from rectvlm.labels import AIR_HU, LESION_BY_KEY, LESIONS, REGION_BY_NAME
+from rectvlm.labels import AIR_HU, LESION_BY_KEY, REGION_BY_NAME
+from rectvlm.lesion_bits import present_lesions
 from rectvlm.types import COARSE_REGIONS_SOURCE, Affine, Sample, SampleMeta, UserError, Volume
 
 """Samples that one remark names."""
@@ -218,10 +219,7 @@ def _check_hu(sample: Sample, checker: IssueRecorder) -> None:
 
 def _check_lesions(sample: Sample, checker: IssueRecorder) -> None:
     meta = sample.meta
-    bits = int(np.bitwise_or.reduce(sample.lesions, axis=None))
-    for lesion in LESIONS:
-        if not bits >> lesion.bit & 1:
-            continue
+    for lesion in present_lesions(sample.lesions):
         looked = meta.lesions_annotated[lesion.key] or meta.lesions_partial[lesion.key]
         checker.expect_or_fault(
             looked,

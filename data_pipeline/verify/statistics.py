@@ -20,6 +20,7 @@ from rich.table import Table
 from rectvlm.data.hounsfield import MAX_HU, MIN_HU
 from rectvlm.data.report_text import join_report_sections
 from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.types import GridGeometry, HuConversion, Sample, Split
 
 SPLITS: tuple[Split, ...] = ("train", "valid")
@@ -75,7 +76,8 @@ class SampleSummary:
             scan=meta.scan,
             labels=tuple(meta.labels[finding] for finding in FINDINGS),
             lesion_ml=tuple(
-                int(np.count_nonzero(sample.lesions >> lesion.bit & 1)) * ml for lesion in LESIONS
+                int(np.count_nonzero(lesion_mask(sample.lesions, lesion))) * ml
+                for lesion in LESIONS
             ),
             lesions_annotated=tuple(meta.lesions_annotated[lesion.key] for lesion in LESIONS),
             lesions_partial=tuple(meta.lesions_partial[lesion.key] for lesion in LESIONS),

@@ -24,7 +24,7 @@ from data_pipeline.verify.statistics import (
 )
 from rectvlm.data.hounsfield import MAX_HU, MIN_HU
 from rectvlm.data.shards import read_index, read_sample
-from rectvlm.data.store import ShardStore, atomic_file
+from rectvlm.data.store import ShardStore
 from rectvlm.figures import (
     DARK_COLOUR,
     LIGHT_COLOUR,
@@ -37,6 +37,7 @@ from rectvlm.figures import (
     make_coronal_view,
     new_figure,
 )
+from rectvlm.files import atomic_file
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.types import Sample, UserError
 

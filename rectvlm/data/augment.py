@@ -15,7 +15,8 @@ from torch import Tensor
 from rectvlm.config import AugmentConfig
 from rectvlm.data.mirror import mirror_samples
 from rectvlm.data.warp import SpatialWarp, draw_warps
-from rectvlm.labels import AIR_HU, N_LESIONS
+from rectvlm.labels import AIR_HU
+from rectvlm.lesion_bits import lesion_mask, pack_lesion, present_lesions
 from rectvlm.types import Batch
 
 
@@ -74,13 +75,13 @@ def _warp_sample(
     """
     z, y, x = ct.shape
     grid = warp.sampling_grid((z, y, x), spacing, ct.device)
-    present = [k for k in range(N_LESIONS) if bool((bits >> k & 1).any())]
-    layers = torch.stack([ct - AIR_HU, *((bits >> k & 1).float() for k in present)])
+    present = present_lesions(bits)
+    layers = torch.stack([ct - AIR_HU, *(lesion_mask(bits, lesion).float() for lesion in present)])
     layers = F.grid_sample(layers[None], grid, mode="bilinear", align_corners=False)[0]
     moved_bits = torch.zeros_like(bits)
-    for k, share in zip(present, layers[1:], strict=True):
+    for lesion, share in zip(present, layers[1:], strict=True):
         enough = share.amax().clamp(max=0.5)
-        moved_bits |= ((share >= enough) & (share > 0)).to(bits.dtype) << k
+        moved_bits |= pack_lesion((share >= enough) & (share > 0), lesion)
     nearest = F.grid_sample(regions[None, None].float(), grid, mode="nearest", align_corners=False)[
         0, 0
     ]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage, sparse
 
 from rectvlm.labels import AIR_HU, LESIONS, N_LESIONS
+from rectvlm.lesion_bits import lesion_mask, pack_lesion, present_lesions
 from rectvlm.types import Affine, InputError, Int16Volume, MaskVolume
 
 _CANONICAL_DIRECTIONS = np.array([[0.0, 0.0, 1.0], [0.0, -1.0, 0.0], [-1.0, 0.0, 0.0]])
@@ -200,23 +201,15 @@ def mask_to_native(
     """
     shape = (int(native_shape[0]), int(native_shape[1]), int(native_shape[2]))
     out = np.zeros(shape, np.uint8)
-    probabilities = mask.ndim == 4
-    assert probabilities == np.issubdtype(mask.dtype, np.floating) and mask.ndim in (3, 4), (
-        mask.dtype,
-        mask.shape,
-    )
-    assert not probabilities or len(mask) == N_LESIONS, mask.shape
+    is_probability = np.issubdtype(mask.dtype, np.floating)
+    assert mask.ndim == (4 if is_probability else 3), (mask.dtype, mask.shape)
+    assert not is_probability or len(mask) == N_LESIONS, mask.shape
     for lesion in LESIONS:
-        one = (
-            mask[lesion.bit]
-            if probabilities
-            else (mask.astype(np.uint8, copy=False) >> lesion.bit) & 1
-        )
+        source = mask[lesion.bit] if is_probability else lesion_mask(mask, lesion)
         # Probabilities below one half everywhere stay below it under any averaging.
-        if one.max() >= 0.5:
-            out |= (
-                _resample_array(one, grid_affine, native_affine, shape, 0) >= _HALF_COVERAGE
-            ).astype(np.uint8) << lesion.bit
+        if source.max() >= 0.5:
+            coverage = _resample_array(source, grid_affine, native_affine, shape, 0)
+            out |= pack_lesion(coverage >= _HALF_COVERAGE, lesion)
     return out
 
 
@@ -224,22 +217,21 @@ def _resample_lesion_bits(
     array: MaskVolume, affine: Affine, grid_affine: Affine, grid: tuple[int, int, int]
 ) -> MaskVolume:
     out = np.zeros(grid, np.uint8)
-    present = int(np.bitwise_or.reduce(array, axis=None))
-    for lesion in LESIONS:
-        if present >> lesion.bit & 1:
-            box = ndimage.find_objects((array >> lesion.bit) & 1)[0]
-            one = (array[box] >> lesion.bit) & 1
-            placed = affine.copy()
-            placed[:3, 3] = (affine @ [*(part.start for part in box), 1.0])[:3]
-            coverage = _resample_array(one, placed, grid_affine, grid, 0)
-            kept = coverage >= _HALF_COVERAGE
-            _restore_lost_components(one, placed, grid_affine, coverage, kept)
-            out |= kept.astype(np.uint8) << lesion.bit
+    for lesion in present_lesions(array):
+        mask = lesion_mask(array, lesion)
+        box = ndimage.find_objects(mask.view(np.uint8))[0]
+        mask = mask[box]
+        placed = affine.copy()
+        placed[:3, 3] = (affine @ [*(part.start for part in box), 1.0])[:3]
+        coverage = _resample_array(mask, placed, grid_affine, grid, 0)
+        kept = coverage >= _HALF_COVERAGE
+        _restore_lost_components(mask, placed, grid_affine, coverage, kept)
+        out |= pack_lesion(kept, lesion)
     return out
 
 
 def _restore_lost_components(
-    mask: MaskVolume,
+    mask: NDArray[np.bool_],
     affine: Affine,
     grid_affine: Affine,
     coverage: NDArray[np.float32],

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from rectvlm.data.sample import SAMPLE_SCHEMA
 from rectvlm.data.store import ShardStore
 from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.lesion_bits import combined_mask_value, present_lesions
 from rectvlm.types import MaskVolume, SampleMeta, Split, UserError
 
 SHARD_MANIFEST_FILE = "manifest.json"
@@ -102,7 +103,7 @@ class LabelTally:
         words = {0: "absent", 1: "present", None: "unknown"}
         self.labels.update((finding, words[value]) for finding, value in meta.labels.items())
         self.lesions.update(
-            (lesion.key, "present") for lesion in LESIONS if lesion_bits >> lesion.bit & 1
+            (lesion.key, "present") for lesion in LESIONS if lesion_bits & lesion.mask_value
         )
         self.lesions.update(
             (key, "annotated") for key, looked in meta.lesions_annotated.items() if looked
@@ -135,4 +136,4 @@ def sum_counts(many: Sequence[LabelCounts]) -> LabelCounts:
 
 def find_lesion_bits(mask: MaskVolume) -> int:
     """The lesion bits that occur anywhere in a mask."""
-    return sum(1 << lesion.bit for lesion in LESIONS if (mask >> lesion.bit & 1).any())
+    return combined_mask_value(present_lesions(mask))

@@ -16,6 +16,7 @@ from typing import IO, Any, TypeVar
 
 import fsspec
 
+from rectvlm.files import atomic_file
 from rectvlm.types import UserError
 
 _MAX_ATTEMPTS = 4
@@ -202,18 +203,3 @@ def _fsspec_options(url: str) -> dict[str, Any]:
         total=None, sock_connect=_READ_TIMEOUT_SECONDS, sock_read=_READ_TIMEOUT_SECONDS
     )
     return {"client_kwargs": {"timeout": timeout}}
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[Any]]:
-    """A local file that appears under its name complete and on disk, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

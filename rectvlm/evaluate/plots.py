@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from rectvlm.data.store import atomic_file
 from rectvlm.evaluate.scans import ScanResults
 from rectvlm.figures import hide_top_and_right_spines, new_figure
+from rectvlm.files import atomic_file
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.metrics.calibration import CALIBRATION_BINS, compute_reliability
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rectvlm.labels import LESIONS, N_LESIONS
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.types import MaskVolume
 
 BoolArray = NDArray[np.bool_]
@@ -26,7 +27,7 @@ def count_lesion_voxels(predicted: BoolArray, truth: MaskVolume) -> CountArray:
     assert predicted.dtype == np.bool_ and truth.dtype == np.uint8
     rows = []
     for lesion in LESIONS:
-        present = (truth >> lesion.bit & 1).astype(bool)
+        present = lesion_mask(truth, lesion)
         found = predicted[lesion.bit]
         rows.append(
             [np.count_nonzero(found & present), np.count_nonzero(found), np.count_nonzero(present)]

@@ -19,11 +19,12 @@ from rectvlm.checkpoint.export import ExportOptions, write_model
 from rectvlm.checkpoint.hub import find_model_folder
 from rectvlm.checkpoint.strict_load import check_tensors, load_tensors, named_tensors
 from rectvlm.config import MODEL_PARTS, Config, ModelPart
-from rectvlm.labels import AIR_HU, FINDINGS, LESION_BY_KEY, N_LESIONS
+from rectvlm.labels import AIR_HU, FINDINGS, LESION_BY_KEY, LESIONS, N_LESIONS
+from rectvlm.lesion_bits import pack_lesion, pack_lesions
 from rectvlm.lesion_places import describe_places, locate_lesions
 from rectvlm.machine import package_versions
 from rectvlm.models.classifier import FindingClassifier
-from rectvlm.models.encoder import ImageFeatures, VolumeEncoder
+from rectvlm.models.encoder import build_encoder
 from rectvlm.models.language_model import LanguageModel, load_language_model, resolve_device
 from rectvlm.models.localizer import LesionLocalizer, LocalizerOutput
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
@@ -33,14 +34,14 @@ from rectvlm.types import COARSE_REGIONS_SOURCE, Batch, BatchPrediction, UserErr
 
 
 class ModelOutputs(NamedTuple):
-    """What a training forward gives; a part that the model lacks gives None."""
+    """Result of a training forward pass. A part that the model lacks gives None."""
 
     finding_logits: Tensor
-    """(B, 18) float32 logits."""
+    """(B, 18) float32."""
     localization: LocalizerOutput | None
     report_loss: ReportLoss | None
     token_count: int
-    """Patches and language positions that were processed, padding left out."""
+    """Patches and language positions that were processed, without padding."""
 
 
 class RectVLM(nn.Module):
@@ -59,29 +60,32 @@ class RectVLM(nn.Module):
         """Build with random weights around a language model that is loaded already.
 
         Args:
-            config: sizes.
-            parts: which parts to build; the encoder and the classifier always belong to them.
+            config: configuration of the model.
+            parts: parts to build, the encoder and the classifier among them.
             prompts: embeddings of the finding and lesion prompts.
-            language: needed with the generator.
+            language: language model; needed with the generator.
+
+        Raises:
+            UserError: the configuration names no known encoder.
         """
         super().__init__()
-        self.config, self.parts = config, tuple(parts)
         assert {"encoder", "classifier"} <= set(parts), (
             f"parts {parts} lack the encoder or the classifier"
         )
-        width = config.encoder.width
+        self.config, self.parts = config, tuple(parts)
+        image_width, text_width = config.encoder.width, prompts.embedding_width
         self.prompts = prompts
-        self.encoder = VolumeEncoder(config.encoder, config.data)
-        self.classifier = FindingClassifier(config.classifier, width, prompts.embedding_width)
-        self.localizer = (
-            LesionLocalizer(config.localizer, config.data, config.encoder, prompts.embedding_width)
-            if "localizer" in parts
-            else None
-        )
+        self.encoder = build_encoder(config.encoder, config.data)
+        self.classifier = FindingClassifier(config.classifier, image_width, text_width)
+        self.localizer = None
+        if "localizer" in parts:
+            self.localizer = LesionLocalizer(
+                config.localizer, config.data, config.encoder, text_width
+            )
         self.generator = None
         if "generator" in parts:
             assert language is not None, "the generator needs a language model"
-            self.generator = ReportGenerator(config.generator, width, language)
+            self.generator = ReportGenerator(config.generator, image_width, language)
 
     @classmethod
     def from_pretrained(
@@ -212,113 +216,90 @@ class RectVLM(nn.Module):
         return self.generator is not None
 
     def forward(self, batch: Batch) -> ModelOutputs:
-        """Training forward. Every part runs on every rank, whatever the batch lacks, so that ranks stay in step."""
+        """Compute what the losses need.
+
+        Every part runs on every rank, whatever the batch lacks, so that ranks stay in step.
+        """
         features = self.encoder(batch.ct, batch.regions, batch.regions_known)
-        findings = self.classifier(features, self.prompts)
-        localization = (
-            self.localizer(batch.ct, features, self.prompts) if self.localizer is not None else None
-        )
-        if localization is not None and localization.finding_logits is not None:
-            findings = findings + localization.finding_logits
-        report = None
+        finding_logits = self.classifier(features, self.prompts)
+        localization = None
+        if self.localizer is not None:
+            localization = self.localizer(batch.ct, features, self.prompts)
+            finding_logits = _add_localizer_logits(finding_logits, localization)
+
+        report_loss = None
+        token_count = features.patches.shape[0] * features.patches.shape[1]
         if self.generator is not None:
-            cues = self._describe_training_cues(batch, findings, localization)
-            report = self.generator(features, cues, batch.reports)
-        tokens = features.patches.shape[0] * features.patches.shape[1]
-        return ModelOutputs(
-            findings,
-            localization,
-            report,
-            tokens + (0 if report is None else report.position_count),
-        )
+            cues = self._describe_training_cues(batch, finding_logits, localization)
+            report_loss = self.generator(features, cues, batch.reports)
+            token_count += report_loss.position_count
+        return ModelOutputs(finding_logits, localization, report_loss, token_count)
 
     @torch.no_grad()
     def predict_batch(
         self, batch: Batch, generate: bool = True, ablate_image: bool = False, localize: bool = True
     ) -> BatchPrediction:
-        """Findings, masks and, if asked and possible, reports.
+        """Predict findings, masks and, if asked and possible, reports.
 
         Args:
-            batch: labels, lesions and reports are not read.
-            generate: write reports.
-            ablate_image: replace the CT by air and forget the region map. Reports that score as well without the image
-                were not read from it: the control that belongs beside every report metric.
-            localize: outline lesions; when False all masks are empty, and nothing can be generated.
+            batch: samples. Labels, lesions and reports are not read.
+            generate: whether to write reports.
+            ablate_image: replace the CT by air and hide the region map. Reports that score as well
+                without the image were not read from it: the control that belongs beside every
+                report metric.
+            localize: whether to outline lesions. When False all masks are empty, and no reports can
+                be written.
         """
         assert localize or not generate, "the report's prompt carries the lesions"
         assert not self.training, (
-            "predict needs eval mode: noise and dropout would change the result"
+            "predict_batch needs eval mode: noise and dropout would change the result"
         )
-        ct, known = batch.ct, batch.regions_known
         if ablate_image:
-            ct, known = torch.full_like(ct, AIR_HU), torch.zeros_like(known)
-        features: ImageFeatures = self.encoder(ct, batch.regions, known)
-        logits = self.classifier(features, self.prompts)
-        lesions = torch.zeros(len(ct), N_LESIONS, *ct.shape[1:], device=ct.device)
-        if self.localizer is not None and (localize or self.config.localizer.volumes_to_findings):
-            localization = self.localizer(ct, features, self.prompts)
-            logits = (
-                logits
-                if localization.finding_logits is None
-                else logits + localization.finding_logits
+            batch = replace(
+                batch,
+                ct=torch.full_like(batch.ct, AIR_HU),
+                regions_known=torch.zeros_like(batch.regions_known),
             )
-            lesions = localization.mask_logits.sigmoid() if localize else lesions
+        features = self.encoder(batch.ct, batch.regions, batch.regions_known)
+        logits = self.classifier(features, self.prompts)
+        shape = (len(batch.ct), N_LESIONS, *batch.ct.shape[1:])
+        lesions = torch.zeros(shape, device=batch.ct.device)
+        if self.localizer is not None and (localize or self.config.localizer.volumes_to_findings):
+            localization = self.localizer(batch.ct, features, self.prompts)
+            logits = _add_localizer_logits(logits, localization)
+            if localize:
+                lesions = localization.mask_logits.sigmoid()
+
         findings = logits.sigmoid()
         reports = None
         if generate and self.generator is not None:
-            outlined = _pack_lesion_bits(lesions, lambda p: p)
-            reports = self.generator.generate_reports(
-                features,
-                self._describe_batch_cues(replace(batch, ct=ct), findings, outlined, known),
-            )
+            lesion_bits = _pack_lesion_bits(lesions, lambda probability: probability)
+            cues = describe_batch_cues(batch, findings, lesion_bits)
+            reports = self.generator.generate_reports(features, cues)
         return BatchPrediction(findings.float(), lesions, reports)
 
     def _describe_training_cues(
         self, batch: Batch, logits: Tensor, localization: LocalizerOutput | None
     ) -> list[str]:
-        """Cues for the prompt: the truth for a share of the samples, the model's own predictions for the rest.
+        """Cues from the truth for a share of the samples, from predictions for the rest.
 
-        Truth alone would teach the language model to copy what it will not have; predictions alone are noise at first.
+        Truth alone would teach the language model to copy what it will not have; predictions alone
+        are noise at first. What is unknown stays the model's prediction: a missing label, or a
+        lesion that no one outlined, does not mean absent.
         """
         assert localization is not None, (
             "the generator's prompt carries lesions: build the localizer with it"
         )
-        # What is unknown stays the model's guess: no label, or a lesion that no one outlined, does not mean absent.
-        true = (
-            torch.rand(len(batch.keys)).to(batch.ct.device) < self.config.generator.true_cue_share
-        )
+        shows_truth = torch.rand(len(batch.keys)).to(batch.ct.device)
+        shows_truth = (shows_truth < self.config.generator.true_cue_share)[:, None]
         findings = torch.where(
-            batch.labels_known & true[:, None], batch.labels, logits.detach().sigmoid()
+            batch.labels_known & shows_truth, batch.labels, logits.detach().sigmoid()
         )
-        guessed = _pack_lesion_bits(localization.mask_logits.detach(), torch.sigmoid)
-        shown = (batch.lesions_annotated & true[:, None]).to(torch.uint8)
-        told = (shown << torch.arange(N_LESIONS, device=shown.device, dtype=torch.uint8)).sum(
-            1, dtype=torch.uint8
-        )
-        told = told[:, None, None, None]
-        return self._describe_batch_cues(
-            batch, findings, batch.lesions & told | guessed & ~told, batch.regions_known
-        )
-
-    def _describe_batch_cues(
-        self, batch: Batch, findings: Tensor, lesions: Tensor, known: Tensor
-    ) -> list[str]:
-        """Cues from probabilities (B, 18) and lesion bits (B, Z, Y, X)."""
-        # The lobes of a coarse map are only roughly placed: lesions are then worded by side and zone, as without a map.
-        lobes = [
-            bool(k) and meta.regions_source != COARSE_REGIONS_SOURCE
-            for k, meta in zip(known, batch.metas, strict=True)
-        ]
-        return [
-            describe_cues(
-                findings[i],
-                lesions[i],
-                batch.ct[i],
-                batch.regions[i] if lobes[i] else None,
-                batch.spacing,
-            )
-            for i in range(len(batch.keys))
-        ]
+        predicted = _pack_lesion_bits(localization.mask_logits.detach(), torch.sigmoid)
+        true_bits = pack_lesions(batch.lesions_annotated & shows_truth, axis=1)
+        true_bits = true_bits[:, None, None, None]
+        lesion_bits = batch.lesions & true_bits | predicted & ~true_bits
+        return describe_batch_cues(batch, findings, lesion_bits)
 
 
 def load_part(
@@ -377,34 +358,66 @@ def _check_parts(parts: Sequence[ModelPart], checkpoint: Checkpoint) -> None:
         )
 
 
-def _pack_lesion_bits(masks: Tensor, probability: Callable[[Tensor], Tensor]) -> Tensor:
-    """Lesion bits (B, Z, Y, X) of (B, 5, Z, Y, X), one lesion at a time: at full size, float copies of all are a GB."""
+def _add_localizer_logits(finding_logits: Tensor, localization: LocalizerOutput) -> Tensor:
+    if localization.finding_logits is None:
+        return finding_logits
+    return finding_logits + localization.finding_logits
+
+
+def _pack_lesion_bits(masks: Tensor, to_probability: Callable[[Tensor], Tensor]) -> Tensor:
+    """Lesion bits (B, Z, Y, X) of masks (B, 5, Z, Y, X) at a probability of 0.5.
+
+    One lesion at a time: at full size, float copies of all are a GB.
+    """
     bits = torch.zeros_like(masks[:, 0], dtype=torch.uint8)
-    for k, mask in enumerate(masks.unbind(1)):
-        bits |= (probability(mask) >= 0.5).to(torch.uint8) << k
+    for lesion in LESIONS:
+        bits |= pack_lesion(to_probability(masks[:, lesion.bit]) >= 0.5, lesion)
     return bits
+
+
+def describe_batch_cues(batch: Batch, findings: Tensor, lesion_bits: Tensor) -> list[str]:
+    """Cues of each sample from probabilities (B, 18) and lesion bits (B, Z, Y, X)."""
+    cues = []
+    for i, meta in enumerate(batch.metas):
+        # The lobes of a coarse map are only roughly placed. Lesions are then described by side and
+        # zone, as without a map.
+        has_lobes = bool(batch.regions_known[i]) and meta.regions_source != COARSE_REGIONS_SOURCE
+        regions = batch.regions[i] if has_lobes else None
+        cues.append(describe_cues(findings[i], lesion_bits[i], batch.ct[i], regions, batch.spacing))
+    return cues
 
 
 def describe_cues(
     findings: Tensor,
-    lesions: Tensor,
+    lesion_bits: Tensor,
     ct: Tensor,
     regions: Tensor | None,
     spacing: tuple[float, float, float],
 ) -> str:
-    """Findings and lesions of one sample, in words, from probabilities (18,) and lesion bits (Z, Y, X).
+    """Findings and lesions of one sample, in words.
 
-    An outline whose finding is not suggested is not told: a prompt that contradicts itself makes the language model
-    write the finding, and a localizer outlines specks where a classifier sees none.
+    A lesion whose finding is not suggested is left out. A prompt that contradicts itself makes the
+    language model write the finding, and a localizer outlines specks where a classifier sees none.
+
+    Args:
+        findings: (18,), probabilities.
+        lesion_bits: (Z, Y, X).
+        ct: (Z, Y, X) HU.
+        regions: (Z, Y, X) region ids, if they are known.
+        spacing: voxel size (z, y, x), mm.
     """
-    names = [name.lower() for name, p in zip(FINDINGS, findings.tolist(), strict=True) if p >= 0.5]
+    suggested = []
+    for name, probability in zip(FINDINGS, findings.tolist(), strict=True):
+        if probability >= 0.5:
+            suggested.append(name.lower())
     hu = ct.round().to(torch.int16).cpu().numpy()
-    places = locate_lesions(
-        lesions.cpu().numpy(),
-        hu,
-        None if regions is None else regions.cpu().numpy().astype(np.uint8),
-        spacing,
-    )
-    told = [place for place in places if LESION_BY_KEY[place.lesion].finding.lower() in names]
-    found = f"Findings suggested: {', '.join(names)}." if names else "No findings suggested."
-    return f"{found} {describe_places(told)}"
+    region_ids = None if regions is None else regions.cpu().numpy().astype(np.uint8)
+
+    consistent_places = []
+    for place in locate_lesions(lesion_bits.cpu().numpy(), hu, region_ids, spacing):
+        if LESION_BY_KEY[place.lesion].finding.lower() in suggested:
+            consistent_places.append(place)
+    summary = "No findings suggested."
+    if suggested:
+        summary = f"Findings suggested: {', '.join(suggested)}."
+    return f"{summary} {describe_places(consistent_places)}"

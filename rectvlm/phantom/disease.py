@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rectvlm.labels import LESION_BY_KEY
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.phantom.anatomy import height_above_oblique_fissure
 from rectvlm.phantom.canvas import (
     FULL_BOX,
@@ -67,7 +68,7 @@ def lobe_mask(canvas: PhantomCanvas, lobe: str) -> VoxelMask:
 
 
 def _mark_lesion(canvas: PhantomCanvas, key: str, part: SoftShape) -> None:
-    canvas.lesions[part.box][part.occupancy > 0.5] |= np.uint8(1 << LESION_BY_KEY[key].bit)
+    canvas.lesions[part.box][part.occupancy > 0.5] |= np.uint8(LESION_BY_KEY[key].mask_value)
 
 
 def _paint_pericardial_effusion(canvas: PhantomCanvas, rng: np.random.Generator) -> None:
@@ -168,11 +169,11 @@ def _paint_ground_glass(canvas: PhantomCanvas, plan: PatientPlan, rng: np.random
 
 def _paint_nodules(canvas: PhantomCanvas, plan: PatientPlan, rng: np.random.Generator) -> None:
     lung = canvas.distances_mm["lung"]
-    bit = np.uint8(1 << LESION_BY_KEY["consolidation"].bit)
+    consolidated = lesion_mask(canvas.lesions, LESION_BY_KEY["consolidation"])
     for nodule in plan.nodules:
         radius = nodule.diameter_mm / 2
         own = lobe_mask(canvas, nodule.lobe)
-        bulk = own & (lung > radius + 4) & ((canvas.lesions & bit) == 0)
+        bulk = own & (lung > radius + 4) & ~consolidated
         bulk &= np.abs(height_above_oblique_fissure(canvas)) > radius + 2
         flat = np.flatnonzero(bulk if bulk.any() else own)
         spot = np.unravel_index(int(flat[int(rng.integers(flat.size))]), own.shape)

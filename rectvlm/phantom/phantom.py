@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 
-from rectvlm.labels import FINDINGS, LESIONS, LOBES
+from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS, LOBES
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.lesion_places import LesionPlace, PlaceSide, describe_lobes, describe_side
 from rectvlm.phantom.anatomy import paint_chest
 from rectvlm.phantom.canvas import PatientBuild, PhantomCanvas, make_canvas
@@ -61,8 +62,7 @@ def make_phantom(seed: int, style: PhantomStyle = VARIED_STYLE) -> PhantomCase:
     hu = _simulate_scan(canvas, plan, np.random.default_rng([seed, 4]))
     lesions = canvas.lesions
     if plan.unannotated_lesion is not None:
-        bit = next(lesion.bit for lesion in LESIONS if lesion.key == plan.unannotated_lesion)
-        lesions = lesions & np.uint8(0xFF ^ (1 << bit))
+        lesions = lesions & ~np.uint8(LESION_BY_KEY[plan.unannotated_lesion].mask_value)
     order, affine = _draw_native_order(plan, np.random.default_rng([seed, 5]))
     labels: dict[str, int | None] = {finding: int(plan.present[finding]) for finding in FINDINGS}
     if plan.unknown_finding is not None:
@@ -164,7 +164,7 @@ def _collect_true_places(canvas: PhantomCanvas, plan: PatientPlan) -> list[Lesio
     for lesion in LESIONS:
         if not drawn[lesion.key]:
             continue
-        mask = (canvas.lesions >> lesion.bit) & 1 == 1
+        mask = lesion_mask(canvas.lesions, lesion)
         volume = float(mask.sum()) * voxel
         side: PlaceSide | None = None
         names: tuple[str, ...] = ()

@@ -37,9 +37,10 @@ from rectvlm.data.volume import (
     resample_to_grid,
     to_hu,
 )
-from rectvlm.evaluate import read_thresholds
+from rectvlm.evaluate.stored_thresholds import read_thresholds
 from rectvlm.files import atomic_file
 from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.lesion_places import LesionPlace, locate_lesions
 from rectvlm.models import RectVLM
 from rectvlm.predict.case_page import DISCLAIMER, CaseView, render_page
@@ -65,7 +66,7 @@ SUMMARY_FILE, PAGE_FILE, MASK_FILE, REPORT_FILE = (
     "report.txt",
 )
 """Files of a case's folder; it holds no others."""
-MASK_BITS_NOTE = "bits: " + ", ".join(f"{1 << lesion.bit} {lesion.key}" for lesion in LESIONS)
+MASK_BITS_NOTE = "bits: " + ", ".join(f"{lesion.mask_value} {lesion.key}" for lesion in LESIONS)
 
 
 @dataclass(frozen=True)
@@ -377,13 +378,13 @@ def _lesion_rows(case: _PredictedCase, places: list[LesionPlace]) -> list[dict[s
     by_key = {place.lesion: place for place in places}
     rows = []
     for lesion in LESIONS:
-        voxels = int(np.count_nonzero(case.lesion_bits >> lesion.bit & 1))
+        voxels = int(np.count_nonzero(lesion_mask(case.lesion_bits, lesion)))
         place = by_key.get(lesion.key)
         rows.append(
             {
                 "key": lesion.key,
                 "name": lesion.name,
-                "mask_value": 1 << lesion.bit,
+                "mask_value": lesion.mask_value,
                 "voxels": voxels,
                 "volume_ml": voxels * voxel_ml,
                 "place": place.wording if place else None,

@@ -280,7 +280,7 @@ def _train_step(
     if skipped is not None and any(None in seen["losses"] for seen in skipped["ranks"]):
         line["loss"] = None
     if weighting is not None:
-        factors = zip(phase.tasks, weighting.factors().tolist(), strict=True)
+        factors = zip(phase.tasks, weighting.compute_factors().tolist(), strict=True)
         line["task_weights"] = {
             task: getattr(config.train.loss_weights, task) * factor for task, factor in factors
         }

@@ -18,9 +18,11 @@ from rectvlm.config import LocalizationLossWeightsConfig, LossWeightsConfig
 from rectvlm.labels import (
     LESION_FINDING_INDEXES,
     LESION_IS_IMPLIED_BY_FINDING,
+    LESIONS,
     N_FINDINGS,
     N_LESIONS,
 )
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.models import ModelOutputs
 from rectvlm.models.localizer import LocalizerOutput
 from rectvlm.train.phases import Task
@@ -155,14 +157,14 @@ def localization_loss(
     each = [
         checkpoint(
             _compute_lesion_terms,
-            *(scale[k] for scale in scales),
-            bits >> k & 1,
-            partial[:, k],
+            *(scale[lesion.bit] for scale in scales),
+            lesion_mask(bits, lesion),
+            partial[:, lesion.bit],
             term_weights.consistency > 0,
             use_reentrant=False,
             preserve_rng_state=False,
         )
-        for k in range(N_LESIONS)
+        for lesion in LESIONS
     ]
     per = LesionLossTerms(*(torch.stack(values, dim=1) for values in zip(*each, strict=True)))
     drawn = partial & per.present
@@ -207,7 +209,7 @@ class LesionLossTerms(NamedTuple):
 def _compute_lesion_terms(
     full: Tensor, half: Tensor, coarse: Tensor, mask: Tensor, partial: Tensor, consistent: bool
 ) -> LesionLossTerms:
-    """Terms of one lesion from its logits (B, …) at three resolutions, mask (B, Z, Y, X) uint8 and `partial` (B,)."""
+    """Terms of one lesion from its logits (B, …) at three resolutions, mask (B, Z, Y, X) bool and `partial` (B,)."""
     present = mask.flatten(1).amax(1) > 0
     drawn = partial & present
     # The largest value, not the mean: a nodule smaller than a cell still marks it.

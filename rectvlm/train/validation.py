@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from rectvlm.checkpoint import run_folder
 from rectvlm.config import Config, PhaseConfig, ValidationConfig
 from rectvlm.data.loader import BatchLoader, ShardDataset
-from rectvlm.labels import N_FINDINGS, N_LESIONS
+from rectvlm.labels import N_FINDINGS
+from rectvlm.lesion_bits import pack_lesions
 from rectvlm.models import ModelOutputs
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.objectives import compute_losses
@@ -150,7 +151,7 @@ class Validator:
             rows, samples = self._run_cases(heartbeat)
         every = sorted(
             (row for part in self.engine.all_gather_object(rows) for row in part),
-            key=lambda row: row.place,
+            key=lambda row: row.case_index,
         )
         metrics = self._compute_metrics(every)
         value = metrics.get(self.settings.best_metric)
@@ -231,7 +232,7 @@ class Validator:
 
     def _score_case(self, place: int, outputs: ModelOutputs, batch: Batch) -> _ScoredCase:
         # Imported here: scikit-learn takes a second that a run without validation need not spend.
-        from rectvlm.metrics import count_lesion_voxels
+        from rectvlm.metrics.lesion_overlap import count_lesion_voxels
 
         found = compute_losses(
             outputs, batch, self.phase.tasks, self.config.train.localization_loss_weights
@@ -251,7 +252,8 @@ class Validator:
         )
 
     def _compute_metrics(self, rows: list[_ScoredCase]) -> dict[str, float | None]:
-        from rectvlm import metrics
+        from rectvlm.metrics.findings import score_findings
+        from rectvlm.metrics.lesion_overlap import score_lesion_overlap
 
         weights = self.config.train.loss_weights
         spoilt = [row.case_index for row in rows if not row.is_finite]
@@ -280,9 +282,7 @@ class Validator:
         probabilities, labels, flags = (
             np.stack(parts) for parts in list(zip(*rows, strict=True))[2:5]
         )
-        scores = metrics.score_findings(probabilities, labels, flags, np.full(N_FINDINGS, 0.5))[
-            "macro"
-        ]
+        scores = score_findings(probabilities, labels, flags, np.full(N_FINDINGS, 0.5))["macro"]
         found |= {
             "macro_auroc": scores["auroc"],
             "macro_average_precision": scores["average_precision"],
@@ -291,7 +291,7 @@ class Validator:
             counts = np.stack(
                 [row.overlap_counts for row in rows if row.overlap_counts is not None]
             )
-            outlined = metrics.score_lesion_overlap(
+            outlined = score_lesion_overlap(
                 counts, np.stack([row.lesions_annotated for row in rows])
             )
             found["mean_dice"] = outlined["macro"]["dice"]
@@ -342,13 +342,7 @@ def _make_example(
     found: Any = None
     if outputs.localization is not None:
         marked = outputs.localization.mask_logits[0] >= 0
-        bits = torch.arange(N_LESIONS, device=marked.device, dtype=torch.uint8)
-        found = (
-            (marked.to(torch.uint8) << bits[:, None, None, None])
-            .sum(0, dtype=torch.uint8)
-            .cpu()
-            .numpy()
-        )
+        found = pack_lesions(marked).cpu().numpy()
     labels = torch.where(batch.labels_known[0], batch.labels[0], torch.nan)
     return ValidationExample(
         batch.keys[0],

@@ -26,7 +26,7 @@ from rectvlm.data.loader import (
 from rectvlm.data.shards import write_shards
 from rectvlm.data.shared_batches import BatchPool
 from rectvlm.labels import CT_WINDOWS, FINDINGS, LESIONS
-from rectvlm.models.encoder import apply_windows
+from rectvlm.models.image_features import apply_windows
 from rectvlm.types import Batch, UserError
 
 

@@ -22,6 +22,7 @@ from rectvlm.data.sample import (
 from rectvlm.data.shard_manifest import read_manifest
 from rectvlm.data.shards import read_index, read_sample, write_shards
 from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.types import GridGeometry, HuConversion, Sample, SampleMeta, Split, UserError
 
 GRID = (4, 6, 8)
@@ -135,7 +136,7 @@ def test_counts_are_by_split(tmp_path: Path) -> None:
             }
         for lesion in LESIONS:
             annotated = sum(sample.meta.lesions_annotated[lesion.key] for sample in part)
-            present = sum(bool((sample.lesions >> lesion.bit & 1).any()) for sample in part)
+            present = sum(bool(lesion_mask(sample.lesions, lesion).any()) for sample in part)
             assert found[split]["lesions"][lesion.key] == {
                 "present": present,
                 "annotated": annotated,

@@ -7,18 +7,24 @@ import numpy as np
 import pytest
 from conftest import phantom_sample, write_nifti
 
-from rectvlm.checkpoint import Checkpoint, run_folder
+from rectvlm.checkpoint import THRESHOLDS_FILE, Checkpoint, run_folder
 from rectvlm.data.shard_manifest import read_manifest
 from rectvlm.data.shards import read_index, write_shards
-from rectvlm.evaluate import THRESHOLDS_FILE, evaluate_checkpoint, read_thresholds, tables
+from rectvlm.evaluate import tables
+from rectvlm.evaluate.options import EvaluationOptions
+from rectvlm.evaluate.run import evaluate_checkpoint
+from rectvlm.evaluate.stored_thresholds import read_thresholds
 from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.types import UserError
 
 
 @pytest.fixture(scope="module")
 def evaluated(tiny_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluation") / "metrics.json"
-    return evaluate_checkpoint(tiny_run(3), out=out, device="cpu", batch_size=2), out
+    return evaluate_checkpoint(
+        tiny_run(3), out=out, device="cpu", options=EvaluationOptions(batch_size=2)
+    ), out
 
 
 def test_the_file_holds_what_is_returned_and_where_it_came_from(evaluated, tiny_run):
@@ -91,7 +97,12 @@ def test_reports_stand_beside_their_references_and_the_control(evaluated, phanto
 
 def test_a_limit_cuts_a_batch_and_the_batch_size_changes_nothing(tiny_run, tmp_path):
     def run(**options):
-        result = evaluate_checkpoint(tiny_run(2), out=tmp_path / "m.json", device="cpu", **options)
+        result = evaluate_checkpoint(
+            tiny_run(2),
+            out=tmp_path / "m.json",
+            device="cpu",
+            options=EvaluationOptions(**options),
+        )
         assert result["reports"] is None
         return result
 
@@ -136,7 +147,12 @@ def test_without_a_train_split_thresholds_stay_at_one_half(tiny_run, tiny, tmp_p
 def test_evaluation_leaves_the_weights_alone(tiny_run, tmp_path):
     folder = run_folder.find_checkpoint(tiny_run(1), "")
     before = Checkpoint.open(folder).read_tensors()
-    evaluate_checkpoint(folder, out=tmp_path / "m.json", device="cpu", split="train", limit=1)
+    evaluate_checkpoint(
+        folder,
+        out=tmp_path / "m.json",
+        device="cpu",
+        options=EvaluationOptions(split="train", limit=1),
+    )
     after = Checkpoint.open(folder).read_tensors()
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
@@ -151,7 +167,7 @@ def test_bad_inputs_give_one_clear_sentence(tiny_run, tmp_path):
             tiny_run(3),
             out=tmp_path / "new" / "m.json",
             device="cpu",
-            labeler=str(tmp_path / "none"),
+            options=EvaluationOptions(labeler=str(tmp_path / "none")),
         )
     assert not list(tmp_path.rglob("*.jsonl")), (
         "it should be found out before the cases are predicted"
@@ -213,14 +229,10 @@ def test_the_language_model_is_part_of_the_fingerprint_where_reports_are_written
 ):
     found = evaluated[0]["fingerprint"]["language_model"]
     assert found["reference"] == "bundled:tiny-llama" and len(found["contents"]) == 64
-    options = {
-        "out": tmp_path / "m.json",
-        "device": "cpu",
-        "plots": False,
-        "bootstrap": 0,
-        "limit": 1,
-    }
-    without = evaluate_checkpoint(tiny_run(2), **options)
+    options = EvaluationOptions(plots=False, bootstrap=0, limit=1)
+    without = evaluate_checkpoint(
+        tiny_run(2), out=tmp_path / "m.json", device="cpu", options=options
+    )
     assert without["fingerprint"]["language_model"] is None
 
 
@@ -236,9 +248,13 @@ def test_stored_thresholds_serve_where_there_is_nothing_to_fit_on(tiny_run, tiny
     }
     (folder / THRESHOLDS_FILE).write_text(json.dumps(stored))
 
-    def evaluated(**options):
+    def evaluated(shards=None, **options):
         return evaluate_checkpoint(
-            folder, out=tmp_path / "m.json", device="cpu", plots=False, **options
+            folder,
+            shards,
+            tmp_path / "m.json",
+            device="cpu",
+            options=EvaluationOptions(plots=False, **options),
         )
 
     assert evaluated(shards=tmp_path / "shards")["thresholds"] == stored | {"same_data": False}
@@ -258,11 +274,11 @@ def test_outlines_as_drawn_are_the_truth_when_they_are_given(
     (tmp_path / "drawn" / key).mkdir(parents=True)
     bits, affine = phantoms(seed).lesions, phantoms(seed).affine
     for lesion in LESIONS:
-        mask = (bits >> lesion.bit & 1).astype(np.uint8)
+        mask = lesion_mask(bits, lesion).astype(np.uint8)
         write_nifti(mask, affine, tmp_path / "drawn" / key / f"{lesion.key}.nii.gz")
-    options = {"device": "cpu", "plots": False, "bootstrap": 0, "reports": False}
+    options = EvaluationOptions(truth=tmp_path / "drawn", plots=False, bootstrap=0, reports=False)
     result = evaluate_checkpoint(
-        tiny_run(2), out=tmp_path / "m.json", truth=tmp_path / "drawn", **options
+        tiny_run(2), out=tmp_path / "m.json", device="cpu", options=options
     )
     annotated = sum(phantoms(seed).lesions_annotated.values())
     assert result["localization"]["truth"]["file"] == annotated
@@ -271,9 +287,12 @@ def test_outlines_as_drawn_are_the_truth_when_they_are_given(
     for lesion in LESIONS:
         if phantoms(seed).lesions_annotated[lesion.key]:
             assert row["lesions"][lesion.bit]["native"]["truth"] == np.count_nonzero(
-                bits >> lesion.bit & 1
+                lesion_mask(bits, lesion)
             )
     with pytest.raises(UserError, match="--truth"):
         evaluate_checkpoint(
-            tiny_run(2), out=tmp_path / "m.json", truth=tmp_path / "none", **options
+            tiny_run(2),
+            out=tmp_path / "m.json",
+            device="cpu",
+            options=replace(options, truth=tmp_path / "none"),
         )

@@ -17,9 +17,10 @@ from conftest import phantom_sample
 from rectvlm.checkpoint import run_folder
 from rectvlm.config import Config
 from rectvlm.data.shards import write_shards
-from rectvlm.evaluate import evaluate_checkpoint
 from rectvlm.evaluate.journal import EvaluationJournal
+from rectvlm.evaluate.options import EvaluationOptions
 from rectvlm.evaluate.process_ranks import ProcessRanks, read_ranks_from_environment
+from rectvlm.evaluate.run import evaluate_checkpoint
 from rectvlm.types import UserError
 
 OFTEN = ["--batch-size", "1", "--bootstrap", "50", "--device", "cpu"]
@@ -131,7 +132,11 @@ def test_what_is_known_is_not_done_again_and_never_mixed(
 
     def evaluated(**options: Any) -> dict[str, Any]:
         result = evaluate_checkpoint(
-            run, data, out=out, device="cpu", plots=False, bootstrap=20, **options
+            run,
+            data,
+            out,
+            device="cpu",
+            options=EvaluationOptions(plots=False, bootstrap=20, **options),
         )
         assert result is not None
         return result

@@ -12,10 +12,11 @@ import pytest
 from conftest import phantom_sample
 
 from rectvlm import cli
-from rectvlm.checkpoint import run_folder
+from rectvlm.checkpoint import THRESHOLDS_FILE, run_folder
 from rectvlm.config import Config
 from rectvlm.data.shards import write_shards
-from rectvlm.evaluate import THRESHOLDS_FILE, evaluate_checkpoint
+from rectvlm.evaluate.options import EvaluationOptions
+from rectvlm.evaluate.run import evaluate_checkpoint
 from rectvlm.types import COARSE_REGIONS_SOURCE, Sample, Split
 
 
@@ -52,7 +53,11 @@ def evaluated(run: Path, samples: list[Sample], folder: Path, **options: Any) ->
         write_shards(samples, shards)
     out = folder / "metrics.json"
     result = evaluate_checkpoint(
-        run, shards, out=out, device="cpu", plots=False, bootstrap=0, **options
+        run,
+        shards,
+        out,
+        device="cpu",
+        options=EvaluationOptions(plots=False, bootstrap=0, **options),
     )
     assert result is not None
     rows = [json.loads(line) for line in (folder / "cases.jsonl").read_text().splitlines()]

@@ -13,7 +13,8 @@ from conftest import phantom_sample
 from rectvlm.checkpoint import Checkpoint, TrainingState, run_folder
 from rectvlm.config import Config, load_config
 from rectvlm.data.shards import write_shards
-from rectvlm.evaluate import evaluate_checkpoint
+from rectvlm.evaluate.options import EvaluationOptions
+from rectvlm.evaluate.run import evaluate_checkpoint
 from rectvlm.evaluate.selection import are_same_shards, was_selected_on
 from rectvlm.evaluate.tables import render_markdown
 
@@ -134,14 +135,11 @@ def test_the_metrics_say_so(
     run_folder.record_best_checkpoint(run, Checkpoint.open(folder).training.step, "loss", 0.5)
 
     def said(where: Path, **options: Any) -> tuple[Any, str]:
-        chosen: dict[str, Any] = {
-            "device": "cpu",
-            "plots": False,
-            "bootstrap": 0,
-            "limit": 1,
-        } | options
         result = evaluate_checkpoint(
-            where, out=tmp_path / "m.json", thresholds="fit", fit_limit=2, **chosen
+            where,
+            out=tmp_path / "m.json",
+            device="cpu",
+            options=EvaluationOptions(fit_limit=2, plots=False, bootstrap=0, limit=1, **options),
         )
         assert result is not None
         assert (

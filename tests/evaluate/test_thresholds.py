@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rectvlm.evaluate import THRESHOLDS_FILE, read_thresholds
+from rectvlm.checkpoint import THRESHOLDS_FILE
 from rectvlm.evaluate.case_records import CaseRecord
-from rectvlm.evaluate.thresholds import choose_thresholds, read_stored_thresholds
+from rectvlm.evaluate.stored_thresholds import read_stored_thresholds, read_thresholds
+from rectvlm.evaluate.thresholds import choose_thresholds
 from rectvlm.labels import FINDINGS
 from rectvlm.types import UserError
 

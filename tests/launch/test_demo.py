@@ -27,7 +27,7 @@ from launch.demo import (
     run_command,
     summarize_demo,
 )
-from rectvlm.evaluate import evaluate_checkpoint
+from rectvlm.evaluate.run import evaluate_checkpoint
 from rectvlm.phantom.phantom import make_phantom
 from rectvlm.predict.run import predict_cases
 from rectvlm.types import UserError

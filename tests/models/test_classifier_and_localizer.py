@@ -11,7 +11,7 @@ from rectvlm.config import Config
 from rectvlm.data.loader import ShardDataset, collate_samples
 from rectvlm.labels import N_FINDINGS, N_LESIONS
 from rectvlm.models import RectVLM
-from rectvlm.models.encoder import ImageFeatures
+from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.localizer import LesionLocalizer, level_strides
 from rectvlm.models.prompt_embeddings import PromptEmbeddings, embed_texts
 from rectvlm.train.objectives import combine_losses, compute_losses

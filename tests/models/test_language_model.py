@@ -21,7 +21,7 @@ from transformers import (
 
 from rectvlm import pretrained
 from rectvlm.config import Config, GeneratorConfig
-from rectvlm.models.encoder import ImageFeatures
+from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.language_model import find_lora_targets, load_language_model, unwrap_causal_lm
 from rectvlm.models.meta_model import build_meta_model
 from rectvlm.models.report_generator import ReportGenerator
@@ -158,7 +158,7 @@ def test_without_a_report_there_is_no_loss_but_a_graph(generator: ReportGenerato
     assert (found.per_sample[1], found.token_counts[1]) == (0, 0)
     assert found.per_sample[0] > 1
     nothing = generator(features(2), [SHORT, LONG], [None, None])
-    assert nothing.tokens.tolist() == [0, 0]
+    assert nothing.token_counts.tolist() == [0, 0]
     assert nothing.per_sample.tolist() == [0, 0]
     generator.zero_grad()
     nothing.per_sample.sum().backward()
@@ -176,7 +176,7 @@ def test_a_long_report_is_cut_and_still_ends(generator: ReportGenerator) -> None
     )
     assert torch.equal(seen["inputs_embeds"][0, -1], end)
     with torch.no_grad():
-        assert generator(features(1), [SHORT], [OTHER * 20]).tokens.tolist() == [most]
+        assert generator(features(1), [SHORT], [OTHER * 20]).token_counts.tolist() == [most]
 
 
 def test_another_image_changes_the_token_probabilities(generator: ReportGenerator) -> None:

@@ -32,7 +32,7 @@ from transformers import (
 
 from rectvlm import pretrained
 from rectvlm.config import Config
-from rectvlm.models.encoder import ImageFeatures
+from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.language_model import (
     compute_head_logits,
     load_language_model,

@@ -19,6 +19,7 @@ from rectvlm.data.loader import collate_samples
 from rectvlm.models import RectVLM
 from rectvlm.models.language_model import load_language_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
+from rectvlm.models.rectvlm import describe_batch_cues
 from rectvlm.plan import HardwareRates, ResourcePlan, ResourcePlanner
 from rectvlm.plan.step_time import RingCollective
 from rectvlm.train.dry_run.dry_run import PROMPT_TOKENS
@@ -167,7 +168,7 @@ def test_prompts_of_phantoms_are_not_longer_than_the_plan_says() -> None:
     for seed in range(20):
         batch = collate_samples([phantom_sample(seed, config)])
         known = torch.where(batch.labels_known, batch.labels, 0.0)
-        (cues,) = model._describe_batch_cues(batch, known, batch.lesions, batch.regions_known)
+        (cues,) = describe_batch_cues(batch, known, batch.lesions)
         before, after = model.generator.encode_prompt(cues)
         lengths.append(len(before) + len(after))
     assert min(lengths) > PROMPT_TOKENS // 3 and max(lengths) <= PROMPT_TOKENS

@@ -16,7 +16,7 @@ from rectvlm.config import Config, load_config
 from rectvlm.data.loader import collate_samples
 from rectvlm.labels import LESION_BY_KEY, N_FINDINGS, N_LESIONS, N_REGIONS
 from rectvlm.models import RectVLM
-from rectvlm.models.encoder import ImageFeatures
+from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.language_model import load_language_model
 from rectvlm.models.localizer import LesionLocalizer
 from rectvlm.models.prompt_embeddings import PromptEmbeddings

@@ -11,7 +11,7 @@ from launches import CHECKOUT, LAUNCH, TIMEOUT, TWO, environment
 from torch import nn
 
 from rectvlm.config import MODEL_PARTS, Config, load_config
-from rectvlm.models.encoder import VolumeEncoder
+from rectvlm.models.slice_region_encoder import SliceRegionEncoder
 from rectvlm.train.ema import EMA_KEY, ema_decay_at
 from rectvlm.train.objectives import TaskLoss, combine_losses
 from rectvlm.train.optimizer import (
@@ -98,7 +98,7 @@ class Toy(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.encoder = VolumeEncoder(config.encoder, config.data)
+        self.encoder = SliceRegionEncoder(config.encoder, config.data)
         self.classifier = nn.Linear(4, 2)
         self.localizer = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
 

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from rectvlm.data.store import atomic_file
+from rectvlm.files import atomic_file
 
 
 def truncate_after_step(path: Path, step: int) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import torch
 
-from rectvlm.data.store import atomic_file
+from rectvlm.files import atomic_file
 from rectvlm.machine import package_versions
 
 log = logging.getLogger(__name__)

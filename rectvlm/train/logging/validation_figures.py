@@ -23,6 +23,7 @@ from rectvlm.figures import (
     new_figure,
 )
 from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.train.validation import ValidationExample
 
 _PANEL_WIDTH_INCHES, _LEGEND_HEIGHT_INCHES = 3.6, 0.62
@@ -129,7 +130,7 @@ def describe_example(example: ValidationExample) -> str:
 
 
 def _format_lesion_row(sample: ValidationExample, bits: NDArray[np.uint8], bit: int) -> str:
-    found, true = (volume >> bit & 1 for volume in (bits, sample.true_lesions))
+    found, true = (lesion_mask(volume, LESIONS[bit]) for volume in (bits, sample.true_lesions))
     voxel = float(np.prod(sample.spacing_mm)) / 1000
     both = int(found.sum() + true.sum())
     dice = f"{2 * int((found & true).sum()) / both:.3f}" if both else "–"

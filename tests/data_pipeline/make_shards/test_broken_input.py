@@ -16,9 +16,10 @@ import pytest
 from numpy.typing import NDArray
 
 from data_pipeline.cases import Case
-from data_pipeline.ct_rate.cases import CtRateOptions, ct_rate_cases
+from data_pipeline.ct_rate.cases import list_ct_rate_cases
+from data_pipeline.ct_rate.options import CtRateOptions
+from data_pipeline.make_shards.shard_folder import PreprocessResult, preprocess
 from data_pipeline.masks.mask_folders import MaskFolders
-from data_pipeline.preprocess import PreprocessResult, preprocess
 from rectvlm.data.shards import read_index
 from rectvlm.data.store import ShardStore
 from rectvlm.data.volume import read_volume
@@ -285,7 +286,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     options = CtRateOptions(
         masks=MaskFolders(lesions=root / "ct/lesions", regions=root / "ct/regions")
     )
-    cases = ct_rate_cases(tree.write(), options).cases
+    cases = list_ct_rate_cases(tree.write(), options).cases
     assert [case.key for case in cases] == [*names, "valid_1_a_1"]
     # Files break after they were listed: then also what a listing would not show comes to a worker.
     cases = [_broken(case, kinds.get(n), files.get(case.key)) for n, case in enumerate(cases)]

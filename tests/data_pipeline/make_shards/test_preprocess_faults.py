@@ -21,8 +21,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data_pipeline.make_shards.shard_folder import preprocess
 from data_pipeline.make_shards.workers import worker_context
-from data_pipeline.preprocess import main, preprocess
+from data_pipeline.preprocess import main
 from rectvlm.data.shards import read_index
 from rectvlm.types import UserError
 from tests.preprocess_run import preprocess_small

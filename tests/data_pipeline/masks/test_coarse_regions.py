@@ -146,7 +146,7 @@ def load_phantom(seed: int, with_map: bool) -> CaseData:
     made = make_phantom(seed)
     regions = Volume(made.regions, made.affine, "map") if with_map else None
     return CaseData(
-        Volume(made.hu, made.affine, "ct"),
+        volume=Volume(made.hu, made.affine, "ct"),
         regions=regions,
         regions_source="drawn" if with_map else None,
     )
@@ -169,7 +169,7 @@ def test_a_case_gets_a_coarse_map_only_on_request_and_only_without_one_of_its_ow
 def test_lobes_of_a_coarse_map_are_never_put_into_words(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rectvlm.models.rectvlm import RectVLM
+    from rectvlm.models.rectvlm import describe_batch_cues
 
     sample = case_to_sample(case(True), *TINY)
     nodule = next(lesion for lesion in LESIONS if lesion.key == "lung_nodule")
@@ -184,9 +184,7 @@ def test_lobes_of_a_coarse_map_are_never_put_into_words(
     batch = collate_samples([replace(sample, lesions=mask, meta=meta) for meta in metas])
     assert batch.regions_known.all()
     suggested = torch.ones_like(batch.labels)
-    told, coarse = RectVLM._describe_batch_cues(
-        None, batch, suggested, batch.lesions, batch.regions_known
-    )  # type: ignore[arg-type]
+    told, coarse = describe_batch_cues(batch, suggested, batch.lesions)
     assert (
         "right lower lobe" in told
         and "lobe" not in coarse

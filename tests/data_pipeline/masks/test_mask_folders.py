@@ -11,8 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from data_pipeline.cases import Case, CaseData, case_to_sample
-from data_pipeline.masks.mask_folders import CaseMasks, MaskFolders
-from data_pipeline.preprocess import preprocess
+from data_pipeline.make_shards.shard_folder import preprocess
+from data_pipeline.masks.mask_files import CaseMaskFiles
+from data_pipeline.masks.mask_folders import MaskFolders
 from rectvlm.config import load_config
 from rectvlm.data.loader import collate_samples
 from rectvlm.data.volume import Volume, read_volume
@@ -38,17 +39,8 @@ def ct() -> Volume:
     return Volume(one.hu, one.affine, "ct.nii.gz")
 
 
-def loaded(masks: CaseMasks) -> CaseData:
-    found = masks.load(ct())
-    return CaseData(
-        ct(),
-        lesions=found.lesions,
-        lesions_annotated=found.lesions_annotated,
-        lesions_partial=found.lesions_partial,
-        lesions_source=found.lesions_source,
-        regions=found.regions,
-        regions_source=found.regions_source,
-    )
+def loaded(masks: CaseMaskFiles) -> CaseData:
+    return CaseData(**vars(masks.load(ct())), volume=ct())
 
 
 def sample(folders: MaskFolders) -> Sample:
@@ -62,7 +54,9 @@ def truth() -> Sample:
     one = phantom(0)
     everything = dict.fromkeys(LESION_BY_KEY, True)
     whole = CaseData(
-        ct(), lesions=[Volume(one.lesions, one.affine, "truth")], lesions_annotated=everything
+        volume=ct(),
+        lesions=[Volume(one.lesions, one.affine, "truth")],
+        lesions_annotated=everything,
     )
     return case_to_sample(
         Case(KEY, "train", "train_1", "phantom", lambda: whole, ("a",)), GRID, SPACING

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from data_pipeline.cases import case_to_sample
-from data_pipeline.ct_rate.cases import CtRateOptions, ct_rate_cases
+from data_pipeline.ct_rate.cases import list_ct_rate_cases
+from data_pipeline.ct_rate.options import CtRateOptions
 from data_pipeline.masks import rexgrounding
-from data_pipeline.masks.mask_folders import LoadedMasks, MaskFolders
+from data_pipeline.masks.loaded_masks import LoadedMasks
+from data_pipeline.masks.mask_folders import MaskFolders
 from data_pipeline.masks.rexgrounding import infer_lesions
 from rectvlm.data.loader import collate_samples
 from rectvlm.data.volume import Volume
@@ -149,7 +151,7 @@ def test_partial_outlines_reach_the_batch_as_such(tmp_path: Path) -> None:
     options = CtRateOptions(
         masks=MaskFolders(rexgrounding=_with_a_held_out_case(write(tmp_path / "rex", stack())))
     )
-    result = ct_rate_cases(tree.write(), options)
+    result = list_ct_rate_cases(tree.write(), options)
     made = case_to_sample(result.cases[0], (32, 64, 64), (8.0, 5.5, 5.5))
     batch = collate_samples([made])
     drawn = [lesion.key in SHOWN.values() for lesion in LESIONS]
@@ -385,7 +387,7 @@ def test_patients_of_its_other_parts_stay_out_of_training_by_its_own_tables(tmp_
     (rex / "MICCAI_challenge_dataset.json").write_text(
         json.dumps({"test": [row(name="train_3_a_1")]})
     )
-    result = ct_rate_cases(tree.write(), CtRateOptions(masks=MaskFolders(rexgrounding=rex)))
+    result = list_ct_rate_cases(tree.write(), CtRateOptions(masks=MaskFolders(rexgrounding=rex)))
     assert [case.key for case in result.cases] == ["train_2_a_1", "valid_1_a_1"]
     held = result.dropped["patient of the validation or test part of ReXGroundingCT"]
     assert held == (KEY, "train_1_b_1", "train_3_a_1")

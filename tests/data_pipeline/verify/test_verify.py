@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.preprocess import preprocess
+from data_pipeline.make_shards.shard_folder import preprocess
 from data_pipeline.verify import verify as module
 from data_pipeline.verify.sample_checks import VerificationIssue
 from data_pipeline.verify.verify import VerificationResult, main, verify_shards
