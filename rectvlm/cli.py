@@ -382,7 +382,7 @@ def _run_weights_verify(options: argparse.Namespace) -> None:
     wrong = 0
     for target in options.targets:
         folder, found = find_model_faults(target)
-        sys.stdout.writelines(f"{folder}: {fault}\n" for fault in found or ["whole"])
+        sys.stdout.writelines(f"{folder}: {fault}\n" for fault in found or ["intact"])
         wrong += bool(found)
     if wrong:
         raise UserError(

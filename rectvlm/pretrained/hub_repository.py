@@ -40,13 +40,14 @@ class HubFile:
 
 @dataclass(frozen=True)
 class HubRepository:
-    """One commit of a repository."""
+    """One revision of a repository."""
 
     name: str
     """OWNER/NAME."""
     endpoint: str
     """Address of the hub or mirror."""
-    commit: str
+    revision: str
+    """Branch, tag or commit."""
     is_private: bool
     files: dict[str, HubFile]
     """Files by path."""
@@ -82,10 +83,10 @@ class HubRepository:
         return [name for name in names if not self.files[name].matches(folder / name)]
 
     def _download(self, names: Collection[str], folder: Path | None, is_forced: bool) -> Path:
-        with explain_hub_errors(self.name, self.commit, self.endpoint):
+        with explain_hub_errors(self.name, self.revision, self.endpoint):
             target = snapshot_download(
                 self.name,
-                revision=self.commit,
+                revision=self.revision,
                 allow_patterns=list(names),
                 local_dir=folder,
                 endpoint=self.endpoint,
@@ -109,6 +110,7 @@ def read_repository(
         UserError: there is no such repository or revision, no access, or no network.
     """
     endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
+    revision = revision or constants.DEFAULT_REVISION
     api = HfApi(endpoint=endpoint, library_name="rectvlm")
     with explain_hub_errors(name, revision, endpoint):
         info = api.model_info(name, revision=revision, files_metadata=True)
@@ -117,7 +119,7 @@ def read_repository(
         check_file_name(sibling.rfilename, f"{endpoint}/{name}")
         sha256 = None if sibling.lfs is None else sibling.lfs.sha256
         files[sibling.rfilename] = HubFile(sibling.size or 0, sha256, sibling.blob_id or "")
-    return HubRepository(name, endpoint, str(info.sha), bool(info.private), files)
+    return HubRepository(name, endpoint, revision, bool(info.private), files)
 
 
 def git_sha1(path: Path) -> str:
