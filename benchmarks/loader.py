@@ -37,7 +37,8 @@ from benchmarks.publishing import (
 from data_pipeline.cases import Case, CaseData, case_to_sample, file_identity
 from data_pipeline.sample_cts import OUTLINED_LESION, SAMPLE_CTS
 from rectvlm.config import DataConfig, load_config
-from rectvlm.data.loader import BatchLoader, ShardDataset
+from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.loader import BatchLoader
 from rectvlm.data.sample import preprocessing_versions
 from rectvlm.data.shards import write_shards
 from rectvlm.data.store import ShardStore

@@ -162,7 +162,7 @@ def make_long_batch(config: Config, micro_batch: int) -> Batch:
     """A phantom on the configuration's grid, as often as a micro-batch holds, with the longest report."""
     from data_pipeline.cases import case_to_sample
     from data_pipeline.demo_cases import list_demo_cases
-    from rectvlm.data.loader import collate_samples
+    from rectvlm.data.dataset import collate_samples
 
     (case,) = list_demo_cases(1, 0, None)
     sample = case_to_sample(case, config.data.grid, config.data.spacing)

@@ -12,8 +12,9 @@ import numpy as np
 
 from data_pipeline.masks.coarse_regions import estimate_coarse_regions
 from data_pipeline.masks.loaded_masks import LoadedMasks
+from rectvlm.data.canonical_grid import canonical_affine, require_overlap, resample_to_grid
+from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.sample import preprocessing_versions
-from rectvlm.data.volume import Volume, canonical_affine, require_overlap, resample_to_grid, to_hu
 from rectvlm.labels import FINDINGS
 from rectvlm.lesion_bits import present_lesions
 from rectvlm.types import (
@@ -23,6 +24,7 @@ from rectvlm.types import (
     Sample,
     SampleMeta,
     Split,
+    Volume,
 )
 
 

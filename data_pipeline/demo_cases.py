@@ -5,12 +5,12 @@ from pathlib import Path
 
 from data_pipeline.cases import Case, CaseData, file_identity
 from data_pipeline.sample_cts import OUTLINED_LESION, SAMPLE_CTS, SampleCt, fetch_sample_cts
-from rectvlm.data.volume import Volume, read_mask, read_volume
+from rectvlm.data.volume import read_mask, read_volume
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
 from rectvlm.lesion_bits import pack_lesion
 from rectvlm.phantom.patient_plan import PHANTOM_STYLES, VARIED_STYLE
 from rectvlm.phantom.phantom import make_phantom
-from rectvlm.types import Split
+from rectvlm.types import Split, Volume
 
 FIRST_VALID_SEED = 100_000
 """First seed of the validation phantoms; the seeds of training phantoms start at 0."""

@@ -1,4 +1,4 @@
-"""Lesion masks as bits: one byte a voxel holds the five lesions of `labels.LESIONS`, which may overlap.
+"""Lesion masks as bits: one byte a voxel holds the five lesions, which may overlap.
 
 Every function takes NumPy arrays and torch tensors alike and returns what it was given.
 """

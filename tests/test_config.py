@@ -1,4 +1,5 @@
-"""The configuration: what is written reads back, and every mistake is one sentence that names it."""
+"""The configuration: what is written reads back, and every mistake is one sentence that names
+it."""
 
 from pathlib import Path
 

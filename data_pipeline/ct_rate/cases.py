@@ -31,10 +31,10 @@ from data_pipeline.ct_rate.tables import FindingLabels, ReportSections, SeriesMe
 from data_pipeline.ct_rate.volume_names import VolumeName
 from data_pipeline.masks.mask_files import CaseMaskFiles
 from data_pipeline.masks.mask_placement import is_blank_affine
-from rectvlm.data.volume import Volume, read_volume
+from rectvlm.data.volume import read_volume
 from rectvlm.files import json_sha256
 from rectvlm.labels import FINDINGS
-from rectvlm.types import Affine, InputError
+from rectvlm.types import Affine, InputError, Volume
 
 
 @dataclass(frozen=True)

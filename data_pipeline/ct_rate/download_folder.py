@@ -4,6 +4,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from data_pipeline.ct_rate.options import CtRateOptions, TableName
@@ -82,7 +83,7 @@ def find_dataset_folder(root: Path) -> Path:
     Raises:
         UserError: neither does.
     """
-    tree_names = [name for names in _VOLUME_FOLDERS.values() for name in names]
+    tree_names = list(chain.from_iterable(_VOLUME_FOLDERS.values()))
     for folder in (root / "dataset", root):
         if any((folder / name).is_dir() for name in tree_names):
             return folder

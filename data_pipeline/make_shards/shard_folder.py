@@ -132,7 +132,9 @@ def preprocess(
             with suppress(OSError):
                 _remove_temporary_files(store)
 
-        rejected = [case for task in tasks for case in records[task.name].rejected]
+        rejected: list[RejectedCase] = []
+        for task in tasks:
+            rejected += records[task.name].rejected
         reasons = Counter(case.reason for case in rejected)
         provenance = replace(provenance, set_aside=dict(sorted(reasons.items())))
         with explain_write_errors(store):

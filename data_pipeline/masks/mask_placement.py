@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rectvlm.data.volume import require_overlap
+from rectvlm.data.canonical_grid import require_overlap
 from rectvlm.types import Affine, InputError, Volume
 
 MIN_OVERLAP_SHARE = 0.75

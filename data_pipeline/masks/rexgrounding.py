@@ -21,10 +21,9 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from rectvlm.data.volume import Volume
 from rectvlm.labels import LESION_BY_KEY
 from rectvlm.lesion_bits import combined_mask_value
-from rectvlm.types import InputError, MaskVolume
+from rectvlm.types import InputError, MaskVolume, Volume
 
 TABLE_FILES = ("dataset.json", "MICCAI_challenge_dataset.json")
 _BLOCK_BYTES = 8 << 20

@@ -6,7 +6,7 @@ a NIfTI extension); these then count before the tables here.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,35 +16,37 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from rectvlm.data.volume import Volume, read_mask
+from rectvlm.data.volume import read_mask
 from rectvlm.labels import LESION_BY_KEY, REGIONS
-from rectvlm.types import InputError, MaskVolume
+from rectvlm.types import InputError, MaskVolume, Volume
 
 ClassNames = Mapping[int, str]
 """Class names by their number in a file."""
 
-_VERTEBRAE = " ".join(
-    f"vertebrae_{part}{n}"
-    for part, top in (("L", 5), ("T", 12), ("C", 7))
-    for n in range(top, 0, -1)
-)
-_RIBS = " ".join(f"rib_{side}_{n}" for side in ("left", "right") for n in range(1, 13))
+
+def _numbered_names(stem: str, numbers: Iterable[int]) -> str:
+    return " ".join(f"{stem}{number}" for number in numbers)
+
+
+def _side_names(*stems: str) -> str:
+    return " ".join(f"{stem}_left {stem}_right" for stem in stems)
+
+
+_LUMBAR = _numbered_names("vertebrae_L", range(5, 0, -1))
+_THORACIC = _numbered_names("vertebrae_T", range(12, 0, -1))
+_CERVICAL = _numbered_names("vertebrae_C", range(7, 0, -1))
+_VERTEBRAE = f"{_LUMBAR} {_THORACIC} {_CERVICAL}"
+_LEFT_RIBS = _numbered_names("rib_left_", range(1, 13))
+_RIGHT_RIBS = _numbered_names("rib_right_", range(1, 13))
+_RIBS = f"{_LEFT_RIBS} {_RIGHT_RIBS}"
 _LOBES = (
     "lung_upper_lobe_left lung_lower_lobe_left "
     "lung_upper_lobe_right lung_middle_lobe_right lung_lower_lobe_right"
 )
-_ILIAC = "iliac_artery_left iliac_artery_right iliac_vena_left iliac_vena_right"
-_GLUTEI = " ".join(
-    f"gluteus_{size}_{side}"
-    for size in ("maximus", "medius", "minimus")
-    for side in ("left", "right")
-)
-_BACK = "autochthon_left autochthon_right iliopsoas_left iliopsoas_right"
-_LIMBS = " ".join(
-    f"{bone}_{side}"
-    for bone in ("humerus", "scapula", "clavicula", "femur")
-    for side in ("left", "right")
-)
+_ILIAC = _side_names("iliac_artery", "iliac_vena")
+_GLUTEI = _side_names("gluteus_maximus", "gluteus_medius", "gluteus_minimus")
+_BACK = _side_names("autochthon", "iliopsoas")
+_LIMBS = _side_names("humerus", "scapula", "clavicula", "femur")
 
 
 def _number_classes(names: str) -> dict[int, str]:

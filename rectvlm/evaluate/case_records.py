@@ -1,4 +1,4 @@
-"""Case records: what the model predicts for one volume beside the truth, reduced to what metrics need."""
+"""Case records: prediction and truth of one volume, reduced to what the metrics need."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

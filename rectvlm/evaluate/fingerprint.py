@@ -114,7 +114,7 @@ def _select_options(options: EvaluationOptions) -> dict[str, Any]:
 
 
 def _hash_sampled_blocks(path: Path) -> str:
-    """SHA-256 of a file of up to 4 MiB, else of evenly spread blocks with the first and the last."""
+    """SHA-256 of a file of up to 4 MiB, else of evenly spread blocks, first and last included."""
     size_bytes = path.stat().st_size
     if size_bytes <= SAMPLED_BLOCK_BYTES * SAMPLED_BLOCKS:
         return file_sha256(path)

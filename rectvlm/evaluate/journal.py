@@ -1,4 +1,4 @@
-"""Journal of an evaluation: case records, appended as soon as they are known, to resume after a kill.
+"""Journal of an evaluation: case records, appended at once, to resume after a kill.
 
     OUT/cases/FINGERPRINT/fingerprint.json    what the records in this folder have in common
     OUT/cases/FINGERPRINT/rank-0000.jsonl     one line a case, written by one process

@@ -1,11 +1,11 @@
 """Predicted and true lesions on the grid of the CT's own file, where millimetres are the patient's.
 
-The prediction goes back exactly as in `rectvlm predict`: probabilities are interpolated, then cut at
-one half. The truth comes from one of two places. Outlines as they were drawn, where their files are
-at hand, are read and brought to the CT's grid by their affine. Otherwise the outline of the shard,
-which was sampled to the model's grid once, comes back in the same way as the prediction: what is lost
-in the sampling is then lost on both sides, a part of a lesion beyond the model's grid is not missed,
-and a perfect prediction on the model's grid has a Dice of 1.
+The prediction goes back exactly as in `rectvlm predict`: probabilities are interpolated, then cut
+at one half. The truth comes from one of two places. Outlines as they were drawn, where their files
+are at hand, are read and brought to the CT's grid by their affine. Otherwise the outline of the
+shard, which was sampled to the model's grid once, comes back in the same way as the prediction:
+what is lost in the sampling is then lost on both sides, a part of a lesion beyond the model's grid
+is not missed, and a perfect prediction on the model's grid has a Dice of 1.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rectvlm.data.volume import mask_to_native, read_mask, require_overlap, resample_to_grid
+from rectvlm.data.canonical_grid import mask_to_native, require_overlap, resample_to_grid
+from rectvlm.data.volume import read_mask
 from rectvlm.labels import LESIONS, N_LESIONS, Lesion
 from rectvlm.lesion_bits import combined_mask_value, lesion_mask, pack_lesion
 from rectvlm.types import Affine, MaskVolume, SampleMeta

@@ -1,4 +1,4 @@
-"""Use of region maps: how many cases had one. A new CT comes without, so prediction never has any."""
+"""Use of region maps: how many cases had one. A new CT has none, so prediction never does."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Figures of generated reports beside those of the control without the image, with paired intervals."""
+"""Figures of generated reports and of the control without the image, with paired intervals."""
 
 import logging
 from collections.abc import Iterable

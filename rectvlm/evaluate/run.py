@@ -17,7 +17,8 @@ from typing import Any
 
 from rectvlm.checkpoint import Checkpoint, find_checkpoint
 from rectvlm.config import Config, DataConfig
-from rectvlm.data.loader import BatchLoader, ShardDataset
+from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.loader import BatchLoader
 from rectvlm.data.shards import read_index
 from rectvlm.data.store import ShardStore
 from rectvlm.evaluate import summary, tables
@@ -100,8 +101,8 @@ def evaluate_checkpoint(
     Args:
         checkpoint: A run's phase folder, or one checkpoint in it.
         shards: Folder or URL of shards; by default those of the checkpoint's configuration.
-        out: JSON file of the metrics; by default `evaluation-SPLIT/metrics.json` in the checkpoint's
-            folder. All other files lie beside it.
+        out: JSON file of the metrics; by default `evaluation-SPLIT/metrics.json` in the
+            checkpoint's folder. All other files lie beside it.
         device: Device of the model; by default a GPU for each process if there is one.
         options: What is evaluated and how.
 
@@ -192,7 +193,7 @@ class _EvaluationRun:
         return are_same_shards(self.data.shards, self.config.data.shards)
 
     def predict_missing_cases(self) -> None:
-        """Predict this process's cases that have no record; load the model only if there are any."""
+        """Predict this process's cases without a record; load the model only if there are any."""
         records = self.journal.read_records()
         own_batches = self.batches[self.ranks.rank :: self.ranks.world_size]
         missing = [batch for batch in own_batches if not records.keys() >= set(batch.case_ids)]

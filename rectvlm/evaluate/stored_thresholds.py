@@ -1,4 +1,4 @@
-"""Thresholds of the findings that are stored with a checkpoint, as evaluation and prediction read them."""
+"""Thresholds that are stored with a checkpoint, as evaluation and prediction read them."""
 
 import json
 from dataclasses import dataclass

@@ -47,7 +47,7 @@ def summarize_findings(
 def summarize_lesions(
     scans: ScanResults, weights: ResampleWeights | None, options: EvaluationOptions
 ) -> dict[str, Any]:
-    """Localization figures by scan, on the native grid; Dice and IoU on the model's grid as well."""
+    """Localization figures by scan, on the native grid; Dice and IoU on the model's grid too."""
     rows = scans.select_lesions()
     n_lost: Counter[str] = Counter()
     truth_sources: Counter[str] = Counter()

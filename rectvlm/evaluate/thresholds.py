@@ -1,4 +1,4 @@
-"""Thresholds of an evaluation: fitted on cases that are not evaluated, stored with the checkpoint."""
+"""Thresholds of an evaluation: fitted on other cases, stored with the checkpoint."""
 
 import logging
 from collections.abc import Sequence

@@ -5,8 +5,8 @@ C = H · D.
 
 Patch i attends to the global token, to every patch j and to every region token r with the logits
 
-    i → j:  q_i · k_j / √D + T[h, z_i − z_j]          T: learned bias for each head and slice distance
-    i → r:  q_i · k_r / √D + log p(r | i)             p: share of the patch's voxels in region r
+    i → j:  q_i · k_j / √D + T[h, z_i − z_j]       T: learned bias for each head and slice distance
+    i → r:  q_i · k_r / √D + log p(r | i)          p: share of the patch's voxels in region r
 
 The global token attends to all of them without a bias. Both biases have low rank: T depends on the
 two slice numbers only, log p on the patch and one region. So they fold exactly into the dot

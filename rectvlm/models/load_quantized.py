@@ -45,7 +45,7 @@ class TensorSource(Protocol):
         """Whether it holds a tensor of this name."""
 
     def read_tensor(self, name: str, shape: torch.Size | None, device: torch.device) -> Tensor:
-        """Read a tensor. A shape of None accepts any, since packed weights have one of their own."""
+        """Read a tensor. A shape of None accepts any: packed weights have one of their own."""
 
 
 @dataclass

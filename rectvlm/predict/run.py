@@ -27,16 +27,11 @@ from numpy.typing import NDArray
 
 from rectvlm.checkpoint import Checkpoint
 from rectvlm.config import Config
-from rectvlm.data.loader import collate_samples
+from rectvlm.data.canonical_grid import canonical_affine, mask_to_native, resample_to_grid
+from rectvlm.data.dataset import collate_samples
+from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.report_text import split_report_sections
-from rectvlm.data.volume import (
-    Volume,
-    canonical_affine,
-    mask_to_native,
-    read_volume,
-    resample_to_grid,
-    to_hu,
-)
+from rectvlm.data.volume import read_volume
 from rectvlm.evaluate.stored_thresholds import read_thresholds
 from rectvlm.files import atomic_file
 from rectvlm.labels import FINDINGS, LESIONS
@@ -53,6 +48,7 @@ from rectvlm.types import (
     Sample,
     SampleMeta,
     UserError,
+    Volume,
 )
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from rectvlm.checkpoint import run_folder
 from rectvlm.config import Config, PhaseConfig, ValidationConfig
-from rectvlm.data.loader import BatchLoader, ShardDataset
+from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.loader import BatchLoader
 from rectvlm.labels import N_FINDINGS
 from rectvlm.lesion_bits import pack_lesions
 from rectvlm.models import ModelOutputs

@@ -1,4 +1,4 @@
-"""Shards: what goes in comes out, the same bytes each time, by WebDataset and by offset; damage is named."""
+"""Shards: samples come back unchanged, bytes repeat, WebDataset can read them, damage is named."""
 
 import hashlib
 import json
@@ -14,11 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rectvlm.data.report_text import join_report_sections, split_report_sections
-from rectvlm.data.sample import (
-    SAMPLE_MEMBERS,
-    decode_sample,
-    encode_sample,
-)
+from rectvlm.data.sample import SAMPLE_MEMBERS, decode_sample, encode_sample
 from rectvlm.data.shard_manifest import read_manifest
 from rectvlm.data.shards import read_index, read_sample, write_shards
 from rectvlm.labels import FINDINGS, LESIONS
@@ -234,7 +230,7 @@ def test_a_truncated_shard_and_a_missing_folder_are_named(tmp_path: Path) -> Non
         read_index(tmp_path)
 
 
-# Markup around a heading is taken for part of it, so a section that begins with '*' or '#' is not read back whole.
+# Markup around a heading counts as part of it, so a section that begins with '*' or '#' loses it.
 _TEXT = st.none() | st.text(
     st.characters(codec="utf-8", exclude_characters=":\r*#"), min_size=1
 ).map(str.strip).filter(bool)

@@ -15,12 +15,13 @@ from data_pipeline.cases import Case, CaseData, case_to_sample, file_identity
 from data_pipeline.demo_cases import list_demo_cases
 from data_pipeline.make_shards.shard_folder import preprocess
 from data_pipeline.sample_cts import read_nrrd
+from rectvlm.data.canonical_grid import mask_to_native
 from rectvlm.data.shards import read_index, read_sample
-from rectvlm.data.volume import Volume, mask_to_native, read_mask, read_volume
+from rectvlm.data.volume import read_mask, read_volume
 from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS
 from rectvlm.phantom.phantom import make_phantom
 from rectvlm.pretrained import package_archives
-from rectvlm.types import UserError
+from rectvlm.types import UserError, Volume
 from tests.small_cases import GRID, SPACING, contents, die_once, raise_bug, small_cases, small_tree
 
 

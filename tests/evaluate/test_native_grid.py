@@ -9,7 +9,7 @@ from conftest import phantom_sample, write_nifti
 from numpy.typing import NDArray
 
 from rectvlm.config import Config
-from rectvlm.data.volume import mask_to_native
+from rectvlm.data.canonical_grid import mask_to_native
 from rectvlm.evaluate.native_grid import lesions_to_native_grid
 from rectvlm.labels import LESIONS, N_LESIONS
 from rectvlm.lesion_bits import lesion_mask, present_lesions, unpack_lesions

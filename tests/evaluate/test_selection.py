@@ -64,7 +64,8 @@ def test_the_best_of_a_run_was_chosen_on_the_valid_split(
     run = a_run(tmp_path / "phase1", PLANNED, best=8, config=validating)
     assert [chosen(run, step, validating) for step in (4, 8, 12)] == [False, True, False]
     assert chosen(run, 8, validating, split="train") is False
-    # Other shards have another valid split; where they cannot be compared, only what was not chosen is known.
+    # Other shards have another valid split; where they cannot be compared, only what was not
+    # chosen is known.
     assert chosen(run, 8, validating, has_training_shards=False) is False
     assert (
         chosen(run, 8, validating, has_training_shards=None) is None

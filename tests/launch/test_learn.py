@@ -22,12 +22,12 @@ from launch.learn import (
 )
 from rectvlm import pretrained
 from rectvlm.config import Config, load_config
-from rectvlm.data.loader import collate_samples
+from rectvlm.data.dataset import collate_samples
 from rectvlm.labels import FINDINGS, LESION_FINDING_INDEXES, N_LESIONS
 from rectvlm.metrics.clinical_efficacy import count_confusions, score_clinical_efficacy
+from rectvlm.metrics.report_labeler.finding_states import FindingState
 from rectvlm.metrics.report_labeler.labeler import load_labeler
 from rectvlm.metrics.report_labeler.laterality import count_side_outcomes, score_laterality
-from rectvlm.metrics.report_labeler.rule_labeler import FindingState
 from rectvlm.models import RectVLM
 from rectvlm.models.language_model import load_language_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings

@@ -34,7 +34,8 @@ def test_known_values_of_one_finding():
     result = score_findings(probabilities, labels, known, HALF)
 
     row = result["per_finding"][FINDINGS[0]]
-    # Of the four positive-negative pairs three are in order; one of two positives is found, one of two calls is right.
+    # Of the four positive-negative pairs three are in order; one of two positives is found, one of
+    # two calls is right.
     assert row["auroc"] == 0.75 and row["recall"] == row["precision"] == row["f1"] == 0.5
     assert (row["n_known"], row["n_positive"]) == (4, 2)
     assert result["macro"]["auroc"] == result["weighted"]["auroc"] == 0.75
@@ -126,7 +127,8 @@ def test_dice_and_iou_are_monais(seed):
 
 
 def test_empty_missed_and_false_positive_cases_are_counted_apart():
-    # One lesion in five cases: agreed empty, false positive, missed, Dice 2·2/(3+3), and a perfect one unannotated.
+    # One lesion in five cases: agreed empty, false positive, missed, Dice 2·2/(3+3), and a perfect
+    # one unannotated.
     counts = np.zeros((5, N_LESIONS, 3), dtype=np.int64)
     counts[:, 0] = [[0, 0, 0], [0, 4, 0], [0, 0, 7], [2, 3, 3], [9, 9, 9]]
     annotated = np.zeros((5, N_LESIONS), dtype=bool)
@@ -154,7 +156,8 @@ def test_reports_known_values():
         and same["n"] == 1
     )
     other = score_reports(["the cat sat on a mat"], ["the cat sat on the mat"])
-    # Five of six words match, and of five word pairs "the cat", "cat sat" and "sat on"; equal lengths, no penalty.
+    # Five of six words match, and of five word pairs "the cat", "cat sat" and "sat on"; equal
+    # lengths, no penalty.
     assert other["bleu_1"] == pytest.approx(5 / 6)
     assert other["bleu_2"] == pytest.approx(np.sqrt(5 / 6 * 3 / 5))
     assert other["rouge_l"] == pytest.approx(5 / 6)

@@ -16,7 +16,7 @@ from sklearn.metrics import precision_recall_fscore_support
 from rectvlm.labels import FINDINGS, N_FINDINGS
 from rectvlm.metrics import text_overlap
 from rectvlm.metrics.clinical_efficacy import count_confusions, score_clinical_efficacy
-from rectvlm.metrics.report_labeler.rule_labeler import FindingState
+from rectvlm.metrics.report_labeler.finding_states import FindingState
 from rectvlm.metrics.reports import compute_report_statistics, headline_scores, score_reports
 
 TRUTHS = [

@@ -1,4 +1,5 @@
-"""The encoder: exact region shares, known and unknown region maps, windows, and that it reads the image."""
+"""The encoder: exact region shares, known and unknown region maps, windows, and that it reads the
+image."""
 
 from collections.abc import Callable
 from typing import Any
@@ -61,7 +62,8 @@ def test_region_mix_equals_naive_loop(patch: tuple[int, int, int]) -> None:
 
 
 def test_a_region_is_the_mean_over_its_voxels(encoder: SliceRegionEncoder) -> None:
-    """A small organ is not drowned by the rest of the body; one that the map lacks is told nothing of it."""
+    """A small organ is not drowned by the rest of the body; one that the map lacks is told nothing
+    of it."""
     assert encoder.patch == (4, 8, 8)
     regions = torch.full((2, 8, 16, 16), 3, dtype=torch.uint8)
     regions[:, 3:5, 6:8, 7:10] = 9  # 12 voxels, in four patches
@@ -78,9 +80,9 @@ def test_a_region_is_the_mean_over_its_voxels(encoder: SliceRegionEncoder) -> No
     pooled = weights.mT @ values
     for region in (3, 9):
         torch.testing.assert_close(pooled[0, region - 1], of_voxels[regions[0] == region].mean(0))
-    others = [r for r in range(N_REGIONS) if r + 1 not in (3, 9)]
+    absent = [r for r in range(N_REGIONS) if r + 1 not in (3, 9)]
     assert (weights[0, :, 8] > 0).sum() == 4
-    assert not pooled[0, others].any()
+    assert not pooled[0, absent].any()
     torch.testing.assert_close(pooled[1], values[1].mean(0).expand(N_REGIONS, -1))
 
 
@@ -93,8 +95,8 @@ def test_unknown_map_is_not_an_empty_map(
     with torch.no_grad():
         unknown = encoder(ct, empty, torch.tensor([False, False]))
         none = encoder(ct, empty, KNOWN)
-    whole, patches, _ = differ(unknown, none)
-    assert whole > 1e-7  # through the patches, from the second block on
+    global_token, patches, _ = differ(unknown, none)
+    assert global_token > 1e-7  # through the patches, from the second block on
     assert patches > 1e-4
 
 
@@ -104,9 +106,9 @@ def test_an_unknown_map_is_not_read(
     ct, regions = inputs
     known = torch.tensor([True, False])
     with torch.no_grad():
-        other = regions.flip(1)
-        other[1] = 255  # not an id
-        first, second = encoder(ct, regions, known), encoder(ct, other, known)
+        changed = regions.flip(1)
+        changed[1] = 255  # not an id
+        first, second = encoder(ct, regions, known), encoder(ct, changed, known)
     assert torch.equal(first.patches[1], second.patches[1])
     assert not torch.allclose(first.patches[0], second.patches[0])
 
@@ -130,10 +132,10 @@ def test_regions_change_features(
     ct, regions = inputs
     encoder = encoder.double()
     with torch.no_grad():
-        whole, patches, pooled = differ(
+        global_token, patches, pooled = differ(
             encoder(ct, regions, KNOWN), encoder(ct, regions.flip(3), KNOWN)
         )
-    assert whole > 1e-7
+    assert global_token > 1e-7
     assert patches > 1e-4
     assert pooled > 1e-2
 
@@ -231,7 +233,8 @@ def test_inputs_that_do_not_fit_are_named(
 
 @pytest.mark.parametrize("grid", [(8, 24, 40), (16, 48, 48), (24, 64, 32)])
 def test_other_grids(encoder: SliceRegionEncoder, grid: tuple[int, int, int]) -> None:
-    """Fewer and more patches an axis than the configuration's; on its own grid nothing is interpolated."""
+    """Fewer and more patches an axis than the configuration's; on its own grid nothing is
+    interpolated."""
     torch.nn.init.normal_(encoder.blocks[0].attention.slice_bias)
     generator = torch.Generator().manual_seed(1)
     ct = torch.randint(-1024, 600, (1, *grid), generator=generator, dtype=torch.int16)
@@ -241,10 +244,10 @@ def test_other_grids(encoder: SliceRegionEncoder, grid: tuple[int, int, int]) ->
     assert features.patch_grid == (z, y, x) and features.patches.shape == (1, z * y * x, 48)
     positions = encoder._embed_positions(features.patch_grid).view(z, y, x, -1)
     # Along each axis the interpolated embeddings begin and end near those that were learned.
-    own = encoder._embed_positions(encoder.patch_grid).view(*encoder.patch_grid, -1)
+    learned = encoder._embed_positions(encoder.patch_grid).view(*encoder.patch_grid, -1)
     if features.patch_grid == encoder.patch_grid:
-        assert torch.equal(positions, own)
-    assert (positions[0, 0, 0] - own[0, 0, 0]).norm() < 0.75 * own[0, 0, 0].norm()
+        assert torch.equal(positions, learned)
+    assert (positions[0, 0, 0] - learned[0, 0, 0]).norm() < 0.75 * learned[0, 0, 0].norm()
     features.global_token.square().sum().backward()
     assert all(
         p.grad is not None for p in (encoder.position_z, encoder.position_y, encoder.position_x)

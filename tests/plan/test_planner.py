@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rectvlm import cli, pretrained
 from rectvlm.config import Config, load_config
-from rectvlm.data.loader import collate_samples
+from rectvlm.data.dataset import collate_samples
 from rectvlm.models import RectVLM
 from rectvlm.models.language_model import load_language_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings

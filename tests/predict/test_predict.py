@@ -14,12 +14,12 @@ from conftest import write_nifti
 from PIL import Image
 
 from rectvlm.checkpoint import THRESHOLDS_FILE, Checkpoint, run_folder
-from rectvlm.data.volume import Volume, canonical_affine, mask_to_native, resample_to_grid
+from rectvlm.data.canonical_grid import canonical_affine, mask_to_native, resample_to_grid
 from rectvlm.labels import CT_WINDOWS, FINDINGS, LESION_BY_KEY, LESIONS
 from rectvlm.lesion_bits import pack_lesion
 from rectvlm.models import RectVLM
 from rectvlm.predict import case_page, run
-from rectvlm.types import HuConversion, UserError
+from rectvlm.types import HuConversion, UserError, Volume
 
 ORIENTATIONS = [
     "".join(code)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rectvlm import pretrained
 from rectvlm.checkpoint import Checkpoint, run_folder
 from rectvlm.config import Config, load_config
-from rectvlm.data.loader import collate_samples
+from rectvlm.data.dataset import collate_samples
 from rectvlm.labels import LESION_BY_KEY, N_FINDINGS, N_LESIONS, N_REGIONS
 from rectvlm.models import RectVLM
 from rectvlm.models.image_features import ImageFeatures

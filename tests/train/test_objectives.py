@@ -10,7 +10,7 @@ from monai.losses import DiceLoss
 from torch import Tensor
 
 from rectvlm.config import Config, LocalizationLossWeightsConfig
-from rectvlm.data.loader import collate_samples
+from rectvlm.data.dataset import collate_samples
 from rectvlm.labels import FINDINGS, LESION_BY_KEY, N_FINDINGS, N_LESIONS
 from rectvlm.metrics.lesion_overlap import count_lesion_voxels
 from rectvlm.metrics.lesion_overlap import score_lesion_overlap as scores

@@ -28,7 +28,8 @@ from launches import (
 
 from rectvlm.checkpoint import Checkpoint, TrainingState, run_folder
 from rectvlm.config import Config, ValidationConfig, load_config
-from rectvlm.data.loader import ShardDataset, build_eval_loader
+from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.loader import build_eval_loader
 from rectvlm.labels import N_FINDINGS, N_LESIONS
 from rectvlm.models import RectVLM
 from rectvlm.train import loop

@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from data_pipeline.cases import Case, CaseData, case_to_sample
 from data_pipeline.masks.coarse_regions import estimate_coarse_regions
 from rectvlm.config import Config
-from rectvlm.data.loader import collate_samples
-from rectvlm.data.volume import Volume, canonical_affine, read_volume, resample_to_grid, to_hu
+from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
+from rectvlm.data.dataset import collate_samples
+from rectvlm.data.hounsfield import to_hu
+from rectvlm.data.volume import read_volume
 from rectvlm.labels import LESIONS, REGION_BY_NAME
 from rectvlm.phantom.phantom import make_phantom
-from rectvlm.types import COARSE_REGIONS_SOURCE
+from rectvlm.types import COARSE_REGIONS_SOURCE, Volume
 
 TINY = ((32, 64, 64), (8.0, 5.5, 5.5))
 FINE = ((64, 144, 144), (4.5, 2.5, 2.5))

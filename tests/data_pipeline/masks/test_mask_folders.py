@@ -15,12 +15,12 @@ from data_pipeline.make_shards.shard_folder import preprocess
 from data_pipeline.masks.mask_files import CaseMaskFiles
 from data_pipeline.masks.mask_folders import MaskFolders
 from rectvlm.config import load_config
-from rectvlm.data.loader import collate_samples
-from rectvlm.data.volume import Volume, read_volume
+from rectvlm.data.dataset import collate_samples
+from rectvlm.data.volume import read_volume
 from rectvlm.labels import LESION_BY_KEY, LESIONS
 from rectvlm.models.localizer import LocalizerOutput
 from rectvlm.train.objectives import LesionPresence, LesionTargets, localization_loss
-from rectvlm.types import InputError, Sample, UserError
+from rectvlm.types import InputError, Sample, UserError, Volume
 from tests.ct_rate_tree import phantom
 from tests.grids import ORDERS, dice, grid_over, regrid, reorder, save
 

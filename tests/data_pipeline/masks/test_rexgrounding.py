@@ -20,10 +20,9 @@ from data_pipeline.masks import rexgrounding
 from data_pipeline.masks.loaded_masks import LoadedMasks
 from data_pipeline.masks.mask_folders import MaskFolders
 from data_pipeline.masks.rexgrounding import infer_lesions
-from rectvlm.data.loader import collate_samples
-from rectvlm.data.volume import Volume
+from rectvlm.data.dataset import collate_samples
 from rectvlm.labels import LESION_BY_KEY, LESIONS
-from rectvlm.types import InputError, UserError
+from rectvlm.types import InputError, UserError, Volume
 from tests.ct_rate_tree import Tree, _lps, phantom
 from tests.grids import dice, reorder
 

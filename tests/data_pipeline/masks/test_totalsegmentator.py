@@ -18,10 +18,10 @@ from data_pipeline.masks.totalsegmentator import (
     read_regions,
     region_of_class,
 )
-from rectvlm.data.volume import Volume, canonical_affine, resample_to_grid
+from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
 from rectvlm.labels import LESION_BY_KEY, REGION_BY_NAME, REGIONS
 from rectvlm.lesion_places import locate_lesions
-from rectvlm.types import InputError
+from rectvlm.types import InputError, Volume
 from tests.ct_rate_tree import phantom
 from tests.grids import ORDERS, dice, grid_over, regrid, reorder, save
 

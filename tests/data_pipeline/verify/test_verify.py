@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,13 +23,12 @@ from hypothesis import strategies as st
 
 from data_pipeline.make_shards.shard_folder import preprocess
 from data_pipeline.verify import verify as module
-from data_pipeline.verify.sample_checks import VerificationIssue
+from data_pipeline.verify.issues import VerificationIssue
 from data_pipeline.verify.verify import VerificationResult, main, verify_shards
 from rectvlm.data.sample import preprocessing_versions
 from rectvlm.data.shard_manifest import (
     ShardManifest,
     dump_manifest,
-    find_lesion_bits,
     read_manifest,
     sum_counts,
 )
@@ -43,9 +44,11 @@ from rectvlm.data.shards import (
 )
 from rectvlm.data.volume_codec import encode_volume
 from rectvlm.labels import REGION_BY_NAME
+from rectvlm.lesion_bits import present_lesions
 from rectvlm.types import Sample, UserError
 from tests.small_cases import GRID, SPACING, small_cases
 
+CHECKOUT = Path(__file__).parents[3]
 SHARDS = ["train-000000.tar", "train-000001.tar", "valid-000000.tar"]
 Tree = dict[str, Any]
 
@@ -115,7 +118,7 @@ def packing(sample: Sample, tree: Tree | None = None, **members: bytes) -> Packe
     arrays = {name: encode_volume(getattr(sample, name)) for name in ("ct", "lesions", "regions")}
     data = json.dumps(tree, separators=(",", ":")).encode()
     return PackedSample(
-        sample.meta, {**arrays, "json": data, **members}, find_lesion_bits(sample.lesions)
+        sample.meta, {**arrays, "json": data, **members}, present_lesions(sample.lesions)
     )
 
 
@@ -152,10 +155,15 @@ def test_exit_codes(
         main([str(shards), "--sample", "0"])
 
 
+def test_the_module_run_as_a_command_exits_with_1_on_a_fault(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "data_pipeline.verify", str(tmp_path)]
+    assert subprocess.run(command, cwd=CHECKOUT, capture_output=True).returncode == 1
+
+
 def test_the_configuration_names_the_folder(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made.parent)
     assert main(["--config", "tiny"]) == 1  # none are there
-    shutil.copytree(made, made.parent / module.config.load_config("tiny").data.shards)
+    shutil.copytree(made, made.parent / module.load_config("tiny").data.shards)
     assert main(["--config", "tiny"]) == 0
 
 
@@ -186,8 +194,10 @@ def test_any_other_byte_is_found(flippable: Path, name: str, where: float, flip:
         found = faults(flippable)
         assert found and all(remark.expected and remark.found for remark in found)
         if name in SHARDS:
-            assert {remark.shard for remark in found} <= {name, "samples", "manifest.json"}
-            assert any(remark.shard == name and "SHA-256" in remark.expected for remark in found)
+            assert {remark.file_name for remark in found} <= {name, "samples", "manifest.json"}
+            assert any(
+                remark.file_name == name and "SHA-256" in remark.expected for remark in found
+            )
         assert len(found) <= 12, [str(remark) for remark in found]
     finally:
         path.write_bytes(sound)
@@ -212,7 +222,7 @@ def test_a_truncated_tar_is_a_few_faults_with_what_is_gone(shards: Path, share: 
         )
         in found
     )
-    assert {remark.shard for remark in found} == {SHARDS[0]} and len(found) <= 5
+    assert {remark.file_name for remark in found} == {SHARDS[0]} and len(found) <= 5
     if share < 0.9:
         lost = next(remark for remark in found if "samples that the index names" in remark.expected)
         assert "small_1" in lost.found and ("small_0" in lost.found) == (share < 0.5)
@@ -223,11 +233,11 @@ def test_files_that_are_missing_or_too_many(shards: Path) -> None:
     shutil.copy(shards / SHARDS[0], shards / "train-000002.tar")
     (shards / "notes.txt").write_text("mine")
     outcome = verify_shards(shards)
-    assert {(remark.shard, remark.found) for remark in outcome.issues.faults} == {
+    assert {(remark.file_name, remark.found) for remark in outcome.issues.faults} == {
         (SHARDS[2], "no such file"),
         ("train-000002.tar", "a file that the index does not name"),
     }
-    assert [remark.shard for remark in outcome.issues.notes] == ["notes.txt"]
+    assert [remark.file_name for remark in outcome.issues.notes] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("name", ["index.json", "manifest.json"])
@@ -236,7 +246,7 @@ def test_no_usable_index_or_manifest(shards: Path, name: str, content: bytes | N
     path = shards / name
     path.unlink() if content is None else path.write_bytes(content)
     (fault,) = faults(shards)
-    assert fault.shard == name and fault.sample_key is None and "make preprocess" in fault.found
+    assert fault.file_name == name and fault.sample_key is None and "make preprocess" in fault.found
 
 
 @pytest.mark.parametrize(("one", "other"), [(0, 1), (0, 2)])
@@ -247,12 +257,12 @@ def test_swapped_tars_are_named_with_their_samples(shards: Path, one: int, other
     (shards / "x").rename(b)
     found = faults(shards)
     # Of each: checksum, too many, missing; sizes may agree.
-    assert {remark.shard for remark in found} == {a.name, b.name} and len(found) <= 8
+    assert {remark.file_name for remark in found} == {a.name, b.name} and len(found) <= 8
     for name, key in (
         (a.name, "small_0"),
         (b.name, read_index(shards).shards[other].samples[0].key),
     ):
-        own = [remark for remark in found if remark.shard == name]
+        own = [remark for remark in found if remark.file_name == name]
         assert any("SHA-256" in remark.expected for remark in own)
         assert any(
             key in remark.found and "samples that the index names" in remark.expected
@@ -445,7 +455,7 @@ def test_wrong_content_under_right_checksums_is_one_fault(
         assert any(re.search(words, str(remark)) for remark in own), [
             str(remark) for remark in found
         ]
-        assert all(remark.shard == SHARDS[0] for remark in own) and own == found
+        assert all(remark.file_name == SHARDS[0] for remark in own) and own == found
         assert len(own) <= 2, [str(remark) for remark in own]
 
 
@@ -499,7 +509,7 @@ def test_a_patient_in_both_splits_and_a_key_twice(shards: Path) -> None:
     (shards / SHARDS[1]).unlink()
     close(shards, [one for one in written if one is not None])
     found = faults(shards)
-    assert {(one.shard, one.sample_key, one.expected) for one in found} >= {
+    assert {(one.file_name, one.sample_key, one.expected) for one in found} >= {
         ("index.json", None, "patient small_0 in one split"),
         ("samples", None, "patient small_0 in one split"),
         ("index.json", "small_1", "each key once"),
@@ -672,7 +682,7 @@ def test_a_manifest_of_another_run_is_found(shards: Path) -> None:
     other = replace(manifest, provenance=replace(manifest.provenance, dropped={"no reason": 7}))
     (shards / "manifest.json").write_bytes(dump_manifest(other))
     (fault,) = faults(shards)
-    assert fault.shard == "manifest.json" and fault.expected.startswith("SHA-256")
+    assert fault.file_name == "manifest.json" and fault.expected.startswith("SHA-256")
 
 
 def test_other_versions_are_one_note(shards: Path) -> None:
@@ -705,7 +715,7 @@ def test_some_samples_only(shards: Path) -> None:
     assert {fact.split for fact in outcome.statistics.sample_summaries} == {"train", "valid"}
     path = shards / SHARDS[0]
     path.write_bytes(path.read_bytes()[:-20000])
-    assert [(one.shard, one.sample_key) for one in faults(shards, sample_count=99)] == [
+    assert [(one.file_name, one.sample_key) for one in faults(shards, sample_count=99)] == [
         (SHARDS[0], "small_1")
     ]
     index, manifest = offsets_wrong(read_index(shards), read_manifest(shards))
@@ -807,7 +817,7 @@ def test_shards_at_a_url(shards: Path) -> None:
         (shards / SHARDS[2]).unlink()
         (shards / "train-000009.tar").write_bytes(b"")
         found = faults(url)
-        assert found == faults(shards) and {one.shard for one in found} == {
+        assert found == faults(shards) and {one.file_name for one in found} == {
             SHARDS[0],
             SHARDS[2],
             "train-000009.tar",

@@ -18,8 +18,8 @@ from transformers import (
 
 from rectvlm.labels import FINDINGS, N_FINDINGS
 from rectvlm.metrics.report_labeler.classifier_labeler import ClassifierLabeler
+from rectvlm.metrics.report_labeler.finding_states import FindingState
 from rectvlm.metrics.report_labeler.labeler import load_labeler
-from rectvlm.metrics.report_labeler.rule_labeler import FindingState
 from rectvlm.metrics.reports import score_reports
 from rectvlm.types import UserError
 
@@ -123,7 +123,7 @@ def test_roberta_counts_its_positions_from_its_padding(tmp_path: Path) -> None:
         RobertaConfig(**settings(FINDINGS), pad_token_id=0)
     ).save_pretrained(folder)
     labeler = ClassifierLabeler(folder, device="cpu")
-    assert labeler.context == CONTEXT - 1
+    assert labeler.max_tokens == CONTEXT - 1
     assert labeler.label_reports(["left nodule " * 40]).shape == (1, N_FINDINGS)
 
 

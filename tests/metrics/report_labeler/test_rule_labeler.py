@@ -62,7 +62,8 @@ def scores(sentences: tuple[tuple[str, str], ...]) -> dict[str, float]:
 
 def test_sentences_that_no_rule_has_seen() -> None:
     """Measured once: precision 0.970, recall 1.000, F1 0.985 of 64 present findings; 0.917 of 121 states. `stent` was
-    mended afterwards, which is the only use that was made of them; versions 2 and 3 of the rules give the same: 1.000,
+    mended afterwards, which is the only use that was made of them; versions 2 and 3 of the rules
+    give the same: 1.000,
     1.000, 1.000, and 0.933 of 119."""
     found = scores(HELD_OUT)
     assert found["n_present"] == 64
