@@ -118,7 +118,7 @@ def measure_step(
                 seconds[part].append(last - first)
     row |= {
         "peak_bytes": peak_memory_bytes(),
-        "bytes": engine.describe_ranks()["ranks"][0]["bytes"],
+        "bytes": engine.describe_ranks().ranks[0].bytes,
     }
     engine.close()
     step = sum(statistics.median(values) for values in seconds.values())

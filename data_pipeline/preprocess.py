@@ -146,7 +146,13 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline.preprocess", description="Make shards from cases."
     )
-    add_options(parser, PreprocessOptions, exclude=["phantom_style"])
+    add_options(parser, PreprocessOptions, exclude=["phantom_style", "coarse_regions"])
+    parser.add_argument(
+        "--coarse-regions",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="estimate a region map from the CT where a case has none (default: no)",
+    )
     parser.add_argument(
         "--phantom-style",
         choices=PHANTOM_STYLES,

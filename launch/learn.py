@@ -13,7 +13,7 @@ is enough are written to RUN/learn.json and, as a table, to RUN/learn.md:
     phases     of each phase: steps, losses at the beginning and at the end, seconds
     machine, versions, stages (name, command, seconds and cpu_seconds of each), seconds
 
-The exit status is 0 when all targets are met, 1 when one is missed or a command failed. `docs/learning.md` says what
+The exit status is 0 when all targets are met, 1 when one is missed or a command failed. `docs/how-to/check-that-it-learns.md` says what
 the targets mean and what was measured.
 """
 

@@ -4,10 +4,11 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
+
+from rectvlm.types import JsonObject
 
 VERSIONED_PACKAGES = (
     "rectvlm",
@@ -32,7 +33,7 @@ def package_versions(*extra_packages: str) -> dict[str, str]:
     return versions
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine() -> JsonObject:
     """Processor, usable cores, memory and GPUs of this machine."""
     has_affinity = hasattr(os, "sched_getaffinity")
     return {

@@ -20,6 +20,9 @@ Affine = NDArray[np.float64]
 
 Split = Literal["train", "valid"]
 
+JsonObject = dict[str, Any]
+"""Tree of plain values, as a JSON file holds it."""
+
 COARSE_REGIONS_SOURCE = "coarse"
 """`regions_source` of a map estimated from the CT: good for sides and zones, not for lobes."""
 

@@ -43,7 +43,7 @@ def test_overrides_change_their_value_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "fragment"),
     [
         ("encoder.witdh=64", "unknown key 'encoder.witdh', did you mean 'width'"),
         ("encodr.width=64", "unknown key 'encodr', did you mean 'encoder'"),
@@ -75,11 +75,11 @@ def test_overrides_change_their_value_alone() -> None:
         ("encoder.patch=[2, 2, 2]", "localizer.channels"),
     ],
 )
-def test_mistakes_are_one_sentence(override: str, said: str) -> None:
+def test_mistakes_are_one_sentence(override: str, fragment: str) -> None:
     with pytest.raises(UserError) as caught:
         load_config("tiny", [override])
     message = str(caught.value)
-    assert said in message
+    assert fragment in message
     assert "\n" not in message
     assert message.endswith(".")
 
@@ -131,7 +131,7 @@ def test_the_yaml_of_a_configuration_is_its_file(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "fragment"),
     [
         (
             "train.phases.phase1.unfreeze=[{part: localizer, last_blocks: null, step: 3}]",
@@ -157,7 +157,7 @@ def test_the_yaml_of_a_configuration_is_its_file(name: str) -> None:
         ("train.phases.phase3-align.lr.encodr=1", "did you mean 'encoder'|unknown key"),
     ],
 )
-def test_mistakes_in_the_choices_of_a_phase(override: str, said: str) -> None:
-    with pytest.raises(UserError, match=said) as caught:
+def test_mistakes_in_the_choices_of_a_phase(override: str, fragment: str) -> None:
+    with pytest.raises(UserError, match=fragment) as caught:
         load_config("tiny", [override])
     assert "\n" not in str(caught.value)

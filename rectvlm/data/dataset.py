@@ -16,13 +16,11 @@ from torch.utils.data import Dataset
 
 from rectvlm.config import DataConfig
 from rectvlm.data.report_text import join_report_sections
+from rectvlm.data.sample import VOLUME_DTYPES
 from rectvlm.data.shards import SampleLocation, read_index, read_sample
 from rectvlm.data.store import ShardStore
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.types import Batch, Sample, SampleMeta, Split, UserError
-
-VOLUME_DTYPES = {"ct": torch.int16, "lesions": torch.uint8, "regions": torch.uint8}
-_NUMPY_DTYPES = {"ct": np.int16, "lesions": np.uint8, "regions": np.uint8}
 
 
 class ShardDataset(Dataset[Sample]):
@@ -61,7 +59,7 @@ class ShardDataset(Dataset[Sample]):
             UserError: as `read_sample`.
         """
         shape = (len(numbers), *self.grid)
-        arrays = {name: np.empty(shape, dtype) for name, dtype in _NUMPY_DTYPES.items()}
+        arrays = {name: np.empty(shape, dtype) for name, dtype in VOLUME_DTYPES.items()}
         metas = self.read_into_arrays(numbers, arrays)
         return build_batch({name: torch.from_numpy(arrays[name]) for name in arrays}, metas)
 

@@ -16,8 +16,9 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rectvlm.config import DataConfig
-from rectvlm.data.dataset import VOLUME_DTYPES, ShardDataset, build_batch
+from rectvlm.data.dataset import ShardDataset, build_batch
 from rectvlm.data.order import TrainOrder
+from rectvlm.data.sample import VOLUME_DTYPES
 from rectvlm.data.shared_batches import BatchPool, find_pool
 from rectvlm.types import Batch, Sample, SampleMeta, Split, UserError
 

@@ -20,11 +20,12 @@ from rectvlm.labels import FINDINGS, LESIONS, N_LESIONS, N_REGIONS
 from rectvlm.types import SAMPLE_SCHEMA, Sample, SampleMeta, UserError, first_invalid_field
 
 SAMPLE_MEMBERS = ("ct", "lesions", "regions", "json")
-_MEMBER_DTYPES: dict[str, np.dtype[Any]] = {
+VOLUME_DTYPES: dict[str, np.dtype[Any]] = {
     "ct": np.dtype("<i2"),
     "lesions": np.dtype("u1"),
     "regions": np.dtype("u1"),
 }
+"""Type of each volume of a sample, in a shard and in memory."""
 _KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _META_ADAPTER = TypeAdapter(SampleMeta)
 
@@ -43,7 +44,7 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
         )
     _check_sample(sample, where=f"Sample {meta.key}")
     members = {}
-    for name, dtype in _MEMBER_DTYPES.items():
+    for name, dtype in VOLUME_DTYPES.items():
         array = getattr(sample, name)
         assert array.dtype == dtype, f"{name} is {array.dtype}"
         members[name] = encode_volume(array)
@@ -73,7 +74,7 @@ def decode_sample(
             f"{where} lacks {', '.join(missing)}: expected the members {', '.join(SAMPLE_MEMBERS)}."
         )
     arrays = {}
-    for name, dtype in _MEMBER_DTYPES.items():
+    for name, dtype in VOLUME_DTYPES.items():
         out = None if into is None else into[name]
         arrays[name] = decode_volume(members[name], dtype, f"{where}, member {name}", out)
     sample = Sample(**arrays, meta=_parse_meta(bytes(members["json"]), where))

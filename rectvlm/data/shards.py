@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import webdataset
 from numpy.typing import NDArray
@@ -168,11 +168,9 @@ def write_shard(
 
         file.flush()
         file.seek(0)
-        with tarfile.open(fileobj=file, mode="r:") as written:
-            positions = {member.name: (member.offset_data, member.size) for member in written}
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        size = file.seek(0, os.SEEK_END)
+        positions = _read_member_positions(file)
 
     locations = []
     for key, meta in metas.items():
@@ -180,6 +178,13 @@ def write_shard(
         locations.append(SampleLocation(key, meta.split, meta.patient, name, members))
     entry = ManifestShard(name, first.meta.split, len(metas), size, digest)
     return WrittenShard(entry, locations, counts)
+
+
+def _read_member_positions(file: IO[bytes]) -> dict[str, tuple[int, int]]:
+    """Offset and size of each member of an open tar, by name."""
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        return {member.name: (member.offset_data, member.size) for member in tar}
 
 
 def _pack_samples(samples: Iterable[Sample | PackedSample]) -> Iterator[PackedSample]:

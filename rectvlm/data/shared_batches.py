@@ -31,7 +31,7 @@ class BatchPool:
         workers: int,
         slots_per_worker: int,
         samples_per_slot: int,
-        dtypes: Mapping[str, torch.dtype],
+        dtypes: Mapping[str, np.dtype[Any]],
         grid: tuple[int, int, int],
     ) -> None:
         """Lay out the slots; memory is taken when a slot is first used.
@@ -48,7 +48,7 @@ class BatchPool:
         self.layout: dict[str, tuple[int, np.dtype[Any]]] = {}
         slot_bytes = 0
         for name, dtype in dtypes.items():
-            self.layout[name] = slot_bytes, np.dtype(str(dtype).removeprefix("torch."))
+            self.layout[name] = slot_bytes, dtype
             volume_bytes = samples_per_slot * math.prod(grid) * dtype.itemsize
             slot_bytes += math.ceil(volume_bytes / _PAGE_BYTES) * _PAGE_BYTES
         slot_count = max(workers, 1) * slots_per_worker

@@ -1,1 +1,1 @@
-"""Evaluation of a checkpoint: from shards to comparable figures (`docs/evaluation.md`)."""
+"""Evaluation of a checkpoint: from shards to comparable figures (`docs/concepts/evaluation.md`)."""

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.metrics.lesion_overlap import count_lesion_voxels
 from rectvlm.metrics.lesions import LesionComparison, compare_lesion_masks
 from rectvlm.models import RectVLM
-from rectvlm.types import Batch, MaskVolume, SampleMeta, UserError
+from rectvlm.types import Batch, JsonObject, MaskVolume, SampleMeta, UserError
 
 CasePurpose = Literal["fit", "evaluate"]
 """Use of a case: `fit` is a case of the train split on which thresholds are fitted."""
@@ -58,7 +58,7 @@ class CaseRecord:
     regions: str | None
     """Source of the region map that the model was given; None where it had none."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Tree for JSON."""
         return asdict(self)
 

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rectvlm import pretrained
 from rectvlm.checkpoint.integrity import UNLISTED_FILES
@@ -15,6 +14,7 @@ from rectvlm.data.store import ShardStore
 from rectvlm.evaluate.options import LESION_THRESHOLD, EvaluationOptions
 from rectvlm.files import file_sha256, json_sha256
 from rectvlm.machine import package_versions
+from rectvlm.types import JsonObject
 
 FINGERPRINTED_MODULES = (
     "rectvlm.checkpoint.checkpoint",
@@ -37,7 +37,7 @@ def compute_fingerprint(
     device: str,
     options: EvaluationOptions,
     has_reports: bool = False,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Describe weights, samples, options, code and versions by their contents.
 
     Names and times do not count: a checkpoint that was moved is the same one, and another one in
@@ -70,7 +70,7 @@ def compute_fingerprint(
     }
 
 
-def hash_fingerprint(fingerprint: dict[str, Any]) -> str:
+def hash_fingerprint(fingerprint: JsonObject) -> str:
     """Short hash of a fingerprint, the name of its folder."""
     return json_sha256(fingerprint)[:16]
 
@@ -102,7 +102,7 @@ def identify_language_model(reference: str) -> dict[str, str | None]:
     return {"reference": reference, "contents": contents.hexdigest()}
 
 
-def _select_options(options: EvaluationOptions) -> dict[str, Any]:
+def _select_options(options: EvaluationOptions) -> JsonObject:
     """The options on which case records depend, and those that say which cases there are.
 
     The folder `truth` is left out as well: its contents are in the fingerprint.

@@ -15,14 +15,13 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from rectvlm.evaluate.case_records import CASE_RECORD_ADAPTER, CasePurpose, CaseRecord
 from rectvlm.evaluate.fingerprint import hash_fingerprint
 from rectvlm.files import write_json
-from rectvlm.types import UserError
+from rectvlm.types import JsonObject, UserError
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ STALL_TIMEOUT_SECONDS = 1800.0
 class EvaluationJournal:
     """The case records of one fingerprint: those of this process and of all others."""
 
-    def __init__(self, out: Path, fingerprint: dict[str, Any], rank: int) -> None:
+    def __init__(self, out: Path, fingerprint: JsonObject, rank: int) -> None:
         """Name the folder of the records, without writing yet.
 
         Args:

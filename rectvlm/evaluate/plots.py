@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from rectvlm.evaluate.result import EvaluationResult
 from rectvlm.evaluate.scans import ScanResults
 from rectvlm.figures import hide_top_and_right_spines, new_figure
 from rectvlm.files import atomic_file
@@ -46,7 +47,7 @@ class _PanelFigure:
     draw: DrawPanel
 
 
-def write_plots(folder: Path, result: Mapping[str, Any], scans: ScanResults) -> list[Path]:
+def write_plots(folder: Path, result: EvaluationResult, scans: ScanResults) -> list[Path]:
     """Write all plots to a folder.
 
     Args:
@@ -62,7 +63,7 @@ def write_plots(folder: Path, result: Mapping[str, Any], scans: ScanResults) -> 
         "precision_recall.png": plot_precision_recall(result, scans),
         "calibration.png": plot_calibration(result, scans),
     }
-    if result["localization"] is not None:
+    if result.localization is not None:
         figures["dice.png"] = plot_dice(result, scans)
     for name, figure in figures.items():
         with atomic_file(folder / name) as file:
@@ -70,14 +71,14 @@ def write_plots(folder: Path, result: Mapping[str, Any], scans: ScanResults) -> 
     return [folder / name for name in figures]
 
 
-def plot_roc(result: Mapping[str, Any], scans: ScanResults) -> Figure:
+def plot_roc(result: EvaluationResult, scans: ScanResults) -> Figure:
     """ROC curve of each finding, with the point of its threshold."""
     title = "ROC curves: AUROC and its 95% interval; the dot is the threshold"
     figure = _PanelFigure("auroc", title, "false positive rate", "true positive rate", _draw_roc)
     return _plot_finding_panels(result, scans, figure)
 
 
-def plot_precision_recall(result: Mapping[str, Any], scans: ScanResults) -> Figure:
+def plot_precision_recall(result: EvaluationResult, scans: ScanResults) -> Figure:
     """Precision-recall curve of each finding, with its share of positives and its threshold."""
     title = (
         "Precision-recall curves: average precision and its 95% interval; "
@@ -87,7 +88,7 @@ def plot_precision_recall(result: Mapping[str, Any], scans: ScanResults) -> Figu
     return _plot_finding_panels(result, scans, figure)
 
 
-def plot_calibration(result: Mapping[str, Any], scans: ScanResults) -> Figure:
+def plot_calibration(result: EvaluationResult, scans: ScanResults) -> Figure:
     """Reliability diagram of each finding: share of positives and of scans by probability."""
     title = (
         f"Calibration: expected calibration error of {CALIBRATION_BINS} bins; "
@@ -97,7 +98,7 @@ def plot_calibration(result: Mapping[str, Any], scans: ScanResults) -> Figure:
     return _plot_finding_panels(result, scans, figure)
 
 
-def plot_dice(result: Mapping[str, Any], scans: ScanResults) -> Figure:
+def plot_dice(result: EvaluationResult, scans: ScanResults) -> Figure:
     """Dice of the scans with a true lesion, by lesion: median, quartiles, 5 to 95%.
 
     Each scan is a dot where there are few.
@@ -208,7 +209,7 @@ def _write_beside(axes: Axes, height: float, text: str) -> None:
 
 
 def _plot_finding_panels(
-    result: Mapping[str, Any], scans: ScanResults, panel_figure: _PanelFigure
+    result: EvaluationResult, scans: ScanResults, panel_figure: _PanelFigure
 ) -> Figure:
     """A panel for each finding; it is empty where the finding does not have the score."""
     # Fixed margins: a layout that is solved for 18 panels takes longer than all drawing in them.
@@ -216,7 +217,7 @@ def _plot_finding_panels(
     figure.subplots_adjust(left=0.045, right=0.99, bottom=0.075, top=0.895, wspace=0.12, hspace=0.3)
     panels = figure.subplots(PANEL_ROWS, PANEL_COLUMNS, sharex=True, sharey=True).ravel()
     for number, (name, axes) in enumerate(zip(FINDINGS, panels, strict=True)):
-        row = result["classification"]["per_finding"][name]
+        row = result.classification["per_finding"][name]
         known = scans.known[:, number]
         axes.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), aspect="equal")
         axes.set_title(name.replace("Interlobular", "Interlob."), fontsize=8.5, pad=15)
@@ -243,5 +244,5 @@ def _describe_score(row: Mapping[str, Any], score: str) -> str:
     return f"{row[score]:.2f}{bounds}, {row['n_positive']:,} of {row['n_known']:,}"
 
 
-def _describe_evaluation(result: Mapping[str, Any]) -> str:
-    return f"{result['config']}, {result['split']} split, {result['n_scans']:,} scans"
+def _describe_evaluation(result: EvaluationResult) -> str:
+    return f"{result.config}, {result.split} split, {result.n_scans:,} scans"

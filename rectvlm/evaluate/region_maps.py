@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from rectvlm.types import COARSE_REGIONS_SOURCE
+from rectvlm.types import COARSE_REGIONS_SOURCE, JsonObject
 
 if TYPE_CHECKING:
     from rectvlm.evaluate.case_records import CaseRecord
@@ -52,7 +52,7 @@ class RegionMapUsage:
         """Whether the model had no map of any volume, as in prediction."""
         return not self.n_with_region_map
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Tree for JSON."""
         return asdict(self)
 

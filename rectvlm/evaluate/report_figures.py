@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable
 from dataclasses import fields, replace
-from typing import Any
 
 import numpy as np
 
@@ -19,14 +18,14 @@ from rectvlm.metrics.reports import (
     headline_scores,
     summarize_reports,
 )
-from rectvlm.types import UserError
+from rectvlm.types import JsonObject, UserError
 
 log = logging.getLogger(__name__)
 
 
 def evaluate_reports(
     scans: ScanResults, config: Config, labeler: ReportLabeler, weights: ResampleWeights | None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Figures of the reports (`image`), of the control (`image_ablated`), and their `difference`.
 
     The difference is image minus control, on the same resamples of the patients.
@@ -46,7 +45,7 @@ def evaluate_reports(
     labels, known = scans.labels[numbers], scans.known[numbers]
     encoder = resolve_bertscore_encoder(config)
 
-    result: dict[str, Any] = {}
+    result: JsonObject = {}
     samples: dict[str, dict[str, FloatArray]] = {}
     for kind, texts in texts_by_kind.items():
         statistics = compute_report_statistics(
@@ -79,7 +78,7 @@ def resample_report_scores(
     scores_by_resample: list[dict[str, float | None]] = []
     for chunk in iterate_chunks(weights):
         n_references = chunk @ has_reference
-        columns: dict[str, Any] = {}
+        columns: JsonObject = {}
         for name, column in counts.items():
             columns[name] = np.tensordot(chunk, column, axes=1).astype(np.int64)
         for name, column in values.items():
@@ -112,16 +111,14 @@ def _split_columns(
     return counts, values
 
 
-def _score_intervals(samples: dict[str, FloatArray], names: Iterable[str]) -> dict[str, Any]:
+def _score_intervals(samples: dict[str, FloatArray], names: Iterable[str]) -> JsonObject:
     return {name: percentile_interval(samples[name]) for name in names}
 
 
-def _score_differences(
-    result: dict[str, Any], samples: dict[str, dict[str, FloatArray]]
-) -> dict[str, Any]:
+def _score_differences(result: JsonObject, samples: dict[str, dict[str, FloatArray]]) -> JsonObject:
     """Image minus control of each score that both have, with intervals on the same resamples."""
     image, control = result["image"]["scores"], result["image_ablated"]["scores"]
-    differences: dict[str, Any] = {}
+    differences: JsonObject = {}
     for name, value in image.items():
         if value is not None and control.get(name) is not None:
             differences[name] = value - control[name]

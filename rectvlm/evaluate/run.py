@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from rectvlm.checkpoint import Checkpoint, find_checkpoint
 from rectvlm.config import Config, DataConfig
@@ -34,6 +33,7 @@ from rectvlm.evaluate.options import EvaluationOptions
 from rectvlm.evaluate.process_ranks import ProcessRanks, read_ranks_from_environment
 from rectvlm.evaluate.region_maps import RegionMapUsage
 from rectvlm.evaluate.report_figures import evaluate_reports
+from rectvlm.evaluate.result import BootstrapSettings, EvaluationResult
 from rectvlm.evaluate.scans import ScanResults, group_by_scan
 from rectvlm.evaluate.selection import are_same_shards, was_selected_on
 from rectvlm.evaluate.thresholds import choose_thresholds
@@ -42,7 +42,7 @@ from rectvlm.machine import describe_machine, package_versions
 from rectvlm.metrics.finding_thresholds import FindingThresholds
 from rectvlm.metrics.report_labeler.labeler import ReportLabeler, load_labeler
 from rectvlm.models import RectVLM
-from rectvlm.types import Split
+from rectvlm.types import JsonObject, Split
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def evaluate_checkpoint(
     *,
     device: str | None = None,
     options: EvaluationOptions | None = None,
-) -> dict[str, Any] | None:
+) -> EvaluationResult | None:
     """Evaluate a checkpoint on a split; write metrics, tables and plots.
 
     Thresholds of the findings are fitted on the train split, never on the evaluated cases, and
@@ -107,7 +107,7 @@ def evaluate_checkpoint(
         options: What is evaluated and how.
 
     Returns:
-        The metrics, as in the JSON; None on all processes but the first.
+        The metrics; None on all processes but the first.
 
     Raises:
         UserError: There is no such checkpoint or shards, the shards have another grid, the split
@@ -141,13 +141,7 @@ def evaluate_checkpoint(
         regions_hidden=options.hide_regions,
     )
     scans = group_by_scan(records)
-    result = _compute_metrics(run, scans, thresholds, labeler) | {
-        "machine": describe_machine(),
-        "device": run.device,
-        "processes": ranks.world_size,
-        "versions": package_versions(*METRIC_PACKAGES),
-        "seconds": round(time.monotonic() - start_time, 1),
-    }
+    result = _compute_metrics(run, scans, thresholds, labeler, start_time)
     _write_results(metrics_path, result, records, scans, options)
     return result
 
@@ -264,8 +258,9 @@ def _compute_metrics(
     scans: ScanResults,
     thresholds: FindingThresholds,
     labeler: ReportLabeler | None,
-) -> dict[str, Any]:
-    """All figures, with a description of what was measured."""
+    start_time: float,
+) -> EvaluationResult:
+    """All figures, with a description of what was measured where."""
     options = run.options
     weights = summary.draw_resamples(scans.patients, options)
     lesions, reports = None, None
@@ -277,39 +272,44 @@ def _compute_metrics(
         reports = evaluate_reports(scans, run.config, labeler, report_weights)
 
     records = list(itertools.chain.from_iterable(scans.volumes))
-    return {
-        "checkpoint": str(run.folder),
-        "config": run.config.name,
-        "step": run.state.step,
-        "shards": run.data.shards,
-        "split": options.split,
-        "selected_on_this_split": was_selected_on(
+    return EvaluationResult(
+        checkpoint=str(run.folder),
+        config=run.config.name,
+        step=run.state.step,
+        shards=run.data.shards,
+        split=options.split,
+        selected_on_this_split=was_selected_on(
             run.folder, run.config, run.state, options.split, run.has_training_shards
         ),
-        "n_cases": len(records),
-        **RegionMapUsage.from_records(records, options.hide_regions).as_dict(),
-        "n_scans": len(scans.names),
-        "n_patients": len(set(scans.patients)),
-        "limit": options.limit,
-        "classification": summary.summarize_findings(scans, thresholds, weights),
-        "thresholds": thresholds.as_dict() | {"same_data": options.split == "train"},
-        "localization": lesions,
-        "reports": reports,
-        "bootstrap": summary.describe_bootstrap(options),
-        "fingerprint": run.fingerprint,
-    }
+        n_cases=len(records),
+        region_maps=RegionMapUsage.from_records(records, options.hide_regions),
+        n_scans=len(scans.names),
+        n_patients=len(set(scans.patients)),
+        limit=options.limit,
+        classification=summary.summarize_findings(scans, thresholds, weights),
+        thresholds=thresholds,
+        localization=lesions,
+        reports=reports,
+        bootstrap=BootstrapSettings(resamples=options.bootstrap, seed=options.seed),
+        fingerprint=run.fingerprint,
+        machine=describe_machine(),
+        device=run.device,
+        processes=run.ranks.world_size,
+        versions=package_versions(*METRIC_PACKAGES),
+        seconds=round(time.monotonic() - start_time, 1),
+    )
 
 
 def _write_results(
     metrics_path: Path,
-    result: dict[str, Any],
+    result: EvaluationResult,
     records: list[CaseRecord],
     scans: ScanResults,
     options: EvaluationOptions,
 ) -> None:
     """Write the results, the metrics last: a folder with metrics is complete."""
     _write_jsonl(metrics_path.with_name(CASES_FILE), map(_without_texts, records))
-    if result["reports"] is not None:
+    if result.reports is not None:
         report_records = scans.select_report_cases()[1]
         _write_jsonl(metrics_path.with_name(REPORTS_FILE), map(_report_texts, report_records))
     _write_text(metrics_path.with_name(TABLE_FILE), tables.render_markdown(result))
@@ -317,17 +317,17 @@ def _write_results(
         from rectvlm.evaluate import plots  # matplotlib takes its time
 
         plots.write_plots(metrics_path.parent, result, scans)
-    write_json(metrics_path, result)
+    write_json(metrics_path, result.as_dict())
 
 
-def _without_texts(record: CaseRecord) -> dict[str, Any]:
+def _without_texts(record: CaseRecord) -> JsonObject:
     row = record.as_dict()
     for name in _TEXT_FIELDS:
         del row[name]
     return row
 
 
-def _report_texts(record: CaseRecord) -> dict[str, Any]:
+def _report_texts(record: CaseRecord) -> JsonObject:
     return {
         "key": record.key,
         "reference": record.reference,
@@ -336,7 +336,7 @@ def _report_texts(record: CaseRecord) -> dict[str, Any]:
     }
 
 
-def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def _write_jsonl(path: Path, rows: Iterable[JsonObject]) -> None:
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
     _write_text(path, "".join(lines))
 

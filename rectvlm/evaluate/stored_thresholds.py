@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from rectvlm.checkpoint import THRESHOLDS_FILE
 from rectvlm.evaluate.region_maps import RegionMapUsage
 from rectvlm.labels import FINDINGS
 from rectvlm.metrics.finding_thresholds import FindingThresholds
-from rectvlm.types import UserError
+from rectvlm.types import JsonObject, UserError
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class FittedThresholds(FindingThresholds):
     region_maps: RegionMapUsage | None = None
     """Use of region maps in the fitted cases; None where it is not known."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Tree for JSON."""
         region_maps = {} if self.region_maps is None else self.region_maps.as_dict()
         return super().as_dict() | region_maps
@@ -70,7 +69,7 @@ def read_stored_thresholds(folder: Path) -> FittedThresholds | None:
     return stored if stored.is_fitted.any() else None
 
 
-def _parse_thresholds(tree: dict[str, Any]) -> FittedThresholds:
+def _parse_thresholds(tree: JsonObject) -> FittedThresholds:
     not_fitted = set(tree.get("not_fitted", ()))
     return FittedThresholds(
         values=np.array([float(tree["values"][name]) for name in FINDINGS]),

@@ -1,7 +1,6 @@
 """Figures of findings and lesions, from the results by scan."""
 
 from collections import Counter
-from typing import Any
 
 import numpy as np
 
@@ -9,11 +8,12 @@ from rectvlm.evaluate.case_records import LesionRecord
 from rectvlm.evaluate.options import LESION_THRESHOLD, EvaluationOptions
 from rectvlm.evaluate.scans import ScanResults
 from rectvlm.labels import LESIONS, N_LESIONS
-from rectvlm.metrics.bootstrap import CONFIDENCE_LEVEL, ResampleWeights, draw_patient_weights
+from rectvlm.metrics.bootstrap import ResampleWeights, draw_patient_weights
 from rectvlm.metrics.finding_thresholds import FindingThresholds
 from rectvlm.metrics.findings import score_findings
 from rectvlm.metrics.lesion_overlap import score_lesion_overlap
 from rectvlm.metrics.lesions import HIT_DICE, MATCH_DICE, LesionComparison, score_lesions
+from rectvlm.types import JsonObject
 
 
 def draw_resamples(patients: list[str], options: EvaluationOptions) -> ResampleWeights | None:
@@ -23,20 +23,9 @@ def draw_resamples(patients: list[str], options: EvaluationOptions) -> ResampleW
     return draw_patient_weights(patients, options.bootstrap, options.seed)
 
 
-def describe_bootstrap(options: EvaluationOptions) -> dict[str, Any]:
-    """Describe how the intervals are made."""
-    return {
-        "resamples": options.bootstrap,
-        "unit": "patient",
-        "interval": "percentile",
-        "level": CONFIDENCE_LEVEL,
-        "seed": options.seed,
-    }
-
-
 def summarize_findings(
     scans: ScanResults, thresholds: FindingThresholds, weights: ResampleWeights | None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Classification figures by scan."""
     scores = score_findings(
         scans.probabilities, scans.labels, scans.known, thresholds.values, weights
@@ -46,7 +35,7 @@ def summarize_findings(
 
 def summarize_lesions(
     scans: ScanResults, weights: ResampleWeights | None, options: EvaluationOptions
-) -> dict[str, Any]:
+) -> JsonObject:
     """Localization figures by scan, on the native grid; Dice and IoU on the model's grid too."""
     rows = scans.select_lesions()
     n_lost: Counter[str] = Counter()

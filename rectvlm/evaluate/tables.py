@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from rectvlm.evaluate.region_maps import RegionMapUsage
+from rectvlm.evaluate.result import EvaluationResult
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
 
 FINDING_SCORE_NAMES = {
@@ -74,7 +74,7 @@ def format_with_interval(row: Mapping[str, Any], score: str) -> str:
     return f"{format_score(row[score])} {format_interval(row, score)}".strip()
 
 
-def render_markdown(result: Mapping[str, Any]) -> str:
+def render_markdown(result: EvaluationResult) -> str:
     """Render all figures that a report on a model needs, as one page.
 
     Args:
@@ -84,23 +84,23 @@ def render_markdown(result: Mapping[str, Any]) -> str:
         _render_title(result),
         _render_overview(result),
         "## Findings",
-        _render_findings(result["classification"], result["thresholds"]),
+        _render_findings(result),
     ]
-    if result["localization"] is not None:
-        sections += ["## Lesions", _render_lesions(result["localization"])]
-    if result["reports"] is not None:
-        sections += ["## Reports", _render_reports(result["reports"])]
-        sections += ["### Findings in the reports", _render_report_findings(result["reports"])]
+    if result.localization is not None:
+        sections += ["## Lesions", _render_lesions(result.localization)]
+    if result.reports is not None:
+        sections += ["## Reports", _render_reports(result.reports)]
+        sections += ["### Findings in the reports", _render_report_findings(result.reports)]
     return "\n\n".join(sections) + "\n"
 
 
-def terminal_table(result: Mapping[str, Any]) -> Table:
+def terminal_table(result: EvaluationResult) -> Table:
     """Table of the main figures; the column `air` is the control without the image.
 
     Args:
         result: Metrics of `evaluate_checkpoint`.
     """
-    title = f"{result['config']}, {result['split']} split, {result['n_scans']} scans"
+    title = f"{result.config}, {result.split} split, {result.n_scans} scans"
     table = Table(title=title, title_justify="left")
     table.add_column("metric", justify="left", no_wrap=True)
     for column in ("value", "95%", "air"):
@@ -108,20 +108,20 @@ def terminal_table(result: Mapping[str, Any]) -> Table:
     table.add_column("n", justify="left", no_wrap=True)
 
     for kind in ("macro", "weighted"):
-        mean = result["classification"][kind]
+        mean = result.classification[kind]
         for score in MAIN_FINDING_SCORES:
             count = f"{mean[f'n_findings_{score}']} of {len(FINDINGS)}"
             name = f"{kind} {FINDING_SCORE_NAMES[score]}"
             interval = format_interval(mean, score)
             table.add_row(name, format_score(mean[score]), interval, "", count)
-    if result["localization"] is not None:
-        for key, row in result["localization"]["per_lesion"].items():
+    if result.localization is not None:
+        for key, row in result.localization["per_lesion"].items():
             count = f"{row['n_cases']}, {row['n_present']} with it"
             interval = format_interval(row, "dice")
             name = f"Dice, {LESION_BY_KEY[key].name}"
             table.add_row(name, format_score(row["dice"]), interval, "", count)
-    if result["reports"]:
-        _add_report_rows(table, result["reports"])
+    if result.reports:
+        _add_report_rows(table, result.reports)
     return table
 
 
@@ -138,29 +138,29 @@ def _add_report_rows(table: Table, reports: Mapping[str, Any]) -> None:
             )
 
 
-def _render_title(result: Mapping[str, Any]) -> str:
-    cases = f"{result['n_scans']:,} scans of {result['n_patients']:,} patients"
-    return f"# {result['config']}: {cases}, {result['split']} split"
+def _render_title(result: EvaluationResult) -> str:
+    cases = f"{result.n_scans:,} scans of {result.n_patients:,} patients"
+    return f"# {result.config}: {cases}, {result.split} split"
 
 
-def _render_overview(result: Mapping[str, Any]) -> str:
-    bootstrap = result["bootstrap"]
+def _render_overview(result: EvaluationResult) -> str:
+    bootstrap = result.bootstrap
     intervals = "No intervals were asked for."
-    if bootstrap["resamples"]:
+    if bootstrap.resamples:
         intervals = (
-            f"In brackets: 95% intervals of {bootstrap['resamples']:,} resamples of the patients "
-            f"(percentiles, seed {bootstrap['seed']})."
+            f"In brackets: 95% intervals of {bootstrap.resamples:,} resamples of the patients "
+            f"(percentiles, seed {bootstrap.seed})."
         )
     return (
-        f"Checkpoint `{result['checkpoint']}`, step {result['step']}; shards `{result['shards']}`; "
-        f"{result['n_cases']:,} volumes. {intervals}{_render_selection_warning(result)}\n\n"
-        f"Region maps: {RegionMapUsage.from_dict(result)}."
+        f"Checkpoint `{result.checkpoint}`, step {result.step}; shards `{result.shards}`; "
+        f"{result.n_cases:,} volumes. {intervals}{_render_selection_warning(result)}\n\n"
+        f"Region maps: {result.region_maps}."
     )
 
 
-def _render_selection_warning(result: Mapping[str, Any]) -> str:
+def _render_selection_warning(result: EvaluationResult) -> str:
     """Warning about the choice of the checkpoint on the evaluated cases."""
-    is_selected = result["selected_on_this_split"]
+    is_selected = result.selected_on_this_split
     if is_selected:
         return (
             " **Validation during training chose this checkpoint on cases of this split, so these "
@@ -171,7 +171,8 @@ def _render_selection_warning(result: Mapping[str, Any]) -> str:
     return ""
 
 
-def _render_findings(scores: Mapping[str, Any], thresholds: Mapping[str, Any]) -> str:
+def _render_findings(result: EvaluationResult) -> str:
+    scores, thresholds = result.classification, result.thresholds
     header = ["finding", "n", "positive", *FINDING_SCORE_NAMES.values()]
     rows = []
     for kind in ("macro", "weighted"):
@@ -181,10 +182,10 @@ def _render_findings(scores: Mapping[str, Any], thresholds: Mapping[str, Any]) -
         values = _format_scores(row, FINDING_SCORE_NAMES)
         rows.append([name, str(row["n_known"]), str(row["n_positive"]), *values])
 
-    note = f"Thresholds: {thresholds['source']}."
-    if thresholds["not_fitted"]:
-        note += f" Not fitted, 0.5: {', '.join(thresholds['not_fitted'])}."
-    if thresholds["same_data"]:
+    note = f"Thresholds: {thresholds.source}."
+    if thresholds.not_fitted:
+        note += f" Not fitted, 0.5: {', '.join(thresholds.not_fitted)}."
+    if result.is_fitted_on_split:
         note += " **They were fitted on the evaluated split.**"
     return f"{_render_table(header, rows)}\n\n{note}"
 

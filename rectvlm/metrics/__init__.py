@@ -1,4 +1,4 @@
 """Metrics on plain arrays and strings: findings, lesions, reports.
 
-Their definitions are in `docs/evaluation.md` and `docs/report-metrics.md`.
+Their definitions are in `docs/concepts/evaluation.md` and `docs/concepts/report-metrics.md`.
 """

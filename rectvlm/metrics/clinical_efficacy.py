@@ -4,13 +4,12 @@ All scores are computed from counts of true positives, false positives, false ne
 labels of each finding, so that cases can be resampled by adding rows. Shapes: N cases, 18 findings.
 """
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from rectvlm.labels import FINDINGS, N_FINDINGS
 from rectvlm.metrics.arrays import BoolArray, CountArray
+from rectvlm.types import JsonObject
 
 TP, FP, FN, KNOWN = range(4)
 """Columns of the counts."""
@@ -35,7 +34,7 @@ def count_confusions(called: BoolArray, truth: BoolArray, known: BoolArray) -> C
     return np.stack(outcomes, axis=-1).astype(np.int64)
 
 
-def score_clinical_efficacy(counts: CountArray) -> dict[str, Any]:
+def score_clinical_efficacy(counts: CountArray) -> JsonObject:
     """Precision, recall and F1: micro, macro, weighted and of each finding; CRG.
 
     micro counts all pairs of case and finding together. macro is the plain mean, and weighted the
@@ -48,7 +47,7 @@ def score_clinical_efficacy(counts: CountArray) -> dict[str, Any]:
     totals = counts.sum(axis=0)
     scores = _precision_recall_f1(totals)
     positives = totals[:, TP] + totals[:, FN]
-    per_finding: dict[str, dict[str, Any]] = {}
+    per_finding: dict[str, JsonObject] = {}
     for i, finding in enumerate(FINDINGS):
         per_finding[finding] = _name_scores(scores[i] if positives[i] else None) | {
             "n_known": int(totals[i, KNOWN]),

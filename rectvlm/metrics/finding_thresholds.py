@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rectvlm.labels import FINDINGS, N_FINDINGS
+from rectvlm.types import JsonObject
 
 DEFAULT_THRESHOLD = 0.5
 """Threshold of a finding that no data decide."""
@@ -29,13 +30,18 @@ class FindingThresholds:
         """Thresholds by the name of the finding."""
         return {name: float(value) for name, value in zip(FINDINGS, self.values, strict=True)}
 
-    def as_dict(self) -> dict[str, Any]:
+    @property
+    def not_fitted(self) -> list[str]:
+        """Names of the findings whose threshold no data decided."""
+        is_fitted = zip(FINDINGS, self.is_fitted, strict=True)
+        return [name for name, fitted in is_fitted if not fitted]
+
+    def as_dict(self) -> JsonObject:
         """Tree for JSON."""
-        is_fitted = dict(zip(FINDINGS, self.is_fitted, strict=True))
         return {
             "source": self.source,
             "n_cases": self.n_cases,
-            "not_fitted": [name for name in FINDINGS if not is_fitted[name]],
+            "not_fitted": self.not_fitted,
             "values": self.by_finding(),
         }
 

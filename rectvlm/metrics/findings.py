@@ -3,8 +3,6 @@
 Shapes: N cases, R resamples.
 """
 
-from typing import Any
-
 import numpy as np
 from sklearn.metrics import (
     accuracy_score,
@@ -21,6 +19,7 @@ from rectvlm.metrics.arrays import BoolArray, FloatArray, divide_or_nan
 from rectvlm.metrics.bootstrap import ResampleWeights, percentile_interval
 from rectvlm.metrics.calibration import compute_reliability
 from rectvlm.metrics.finding_thresholds import DEFAULT_THRESHOLD, FindingThresholds
+from rectvlm.types import JsonObject
 
 FINDING_SCORES = (
     "auroc",
@@ -71,7 +70,7 @@ def score_findings(
     known: BoolArray,
     thresholds: FloatArray,
     weights: ResampleWeights | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Score each finding, with macro and weighted means.
 
     AUROC and average precision are None where the known labels hold one class only; F1, precision
@@ -117,8 +116,8 @@ def _select_known(
     return probabilities[rows, i], labels[rows, i] > 0.5
 
 
-def _score_finding(scores: FloatArray, truth: BoolArray, threshold: float) -> dict[str, Any]:
-    row: dict[str, Any] = dict.fromkeys(FINDING_SCORES)
+def _score_finding(scores: FloatArray, truth: BoolArray, threshold: float) -> JsonObject:
+    row: JsonObject = dict.fromkeys(FINDING_SCORES)
     called = scores >= threshold
     if truth.any():
         precision, recall, f1, _ = precision_recall_fscore_support(
@@ -137,8 +136,8 @@ def _score_finding(scores: FloatArray, truth: BoolArray, threshold: float) -> di
     return row
 
 
-def _mean_scores(per_finding: dict[str, dict[str, Any]], weighted: bool) -> dict[str, Any]:
-    means: dict[str, Any] = {}
+def _mean_scores(per_finding: dict[str, JsonObject], weighted: bool) -> JsonObject:
+    means: JsonObject = {}
     for score in FINDING_SCORES:
         rows = [row for row in per_finding.values() if row[score] is not None]
         weights = np.array([row["n_positive"] if weighted else 1 for row in rows])
@@ -211,7 +210,7 @@ def _divide_where(
     return np.divide(numerator, denominator, out=quotients, where=where)
 
 
-def _add_intervals(result: dict[str, Any], samples: dict[str, FloatArray]) -> None:
+def _add_intervals(result: JsonObject, samples: dict[str, FloatArray]) -> None:
     """Add `ci95` to each finding and to both means, over the findings that have the score."""
     rows = list(result["per_finding"].values())
     for i, row in enumerate(rows):

@@ -10,7 +10,7 @@ import numpy as np
 from rectvlm.labels import LESIONS, N_LESIONS
 from rectvlm.lesion_bits import lesion_mask
 from rectvlm.metrics.arrays import BoolArray, CountArray
-from rectvlm.types import MaskVolume
+from rectvlm.types import JsonObject, MaskVolume
 
 
 def count_lesion_voxels(predicted: BoolArray, truth: MaskVolume) -> CountArray:
@@ -33,7 +33,7 @@ def count_lesion_voxels(predicted: BoolArray, truth: MaskVolume) -> CountArray:
     return counts
 
 
-def score_lesion_overlap(counts: CountArray, annotated: BoolArray) -> dict[str, Any]:
+def score_lesion_overlap(counts: CountArray, annotated: BoolArray) -> JsonObject:
     """Dice and IoU of each lesion, averaged over cases, and their macro means.
 
     Dice = 2|P ∩ T| / (|P| + |T|), IoU = |P ∩ T| / |P ∪ T| on the model's grid, for the cases in
@@ -54,7 +54,7 @@ def score_lesion_overlap(counts: CountArray, annotated: BoolArray) -> dict[str, 
         annotated_counts = counts[annotated[:, lesion.bit], lesion.bit]
         per_lesion[lesion.key] = _score_overlap(annotated_counts)
 
-    macro: dict[str, Any] = {}
+    macro: JsonObject = {}
     for score in ("dice", "iou", "dice_where_present"):
         values = [scores[score] for scores in per_lesion.values() if scores[score] is not None]
         macro[score] = _mean_or_none(values)
@@ -62,7 +62,7 @@ def score_lesion_overlap(counts: CountArray, annotated: BoolArray) -> dict[str, 
     return {"n_cases": len(counts), "macro": macro, "per_lesion": per_lesion}
 
 
-def _score_overlap(counts: CountArray) -> dict[str, Any]:
+def _score_overlap(counts: CountArray) -> JsonObject:
     """Scores of one lesion from the voxel counts of its annotated cases, (N, 3)."""
     both, predicted, true = counts.T
     is_scored = (predicted + true) > 0

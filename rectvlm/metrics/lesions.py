@@ -9,7 +9,6 @@ Shapes: N cases, R resamples.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from rectvlm.labels import LESIONS, N_LESIONS
 from rectvlm.metrics import bootstrap, surface_distances
 from rectvlm.metrics.arrays import BoolArray, FloatArray, divide_or_nan
 from rectvlm.metrics.bootstrap import ResampleWeights, percentile_interval
+from rectvlm.types import JsonObject
 
 HIT_DICE = 0.1
 """Smallest Dice of a case that is a hit: the Global HIT Rate of ReXGroundingCT's leaderboard."""
@@ -41,6 +41,7 @@ LESION_SCORES = (
     "instance_recall",
     "instance_f1",
 )
+
 _NEIGHBORS_26 = np.ones((3, 3, 3), bool)
 
 
@@ -72,7 +73,7 @@ class LesionComparison:
 class _LesionSamples:
     """Scores of one lesion, and each score in each resample."""
 
-    scores: dict[str, Any]
+    scores: JsonObject
     by_resample: dict[str, FloatArray]
     """Values by score, (R,); empty without resamples."""
 
@@ -144,14 +145,14 @@ def _count_components(predicted: BoolArray, truth: BoolArray) -> tuple[int, int,
 
 def score_lesions(
     cases: Sequence[Sequence[LesionComparison | None]], weights: ResampleWeights | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Score each lesion over the cases in which it was annotated, with macro means.
 
     Dice = 2|P ∩ T| / (|P| + |T|) and IoU = |P ∩ T| / |P ∪ T| on the native grid, averaged over
     cases. A case where truth and prediction are both empty has no Dice: it is counted in
     `n_empty_agreed` and not averaged. A prediction on an empty truth has Dice 0 and is counted in
     `n_false_positive`; a true lesion that the prediction does not touch has Dice 0 and is counted
-    in `n_missed`. The other scores are defined in `docs/evaluation.md`.
+    in `n_missed`. The other scores are defined in `docs/concepts/evaluation.md`.
 
     Args:
         cases: Five lesions of each case, None where a lesion was not annotated.
@@ -175,7 +176,7 @@ def score_lesions(
         case_weights = None if weights is None else weights[:, numbers]
         samples[lesion.key] = _score_lesion(comparisons, case_weights)
 
-    macro: dict[str, Any] = {}
+    macro: JsonObject = {}
     for score in LESION_SCORES:
         scored = [lesion for lesion in samples.values() if lesion.scores[score] is not None]
         values = [lesion.scores[score] for lesion in scored]
@@ -205,7 +206,7 @@ def _score_lesion(
     numerators, denominators = _score_ratios(comparisons)
 
     point = bootstrap.weighted_ratio(np.ones((1, len(comparisons))), numerators, denominators)[0]
-    scores: dict[str, Any] = {}
+    scores: JsonObject = {}
     for score, value in zip(LESION_SCORES, point, strict=True):
         scores[score] = None if np.isnan(value) else float(value)
 

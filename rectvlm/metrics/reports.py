@@ -1,4 +1,4 @@
-"""Metrics of generated reports: text overlap, findings, sides (`docs/report-metrics.md`).
+"""Metrics of generated reports: text overlap, findings, sides (`docs/concepts/report-metrics.md`).
 
 `compute_report_statistics` reads the texts once and keeps what each case contributes;
 `summarize_reports` and `headline_scores` only add rows up.
@@ -23,6 +23,7 @@ from rectvlm.metrics.report_labeler.laterality import (
     score_laterality,
     score_lesion_laterality,
 )
+from rectvlm.types import JsonObject
 
 CIDER_LEFT_OUT_REASON = "needs at least two cases: with one, every word has weight 0"
 _MEAN_SCORES = ("rouge_l", "meteor", "cider", "bertscore_f1")
@@ -129,7 +130,7 @@ def score_reports(
     known: BoolArray | None = None,
     labeler: str | Path | ReportLabeler = "rules",
     uncertain_is_present: bool = True,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Score text overlap, findings and sides of generated reports.
 
     A score is None where it is not defined. BLEU is of the corpus; ROUGE-L, METEOR, CIDEr and
@@ -164,7 +165,7 @@ def score_reports(
     return summarize_reports(statistics)
 
 
-def summarize_reports(statistics: ReportStatistics) -> dict[str, Any]:
+def summarize_reports(statistics: ReportStatistics) -> JsonObject:
     """All figures of `score_reports`, as in `metrics.json`."""
     n_references = int(statistics.has_reference.sum())
     by_labels = None

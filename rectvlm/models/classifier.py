@@ -11,7 +11,7 @@ evidence itself sharpens it:
 
 With β > 0 a small finding in one patch is not averaged away by a thousand quiet patches. β starts
 at 0: attention that sharpens on evidence which is still noise settles on tokens that have nothing
-to do with the finding, and stays there (docs/learning.md).
+to do with the finding, and stays there (docs/lab-notes/learning.md).
 
 The mean over the patient's tokens is subtracted from every token first, and the product is an inner
 product, not a cosine. Most of an image feature is common to all tokens and patients, and a cosine

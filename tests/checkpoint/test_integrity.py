@@ -188,10 +188,9 @@ def test_state_finds_its_way_to_any_number_of_ranks(
             group = FlatGroup(torch.full((length,), 5.0), read(rank, after))
             state = saved.fill_group(group)
             if group.fragments:
-                assert state.pop("step") == 7.0
+                assert state.step == 7.0
             for key in keys if group.fragments else ():
-                flat = group.flat_weights if key == "weights" else state[key]
-                assert isinstance(flat, Tensor)
+                flat = group.flat_weights if key == "weights" else state.tensors[key]
                 for f in group.fragments:
                     found[key][f.name][f.start : f.start + f.entry_count] = flat[
                         f.group_offset : f.group_offset + f.entry_count

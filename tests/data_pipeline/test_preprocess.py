@@ -1,4 +1,5 @@
-"""Cases to shards: bad ones set aside, the same bytes however it is run, resumed after a kill, nothing done twice."""
+"""Cases to shards: bad ones set aside, the same bytes however it is run, resumed after a kill,
+nothing done twice."""
 
 import json
 import os

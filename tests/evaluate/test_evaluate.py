@@ -20,11 +20,17 @@ from rectvlm.types import UserError
 
 
 @pytest.fixture(scope="module")
-def evaluated(tiny_run, tmp_path_factory):
+def evaluation(tiny_run, tmp_path_factory):
+    """Result of an evaluation and the file of its metrics."""
     out = tmp_path_factory.mktemp("evaluation") / "metrics.json"
-    return evaluate_checkpoint(
-        tiny_run(3), out=out, device="cpu", options=EvaluationOptions(batch_size=2)
-    ), out
+    options = EvaluationOptions(batch_size=2)
+    return evaluate_checkpoint(tiny_run(3), out=out, device="cpu", options=options), out
+
+
+@pytest.fixture
+def evaluated(evaluation):
+    result, out = evaluation
+    return result.as_dict(), out
 
 
 def test_the_file_holds_what_is_returned_and_where_it_came_from(evaluated, tiny_run):
@@ -103,8 +109,8 @@ def test_a_limit_cuts_a_batch_and_the_batch_size_changes_nothing(tiny_run, tmp_p
             device="cpu",
             options=EvaluationOptions(**options),
         )
-        assert result["reports"] is None
-        return result
+        assert result.reports is None
+        return result.as_dict()
 
     by_one, by_two = run(limit=2, batch_size=1), run(limit=2, batch_size=3)
     assert by_one["n_cases"] == by_two["n_cases"] == 2
@@ -117,8 +123,7 @@ def test_a_limit_cuts_a_batch_and_the_batch_size_changes_nothing(tiny_run, tmp_p
 
 def test_a_model_without_localizer_has_no_localization(tiny_run, tmp_path):
     assert (
-        evaluate_checkpoint(tiny_run(1), out=tmp_path / "m.json", device="cpu")["localization"]
-        is None
+        evaluate_checkpoint(tiny_run(1), out=tmp_path / "m.json", device="cpu").localization is None
     )
 
 
@@ -131,7 +136,9 @@ def test_without_a_train_split_thresholds_stay_at_one_half(tiny_run, tiny, tmp_p
     folder = tmp_path / "checkpoint"
     shutil.copytree(run_folder.find_checkpoint(tiny_run(3), ""), folder)
     (folder / THRESHOLDS_FILE).unlink(missing_ok=True)
-    result = evaluate_checkpoint(folder, tmp_path / "shards", out=tmp_path / "m.json", device="cpu")
+    result = evaluate_checkpoint(
+        folder, tmp_path / "shards", tmp_path / "m.json", device="cpu"
+    ).as_dict()
     assert set(result["thresholds"]["values"].values()) == {0.5}
     assert (
         "no train split" in result["thresholds"]["source"]
@@ -193,12 +200,12 @@ def test_tables_and_plots_lie_beside_the_metrics(evaluated):
     assert len(rows) == 3 and all(len(row["probabilities"]) == 18 for row in rows)
 
 
-def test_the_page_shows_each_finding_that_is_read_in_reports_beside_the_control(evaluated):
-    result, out = evaluated
+def test_the_page_shows_each_finding_that_is_read_in_reports_beside_the_control(evaluation):
+    result, out = evaluation
     assert tables.render_markdown(result) == out.with_name("metrics.md").read_text()
     given = copy.deepcopy(result)  # an untrained model's figures are mostly 0
     image, air = (
-        given["reports"][kind]["clinical"]["labels"]["per_finding"]
+        given.reports[kind]["clinical"]["labels"]["per_finding"]
         for kind in ("image", "image_ablated")
     )
     for i, name in enumerate(FINDINGS):
@@ -233,7 +240,7 @@ def test_the_language_model_is_part_of_the_fingerprint_where_reports_are_written
     without = evaluate_checkpoint(
         tiny_run(2), out=tmp_path / "m.json", device="cpu", options=options
     )
-    assert without["fingerprint"]["language_model"] is None
+    assert without.fingerprint["language_model"] is None
 
 
 def test_stored_thresholds_serve_where_there_is_nothing_to_fit_on(tiny_run, tiny, tmp_path):
@@ -255,7 +262,7 @@ def test_stored_thresholds_serve_where_there_is_nothing_to_fit_on(tiny_run, tiny
             tmp_path / "m.json",
             device="cpu",
             options=EvaluationOptions(plots=False, **options),
-        )
+        ).as_dict()
 
     assert evaluated(shards=tmp_path / "shards")["thresholds"] == stored | {"same_data": False}
     assert evaluated(thresholds="stored", limit=1)["thresholds"]["source"] == "elsewhere"
@@ -281,7 +288,7 @@ def test_outlines_as_drawn_are_the_truth_when_they_are_given(
         tiny_run(2), out=tmp_path / "m.json", device="cpu", options=options
     )
     annotated = sum(phantoms(seed).lesions_annotated.values())
-    assert result["localization"]["truth"]["file"] == annotated
+    assert result.localization["truth"]["file"] == annotated
     rows = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
     (row,) = (row for row in rows if row["key"] == key)
     for lesion in LESIONS:

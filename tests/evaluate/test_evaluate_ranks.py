@@ -1,4 +1,4 @@
-"""Evaluation on several processes, killed and taken up again: the same figures, and nothing mixed."""
+"""Evaluation on several processes, killed and resumed: the same figures, and nothing mixed."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def lines(out: Path) -> dict[Path, int]:
 def test_two_processes_killed_and_gone_on_with_give_what_one_gives(
     tiny_run: Callable[[int], Path], shards: Path, tmp_path: Path
 ) -> None:
-    """Two processes, both killed with SIGKILL in the middle; then two again. All as if one had done it."""
+    """Two processes are killed with SIGKILL in the middle; two others finish as if one had run."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run(3), run)
     finish(start(run, shards, tmp_path / "one", 0, 1))
@@ -139,7 +139,7 @@ def test_what_is_known_is_not_done_again_and_never_mixed(
             options=EvaluationOptions(plots=False, bootstrap=20, **options),
         )
         assert result is not None
-        return result
+        return result.as_dict()
 
     def journals() -> int:
         return len(list(out.parent.glob("cases/*/rank-*.jsonl")))

@@ -1,4 +1,4 @@
-"""Lesions on the native grid: the way that prediction goes, in any orientation of the file; outlines from files."""
+"""Lesions on the native grid, in any orientation of the file, with outlines from files."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -32,7 +32,7 @@ def state_of(step: int) -> TrainingState:
 def a_run(
     folder: Path, last: int, best: int | None, config: Config, state: str = "finished"
 ) -> Path:
-    """A phase's folder with a checkpoint every four steps, up to the last, as training leaves it."""
+    """A phase's folder with a checkpoint every four steps, as training leaves it."""
     steps = range(4, last + 1, 4)
     for step in steps:
         run_folder.step_folder(folder, step).mkdir(parents=True)
@@ -145,9 +145,9 @@ def test_the_metrics_say_so(
         assert result is not None
         assert (
             json.loads((tmp_path / "m.json").read_text())["selected_on_this_split"]
-            == result["selected_on_this_split"]
+            == result.selected_on_this_split
         )
-        return result["selected_on_this_split"], render_markdown(result)
+        return result.selected_on_this_split, render_markdown(result)
 
     yes, page = said(run / run_folder.BEST_CHECKPOINT)
     assert yes is True and "chose this checkpoint on cases of this split" in page

@@ -1,4 +1,4 @@
-"""Bootstrap by patient and calibration: equal to scikit-learn, torchmetrics and scipy where they do the same."""
+"""Bootstrap by patient and calibration: equal to scikit-learn, torchmetrics and scipy."""
 
 import time
 

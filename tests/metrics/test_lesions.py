@@ -1,4 +1,4 @@
-"""Lesions in mm: values of MONAI's and DeepMind's own tests, and what a hit, a match and an empty case are."""
+"""Lesions in mm: values of MONAI's and DeepMind's tests; hits, matches and empty cases."""
 
 import sys
 import tracemalloc
@@ -106,7 +106,7 @@ def test_a_case_is_measured_as_monai_measures_the_whole_volume(seed: int) -> Non
 @settings(max_examples=6, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_parts_match_as_monai_counts_them(seed: int) -> None:
-    """Above an IoU of one half a part has one partner at most, and the way of matching cannot differ."""
+    """Above an IoU of one half a component has one partner, so all matchings agree."""
     rng = np.random.default_rng(seed)
     truth = ndimage.gaussian_filter(rng.random((12, 12, 12)), 1.1) > 0.55
     predicted = truth ^ (rng.random(truth.shape) < 0.01)
@@ -184,7 +184,7 @@ def test_parts_touch_by_their_corners() -> None:
 
 
 def test_memory_is_bounded_by_the_voxels_around_the_masks() -> None:
-    """A whole CT has 80 million voxels or more, and float32 masks of it in several copies take gigabytes."""
+    """A whole CT has 80 million voxels or more; several float32 masks of it take gigabytes."""
     rng = np.random.default_rng(0)
     truth = np.zeros((128, 128, 128), bool)
     truth[4:-4, 4:-4, 4:-4] = True

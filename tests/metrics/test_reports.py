@@ -110,7 +110,7 @@ def test_a_synonym_counts_where_wordnet_is(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def cider_d(written: Sequence[str], truths: Sequence[str]) -> list[float]:
-    """CIDEr-D as the paper words it: for each n a cosine of clipped TF-IDF vectors, with a Gaussian on the lengths."""
+    """CIDEr-D as in the paper: clipped TF-IDF cosine for each n, Gaussian length penalty."""
 
     def grams(text: str, n: int) -> Counter[tuple[str, ...]]:
         found = text_overlap.tokenize_text(text)

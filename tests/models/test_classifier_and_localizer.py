@@ -292,7 +292,7 @@ def test_what_does_not_fit_the_localizer_is_named(
     with torch.no_grad():
         right = model.encoder(batch.ct, batch.regions, batch.regions_known)
     few = PromptEmbeddings(prompts.present, prompts.absent, prompts.lesions[:3])
-    for ct, features, asked, said in (
+    for ct, features, asked, fragment in (
         (batch.ct[0], right, prompts, r"\(B, Z, Y, X\)"),
         (batch.ct[:, :8], right, prompts, "belong to a CT of"),
         (batch.ct, right._replace(patch_grid=(4, 6, 5)), prompts, "belong to a CT of"),
@@ -312,7 +312,7 @@ def test_what_does_not_fit_the_localizer_is_named(
         ),
         (batch.ct.to("meta"), right, prompts, "must be on cpu"),
     ):
-        with pytest.raises(AssertionError, match=said):
+        with pytest.raises(AssertionError, match=fragment):
             model.localizer(ct, features, asked)
 
 

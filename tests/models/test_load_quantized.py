@@ -188,9 +188,9 @@ def test_a_damaged_or_unfit_checkpoint_is_one_sentence(
     geometry = json.loads((Path(llama) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(geometry | {"intermediate_size": 256}))
     original = (Path(llama) / "model.safetensors").read_bytes()
-    for data, said in ((original, "asks for"), (original[:-64], "cannot be read")):
+    for data, fragment in ((original, "asks for"), (original[:-64], "cannot be read")):
         (tmp_path / "model.safetensors").write_bytes(data)
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=fragment) as caught:
             load_language_model(tiny.generator, tmp_path)
         assert "\n" not in str(caught.value)
 
@@ -215,7 +215,9 @@ def test_a_file_that_the_index_names_must_be_there(
         load_language_model(tiny.generator, tmp_path)
     message = str(caught.value)
     assert "\n" not in message
-    assert all(said in message for said in (str(tmp_path), gone.name, "rectvlm weights pull"))
+    assert all(
+        fragment in message for fragment in (str(tmp_path), gone.name, "rectvlm weights pull")
+    )
 
 
 def test_the_index_decides_what_is_read(llama: str, tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_shapes_and_grid(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "fragment"),
     [
         (lambda ct, regions, known: (ct[:, :7], regions[:, :7], known), "not tiled by patches"),
         (lambda ct, regions, known: (ct[0], regions[0], known), "must be .B, Z, Y, X."),
@@ -225,9 +225,9 @@ def test_inputs_that_do_not_fit_are_named(
     encoder: SliceRegionEncoder,
     inputs: tuple[Tensor, Tensor],
     change: Callable[..., Any],
-    said: str,
+    fragment: str,
 ) -> None:
-    with pytest.raises(AssertionError, match=said):
+    with pytest.raises(AssertionError, match=fragment):
         encoder(*change(*inputs, KNOWN))
 
 

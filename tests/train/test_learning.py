@@ -21,12 +21,10 @@ from rectvlm.models.language_model import load_language_model
 from rectvlm.models.localizer import LesionLocalizer
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.models.report_generator import ReportGenerator
+from rectvlm.train.localization_loss import LesionPresence, LesionTargets, localization_loss
 from rectvlm.train.objectives import (
-    LesionPresence,
-    LesionTargets,
     combine_losses,
     compute_losses,
-    localization_loss,
 )
 from rectvlm.train.phases import PHASES
 from rectvlm.types import Batch

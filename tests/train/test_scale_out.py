@@ -105,7 +105,7 @@ def test_the_job_for_slurm_asks_to_be_told_in_time() -> None:
 
 
 def test_the_job_for_skypilot() -> None:
-    """SkyPilot itself has read it (docs/scaling.md); here its parts are checked."""
+    """SkyPilot itself has read it (docs/how-to/train-on-many-machines.md); here its parts are checked."""
     job = yaml.safe_load((CHECKOUT / "launch/sky/train.yaml").read_text())
     recovery = job["resources"]["job_recovery"]
     assert job["resources"]["use_spot"] is True and job["envs"]["BUCKET"] is None

@@ -33,12 +33,14 @@ from rectvlm.data.loader import build_eval_loader
 from rectvlm.labels import N_FINDINGS, N_LESIONS
 from rectvlm.models import RectVLM
 from rectvlm.train import loop
+from rectvlm.train.early_stopping import has_stopped_early
 from rectvlm.train.objectives import compute_losses
 from rectvlm.train.phases import PHASES
 from rectvlm.train.recovery.exit_codes import ExitCode, RunEnded
 from rectvlm.train.recovery.position import TrainingPosition
 from rectvlm.train.recovery.watchdog import RankActivity
-from rectvlm.train.validation import ValidationResult, Validator, _ScoredCase, has_stopped_early
+from rectvlm.train.validation import ValidationResult
+from rectvlm.train.validation_cases import ScoredCase, compute_validation_metrics
 from rectvlm.types import UserError
 
 ONE = [*LAUNCH, "--num_processes", "1"]
@@ -90,30 +92,29 @@ def make_checkpoints(folder: Path, steps: list[int]) -> None:
 
 def test_one_case_that_gives_no_number_leaves_a_validation_without_figures(tiny: Config) -> None:
     """The others' mean would look better than the model is; and nothing is better than the best so far."""
-    validator = Validator.__new__(Validator)
-    validator.config, validator.phase = tiny, PHASES[1]
-    validator.engine = SimpleNamespace(is_main=True)  # type: ignore[assignment]
 
-    def row(place: int, loss: float, probability: float) -> _ScoredCase:
+    def make_case(case_index: int, loss: float, probability: float) -> ScoredCase:
         labels = np.zeros(N_FINDINGS, np.float32)
-        labels[place % 2] = 1
-        probabilities = np.full(N_FINDINGS, probability, np.float32)
-        flags = np.ones(N_FINDINGS, bool)
-        return _ScoredCase(
-            place,
-            {"classification": loss},
-            probabilities,
-            labels,
-            flags,
-            None,
-            np.zeros(N_LESIONS, bool),
+        labels[case_index % 2] = 1
+        return ScoredCase(
+            case_index=case_index,
+            losses_by_task={"classification": loss},
+            probabilities=np.full(N_FINDINGS, probability, np.float32),
+            labels=labels,
+            labels_known=np.ones(N_FINDINGS, bool),
+            overlap_counts=None,
+            lesions_annotated=np.zeros(N_LESIONS, bool),
         )
 
-    good = validator._compute_metrics([row(0, 1.0, 0.5), row(1, 2.0, 0.5)])
+    def compute_metrics(*cases: ScoredCase) -> dict[str, float | None]:
+        return compute_validation_metrics(cases, PHASES[1].tasks, tiny.train.loss_weights)
+
+    good_case = make_case(0, 1.0, 0.5)
+    good = compute_metrics(good_case, make_case(1, 2.0, 0.5))
     assert good["loss"] == pytest.approx(1.5) and good["macro_auroc"] is not None
-    for bad in (row(1, math.nan, 0.5), row(1, 2.0, math.nan)):
-        found = validator._compute_metrics([row(0, 1.0, 0.5), bad])
-        assert found.keys() == good.keys() and set(found.values()) == {None}
+    for bad_case in (make_case(1, math.nan, 0.5), make_case(1, 2.0, math.nan)):
+        metrics = compute_metrics(good_case, bad_case)
+        assert metrics.keys() == good.keys() and set(metrics.values()) == {None}
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
@@ -208,20 +209,20 @@ def test_weights_are_saved_before_they_are_validated(
         update={"train": tiny.train.model_copy(update={"phases": {"phase1": phase}})}
     )
 
-    class Judge:
-        should_stop, done = False, False
+    class FakeValidator:
+        should_stop, is_done = False, False
 
         def is_due(self, step: int) -> bool:
-            return step % 2 == 0 and not self.done
+            return step % 2 == 0 and not self.is_done
 
-        def validate_if_due(self, step: int, beat: Any) -> ValidationResult | None:
+        def validate_if_due(self, step: int, heartbeat: Any) -> ValidationResult | None:
             if not self.is_due(step):
                 return None
             did.append("validate")
-            self.done = True
+            self.is_done = True
             return ValidationResult(step, {}, [], 1.0 if better else None)
 
-        def keep_best(self, found: ValidationResult) -> None:
+        def keep_best(self, result: ValidationResult) -> None:
             did.append("best")
 
     def save(*_: Any) -> bool:
@@ -229,20 +230,25 @@ def test_weights_are_saved_before_they_are_validated(
         return room
 
     monkeypatch.setattr(loop, "save_checkpoint", save)
-    nothing = SimpleNamespace(
-        fsync_logs=lambda: None,
-        log_validation=lambda *_: None,
-        record_heartbeat=lambda: None,
-        activity=RankActivity(),
+    fakes: dict[str, Any] = {
+        "validator": FakeValidator(),
+        "run_log": SimpleNamespace(fsync_logs=lambda: None, log_validation=lambda _: None),
+        "watchdog": SimpleNamespace(record_heartbeat=lambda: None, activity=RankActivity()),
+    }
+    unused = dict.fromkeys(("engine", "trainer", "bad_steps_log"))
+    training = loop.TrainingLoop(
+        phase=PHASES[1],
+        config=config,
+        folder=Path(),
+        saved_names=[],
+        position=TrainingPosition(step, 4 * step),
+        saved_step=0,
+        **fakes,
+        **unused,
     )
-    row = SimpleNamespace(get_settings=lambda config: config.train.phases["phase1"])
-    position = TrainingPosition(step, 4 * step)
-    after = loop._StepFollowUp(
-        SimpleNamespace(), row, config, Path(), [], position, Judge(), nothing, nothing, 0
-    )  # type: ignore[arg-type]
     ended = None
     try:
-        after.save_and_validate(signal)
+        training.save_and_validate(signal)
     except RunEnded as error:
         ended = error.exit_code
     assert Order(did, ended) == expected

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from rectvlm.metrics.report_labeler.rule_labeler import (
     ReportSentence,
     parse_report,
 )
+from rectvlm.types import JsonObject
 
 BodySides = frozenset[BodySide]
 
@@ -124,7 +124,7 @@ def _classify_side(stated: BodySides | None, true: BodySides) -> str:
     return "partial" if stated & true else "opposite"
 
 
-def score_laterality(counts: CountArray) -> dict[str, Any]:
+def score_laterality(counts: CountArray) -> JsonObject:
     """Accuracy of sides: over the lesions' findings, over all, and for each sided finding.
 
     n counts findings whose side the reference states and which the generated report names.
@@ -141,7 +141,7 @@ def score_laterality(counts: CountArray) -> dict[str, Any]:
     }
 
 
-def score_lesion_laterality(counts: CountArray) -> dict[str, Any]:
+def score_lesion_laterality(counts: CountArray) -> JsonObject:
     """Accuracy of sides over the lesions' findings.
 
     Args:
@@ -151,7 +151,7 @@ def score_lesion_laterality(counts: CountArray) -> dict[str, Any]:
     return _side_accuracy(counts[:, lesion_rows].sum(axis=(0, 1)))
 
 
-def _side_accuracy(totals: CountArray) -> dict[str, Any]:
+def _side_accuracy(totals: CountArray) -> JsonObject:
     n = int(totals[:-1].sum())
     counts = dict(zip(SIDE_OUTCOMES, map(int, totals), strict=True))
     accuracy = counts["correct"] / n if n else None

@@ -8,10 +8,10 @@ from typing import Literal
 
 from rectvlm.checkpoint import Checkpoint, integrity, run_folder
 from rectvlm.config import Config
+from rectvlm.train.early_stopping import has_stopped_early
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.phases import Phase, with_step_count
 from rectvlm.train.recovery.position import TrainingPosition
-from rectvlm.train.validation import has_stopped_early
 from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,5 @@
-"""CT-RATE downloads to cases: each trap of the data set, set by a tree of files that a reader could fall into."""
+"""CT-RATE downloads to cases: each trap of the data set, set by a tree of files that a reader could
+fall into."""
 
 import argparse
 import json
@@ -315,9 +316,7 @@ def test_the_folder_may_be_given_with_or_without_dataset(tree: Tree) -> None:
     cases = [list_ct_rate_cases(path, CtRateOptions()).cases for path in (root, root / "dataset")]
     assert [case.source for case in cases[0]] == [case.source for case in cases[1]]
     with pytest.raises(InputError, match=r"is no CT-RATE download.*metadata"):
-        list_ct_rate_cases(
-            root / "dataset/train_fixed", CtRateOptions()
-        ) if False else list_ct_rate_cases(_without_volumes(tree), CtRateOptions())
+        list_ct_rate_cases(_without_volumes(tree), CtRateOptions())
 
 
 def _without_volumes(tree: Tree) -> Path:
@@ -639,10 +638,10 @@ def test_what_a_worker_is_sent_is_small(tree: Tree) -> None:
 
 def test_what_goes_into_the_manifest_is_json(tree: Tree) -> None:
     tree.no_chest["train"] = ["train_1_b_1"]
-    found = read(tree)
-    assert len(found.cases) == 2
-    assert found.dropped["does not show the chest (no-chest list)"] == ("train_1_b_1",)
-    assert json.loads(json.dumps({**found.policy, "counts": found.counts}))["kernel"] == "soft"
+    result = read(tree)
+    assert len(result.cases) == 2
+    assert result.dropped["does not show the chest (no-chest list)"] == ("train_1_b_1",)
+    assert json.loads(json.dumps({**result.policy, "counts": result.counts}))["kernel"] == "soft"
 
 
 # Volumes
@@ -650,7 +649,8 @@ def test_what_goes_into_the_manifest_is_json(tree: Tree) -> None:
 
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    """Real volumes of one phantom: fixed, and as the first release has them with either intercept."""
+    """Real volumes of one phantom: fixed, and as the first release has them with either
+    intercept."""
     tree = Tree(tmp_path_factory.mktemp("volumes"))
     tree.add("train_1_a_1", 3)
     tree.add("train_2_a_1", 3, layout="v1", intercept=-1024)
@@ -704,7 +704,8 @@ def test_a_header_without_orientation_takes_it_from_the_metadata_too(volumes: Tr
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_header_of_voxel_sizes_alone_tells_no_side(volumes: Tree, sign: int) -> None:
-    """Programs write it that know the spacing only; it claims an orientation, mostly the wrong one."""
+    """Programs write it that know the spacing only; it claims an orientation, mostly the wrong
+    one."""
     image = nib.load(volumes.path("train_1_a_1"))
     size = np.linalg.norm(image.affine[:3, :3], axis=0)
     volumes.add("train_5_a_1", 3, layout="v1")
@@ -736,10 +737,10 @@ def test_a_header_of_voxel_sizes_alone_tells_no_side(volumes: Tree, sign: int) -
     "column", ["ImagePositionPatient", "ImageOrientationPatient", "XYSpacing", "ZSpacing"]
 )
 def test_a_blank_header_without_metadata_is_refused(volumes: Tree, column: str) -> None:
-    kept = dict(volumes.metadata["train_2_a_1"])
+    metadata_row = dict(volumes.metadata["train_2_a_1"])
     volumes.metadata["train_2_a_1"][column] = "nan"
     case = by_key(list_ct_rate_cases(volumes.write(), CtRateOptions()), "train_2_a_1")
-    volumes.metadata["train_2_a_1"] = kept
+    volumes.metadata["train_2_a_1"] = metadata_row
     volumes.write()
     with pytest.raises(InputError, match=r"blank header.*left and right are unknown"):
         case.load()

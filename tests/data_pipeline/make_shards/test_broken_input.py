@@ -1,4 +1,5 @@
-"""Broken input: each kind is set aside with its file, reason, expectation and finding, and the rest is untouched."""
+"""Broken input: each kind is set aside with its file, reason, expectation and finding, and the rest
+is untouched."""
 
 import gzip
 import json
@@ -115,7 +116,8 @@ def picture(low: float, high: float) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Broken:
-    """A kind of broken input, and what the quarantine list must say of it; `found` and `expected` are patterns."""
+    """A kind of broken input, and what the quarantine list must say of it; `found` and `expected`
+    are patterns."""
 
     name: str
     damage: Callable[[Files], object] | None
@@ -265,7 +267,8 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """All kinds between good cases, in one run as users start it; and the good ones in a run of their own."""
+    """All kinds between good cases, in one run as users start it; and the good ones in a run of
+    their own."""
     root = tmp_path_factory.mktemp("broken")
     kinds = dict(zip(_bad_places(), KINDS, strict=True))
     tree = small_tree(root / "ct", len(KINDS) + len(GOOD) + 1, 1)

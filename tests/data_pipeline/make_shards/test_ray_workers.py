@@ -1,4 +1,5 @@
-"""Preprocessing on a real Ray cluster of two nodes on this machine: the same bytes, and no sample lost with a node."""
+"""Preprocessing on a real Ray cluster of two nodes on this machine: the same bytes, and no sample
+lost with a node."""
 
 import json
 import os

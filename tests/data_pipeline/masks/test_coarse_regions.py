@@ -1,4 +1,5 @@
-"""The coarse region map: lungs by side on phantoms and real CTs, and what must never happen, a swapped side."""
+"""The coarse region map: lungs by side on phantoms and real CTs, and what must never happen, a
+swapped side."""
 
 from dataclasses import replace
 from functools import cache, partial

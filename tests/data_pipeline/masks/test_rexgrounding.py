@@ -1,4 +1,5 @@
-"""ReXGroundingCT: which findings are a lesion, what its partial outlines say, and whom it keeps out of training."""
+"""ReXGroundingCT: which findings are a lesion, what its partial outlines say, and whom it keeps out
+of training."""
 
 import gzip
 import json
@@ -52,7 +53,8 @@ def truth() -> NDArray:
 
 
 def stack(findings: Sequence[tuple[str, str]] = FINDINGS, empty: Sequence[int] = ()) -> NDArray:
-    """(finding, i, j, k), instances by number; the mask of a finding that is none of ours covers a corner."""
+    """(finding, i, j, k), instances by number; the mask of a finding that is none of ours covers a
+    corner."""
     array = np.zeros((len(findings), *ct().array.shape), np.uint8)
     array[:, :20, :20, :20] = 1
     for number, key in SHOWN.items():
@@ -274,7 +276,8 @@ def test_blocks_types_and_packing_make_no_difference(
 
 
 def test_a_volume_in_another_voxel_order_is_refused(tmp_path: Path) -> None:
-    """The mask's own header is of no use, so its voxels are those of the released file or nobody knows whose."""
+    """The mask's own header is of no use, so its voxels are those of the released file or nobody
+    knows whose."""
     folder = write(tmp_path, stack())
     volume = ct()
     for order, flips in (((0, 1, 2), (True, False, False)), ((1, 0, 2), (False, False, False))):

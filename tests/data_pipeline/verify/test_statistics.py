@@ -34,7 +34,8 @@ PICTURES = {"labels.png", "sampling.png", "hu.png", "lesions.png", "contact_shee
 
 @pytest.fixture(scope="module")
 def samples(phantom_shards: Path) -> list[Sample]:
-    """Phantoms; two share a scan, two lack labels, one its report; one was outlined in part and one not at all."""
+    """Phantoms; two share a scan, two lack labels, one its report; one was outlined in part and one
+    not at all."""
     made = [
         read_sample(phantom_shards, entry)
         for entry in read_index(phantom_shards).select_split(None)
@@ -260,7 +261,8 @@ def test_pictures_of_one_split_and_of_a_sample_that_cannot_be_read(
 def test_the_contact_sheet_has_right_at_the_left_and_each_outline_in_its_colour(
     shards: Path,
 ) -> None:
-    """A CT bright in the patient's left half alone, with a nodule there: both must be at the right of the picture."""
+    """A CT bright in the patient's left half alone, with a nodule there: both must be at the right
+    of the picture."""
     index = read_index(shards)
     sample = read_sample(shards, index.select_split("train")[0])
     middle = sample.ct.shape[2] // 2

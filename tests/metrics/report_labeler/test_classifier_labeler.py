@@ -1,4 +1,4 @@
-"""A trained classifier as the labeler: its labels are found by name, its context is kept, and other models refused."""
+"""Classifier labeler: labels by name, the context length, and models that are refused."""
 
 import logging
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The labeler's rules: right on every sentence that they were made with, measured on those that they were not."""
+"""Rule labeler: right on all tuning sentences, measured on held-out ones."""
 
 import time
 
@@ -43,7 +43,7 @@ def test_the_sentences_that_the_rules_were_made_with(sentence: str, labels: str)
 
 
 def scores(sentences: tuple[tuple[str, str], ...]) -> dict[str, float]:
-    """Present findings, and the states of all pairs of sentence and finding that either side mentions."""
+    """Counts of present findings, and of the states that labels or rules mention."""
     said = RuleLabeler().label_reports([sentence for sentence, _ in sentences])
     true = np.array([list(gold(labels).values()) for _, labels in sentences])
     called, there = said == FindingState.PRESENT, true == FindingState.PRESENT

@@ -51,6 +51,7 @@ from rectvlm.train.recovery.bad_steps import (
     BadStepsLog,
     LossVerdict,
     RankObservation,
+    SkippedStep,
     explain_skipped_step,
     judge_losses,
 )
@@ -103,9 +104,9 @@ def test_a_loss_is_judged_by_its_size() -> None:
 
 
 def test_reasons_name_the_rank_and_the_limit() -> None:
-    fine: RankObservation = {"rank": 0, "losses": [1.0], "samples": ["a"]}
-    large: RankObservation = {"rank": 1, "losses": [1.0, 12.5], "samples": ["b"]}
-    spoilt: RankObservation = {"rank": 2, "losses": [None], "samples": ["c"]}
+    fine = RankObservation(0, [1.0], ["a"])
+    large = RankObservation(1, [1.0, 12.5], ["b"])
+    spoilt = RankObservation(2, [None], ["c"])
     assert (
         explain_skipped_step([fine, large, spoilt], None, GUARD)
         == "the loss of rank 2 is not finite"
@@ -123,7 +124,7 @@ def test_reasons_name_the_rank_and_the_limit() -> None:
 
 def test_bad_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
     for step in (3, 5, 9):
-        BadStepsLog(tmp_path, step).append_step(step, "because", float("inf"), [])
+        BadStepsLog(tmp_path, step).append_step(step, float("inf"), SkippedStep("because", 1, []))
     with (tmp_path / "bad-steps.jsonl").open("a") as handle:
         handle.write('{"step": 1')  # cut off by a kill
     BadStepsLog(tmp_path, 5)
@@ -163,9 +164,9 @@ def python(program: str, *arguments: object) -> subprocess.Popen[str]:
 
 DEAF = """
 import ctypes, signal, sys, time
-from rectvlm.train import signals
-signals.ECHO = 0.3
-with signals.Signals():
+from rectvlm.train.recovery import signals
+signals.REPEAT_AFTER_SECONDS = 0.3
+with signals.StopSignals():
     sys.stdout.write("ready\\n"); sys.stdout.flush()
     for _ in range(100):
         ctypes.CDLL(None).sleep(30)  # C that does not come back for handlers of Python's
@@ -210,7 +211,7 @@ def test_what_hangs_ends_with_its_stack(tmp_path: Path, holds_the_lock: bool) ->
         assert process.returncode == 1
         return
     assert process.returncode == ExitCode.RANK_LOST
-    assert "rank 1 did not get on for 1 s: step 17, data, samples case_a, case_b" in stderr
+    assert "rank 1 made no progress for 1 s: step 17, data, samples case_a, case_b" in stderr
     assert ending(tmp_path)["code"] == ExitCode.RANK_LOST
 
 
@@ -540,7 +541,7 @@ def test_a_rank_that_stops_ends_the_run(interrupted: Any, monkeypatch: pytest.Mo
     assert time.monotonic() - begin < 60
     assert code == 1
     assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
-    assert "rank 0 did not get on for 9 s: step " in stderr
+    assert "rank 0 made no progress for 9 s: step " in stderr
     assert "loop.py" in stderr  # a stack
     assert ending(folder)["code"] == ExitCode.RANK_LOST
     last = steps_done(folder)
