@@ -136,7 +136,7 @@ def measure_step(
 
 def plan_step(size: str, overrides: Sequence[str], ds_config: Path) -> dict[str, Any]:
     """What is planned, without and with measured work areas, and the floating-point operations of a step."""
-    from rectvlm.plan import ResourcePlanner
+    from rectvlm.plan.planner import ResourcePlanner
     from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 
     config = load_config(size, overrides)
@@ -151,10 +151,13 @@ def plan_step(size: str, overrides: Sequence[str], ds_config: Path) -> dict[str,
         found[name] = {
             "gpu_memory_gb": plan.gpu_memory_gb,
             "loading_peak_gb": plan.loading_peak_gb - plan.gpu_memory_gb["context"],
-            "seconds": plan.time["total"],
+            "seconds": plan.time.total,
             "tokens": planner.dry_run.positions,
         }
-        found |= {f"{kind}_tflop": plan.flops_per_step[kind] for kind in ("model", "hardware")}
+        found |= {
+            "model_tflop": plan.flops_per_step.model,
+            "hardware_tflop": plan.flops_per_step.hardware,
+        }
     return found
 
 

@@ -97,76 +97,11 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(run=_run_export)
 
-    plan = commands.add_parser(
-        "plan", help="memory, FLOPs and time of a configuration, before a GPU is rented"
+    commands.add_parser(
+        "plan",
+        help="memory, FLOPs and time of a configuration, before a GPU is rented",
+        add_arguments=_add_plan_arguments,
     )
-    plan.add_argument(
-        "--config", default="demo", help="name or path of a configuration (default: demo)"
-    )
-    what, where = plan.add_mutually_exclusive_group(), plan.add_mutually_exclusive_group()
-    what.add_argument("--phase", type=int, choices=(1, 2, 3), default=3)
-    what.add_argument(
-        "--stage",
-        choices=("localize", "align"),
-        help="a sub-step of phase 2 or 3, instead of --phase",
-    )
-    where.add_argument(
-        "--gpus",
-        default="2",
-        metavar="N[,N…]",
-        help="how many GPUs; several numbers give a row each",
-    )
-    where.add_argument("--nodes", type=int, metavar="N", help="full nodes, instead of --gpus")
-    plan.add_argument(
-        "--gpu-memory",
-        type=float,
-        default=141.0,
-        metavar="GB",
-        help="of each (default: 141, an H200)",
-    )
-    plan.add_argument(
-        "--tflops", type=float, default=989.0, help="dense bf16 rate of a GPU, TFLOP/s"
-    )
-    plan.add_argument(
-        "--work-areas",
-        choices=("cpu", "cuda"),
-        help="run each kind of product and convolution once here, to count what kernels allocate for themselves",
-    )
-    plan.add_argument(
-        "--efficiency", type=float, default=0.5, help="share of it that matrix products reach"
-    )
-    plan.add_argument(
-        "--bandwidth", type=float, default=4.8, metavar="TB/s", help="of a GPU's memory"
-    )
-    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
-    plan.add_argument(
-        "--intra",
-        type=float,
-        default=450.0,
-        metavar="GB/s",
-        help="between GPUs of a node, one direction",
-    )
-    plan.add_argument(
-        "--inter", type=float, default=50.0, metavar="GB/s", help="between nodes, for each GPU"
-    )
-    plan.add_argument(
-        "--samples",
-        type=int,
-        default=24_128,
-        metavar="N",
-        help="in an epoch (default: CT-RATE's scans)",
-    )
-    plan.add_argument(
-        "--ds-configs", type=Path, metavar="PATH", help="DeepSpeed JSON, or a folder of them"
-    )
-    plan.add_argument("--json", action="store_true", help="for programs")
-    plan.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="part.field=value",
-        help="change a value of the configuration",
-    )
-    plan.set_defaults(run=_run_plan)
 
     runs = commands.add_parser("runs", help="list and compare runs, plot their curves")
     _add_runs_actions(runs)
@@ -175,6 +110,15 @@ def _build_parser() -> argparse.ArgumentParser:
         run=_print_versions
     )
     return parser
+
+
+def _add_plan_arguments(plan: argparse.ArgumentParser) -> None:
+    from rectvlm.plan.hardware import MEASURED_RATES, HardwareRates
+    from rectvlm.plan.options import PlanOptions
+
+    add_options(plan, PlanOptions)
+    add_options(plan, HardwareRates, exclude=MEASURED_RATES)
+    plan.set_defaults(run=_run_plan)
 
 
 def _add_runs_actions(parser: argparse.ArgumentParser) -> None:

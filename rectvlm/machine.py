@@ -35,13 +35,19 @@ def package_versions(*extra_packages: str) -> dict[str, str]:
 
 def describe_machine() -> JsonObject:
     """Processor, usable cores, memory and GPUs of this machine."""
-    has_affinity = hasattr(os, "sched_getaffinity")
     return {
         "cpu": _processor_name(),
-        "cores": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count(),
+        "cores": count_cores(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def count_cores() -> int:
+    """Count the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _processor_name() -> str:

@@ -9,7 +9,8 @@ from rectvlm.checkpoint import TrainingState, run_folder
 from rectvlm.config import Config, phase_key
 from rectvlm.data.shards import SHARD_INDEX_FILE
 from rectvlm.data.store import ShardStore
-from rectvlm.runs.read_runs import VALIDATION_FILE, read_run
+from rectvlm.runs.read_runs import read_run
+from rectvlm.runs.run_files import VALIDATION_FILE
 from rectvlm.types import Split, UserError
 
 

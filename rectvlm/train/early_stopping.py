@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 from rectvlm.config import ValidationConfig
 from rectvlm.finite import finite_or_none
-
-VALIDATION_FILE = "validation.jsonl"
+from rectvlm.runs.run_files import VALIDATION_FILE
 
 
 class MetricValue(NamedTuple):

@@ -13,7 +13,7 @@ from rectvlm import pretrained
 from rectvlm.checkpoint import run_folder
 from rectvlm.config import CONFIG_FOLDER, load_config
 from rectvlm.data.shards import write_shards
-from rectvlm.plan import ResourcePlanner
+from rectvlm.plan.planner import ResourcePlanner
 
 CHECKOUT = Path(__file__).parents[2]
 

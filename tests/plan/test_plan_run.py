@@ -8,7 +8,7 @@ from launches import TWO, run, settings
 from rectvlm.checkpoint import Checkpoint, run_folder
 from rectvlm.config import load_config
 from rectvlm.models.meta_model import build_meta_model
-from rectvlm.plan import ResourcePlanner
+from rectvlm.plan.planner import ResourcePlanner
 from rectvlm.train.phases import PHASES
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -28,11 +28,11 @@ def test_epochs_decide_the_steps_and_more_gpus_need_fewer() -> None:
     )
     for gpus, steps in ((1, 42), (4, 11), (1024, 1)):  # 250 samples, 6 a step and GPU
         plan = made.make_plan(gpus, 1.0, SAMPLES)
-        assert plan.speed["steps"] == steps
-        assert plan.speed["epochs"] == pytest.approx(steps * 6 * gpus / SAMPLES)
-        assert plan.speed["days"] == pytest.approx(steps * plan.time["total"] / 86_400)
-    assert made.make_plan(1, 1.0, 2 * SAMPLES).speed["steps"] == 84
-    steps = planner("train.phases.phase1.steps=7").make_plan(4, 1.0, SAMPLES).speed["steps"]
+        assert plan.speed.steps == steps
+        assert plan.speed.epochs == pytest.approx(steps * 6 * gpus / SAMPLES)
+        assert plan.speed.days == pytest.approx(steps * plan.time.total / 86_400)
+    assert made.make_plan(1, 1.0, 2 * SAMPLES).speed.steps == 84
+    steps = planner("train.phases.phase1.steps=7").make_plan(4, 1.0, SAMPLES).speed.steps
     assert steps == 7, "without epochs the configuration says it"
 
 
@@ -56,8 +56,8 @@ def test_what_no_row_of_unfreeze_covers_is_planned_as_frozen() -> None:
     assert memory["optimizer"] == pytest.approx(12e-9 * count)
     assert memory["weights_frozen"] > all_trains["weights_frozen"] == 0
     assert (
-        made.make_plan(1, 1.0).flops_per_step["backward"]
-        < before.make_plan(1, 1.0).flops_per_step["backward"]
+        made.make_plan(1, 1.0).flops_per_step.backward
+        < before.make_plan(1, 1.0).flops_per_step.backward
     )
 
 
@@ -91,8 +91,8 @@ def test_parts_that_do_not_learn_are_in_a_checkpoint_without_a_state() -> None:
         planner(*more).make_plan(2, 1.0)
         for more in ((), (LATE,), (LATE, "train.phases.phase1.ema_decay=0.99"))
     )
-    learnt = late.parameters["trainable"]
-    frozen = one.parameters["trainable"] - learnt
+    learnt = late.parameters.trainable
+    frozen = one.parameters.trainable - learnt
     assert one.checkpoint_gb - late.checkpoint_gb == pytest.approx(12e-9 * frozen)
     assert averaged.checkpoint_gb - late.checkpoint_gb == pytest.approx(4e-9 * learnt)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from rectvlm.config import Config
 from rectvlm.files import append_json_line, fsync_file
+from rectvlm.runs.run_files import CONFIG_FILE, ENGINE_FILE, METRICS_FILE, VALIDATION_FILE
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.logging.console import ProgressDisplay, ProgressMeter
 from rectvlm.train.logging.jsonl import truncate_after_step
@@ -62,8 +63,8 @@ class RunLog:
         self._rank_path = folder / "ranks" / f"rank-{engine.rank:04d}.jsonl"
         self._rank_path.parent.mkdir(parents=True, exist_ok=True)
         self._paths = [self._rank_path]
-        self._metrics_path = folder / "metrics.jsonl"
-        self._validation_path = folder / "validation.jsonl"
+        self._metrics_path = folder / METRICS_FILE
+        self._validation_path = folder / VALIDATION_FILE
         if engine.is_main:
             self._paths += [self._metrics_path, self._validation_path]
         for path in self._paths:
@@ -71,7 +72,7 @@ class RunLog:
             path.touch()
         if engine.is_main:
             self._truncate_files_of_former_ranks()
-            (folder / "config.yaml").write_text(config.to_yaml())
+            (folder / CONFIG_FILE).write_text(config.to_yaml())
             self._start_session(config, step_flops)
 
     def _truncate_files_of_former_ranks(self) -> None:
@@ -162,7 +163,7 @@ class RunLog:
         description = asdict(self.engine.describe_ranks())
         description["llm_quantization"] = self._quantization
         if self.engine.is_main:
-            (self.folder / "engine.json").write_text(json.dumps(description, indent=2) + "\n")
+            (self.folder / ENGINE_FILE).write_text(json.dumps(description, indent=2) + "\n")
         self._has_described_engine = True
 
 

@@ -26,11 +26,11 @@ import torch
 
 from rectvlm.files import atomic_file
 from rectvlm.machine import package_versions
+from rectvlm.runs.run_files import SESSIONS_FILE
 from rectvlm.train.logging.git_state import read_git_state
 
 log = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
 MAX_PATCH_BYTES = 2_000_000
 """Size of a patch, bytes at most; a longer one is cut off, and `run.json` says so."""
 RECORDED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WANDB_MODE")
@@ -55,7 +55,7 @@ class SessionLog:
     def __init__(self, folder: Path) -> None:
         """Read the earlier sessions; a file that cannot be read is kept beside the new one."""
         self._folder = folder
-        self._path = folder / RUN_FILE
+        self._path = folder / SESSIONS_FILE
         self.sessions: list[dict[str, Any]] = []
         if self._path.exists():
             try:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
 
-ENDING_FILE = "ending.json"
+from rectvlm.runs.run_files import ENDING_FILE
 
 
 class ExitCode(IntEnum):

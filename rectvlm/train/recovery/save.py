@@ -1,4 +1,4 @@
-"""A checkpoint, whole or not there, and what happens when the disk is full."""
+"""Saving a checkpoint, complete or not at all, also when the disk is full."""
 
 import logging
 import shutil
@@ -28,12 +28,14 @@ def save_checkpoint(
     saved_names: list[str],
     position: TrainingPosition,
 ) -> bool:
-    """Write a whole checkpoint or none: under a temporary name, with checksums, on the disk before it is renamed.
+    """Write a complete checkpoint or none.
 
+    It is written under a temporary name, with checksums, and flushed to disk before it is renamed.
     Its weights are the moving averages where the phase keeps some.
 
     Returns:
-        Whether it could be written; all ranks agree. If not, earlier checkpoints are untouched and a warning says why.
+        Whether it could be written; all ranks agree. If not, earlier checkpoints are untouched and
+        a warning says why.
     """
     begin = time.monotonic()
     target = run_folder.step_folder(folder, position.step)
@@ -60,8 +62,8 @@ def save_checkpoint(
         if engine.is_main:
             shutil.rmtree(work, ignore_errors=True)
             log.warning(
-                "The checkpoint of step %d could not be written to %s (%s): the checkpoints before it are untouched, "
-                "and saving is tried again after %d steps; make room on the disk.",
+                "The checkpoint of step %d could not be written to %s (%s): the checkpoints before "
+                "it are untouched, and saving is tried again after %d steps; make room on the disk.",
                 position.step,
                 target.parent,
                 "; ".join(faults),
@@ -83,8 +85,10 @@ def _write_rank_files(
     saved_names: list[str],
     position: TrainingPosition,
 ) -> tuple[dict[str, ManifestEntry], str | None]:
-    """Every rank writes its files: their checksums, and what went wrong. A rank that cannot write still takes part in
-    the gathering, for which the others wait."""
+    """Write this rank's files; their manifest entries, and the error if they could not be written.
+
+    A rank that cannot write still takes part in the gathering, for which the others wait.
+    """
     with engine.use_ema_weights():
         tensors = engine.gather_tensors(saved_names)
     try:
