@@ -35,9 +35,10 @@ from benchmarks.publishing import (
 from rectvlm.config import Config, load_config
 from rectvlm.labels import N_FINDINGS, N_LESIONS, N_REGIONS
 from rectvlm.models.attention import SliceRegionAttention
-from rectvlm.models.encoder import ImageFeatures, VolumeEncoder
+from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.localizer import LesionLocalizer
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
+from rectvlm.models.slice_region_encoder import SliceRegionEncoder
 from rectvlm.train.engine.peak_memory import peak_memory_bytes, reset_peak_memory
 
 PARTS = ("encoder", "localizer")
@@ -82,7 +83,7 @@ def build_part(part: str, config: Config, checkpointing: bool) -> nn.Module:
     torch.manual_seed(0)
     encoder = config.encoder.model_copy(update={"activation_checkpointing": checkpointing})
     if part == "encoder":
-        return VolumeEncoder(encoder, config.data).bfloat16()
+        return SliceRegionEncoder(encoder, config.data).bfloat16()
     localizer = config.localizer.model_copy(update={"activation_checkpointing": checkpointing})
     return LesionLocalizer(localizer, config.data, encoder, TEXT_WIDTH).bfloat16()
 

@@ -37,17 +37,18 @@ from benchmarks.publishing import (
 from data_pipeline.cases import Case, CaseData, case_to_sample, file_identity
 from data_pipeline.sample_cts import OUTLINED_LESION, SAMPLE_CTS
 from rectvlm.config import DataConfig, load_config
-from rectvlm.data.loader import BatchLoader, ShardDataset
-from rectvlm.data.sample import preprocessing_versions
+from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.loader import BatchLoader
+from rectvlm.data.sample import VOLUME_DTYPES, preprocessing_versions
 from rectvlm.data.shards import write_shards
 from rectvlm.data.store import ShardStore
 from rectvlm.data.volume import read_volume
 from rectvlm.labels import LESION_BY_KEY
+from rectvlm.lesion_bits import pack_lesion
 
 H200_VOLUMES_PER_SECOND = 10
 """What one H200 takes."""
 _WARMUP_BATCHES = 6
-_VOLUME_DTYPES = {"ct": np.int16, "lesions": np.uint8, "regions": np.uint8}
 
 
 def make_full_grid_shards(folder: Path, count: int, slices: int, work: Path) -> None:
@@ -81,7 +82,7 @@ def make_full_grid_shards(folder: Path, count: int, slices: int, work: Path) -> 
 
 def _load_case(path: Path, number: int) -> CaseData:
     outline = read_volume(SAMPLE_CTS[number].mask_path(CHECKOUT / "data" / "samples"))
-    bits = (outline.array > 0).astype(np.uint8) << LESION_BY_KEY[OUTLINED_LESION].bit
+    bits = pack_lesion(outline.array > 0, LESION_BY_KEY[OUTLINED_LESION])
     looked_for = {key: key == OUTLINED_LESION for key in LESION_BY_KEY}
     return CaseData(
         volume=read_volume(path),
@@ -95,7 +96,7 @@ def read_buffers(dataset: ShardDataset) -> list[dict[str, memoryview]]:
     buffers = []
     for entry in dataset.locations:
         found = {}
-        for name in _VOLUME_DTYPES:
+        for name in VOLUME_DTYPES:
             data = ShardStore(dataset.store).read_range(entry.shard, *entry.members[name])
             found[name] = memoryview(data)[data.index(b"\n") + 1 :]
         buffers.append(found)
@@ -113,7 +114,7 @@ def measure_loader(data: DataConfig, rounds: int) -> dict[str, Any]:
     dataset = ShardDataset(data, "train")
     torch.set_num_threads(1)
     buffers = read_buffers(dataset)
-    arrays = {name: np.zeros(data.grid, dtype) for name, dtype in _VOLUME_DTYPES.items()}
+    arrays = {name: np.zeros(data.grid, dtype) for name, dtype in VOLUME_DTYPES.items()}
     seconds: dict[str, list[float]] = {"bare": [], "loader": [], "worker": [], "main": []}
     cores = sorted(os.sched_getaffinity(0))
     batches = iter(

@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("RECTVLM_TRACKERS", "none")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from rectvlm.checkpoint import run_checkpoint
+    from rectvlm.machine import package_versions
 
     begin = time.monotonic()
     rows = []
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
                 rows.append(fresh.submit(measure_overhead, *what).result())
     facts = {
-        "versions": run_checkpoint.package_versions(),
+        "versions": package_versions(),
         "threads": torch.get_num_threads(),
         "rows": rows,
     }

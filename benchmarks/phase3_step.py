@@ -118,7 +118,7 @@ def measure_step(
                 seconds[part].append(last - first)
     row |= {
         "peak_bytes": peak_memory_bytes(),
-        "bytes": engine.describe_ranks()["ranks"][0]["bytes"],
+        "bytes": engine.describe_ranks().ranks[0].bytes,
     }
     engine.close()
     step = sum(statistics.median(values) for values in seconds.values())
@@ -136,7 +136,7 @@ def measure_step(
 
 def plan_step(size: str, overrides: Sequence[str], ds_config: Path) -> dict[str, Any]:
     """What is planned, without and with measured work areas, and the floating-point operations of a step."""
-    from rectvlm.plan import ResourcePlanner
+    from rectvlm.plan.planner import ResourcePlanner
     from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 
     config = load_config(size, overrides)
@@ -151,10 +151,13 @@ def plan_step(size: str, overrides: Sequence[str], ds_config: Path) -> dict[str,
         found[name] = {
             "gpu_memory_gb": plan.gpu_memory_gb,
             "loading_peak_gb": plan.loading_peak_gb - plan.gpu_memory_gb["context"],
-            "seconds": plan.time["total"],
+            "seconds": plan.time.total,
             "tokens": planner.dry_run.positions,
         }
-        found |= {f"{kind}_tflop": plan.flops_per_step[kind] for kind in ("model", "hardware")}
+        found |= {
+            "model_tflop": plan.flops_per_step.model,
+            "hardware_tflop": plan.flops_per_step.hardware,
+        }
     return found
 
 
@@ -162,7 +165,7 @@ def make_long_batch(config: Config, micro_batch: int) -> Batch:
     """A phantom on the configuration's grid, as often as a micro-batch holds, with the longest report."""
     from data_pipeline.cases import case_to_sample
     from data_pipeline.demo_cases import list_demo_cases
-    from rectvlm.data.loader import collate_samples
+    from rectvlm.data.dataset import collate_samples
 
     (case,) = list_demo_cases(1, 0, None)
     sample = case_to_sample(case, config.data.grid, config.data.spacing)
@@ -248,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("RECTVLM_TRACKERS", "none")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from rectvlm.checkpoint import run_checkpoint
+    from rectvlm.machine import package_versions
 
     begin = time.monotonic()
     rows = []
@@ -277,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "Nothing fitted into the memory of the GPU: choose a smaller --config or --micro-batch."
         )
     facts = {
-        "versions": run_checkpoint.package_versions(),
+        "versions": package_versions(),
         "config": config.name,
         "geometry": config.generator.model,
         "rounds": options.rounds,

@@ -41,8 +41,10 @@ from benchmarks.publishing import (
 )
 from data_pipeline.cases import Case, CaseData, case_to_sample, file_identity
 from data_pipeline.sample_cts import SAMPLE_CTS, fetch_sample_cts
+from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
+from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.sample import encode_sample, preprocessing_versions
-from rectvlm.data.volume import canonical_affine, read_volume, resample_to_grid, to_hu
+from rectvlm.data.volume import read_volume
 from rectvlm.data.volume_codec import encode_volume
 
 GRID, SPACING = (64, 512, 512), (5.0, 0.75, 0.75)
@@ -213,7 +215,7 @@ def measure_with_workers(
 
 def make_case_shards(folder: Path, out: Path, workers: int) -> None:
     """Shards of one case each, from every file of a folder."""
-    from data_pipeline.preprocess import preprocess
+    from data_pipeline.make_shards.shard_folder import preprocess
 
     cases = [
         Case(

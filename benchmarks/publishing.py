@@ -41,9 +41,7 @@ def publish_result(
 ) -> None:
     """Write `NAME-MACHINE-DATE.json` and `.md` and show the page: `facts` with date, machine and seconds since `began`
     (`time.monotonic`). A second result of a day gets a number; none is written over."""
-    from rectvlm.evaluate import (
-        describe_machine,  # libraries speak when they are imported, unless logging was set before
-    )
+    from rectvlm.machine import describe_machine  # imports torch
 
     result = {"date": datetime.now(UTC).date().isoformat(), "machine": describe_machine()} | facts
     result["seconds"] = round(time.monotonic() - start_time, 1)

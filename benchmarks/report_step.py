@@ -33,10 +33,10 @@ from benchmarks.publishing import (
     quiet_main,
 )
 from rectvlm import pretrained
-from rectvlm.checkpoint import run_checkpoint
 from rectvlm.config import Config, load_config
 from rectvlm.labels import N_REGIONS
-from rectvlm.models.encoder import ImageFeatures
+from rectvlm.machine import package_versions
+from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.language_model import (
     LanguageModel,
     add_lora,
@@ -313,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = {
         "versions": {
             name: version
-            for name, version in run_checkpoint.package_versions().items()
+            for name, version in package_versions().items()
             if name in ("torch", "transformers", "peft", "bitsandbytes")
         },
         "config": config.name,

@@ -1,79 +1,83 @@
-"""What preprocessing works on: a case, whatever data set it comes from, and its way to a sample.
+"""A case of any data set, and its way to a sample on the canonical grid.
 
-A data set plugs in as a function that lists `Case`s; each knows how to load its own `CaseData`, in a worker process,
-when its turn comes.
+A data set plugs in as a function that lists `Case`s. Each of them knows how to load its own
+`CaseData`, in a worker process, when its turn comes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.masks.coarse_regions import estimate_coarse_regions
+from data_pipeline.masks.loaded_masks import LoadedMasks
+from rectvlm.data.canonical_grid import canonical_affine, require_overlap, resample_to_grid
+from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.sample import preprocessing_versions
-from rectvlm.data.volume import Volume, canonical_affine, require_overlap, resample_to_grid, to_hu
-from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS
-from rectvlm.types import COARSE_REGIONS_SOURCE, GridGeometry, Sample, SampleMeta, Split
+from rectvlm.labels import FINDINGS
+from rectvlm.lesion_bits import present_lesions
+from rectvlm.types import (
+    COARSE_REGIONS_SOURCE,
+    GridGeometry,
+    MaskVolume,
+    Sample,
+    SampleMeta,
+    Split,
+    Volume,
+)
 
 
-@dataclass(frozen=True)
-class CaseData:
-    """All that is known of a case, as it comes from its files."""
+@dataclass(frozen=True, kw_only=True)
+class CaseData(LoadedMasks):
+    """The content of a case's files: its CT, masks, labels and report."""
 
     volume: Volume
-    """The CT, HU or stored numbers."""
+    """CT in HU, or in stored numbers."""
     labels: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(FINDINGS))
-    """By finding: 1, 0, or None for unknown; all 18."""
+    """Labels of all 18 findings: 1, 0, or None for unknown."""
     findings: str | None = None
+    """Findings section of the report; None when there is none."""
     impression: str | None = None
-    lesions: Sequence[Volume] = ()
-    """uint8 lesion bits, each on its own grid and affine; they are united."""
-    lesions_annotated: dict[str, bool] = field(
-        default_factory=lambda: dict.fromkeys(LESION_BY_KEY, False)
-    )
-    """By lesion key, all 5: whether it was looked for. What was not annotated is not absent."""
-    lesions_partial: dict[str, bool] = field(
-        default_factory=lambda: dict.fromkeys(LESION_BY_KEY, False)
-    )
-    """By lesion key: some are outlined, others may not be; never together with annotated."""
-    lesions_source: str | None = None
-    """Where the outlines came from."""
-    regions: Volume | None = None
-    """uint8 region ids, on its own grid and affine."""
-    regions_source: str | None = None
+    """Impression section of the report; None when there is none."""
     slope: float | None = None
-    """RescaleSlope and RescaleIntercept of the series, where known; `to_hu` decides whether they still apply."""
+    """RescaleSlope of the series, where known; `to_hu` decides whether it still applies."""
     intercept: float | None = None
+    """RescaleIntercept of the series, where known."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One case of a data set, before it is read."""
+    """One case of a data set, before its files are read."""
 
     key: str
-    """Unique; letters, digits, '_' and '-' only."""
+    """Unique name of letters, digits, '_' and '-'."""
     split: Split
     patient: str
     source: str
     """Data set and file, for the sample's record and for the quarantine list."""
     load: Callable[[], CaseData]
-    """Reads it; runs in another process, so a module's function or a `functools.partial` of one."""
+    """Function that reads the case. It runs in another process, so it is a module's function or a
+    `functools.partial` of one."""
     identity: tuple[str, ...]
-    """What decides the loaded data, such as names, sizes and times of files: when it changes, the case is redone."""
+    """Texts that change whenever the loaded data may, such as names, sizes and times of files; the
+    case is then made again."""
     scan: str = ""
-    """The examination that its reconstructions share; empty when the case is the only one."""
+    """Scan that several reconstructions share; empty when the case is the only one of its scan."""
     series: dict[str, str | float | None] = field(default_factory=dict)
-    """What is known of the reconstruction, for the sample's record."""
+    """Facts of the reconstruction, for the sample's record."""
 
 
 def file_identity(*paths: Path) -> tuple[str, ...]:
-    """Name, size and modification time of each file; a missing file counts as such."""
-    stats = [(path, path.stat() if path.is_file() else None) for path in paths]
-    return tuple(
-        f"{path}:{stat.st_size}:{stat.st_mtime_ns}" if stat else f"{path}:missing"
-        for path, stat in stats
-    )
+    """Name, size and modification time of each file, for `Case.identity`; a file may be missing."""
+    identity = []
+    for path in paths:
+        if path.is_file():
+            stat = path.stat()
+            identity.append(f"{path}:{stat.st_size}:{stat.st_mtime_ns}")
+        else:
+            identity.append(f"{path}:missing")
+    return tuple(identity)
 
 
 def case_to_sample(
@@ -85,28 +89,28 @@ def case_to_sample(
     """Load a case and bring it to the canonical grid.
 
     Args:
-        grid: voxels (z, y, x).
-        spacing: mm (z, y, x).
-        coarse_regions: estimate regions from the CT where no map exists; `COARSE` is then their source.
+        case: to load.
+        grid: size of the canonical grid (z, y, x), voxels.
+        spacing: spacing of the canonical grid (z, y, x), mm.
+        coarse_regions: estimate regions from the CT where no map exists; their source is then
+            `COARSE_REGIONS_SOURCE`.
 
     Raises:
-        UserError: a file that cannot be read, numbers that are not HU, or a mask that lies elsewhere.
+        UserError: a file that cannot be read, numbers that are not HU, or a mask that lies
+            elsewhere.
     """
     data = case.load()
     native = data.volume
-    hu, decision = to_hu(native, data.slope, data.intercept)
+    hu, conversion = to_hu(native, data.slope, data.intercept)
     affine = canonical_affine(native.affine, hu.shape, hu, grid, spacing)
-    for mask in [*data.lesions, *([data.regions] if data.regions else [])]:
-        require_overlap(mask.affine, mask.array.shape, native.affine, hu.shape, mask.where)
+    for mask in (*data.lesions, data.regions):
+        if mask is not None:
+            require_overlap(mask.affine, mask.array.shape, native.affine, hu.shape, mask.where)
+
     lesions = np.zeros(grid, np.uint8)
     for mask in data.lesions:
         lesions |= resample_to_grid(mask.array, mask.affine, affine, grid, "bits")
-    present = int(np.bitwise_or.reduce(lesions, axis=None))
-    drawn = {lesion.key for lesion in LESIONS if present >> lesion.bit & 1}
-    looked_for = {
-        key for key in LESION_BY_KEY if data.lesions_annotated[key] or data.lesions_partial[key]
-    }
-    assert drawn <= looked_for, f"{case.key}: {drawn - looked_for} drawn but not annotated"
+    _require_known_lesions(case, data, lesions)
     ct = resample_to_grid(hu, native.affine, affine, grid, "ct")
     regions, regions_source = np.zeros(grid, np.uint8), data.regions_source
     if data.regions is not None:
@@ -114,6 +118,12 @@ def case_to_sample(
     elif coarse_regions:
         regions = estimate_coarse_regions(ct, spacing)
         regions_source = COARSE_REGIONS_SOURCE if regions.any() else None
+
+    geometry = GridGeometry(
+        grid_affine=affine.tolist(),
+        native_shape=(hu.shape[0], hu.shape[1], hu.shape[2]),
+        native_affine=native.affine.tolist(),
+    )
     meta = SampleMeta(
         key=case.key,
         split=case.split,
@@ -124,12 +134,8 @@ def case_to_sample(
         findings=data.findings,
         impression=data.impression,
         spacing=spacing,
-        geometry=GridGeometry(
-            grid_affine=affine.tolist(),
-            native_shape=(hu.shape[0], hu.shape[1], hu.shape[2]),
-            native_affine=native.affine.tolist(),
-        ),
-        hu=decision,
+        geometry=geometry,
+        hu=conversion,
         lesions_annotated=data.lesions_annotated,
         regions_source=regions_source,
         lesions_partial=data.lesions_partial,
@@ -138,3 +144,11 @@ def case_to_sample(
         versions=preprocessing_versions(),
     )
     return Sample(ct, lesions, regions, meta)
+
+
+def _require_known_lesions(case: Case, data: CaseData, lesions: MaskVolume) -> None:
+    """Assert that every lesion with a voxel was annotated, at least in part."""
+    for lesion in present_lesions(lesions):
+        assert data.lesions_annotated[lesion.key] or data.lesions_partial[lesion.key], (
+            f"{case.key}: {lesion.key} is outlined but not annotated"
+        )

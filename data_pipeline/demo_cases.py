@@ -1,22 +1,19 @@
 """The cases of the demo: the two sample CTs and seeded phantoms."""
 
-import hashlib
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from data_pipeline.cases import Case, CaseData, file_identity
 from data_pipeline.sample_cts import OUTLINED_LESION, SAMPLE_CTS, SampleCt, fetch_sample_cts
-from rectvlm.data.volume import Volume, read_mask, read_volume
+from rectvlm.data.volume import read_mask, read_volume
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
-from rectvlm.phantom import phantom
+from rectvlm.lesion_bits import pack_lesion
 from rectvlm.phantom.patient_plan import PHANTOM_STYLES, VARIED_STYLE
 from rectvlm.phantom.phantom import make_phantom
-from rectvlm.types import Split
+from rectvlm.types import Split, Volume
 
 FIRST_VALID_SEED = 100_000
-"""First seed of the validation phantoms; training ones start at 0."""
+"""First seed of the validation phantoms; the seeds of training phantoms start at 0."""
 
 
 def list_demo_cases(
@@ -25,44 +22,45 @@ def list_demo_cases(
     sample_ct_folder: Path | None,
     style: str = VARIED_STYLE.name,
 ) -> list[Case]:
-    """The two real CTs (fetched to `samples` when not there; left out when None), then the phantoms of both splits, in
-    a style of `phantom_plan.STYLES`.
+    """List the two real CTs, then the phantoms of both splits.
+
+    Args:
+        train_count: number of training phantoms.
+        valid_count: number of validation phantoms.
+        sample_ct_folder: folder of the real CTs, which are fetched when they are not there; None
+            leaves them out.
+        style: one of `patient_plan.PHANTOM_STYLES`.
 
     Raises:
         UserError: the CTs cannot be fetched.
     """
-    real: list[Case] = []
+    cases: list[Case] = []
     if sample_ct_folder is not None:
         fetch_sample_cts(sample_ct_folder)
-        real = [_sample_ct_case(scan, sample_ct_folder) for scan in SAMPLE_CTS]
-    train_phantoms = [_phantom_case(seed, "train", style) for seed in range(train_count)]
-    return (
-        real
-        + train_phantoms
-        + [
-            _phantom_case(FIRST_VALID_SEED + number, "valid", style)
-            for number in range(valid_count)
-        ]
-    )
+        cases += [_sample_ct_case(ct, sample_ct_folder) for ct in SAMPLE_CTS]
+    cases += [_phantom_case(seed, "train", style) for seed in range(train_count)]
+    valid_seeds = range(FIRST_VALID_SEED, FIRST_VALID_SEED + valid_count)
+    cases += [_phantom_case(seed, "valid", style) for seed in valid_seeds]
+    return cases
 
 
-def _sample_ct_case(scan: SampleCt, folder: Path) -> Case:
+def _sample_ct_case(ct: SampleCt, folder: Path) -> Case:
     return Case(
-        key=scan.name,
-        split=scan.split,
-        patient=scan.name,
-        source=f"pyradiomics 3.0.1 {scan.volume_path(folder).name}",
-        load=partial(_load_sample_ct, scan, folder),
-        identity=file_identity(scan.volume_path(folder), scan.mask_path(folder)),
+        key=ct.name,
+        split=ct.split,
+        patient=ct.name,
+        source=f"pyradiomics 3.0.1 {ct.volume_path(folder).name}",
+        load=partial(_load_sample_ct, ct, folder),
+        identity=file_identity(ct.volume_path(folder), ct.mask_path(folder)),
     )
 
 
-def _load_sample_ct(scan: SampleCt, folder: Path) -> CaseData:
-    mask = read_mask(scan.mask_path(folder))
-    bits = np.where(mask.array > 0, np.uint8(1 << LESION_BY_KEY[OUTLINED_LESION].bit), np.uint8(0))
+def _load_sample_ct(ct: SampleCt, folder: Path) -> CaseData:
+    mask = read_mask(ct.mask_path(folder))
+    bits = pack_lesion(mask.array > 0, LESION_BY_KEY[OUTLINED_LESION])
     return CaseData(
-        volume=read_volume(scan.volume_path(folder)),
-        labels={**dict.fromkeys(FINDINGS), "Lung nodule": scan.nodule_label},
+        volume=read_volume(ct.volume_path(folder)),
+        labels={**dict.fromkeys(FINDINGS), "Lung nodule": ct.nodule_label},
         lesions=[Volume(bits, mask.affine, mask.where)],
         lesions_annotated={key: key == OUTLINED_LESION for key in LESION_BY_KEY},
     )
@@ -70,37 +68,27 @@ def _load_sample_ct(scan: SampleCt, folder: Path) -> CaseData:
 
 def _phantom_case(seed: int, split: Split, style: str) -> Case:
     key = f"phantom_{seed:06d}"
-    source = (
-        f"phantom of seed {seed}"
-        if style == VARIED_STYLE.name
-        else f"phantom of seed {seed}, {style}"
-    )
+    style_note = "" if style == VARIED_STYLE.name else f", {style}"
     return Case(
-        key,
-        split,
-        key,
-        source,
-        partial(_load_phantom, seed, style),
-        (str(seed), style, _phantom_code_digest()),
+        key=key,
+        split=split,
+        patient=key,
+        source=f"phantom of seed {seed}{style_note}",
+        load=partial(_load_phantom, seed, style),
+        identity=(str(seed), style),
     )
 
 
 def _load_phantom(seed: int, style: str) -> CaseData:
-    made = make_phantom(seed, PHANTOM_STYLES[style])
+    phantom = make_phantom(seed, PHANTOM_STYLES[style])
     where = f"phantom of seed {seed}"
     return CaseData(
-        volume=Volume(made.hu, made.affine, where),
-        labels=made.labels,
-        findings=made.findings,
-        impression=made.impression,
-        lesions=[Volume(made.lesions, made.affine, where)],
-        lesions_annotated=made.lesions_annotated,
-        regions=Volume(made.regions, made.affine, where),
+        volume=Volume(phantom.hu, phantom.affine, where),
+        labels=phantom.labels,
+        findings=phantom.findings,
+        impression=phantom.impression,
+        lesions=[Volume(phantom.lesions, phantom.affine, where)],
+        lesions_annotated=phantom.lesions_annotated,
+        regions=Volume(phantom.regions, phantom.affine, where),
         regions_source="phantom",
     )
-
-
-def _phantom_code_digest() -> str:
-    """A phantom is its seed and the code that paints it."""
-    files = sorted(Path(phantom.__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

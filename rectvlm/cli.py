@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rectvlm.cli_options import CommandParser, add_options, options_from_namespace
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. A user's error is one sentence on stderr and exit code 2."""
@@ -32,9 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rectvlm", description="3D chest-CT vision-language models."
-    )
+    parser = CommandParser(prog="rectvlm", description="3D chest-CT vision-language models.")
     parser.add_argument("--verbose", action="store_true", help="log details")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -55,10 +55,10 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     predict.set_defaults(run=_run_predict)
 
-    _add_evaluate_arguments(
-        commands.add_parser(
-            "evaluate", help="metrics of a checkpoint on shards: JSON, tables and plots"
-        )
+    commands.add_parser(
+        "evaluate",
+        help="metrics of a checkpoint on shards: JSON, tables and plots",
+        add_arguments=_add_evaluate_arguments,
     )
 
     _add_weights_actions(
@@ -93,86 +93,15 @@ def _build_parser() -> argparse.ArgumentParser:
         "--metrics", type=Path, metavar="FILE", help="by default those of `evaluate`, if it has run"
     )
     export.add_argument(
-        "--max-shard-size",
-        default="5GB",
-        metavar="SIZE",
-        help="split larger weights (default: 5GB)",
-    )
-    export.add_argument(
         "--overwrite", action="store_true", help="replace the model in a folder that is there"
     )
     export.set_defaults(run=_run_export)
 
-    plan = commands.add_parser(
-        "plan", help="memory, FLOPs and time of a configuration, before a GPU is rented"
+    commands.add_parser(
+        "plan",
+        help="memory, FLOPs and time of a configuration, before a GPU is rented",
+        add_arguments=_add_plan_arguments,
     )
-    plan.add_argument(
-        "--config", default="demo", help="name or path of a configuration (default: demo)"
-    )
-    what, where = plan.add_mutually_exclusive_group(), plan.add_mutually_exclusive_group()
-    what.add_argument("--phase", type=int, choices=(1, 2, 3), default=3)
-    what.add_argument(
-        "--stage",
-        choices=("localize", "align"),
-        help="a sub-step of phase 2 or 3, instead of --phase",
-    )
-    where.add_argument(
-        "--gpus",
-        default="2",
-        metavar="N[,N…]",
-        help="how many GPUs; several numbers give a row each",
-    )
-    where.add_argument("--nodes", type=int, metavar="N", help="full nodes, instead of --gpus")
-    plan.add_argument(
-        "--gpu-memory",
-        type=float,
-        default=141.0,
-        metavar="GB",
-        help="of each (default: 141, an H200)",
-    )
-    plan.add_argument(
-        "--tflops", type=float, default=989.0, help="dense bf16 rate of a GPU, TFLOP/s"
-    )
-    plan.add_argument(
-        "--work-areas",
-        choices=("cpu", "cuda"),
-        help="run each kind of product and convolution once here, to count what kernels allocate for themselves",
-    )
-    plan.add_argument(
-        "--efficiency", type=float, default=0.5, help="share of it that matrix products reach"
-    )
-    plan.add_argument(
-        "--bandwidth", type=float, default=4.8, metavar="TB/s", help="of a GPU's memory"
-    )
-    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
-    plan.add_argument(
-        "--intra",
-        type=float,
-        default=450.0,
-        metavar="GB/s",
-        help="between GPUs of a node, one direction",
-    )
-    plan.add_argument(
-        "--inter", type=float, default=50.0, metavar="GB/s", help="between nodes, for each GPU"
-    )
-    plan.add_argument(
-        "--samples",
-        type=int,
-        default=24_128,
-        metavar="N",
-        help="in an epoch (default: CT-RATE's scans)",
-    )
-    plan.add_argument(
-        "--ds-configs", type=Path, metavar="PATH", help="DeepSpeed JSON, or a folder of them"
-    )
-    plan.add_argument("--json", action="store_true", help="for programs")
-    plan.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="part.field=value",
-        help="change a value of the configuration",
-    )
-    plan.set_defaults(run=_run_plan)
 
     runs = commands.add_parser("runs", help="list and compare runs, plot their curves")
     _add_runs_actions(runs)
@@ -181,6 +110,15 @@ def _build_parser() -> argparse.ArgumentParser:
         run=_print_versions
     )
     return parser
+
+
+def _add_plan_arguments(plan: argparse.ArgumentParser) -> None:
+    from rectvlm.plan.hardware import MEASURED_RATES, HardwareRates
+    from rectvlm.plan.options import PlanOptions
+
+    add_options(plan, PlanOptions)
+    add_options(plan, HardwareRates, exclude=MEASURED_RATES)
+    plan.set_defaults(run=_run_plan)
 
 
 def _add_runs_actions(parser: argparse.ArgumentParser) -> None:
@@ -218,65 +156,21 @@ def _add_runs_actions(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
+    from rectvlm.evaluate.options import EvaluationOptions
+
     evaluate.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder"
     )
     evaluate.add_argument(
         "--shards", metavar="DIR_OR_URL", help="by default those the checkpoint was trained on"
     )
-    evaluate.add_argument("--split", choices=("valid", "train"), default="valid")
     evaluate.add_argument(
         "--out", type=Path, metavar="FILE", help="by default in the checkpoint's folder"
     )
     evaluate.add_argument(
-        "--no-reports", action="store_true", help="do not generate reports, which take longest"
-    )
-    evaluate.add_argument(
-        "--report-limit", type=_positive_int, metavar="N", help="reports of the first N cases only"
-    )
-    evaluate.add_argument(
-        "--limit", type=_positive_int, metavar="N", help="evaluate the first N cases only"
-    )
-    evaluate.add_argument("--batch-size", type=_positive_int, default=1, metavar="B")
-    evaluate.add_argument(
         "--device", help="cpu, cuda, cuda:1, …; by default a GPU for each process if there is one"
     )
-    evaluate.add_argument(
-        "--truth", type=Path, metavar="DIR", help="outlines as drawn, KEY/LESION.nii.gz"
-    )
-    evaluate.add_argument(
-        "--hide-regions",
-        action="store_true",
-        help="without region maps, as predict: thresholds for it are fitted so",
-    )
-    evaluate.add_argument(
-        "--surface-tolerance", type=float, default=2.0, metavar="MM", help="of the surface Dice"
-    )
-    evaluate.add_argument(
-        "--thresholds",
-        choices=("fit", "stored"),
-        default="fit",
-        help="on the train split, or those of the checkpoint",
-    )
-    evaluate.add_argument(
-        "--fit-limit",
-        type=_positive_int,
-        default=512,
-        metavar="N",
-        help="cases to fit them on, at most",
-    )
-    evaluate.add_argument(
-        "--labeler", default="rules", metavar="DIR_OR_ID", help="reads findings in reports"
-    )
-    evaluate.add_argument(
-        "--bootstrap",
-        type=_non_negative_int,
-        default=1000,
-        metavar="N",
-        help="resamples for intervals, 0: none",
-    )
-    evaluate.add_argument("--seed", type=int, default=0, help="of the resamples")
-    evaluate.add_argument("--no-plots", action="store_true", help="tables only")
+    add_options(evaluate, EvaluationOptions)
     evaluate.set_defaults(run=_run_evaluate)
 
 
@@ -325,20 +219,6 @@ def _add_part_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return number
-
-
-def _non_negative_int(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
-    return number
-
-
 def _start_logging(verbose: bool, progress: bool = False) -> None:
     from rich.console import Console
     from rich.logging import RichHandler
@@ -363,46 +243,34 @@ def _run_predict(options: argparse.Namespace) -> None:
         sys.stdout.write(f"{folder / 'index.html'}\n")
 
 
-def _run_evaluate(options: argparse.Namespace) -> None:
+def _run_evaluate(namespace: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from rectvlm.evaluate import evaluate_checkpoint, output_path
+    from rectvlm.evaluate.options import EvaluationOptions
+    from rectvlm.evaluate.run import evaluate_checkpoint, output_path
     from rectvlm.evaluate.tables import terminal_table
 
-    _check_device(options.device)
+    _check_device(namespace.device)
+    options = options_from_namespace(EvaluationOptions, namespace)
     result = evaluate_checkpoint(
-        options.checkpoint,
-        options.shards,
-        options.split,
-        options.out,
-        device=options.device,
-        reports=not options.no_reports,
-        report_limit=options.report_limit,
-        limit=options.limit,
-        batch_size=options.batch_size,
-        truth=options.truth,
-        hide_regions=options.hide_regions,
-        surface_tolerance=options.surface_tolerance,
-        thresholds=options.thresholds,
-        fit_limit=options.fit_limit,
-        labeler=options.labeler,
-        bootstrap=options.bootstrap,
-        seed=options.seed,
-        plots=not options.no_plots,
+        namespace.checkpoint,
+        namespace.shards,
+        namespace.out,
+        device=namespace.device,
+        options=options,
     )
     if result is not None:  # the first of several processes
         Console().print(terminal_table(result))
-        sys.stdout.write(f"{output_path(options.checkpoint, options.split, options.out)}\n")
+        sys.stdout.write(f"{output_path(namespace.checkpoint, options.split, namespace.out)}\n")
 
 
 def _run_export(options: argparse.Namespace) -> None:
-    from rectvlm.checkpoint.hub import export_checkpoint
+    from rectvlm.checkpoint.export import export_checkpoint
 
     chosen = {
         "base_model": options.base_model,
         "license_id": options.license,
         "datasets": options.dataset,
-        "max_shard_size": options.max_shard_size,
         "overwrite": options.overwrite,
     }
     if options.metrics is not None:
@@ -425,22 +293,22 @@ def _check_device(name: str | None) -> None:
 
 
 def _run_weights_pull(options: argparse.Namespace) -> None:
-    from rectvlm.pretrained.pull import pull
+    from rectvlm.pretrained.pull import pull_model
     from rectvlm.types import UserError
 
     if len(options.names) > 1 and (options.out or options.repo):
         raise UserError("--out and --repo are for one name: pull the models one by one.")
     for name in options.names:
-        folder = pull(
+        folder = pull_model(
             name, options.part or (), options.where, options.repo, options.revision, options.out
         )
         sys.stdout.write(f"{folder}\n")
 
 
 def _run_weights_push(options: argparse.Namespace) -> None:
-    from rectvlm.pretrained.push import push
+    from rectvlm.pretrained.push import push_model
 
-    place = push(
+    place = push_model(
         options.folder,
         options.repo,
         options.part or (),
@@ -458,7 +326,7 @@ def _run_weights_verify(options: argparse.Namespace) -> None:
     wrong = 0
     for target in options.targets:
         folder, found = find_model_faults(target)
-        sys.stdout.writelines(f"{folder}: {fault}\n" for fault in found or ["whole"])
+        sys.stdout.writelines(f"{folder}: {fault}\n" for fault in found or ["intact"])
         wrong += bool(found)
     if wrong:
         raise UserError(
@@ -475,7 +343,7 @@ def _run_weights_list(options: argparse.Namespace) -> None:
 
     table = Table("name", "what", "repository", "state")
     for row in list_available_models(options.where):
-        table.add_row(*row)
+        table.add_row(row.name, row.kind, row.repository, row.availability)
     Console().print(table)
     if not PUBLISHED_SIZES:
         sys.stdout.write(

@@ -1,9 +1,9 @@
-"""The configuration: one tree of validated values, read from a YAML file and changed with `part.field=value`.
+"""The configuration of a run: one tree of validated values, read from a YAML file.
 
-`load("demo", ["train.phases.phase1.steps=10"])` reads `rectvlm/configs/demo.yaml` (or any path to a YAML file). A file must
-name every value, so that what runs is what can be read; an unknown key or a wrong type is an error that names it. Some
-fields of the training came later: they have a default, which is what training did before them, so that the
-configuration of an older checkpoint reads. The files of `rectvlm/configs` name these too.
+`load_config("demo", ["train.phases.phase1.steps=10"])` reads `rectvlm/configs/demo.yaml`, or the
+YAML file at any path, and changes single values with `part.field=value`. A file names every value,
+so that what runs is what can be read. A missing key, an unknown key and a wrong type are errors
+that name the key.
 """
 
 import difflib
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from rectvlm.types import UserError
 
@@ -23,7 +24,7 @@ CONFIG_FOLDER = Path(__file__).parent / "configs"
 ModelPart = Literal["encoder", "classifier", "localizer", "generator"]
 MODEL_PARTS: tuple[ModelPart, ...] = typing.get_args(ModelPart)
 PhaseKey = Literal["phase1", "phase2-localize", "phase2", "phase3-align", "phase3"]
-"""Rows of `rectvlm.train.phases`: the three phases, and the sub-steps of the second and of the third."""
+"""Rows of the table in `rectvlm.train.phases`: three phases, and stages of the last two."""
 ValidationMetric = Literal[
     "macro_auroc",
     "macro_average_precision",
@@ -33,16 +34,19 @@ ValidationMetric = Literal[
     "loss_localization",
     "loss_report",
 ]
-"""What validation during training measures; a loss is better when it is smaller, anything else when it is larger."""
+"""Metrics of the validation during training. A loss is better when it is smaller, any other metric
+when it is larger."""
+TrackerName = Literal["wandb", "tensorboard"]
 PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 ELASTIC_LATTICE_MM = 60.0
-"""Distance of the control points of the elastic augmentation."""
+"""Distance between the control points of the elastic augmentation, mm."""
 NORM_GROUPS = 4
-"""Groups of the localizer's group norms, where a level has so many channels."""
+"""Groups of each group norm in the localizer, in levels that have at least as many channels."""
 
 
 class _ConfigSection(BaseModel):
@@ -56,74 +60,79 @@ class _ConfigSection(BaseModel):
 
 
 class AugmentConfig(_ConfigSection):
-    """Random changes of a training batch, on the device. All are exact identities at 0."""
+    """Random changes of a training batch, on the device. Each is the exact identity at 0."""
 
     probability: Fraction
     """Share of samples that are changed at all."""
     rotate: float
     """Largest rotation about the body's long axis, degrees."""
     tilt: float
-    """Largest rotation about each of the other two axes, degrees."""
+    """Largest rotation about each of the two other axes, degrees."""
     scale: Fraction
     """Largest relative change of size."""
     shift: Fraction
     """Largest shift, as a share of each side of the grid."""
     elastic: Annotated[float, Field(ge=0, le=0.4 * ELASTIC_LATTICE_MM)]
-    """Largest move of a control point of the elastic deformation along each axis, mm. Above 0.4 of their distance the
-    tissue could fold (Choi and Lee, 2000)."""
+    """Largest move of a control point of the elastic deformation along each axis, mm. Above 0.4 of
+    the distance between control points the tissue could fold (Choi and Lee, 2000)."""
     contrast: Fraction
-    """Largest relative change of HU above 0, as tube voltage and contrast medium make it; air and water are calibrated
-    and stay."""
+    """Largest relative change of HU above 0, the effect of tube voltage and contrast medium. Air
+    and water are calibrated, so they stay."""
     intensity: float
     """Largest offset of the HU scale, HU."""
     noise: float
-    """Largest standard deviation of added noise, HU."""
+    """Largest standard deviation of the added noise, HU."""
     mirror: Fraction
-    """Share of the changed samples that are mirrored left for right, with their text and region ids, where that is
-    safe: see `rectvlm.data.mirror` for what it teaches, and why it is 0 by default."""
+    """Share of the changed samples that are mirrored left to right, with their text and region
+    ids, where this is safe. `rectvlm.data.mirror` says why every size leaves it at 0."""
     hide_regions: Fraction
-    """Share of samples whose region map is hidden: a new CT comes without one."""
+    """Share of samples whose region map is hidden, since a new CT comes without one."""
 
 
 class DataConfig(_ConfigSection):
-    """Shards and the grid that they hold."""
+    """The shards and the grid of their volumes."""
 
     shards: str
     """Folder of the shards, with `index.json`."""
     grid: tuple[PositiveInt, PositiveInt, PositiveInt]
-    """Voxels (z, y, x)."""
+    """Voxels (z, y, x) of a volume."""
     spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     """Voxel size (z, y, x), mm."""
     windows: Annotated[tuple[Literal["lung", "mediastinal", "bone"], ...], Field(min_length=1)]
-    """One input channel a window."""
-    workers: Annotated[int, Field(ge=0)]
-    """Loader processes a rank."""
+    """CT windows, each an input channel."""
+    workers: NonNegativeInt
+    """Loader processes of a rank."""
     augment: AugmentConfig
 
 
 class EncoderConfig(_ConfigSection):
-    """The 3D encoder that all heads share."""
+    """The 3D image encoder, which all other parts read."""
 
+    name: str
+    """Name of the encoder in `rectvlm.models.encoder.ENCODERS`."""
     patch: tuple[PositiveInt, PositiveInt, PositiveInt]
-    """Voxels of a patch (z, y, x)."""
+    """Voxels (z, y, x) of a patch."""
     width: PositiveInt
+    """Channels of every feature."""
     depth: PositiveInt
+    """Number of blocks."""
     heads: PositiveInt
     mlp_ratio: PositiveFloat
     tap_blocks: tuple[PositiveInt, ...]
-    """Blocks, counted from 1, whose patches the localizer reads beside those of the last."""
+    """Blocks, counted from 1, whose patches the localizer reads beside those of the last block."""
     activation_checkpointing: bool
-    """Recompute each block in the backward pass."""
-    atlas_cases: Annotated[int, Field(ge=0)] = 0
-    """Training cases whose mean is taken from every CT before it is cut into patches; 0 takes nothing away. Of patients
-    who lie alike, what is left is what they do not share, and learning begins there."""
+    """Whether each block is recomputed in the backward pass."""
+    atlas_cases: NonNegativeInt
+    """Training cases whose mean CT is subtracted from every CT before it is cut into patches; 0
+    subtracts nothing. Where patients lie alike, the difference is what tells them apart, and
+    learning begins there."""
 
 
 class TextConfig(_ConfigSection):
-    """The frozen text encoder that turns prompts into embeddings."""
+    """The frozen text encoder that embeds the prompts."""
 
     model: str
-    """A folder, a hub id, or `bundled:NAME` (see `rectvlm.pretrained`)."""
+    """Folder, hub id, or `bundled:NAME` (see `rectvlm.pretrained`)."""
     max_tokens: PositiveInt
 
 
@@ -131,40 +140,44 @@ class ClassifierConfig(_ConfigSection):
     """The text-prompt classifier."""
 
     width: PositiveInt
-    """Size of the space that image and text share."""
+    """Channels of the space that image and text share."""
 
 
 class LocalizerConfig(_ConfigSection):
-    """The three-stage localizer."""
+    """The localizer: lesion prompts, denoising transformer, U-Net."""
 
     width: PositiveInt
-    """Width of the denoising transformer."""
+    """Channels of the denoising transformer."""
     depth: PositiveInt
+    """Blocks of the denoising transformer."""
     heads: PositiveInt
-    noise: Annotated[float, Field(ge=0)]
-    """Largest standard deviation of the noise put on patch features in training, relative to their own."""
+    noise: NonNegativeFloat
+    """Largest standard deviation of the noise on patch features in training, relative to that of
+    the features."""
     channels: tuple[PositiveInt, ...]
-    """Channels of the U-Net, full resolution first."""
+    """Channels of each level of the U-Net, full resolution first."""
     activation_checkpointing: bool
-    volumes_to_findings: bool = False
-    """Whether the volumes of the masks speak for the findings that they imply, beside the classifier. Findings then
-    wait for the masks, and their loss reaches every voxel that is wrongly marked."""
+    volumes_to_findings: bool
+    """Whether a learned function of the masks' volumes is added to the classifier's finding logits.
+    Findings then wait for the masks, and their loss reaches every voxel that is marked wrongly."""
 
 
 class GeneratorConfig(_ConfigSection):
-    """The report generator."""
+    """The report generator: resampler and language model with LoRA."""
 
     model: str
-    """Language model: a folder, a hub id, or `bundled:NAME`."""
+    """Language model: folder, hub id, or `bundled:NAME`."""
     quantization: Literal["nf4", "none"]
     quant_storage: Literal["bfloat16", "uint8"]
-    """How packed 4-bit weights are stored. float16 corrupts silently under a bf16 engine, so it is not a choice."""
+    """Dtype in which packed 4-bit weights are stored. float16 corrupts them silently under a bf16
+    engine, so it is not a choice."""
     double_quantization: bool
     queries: PositiveInt
-    """Visual tokens that the language model sees."""
+    """Visual tokens that the language model reads."""
     width: PositiveInt
-    """Width of the resampler."""
+    """Channels of the resampler."""
     depth: PositiveInt
+    """Blocks of the resampler."""
     heads: PositiveInt
     lora_rank: PositiveInt
     lora_alpha: PositiveInt
@@ -172,157 +185,159 @@ class GeneratorConfig(_ConfigSection):
     lora_targets: Literal["attention", "all-linear"]
     max_report_tokens: PositiveInt
     loss_chunk: PositiveInt
-    """Report positions of a micro-batch whose logits exist at once; the loss is the same for any value."""
+    """Report positions of a micro-batch whose logits exist at the same time. The loss is the same
+    for any value."""
     true_cue_share: Fraction
-    """Share of training samples whose prompt carries the true findings and lesions instead of the predicted ones."""
+    """Share of training samples whose prompt carries the true findings and lesions instead of the
+    predicted ones."""
     activation_checkpointing: bool
 
 
 class UnfreezeConfig(_ConfigSection):
-    """When a part, or the end of it, begins to train."""
+    """A part, or the end of the encoder, that begins to train late."""
 
     part: ModelPart
-    """One that has a learning rate. What no row of a part covers stays frozen."""
+    """Part with a learning rate. Parameters of it that no entry covers stay frozen."""
     last_blocks: PositiveInt | None
-    """The last blocks of the encoder, with what follows them; null is the whole part."""
-    step: Annotated[int, Field(ge=0)]
-    """Optimizer steps before it begins; its rate then rises over `warmup` steps."""
+    """Number of the encoder's last blocks that train, with the layers that follow them; null is the
+    whole part."""
+    step: NonNegativeInt
+    """Optimizer steps before the part begins to train. Its learning rate then rises over `warmup`
+    steps."""
 
 
 class ValidationConfig(_ConfigSection):
     """Validation while a phase trains."""
 
-    every: Annotated[int, Field(ge=0)]
-    """Optimizer steps between validations, and one after the last step; 0 never validates."""
+    every: NonNegativeInt
+    """Optimizer steps between validations; there is one after the last step too. 0 never
+    validates."""
     cases: PositiveInt
-    """Most cases of the valid split, spread evenly over it and over the ranks."""
-    shown_cases: Annotated[int, Field(ge=0)]
-    """Cases of the first rank that are shown with outlines and, where a generator exists, with a written report. Every
-    token that is written costs a pass through the language model, by all ranks."""
+    """Largest number of cases of the valid split, spread evenly over it and over the ranks."""
+    shown_cases: NonNegativeInt
+    """Cases of the first rank that are drawn with outlines and, where the model has a generator,
+    get a written report. Each token costs a pass through the language model on all ranks."""
     best_metric: ValidationMetric
-    """The metric that decides which checkpoint is the best; it is kept beside the newest."""
-    patience: Annotated[int, Field(ge=0)]
-    """Validations without a better value after which the phase ends early; 0 never ends it."""
+    """Metric that decides which checkpoint is the best one, which is kept beside the newest."""
+    patience: NonNegativeInt
+    """Validations in a row without a better value after which the phase ends early; 0 never ends
+    it."""
 
 
 class PhaseConfig(_ConfigSection):
-    """How long and how fast one phase, or a sub-step of one, trains."""
+    """Length, batch size and learning rates of one phase, or of a stage of one."""
 
     steps: PositiveInt
     """Optimizer steps."""
-    epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Passes over the training split; above 0 they decide the steps, whatever `steps` says."""
+    epochs: NonNegativeFloat
+    """Passes over the training split. Above 0 they decide the number of steps, not `steps`."""
     micro_batch: PositiveInt
-    """Samples a rank takes at once."""
+    """Samples of a rank in one forward pass."""
     accumulation: PositiveInt
-    """Micro-batches a step."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the rate goes on after the warm-up: down to `final_lr_ratio` along a cosine or a line, or as it is."""
-    warmup: Annotated[int, Field(ge=0)]
-    """Steps of linear warm-up."""
+    """Micro-batches of an optimizer step."""
+    schedule: Literal["cosine", "linear", "constant"]
+    """Learning rate after the warm-up: down to `final_lr_ratio` along a cosine or a line, or
+    constant."""
+    warmup: NonNegativeInt
+    """Optimizer steps of linear warm-up."""
     final_lr_ratio: Fraction
     """Last learning rate, as a share of the peak."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of the moving average of the weights that train; 0 keeps none. Where there is one, a checkpoint's weights
-    are the average: it is what is validated, evaluated, exported, and what the next phase starts from."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]
+    """Decay of the exponential moving average of the trained weights; 0 keeps none. Where there is
+    one, a checkpoint's weights are the average: it is validated, evaluated and exported, and the
+    next phase starts from it."""
     save_every: PositiveInt
-    """Steps between checkpoints; the last step is always saved."""
+    """Optimizer steps between checkpoints. The last step is always saved."""
     lr: dict[ModelPart, float]
     """Peak learning rate of each part that trains."""
-    unfreeze: tuple[UnfreezeConfig, ...] = ()
-    """Parts that begin to train later; what is not named trains from the first step."""
-    validation: ValidationConfig = ValidationConfig(
-        every=0, cases=64, shown_cases=0, best_metric="loss", patience=0
-    )
+    unfreeze: tuple[UnfreezeConfig, ...]
+    """Parts that begin to train late. All others train from the first step."""
+    validation: ValidationConfig
 
     @model_validator(mode="after")
     def _check_unfrozen_parts_have_lr(self) -> "PhaseConfig":
-        for row in self.unfreeze:
-            if row.part not in self.lr:
-                raise ValueError(f"unfreeze names {row.part}, which has no learning rate in lr")
-            if row.last_blocks is not None and row.part != "encoder":
+        for entry in self.unfreeze:
+            if entry.part not in self.lr:
+                raise ValueError(f"unfreeze names {entry.part}, which has no learning rate in lr")
+            if entry.last_blocks is not None and entry.part != "encoder":
                 raise ValueError(
-                    f"unfreeze.blocks is for the encoder, so it must be null for {row.part}"
+                    f"unfreeze.last_blocks is for the encoder, so it must be null for {entry.part}"
                 )
         return self
 
 
 class LossWeightsConfig(_ConfigSection):
-    """Weights of the tasks."""
+    """Weight of each task's loss in the total."""
 
     classification: float
     localization: float
     report: float
 
 
-LossWeight = Annotated[float, Field(ge=0)]
-
-
 class LocalizationLossWeightsConfig(_ConfigSection):
-    """Weights of the localization loss's terms beside Dice and cross-entropy at full resolution, which count 1. A
-    term of weight 0 changes nothing."""
+    """Weights of the terms of the localization loss. Dice and cross-entropy at full resolution have
+    weight 1; a term of weight 0 changes nothing."""
 
-    half_resolution: LossWeight
-    """Dice and cross-entropy at half resolution."""
-    patch_resolution: LossWeight
-    """Cross-entropy of the patches that hold a lesion."""
-    denoising: LossWeight
-    """Squared error of the denoised patch features."""
-    consistency: LossWeight
-    """Squared difference between what the three resolutions say."""
-    alignment: LossWeight
-    """Cross-entropy of the match of image and lesion prompt, also where a label is all that is known of a lesion."""
+    half_resolution: NonNegativeFloat
+    """Weight of Dice and cross-entropy at half resolution."""
+    patch_resolution: NonNegativeFloat
+    """Weight of the cross-entropy of the patches that hold a lesion."""
+    denoising: NonNegativeFloat
+    """Weight of the squared error of the denoised patch features."""
+    consistency: NonNegativeFloat
+    """Weight of the squared differences between the predictions at the three resolutions."""
+    alignment: NonNegativeFloat
+    """Weight of the cross-entropy of the match of image and lesion prompt, also where only a label
+    tells of the lesion."""
 
 
 class TrainingLimitsConfig(_ConfigSection):
-    """What is not normal in training. A step whose loss or gradient is not is skipped by all ranks together: weights
-    and optimizer stay as they are, and its samples count as seen."""
+    """Limits of a normal training step. All ranks together skip a step whose loss or gradient
+    exceeds them: weights and optimizer stay as they are, and its samples count as seen."""
 
     max_loss: PositiveFloat
-    """Largest loss of a micro-batch, in size."""
+    """Largest absolute loss of a micro-batch."""
     max_gradient_norm: PositiveFloat
     """Largest norm of all gradients together, before clipping."""
     max_bad_steps: PositiveInt
     """Skipped steps in a row that end the run."""
     timeout_minutes: PositiveFloat
-    """Minutes that a rank may need for one step, one checkpoint or one case of a validation; then it counts as hung."""
-
-
-TrackerName = Literal["wandb", "tensorboard"]
+    """Time that a rank may need for one step, one checkpoint or one case of a validation before it
+    counts as hung, minutes."""
 
 
 class TrainConfig(_ConfigSection):
-    """What the phases share, and the phases."""
+    """Settings that all phases share, and the phases."""
 
     runs: str
-    """Folder of all runs; phase N writes to `RUNS/NAME/phaseN`, a sub-step of it to `RUNS/NAME/phaseN-STAGE`."""
+    """Folder of all runs. Phase N writes to `RUNS/NAME/phaseN`, a stage to
+    `RUNS/NAME/phaseN-STAGE`."""
     seed: int
-    weight_decay: Annotated[float, Field(ge=0)]
+    weight_decay: NonNegativeFloat
     betas: tuple[Fraction, Fraction]
     gradient_clipping: PositiveFloat
-    """Largest norm of all gradients together."""
+    """Norm of all gradients together to which larger gradients are clipped."""
     loss_weights: LossWeightsConfig
-    weighting: Literal["fixed", "uncertainty"] = "fixed"
-    """Whether `losses` weigh the tasks throughout, or are where learned weights begin (see
+    weighting: Literal["fixed", "uncertainty"]
+    """Whether `loss_weights` hold throughout, or learned weights begin there (see
     `rectvlm.train.uncertainty_weighting`)."""
-    weighting_lr: PositiveFloat = 0.01
-    """Peak learning rate of learned weights."""
+    weighting_lr: PositiveFloat
+    """Peak learning rate of the learned weights."""
     localization_loss_weights: LocalizationLossWeightsConfig
-    limits: TrainingLimitsConfig = TrainingLimitsConfig(
-        max_loss=1e3, max_gradient_norm=1e4, max_bad_steps=5, timeout_minutes=30.0
-    )
+    limits: TrainingLimitsConfig
     keep_checkpoints: PositiveInt
-    """Newest checkpoints that are kept, beside the best."""
-    trackers: tuple[TrackerName, ...] = ("wandb", "tensorboard")
-    """Who else is told of every step; `RECTVLM_TRACKERS` in the environment decides when it is set."""
+    """Number of newest checkpoints that are kept, beside the best one."""
+    trackers: tuple[TrackerName, ...]
+    """Services that every step is logged to. Where the environment variable `RECTVLM_TRACKERS` is
+    set, it decides instead."""
     phases: dict[PhaseKey, PhaseConfig]
-    """Phases by number, and their sub-steps by name."""
 
 
 class Config(_ConfigSection):
-    """Everything that decides a run."""
+    """Every value that decides a run."""
 
     name: str
+    """Name of the run, and of its folder."""
     data: DataConfig
     encoder: EncoderConfig
     text: TextConfig
@@ -333,10 +348,9 @@ class Config(_ConfigSection):
 
     @model_validator(mode="after")
     def _check_patches_tile_grid(self) -> "Config":
-        if any(g % p for g, p in zip(self.data.grid, self.encoder.patch, strict=True)):
-            raise ValueError(
-                f"encoder.patch {self.encoder.patch} does not tile data.grid {self.data.grid}"
-            )
+        grid, patch = self.data.grid, self.encoder.patch
+        if any(voxels % side for voxels, side in zip(grid, patch, strict=True)):
+            raise ValueError(f"encoder.patch {patch} does not tile data.grid {grid}")
         return self
 
     @model_validator(mode="after")
@@ -351,28 +365,31 @@ class Config(_ConfigSection):
 
     @model_validator(mode="after")
     def _check_tap_blocks(self) -> "Config":
-        taps = self.encoder.tap_blocks
-        if list(taps) != sorted(set(taps)) or (taps and taps[-1] >= self.encoder.depth):
+        taps, depth = self.encoder.tap_blocks, self.encoder.depth
+        if list(taps) != sorted(set(taps)) or (taps and taps[-1] >= depth):
             raise ValueError(
-                f"encoder.tap_blocks {taps} must rise and stay below encoder.depth {self.encoder.depth}"
+                f"encoder.tap_blocks {taps} must rise and stay below encoder.depth {depth}"
             )
         return self
 
     @model_validator(mode="after")
     def _check_unet_levels(self) -> "Config":
-        if any(side & (side - 1) for side in self.encoder.patch):
-            raise ValueError(f"encoder.patch {self.encoder.patch} is not made of powers of 2")
-        levels = max(self.encoder.patch).bit_length() - 1
-        if levels < 2 or len(self.localizer.channels) != levels:
+        patch, channels = self.encoder.patch, self.localizer.channels
+        if any(side & (side - 1) for side in patch):
+            raise ValueError(f"encoder.patch {patch} is not made of powers of 2")
+
+        levels = max(patch).bit_length() - 1
+        if levels < 2 or len(channels) != levels:
             raise ValueError(
-                f"localizer.channels {self.localizer.channels} must have one entry a level: encoder.patch "
-                f"{self.encoder.patch} makes {levels}, and 2 are the least"
+                f"localizer.channels {channels} must have one entry a level: encoder.patch "
+                f"{patch} makes {levels}, and 2 are the least"
             )
-        odd = [n for n in self.localizer.channels if n > NORM_GROUPS and n % NORM_GROUPS]
-        if odd:
-            raise ValueError(
-                f"localizer.channels: {odd[0]} is neither up to {NORM_GROUPS} nor a multiple (group norm)"
-            )
+        for count in channels:
+            if count > NORM_GROUPS and count % NORM_GROUPS:
+                raise ValueError(
+                    f"localizer.channels: {count} is neither up to {NORM_GROUPS} nor a multiple "
+                    "(group norm)"
+                )
         return self
 
     def to_yaml(self) -> str:
@@ -386,7 +403,7 @@ def phase_key(number: int, stage: str | None = None) -> PhaseKey:
 
     Args:
         number: 1, 2 or 3.
-        stage: sub-step of the phase; None is the phase itself.
+        stage: stage of the phase; None is the phase itself.
     """
     key = f"phase{number}" + (f"-{stage}" if stage else "")
     assert key in typing.get_args(PhaseKey), key
@@ -397,17 +414,18 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration by name or path and apply overrides.
 
     Args:
-        source: `tiny`, `demo`, … (a file of `rectvlm/configs`), or a path to a YAML file.
+        source: `tiny`, `demo`, … (a file of `rectvlm/configs`), or the path of a YAML file.
         overrides: `part.field=value`; the value is read as YAML.
 
     Raises:
-        UserError: no such file, an unknown key (with the nearest valid one), or a value of the wrong type.
+        UserError: no such file, a missing key, an unknown key (with the nearest valid one), or a
+            value of the wrong type.
     """
     path = Path(source)
     if not path.suffix:
         path = CONFIG_FOLDER / f"{source}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in CONFIG_FOLDER.glob("*.yaml")))
+        known = ", ".join(sorted(file.stem for file in CONFIG_FOLDER.glob("*.yaml")))
         raise UserError(
             f"No configuration {str(source)!r}: give one of {known}, or the path of a YAML file."
         )
@@ -417,8 +435,6 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} is not YAML: {error}".replace("\n", " ")) from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a tree of settings, but holds {type(tree).__name__}.")
-    if overrides:
-        _fill_defaults(tree, Config)
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree, where=str(path))
@@ -427,49 +443,35 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse_config(tree: dict[str, Any], where: str) -> Config:
     """Validate a tree of plain values.
 
+    Args:
+        tree: sections and values, as YAML or JSON holds them.
+        where: origin of the tree, for the message.
+
     Raises:
-        UserError: naming every fault found, and `where` the tree came from.
+        UserError: a value is missing, unknown or of the wrong type; the message names every fault.
     """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        faults = "; ".join(_explain_fault(fault["loc"], fault) for fault in error.errors())
+        faults = "; ".join(map(_explain_fault, error.errors()))
         raise UserError(f"Configuration {where}: {faults}.") from error
-
-
-def _fill_defaults(tree: dict[Any, Any], section: type[BaseModel]) -> None:
-    """Name the values that a file leaves to their defaults, so that overrides find them."""
-    for name, field in section.model_fields.items():
-        if not field.is_required():
-            default = field.get_default()
-            tree.setdefault(
-                name, default.model_dump() if isinstance(default, BaseModel) else default
-            )
-        inner: Any = field.annotation
-        below = [tree.get(name)]
-        if typing.get_origin(inner) is dict and isinstance(tree.get(name), dict):
-            inner, below = typing.get_args(inner)[1], list(tree[name].values())
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            for subtree in below:
-                if isinstance(subtree, dict):
-                    _fill_defaults(subtree, inner)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
     if not separator:
         raise UserError(f"Override {override!r} is not of the form part.field=value.")
-    *parents, leaf = dotted.split(".")
-    node: dict[Any, Any] = tree
-    done: list[str] = []
-    for name in parents:
-        if not isinstance(node.get(name), dict):
-            raise UserError(f"Override {override!r}: {_describe_unknown_key([*done, name], node)}.")
-        node, done = node[name], [*done, name]
-    if leaf not in node:
-        raise UserError(f"Override {override!r}: {_describe_unknown_key([*done, leaf], node)}.")
+
+    keys = dotted.split(".")
+    section: Any = tree
+    for depth, key in enumerate(keys, start=1):
+        if key not in section or (depth < len(keys) and not isinstance(section[key], dict)):
+            fault = _describe_unknown_key(keys[:depth], section)
+            raise UserError(f"Override {override!r}: {fault}.")
+        if depth < len(keys):
+            section = section[key]
     try:
-        node[leaf] = yaml.safe_load(text)
+        section[keys[-1]] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"Override {override!r}: {text!r} is not a YAML value.") from error
 
@@ -478,32 +480,33 @@ def _describe_unknown_key(path: Sequence[str | int], siblings: Iterable[Any]) ->
     names = [str(name) for name in siblings]
     near = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}" if near else f"valid here: {', '.join(names)}"
-    return f"unknown key {'.'.join(map(str, path))!r}, {hint}"
+    return f"unknown key {_join_path(path)!r}, {hint}"
 
 
-def _explain_fault(loc: tuple[int | str, ...], fault: Any) -> str:
-    path = [part for part in loc if part != "[key]"]
+def _explain_fault(fault: ErrorDetails) -> str:
+    location, message = fault["loc"], fault["msg"].removeprefix("Value error, ")
+    path = [key for key in location if key != "[key]"]
     if fault["type"] == "extra_forbidden":
-        return _describe_unknown_key(path, _section_at(path[:-1]).model_fields)
-    if "[key]" in loc:
-        return f"unknown key {'.'.join(map(str, path))!r}, {fault['msg'].lower()}"
+        return _describe_unknown_key(path, _find_section(path[:-1]).model_fields)
     if fault["type"] == "missing":
-        return f"missing key {'.'.join(map(str, path))!r}"
-    message = fault["msg"].removeprefix("Value error, ")
+        return f"missing key {_join_path(path)!r}"
+    if "[key]" in location:
+        return f"unknown key {_join_path(path)!r}, {message.lower()}"
     message = message[0].lower() + message[1:]
-    return (
-        f"{'.'.join(map(str, path)) or 'top level'} = {fault['input']!r}: {message}"
-        if path
-        else message
-    )
+    return f"{_join_path(path)} = {fault['input']!r}: {message}" if path else message
 
 
-def _section_at(path: Sequence[str | int]) -> type[BaseModel]:
+def _join_path(path: Sequence[str | int]) -> str:
+    return ".".join(map(str, path))
+
+
+def _find_section(path: Sequence[str | int]) -> type[BaseModel]:
     section: Any = Config
-    for name in path:
-        if typing.get_origin(section) in (dict, tuple):
-            section = typing.get_args(section)[typing.get_origin(section) is dict]
+    for key in path:
+        container = typing.get_origin(section)
+        if container in (dict, tuple):
+            section = typing.get_args(section)[container is dict]
         else:
-            section = section.model_fields[name].annotation
+            section = section.model_fields[key].annotation
         assert not isinstance(section, types.UnionType)
     return section

@@ -73,6 +73,11 @@ def append_json_line(path: Path, tree: Any) -> None:
         file.write(json.dumps(tree) + "\n")
 
 
+def json_sha256(tree: Any) -> str:
+    """SHA-256 of a value as JSON with sorted keys, as 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with path.open("rb") as file:

@@ -1,11 +1,11 @@
-"""The vocabulary of the project: 18 findings, 5 lesions, 20 anatomical regions, 3 windows.
+"""The vocabulary of the project: 18 findings, 5 lesions, 20 anatomical regions, 3 CT windows.
 
-Everything that names a finding, a lesion or a region reads it here: shards, heads, metrics, pages. The order of
-`FINDINGS` is the column order of CT-RATE's label files and must never change.
+Shards, models, metrics and pages all take these names from here. The order of `FINDINGS` is the
+column order of CT-RATE's label files and must never change.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 BodySide = Literal["left", "right"]
 
@@ -37,19 +37,24 @@ class Lesion:
     """One of the five lesions that are outlined."""
 
     bit: int
-    """Bit of the `lesions` volume: a voxel carries this lesion when `lesions >> bit & 1`."""
+    """Position in `LESIONS`, and number of the lesion's bit in a `lesions` volume."""
     key: str
     """Name in files: lower case, no spaces."""
     name: str
     """Name in text."""
     finding: str
-    """The finding of `FINDINGS` that this lesion implies: where the finding is absent, so is the lesion."""
+    """Finding that the lesion implies: where the finding is absent, so is the lesion."""
     is_implied_by_finding: bool
-    """Whether the finding implies the lesion too. An opacity of the lung need not be ground glass."""
+    """Whether the finding implies the lesion too. A lung opacity need not be ground glass."""
     site: Literal["lung", "pleura", "pericardium"]
-    """Where it lies, which decides how its place is worded."""
+    """Site in the body, which decides how the lesion's place is worded."""
     colour: str
-    """Outline colour on pages and pictures (a colour-blind-safe palette after Okabe and Ito, 2008)."""
+    """Outline colour in figures (colour-blind-safe palette of Okabe and Ito, 2008)."""
+
+    @property
+    def mask_value(self) -> int:
+        """Value of a voxel of a `lesions` volume that carries this lesion alone."""
+        return 1 << self.bit
 
 
 LESIONS: tuple[Lesion, ...] = (
@@ -83,9 +88,9 @@ class Region:
     name: str
     """Name in text."""
     side: BodySide | None
-    """The patient's side, for regions that have one."""
+    """Side of the patient, None for a region in the middle or on both sides."""
     totalsegmentator_classes: tuple[str, ...]
-    """Class names of TotalSegmentator (task `total`, version 2); a trailing `*` matches any ending."""
+    """Classes of TotalSegmentator 2 (task `total`); a trailing `*` matches any ending."""
 
 
 REGIONS: tuple[Region, ...] = (
@@ -135,12 +140,12 @@ REGIONS: tuple[Region, ...] = (
 """The 20 regions, in the order of their ids."""
 
 LOBES: tuple[Region, ...] = REGIONS[:5]
-"""The five lobes of the lungs: the regions that a lung lesion's place is worded with."""
+"""The five lobes of the lungs, in which the place of a lung lesion is worded."""
 
 N_FINDINGS, N_LESIONS, N_REGIONS = len(FINDINGS), len(LESIONS), len(REGIONS)
 
 LESION_FINDING_INDEXES = tuple(FINDINGS.index(lesion.finding) for lesion in LESIONS)
-"""Index of each lesion's finding."""
+"""Index in `FINDINGS` of the finding that each lesion implies."""
 LESION_IS_IMPLIED_BY_FINDING = tuple(lesion.is_implied_by_finding for lesion in LESIONS)
 
 LESION_BY_KEY = {lesion.key: lesion for lesion in LESIONS}
@@ -148,22 +153,29 @@ REGION_BY_NAME = {region.name: region for region in REGIONS}
 
 
 def finding_prompts(finding: str) -> tuple[str, str]:
-    """The sentences that stand for a finding's presence and its absence, for the text encoder."""
+    """Sentences for the text encoder: the finding is present, the finding is absent."""
     phrase = finding.lower()
     return f"The chest CT shows {phrase}.", f"The chest CT shows no {phrase}."
 
 
 def lesion_prompt(lesion: Lesion) -> str:
-    """The sentence that stands for a lesion, for the text encoder."""
+    """Sentence for the text encoder that stands for a lesion."""
     return f"{lesion.name.capitalize()} on chest CT."
 
 
-CT_WINDOWS: dict[str, tuple[float, float]] = {
-    "lung": (-600.0, 1500.0),
-    "mediastinal": (40.0, 400.0),
-    "bone": (400.0, 1800.0),
+class CtWindow(NamedTuple):
+    """Range of HU that is displayed from black to white."""
+
+    centre_hu: int
+    width_hu: int
+
+
+CT_WINDOWS = {
+    "lung": CtWindow(-600, 1500),
+    "mediastinal": CtWindow(40, 400),
+    "bone": CtWindow(400, 1800),
 }
-"""Centre and width of each display window, HU."""
+"""Display windows by name."""
 
 AIR_HU = -1024
-"""What lies outside the field of view."""
+"""HU outside the scanner's field of view."""

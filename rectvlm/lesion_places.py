@@ -1,10 +1,10 @@
-"""Where a lesion lies, in words: from lobes when a region map exists, from plain geometry when none does.
+"""Places of lesions in words: by lobes where a region map exists, by geometry where none does.
 
-Arrays are canonical, (z, y, x) = (inferior → superior, anterior → posterior, patient right → left), so the patient's
-left is at large x. Prompts, reports and pages all word a lesion's place through this module.
+Arrays are canonical, (z, y, x) = (inferior → superior, anterior → posterior, patient right → left),
+so the patient's left is at large x. Prompts, reports and pages take all wordings from this module.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,83 +13,100 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from rectvlm.labels import LESION_BY_KEY, LESIONS, LOBES, REGION_BY_NAME, Lesion
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.types import Int16Volume, MaskVolume
 
 PlaceSide = Literal["left", "right", "both"]
 
 MIN_LESION_ML = 0.05
-"""Smaller lesions are specks (an 8 mm nodule has 0.27 ml) and get no place."""
+"""Volume of the smallest lesion with a place: an 8 mm nodule has 0.27 ml, and less is a speck."""
 MIN_NAMED_SHARE = 0.15
-"""A lobe, side or zone is named when it holds at least this share of the lesion."""
+"""Least share of a lesion in a lobe, side or zone that is named."""
 MIN_LUNG_SHARE = 0.02
-"""A lung with less of the lobes' voxels is missing from a region map."""
+"""Least share of the lobes' voxels in a lung; a region map with less lacks this lung."""
 MIN_BODY_HU = -300
 MAX_LUNG_HU = -500
 MIN_BONE_HU = 150
 _SPINE_WIDTH_MM, _MIN_SPINE_AREA_MM2 = 50.0, 150.0
-"""Width of a vertebra with its processes, and the least bone of it in a slice on average."""
+"""Width of a vertebra with its processes, and its least area of bone in a slice on average."""
 _SPINE_REACH_MM = 40.0
-"""Slices above and below a lesion in which the spine is looked for."""
+"""Distance above and below a lesion in which the spine is searched."""
 _MAX_MIDLINE_OFFSET_MM = 25.0
-"""Farther than this from the spine the middle of what is seen of a body is not its midline."""
+"""Largest distance from the spine to the middle of the body; beyond it, the body is cut off."""
 _MAX_VOTING_VOXELS = 2000
-"""Voxels that a nearest-lobe vote looks at: enough for a share, few enough to be quick."""
+"""Number of voxels that vote for their nearest lobe: enough for a share, and quick."""
 
 
 @dataclass(frozen=True)
 class LesionPlace:
-    """Where one kind of lesion lies in one case."""
+    """Place of one kind of lesion in one case."""
 
     lesion: str
-    """Key in `labels.LESION_BY_KEY`."""
+    """Key of the lesion."""
     volume_ml: float
+    """Volume of the lesion."""
     side: PlaceSide | None
-    """None where side means nothing: around the heart."""
+    """Side of the patient; None around the heart."""
     regions: tuple[str, ...]
-    """Names of the lobes that hold it, largest share first; empty when the basis is geometry."""
+    """Names of the lobes that hold the lesion, largest share first; empty by geometry."""
     basis: Literal["regions", "geometry"]
+    """Source of the place: a region map, or the CT alone."""
     wording: str
+    """Place in words, to follow "in" or "in the"."""
 
 
 def describe_lobes(lobes: Sequence[str]) -> str:
-    """A set of lobes in words, whatever their order: "both lower lobes", "right upper lobe and left lower lobe".
+    """Word a set of lobes: "both lower lobes", "right upper lobe and left lower lobe".
 
     All lobes of a side become "right lung" or "left lung", all five "both lungs".
     """
-    left = {name.removeprefix("left ") for name in lobes if name.startswith("left ")}
-    right = {name.removeprefix("right ") for name in lobes if name.startswith("right ")}
-    whole_left, whole_right = len(left) == 2, len(right) == 3
-    if whole_left and whole_right:
+    is_left_lung = {"left upper lobe", "left lower lobe"} <= set(lobes)
+    is_right_lung = {"right upper lobe", "right middle lobe", "right lower lobe"} <= set(lobes)
+    if is_left_lung and is_right_lung:
         return "both lungs"
+
+    remaining = set(lobes)
     parts = []
-    shared = set() if whole_left or whole_right else left & right
-    for name, plural in (("upper lobe", "upper lobes"), ("lower lobe", "lower lobes")):
-        if name in shared:
-            parts.append(f"both {plural}")
-    for side, names, whole in (("right", right, whole_right), ("left", left, whole_left)):
-        if whole:
+    if not (is_left_lung or is_right_lung):
+        for name in ("upper lobe", "lower lobe"):
+            pair = {f"left {name}", f"right {name}"}
+            if pair <= remaining:
+                parts.append(f"both {name}s")
+                remaining -= pair
+    for side, is_entire_lung in (("right", is_right_lung), ("left", is_left_lung)):
+        if is_entire_lung:
             parts.append(f"{side} lung")
-        else:
-            parts += [
-                f"{side} {name}"
-                for name in ("upper lobe", "middle lobe", "lower lobe")
-                if name in names - shared
-            ]
+            continue
+        for name in ("upper lobe", "middle lobe", "lower lobe"):
+            if f"{side} {name}" in remaining:
+                parts.append(f"{side} {name}")
     return join_words(parts)
 
 
+def describe_lobes_with_article(lobes: Sequence[str]) -> str:
+    """Word lobes as they follow "in": "the right upper lobe", "both lower lobes"."""
+    return _add_article(describe_lobes(lobes))
+
+
 def join_words(parts: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """Join words as "a", "a and b" or "a, b and c"."""
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
 def describe_side(lesion: Lesion, side: PlaceSide | None) -> str:
-    """The place of a lesion of which only the side is known."""
+    """Word the place of a lesion of which only the side is known."""
     if lesion.site == "pericardium":
         return "around the heart"
     if lesion.site == "pleura":
         return "both pleural spaces" if side == "both" else f"{side} pleural space"
     return "both lungs" if side == "both" else f"{side} lung"
+
+
+def combine_sides(sides: Set[str | None]) -> PlaceSide:
+    """One side for the sides of a lesion's parts."""
+    if {"left", "right"} <= sides:
+        return "both"
+    return "left" if "left" in sides else "right"
 
 
 def locate_lesions(
@@ -98,53 +115,55 @@ def locate_lesions(
     regions: MaskVolume | None,
     spacing: tuple[float, float, float],
 ) -> list[LesionPlace]:
-    """One place for each lesion that is outlined, in the order of their bits.
+    """Find the place of each lesion of at least `MIN_LESION_ML`, in the order of `LESIONS`.
 
-    lesions: (Z, Y, X) lesion bits; ct: (Z, Y, X) HU; regions: (Z, Y, X) region ids, or None where no map exists (a map
-    that lacks the lobes of a side counts as none: the lobe nearest to a lesion there lies in the other lung);
-    spacing: (z, y, x) in mm. Lesions below `MIN_ML` are left out.
+    Args:
+        lesions: lesion bits (Z, Y, X).
+        ct: HU (Z, Y, X).
+        regions: region ids (Z, Y, X), or None without a map. A map without the lobes of a side
+            counts as none, since the lobe nearest to a lesion there lies in the other lung.
+        spacing: voxel size (z, y, x), mm.
     """
     assert lesions.shape == ct.shape and (regions is None or regions.shape == ct.shape), (
         "one grid for all volumes"
     )
-    flat = np.flatnonzero(lesions)
-    bits = lesions.reshape(-1)[flat]
-    ml = float(np.prod(spacing)) / 1000.0
-    lobes = _LobeIndex(regions, spacing) if regions is not None and flat.size else None
+    lesion_voxels = np.flatnonzero(lesions)
+    bits = lesions.reshape(-1)[lesion_voxels]
+    voxel_ml = float(np.prod(spacing)) / 1000.0
+    lobes = _LobeIndex(regions, spacing) if regions is not None and lesion_voxels.size else None
     if lobes is not None and not lobes.has_both_lungs:
         lobes = None
+    basis: Literal["regions", "geometry"] = "geometry" if lobes is None else "regions"
+
     places = []
     for lesion in LESIONS:
-        own = flat[(bits >> lesion.bit) & 1 == 1]
-        volume = own.size * ml
-        if not own.size or volume < MIN_LESION_ML:
+        voxels = lesion_voxels[lesion_mask(bits, lesion)]
+        volume_ml = voxels.size * voxel_ml
+        if volume_ml < MIN_LESION_ML:
             continue
         side: PlaceSide | None = None
         names: tuple[str, ...] = ()
-        words = describe_side(lesion, None)
+        wording = describe_side(lesion, None)
         if lesion.site != "pericardium":
             if lobes is not None:
-                shares = lobes.lobe_shares(own, nearest_only=lesion.site == "pleura")
-                side, names, words = _place_by_lobes(lesion, shares)
+                shares = lobes.lobe_shares(voxels, nearest_only=lesion.site == "pleura")
+                side, names, wording = _place_by_lobes(lesion, shares)
             else:
-                side, words = _place_by_geometry(lesion, own, ct, spacing)
-        basis: Literal["regions", "geometry"] = "geometry" if lobes is None else "regions"
-        places.append(LesionPlace(lesion.key, volume, side, names, basis, words))
+                side, wording = _place_by_geometry(lesion, voxels, ct, spacing)
+        places.append(LesionPlace(lesion.key, volume_ml, side, names, basis, wording))
     return places
 
 
 def describe_places(places: Sequence[LesionPlace], min_ml: float = MIN_LESION_ML) -> str:
-    """The places as one sentence for a prompt; lesions smaller than `min_ml` are left out."""
+    """Word places as one sentence for a prompt, without lesions smaller than `min_ml`."""
     parts = []
     for place in places:
         if place.volume_ml < min_ml:
             continue
         amount = f"{place.volume_ml:.0f}" if place.volume_ml >= 10 else f"{place.volume_ml:.1f}"
-        words = (
-            place.wording
-            if place.wording.startswith("around")
-            else f"in {_add_article(place.wording)}"
-        )
+        words = place.wording
+        if not words.startswith("around"):
+            words = f"in {_add_article(words)}"
         parts.append(f"{LESION_BY_KEY[place.lesion].name} ({amount} ml) {words}")
     return f"Lesions outlined: {'; '.join(parts)}." if parts else "No lesions outlined."
 
@@ -154,13 +173,13 @@ def _add_article(words: str) -> str:
 
 
 class _LobeIndex:
-    """The lobes of a region map as points, sparse enough for quick nearest-lobe look-ups."""
+    """Points in the lobes of a region map, sparse enough for quick nearest-lobe queries."""
 
     def __init__(self, regions: MaskVolume, spacing: tuple[float, float, float]) -> None:
         self.flat = regions.reshape(-1)
         self.shape = regions.shape
         self.spacing = np.asarray(spacing)
-        # Some 50,000 voxels keep the tree quick; its grid is then a few mm, far below the size of a lobe.
+        # Some 50,000 voxels keep the tree quick; they are a few mm apart, far below a lobe's size.
         step = max(1, round((regions.size / 300_000) ** (1 / 3)))
         steps = (1 if spacing[0] > 2 * spacing[1] else step, step, step)
         coarse = regions[:: steps[0], :: steps[1], :: steps[2]]
@@ -173,23 +192,23 @@ class _LobeIndex:
         self.points = points * np.asarray(steps) * self.spacing
         self._tree: cKDTree | None = None
 
-    def lobe_shares(self, own: NDArray[np.intp], nearest_only: bool) -> dict[str, float]:
-        """Share of the lesion voxels `own` (flat indexes) in each lobe, largest first.
+    def lobe_shares(self, voxels: NDArray[np.intp], nearest_only: bool) -> dict[str, float]:
+        """Share of a lesion's voxels (flat indexes) in each lobe, by name, largest first.
 
-        Voxels outside every lobe are given to the nearest one when most lie outside (or `nearest_only`: a pleural
-        effusion is never in a lobe), and are left out otherwise.
+        Voxels outside every lobe count for the nearest one when most lie outside, or with
+        `nearest_only` (a pleural effusion is never in a lobe). They do not count otherwise.
         """
-        ids = self.flat[own]
+        ids = self.flat[voxels]
         inside = (ids > 0) & (ids <= len(LOBES))
         votes = np.bincount(ids[inside], minlength=len(LOBES) + 1)[: len(LOBES) + 1].astype(float)
-        outside = own[~inside]
+        outside = voxels[~inside]
         if outside.size and (nearest_only or outside.size > inside.sum()):
             sample = outside[:: max(1, outside.size // _MAX_VOTING_VOXELS)]
             if self._tree is None:
                 self._tree = cKDTree(self.points, balanced_tree=False, compact_nodes=False)
-            where = np.stack(np.unravel_index(sample, self.shape), axis=1) * self.spacing
-            near = self.ids[self._tree.query(where)[1]]
-            votes += np.bincount(near, minlength=len(LOBES) + 1) * (outside.size / sample.size)
+            points = np.stack(np.unravel_index(sample, self.shape), axis=1) * self.spacing
+            nearest = self.ids[self._tree.query(points)[1]]
+            votes += np.bincount(nearest, minlength=len(LOBES) + 1) * (outside.size / sample.size)
         total = votes.sum()
         order = sorted(LOBES, key=lambda lobe: -votes[lobe.id])
         return {lobe.name: votes[lobe.id] / total for lobe in order if votes[lobe.id] > 0}
@@ -198,13 +217,13 @@ class _LobeIndex:
 def _place_by_lobes(
     lesion: Lesion, shares: dict[str, float]
 ) -> tuple[PlaceSide, tuple[str, ...], str]:
-    left = sum(share for name, share in shares.items() if REGION_BY_NAME[name].side == "left")
-    side = _side_of_share(left)
+    """Side, lobes and wording from the share of the lesion in each lobe."""
     if lesion.site == "pleura":
+        left = sum(share for name, share in shares.items() if REGION_BY_NAME[name].side == "left")
+        side = _side_of_share(left)
         return side, (), describe_side(lesion, side)
     names = tuple(name for name, share in shares.items() if share >= MIN_NAMED_SHARE)
-    sides = {REGION_BY_NAME[name].side for name in names}
-    side = "both" if len(sides) == 2 else ("left" if "left" in sides else "right")
+    side = combine_sides({REGION_BY_NAME[name].side for name in names})
     return side, names, describe_lobes(names)
 
 
@@ -215,9 +234,10 @@ def _side_of_share(left_share: float) -> PlaceSide:
 
 
 def _place_by_geometry(
-    lesion: Lesion, own: NDArray[np.intp], ct: Int16Volume, spacing: tuple[float, float, float]
+    lesion: Lesion, voxels: NDArray[np.intp], ct: Int16Volume, spacing: tuple[float, float, float]
 ) -> tuple[PlaceSide, str]:
-    z, _, x = np.unravel_index(own, ct.shape)
+    """Side and wording from the body's midline and the thirds of the lungs."""
+    z, _, x = np.unravel_index(voxels, ct.shape)
     side = _side_of_share(float(np.mean(x > _find_midline(ct, np.unique(z), spacing))))
     if lesion.site == "pleura":
         return side, describe_side(lesion, side)
@@ -226,21 +246,20 @@ def _place_by_geometry(
         return side, describe_side(lesion, side)
     low, high = extent
     third = np.clip(((z - low) * 3) // max(high - low + 1, 1), 0, 2)
-    held = np.bincount(third, minlength=3) / third.size
-    zones = [
-        name
-        for name, share in zip(("lower", "middle", "upper"), held, strict=True)
-        if share >= MIN_NAMED_SHARE
-    ]
+    shares = np.bincount(third, minlength=3) / third.size
+    zones = []
+    for name, share in (("upper", shares[2]), ("middle", shares[1]), ("lower", shares[0])):
+        if share >= MIN_NAMED_SHARE:
+            zones.append(name)
     lungs = describe_side(lesion, side)
     if len(zones) == 3:
         return side, lungs
     plural = "s" if len(zones) == 2 or side == "both" else ""
-    return side, f"{lungs}, {join_words(zones[::-1])} zone{plural}"
+    return side, f"{lungs}, {join_words(zones)} zone{plural}"
 
 
 def _subsample_in_plane(ct: Int16Volume) -> tuple[Int16Volume, int]:
-    """The volume with rows and columns left out until a slice has at most about 128 × 128 of them, and the step."""
+    """Leave out rows and columns until a slice has about 128 × 128; return the step too."""
     step = max(1, max(ct.shape[1:]) // 128)
     return ct[:, ::step, ::step], step
 
@@ -248,10 +267,10 @@ def _subsample_in_plane(ct: Int16Volume) -> tuple[Int16Volume, int]:
 def _find_midline(
     ct: Int16Volume, slices: NDArray[np.intp], spacing: tuple[float, float, float]
 ) -> float:
-    """The column of the body's midline: the middle between its outermost columns, in the given slices.
+    """Column of the body's midline in the given slices: the median middle of its outermost columns.
 
-    Columns that hold little tissue (table, lines, sheets) do not count; the slices vote by their median. Where the
-    spine lies elsewhere, the body is cut off at a side, and the spine decides.
+    Columns with little tissue (table, lines, sheets) do not count. Where the spine lies elsewhere,
+    the body is cut off at a side, and the spine decides.
     """
     thin, step = _subsample_in_plane(ct)
     chosen = slices[:: max(1, slices.size // 16)]
@@ -277,7 +296,7 @@ def _find_body_middle(slices: Int16Volume) -> float | None:
 
 
 def _find_spine_column(slices: Int16Volume, column_mm: float, row_mm: float) -> float | None:
-    """The column where most bone of the back stands: ribs are thin and spread, the spine is in every slice."""
+    """Column with most bone of the back: ribs are thin and spread, the spine is in every slice."""
     body: NDArray[np.bool_] = np.asarray((slices > MIN_BODY_HU).any(axis=2))
     rows = np.arange(slices.shape[1])
     first = body.argmax(axis=1)[:, None]
@@ -285,9 +304,9 @@ def _find_spine_column(slices: Int16Volume, column_mm: float, row_mm: float) -> 
     back = rows >= first + 0.5 * (last - first)
     bone = ((slices > MIN_BONE_HU) & back[:, :, None]).sum(axis=(0, 1)).astype(float)
     width = max(1, round(_SPINE_WIDTH_MM / column_mm))
-    held = np.convolve(bone, np.ones(width), mode="same")
-    best = int(held.argmax())
-    if held[best] * column_mm * row_mm / len(slices) < _MIN_SPINE_AREA_MM2:
+    bone_in_width = np.convolve(bone, np.ones(width), mode="same")
+    best = int(bone_in_width.argmax())
+    if bone_in_width[best] * column_mm * row_mm / len(slices) < _MIN_SPINE_AREA_MM2:
         return None
     columns = np.arange(bone.size)
     near = np.abs(columns - best) <= width / 2
@@ -295,12 +314,13 @@ def _find_spine_column(slices: Int16Volume, column_mm: float, row_mm: float) -> 
 
 
 def _find_lung_slices(ct: Int16Volume) -> tuple[int, int] | None:
-    """First and last slice of the lung field: air between the body's walls, on at least 5% of its widest slice."""
+    """First and last slice with at least 5% of the lung area of the widest slice."""
     thin, _ = _subsample_in_plane(ct)
     body = thin > MIN_BODY_HU
-    # Air between the first and the last tissue of its row lies inside the chest (or between body and table, which is
-    # little), and so does air between the first and the last tissue of its column.
-    area = (_fill_between(body, 2) & _fill_between(body, 1) & (thin < MAX_LUNG_HU)).sum(axis=(1, 2))
+    # Air between the first and the last tissue of its row and of its column lies inside the chest
+    # (or between body and table, which is little).
+    inside_body = _fill_between(body, 2) & _fill_between(body, 1)
+    area = (inside_body & (thin < MAX_LUNG_HU)).sum(axis=(1, 2))
     if area.max() < 20:
         return None
     inside = np.flatnonzero(area > 0.05 * area.max())

@@ -1,51 +1,60 @@
-"""Types that several rooms share: arrays, geometry, a sample, a batch, and the error a user sees."""
+"""Types that all rooms share: arrays, geometry, samples, batches, and the errors that users see."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from rectvlm.labels import LESION_BY_KEY
 
 Int16Volume = NDArray[np.int16]
-"""HU, indexed (z, y, x) in the canonical frame or (i, j, k) in a file's own."""
+"""HU, indexed (z, y, x) on the canonical grid or (i, j, k) on the native grid of a file."""
 MaskVolume = NDArray[np.uint8]
-"""Region ids, or lesion bits, on the same grid as its CT."""
+"""Region ids or lesion bits, on the grid of their CT."""
 Affine = NDArray[np.float64]
-"""4 × 4, voxel index to world in mm; world is RAS+ (x to the patient's left is negative), as in NIfTI."""
+"""4 × 4 matrix, voxel index to world in mm. The world is RAS+ as in NIfTI: left has negative x."""
 
 Split = Literal["train", "valid"]
 
+JsonObject = dict[str, Any]
+"""Tree of plain values, as a JSON file holds it."""
+
 COARSE_REGIONS_SOURCE = "coarse"
-"""The source of a region map that was estimated from the CT alone: good for sides and zones, not for lobes."""
+"""`regions_source` of a map estimated from the CT: good for sides and zones, not for lobes."""
+
+SAMPLE_SCHEMA = 2
+"""Version of a sample's members, of the index and of the manifest of shards."""
 
 
 class UserError(Exception):
-    """Something that the user can mend: one sentence with what was expected, what was found, where, and what to do."""
+    """An error that the user can mend.
+
+    Its message is one sentence: what was expected, what was found, where, and what to do.
+    """
 
 
 class InputError(UserError):
-    """A file that cannot be used, in the parts that a quarantine list keeps."""
+    """A file that cannot be used; its attributes are the columns of a quarantine list."""
 
     def __init__(
         self, file: object, reason: str, *, expected: str, found: str, remedy: str
     ) -> None:
-        """One sentence: FILE REASON: expected EXPECTED, found FOUND; REMEDY."""
+        """Make the message "FILE REASON: expected EXPECTED, found FOUND; REMEDY."."""
         super().__init__(f"{file} {reason}: expected {expected}, found {found}; {remedy}.")
-        self.file, self.reason, self.expected, self.found, self.remedy = (
-            str(file),
-            reason,
-            expected,
-            found,
-            remedy,
-        )
+        self.file = str(file)
+        self.reason = reason
+        self.expected = expected
+        self.found = found
+        self.remedy = remedy
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions pickle by their positional arguments alone; this one crosses process borders.
-        parts = (self.file, self.reason, self.expected, self.found, self.remedy)
-        return _rebuild_input_error, parts
+        # Exceptions pickle their positional arguments only; this one travels between processes.
+        arguments = (self.file, self.reason, self.expected, self.found, self.remedy)
+        return _rebuild_input_error, arguments
 
 
 def _rebuild_input_error(
@@ -54,94 +63,105 @@ def _rebuild_input_error(
     return InputError(file, reason, expected=expected, found=found, remedy=remedy)
 
 
+def first_invalid_field(error: ValidationError) -> tuple[str, str]:
+    """Dotted name of the first field that pydantic refused, or "top level", and the reason."""
+    fault = error.errors()[0]
+    return ".".join(map(str, fault["loc"])) or "top level", fault["msg"]
+
+
 @dataclass(frozen=True)
 class Volume:
-    """An array with its place in the world."""
+    """A voxel array with its position in the world."""
 
     array: NDArray[Any]
-    """(i, j, k), numbers as the file means them (its header's own scaling applied), often read-only."""
+    """Values (i, j, k) with the scaling of the file's header applied; often read-only."""
     affine: Affine
-    """4 × 4, index to RAS+ mm."""
+    """Index (i, j, k, 1) to world."""
     where: str
-    """The file or case, for messages."""
+    """Name of the file or case in messages."""
 
 
 @dataclass(frozen=True)
 class GridGeometry:
-    """Where a sample's grid lies, and where it came from, so that masks can go back.
-
-    The world is RAS+ millimetres throughout.
-    """
+    """Positions of a sample's canonical grid and of its file's grid in the RAS+ world, mm."""
 
     grid_affine: list[list[float]]
     """4 × 4, canonical index (z, y, x, 1) to world."""
     native_shape: tuple[int, int, int]
     """Shape of the file's array, (i, j, k)."""
     native_affine: list[list[float]]
-    """4 × 4 of the file, index (i, j, k, 1) to world."""
+    """4 × 4, native index (i, j, k, 1) to world."""
 
 
 @dataclass(frozen=True)
 class HuConversion:
-    """How a file's numbers became Hounsfield units, and why."""
+    """Conversion of a file's numbers to HU = slope × stored + intercept, and its reason."""
 
     slope: float
+    """Factor; 1 when the file already held HU."""
     intercept: float
-    """HU = slope × stored + intercept; 1 and 0 when the file already held HU."""
+    """Offset in HU; 0 when the file already held HU."""
     reason: str
-    """The evidence, in one sentence."""
+    """Evidence for the conversion, in one sentence."""
     padding_voxels: int = 0
-    """Voxels below −1024 HU, outside the field of view, that were set to air."""
+    """Number of voxels below −1024 HU, outside the field of view, that were set to air."""
 
 
 @dataclass(frozen=True)
 class SampleMeta:
-    """Everything of a sample but its arrays; `KEY.json` in a shard."""
+    """Metadata of a sample; `KEY.json` in a shard, whose keys are these field names."""
 
     key: str
+    """Name of the sample, unique in a data set."""
     split: Split
+    """Split of the sample's patient."""
     source: str
     """Data set and file that the volume came from."""
     patient: str
-    """Patient id: a patient is in one split only."""
+    """Id of the patient, who is in one split only."""
     scan: str
-    """The examination. Its reconstructions share labels and report, so results count scans; the key itself where
-    there is only one volume."""
+    """Id of the examination; the sample's key for a scan of one volume. Reconstructions of a scan
+    share labels and report, so results count scans."""
     labels: dict[str, int | None]
     """All 18 findings: 1 present, 0 absent, None unknown. Unknown is never read as negative."""
     findings: str | None
-    """The report's Findings section, None when there is none."""
+    """Findings section of the report; None without one."""
     impression: str | None
-    """The report's Impression section, None when there is none."""
+    """Impression section of the report; None without one."""
     spacing: tuple[float, float, float]
-    """Grid spacing (z, y, x) in mm."""
+    """Grid spacing (z, y, x), mm."""
     geometry: GridGeometry
+    """Positions of the canonical and the native grid."""
     hu: HuConversion
+    """Conversion of the file's numbers to HU."""
     lesions_annotated: dict[str, bool]
-    """By lesion key: whether every lesion of the kind was outlined. A lesion that was not annotated is not absent."""
+    """Whether every lesion of a kind was outlined, by lesion key. Not annotated is not absent."""
     regions_source: str | None
-    """Where the region map came from; None when there is none, `COARSE` when it was estimated from the CT."""
+    """Origin of the region map; None without a map, `COARSE_REGIONS_SOURCE` for an estimate from
+    the CT."""
     lesions_partial: dict[str, bool] = field(
         default_factory=lambda: dict.fromkeys(LESION_BY_KEY, False)
     )
-    """By lesion key: some are outlined, others may not be. What is drawn is sure, what is empty is unknown; such a
-    lesion does not count as annotated."""
+    """Whether some lesions of a kind are outlined while others may not be, by lesion key. Drawn
+    voxels are sure and empty ones unknown; such a lesion does not count as annotated."""
     lesions_source: str | None = None
-    """Where the outlines came from; None when there are none."""
+    """Origin of the outlines; None without outlines."""
     series: dict[str, str | float | None] = field(default_factory=dict)
-    """What is known of the reconstruction (kernel, slice spacing, and why it was chosen), for the record."""
+    """Properties of the reconstruction (kernel, slice spacing) and the reason for its choice."""
     versions: dict[str, str] = field(default_factory=dict)
-    schema: int = 2
+    """Versions of the packages that made the sample, by name."""
+    schema: int = SAMPLE_SCHEMA
+    """Version of this schema."""
 
 
 @dataclass
 class Sample:
-    """One case as it stands in a shard."""
+    """One case as a shard stores it."""
 
     ct: Int16Volume
     """HU (Z, Y, X)."""
     lesions: MaskVolume
-    """Lesion bits (Z, Y, X); see `labels.LESIONS`."""
+    """Lesion bits (Z, Y, X); see `lesion_bits`."""
     regions: MaskVolume
     """Region ids (Z, Y, X), 0 to 20; all 0 when `meta.regions_source` is None."""
     meta: SampleMeta
@@ -149,7 +169,7 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Samples stacked for the device. B samples on a grid of Z × Y × X voxels."""
+    """B stacked samples on one grid of Z × Y × X voxels."""
 
     keys: list[str]
     ct: torch.Tensor
@@ -161,63 +181,65 @@ class Batch:
     regions_known: torch.Tensor
     """(B,) bool: False where no region map exists."""
     lesions_annotated: torch.Tensor
-    """(B, 5) bool: False where a lesion was not looked for."""
+    """(B, 5) bool: True where every lesion of a kind was outlined."""
     lesions_partial: torch.Tensor
-    """(B, 5) bool: True where outlines exist but others may be missing; never where `lesions_annotated` is."""
+    """(B, 5) bool: True where some lesions of a kind were outlined and others may be missing; never
+    together with `lesions_annotated`."""
     labels: torch.Tensor
-    """(B, 18) float32, 0 or 1; 0 where unknown, so always read with `labels_known`."""
+    """(B, 18) float32: 1 present, 0 absent or unknown; always read with `labels_known`."""
     labels_known: torch.Tensor
     """(B, 18) bool."""
     reports: list[str | None]
-    """The target text of each sample, sections included; None where there is no report."""
+    """Target text of each sample, sections included; None without a report."""
     spacing: tuple[float, float, float]
-    """(z, y, x) in mm."""
+    """Grid spacing (z, y, x), mm."""
     metas: list[SampleMeta]
+    """Metadata of each sample."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on a device (pinned memory is copied asynchronously)."""
-        moved: dict[str, Any] = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), torch.Tensor)
-        }
-        return replace(self, **moved)
+        """Copy the tensors to a device, asynchronously from pinned memory."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory; called by torch's DataLoader."""
-        pinned: dict[str, Any] = {
-            f.name: getattr(self, f.name).pin_memory()
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), torch.Tensor)
-        }
-        return replace(self, **pinned)
+        """Copy the tensors to page-locked memory; torch's DataLoader calls this."""
+        return self._map_tensors(torch.Tensor.pin_memory)
+
+    def _map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        changed = {}
+        for batch_field in fields(self):
+            value = getattr(self, batch_field.name)
+            if isinstance(value, torch.Tensor):
+                changed[batch_field.name] = function(value)
+        return replace(self, **changed)  # type: ignore[arg-type]
 
 
 @dataclass
 class BatchPrediction:
-    """What the model says of a batch. B samples on a grid of Z × Y × X voxels."""
+    """Outputs of the model for a batch of B samples on a grid of Z × Y × X voxels."""
 
     finding_probabilities: torch.Tensor
-    """(B, 18) float32, probabilities."""
+    """(B, 18) float32."""
     lesion_probabilities: torch.Tensor
-    """(B, 5, Z, Y, X) float32, probabilities in the order of `labels.LESIONS`."""
+    """(B, 5, Z, Y, X) float32, in the order of `labels.LESIONS`."""
     reports: list[str] | None
-    """Generated text, sections included; None when no report was asked for or the model has no generator."""
+    """Generated reports, sections included; None when none was asked for or the model has no
+    generator."""
 
     def require_finite(self, keys: list[str]) -> None:
-        """Stop at what no number is: compared with a threshold, it would read as "absent".
+        """Refuse NaN: compared with a threshold, it would read as "absent".
 
         Args:
-            keys: of the batch's samples, for the message.
+            keys: keys of the batch's samples, for the message.
 
         Raises:
             UserError: a probability is not finite.
         """
-        for what, found in (
+        for kind, probabilities in (
             ("findings", self.finding_probabilities),
             ("lesions", self.lesion_probabilities),
         ):
-            if not found.isfinite().all():
+            if not probabilities.isfinite().all():
                 raise UserError(
-                    f"The model's probabilities of {what} for {', '.join(keys)} are not finite: use another checkpoint."
+                    f"The model's probabilities of {kind} for {', '.join(keys)} are not finite: "
+                    "use another checkpoint."
                 )

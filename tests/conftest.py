@@ -1,7 +1,7 @@
-"""Shared material, made once a session: phantoms as samples and shards, and an untrained tiny model's checkpoint."""
+"""Fixtures that are made once a session: phantoms, samples, shards, checkpoints, trained phases."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from rectvlm.config import Config, ModelPart, load_config
+from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
+from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.shards import write_shards
-from rectvlm.data.volume import Volume, canonical_affine, resample_to_grid, to_hu
 from rectvlm.phantom.phantom import PhantomCase, make_phantom
-from rectvlm.types import GridGeometry, Sample, SampleMeta, Split
+from rectvlm.types import GridGeometry, Sample, SampleMeta, Split, Volume
 
 
 def phantom_sample(seed: int, config: Config, split: Split = "train") -> Sample:
-    """A phantom on the grid of a configuration."""
+    """Sample of a phantom on the grid of a configuration."""
     phantom = make_phantom(seed)
     shape = (phantom.hu.shape[0], phantom.hu.shape[1], phantom.hu.shape[2])
     hu, decision = to_hu(Volume(phantom.hu, phantom.affine, f"phantom {seed}"))
@@ -37,11 +38,13 @@ def phantom_sample(seed: int, config: Config, split: Split = "train") -> Sample:
         lesions_annotated=phantom.lesions_annotated,
         regions_source="phantom",
     )
-    arrays = [
-        resample_to_grid(array, phantom.affine, grid_affine, grid, kind)
-        for array, kind in ((hu, "ct"), (phantom.lesions, "bits"), (phantom.regions, "labels"))
-    ]
-    return Sample(*arrays, meta=meta)
+    affine = phantom.affine
+    return Sample(
+        ct=resample_to_grid(hu, affine, grid_affine, grid, "ct"),
+        lesions=resample_to_grid(phantom.lesions, affine, grid_affine, grid, "bits"),
+        regions=resample_to_grid(phantom.regions, affine, grid_affine, grid, "labels"),
+        meta=meta,
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,7 +70,7 @@ def phantom_shards(tmp_path_factory: pytest.TempPathFactory, tiny: Config) -> Pa
 
 @pytest.fixture(scope="session")
 def phantoms() -> Callable[[int], PhantomCase]:
-    """Phantoms by seed, made once."""
+    """Phantoms by seed, each made once."""
     made: dict[int, PhantomCase] = {}
     return lambda seed: made[seed] if seed in made else made.setdefault(seed, make_phantom(seed))
 
@@ -78,7 +81,7 @@ def tiny_run(
 ) -> Callable[[int], Path]:
     """The phase folder of an untrained tiny model with the parts of a phase."""
     from rectvlm import pretrained
-    from rectvlm.checkpoint import run_checkpoint
+    from rectvlm.checkpoint import TrainingState, run_folder
     from rectvlm.models import RectVLM
     from rectvlm.models.language_model import load_language_model
     from rectvlm.models.prompt_embeddings import PromptEmbeddings
@@ -103,21 +106,9 @@ def tiny_run(
                     config.generator, pretrained.resolve_model(config.generator.model)
                 )
             model = RectVLM(config, parts[phase], prompts, language)
-            own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-            tensors = {
-                name: own[name].detach() for name in run_checkpoint.checkpoint_tensor_names(model)
-            }
             run = tmp_path_factory.mktemp("run") / f"phase{phase}"
-            folder = run_checkpoint.step_folder(run, 0)
-            folder.mkdir(parents=True)
-            run_checkpoint.write_checkpoint(
-                folder,
-                tensors,
-                config,
-                run_checkpoint.TrainingState(
-                    phase, parts[phase], 0, 0, 1, run_checkpoint.package_versions()
-                ),
-            )
+            folder = run_folder.step_folder(run, 0)
+            model.save_pretrained(folder, training=TrainingState(phase, 0, 0, 1))
             made[phase] = run
         return made[phase]
 
@@ -128,7 +119,7 @@ def tiny_run(
 def trained(
     tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path
 ) -> Callable[[int], Path]:
-    """The folder of a phase, trained without a break on two processes; the phases before it are trained first."""
+    """The folder of a phase, trained on two processes after the phases before it."""
     from launches import TWO, run, settings
 
     folder = tmp_path_factory.mktemp("trained")
@@ -147,8 +138,14 @@ def trained(
     return train
 
 
+def named(model: torch.nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a model by some of their names."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensors[name].detach() for name in names}
+
+
 def write_nifti(array: np.ndarray, affine: np.ndarray, path: Path) -> Path:
-    """A NIfTI file with both its forms set."""
+    """Write a NIfTI file with its sform and its qform."""
     import nibabel as nib
 
     image = nib.Nifti1Image(array, affine)
@@ -160,7 +157,7 @@ def write_nifti(array: np.ndarray, affine: np.ndarray, path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def launched_phase1(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Path:
-    """The folder of a real run of phase 1 at `tiny`: six steps, one process, started as a user starts it."""
+    """The folder of a run of phase 1 at `tiny`: six steps, one process, started as a user does."""
     import subprocess
     import sys
 

@@ -1,4 +1,5 @@
-"""A small CT-RATE download in a folder: the true layout, columns and quirks of names, with phantoms for patients."""
+"""A small CT-RATE download in a folder: the true layout, columns and quirks of names, with phantoms
+for patients."""
 
 import csv
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import nibabel as nib
 import numpy as np
 
 from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.phantom.phantom import PhantomCase, make_phantom
 
 _COLUMNS = """
@@ -33,7 +35,8 @@ Rows = dict[str, dict[str, str]]
 
 @dataclass
 class Tree:
-    """A download in the making: `add` volumes, change the tables' rows by name, `write` the tables."""
+    """A download in the making: `add` volumes, change the tables' rows by name, `write` the
+    tables."""
 
     root: Path
     labels: Rows = field(default_factory=dict)
@@ -80,8 +83,10 @@ class Tree:
         """A volume and its rows.
 
         Args:
-            seed: of its phantom; without one the file is empty and the labels are 0, for tests of tables alone.
-            layout: `fixed` (HU and an affine), `v1` (stored numbers and a blank header) or None for no file.
+            seed: of its phantom; without one the file is empty and the labels are 0, for tests of
+                tables alone.
+            layout: `fixed` (HU and an affine), `v1` (stored numbers and a blank header) or None for
+                no file.
             spacing: mm between slices in the metadata; of a phantom, its own.
         """
         one = phantom(seed) if seed is not None else None
@@ -133,7 +138,7 @@ class Tree:
         (folder / name).mkdir(parents=True, exist_ok=True)
         for lesion in LESIONS:
             if one.lesions_annotated[lesion.key]:
-                mask = nib.Nifti1Image((bits >> lesion.bit) & 1, affine)
+                mask = nib.Nifti1Image(lesion_mask(bits, lesion).astype(np.uint8), affine)
                 nib.save(mask, folder / name / f"{lesion.key}.nii.gz")
 
     def write(self) -> Path:
@@ -168,7 +173,8 @@ class Tree:
 
 
 def _lps(one: PhantomCase, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A phantom's array as CT-RATE stores it, towards left, posterior and superior, with its affine."""
+    """A phantom's array as CT-RATE stores it, towards left, posterior and superior, with its
+    affine."""
     native = nib.orientations.io_orientation(one.affine)
     wanted = nib.orientations.axcodes2ornt(("L", "P", "S"))
     turn = nib.orientations.ornt_transform(native, wanted)

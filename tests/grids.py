@@ -33,7 +33,7 @@ def reorder(
 def grid_over(
     affine: NDArray, shape: Sequence[int], spacing: float, angles: Sequence[float] = (0, 0, 0)
 ) -> tuple:
-    """Affine and shape of a grid of cubic voxels around a volume, turned by angles in degrees about x, y and z."""
+    """Affine and shape of a cubic grid around a volume, turned about x, y and z by degrees."""
     corners = (
         np.array(list(itertools.product(*[(0, n - 1) for n in shape]))) @ affine[:3, :3].T
         + affine[:3, 3]

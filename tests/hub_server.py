@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -26,6 +27,16 @@ def git_sha1(data: bytes) -> str:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Contents of the files of a folder by path, without the records that huggingface_hub keeps of its downloads."""
+    contents = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not name.startswith(".cache/"):
+            contents[name] = path.read_bytes()
+    return contents
 
 
 @dataclass
@@ -196,15 +207,14 @@ class _Handler(BaseHTTPRequestHandler):
         verb = rest[0] if rest else "revision"
         revision = "/".join(rest[1:]) if rest[1:] else "main"
         if verb == "revision":
-            about = {
-                "id": name,
-                "sha": self._commit(repository, revision),
-                "tags": [],
-                "siblings": [],
-            }
+            commit = self._commit(repository, revision)
+            files = repository.commits[commit]
             self._json(
                 {
-                    **about,
+                    "id": name,
+                    "sha": commit,
+                    "tags": [],
+                    "siblings": [self._sibling(path, data) for path, data in files.items()],
                     "private": repository.private,
                     "gated": "manual" if repository.gated else False,
                 }
@@ -228,6 +238,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._take(name, repository)
         else:
             raise _Refused(404)
+
+    def _sibling(self, path: str, data: bytes) -> dict[str, Any]:
+        row = self._row(path, data)
+        sibling: dict[str, Any] = {"rfilename": path, "size": row["size"], "blobId": row["oid"]}
+        if "lfs" in row:
+            sibling["lfs"] = {"sha256": row["lfs"]["oid"], "size": row["size"], "pointerSize": 130}
+        return sibling
 
     def _row(self, path: str, data: bytes) -> dict[str, Any]:
         size = self.hub.faults.lie.get(path, len(data))

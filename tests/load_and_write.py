@@ -15,7 +15,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from rectvlm.config import load_config
-from rectvlm.models.encoder import ImageFeatures
+from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.language_model import load_language_model
 from rectvlm.models.report_generator import ReportGenerator
 from rectvlm.train.engine.engine import Engine

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from data_pipeline.cases import Case
-from data_pipeline.preprocess import preprocess
+from data_pipeline.make_shards.shard_folder import preprocess
 from rectvlm.types import UserError
 from tests.small_cases import GRID, SPACING
 
@@ -14,7 +14,8 @@ from tests.small_cases import GRID, SPACING
 def preprocess_small(
     cases: list[Case], out: Path, log: Path, samples_per_shard: int, limit: int | None
 ) -> None:
-    """A run that says what it has to say in a log, and exits with 1 after an error that the user is told.
+    """A run that says what it has to say in a log, and exits with 1 after an error that the user is
+    told.
 
     Args:
         limit: bytes that a file may have.

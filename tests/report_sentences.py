@@ -1,7 +1,7 @@
 """Sentences of chest-CT reports with the labels that a reader would give them. All were written for this project.
 
 `HELD_OUT` was written, and committed, before the labeler had a rule. One rule was changed after a look at what the
-labeler says of it, "stent" in "consistent", and none since (docs/report-metrics.md). `TUNING` is what the rules were
+labeler says of it, "stent" in "consistent", and none since (docs/concepts/report-metrics.md). `TUNING` is what the rules were
 made with. A gold label is a sign and a code of `CODES`: `+` present, `?` uncertain, `-` stated to be absent; findings
 without one are not mentioned. Consolidation is a kind of lung opacity, so a present or uncertain consolidation implies
 the same of the opacity, here as in the labeler.

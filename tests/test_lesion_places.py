@@ -15,11 +15,11 @@ SHAPE = (32, 96, 96)
 
 
 def bit(key: str) -> np.uint8:
-    return np.uint8(1 << LESION_BY_KEY[key].bit)
+    return np.uint8(LESION_BY_KEY[key].mask_value)
 
 
 def chest() -> tuple[np.ndarray, np.ndarray]:
-    """A body with two lungs of upper and lower lobes; canonical, so the patient's left is at large x."""
+    """A canonical body with two lungs of upper and lower lobes: the left is at large x."""
     ct = np.full(SHAPE, -1000, np.int16)
     ct[:, 20:76, 10:86] = 40
     regions = np.zeros(SHAPE, np.uint8)
@@ -153,8 +153,9 @@ def test_describe() -> None:
         LesionPlace("lung_nodule", 0.2, "both", (), "regions", "both upper lobes"),
     ]
     assert describe_places(places) == (
-        "Lesions outlined: consolidation (12 ml) in the right lower lobe; pleural effusion (85 ml) in the left pleural "
-        "space; pericardial effusion (9.0 ml) around the heart; lung nodule (0.2 ml) in both upper lobes."
+        "Lesions outlined: consolidation (12 ml) in the right lower lobe; pleural effusion "
+        "(85 ml) in the left pleural space; pericardial effusion (9.0 ml) around the heart; "
+        "lung nodule (0.2 ml) in both upper lobes."
     )
     assert "nodule" not in describe_places(places, min_ml=1.0)
     assert describe_places([]) == "No lesions outlined."
@@ -192,7 +193,7 @@ def _seconds(mask: np.ndarray, ct: np.ndarray, regions: np.ndarray | None) -> fl
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_body_that_is_cut_off_keeps_its_sides(side: str, padded: bool) -> None:
-    """A third of the body is missing, at the edge of the volume or before it; the lesion lies in the whole lung."""
+    """A third of the body is cut off by the volume or before; the lesion is in the other lung."""
     config = load_config("demo")
     for seed in (2, 4):
         ct = phantom_sample(seed, config).ct.copy()

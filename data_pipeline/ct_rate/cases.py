@@ -1,15 +1,13 @@
-"""A CT-RATE download to cases: which volumes are used, with which labels, report, masks and reconstruction.
+"""A CT-RATE download to cases, each with its labels, report, masks and metadata.
 
     python -m data_pipeline.preprocess --ct-rate /data/CT-RATE
 
-Nothing is dropped without a count, and nothing unknown is read as negative. Volumes are found by their names; none is
-opened before its turn comes in a worker process.
+Nothing unknown is read as negative. Volumes are found by their names; none is opened before its
+turn comes in a worker process.
 """
 
-import hashlib
-import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,305 +16,194 @@ import numpy as np
 
 from data_pipeline.cases import Case, CaseData, file_identity
 from data_pipeline.ct_rate.download_folder import (
+    NO_REPORT,
+    UNKNOWN_LABELS,
     CtRateTables,
     expected_volume_path,
     find_dataset_folder,
     find_volumes,
     read_tables,
 )
-from data_pipeline.ct_rate.options import (
-    CtRateOptions,
-    add_arguments,
-    options_for_manifest,
-    options_from_arguments,
-)
-from data_pipeline.ct_rate.series import choose_reconstruction, kernel_class, series_affine
-from data_pipeline.ct_rate.tables import (
-    FindingLabels,
-    ReportSections,
-    VolumeName,
-    read_held_out_volumes,
-    read_volume_list,
-)
-from data_pipeline.masks.mask_folders import CaseMasks, is_blank_affine
-from data_pipeline.masks.rexgrounding import TABLE_FILES as REX_TABLES
-from rectvlm.data.volume import Volume, read_volume
+from data_pipeline.ct_rate.options import CtRateOptions, options_for_manifest
+from data_pipeline.ct_rate.selection import SelectedVolume, select_volumes
+from data_pipeline.ct_rate.series import kernel_class, series_affine
+from data_pipeline.ct_rate.tables import FindingLabels, ReportSections, SeriesMetadata
+from data_pipeline.ct_rate.volume_names import VolumeName
+from data_pipeline.masks.mask_files import CaseMaskFiles
+from data_pipeline.masks.mask_placement import is_blank_affine
+from rectvlm.data.volume import read_volume
+from rectvlm.files import json_sha256
 from rectvlm.labels import FINDINGS
-from rectvlm.types import Affine, InputError
-
-__all__ = [
-    "CtRateCases",
-    "CtRateOptions",
-    "add_arguments",
-    "ct_rate_cases",
-    "load_case",
-    "options_from_arguments",
-]
-
-UNUSABLE_VOLUMES = {
-    "train_14384_a_2": "not in the data set",
-    "valid_251_a_2": "not in the data set",
-    "train_1267_a_4": "without slice spacing",
-    "train_11755_a_3": "without slice spacing",
-    "train_11755_a_4": "without slice spacing",
-}
-"""Volumes of CT-RATE that are known to be of no use."""
+from rectvlm.types import Affine, InputError, Volume
 
 
 @dataclass(frozen=True)
 class CtRateCases:
-    """The cases, and what became of the rest."""
+    """The cases of a download, and the volumes that became none."""
 
     cases: list[Case]
     dropped: dict[str, tuple[str, ...]]
     """Names of volumes that became no case, by reason."""
     counts: dict[str, int]
-    """What a reader of the results should know, such as volumes without labels."""
+    """Numbers that a reader of the results should know, such as that of cases without labels."""
     policy: dict[str, str | float | bool | None]
-    """How the cases were chosen."""
+    """Options by which the cases were chosen, for the manifest."""
 
 
 @dataclass(frozen=True)
-class _CaseMetadata:
-    """What a worker needs to load a case, besides its files."""
+class CaseMetadata:
+    """The part of a case that comes from tables, sent to the worker that loads its files."""
 
     labels: FindingLabels
     report: ReportSections
     slope: float | None
+    """RescaleSlope of the series."""
     intercept: float | None
+    """RescaleIntercept of the series."""
     affine: tuple[tuple[float, ...], ...] | None
-    """Of the metadata, for a file whose header is blank."""
+    """4 × 4, index to RAS+ mm, by the metadata; for a file whose header is blank."""
 
 
-def ct_rate_cases(root: Path, options: CtRateOptions) -> CtRateCases:
-    """The cases of a CT-RATE download.
+def list_ct_rate_cases(root: Path, options: CtRateOptions) -> CtRateCases:
+    """List the cases of a CT-RATE download.
 
-    Labels and reports belong to a scan, so they hold for all of its reconstructions. Where reconstructions of one scan
-    have different labels for a finding, it is unknown; where they have different reports, each keeps its own.
+    Labels and reports belong to a scan, so they hold for all of its reconstructions. Where
+    reconstructions of one scan have different labels for a finding, it is unknown; where they have
+    different reports, each keeps its own.
 
     Args:
-        root: the download's top folder, which holds `dataset/`, or `dataset/` itself.
+        root: top folder of the download, which holds `dataset/`, or `dataset/` itself.
+        options: what the user wants of it.
 
     Raises:
-        UserError: no such folder, no volumes, a table that is missing or cannot be read, or a list that cannot.
+        UserError: no such folder, no volumes, a table that is missing or cannot be read, or a list
+            of volumes that cannot.
     """
     dataset = find_dataset_folder(root)
     counts: Counter[str] = Counter()
     files = find_volumes(dataset, options, counts)
-    splits = [
-        split
-        for split in options.splits
-        if options.require_all or any(name.split == split for name in files)
-    ]
-    facts = read_tables(dataset, splits, options, counts)
-    expected = facts.named_volumes if options.require_all else frozenset[VolumeName]()
-    wanted, dropped = _select_usable_volumes(
-        sorted({*files, *facts.named_volumes}, key=lambda name: name.sort_key),
-        facts,
-        options,
-        counts,
-    )
-    not_there = [name for name in wanted if name not in files and name not in expected]
-    counts["volumes that the tables name and that are not on disk"] = len(not_there)
-    wanted = [name for name in wanted if name in files or name in expected]
-    chosen = _choose_reconstructions(wanted, facts, options)
-    dropped["another reconstruction of the scan was chosen"] = [
-        name.key for name in wanted if name not in chosen
-    ]
-    kept: list[VolumeName] = []
-    for split in options.splits:
-        part = [name for name in chosen if name.split == split]
-        kept += part[: options.limit]
-        dropped["beyond the limit"] += (
-            [name.key for name in part[options.limit :]] if options.limit is not None else []
-        )
-    masks = options.masks
-    if masks.ts_seg is None and (dataset / "ts_seg").is_dir():
-        masks = replace(masks, ts_seg=dataset / "ts_seg")
+    splits_on_disk = {name.split for name in files}
+    splits = [split for split in options.splits if options.require_all or split in splits_on_disk]
+    tables = read_tables(dataset, splits, options, counts)
+    selection = select_volumes(files.keys(), tables, options, counts)
+
+    mask_folders = options.masks
+    if mask_folders.ts_seg is None and (dataset / "ts_seg").is_dir():
+        mask_folders = replace(mask_folders, ts_seg=dataset / "ts_seg")
     cases = []
-    for name in kept:
+    for volume in selection.volumes:
+        name = volume.name
         path = files.get(name) or expected_volume_path(dataset, name, options)
-        own = masks.find_masks(name.key)
-        if own.rex_files:
+        masks = mask_folders.find_masks(name.key)
+        if masks.rex_files:
             counts["findings of ReXGroundingCT that are none of the five lesions"] += (
-                own.ignored_finding_count
+                masks.ignored_finding_count
             )
-        cases.append(_build_case(name, path, dataset, facts, chosen[name], own))
-    _count_unknowns(kept, facts, counts)
-    _require_disjoint_patients(cases)
+        source = f"CT-RATE {path.relative_to(dataset).as_posix()}"
+        cases.append(_build_case(volume, path, source, tables, masks))
+    _count_unknowns((volume.name for volume in selection.volumes), tables, counts)
     return CtRateCases(
-        cases,
-        {why: tuple(names) for why, names in dropped.items() if names},
-        dict(counts),
-        options_for_manifest(options),
+        cases=cases,
+        dropped={reason: tuple(keys) for reason, keys in selection.dropped.items() if keys},
+        counts=dict(counts),
+        policy=options_for_manifest(options),
     )
 
 
-def load_case(path: Path, metadata: _CaseMetadata, masks: CaseMasks) -> CaseData:
-    """Read a case from its files; runs in a worker process.
+def _build_case(
+    volume: SelectedVolume, path: Path, source: str, tables: CtRateTables, masks: CaseMaskFiles
+) -> Case:
+    name = volume.name
+    series = tables.series.get(name, SeriesMetadata())
+    affine = series_affine(series)
+    metadata = CaseMetadata(
+        labels=tables.labels_of(name),
+        report=tables.report_of(name),
+        slope=series.slope,
+        intercept=series.intercept,
+        affine=tuple(map(tuple, affine.tolist())) if affine is not None else None,
+    )
+    series_record: dict[str, str | float | None] = {
+        "manufacturer": series.manufacturer,
+        "kernel": series.kernel,
+        "kernel_class": kernel_class(series.kernel),
+        "slice_spacing": series.slice_spacing_mm,
+        "reconstructions": float(volume.scan_reconstructions),
+        "chosen": volume.reason,
+    }
+    table_digest = json_sha256([asdict(metadata), series_record, name.scan, name.split])
+    return Case(
+        key=name.key,
+        split=name.split,
+        patient=name.patient,
+        source=source,
+        load=partial(load_case, path, metadata, masks),
+        identity=(*file_identity(path, *masks.paths), table_digest),
+        scan=name.scan,
+        series=series_record,
+    )
+
+
+def _count_unknowns(
+    names: Iterable[VolumeName], tables: CtRateTables, counts: Counter[str]
+) -> None:
+    for name in names:
+        labels = tables.labels_of(name)
+        has_no_labels = labels == UNKNOWN_LABELS
+        counts["cases without labels"] += has_no_labels
+        counts["cases with some labels unknown"] += None in labels and not has_no_labels
+        counts["cases without a report"] += tables.report_of(name) == NO_REPORT
+        counts["cases without metadata"] += name not in tables.series
+
+
+# What a worker does
+
+
+def load_case(path: Path, metadata: CaseMetadata, masks: CaseMaskFiles) -> CaseData:
+    """Read a case from its files.
+
+    Args:
+        path: of the volume.
+        metadata: of the case, from the tables.
+        masks: files of the volume's masks.
 
     Raises:
-        UserError: a file that cannot be used, or a volume whose place neither its header nor the metadata tells.
+        UserError: a file that cannot be used, or a volume whose place neither its header nor the
+            metadata tells.
     """
     affine = np.array(metadata.affine) if metadata.affine is not None else None
     volume = _with_known_affine(read_volume(path, default_affine=affine), affine)
-    loaded = masks.load(volume)
     return CaseData(
+        **vars(masks.load(volume)),
         volume=volume,
         labels=dict(zip(FINDINGS, metadata.labels, strict=True)),
         findings=metadata.report.findings,
         impression=metadata.report.impression,
-        lesions=loaded.lesions,
-        lesions_annotated=loaded.lesions_annotated,
-        lesions_partial=loaded.lesions_partial,
-        lesions_source=loaded.lesions_source,
-        regions=loaded.regions,
-        regions_source=loaded.regions_source,
         slope=metadata.slope,
         intercept=metadata.intercept,
     )
 
 
 def _with_known_affine(volume: Volume, affine: Affine | None) -> Volume:
-    """The volume where it lies: the first release left its headers blank, so side and size are the metadata's."""
+    """Give a volume with a blank header, as the first release has them, the metadata's affine.
+
+    Raises:
+        InputError: the header is blank, and there is no metadata or it has another voxel size.
+    """
     if not is_blank_affine(volume.affine):
         return volume
-    size = np.abs(np.diag(volume.affine)[:3])
-    fits = affine is not None and np.allclose(
-        size, np.linalg.norm(affine[:3, :3], axis=0), rtol=0.01
+    voxel_size = np.abs(np.diag(volume.affine)[:3])
+    if affine is not None:
+        metadata_size = np.linalg.norm(affine[:3, :3], axis=0)
+        is_size_missing = (voxel_size == 1).all()
+        if is_size_missing or np.allclose(voxel_size, metadata_size, rtol=0.01):
+            return replace(volume, affine=affine)
+    size_text = ", ".join(f"{size:g}" for size in voxel_size)
+    raise InputError(
+        volume.where,
+        "has a blank header (voxels along the world's axes, at the origin) and no metadata that "
+        "fits",
+        expected="an affine, or position, orientation and spacing in the metadata",
+        found=f"voxels of {size_text} mm, so left and right are unknown",
+        remedy="take the volume of the fixed tree",
     )
-    if affine is None or not (fits or (size == 1).all()):
-        raise InputError(
-            volume.where,
-            "has a blank header (voxels along the world's axes, at the origin) and no metadata that fits",
-            expected="an affine, or position, orientation and spacing in the metadata",
-            found=f"voxels of {', '.join(f'{one:g}' for one in size)} mm, so left and right are unknown",
-            remedy="take the volume of the fixed tree",
-        )
-    return replace(volume, affine=affine)
-
-
-# Choice
-
-
-def _select_usable_volumes(
-    names: Iterable[VolumeName], facts: CtRateTables, options: CtRateOptions, counts: Counter[str]
-) -> tuple[list[VolumeName], dict[str, list[str]]]:
-    """What is left of the volumes, and what was dropped, by reason."""
-    excluded = {name.key for path in options.exclude for name in read_volume_list(path)}
-    tables = [*options.hold_out]
-    if options.masks.rexgrounding is not None:
-        tables += [
-            path for name in REX_TABLES if (path := options.masks.rexgrounding / name).is_file()
-        ]
-    held_out = {
-        name.patient
-        for path in tables
-        for name in read_held_out_volumes(path)
-        if name.split == "train"
-    }
-    left: list[VolumeName] = []
-    dropped: dict[str, list[str]] = defaultdict(list)
-    used: set[str] = set()
-    for name in names:
-        reason = None
-        if {name.key, name.scan} & facts.no_chest_keys:
-            reason = "does not show the chest (no-chest list)"
-        elif name.key in UNUSABLE_VOLUMES:
-            reason = f"known to be unusable: {UNUSABLE_VOLUMES[name.key]}"
-        elif hit := {name.key, name.scan} & excluded:
-            reason = "kept out by a list"
-            used |= hit
-        elif name.patient in held_out:
-            reason = "patient of the validation or test part of ReXGroundingCT"
-        if reason is None:
-            left.append(name)
-        else:
-            dropped[reason].append(name.key)
-    counts["names in exclude lists that no volume bears"] = len(excluded - used)
-    return left, dropped
-
-
-def _choose_reconstructions(
-    names: Sequence[VolumeName], facts: CtRateTables, options: CtRateOptions
-) -> dict[VolumeName, dict[str, str | float]]:
-    """The reconstructions that are used, in order, each with the reason and the number that there were."""
-    scans: dict[str, list[VolumeName]] = defaultdict(list)
-    for name in names:
-        scans[name.scan].append(name)
-    lesions = replace(options.masks, ts_seg=None, regions=None)
-    chosen: dict[VolumeName, dict[str, str | float]] = {}
-    for of_scan in scans.values():
-        number = float(len(of_scan))
-        if options.reconstructions == "all":
-            chosen |= {
-                name: {"reconstructions": number, "chosen": "all are used"} for name in of_scan
-            }
-        else:
-            outlined = [
-                name for name in of_scan if len(of_scan) > 1 and lesions.find_masks(name.key).paths
-            ]
-            name, why = choose_reconstruction(
-                of_scan, facts.series, options.kernel, options.grid_spacing_mm, outlined
-            )
-            chosen[name] = {"reconstructions": number, "chosen": why}
-    return chosen
-
-
-# Cases
-
-
-def _build_case(
-    name: VolumeName,
-    path: Path,
-    dataset: Path,
-    facts: CtRateTables,
-    choice: Mapping[str, str | float],
-    masks: CaseMasks,
-) -> Case:
-    series = facts.series.get(name)
-    affine = series_affine(series)
-    row = _CaseMetadata(
-        labels=facts.labels_of(name),
-        report=facts.report_of(name),
-        slope=series.slope if series else None,
-        intercept=series.intercept if series else None,
-        affine=tuple(map(tuple, affine.tolist())) if affine is not None else None,
-    )
-    known: dict[str, str | float | None] = {
-        "manufacturer": series.manufacturer if series else None,
-        "kernel": series.kernel if series else None,
-        "kernel_class": kernel_class(series.kernel) if series else None,
-        "slice_spacing": series.slice_spacing_mm if series else None,
-        **choice,
-    }
-    content = json.dumps([asdict(row), known, name.scan, name.split], sort_keys=True)
-    return Case(
-        key=name.key,
-        split=name.split,
-        patient=name.patient,
-        source=f"CT-RATE {path.relative_to(dataset).as_posix()}",
-        load=partial(load_case, path, row, masks),
-        identity=(*file_identity(path, *masks.paths), hashlib.sha256(content.encode()).hexdigest()),
-        scan=name.scan,
-        series=known,
-    )
-
-
-def _count_unknowns(names: Iterable[VolumeName], facts: CtRateTables, counts: Counter[str]) -> None:
-    unknown: FindingLabels = (None,) * len(FINDINGS)
-    for name in names:
-        labels = facts.labels_of(name)
-        counts["cases without labels"] += labels == unknown
-        counts["cases with some labels unknown"] += None in labels and labels != unknown
-        counts["cases without a report"] += facts.report_of(name) == ReportSections(None, None)
-        counts["cases without metadata"] += name not in facts.series
-
-
-def _require_disjoint_patients(cases: Iterable[Case]) -> None:
-    """Train and valid share no patient: names begin with the part, and files lie in its folder."""
-    patients: dict[str, set[str]] = defaultdict(set)
-    for case in cases:
-        patients[case.split].add(case.patient)
-    shared = patients["train"] & patients["valid"]
-    assert not shared, f"patients {sorted(shared)[:3]} are in both parts"

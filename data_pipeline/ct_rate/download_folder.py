@@ -1,9 +1,10 @@
-"""What lies in a CT-RATE download: volumes by name, and the facts of the tables that belong to them."""
+"""What lies in a CT-RATE download: the volumes' files by name, and the content of the tables."""
 
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from data_pipeline.ct_rate.options import CtRateOptions, TableName
@@ -11,13 +12,11 @@ from data_pipeline.ct_rate.tables import (
     FindingLabels,
     ReportSections,
     SeriesMetadata,
-    VolumeName,
-    parse_volume_name,
     read_labels,
     read_metadata,
     read_reports,
-    read_volume_list,
 )
+from data_pipeline.ct_rate.volume_names import VolumeName, parse_volume_name, read_volume_list
 from rectvlm.labels import FINDINGS
 from rectvlm.types import InputError, Split, UserError
 
@@ -27,63 +26,75 @@ _VOLUME_FOLDERS: dict[tuple[Split, str], tuple[str, ...]] = {
     ("train", "v1"): ("train",),
     ("valid", "v1"): ("valid", "validation"),
 }
+"""Possible names of a tree of volumes, by split and layout."""
+_TREE_DEPTH = 3
+"""Levels of folders in a tree of volumes: patient, scan, and one to spare."""
 _TABLE_FILES: dict[TableName, tuple[str, str]] = {
     "labels": ("multi_abnormality_labels", "{}_predicted_labels.csv"),
     "reports": ("radiology_text_reports", "{}_reports.csv"),
     "metadata": ("metadata", "{}_metadata.csv"),
     "no-chest": ("metadata", "no_chest_{}.txt"),
 }
+"""Folder of each table, and pattern of its file's name."""
+_TABLE_PREFIXES: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "valid": ("validation", "valid"),
+}
+"""Words that stand for a split in the names of tables."""
+UNKNOWN_LABELS: FindingLabels = (None,) * len(FINDINGS)
+NO_REPORT = ReportSections()
 
 
-@dataclass(frozen=True)
+@dataclass
 class CtRateTables:
-    """What the tables say. Labels and reports belong to a scan, so they hold for all of its reconstructions."""
+    """The content of a download's tables."""
 
-    labels: dict[str, FindingLabels]
-    """By scan."""
-    reports: dict[VolumeName, ReportSections]
-    """By volume, where it has a row of its own."""
-    scan_reports: dict[str, ReportSections]
-    """By scan: the report of its first reconstruction that has one."""
-    series: dict[VolumeName, SeriesMetadata]
-    no_chest_keys: frozenset[str]
-    """Keys of volumes, or of whole scans."""
-    named_volumes: frozenset[VolumeName]
+    labels: dict[str, FindingLabels] = field(default_factory=dict)
+    """Labels by scan; they hold for all of its reconstructions."""
+    reports: dict[VolumeName, ReportSections] = field(default_factory=dict)
+    """Reports of the volumes that have a row."""
+    scan_reports: dict[str, ReportSections] = field(default_factory=dict)
+    """Report by scan, from its first reconstruction that has one."""
+    series: dict[VolumeName, SeriesMetadata] = field(default_factory=dict)
+    """Metadata of the volumes that have a row."""
+    no_chest_keys: set[str] = field(default_factory=set)
+    """Keys of volumes, or of whole scans, that do not show the chest."""
+    named_volumes: set[VolumeName] = field(default_factory=set)
     """Volumes that labels, reports or metadata name."""
 
     def labels_of(self, name: VolumeName) -> FindingLabels:
-        """Of the volume's scan; all None where no table has it."""
-        return self.labels.get(name.scan, (None,) * len(FINDINGS))
+        """Labels of the volume's scan; all None where no table has it."""
+        return self.labels.get(name.scan, UNKNOWN_LABELS)
 
     def report_of(self, name: VolumeName) -> ReportSections:
-        """The volume's own report, else its scan's."""
-        nothing = ReportSections(None, None)
-        own = self.reports.get(name, nothing)
-        return own if own != nothing else self.scan_reports.get(name.scan, nothing)
+        """Report of the volume itself, else of its scan."""
+        report = self.reports.get(name, NO_REPORT)
+        if report == NO_REPORT:
+            return self.scan_reports.get(name.scan, NO_REPORT)
+        return report
 
 
 # Files
 
 
 def find_dataset_folder(root: Path) -> Path:
-    """The folder that holds the trees of volumes: `root/dataset` or `root` itself.
+    """Find the folder that holds the trees of volumes: `root/dataset` or `root` itself.
 
     Raises:
         UserError: neither does.
     """
+    tree_names = list(chain.from_iterable(_VOLUME_FOLDERS.values()))
     for folder in (root / "dataset", root):
-        if any((folder / name).is_dir() for names in _VOLUME_FOLDERS.values() for name in names):
+        if any((folder / name).is_dir() for name in tree_names):
             return folder
-    found = (
-        ", ".join(sorted(path.name for path in root.iterdir())[:10])
-        if root.is_dir()
-        else "no such folder"
-    )
+    content = "no such folder"
+    if root.is_dir():
+        content = ", ".join(sorted(path.name for path in root.iterdir())[:10]) or "an empty folder"
     raise InputError(
         root,
         "is no CT-RATE download",
         expected="a folder dataset/ with train_fixed/ or valid_fixed/ (or train/, valid/) in it",
-        found=found or "an empty folder",
+        found=content,
         remedy="give the folder that dataset/ lies in",
     )
 
@@ -91,50 +102,62 @@ def find_dataset_folder(root: Path) -> Path:
 def find_volumes(
     dataset: Path, options: CtRateOptions, counts: Counter[str]
 ) -> dict[VolumeName, Path]:
-    """Volumes on disk by name; where a volume is in both trees, the fixed one's counts. No file is opened.
+    """Find the volumes on disk by name, without opening a file.
+
+    A volume that is in both trees is taken from the fixed one.
+
+    Args:
+        dataset: folder of the trees of volumes.
+        options: `splits` and `layout` decide which trees are read.
+        counts: receives the number of files that are not used.
 
     Raises:
-        UserError: there are none, or one of a split lies in the other's folder.
+        UserError: there are no volumes, or one lies in the other split's folder.
     """
-    layouts = ("fixed", "v1") if options.layout == "auto" else (options.layout,)
     files: dict[VolumeName, Path] = {}
-    for split in options.splits:
-        for layout in layouts:
-            for folder in (dataset / name for name in _VOLUME_FOLDERS[split, layout]):
-                for entry in _walk_files(folder, 3) if folder.is_dir() else ():
-                    name = (
-                        parse_volume_name(entry.name)
-                        if entry.name.endswith((".nii", ".nii.gz"))
-                        else None
-                    )
-                    if name is None or name.reconstruction is None:
-                        counts["other files among the volumes"] += 1
-                    elif name.split != split:
-                        raise UserError(
-                            f"{entry.path} is a volume of {name.split} in a folder of {split}: move it, since patients "
-                            f"of one must not get into the other."
-                        )
-                    elif name in files:
-                        counts[
-                            "volumes that are on disk twice, of which the fixed or the packed one is used"
-                        ] += 1
-                    else:
-                        files[name] = Path(entry.path)
+    for split, folder in _volume_folders(dataset, options):
+        for entry in _walk_files(folder, _TREE_DEPTH):
+            is_nifti = entry.name.endswith((".nii", ".nii.gz"))
+            name = parse_volume_name(entry.name) if is_nifti else None
+            if name is None or name.reconstruction is None:
+                counts["other files among the volumes"] += 1
+            elif name.split != split:
+                raise UserError(
+                    f"{entry.path} is a volume of {name.split} in a folder of {split}: move it, "
+                    f"since patients of one must not get into the other."
+                )
+            elif name in files:
+                counts[
+                    "volumes that are on disk twice, of which the fixed or the packed one is used"
+                ] += 1
+            else:
+                files[name] = Path(entry.path)
     if not files:
         raise UserError(
-            f"{dataset} holds no volumes of {' or '.join(options.splits)} in layout {options.layout}: expected files "
-            f"such as train_fixed/train_1/train_1_a/train_1_a_1.nii.gz."
+            f"{dataset} holds no volumes of {' or '.join(options.splits)} in layout "
+            f"{options.layout}: expected files such as "
+            f"train_fixed/train_1/train_1_a/train_1_a_1.nii.gz."
         )
     return files
 
 
+def _volume_folders(dataset: Path, options: CtRateOptions) -> Iterator[tuple[Split, Path]]:
+    """Yield the existing trees of volumes with their split, the fixed ones first."""
+    layouts = ("fixed", "v1") if options.layout == "auto" else (options.layout,)
+    for split in options.splits:
+        for layout in layouts:
+            for name in _VOLUME_FOLDERS[split, layout]:
+                if (dataset / name).is_dir():
+                    yield split, dataset / name
+
+
 def _walk_files(folder: Path | str, depth: int) -> Iterator["os.DirEntry[str]"]:
-    """Files down to a depth of folders; packed before unpacked ones. Links count as what they lead to."""
-    entries = sorted(
-        (entry for entry in os.scandir(folder) if entry.name[0] != "."),
-        key=lambda entry: entry.name,
-    )
-    for entry in sorted(entries, key=lambda entry: not entry.name.endswith(".gz")):
+    """Yield the files of a folder and of `depth` levels below it, except hidden ones.
+
+    Packed files come before unpacked ones. Links count as what they lead to.
+    """
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    for entry in sorted(entries, key=lambda entry: (not entry.name.endswith(".gz"), entry.name)):
         if not entry.is_dir():
             yield entry
         elif depth:
@@ -142,7 +165,7 @@ def _walk_files(folder: Path | str, depth: int) -> Iterator["os.DirEntry[str]"]:
 
 
 def expected_volume_path(dataset: Path, name: VolumeName, options: CtRateOptions) -> Path:
-    """Where a volume that is not on disk belongs."""
+    """The path at which a volume that is not on disk belongs."""
     folder = _VOLUME_FOLDERS[name.split, "v1" if options.layout == "v1" else "fixed"][0]
     return dataset / folder / name.patient / name.scan / f"{name.key}.nii.gz"
 
@@ -153,80 +176,87 @@ def expected_volume_path(dataset: Path, name: VolumeName, options: CtRateOptions
 def read_tables(
     dataset: Path, splits: Sequence[Split], options: CtRateOptions, counts: Counter[str]
 ) -> CtRateTables:
-    """The tables of the given splits.
+    """Read the tables of some splits.
+
+    Args:
+        dataset: folder of the download that holds the tables' folders.
+        splits: to read.
+        options: `without` names the tables that may be missing.
+        counts: receives the number of contradictions.
 
     Raises:
         UserError: a table is missing (unless `options.without` names it) or cannot be read.
     """
-    labels: dict[VolumeName, FindingLabels] = {}
-    reports: dict[VolumeName, ReportSections] = {}
-    series: dict[VolumeName, SeriesMetadata] = {}
-    no_chest: set[str] = set()
+    tables = CtRateTables()
+    volume_labels: dict[VolumeName, FindingLabels] = {}
     for split in splits:
         if path := _find_table(dataset, split, "labels", options):
-            labels |= read_labels(path)
+            volume_labels |= read_labels(path)
         if path := _find_table(dataset, split, "reports", options):
-            reports |= read_reports(path)
+            tables.reports |= read_reports(path)
         if path := _find_table(dataset, split, "metadata", options):
-            series |= read_metadata(path)
+            tables.series |= read_metadata(path)
         if path := _find_table(dataset, split, "no-chest", options):
-            no_chest |= {name.key for name in read_volume_list(path)}
-    scan_reports: dict[str, ReportSections] = {}
-    differing = set()
-    for name in sorted(reports, key=lambda name: name.sort_key):
-        report = reports[name]
-        if (
-            report != ReportSections(None, None)
-            and scan_reports.setdefault(name.scan, report) != report
-        ):
-            differing.add(name.scan)
-    counts["scans whose reconstructions have different reports"] = len(differing)
-    named = frozenset(
-        name
-        for name in {*labels, *reports, *series}
-        if name.reconstruction and name.split in splits
-    )
-    by_scan = _merge_scan_labels(labels, counts)
-    return CtRateTables(by_scan, reports, scan_reports, series, frozenset(no_chest), named)
+            tables.no_chest_keys |= {name.key for name in read_volume_list(path)}
+    for name in {*volume_labels, *tables.reports, *tables.series}:
+        if name.reconstruction and name.split in splits:
+            tables.named_volumes.add(name)
+    tables.scan_reports = _merge_scan_reports(tables.reports, counts)
+    tables.labels = _merge_scan_labels(volume_labels, counts)
+    return tables
 
 
 def _find_table(
     dataset: Path, split: Split, table: TableName, options: CtRateOptions
 ) -> Path | None:
-    """The file of a table, under either prefix; None where it is missing and may be."""
+    """Find the file of a table; None where it is missing and may be."""
     folder, pattern = _TABLE_FILES[table]
-    names = [
-        pattern.format(prefix)
-        for prefix in ([split] if split == "train" else ["validation", "valid"])
-    ]
-    places = [parent / name for parent in (dataset / folder, dataset) for name in names]
-    found = next((path for path in places if path.is_file()), None)
-    if found is None and table not in options.without:
-        raise InputError(
-            dataset / folder,
-            f"lacks the {table} of {split}",
-            expected=" or ".join(names),
-            found="no such file",
-            remedy=f"download it, or say --without {table} to go on without",
-        )
-    return found
+    names = [pattern.format(prefix) for prefix in _TABLE_PREFIXES[split]]
+    for parent in (dataset / folder, dataset):
+        for name in names:
+            if (parent / name).is_file():
+                return parent / name
+    if table in options.without:
+        return None
+    raise InputError(
+        dataset / folder,
+        f"lacks the {table} of {split}",
+        expected=" or ".join(names),
+        found="no such file",
+        remedy=f"download it, or say --without {table} to go on without",
+    )
+
+
+def _merge_scan_reports(
+    reports: Mapping[VolumeName, ReportSections], counts: Counter[str]
+) -> dict[str, ReportSections]:
+    """The first report of each scan's reconstructions."""
+    scan_reports: dict[str, ReportSections] = {}
+    differing_scans = set()
+    for name in sorted(reports, key=lambda name: name.sort_key):
+        report = reports[name]
+        if report != NO_REPORT and scan_reports.setdefault(name.scan, report) != report:
+            differing_scans.add(name.scan)
+    counts["scans whose reconstructions have different reports"] = len(differing_scans)
+    return scan_reports
 
 
 def _merge_scan_labels(
-    labels: Mapping[VolumeName, FindingLabels], counts: Counter[str]
+    volume_labels: Mapping[VolumeName, FindingLabels], counts: Counter[str]
 ) -> dict[str, FindingLabels]:
-    """Labels by scan: what its rows agree on; a finding that they contradict each other on is unknown."""
+    """Labels by scan; a finding that the scan's rows contradict each other on is unknown."""
     rows: dict[str, set[FindingLabels]] = defaultdict(set)
-    for name, row in labels.items():
-        rows[name.scan].add(row)
-    merged: dict[str, FindingLabels] = {}
-    for scan, different in rows.items():
-        values = [{row[place] for row in different} - {None} for place in range(len(FINDINGS))]
-        conflicts = sum(len(of_finding) > 1 for of_finding in values)
-        counts["labels set to unknown since reconstructions of a scan contradict each other"] += (
-            conflicts
-        )
-        merged[scan] = tuple(
-            of_finding.pop() if len(of_finding) == 1 else None for of_finding in values
-        )
-    return merged
+    for name, labels in volume_labels.items():
+        rows[name.scan].add(labels)
+
+    scan_labels: dict[str, FindingLabels] = {}
+    for scan, distinct_rows in rows.items():
+        merged: list[int | None] = []
+        for values in zip(*distinct_rows, strict=True):
+            known_values = set(values) - {None}
+            counts[
+                "labels set to unknown since reconstructions of a scan contradict each other"
+            ] += len(known_values) > 1
+            merged.append(known_values.pop() if len(known_values) == 1 else None)
+        scan_labels[scan] = tuple(merged)
+    return scan_labels

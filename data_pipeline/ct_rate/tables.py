@@ -1,14 +1,8 @@
-"""CT-RATE's tables: names, reports, labels and metadata, read strictly and joined by one normalized name.
-
-Every copy of CT-RATE writes its names a little differently (`valid_` or `validation_`, with or without `.nii.gz`, under
-`VolumeName` or `AccessionNo`, sometimes as paths); `parse_name` is the only place that knows.
-"""
+"""CT-RATE's tables of labels, reports and metadata, read strictly and joined by volume name."""
 
 import ast
 import csv
-import json
 import math
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,239 +10,159 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_pipeline.ct_rate.volume_names import VolumeName, require_volume_name
 from rectvlm.labels import FINDINGS
-from rectvlm.types import InputError, Split, UserError
+from rectvlm.types import InputError, UserError
 
 NAME_COLUMNS = ("VolumeName", "AccessionNo")
-_NAME_PATTERN = re.compile(r"(train|valid|validation)_(\d+)_([a-z]+)(?:_(\d+))?(?:\.nii(?:\.gz)?)?")
+"""Columns that may hold the name; the first one that a table has is used."""
+_REPORT_COLUMNS = ("Findings_EN", "Impressions_EN")
+_METADATA_COLUMNS = (
+    "Manufacturer",
+    "ConvolutionKernel",
+    "ZSpacing",
+    "NumberofSlices",
+    "XYSpacing",
+    "Rows",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+)
 _UNKNOWN_VALUES = {"", "nan", "na", "n/a", "none", "null"}
-T = TypeVar("T")
+"""Cells, in lower case, that stand for no value."""
+RowT = TypeVar("RowT")
 
-
-@dataclass(frozen=True)
-class VolumeName:
-    """What a CT-RATE name says: `train_1_a_2` is patient 1 of the training part, scan a, reconstruction 2."""
-
-    split: Split
-    patient_number: int
-    scan_letters: str
-    reconstruction: int | None
-    """None in a name that stands for a whole scan."""
-
-    @property
-    def patient(self) -> str:
-        """Numbers start anew in each part, so the part belongs to the patient's name."""
-        return f"{self.split}_{self.patient_number}"
-
-    @property
-    def scan(self) -> str:
-        return f"{self.patient}_{self.scan_letters}"
-
-    @property
-    def key(self) -> str:
-        """The volume's name as its file bears it, without suffix."""
-        return self.scan if self.reconstruction is None else f"{self.scan}_{self.reconstruction}"
-
-    @property
-    def sort_key(self) -> tuple[str, int, int, str, int]:
-        """Sorts as people count: train_2 before train_10."""
-        letters = self.scan_letters
-        return self.split, self.patient_number, len(letters), letters, self.reconstruction or 0
-
-
-def parse_volume_name(text: str) -> VolumeName | None:
-    """The volume or scan that a file name, a path or a table's cell names; None when it names neither."""
-    found = _NAME_PATTERN.fullmatch(re.split(r"[/\\]", text.strip())[-1])
-    if found is None:
-        return None
-    prefix, patient, letters, number = found.groups()
-    return VolumeName(
-        "train" if prefix == "train" else "valid",
-        int(patient),
-        letters,
-        int(number) if number is not None else None,
-    )
+FindingLabels = tuple[int | None, ...]
+"""Labels in the order of `FINDINGS`: 1, 0, or None for unknown."""
 
 
 @dataclass(frozen=True)
 class ReportSections:
-    """The two sections of a report; None where there is none."""
+    """The two sections of a report."""
 
-    findings: str | None
-    impression: str | None
+    findings: str | None = None
+    """The Findings section; None when there is none."""
+    impression: str | None = None
+    """The Impression section; None when there is none."""
 
 
 @dataclass(frozen=True)
 class SeriesMetadata:
     """What the metadata says of one reconstruction; None where it says nothing."""
 
-    manufacturer: str | None
-    kernel: str | None
+    manufacturer: str | None = None
+    kernel: str | None = None
     """ConvolutionKernel; its first part where the scanner gave several, as in `['Br40f', '3']`."""
-    slice_spacing_mm: float | None
-    """mm."""
-    slice_count: int | None
-    pixel_spacing_mm: tuple[float, float] | None
-    """mm, along a row of voxels and from row to row."""
-    row_count: int | None
-    slope: float | None
-    intercept: float | None
-    position_lps_mm: tuple[float, ...] | None
+    slice_spacing_mm: float | None = None
+    """Distance between slices, mm."""
+    slice_count: int | None = None
+    pixel_spacing_mm: tuple[float, float] | None = None
+    """Distance between voxels along a row and from row to row, mm."""
+    row_count: int | None = None
+    slope: float | None = None
+    """RescaleSlope."""
+    intercept: float | None = None
+    """RescaleIntercept."""
+    position_lps_mm: tuple[float, ...] | None = None
     """ImagePositionPatient: centre of the first voxel, LPS mm."""
-    orientation_lps: tuple[float, ...] | None
+    orientation_lps: tuple[float, ...] | None = None
     """ImageOrientationPatient: directions along a row and from row to row, LPS."""
 
 
-FindingLabels = tuple[int | None, ...]
-"""In the order of `FINDINGS`."""
-
-
 def read_labels(path: Path) -> dict[VolumeName, FindingLabels]:
-    """The 18 labels by name: 1, 0, or None where the table says nothing.
+    """Read the 18 labels of each name.
 
     Raises:
-        UserError: a label column is missing, a value is neither 0 nor 1, or a name has two rows that disagree.
+        UserError: a label column is missing, a value is neither 0 nor 1, or a name has two rows
+            that disagree.
     """
 
-    def labels(row: Mapping[str, str], number: int) -> FindingLabels:
-        return tuple(_parse_label(row[finding], path, number, finding) for finding in FINDINGS)
+    def parse_labels(cells: Mapping[str, str], row_number: int) -> FindingLabels:
+        return tuple(
+            _parse_label(cells[finding], path, row_number, finding) for finding in FINDINGS
+        )
 
-    return _read_table(path, FINDINGS, labels)
+    return _read_table(path, FINDINGS, parse_labels)
 
 
 def read_reports(path: Path) -> dict[VolumeName, ReportSections]:
-    """Findings and impression by name.
+    """Read the report of each name.
 
     Raises:
         UserError: a column is missing, or a name has two rows that disagree.
     """
 
-    def report(row: Mapping[str, str], number: int) -> ReportSections:
-        return ReportSections(
-            _parse_report_section(row["Findings_EN"]), _parse_report_section(row["Impressions_EN"])
-        )
+    def parse_report(cells: Mapping[str, str], row_number: int) -> ReportSections:
+        findings, impression = (_parse_report_section(cells[column]) for column in _REPORT_COLUMNS)
+        return ReportSections(findings, impression)
 
-    return _read_table(path, ("Findings_EN", "Impressions_EN"), report)
+    return _read_table(path, _REPORT_COLUMNS, parse_report)
 
 
 def read_metadata(path: Path) -> dict[VolumeName, SeriesMetadata]:
-    """The reconstructions by name.
+    """Read the metadata of each reconstruction.
 
     Raises:
-        UserError: a column is missing, a value cannot be read, or a name has two rows that disagree.
+        UserError: a column is missing, a value cannot be read, or a name has two rows that
+            disagree.
     """
 
-    def series(row: Mapping[str, str], number: int) -> SeriesMetadata:
-        def numbers(column: str, count: int) -> tuple[float, ...] | None:
-            return _parse_numbers(row[column], count, path, number, column)
+    def parse_series(cells: Mapping[str, str], row_number: int) -> SeriesMetadata:
+        def parse_numbers(column: str, count: int) -> tuple[float, ...] | None:
+            return _parse_numbers(cells[column], count, path, row_number, column)
 
-        def one(column: str) -> float | None:
-            values = numbers(column, 1)
-            return values[0] if values else None
+        def parse_number(column: str) -> float | None:
+            numbers = parse_numbers(column, 1)
+            return numbers[0] if numbers else None
 
-        slices, rows, pixel = one("NumberofSlices"), one("Rows"), numbers("XYSpacing", 2)
+        slice_count = parse_number("NumberofSlices")
+        row_count = parse_number("Rows")
+        pixel_spacing = parse_numbers("XYSpacing", 2)
         return SeriesMetadata(
-            manufacturer=_parse_text(row["Manufacturer"]),
-            kernel=_parse_kernel(row["ConvolutionKernel"]),
-            slice_spacing_mm=one("ZSpacing"),
-            slice_count=int(slices) if slices is not None else None,
-            pixel_spacing_mm=(pixel[0], pixel[1]) if pixel else None,
-            row_count=int(rows) if rows is not None else None,
-            slope=one("RescaleSlope"),
-            intercept=one("RescaleIntercept"),
-            position_lps_mm=numbers("ImagePositionPatient", 3),
-            orientation_lps=numbers("ImageOrientationPatient", 6),
+            manufacturer=_parse_text(cells["Manufacturer"]),
+            kernel=_parse_kernel(cells["ConvolutionKernel"]),
+            slice_spacing_mm=parse_number("ZSpacing"),
+            slice_count=int(slice_count) if slice_count is not None else None,
+            pixel_spacing_mm=(pixel_spacing[0], pixel_spacing[1]) if pixel_spacing else None,
+            row_count=int(row_count) if row_count is not None else None,
+            slope=parse_number("RescaleSlope"),
+            intercept=parse_number("RescaleIntercept"),
+            position_lps_mm=parse_numbers("ImagePositionPatient", 3),
+            orientation_lps=parse_numbers("ImageOrientationPatient", 6),
         )
 
-    columns = (
-        "Manufacturer",
-        "ConvolutionKernel",
-        "ZSpacing",
-        "NumberofSlices",
-        "XYSpacing",
-        "Rows",
-    )
-    placed = ("RescaleSlope", "RescaleIntercept", "ImagePositionPatient", "ImageOrientationPatient")
-    return _read_table(path, (*columns, *placed), series)
-
-
-def read_volume_list(path: Path) -> list[VolumeName]:
-    """The volumes or scans of a list, one a line; paths and suffixes are allowed, `#` starts a comment.
-
-    Raises:
-        UserError: no such file, or a line that names neither a volume nor a scan.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read as a list of volume names ({error}): expected one name a line."
-        ) from None
-    names = []
-    for number, line in enumerate(lines, 1):
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        name = parse_volume_name(text)
-        if name is None:
-            raise _bad_name_error(path, f"line {number}", text)
-        names.append(name)
-    return names
-
-
-def read_held_out_volumes(path: Path) -> list[VolumeName]:
-    """The volumes of the validation and test parts of a ReXGroundingCT table."""
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as JSON ({error}): expected ReXGroundingCT's dataset.json."
-        ) from None
-    parts = {part: table[part] for part in ("val", "valid", "validation", "test") if part in table}
-    items = [item for part in parts.values() if isinstance(part, list) for item in part]
-    texts = [item.get("name") if isinstance(item, dict) else item for item in items]
-    names = [parse_volume_name(text) if isinstance(text, str) else None for text in texts]
-    known = [name for name in names if name is not None]
-    if not known or len(known) < len(names):
-        wrong = texts[names.index(None)] if None in names else None
-        raise InputError(
-            path,
-            "is no table of ReXGroundingCT",
-            expected='lists "val" and "test" of items with a "name" such as train_1_a_1.nii.gz',
-            found=f"the name {wrong!r}" if items else "none in them",
-            remedy="give its dataset.json",
-        )
-    return known
+    return _read_table(path, _METADATA_COLUMNS, parse_series)
 
 
 # Rows
 
 
 def _read_table(
-    path: Path, columns: Sequence[str], parse: Callable[[Mapping[str, str], int], T]
-) -> dict[VolumeName, T]:
-    """Parsed rows by name; a name twice is fine as long as both rows say the same."""
-    parsed: dict[VolumeName, T] = {}
-    for number, name, row in _iterate_rows(path, columns):
-        record = parse(row, number)
-        if parsed.setdefault(name, record) != record:
+    path: Path, columns: Sequence[str], parse_row: Callable[[Mapping[str, str], int], RowT]
+) -> dict[VolumeName, RowT]:
+    """Read parsed rows by name; a name may have two rows when both say the same."""
+    rows: dict[VolumeName, RowT] = {}
+    for row_number, name, cells in _iterate_rows(path, columns):
+        row = parse_row(cells, row_number)
+        if rows.setdefault(name, row) != row:
             raise InputError(
                 path,
-                f"contradicts itself in row {number}",
+                f"contradicts itself in row {row_number}",
                 expected=f"one content for {name.key}",
                 found="two rows that differ",
                 remedy="keep the right one",
             )
-    return parsed
+    return rows
 
 
 def _iterate_rows(
     path: Path, columns: Sequence[str]
 ) -> Iterator[tuple[int, VolumeName, dict[str, str]]]:
-    """Number (from 1, the header not counted), name and wanted cells of each row, all as text."""
-    found = _read_header(path)
-    name_column = next((column for column in NAME_COLUMNS if column in found), None)
-    missing = [column for column in columns if column not in found]
+    """Yield number (from 1, without the header), name and wanted cells of each row, as text."""
+    header = _read_header(path)
+    name_column = next((column for column in NAME_COLUMNS if column in header), None)
+    missing = [column for column in columns if column not in header]
     if name_column is None:
         missing.insert(0, " or ".join(NAME_COLUMNS))
     if missing or name_column is None:
@@ -256,43 +170,41 @@ def _iterate_rows(
             path,
             f"lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}",
             expected=f"{' or '.join(NAME_COLUMNS)}, {', '.join(columns)}",
-            found=", ".join(found) or "no header",
+            found=", ".join(header) or "no header",
             remedy="download it again, or give renamed columns their names back",
         )
-    table = _load_columns(path, found)
-    cells = {column: table[column] for column in columns}
+    table = _load_columns(path, header)
     for index, text in enumerate(table[name_column]):
-        name = parse_volume_name(text or "")
-        if name is None:
-            raise _bad_name_error(path, f"row {index + 1}", text)
-        yield index + 1, name, {column: values[index] or "" for column, values in cells.items()}
+        name = require_volume_name(text or "", path, f"row {index + 1}")
+        yield index + 1, name, {column: table[column][index] or "" for column in columns}
 
 
 def _read_header(path: Path) -> list[str]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            found = next(csv.reader(file), [])
+            header = next(csv.reader(file), [])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(
             f"{path} cannot be read as a CSV table ({error}): download it again."
         ) from None
-    twice = sorted({column for column in found if found.count(column) > 1})
-    if twice:
+    repeated = sorted({column for column in header if header.count(column) > 1})
+    if repeated:
         raise UserError(
-            f"{path} has the column {twice[0]} twice: expected each once; delete the wrong one."
+            f"{path} has the column {repeated[0]} twice: expected each once; delete the wrong one."
         )
-    return found
+    return header
 
 
 def _load_columns(path: Path, columns: Sequence[str]) -> dict[str, list[str | None]]:
-    """All cells as text, by column; nothing is left in any cache."""
-    # Worker processes import this module to load cases; they never read tables, and the library takes seconds.
+    """Load all cells as text, by column; nothing is left in any cache."""
+    # Worker processes import this module to load cases but never read tables, and the import takes
+    # seconds.
     import datasets
 
     features = datasets.Features({column: datasets.Value("string") for column in columns})
     with tempfile.TemporaryDirectory() as cache, _hide_progress_bars(datasets):
         try:
-            # Without the filter, pandas would take a report that says "None" or "NA" for a missing one.
+            # With na_filter pandas would take a report that says "None" or "NA" for a missing one.
             table = datasets.Dataset.from_csv(
                 str(path),
                 features=features,
@@ -306,36 +218,26 @@ def _load_columns(path: Path, columns: Sequence[str]) -> dict[str, list[str | No
             raise UserError(
                 f"{path} cannot be read as a CSV table ({reason}): download it again."
             ) from None
-        cells: dict[str, list[str | None]] = table[:]
-        return cells
+        columns_by_name: dict[str, list[str | None]] = table[:]
+        return columns_by_name
 
 
 @contextmanager
 def _hide_progress_bars(datasets: Any) -> Iterator[None]:
-    """Without the library's progress bar for a fraction of a second's work."""
-    shown = not datasets.are_progress_bars_disabled()
+    """Hide the library's progress bar, which would show a fraction of a second's work."""
+    was_enabled = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             datasets.enable_progress_bars()
 
 
 # Cells
 
 
-def _bad_name_error(path: Path, place: str, text: object) -> InputError:
-    return InputError(
-        path,
-        f"has a name in {place} that is not of CT-RATE",
-        expected="one such as train_1_a_1.nii.gz or valid_1_a_1",
-        found=repr(text),
-        remedy="correct or delete it",
-    )
-
-
-def _parse_label(text: str, path: Path, number: int, finding: str) -> int | None:
+def _parse_label(text: str, path: Path, row_number: int, finding: str) -> int | None:
     value = text.strip().lower()
     if value in ("0", "0.0"):
         return 0
@@ -345,7 +247,7 @@ def _parse_label(text: str, path: Path, number: int, finding: str) -> int | None
         return None
     raise InputError(
         path,
-        f"has a label that is none in row {number}, column {finding!r}",
+        f"has a label that is none in row {row_number}, column {finding!r}",
         expected="0, 1 or nothing",
         found=repr(text),
         remedy="correct it, or empty the cell where it is unknown",
@@ -353,18 +255,19 @@ def _parse_label(text: str, path: Path, number: int, finding: str) -> int | None
 
 
 def _parse_report_section(text: str) -> str | None:
-    """A section of a report; None for an empty one and for CT-RATE's `Not given.`"""
+    """Read a section of a report; None for an empty one and for CT-RATE's `Not given.`"""
     section = text.strip()
-    return (
-        None if section.lower().rstrip(".").strip() in _UNKNOWN_VALUES | {"not given"} else section
-    )
+    value = section.lower().rstrip(".").strip()
+    return None if value in _UNKNOWN_VALUES or value == "not given" else section
 
 
 def _parse_text(text: str) -> str | None:
-    return None if text.strip().lower() in _UNKNOWN_VALUES else text.strip()
+    value = text.strip()
+    return None if value.lower() in _UNKNOWN_VALUES else value
 
 
 def _parse_kernel(text: str) -> str | None:
+    """Read a kernel's name, also from a list such as `['Br40f', '3']`."""
     value = _parse_text(text)
     if value is None or not value.startswith(("[", "(")):
         return value
@@ -376,9 +279,9 @@ def _parse_kernel(text: str) -> str | None:
 
 
 def _parse_numbers(
-    text: str, count: int, path: Path, row: int, column: str
+    text: str, count: int, path: Path, row_number: int, column: str
 ) -> tuple[float, ...] | None:
-    """So many finite numbers, written as `0.5` or `[0.5, 0.5]`; None where there are none or one of them is not."""
+    """Read `count` numbers written as `0.5` or `[0.5, 0.5]`; None if one is not finite."""
     value = text.strip()
     if value.lower() in _UNKNOWN_VALUES:
         return None
@@ -389,7 +292,7 @@ def _parse_numbers(
     if len(numbers) != count:
         raise InputError(
             path,
-            f"has a value that cannot be read in row {row}, column {column!r}",
+            f"has a value that cannot be read in row {row_number}, column {column!r}",
             expected="a number" if count == 1 else f"{count} numbers such as [0.5, 0.5]",
             found=repr(text),
             remedy="download it again, or empty the cell",

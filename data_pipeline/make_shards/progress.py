@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, a line of the log now and then elsewhere. And what it came to, in the end."""
+"""Progress and summary of a preprocessing run: a bar on a terminal, lines of the log elsewhere."""
 
 import logging
 import sys
@@ -9,8 +9,7 @@ from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from data_pipeline.make_shards.shard_plan import QUARANTINE_FILE, RejectedCase
@@ -21,30 +20,36 @@ from rectvlm.labels import LESIONS
 log = logging.getLogger(__name__)
 
 MAX_LISTED_CASES = 10
-"""Cases set aside that the end of a run names; the list has them all."""
+"""Rejected cases that the summary names; the quarantine list has them all."""
 LOG_INTERVAL_SECONDS = 30.0
-"""Seconds between two lines of the log."""
+"""Time between two lines of the log, seconds."""
 
 
 class CaseProgress(AbstractContextManager["CaseProgress"]):
-    """Cases done, cases a second, time left, and how many were set aside."""
+    """Counts finished and rejected cases, and shows them with the speed and the time left."""
 
-    def __init__(self, total: int, before: int = 0) -> None:
-        """Of `total` cases, `before` were done by an earlier run; they do not count for the speed."""
-        self.total, self.before = total, before
-        self.done, self.aside = before, 0
-        self._start = self._said = time.monotonic()
-        columns = (
-            TextColumn("cases"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        self._bar = (
-            Bar(*columns, console=Console(stderr=True), transient=True)
-            if sys.stderr.isatty()
-            else None
-        )
+    def __init__(self, total: int, previously_done: int = 0) -> None:
+        """Start to count.
+
+        Args:
+            total: cases of the whole run.
+            previously_done: cases that an earlier run finished; they do not count for the speed.
+        """
+        self.total = total
+        self.previously_done = previously_done
+        self.done = previously_done
+        self.rejected = 0
+        self._start = time.monotonic()
+        self._last_log = self._start
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            columns = (
+                TextColumn("cases"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
 
     def __enter__(self) -> "CaseProgress":
         """Show the bar."""
@@ -59,87 +64,107 @@ class CaseProgress(AbstractContextManager["CaseProgress"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
 
-    def advance(self, cases: int, aside: int) -> None:
-        """Count finished cases, `aside` of which could not be used."""
+    def advance(self, cases: int, rejected: int) -> None:
+        """Count finished cases, `rejected` of which could not be used."""
         self.done += cases
-        self.aside += aside
+        self.rejected += rejected
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, note=self.describe_progress())
-        elif time.monotonic() - self._said >= LOG_INTERVAL_SECONDS:
-            self._said = time.monotonic()
+        elif time.monotonic() - self._last_log >= LOG_INTERVAL_SECONDS:
+            self._last_log = time.monotonic()
             log.info("%d of %d cases, %s", self.done, self.total, self.describe_progress())
 
     @property
     def cases_per_second(self) -> float:
-        """Cases a second since the start of this run."""
-        return (self.done - self.before) / max(time.monotonic() - self._start, 1e-9)
+        """Mean speed since the start of this run."""
+        elapsed_seconds = max(time.monotonic() - self._start, 1e-9)
+        return (self.done - self.previously_done) / elapsed_seconds
 
     def describe_progress(self) -> str:
-        """Speed, time left and cases set aside, in words."""
-        left = (
-            timedelta(seconds=round((self.total - self.done) / self.cases_per_second))
-            if self.cases_per_second
-            else "unknown time"
-        )
-        return f"{self.cases_per_second:.2f}/s, {left} left, {self.aside} set aside"
+        """Speed, time left and number of rejected cases, in words."""
+        speed = self.cases_per_second
+        time_left = "unknown time"
+        if speed:
+            time_left = str(timedelta(seconds=round((self.total - self.done) / speed)))
+        return f"{speed:.2f}/s, {time_left} left, {self.rejected} set aside"
 
 
 def print_run_summary(
-    place: str, manifest: ShardManifest, rejected: Sequence[RejectedCase], made: int, seconds: float
+    folder: str,
+    manifest: ShardManifest,
+    rejected: Sequence[RejectedCase],
+    shards_made: int,
+    seconds: float,
 ) -> None:
-    """Say what a run came to: a table of both splits, and what was set aside and why."""
-    settings, console = manifest.provenance.settings, Console()
-    grid, spacing = (
-        " × ".join(map(str, settings["grid"])),
-        " × ".join(f"{mm:g}" for mm in settings["spacing"]),
-    )
+    """Print a table of both splits, and log which cases were set aside and why.
+
+    Args:
+        folder: path or URL of the shards.
+        manifest: of the folder.
+        rejected: cases that could not be used.
+        shards_made: shards that this run made; 0 when all were up to date.
+        seconds: duration of the run.
+    """
+    settings = manifest.provenance.settings
+    grid = " × ".join(map(str, settings["grid"]))
+    spacing = " × ".join(f"{mm:g}" for mm in settings["spacing"])
+    console = Console()
     console.print(
-        f"{place}: {grid} voxels (z, y, x) of {spacing} mm", highlight=False, soft_wrap=True
+        f"{folder}: {grid} voxels (z, y, x) of {spacing} mm", highlight=False, soft_wrap=True
     )
     console.print(_summary_table(manifest))
     console.print(
-        "lesions: cases that show one / cases in which all were outlined; the rest is unknown, not absent"
+        "lesions: cases that show one / cases in which all were outlined; the rest is unknown, "
+        "not absent"
     )
-    cases = sum(one.samples for one in manifest.shards) + len(rejected)
-    if made:
-        log.info("%d cases in %.0f s; shards made now: %d", cases, seconds, made)
+
+    case_count = sum(shard.samples for shard in manifest.shards) + len(rejected)
+    if shards_made:
+        log.info("%d cases in %.0f s; shards made now: %d", case_count, seconds, shards_made)
     else:
         log.info("up to date: nothing has changed since the last run")
+    _log_rejected_cases(folder, manifest, rejected)
+
+
+def _log_rejected_cases(
+    folder: str, manifest: ShardManifest, rejected: Sequence[RejectedCase]
+) -> None:
     if not rejected:
         log.info("0 cases set aside")
         return
-    log.warning(
-        "%d cases set aside, all of them listed in %s:",
-        len(rejected),
-        ShardStore(place) / QUARANTINE_FILE,
-    )
-    for reason, number in sorted(manifest.provenance.set_aside.items(), key=lambda item: -item[1]):
-        log.warning("%6d: %s", number, reason)
-    for one in rejected[:MAX_LISTED_CASES]:
-        log.warning("%s: %s", one.key, one.message)
+    quarantine = ShardStore(folder) / QUARANTINE_FILE
+    log.warning("%d cases set aside, all of them listed in %s:", len(rejected), quarantine)
+    reasons = manifest.provenance.set_aside.items()
+    for reason, count in sorted(reasons, key=lambda item: -item[1]):
+        log.warning("%6d: %s", count, reason)
+    for case in rejected[:MAX_LISTED_CASES]:
+        log.warning("%s: %s", case.key, case.message)
     if len(rejected) > MAX_LISTED_CASES:
         log.warning("… and %d more", len(rejected) - MAX_LISTED_CASES)
 
 
 def _summary_table(manifest: ShardManifest) -> Table:
+    """One column a split: cases, shards, MiB, and for each lesion the cases that show it."""
+    columns = []
+    for split in ("train", "valid"):
+        shards = [shard for shard in manifest.shards if shard.split == split]
+        mebibytes = sum(shard.bytes for shard in shards) / 2**20
+        case_count = sum(shard.samples for shard in shards)
+        cells = [str(case_count), str(len(shards)), f"{mebibytes:.1f}"]
+        for lesion in LESIONS:
+            counts = manifest.counts[split]["lesions"][lesion.key]
+            cells.append(f"{counts['present']} / {counts['annotated']}")
+        columns.append(cells)
+
     table = Table()
     table.add_column("")
-    shards = {
-        split: [one for one in manifest.shards if one.split == split]
-        for split in ("train", "valid")
-    }
-    for split in shards:
-        table.add_column(split, justify="right")
-    table.add_row("cases", *(str(sum(one.samples for one in part)) for part in shards.values()))
-    table.add_row("shards", *(str(len(part)) for part in shards.values()))
-    table.add_row(
-        "MiB", *(f"{sum(one.bytes for one in part) / 2**20:.1f}" for part in shards.values())
-    )
-    for lesion in LESIONS:
-        counts = [manifest.counts[split]["lesions"][lesion.key] for split in shards]
-        table.add_row(lesion.name, *(f"{one['present']} / {one['annotated']}" for one in counts))
+    table.add_column("train", justify="right")
+    table.add_column("valid", justify="right")
+    row_names = ["cases", "shards", "MiB", *(lesion.name for lesion in LESIONS)]
+    for name, *cells in zip(row_names, *columns, strict=True):
+        table.add_row(name, *cells)
     return table

@@ -1,10 +1,10 @@
-"""The same tasks on a Ray cluster: Ray places them, and Ray notices when a machine goes.
+"""Shard tasks on a Ray cluster: Ray places them on machines and notices when a machine is lost.
 
     pip install "rectvlm[ray]"
     python -m data_pipeline.preprocess --ray auto --out s3://bucket/shards …
 
-`data_pipeline` and `rectvlm` travel with the job; the libraries that they need are installed on each machine. Inputs
-and output must be paths that all machines share, or URLs.
+`data_pipeline` and `rectvlm` travel with the job; the libraries that they need must be installed on
+each machine. Inputs and output must be paths that all machines share, or URLs.
 """
 
 import socket
@@ -13,16 +13,20 @@ from typing import Any
 
 import data_pipeline
 import rectvlm
-from data_pipeline.make_shards.shard_plan import ShardTask, code_digest
+from data_pipeline.make_shards.shard_plan import ShardTask
 from data_pipeline.make_shards.workers import THREAD_VARIABLES, mark_as_worker
+from rectvlm.code_fingerprint import hash_modules
 from rectvlm.types import UserError
 
 
 class RayRunner:
-    """A `running.Runner` on a Ray cluster, one CPU a task."""
+    """A `workers.TaskRunner` on a Ray cluster, one CPU a task."""
 
     def __init__(self, address: str) -> None:
-        """Connect, or start Ray on this machine for `local`; a connection that is there already is used.
+        """Connect to a cluster; a connection that exists already is used.
+
+        Args:
+            address: of the cluster; `local` starts Ray on this machine.
 
         Raises:
             UserError: Ray is not installed, or no cluster answers at the address.
@@ -44,11 +48,14 @@ class RayRunner:
                 raise _no_cluster_error(address, error) from None
 
     def __call__(
-        self, function: Callable[[ShardTask], Any], tasks: Sequence[ShardTask], alone: bool = False
+        self,
+        function: Callable[[ShardTask], Any],
+        tasks: Sequence[ShardTask],
+        one_at_a_time: bool = False,
     ) -> Iterator[tuple[ShardTask, Any]]:
-        """See `running.Runner`."""
+        """Yield each task with the function's result; see `workers.TaskRunner`."""
         ray, errors = self._ray, self._ray.exceptions
-        died = (
+        worker_died = (
             errors.WorkerCrashedError,
             errors.OutOfMemoryError,
             errors.NodeDiedError,
@@ -60,14 +67,14 @@ class RayRunner:
         waiting = list(reversed(tasks))
         busy: dict[Any, ShardTask] = {}
         while waiting or busy:
-            while waiting and not (alone and busy):
+            while waiting and not (one_at_a_time and busy):
                 task = waiting.pop()
                 busy[remote.options(name=task.name).remote(function, task)] = task
             ready, _ = ray.wait(list(busy), num_returns=1)
             task = busy.pop(ready[0])
             try:
                 result = ray.get(ready[0])
-            except died:
+            except worker_died:
                 result = None
             except errors.RayTaskError as error:
                 raise error.cause from None
@@ -75,7 +82,7 @@ class RayRunner:
 
 
 def _require_reachable_cluster(address: str) -> None:
-    """Ray itself tries an address that no one answers at for minutes, and says nothing meanwhile."""
+    """Refuse an address that no one answers at; Ray itself would try it for minutes in silence."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():  # auto, local, or what Ray explains at once
         return
@@ -87,16 +94,17 @@ def _require_reachable_cluster(address: str) -> None:
 
 def _no_cluster_error(address: str, error: Exception) -> UserError:
     return UserError(
-        f"No Ray cluster at {address} ({error}): start one with `ray start --head`, or use --ray local."
+        f"No Ray cluster at {address} ({error}): start one with `ray start --head`, or use "
+        f"--ray local."
     )
 
 
 def _run_on_worker(function: Callable[[ShardTask], Any], task: ShardTask) -> Any:
-    """On a worker: the code must be the plan's, or shards of one run would differ by machine."""
-    if code_digest(task.modules) != task.code_sha256:
+    """Run a task on a worker, whose code must be the plan's: shards must not vary by machine."""
+    if hash_modules(task.modules) != task.code_sha256:
         raise UserError(
-            f"{socket.gethostname()} has other code of data_pipeline or rectvlm than the machine that started the "
-            f"run: bring all machines to one version."
+            f"{socket.gethostname()} has other code of data_pipeline or rectvlm than the machine "
+            f"that started the run: bring all machines to one version."
         )
     mark_as_worker()
     return function(task)

@@ -1,108 +1,106 @@
-"""Which case goes to which shard, what a finished shard leaves on record, and when it has to be made anew.
+"""The plan of a preprocessing run: the shards to make and the record of each finished one.
 
-The plan is a matter of the list of cases alone, not of the machine, the number of workers or an earlier run: so a run
-that was stopped, or one with other workers, makes the same shards with the same bytes.
+The plan follows from the list of cases alone, not from the machine, the number of workers or an
+earlier run. So a run that was stopped, or one with other workers, makes the same shards with the
+same bytes.
 """
 
-import ast
-import hashlib
-import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache, partial
-from importlib.util import find_spec
-from pathlib import Path
+from functools import partial
 
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.cases import Case
+from rectvlm.code_fingerprint import find_imported_modules, hash_modules
 from rectvlm.data.sample import preprocessing_versions
 from rectvlm.data.shards import WrittenShard
 from rectvlm.data.store import ShardStore
+from rectvlm.files import json_sha256
 from rectvlm.types import InputError, Split, UserError
 
 RECORD_FOLDER = ".parts"
+"""Folder of the records of finished shards, inside the folder of shards."""
 QUARANTINE_FILE = "quarantine.jsonl"
+"""List of the cases that could not be used, one JSON object a line."""
 _ROOT_MODULES = ("data_pipeline.cases", "rectvlm.data.sample")
-"""What decides a sample of any data set; the module that loads a case is added, and all of ours that they import."""
+"""Modules that decide a sample of any data set. The modules that load the cases are added, and all
+modules of this project that they import."""
 _OWN_PACKAGES = ("data_pipeline", "rectvlm")
 
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """How a case becomes a sample."""
+    """Options that decide how a case becomes a sample."""
 
     grid: tuple[int, int, int]
-    """Voxels (z, y, x)."""
+    """Size of the canonical grid (z, y, x), voxels."""
     spacing: tuple[float, float, float]
-    """mm (z, y, x)."""
+    """Spacing of the canonical grid (z, y, x), mm."""
     coarse_regions: bool = False
-    """Estimate a region map from the CT where a case has none."""
+    """Whether a region map is estimated from the CT where a case has none."""
 
 
 @dataclass(frozen=True)
 class RejectedCase:
-    """A case that could not be used; a line of the quarantine list."""
+    """A case that could not be used; one line of the quarantine list."""
 
     key: str
     file: str
-    """The file at fault, or the case's source where it is not known."""
+    """The file at fault, or the case's source where the file is not known."""
     reason: str
-    """The same words for the same fault, to be counted."""
+    """Kind of fault, in the same words for every case that has it, so that it can be counted."""
     expected: str
     found: str
     remedy: str
     message: str
-    """All of it in one sentence."""
+    """All of the above in one sentence."""
 
     @classmethod
     def from_error(cls, case: Case, error: BaseException) -> "RejectedCase":
-        """From what was raised while the case was worked on."""
+        """Describe a case by the exception that it raised."""
         if not isinstance(error, InputError):
             error = _to_input_error(case.source, error)
         return cls(
-            case.key,
-            error.file,
-            error.reason,
-            error.expected,
-            error.found,
-            error.remedy,
-            str(error),
+            key=case.key,
+            file=error.file,
+            reason=error.reason,
+            expected=error.expected,
+            found=error.found,
+            remedy=error.remedy,
+            message=str(error),
         )
+
+
+def _to_input_error(source: str, error: BaseException) -> InputError:
+    """Give an exception of any kind the parts that a quarantine list has."""
+    message = " ".join(str(error).split()).removesuffix(".") or "no message"
+    if isinstance(error, UserError):
+        reason = "cannot be used"
+        expected = "a case of use"
+        remedy = "mend it"
+    elif isinstance(error, MemoryError):
+        reason = "needs too much memory"
+        expected = "a case that the free memory can hold"
+        remedy = "look at its size, lower --workers, then try again with --retry"
+    else:
+        reason = f"met an unexpected {type(error).__name__}"
+        expected = "no such error"
+        remedy = "look at its trace in the log, and report it if the file is sound"
+    return InputError(source, reason, expected=expected, found=message, remedy=remedy)
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """The record of one finished shard; `.parts/NAME.json`."""
+    """The record of one finished shard: `.parts/NAME.json`."""
 
     fingerprint: str
-    """Of the cases, the options and the code that it was made from."""
+    """Digest of the cases, the options and the code that the shard was made from."""
     shard: WrittenShard | None
-    """None when no case of it could be used."""
+    """The shard; None when none of its cases could be used."""
     rejected: list[RejectedCase]
-
-
-def _to_input_error(source: str, error: BaseException) -> InputError:
-    """What was raised without its parts, with those of a quarantine list."""
-    found = " ".join(str(error).split()).removesuffix(".") or "no message"
-    if isinstance(error, UserError):
-        return InputError(
-            source, "cannot be used", expected="a case of use", found=found, remedy="mend it"
-        )
-    if isinstance(error, MemoryError):
-        expected = "a case that the free memory can hold"
-        remedy = "look at its size, lower --workers, then try again with --retry"
-        return InputError(
-            source, "needs too much memory", expected=expected, found=found, remedy=remedy
-        )
-    name = type(error).__name__
-    remedy = "look at its trace in the log, and report it if the file is sound"
-    return InputError(
-        source, f"met an unexpected {name}", expected="no such error", found=found, remedy=remedy
-    )
 
 
 SHARD_RECORD_ADAPTER: TypeAdapter[ShardRecord] = TypeAdapter(ShardRecord)
@@ -110,145 +108,133 @@ SHARD_RECORD_ADAPTER: TypeAdapter[ShardRecord] = TypeAdapter(ShardRecord)
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to make; small enough to send to any machine, since cases are not loaded yet."""
+    """One shard to make, small enough to send to any machine: its cases are not loaded yet."""
 
     name: str
+    """File name of the shard."""
     cases: tuple[Case, ...]
-    place: str
+    folder: str
+    """Path or URL of the folder of shards."""
     options: SampleOptions
     modules: tuple[str, ...]
-    """Modules whose code is in the fingerprint."""
+    """Modules whose code is part of the fingerprint."""
     code_sha256: str
-    """Their digest where the plan was made."""
+    """Digest of these modules on the machine that made the plan."""
     fingerprint: str
+    """Digest of the cases, the options and the code."""
     timeout_seconds: float | None = None
-    """Seconds that one case may take."""
+    """Time that one case may take, seconds; None for any."""
     fatal_keys: tuple[str, ...] = ()
-    """Keys of cases that were seen to end the process that works on them."""
+    """Keys of the cases that killed the process which worked on them."""
 
     @property
     def record_name(self) -> str:
+        """Name of the shard's record, relative to the folder of shards."""
         return f"{RECORD_FOLDER}/{self.name}.json"
 
 
 def plan_shards(
     cases: Sequence[Case],
-    place: str,
+    folder: str,
     options: SampleOptions,
     samples_per_shard: int,
     timeout_seconds: float | None = None,
 ) -> list[ShardTask]:
-    """The shards of both splits, `samples_per_shard` cases each in the order of the list.
+    """Divide the cases of each split into shards of `samples_per_shard`, in the order of the list.
 
     Raises:
         UserError: a key twice, or a patient in both splits.
     """
-    twice = [key for key, number in Counter(case.key for case in cases).items() if number > 1]
-    if twice:
+    _require_unique_keys(cases)
+    _require_one_split_per_patient(cases)
+    modules = _find_modules(cases)
+    code_sha256 = hash_modules(modules)
+
+    tasks = []
+    for split in ("train", "valid"):
+        split_cases = [case for case in cases if case.split == split]
+        for number, start in enumerate(range(0, len(split_cases), samples_per_shard)):
+            shard_cases = tuple(split_cases[start : start + samples_per_shard])
+            task = ShardTask(
+                name=f"{split}-{number:06d}.tar",
+                cases=shard_cases,
+                folder=folder,
+                options=options,
+                modules=modules,
+                code_sha256=code_sha256,
+                fingerprint=_shard_fingerprint(shard_cases, options, code_sha256),
+                timeout_seconds=timeout_seconds,
+            )
+            tasks.append(task)
+    return tasks
+
+
+def _require_unique_keys(cases: Sequence[Case]) -> None:
+    counts = Counter(case.key for case in cases)
+    repeated = [key for key, count in counts.items() if count > 1]
+    if repeated:
         raise UserError(
-            f"Several cases have the key {twice[0]} ({len(twice)} such keys): keys must be unique."
+            f"Several cases have the key {repeated[0]} ({len(repeated)} such keys): "
+            f"keys must be unique."
         )
+
+
+def _require_one_split_per_patient(cases: Sequence[Case]) -> None:
     splits: dict[str, Split] = {}
     for case in cases:
         if splits.setdefault(case.patient, case.split) != case.split:
             raise UserError(
-                f"Patient {case.patient} is in train and in valid: put all cases of a patient in one."
+                f"Patient {case.patient} is in train and in valid: "
+                f"put all cases of a patient in one."
             )
-    modules = _find_modules(cases)
-    code = code_digest(modules)
-    tasks = []
-    for split in ("train", "valid"):
-        part = [case for case in cases if case.split == split]
-        for number, start in enumerate(range(0, len(part), samples_per_shard)):
-            chosen = tuple(part[start : start + samples_per_shard])
-            facts = [[c.key, c.patient, c.scan, c.source, c.identity, c.series] for c in chosen]
-            fingerprint = json_digest([facts, asdict(options), code, preprocessing_versions()])
-            name = f"{split}-{number:06d}.tar"
-            tasks.append(
-                ShardTask(name, chosen, place, options, modules, code, fingerprint, timeout_seconds)
-            )
-    return tasks
+
+
+def _shard_fingerprint(cases: Sequence[Case], options: SampleOptions, code_sha256: str) -> str:
+    case_facts = [[c.key, c.patient, c.scan, c.source, c.identity, c.series] for c in cases]
+    return json_sha256([case_facts, asdict(options), code_sha256, preprocessing_versions()])
 
 
 def estimate_samples_per_shard(megabytes: float, grid: tuple[int, int, int]) -> int:
-    """How many samples make a shard of about so many MiB: a CT packs to about half of its two bytes a voxel."""
+    """Estimate how many samples make a shard of this many MiB.
+
+    A CT is compressed to about half of its two bytes a voxel.
+    """
     return max(1, round(megabytes * 2**20 / (grid[0] * grid[1] * grid[2])))
 
 
 def read_finished_records(tasks: Sequence[ShardTask], store: ShardStore) -> dict[str, ShardRecord]:
-    """By name, the records of shards that were made before from the same cases and code and are still there."""
+    """Read the records of the shards that need not be made again, by the shard's name.
+
+    These shards were made from the same cases, options and code, and their files are still there.
+    """
     if not tasks:
         return {}
     sizes = {**store.list_sizes(), **store.list_sizes(RECORD_FOLDER)}
     recorded = [task for task in tasks if task.record_name in sizes]
-    with ThreadPoolExecutor(16) as threads:  # each is a request where the store is remote
-        parts = threads.map(partial(_read_record, store), recorded)
-        found = {
-            task.name: part for task, part in zip(recorded, parts, strict=True) if part is not None
-        }
-    return {
-        name: part
-        for name, part in found.items()
-        if part.shard is None or sizes.get(name) == part.shard.facts.bytes
-    }
+    with ThreadPoolExecutor(16) as threads:  # each read is a request where the store is remote
+        records = list(threads.map(partial(_read_record, store), recorded))
+
+    finished = {}
+    for task, record in zip(recorded, records, strict=True):
+        if record is None or record.fingerprint != task.fingerprint:
+            continue
+        if record.shard is None or sizes.get(task.name) == record.shard.facts.bytes:
+            finished[task.name] = record
+    return finished
 
 
 def _read_record(store: ShardStore, task: ShardTask) -> ShardRecord | None:
+    """Read a shard's record; None when it is missing or damaged."""
     try:
-        part = SHARD_RECORD_ADAPTER.validate_json(store.read_file(task.record_name))
+        return SHARD_RECORD_ADAPTER.validate_json(store.read_file(task.record_name))
     except (OSError, ValidationError):
         return None
-    return part if part.fingerprint == task.fingerprint else None
-
-
-def json_digest(facts: object) -> str:
-    """SHA-256 of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-@cache
-def code_digest(modules: tuple[str, ...]) -> str:
-    """SHA-256 of the source of modules, as they are on this machine."""
-    return hashlib.sha256(b"".join(map(_read_source, modules))).hexdigest()
 
 
 def _find_modules(cases: Sequence[Case]) -> tuple[str, ...]:
     """The modules whose code decides what these cases become, sorted."""
-    waiting = {*_ROOT_MODULES, *(_unwrap_partial(case.load).__module__ for case in cases)}
-    found: set[str] = set()
-    while waiting:
-        name = waiting.pop()
-        found.add(name)
-        waiting |= _find_imports(name) - found
-    return tuple(sorted(found))
-
-
-@cache
-def _find_imports(module: str) -> frozenset[str]:
-    """Our modules that a module imports, anywhere in it."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(_read_source(module))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return frozenset(
-        name for name in names if name.partition(".")[0] in _OWN_PACKAGES and _is_module(name)
-    )
-
-
-def _is_module(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:  # a name of a module's own, such as a class
-        return False
-
-
-def _read_source(module: str) -> bytes:
-    # Not imported for this: some of what is imported in passing takes seconds, and is never run here.
-    loaded = sys.modules.get(module)
-    spec = None if loaded is not None else find_spec(module)
-    return Path(str(loaded.__file__ if loaded is not None else spec and spec.origin)).read_bytes()
+    loaders = {_unwrap_partial(case.load).__module__ for case in cases}
+    return find_imported_modules({*_ROOT_MODULES, *loaders}, _OWN_PACKAGES)
 
 
 def _unwrap_partial(function: object) -> object:

@@ -1,6 +1,6 @@
-"""Tasks to shards: in this process, in many, or on many machines; what ends a process is found and set aside.
+"""Shard tasks in this process or in worker processes; a case that kills its worker is set aside.
 
-A worker holds one case at a time, and what it sends back is the record of a shard, a few kilobytes.
+A worker holds one case at a time. What it sends back is the record of a shard, a few kilobytes.
 """
 
 import errno
@@ -40,63 +40,75 @@ log = logging.getLogger(__name__)
 THREAD_VARIABLES = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
 )
-"""Numerical libraries read these when a process first loads them; workers are the parallelism here."""
+"""Environment of a worker: numerical libraries read these variables when a process first loads
+them, and one thread is enough where the workers are the parallelism."""
 _is_worker = False
-"""Whether this process is a worker, whose end harms no one."""
+"""Whether this process is a worker, which may end itself without harm to anyone."""
 
 
 class TaskRunner(Protocol):
     """A way to call a function on each of many tasks."""
 
     def __call__(
-        self, function: Callable[[ShardTask], Any], tasks: Sequence[ShardTask], alone: bool = False
+        self,
+        function: Callable[[ShardTask], Any],
+        tasks: Sequence[ShardTask],
+        one_at_a_time: bool = False,
     ) -> Iterator[tuple[ShardTask, Any]]:
-        """Tasks with what the function gave, in the order in which they finish; None when its process died.
+        """Yield each task with the function's result, in the order in which tasks finish.
+
+        The result is None when the process of the task died.
 
         Args:
-            alone: one at a time, so that each has the memory to itself.
+            function: called in a worker.
+            tasks: to call it on.
+            one_at_a_time: give each task the machine's memory to itself.
         """
 
 
 def run_tasks(
     tasks: Sequence[ShardTask], runner: TaskRunner
 ) -> Iterator[tuple[ShardTask, ShardRecord]]:
-    """Make all shards.
+    """Make all shards; yield each task with the record of its shard.
 
-    A shard whose process died is tried again; when it dies again, its cases are tried one by one, those that end
-    their process are set aside, and the rest becomes the shard.
+    A shard whose process died is tried again. When it dies again, its cases are tried one by one;
+    those that kill their process are set aside, and the rest becomes the shard.
 
     Raises:
         UserError: the output cannot be written, or a shard dies although each of its cases passes.
     """
-    left = tasks
+    remaining = tasks
     for _ in range(2):
         lost = []
-        for task, part in runner(make_shard, left):
-            if part is None:
+        for task, record in runner(make_shard, remaining):
+            if record is None:
                 log.warning(
                     "A worker was killed while it made %s, most likely for memory.", task.name
                 )
                 lost.append(task)
             else:
-                yield task, part
-        left = lost
-        if not left:
+                yield task, record
+        remaining = lost
+        if not remaining:
             return
-    for task in left:
-        singles = [replace(task, cases=(case,)) for case in task.cases]
-        fatal = tuple(
-            single.cases[0].key
-            for single, passed in runner(try_case, singles, alone=True)
-            if not passed
-        )
-        for _, part in runner(make_shard, [replace(task, fatal_keys=fatal)], alone=True):
-            if part is None:
+
+    for task in remaining:
+        survivable = replace(task, fatal_keys=_find_fatal_keys(task, runner))
+        for _, record in runner(make_shard, [survivable], one_at_a_time=True):
+            if record is None:
                 raise UserError(
-                    f"The worker that makes {task.name} was killed three times, although each of its cases passes: "
-                    f"free memory or lower --workers; finished shards are kept, and the same command goes on."
+                    f"The worker that makes {task.name} was killed three times, although each of "
+                    f"its cases passes: free memory or lower --workers; finished shards are kept, "
+                    f"and the same command goes on."
                 )
-            yield task, part
+            yield task, record
+
+
+def _find_fatal_keys(task: ShardTask, runner: TaskRunner) -> tuple[str, ...]:
+    """Try the cases of a task one by one; return the keys of those that kill their process."""
+    single_case_tasks = [replace(task, cases=(case,)) for case in task.cases]
+    results = runner(try_case, single_case_tasks, one_at_a_time=True)
+    return tuple(single.cases[0].key for single, passed in results if not passed)
 
 
 # What a worker does
@@ -108,34 +120,37 @@ def make_shard(task: ShardTask) -> ShardRecord:
     Raises:
         UserError: the output cannot be written.
     """
-    store = ShardStore(task.place)
+    store = ShardStore(task.folder)
     rejected: list[RejectedCase] = []
 
-    def samples() -> Iterator[PackedSample]:
+    def usable_samples() -> Iterator[PackedSample]:
         for case in task.cases:
-            one = _prepare_case(case, task)
-            if isinstance(one, RejectedCase):
-                rejected.append(one)
+            sample = _prepare_case(case, task)
+            if isinstance(sample, RejectedCase):
+                rejected.append(sample)
             else:
-                yield one
+                yield sample
 
     with explain_write_errors(store):
         if store.local_folder is not None and not (store.local_folder / RECORD_FOLDER).is_dir():
             raise OSError(errno.ENOENT, "the folder has gone since the run began")
-        # Without its record a shard counts as not made, so a kill between the two cannot pair an old record with it.
+        # Without its record a shard counts as not made, so a kill between the two writes below
+        # cannot pair an old record with the new shard.
         store.remove_file(task.record_name)
-        part = ShardRecord(task.fingerprint, write_shard(samples(), store, task.name), rejected)
-        store.write_file(task.record_name, SHARD_RECORD_ADAPTER.dump_json(part))
-    return part
+        shard = write_shard(usable_samples(), store, task.name)
+        record = ShardRecord(task.fingerprint, shard, rejected)
+        store.write_file(task.record_name, SHARD_RECORD_ADAPTER.dump_json(record))
+    return record
 
 
 def try_case(task: ShardTask) -> bool:
-    """Work on the only case of a task and drop the result; that this returns is the answer."""
+    """Prepare the only case of a task and drop the result; return if the process survives it."""
     _prepare_case(task.cases[0], task)
     return True
 
 
 def _prepare_case(case: Case, task: ShardTask) -> PackedSample | RejectedCase:
+    """Bring a case to a packed sample, or describe why it cannot be used."""
     options = task.options
     try:
         if case.key in task.fatal_keys:
@@ -143,7 +158,8 @@ def _prepare_case(case: Case, task: ShardTask) -> PackedSample | RejectedCase:
                 case.source,
                 "ended the process that worked on it",
                 expected="a case that a process can hold",
-                found="that it ended each time: killed, most likely for memory, or stuck where no time limit reaches",
+                found="that it ended each time: killed, most likely for memory, or stuck where no "
+                "time limit reaches",
                 remedy="look at its size, or give each worker more memory",
             )
         with _time_limit(task.timeout_seconds):
@@ -152,14 +168,15 @@ def _prepare_case(case: Case, task: ShardTask) -> PackedSample | RejectedCase:
             )
             return pack_sample(sample)
     except _CaseTimeout:
-        late = InputError(
+        timeout_error = InputError(
             case.source,
             "took too long",
             expected=f"a case within {task.timeout_seconds:g} seconds",
             found="no end of it",
-            remedy="check the disk that it lies on, then try again with --retry, or give it more time with --timeout",
+            remedy="check the disk that it lies on, then try again with --retry, or give it more "
+            "time with --timeout",
         )
-        return RejectedCase.from_error(case, late)
+        return RejectedCase.from_error(case, timeout_error)
     except UserError as error:
         return RejectedCase.from_error(case, error)
     except Exception as error:
@@ -169,20 +186,23 @@ def _prepare_case(case: Case, task: ShardTask) -> PackedSample | RejectedCase:
 
 
 class _CaseTimeout(BaseException):
-    """Not an `Exception`, so that no library on the way takes it for one of its own."""
+    """The time limit of a case. It is no `Exception`, so that no library catches it as its own."""
 
 
 @contextmanager
 def _time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise `_TooLong` in the block after a time; a worker that even this cannot stop ends itself a while later."""
+    """Raise `_CaseTimeout` in the block after `seconds`.
+
+    A worker that even this cannot stop ends itself 5 seconds and a fifth of the limit later.
+    """
     if seconds is None or threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(*_: object) -> None:
+    def raise_timeout(*_: object) -> None:
         raise _CaseTimeout
 
-    before = signal.signal(signal.SIGALRM, stop)
+    previous_handler = signal.signal(signal.SIGALRM, raise_timeout)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     if _is_worker:
         faulthandler.dump_traceback_later(1.2 * seconds + 5, exit=True)
@@ -190,17 +210,17 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous_handler)
         if _is_worker:
             faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager
 def explain_write_errors(store: ShardStore) -> Iterator[None]:
-    """Say in one sentence why an output cannot be written.
+    """Turn an `OSError` in the block into one sentence about the output and what to do.
 
     Raises:
-        UserError: an `OSError` in the block.
+        UserError: the block raised an `OSError`.
     """
     remedies = {
         errno.ENOSPC: "make room there",
@@ -213,60 +233,67 @@ def explain_write_errors(store: ShardStore) -> Iterator[None]:
     except OSError as error:
         remedy = remedies.get(error.errno or 0, "check the place and your access to it")
         raise UserError(
-            f"Shards cannot be written to {store} ({error.strerror or error}): {remedy}, then give the same command "
-            f"again; finished shards are kept."
+            f"Shards cannot be written to {store} ({error.strerror or error}): {remedy}, then give "
+            f"the same command again; finished shards are kept."
         ) from None
 
 
-# Ways to run
+# Runners
 
 
 def run_in_this_process(
-    function: Callable[[ShardTask], Any], tasks: Sequence[ShardTask], alone: bool = False
+    function: Callable[[ShardTask], Any],
+    tasks: Sequence[ShardTask],
+    one_at_a_time: bool = False,
 ) -> Iterator[tuple[ShardTask, Any]]:
-    """A `Runner` without workers, for small work."""
+    """Run tasks without workers: a `TaskRunner` for small work."""
     for task in tasks:
         yield task, function(task)
 
 
 class ProcessRunner:
-    """A `Runner` with workers on this machine, one executor each, so that a dead worker is one lost task."""
+    """A `TaskRunner` with worker processes on this machine.
+
+    Each worker has an executor of its own, so a dead worker costs one task.
+    """
 
     def __init__(self, workers: int) -> None:
-        """Nothing is started yet."""
+        """Remember the number of workers; none is started before the first task."""
         self.workers = workers
 
     def __call__(
-        self, function: Callable[[ShardTask], Any], tasks: Sequence[ShardTask], alone: bool = False
+        self,
+        function: Callable[[ShardTask], Any],
+        tasks: Sequence[ShardTask],
+        one_at_a_time: bool = False,
     ) -> Iterator[tuple[ShardTask, Any]]:
-        """See `Runner`."""
-        waiting, at_once = deque(tasks), 1 if alone else self.workers
-        free: list[_WorkerProcess] = []
+        """Yield each task with the function's result; see `TaskRunner`."""
+        waiting = deque(tasks)
+        max_busy = 1 if one_at_a_time else self.workers
+        idle: list[_WorkerProcess] = []
         busy: dict[Future[Any], tuple[_WorkerProcess, ShardTask]] = {}
         leash, hold = multiprocessing.Pipe(duplex=False)
         with _single_threaded_children():
             try:
                 while waiting or busy:
-                    while waiting and len(busy) < at_once:
-                        worker, task = (
-                            free.pop() if free else _WorkerProcess(leash),
-                            waiting.popleft(),
-                        )
+                    while waiting and len(busy) < max_busy:
+                        worker = idle.pop() if idle else _WorkerProcess(leash)
+                        task = waiting.popleft()
                         busy[worker.executor.submit(function, task)] = worker, task
                     for future in wait(busy, return_when=FIRST_COMPLETED).done:
                         worker, task = busy.pop(future)
                         try:
                             result = future.result()
-                            free.append(worker)
+                            idle.append(worker)
                         except BrokenProcessPool:
                             worker.require_started()
                             result = None
                         yield task, result
             finally:
-                # Letting go ends the workers at once: there is nothing that is worth waiting for.
+                # The workers end as soon as the pipe closes: nothing is worth waiting for.
                 hold.close()
                 leash.close()
-                for worker in [*free, *(worker for worker, _ in busy.values())]:
+                for worker in [*idle, *(worker for worker, _ in busy.values())]:
                     worker.executor.shutdown(cancel_futures=True)
 
 
@@ -278,22 +305,25 @@ class _WorkerProcess:
         self._started = self.executor.submit(os.getpid)
 
     def require_started(self) -> None:
-        """After a break: a worker that never came up has no case to blame.
+        """Refuse to blame a case when the worker broke before it came up.
 
         Raises:
-            UserError: it did not start.
+            UserError: the worker did not start.
         """
         self.executor.shutdown(wait=False)
         if self._started.exception() is not None:
             raise UserError(
-                "A worker process did not start (see the lines above): free memory or lower --workers; finished "
-                "shards are kept, and the same command goes on."
+                "A worker process did not start (see the lines above): free memory or lower "
+                "--workers; finished shards are kept, and the same command goes on."
             )
 
 
 def worker_context() -> BaseContext:
-    """How workers start: on Linux as copies of a process that holds the libraries, at once and with their memory
-    shared; elsewhere libraries may not survive such a copy."""
+    """Choose how workers start.
+
+    On Linux they are copies of a process that holds the libraries, which is quick and shares their
+    memory. Elsewhere libraries may not survive such a copy, so each worker loads its own.
+    """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -302,13 +332,13 @@ def worker_context() -> BaseContext:
 
 
 def _start_worker(leash: Connection) -> None:
-    """In a new worker: die with the run, which would else leave an orphan that goes on writing."""
+    """Prepare a new worker: it dies with the run, or it would go on writing as an orphan."""
 
-    def watch() -> None:
+    def exit_with_the_run() -> None:
         leash.poll(None)  # returns when the run closes its end or dies, however hard
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=exit_with_the_run, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     mark_as_worker()
 
@@ -322,12 +352,13 @@ def mark_as_worker() -> None:
 
 @contextmanager
 def _single_threaded_children() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    """Set the environment of workers while the block runs."""
+    previous_values = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     os.environ.update(THREAD_VARIABLES)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in previous_values.items():
             if value is None:
                 del os.environ[name]
             else:

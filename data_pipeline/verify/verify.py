@@ -1,30 +1,27 @@
-"""Read shards back and check everything in them.
+"""Command that reads shards back and checks everything in them.
 
-    python -m data_pipeline.verify [FOLDER or URL] [--stats OUT] [--workers 2] [--sample N] [--show 100]
+    python -m data_pipeline.verify [FOLDER or URL] [--stats OUT] [--workers 2] [--sample N] [--show
+    100]
 
-Reads each shard once, whole: sizes, checksums, the tar as WebDataset walks it, the offsets of the index, and every
-sample (see `data_pipeline.verify.sample_checks`); then what must hold across shards. Each fault is one line; the exit status
-is 1 when there is any. `--sample N` reads only N samples, spread over the shards, by their offsets: no checksums, no
-counts. `--stats OUT` prints figures of what was read and writes them to OUT with pictures.
+It reads each shard once: sizes, checksums, the tar as WebDataset walks it, the offsets of the
+index, and every sample (see `sample_checks`); then it checks what must hold across shards. Each
+fault is one line; the exit status is 1 when there is any. `--sample N` reads only N samples, spread
+over the shards, by their offsets, without checksums and counts. `--stats OUT` prints statistics of
+what was read and writes them to OUT with figures.
 """
 
 import argparse
-import hashlib
-import json
 import logging
 import multiprocessing
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -35,421 +32,149 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from data_pipeline.verify.sample_checks import VerificationIssue, VerificationIssues
-from data_pipeline.verify.shard_checks import ShardCheckResult, check_sample_by_offsets, check_shard
-from data_pipeline.verify.statistics import (
-    SPLITS,
-    DatasetStatistics,
-    SampleSummary,
-    build_tables,
-    count_labels,
-    count_lesions,
-    pick_evenly,
+from data_pipeline.verify.index_checks import (
+    check_across_samples,
+    check_counts,
+    check_folder,
+    check_index,
+    check_manifest,
+    check_versions,
+    format_count,
 )
-from rectvlm import config
-from rectvlm.data.sample import SAMPLE_MEMBERS, SAMPLE_SCHEMA
-from rectvlm.data.shard_manifest import (
-    SHARD_MANIFEST_FILE,
-    ShardManifest,
-    dump_manifest,
-    read_manifest,
-    sum_counts,
+from data_pipeline.verify.issues import IssueRecorder, VerificationIssues
+from data_pipeline.verify.shard_checks import (
+    ShardCheckResult,
+    ShardGrid,
+    check_sample_by_offsets,
+    check_shard,
 )
-from rectvlm.data.shards import (
-    SHARD_INDEX_FILE,
-    IndexedShard,
-    SampleLocation,
-    ShardIndex,
-    dump_index,
-    read_index,
-)
+from data_pipeline.verify.statistics import DatasetStatistics, add_histogram, pick_evenly
+from data_pipeline.verify.statistics_tables import build_tables
+from rectvlm.cli_options import add_options, argument, options_from_namespace
+from rectvlm.config import load_config
+from rectvlm.data.shard_manifest import SHARD_MANIFEST_FILE, ShardManifest, read_manifest
+from rectvlm.data.shards import SHARD_INDEX_FILE, SampleLocation, ShardIndex, read_index
 from rectvlm.data.store import ShardStore
 from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
 
-EXPECTED_FILES = (SHARD_INDEX_FILE, SHARD_MANIFEST_FILE, "quarantine.jsonl")
-"""What may lie beside the tars."""
 _MAX_SERIAL_BYTES = 64 << 20
-"""Bytes that are read sooner than processes start."""
+"""Size of shards that are read sooner than worker processes start, bytes."""
+
+CheckJobs = dict[Callable[[], ShardCheckResult], int]
+"""Checks to run, each with the bytes that it reads."""
 
 
 @dataclass
 class VerificationResult:
-    """What a run of `verify` found."""
+    """Issues and statistics of a folder of shards."""
 
     issues: VerificationIssues = field(default_factory=VerificationIssues)
     statistics: DatasetStatistics = field(default_factory=DatasetStatistics)
     shards_read: int = 0
     bytes_read: int = 0
     seconds: float = 0.0
+    """Duration of the run, seconds."""
 
-    def summary(self) -> str:
-        """One line with the figures of the run."""
-        faults, notes, seconds = (
-            len(self.issues.faults),
-            len(self.issues.notes),
-            max(self.seconds, 1e-9),
-        )
+    def describe(self) -> str:
+        """Describe the run in one line."""
+        sample_count = len(self.statistics.sample_summaries)
+        megabytes = self.bytes_read / 1e6
+        megabytes_per_second = megabytes / max(self.seconds, 1e-9)
+        faults = format_count(len(self.issues.faults), "fault")
+        notes = format_count(len(self.issues.notes), "note")
         return (
-            f"{len(self.statistics.sample_summaries):,} samples in {self.shards_read:,} shards, {self.bytes_read / 1e6:,.1f} MB in "
-            f"{self.seconds:,.1f} s ({self.bytes_read / 1e6 / seconds:,.1f} MB/s): {_format_count(faults, 'fault')}, "
-            f"{_format_count(notes, 'note')}"
+            f"{sample_count:,} samples in {self.shards_read:,} shards, {megabytes:,.1f} MB in "
+            f"{self.seconds:,.1f} s ({megabytes_per_second:,.1f} MB/s): {faults}, {notes}"
         )
 
 
 def verify_shards(
-    place: str | Path | ShardStore, *, workers: int = 1, sample_count: int | None = None
+    folder: str | Path | ShardStore, *, workers: int = 1, sample_count: int | None = None
 ) -> VerificationResult:
     """Read shards back and check them.
 
     Args:
-        workers: processes; 1 works in this one.
-        sample: read only so many samples, spread over all shards, and leave out what needs whole shards.
+        folder: path or URL of the shards.
+        workers: number of processes; 1 works in this process.
+        sample_count: read only this many samples, spread over all shards, and leave out the checks
+            that need whole shards.
 
     Raises:
         UserError: a place that cannot be opened, or a worker that was killed.
     """
-    began = time.monotonic()
-    store, outcome = ShardStore(place), VerificationResult()
+    start = time.monotonic()
+    store = ShardStore(folder)
+    result = VerificationResult()
+    issues = result.issues
     try:
         index = read_index(store)
     except UserError as error:
-        outcome.issues.faults.append(
-            VerificationIssue(
-                SHARD_INDEX_FILE, None, "the index of finished shards", f"that {error}"
-            )
-        )
-        return outcome
-    faults = outcome.issues.faults
+        recorder = IssueRecorder(issues, SHARD_INDEX_FILE)
+        recorder.record_fault("the index of finished shards", f"that {error}")
+        return result
     manifest: ShardManifest | None = None
     try:
         manifest = read_manifest(store)
     except UserError as error:
-        faults.append(
-            VerificationIssue(
-                SHARD_MANIFEST_FILE, None, "the manifest of finished shards", f"that {error}"
-            )
-        )
-    faults += _check_index(store, index)
-    facts = {} if manifest is None else {one.name: one for one in manifest.shards}
+        recorder = IssueRecorder(issues, SHARD_MANIFEST_FILE)
+        recorder.record_fault("the manifest of finished shards", f"that {error}")
+    check_index(store, index, issues)
     if manifest is not None:
-        faults += _check_manifest(store, manifest, index)
-    outcome.issues.extend(_check_folder(store, index))
-    wanted = index.grid, index.spacing
-    jobs: dict[Callable[[], ShardCheckResult], int]
-    if sample_count is None:
-        jobs = {
-            partial(check_shard, store, shard, facts.get(shard.name), *wanted): sum(
-                size for entry in shard.samples for _, size in entry.members.values()
-            )
-            for shard in index.shards
-        }
-    else:
-        chosen = pick_evenly(index.select_split(None), sample_count)
-        jobs = {
-            partial(check_sample_by_offsets, store, one, *wanted): sum(
-                n for _, n in one.members.values()
-            )
-            for one in chosen
-        }
-    reports = list(_run_checks(jobs, workers))
+        check_manifest(store, manifest, index, issues)
+    check_folder(store, index, issues)
+
+    jobs = _plan_jobs(store, index, manifest, sample_count)
+    check_results = list(_run_checks(jobs, workers))
     # Sorted, since workers finish in any order and two runs must print the same.
-    for report in sorted(reports, key=lambda report: report.shard_name):
-        outcome.issues.extend(report.issues)
-        outcome.statistics.sample_summaries += report.sample_summaries
-        outcome.bytes_read += report.bytes_read
-        for split, counts in report.hu_histograms.items():
-            outcome.statistics.hu_histograms[split] = (
-                outcome.statistics.hu_histograms.get(split, np.zeros_like(counts)) + counts
-            )
-    outcome.shards_read = len({report.shard_name for report in reports})
-    faults += _check_across_samples(outcome.statistics.sample_summaries)
+    for check_result in sorted(check_results, key=lambda check_result: check_result.shard_name):
+        _add_check_result(result, check_result)
+    result.shards_read = len({check_result.shard_name for check_result in check_results})
+
+    summaries = result.statistics.sample_summaries
+    check_across_samples(summaries, issues)
     if sample_count is None and manifest is not None:
         # Where samples could not be read the counts differ for that reason, which is named already.
-        if len(outcome.statistics.sample_summaries) == sum(
-            len(shard.samples) for shard in index.shards
-        ):
-            faults += _check_counts(manifest, outcome.statistics)
-        outcome.issues.notes += _check_versions(manifest, outcome.statistics.sample_summaries)
-    outcome.seconds = time.monotonic() - began
-    return outcome
+        if len(summaries) == sum(len(shard.samples) for shard in index.shards):
+            check_counts(manifest, result.statistics, issues)
+        check_versions(manifest, summaries, issues)
+    result.seconds = time.monotonic() - start
+    return result
 
 
-# The index and the folder
-
-
-def _check_index(store: ShardStore, index: ShardIndex) -> Iterator[VerificationIssue]:
-    """What the index must be by itself: of the schema, with each shard and key once and each patient in one split."""
-    yield from _check_json_fields(store, SHARD_INDEX_FILE, index, dump_index(index))
-    if index.schema != SAMPLE_SCHEMA:
-        yield VerificationIssue(
-            SHARD_INDEX_FILE, None, f"schema {SAMPLE_SCHEMA}", f"schema {index.schema}"
-        )
-    if min(index.grid) < 1 or not all(0 < mm < 1e3 for mm in index.spacing):
-        yield VerificationIssue(
-            SHARD_INDEX_FILE,
-            None,
-            "a grid of positive sides and spacings",
-            f"{index.grid} of {index.spacing} mm",
-        )
-    if not index.shards:
-        yield VerificationIssue(SHARD_INDEX_FILE, None, "at least one shard", "none")
-    for name, number in Counter(shard.name for shard in index.shards).items():
-        if number > 1:
-            yield VerificationIssue(
-                SHARD_INDEX_FILE, None, "each shard once", f"{name} {number} times"
-            )
+def _plan_jobs(
+    store: ShardStore, index: ShardIndex, manifest: ShardManifest | None, sample_count: int | None
+) -> CheckJobs:
+    """Plan the checks of all shards, or of some samples."""
+    grid = ShardGrid(index.grid, index.spacing)
+    jobs: CheckJobs = {}
+    if sample_count is not None:
+        for location in pick_evenly(index.select_split(None), sample_count):
+            jobs[partial(check_sample_by_offsets, store, location, grid)] = _size_bytes(location)
+        return jobs
+    manifest_shards = manifest.shards if manifest is not None else []
+    manifest_shard_by_name = {shard.name: shard for shard in manifest_shards}
     for shard in index.shards:
-        yield from _check_shard_entries(shard)
-    entries = [entry for shard in index.shards for entry in shard.samples]
-    for key, number in Counter(entry.key for entry in entries).items():
-        if number > 1:
-            yield VerificationIssue(SHARD_INDEX_FILE, key, "each key once", f"it {number} times")
-    for patient, splits in _splits_by_patient(entries).items():
-        if len(splits) > 1:
-            yield VerificationIssue(
-                SHARD_INDEX_FILE,
-                None,
-                f"patient {patient} in one split",
-                f"samples in {' and '.join(sorted(splits))}",
-            )
+        job = partial(check_shard, store, shard, manifest_shard_by_name.get(shard.name), grid)
+        jobs[job] = sum(_size_bytes(location) for location in shard.samples)
+    return jobs
 
 
-def _check_json_fields(
-    store: ShardStore, name: str, understood: ShardIndex | ShardManifest, written: bytes
-) -> Iterator[VerificationIssue]:
-    """Nothing in the file but what was read from it: no unknown field, no default in place of a missing one, and
-    no byte other than preprocessing writes."""
-    data = store.read_file(name)
-    stored, read = json.loads(data), json.loads(json.dumps(asdict(understood)))
-    if stored != read:
-        yield VerificationIssue(
-            name, None, "the fields and types of its schema only", _first_difference(read, stored)
-        )
-    elif data != written:
-        yield VerificationIssue(
-            name, None, "JSON as preprocessing writes it", "the same values in other bytes"
-        )
+def _size_bytes(location: SampleLocation) -> int:
+    return sum(size for _, size in location.members.values())
 
 
-def _check_manifest(
-    store: ShardStore, manifest: ShardManifest, index: ShardIndex
-) -> Iterator[VerificationIssue]:
-    """The manifest is of the schema and speaks of the index's shards, once each."""
-    yield from _check_json_fields(store, SHARD_MANIFEST_FILE, manifest, dump_manifest(manifest))
-    digest = hashlib.sha256(store.read_file(SHARD_MANIFEST_FILE)).hexdigest()
-    if digest != index.manifest:
-        yield VerificationIssue(
-            SHARD_MANIFEST_FILE,
-            None,
-            f"SHA-256 {index.manifest or '(none)'}, which the index has",
-            digest,
-        )
-    if manifest.schema != SAMPLE_SCHEMA:
-        yield VerificationIssue(
-            SHARD_MANIFEST_FILE, None, f"schema {SAMPLE_SCHEMA}", f"schema {manifest.schema}"
-        )
-    indexed = {shard.name: shard for shard in index.shards}
-    for name, number in Counter(one.name for one in manifest.shards).items():
-        if number > 1:
-            yield VerificationIssue(
-                SHARD_MANIFEST_FILE, None, "each shard once", f"{name} {number} times"
-            )
-    for name in sorted(set(indexed) - {one.name for one in manifest.shards}):
-        yield VerificationIssue(
-            SHARD_MANIFEST_FILE, None, f"{name}, which the index names", "no such shard"
-        )
-    for one in manifest.shards:
-        if one.name not in indexed:
-            yield VerificationIssue(
-                SHARD_MANIFEST_FILE, None, "only shards that the index names", one.name
-            )
-            continue
-        entries = indexed[one.name].samples
-        found = (len(entries), sorted({entry.split for entry in entries}))
-        if found != (one.samples, [one.split]):
-            yield VerificationIssue(
-                SHARD_MANIFEST_FILE,
-                None,
-                f"{one.samples} {one.split} samples in {one.name}",
-                f"{found[0]} of {found[1]} in the index",
-            )
+def _add_check_result(result: VerificationResult, check_result: ShardCheckResult) -> None:
+    result.issues.extend(check_result.issues)
+    result.statistics.sample_summaries += check_result.sample_summaries
+    result.bytes_read += check_result.bytes_read
+    for split, counts in check_result.hu_histograms.items():
+        add_histogram(result.statistics.hu_histograms, split, counts)
 
 
-def _check_shard_entries(shard: IndexedShard) -> Iterator[VerificationIssue]:
-    if not shard.samples:
-        yield VerificationIssue(
-            SHARD_INDEX_FILE, None, f"at least one sample in {shard.name}", "none"
-        )
-    others = sorted({entry.shard for entry in shard.samples} - {shard.name})
-    if others:
-        yield VerificationIssue(
-            SHARD_INDEX_FILE,
-            None,
-            f"samples of {shard.name} under that name",
-            f"some of {', '.join(others)}",
-        )
-    splits = {entry.split for entry in shard.samples}
-    if any(not shard.name.startswith(f"{split}-") for split in splits):
-        yield VerificationIssue(
-            SHARD_INDEX_FILE,
-            None,
-            f"samples of one split in {shard.name}, by its name",
-            " and ".join(sorted(splits)),
-        )
-    for entry in shard.samples:
-        if set(entry.members) != set(SAMPLE_MEMBERS):
-            yield VerificationIssue(
-                SHARD_INDEX_FILE,
-                entry.key,
-                f"offsets of {', '.join(SAMPLE_MEMBERS)}",
-                f"of {', '.join(entry.members)}",
-            )
-
-
-def _splits_by_patient(
-    samples: Sequence[SampleLocation] | Sequence[SampleSummary],
-) -> dict[str, set[str]]:
-    """By patient: the splits that have samples of the patient."""
-    splits: dict[str, set[str]] = {}
-    for one in samples:
-        splits.setdefault(one.patient, set()).add(one.split)
-    return splits
-
-
-def _first_difference(expected: Any, found: Any, path: str = "") -> str:
-    """Where two JSON trees first differ, in words."""
-    if isinstance(expected, dict) and isinstance(found, dict):
-        pairs = [
-            (f"{path}.{name}".lstrip("."), expected.get(name, _MISSING), found.get(name, _MISSING))
-            for name in {**expected, **found}
-        ]
-    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        pairs = [
-            (f"{path}[{i}]", *pair) for i, pair in enumerate(zip(expected, found, strict=True))
-        ]
-    else:
-        return f"{found!r} where {expected!r} is read, at {path}"
-    return next(_first_difference(a, b, at) for at, a, b in pairs if a != b)
-
-
-class _MissingValue:
-    def __repr__(self) -> str:
-        return "nothing"
-
-
-_MISSING = _MissingValue()
-
-
-def _check_folder(store: ShardStore, index: ShardIndex) -> VerificationIssues:
-    """A tar that the index does not name would be read by whoever reads `*.tar`; other files only puzzle."""
-    remarks = VerificationIssues()
-    try:
-        names = store.list_names()
-    except OSError as error:
-        remarks.notes.append(
-            VerificationIssue(str(store), None, "a place whose files can be listed", str(error))
-        )
-        return remarks
-    for name in sorted(set(names) - {shard.name for shard in index.shards} - set(EXPECTED_FILES)):
-        kind = remarks.faults if name.endswith(".tar") else remarks.notes
-        kind.append(
-            VerificationIssue(
-                name, None, "only files of the data set", "a file that the index does not name"
-            )
-        )
-    return remarks
-
-
-# Across shards
-
-
-def _check_across_samples(facts: Sequence[SampleSummary]) -> Iterator[VerificationIssue]:
-    """What must hold between samples, by what they say themselves."""
-    shards: dict[str, str] = {}
-    for one in facts:
-        if one.key in shards:
-            yield VerificationIssue(
-                one.shard, one.key, "each key once", f"it in {shards[one.key]}, too"
-            )
-        shards[one.key] = one.shard
-    for patient, splits in _splits_by_patient(facts).items():
-        if len(splits) > 1:
-            yield VerificationIssue(
-                "samples",
-                None,
-                f"patient {patient} in one split",
-                f"samples in {' and '.join(sorted(splits))}",
-            )
-    first: dict[str, SampleSummary] = {}
-    for one in facts:
-        other = first.setdefault(one.scan, one)
-        for name, attribute in (
-            ("patient", "patient"),
-            ("labels", "labels"),
-            ("report", "report_digest"),
-        ):
-            if getattr(one, attribute) != getattr(other, attribute):
-                yield VerificationIssue(
-                    one.shard,
-                    one.key,
-                    f"the {name} of {other.key}, as both are of scan {one.scan}",
-                    "another",
-                )
-
-
-def _check_versions(
-    manifest: ShardManifest, facts: Sequence[SampleSummary]
-) -> Iterator[VerificationIssue]:
-    """Samples made by other versions than the manifest's may differ in the last digit."""
-    others = Counter(
-        one.versions for one in facts if one.versions and dict(one.versions) != manifest.versions
-    )
-    for versions, number in others.items():
-        found = f"{dict(versions)} in {_format_count(number, 'sample')}"
-        yield VerificationIssue(
-            SHARD_MANIFEST_FILE,
-            None,
-            f"samples of the manifest's versions {manifest.versions}",
-            found,
-        )
-
-
-def _check_counts(
-    manifest: ShardManifest, statistics: DatasetStatistics
-) -> Iterator[VerificationIssue]:
-    """Recount labels and lesions by split, in the words that a manifest uses."""
-    words = sum_counts([])
-    for split in sorted({*manifest.counts, *SPLITS}):
-        facts = [one for one in statistics.sample_summaries if one.split == split]
-        recount = {"labels": count_labels(facts), "lesions": count_lesions(facts)}
-        stated = manifest.counts.get(split, {})
-        for kind in sorted({*stated, *words}):
-            told, template = stated.get(kind, {}), words.get(kind, {})
-            counted = {
-                name: {word: recount[kind][name][word] for word in of}
-                for name, of in template.items()
-            }
-            wrong = [name for name in {**counted, **told} if counted.get(name) != told.get(name)]
-            if wrong:
-                name, more = (
-                    wrong[0],
-                    f", and {len(wrong) - 1} more {kind} wrong" if wrong[1:] else "",
-                )
-                expected = f"{split} {kind}, {name}: {counted.get(name)}, as counted"
-                yield VerificationIssue(
-                    SHARD_MANIFEST_FILE, None, expected, f"{told.get(name)}{more}"
-                )
-
-
-# Running
-
-
-def _run_checks(
-    jobs: dict[Callable[[], ShardCheckResult], int], workers: int
-) -> Iterator[ShardCheckResult]:
-    """Reports as they come, under a progress bar that counts bytes."""
+def _run_checks(jobs: CheckJobs, workers: int) -> Iterator[ShardCheckResult]:
+    """Run the checks under a progress bar that counts bytes; yield results as they come."""
     columns = (
         TextColumn("reading"),
         BarColumn(),
@@ -457,9 +182,10 @@ def _run_checks(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
+    total_bytes = sum(jobs.values())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("reading", total=sum(jobs.values()))
-        if min(workers, len(jobs)) <= 1 or sum(jobs.values()) < _MAX_SERIAL_BYTES:
+        bar = progress.add_task("reading", total=total_bytes)
+        if min(workers, len(jobs)) <= 1 or total_bytes < _MAX_SERIAL_BYTES:
             for job, size in jobs.items():
                 yield job()
                 progress.advance(bar, size)
@@ -473,92 +199,78 @@ def _run_checks(
                     progress.advance(bar, futures.pop(future))
             except BrokenProcessPool:
                 raise UserError(
-                    f"A worker was killed, most likely for memory ({workers} work at once): verify again with fewer "
-                    f"--workers."
+                    f"A worker was killed, most likely for memory ({workers} work at once): verify "
+                    f"again with fewer --workers."
                 ) from None
             finally:
                 pool.shutdown(cancel_futures=True)
 
 
-def _format_count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}" if number else f"no {word}s"
-
-
 # Command line
 
 
-def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Options of the command."""
+
+    folder: str | None = None
+    """Folder or URL of the shards; by default data.shards of the configuration."""
+    config: str = "demo"
+    """Configuration that names the folder."""
+    stats: Path | None = field(default=None, metadata=argument(metavar="OUT"))
+    """Folder for statistics and figures of what was read, which are printed as well."""
+    workers: int = field(default=2, metadata=argument(minimum=1))
+    """Number of processes."""
+    sample: int | None = field(default=None, metadata=argument(metavar="N", minimum=1))
+    """Number of samples that are read instead of whole shards."""
+    show: int = field(default=100, metadata=argument(metavar="N", minimum=1))
+    """Number of faults, and of notes, that are printed at most."""
+
+
+def _parse_arguments(arguments: Sequence[str] | None) -> VerifyOptions:
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline.verify", description="Read shards back and check them."
     )
     parser.add_argument(
-        "place",
+        "folder",
         nargs="?",
-        help="folder or URL of shards (default: data.shards of the configuration)",
+        help="folder or URL of the shards (default: data.shards of the configuration)",
     )
-    parser.add_argument(
-        "--config", default="demo", help="configuration that names the folder (default demo)"
-    )
-    parser.add_argument(
-        "--stats",
-        type=Path,
-        metavar="OUT",
-        help="print figures, and write them and pictures to OUT",
-    )
-    parser.add_argument(
-        "--workers", type=_positive_integer, default=2, help="processes (default 2)"
-    )
-    parser.add_argument(
-        "--sample",
-        type=_positive_integer,
-        metavar="N",
-        help="read only N samples, not whole shards",
-    )
-    parser.add_argument(
-        "--show",
-        type=_positive_integer,
-        metavar="N",
-        default=100,
-        help="faults and notes to print, at most N of each (default 100)",
-    )
-    return parser.parse_args(arguments)
-
-
-def _positive_integer(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
-    return int(text)
+    add_options(parser, VerifyOptions, exclude=["folder"])
+    return options_from_namespace(VerifyOptions, parser.parse_args(arguments))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status: 0 without faults, 1 with, 2 when nothing could be verified."""
+    """Run the command; return its exit status.
+
+    It is 0 without faults, 1 with faults, and 2 when nothing could be verified.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = _parse_arguments(arguments)
     console = Console(highlight=False)
     try:
-        place = options.place or config.load_config(options.config).data.shards
-        outcome = verify_shards(place, workers=options.workers, sample_count=options.sample)
-        if options.stats and outcome.statistics.sample_summaries:
+        folder = options.folder or load_config(options.config).data.shards
+        result = verify_shards(folder, workers=options.workers, sample_count=options.sample)
+        if options.stats and result.statistics.sample_summaries:
             # matplotlib takes a while to load, in each worker too.
             from data_pipeline.verify.statistics_figures import write_statistics
 
-            for table in build_tables(outcome.statistics):
+            for table in build_tables(result.statistics):
                 console.print(table)
-            write_statistics(outcome.statistics, place, options.stats)
+            write_statistics(result.statistics, folder, options.stats)
             console.print(f"figures and pictures: {options.stats}", soft_wrap=True, markup=False)
     except UserError as error:
         log.error("%s", error)
         return 2
-    for kind, remarks in (("note", outcome.issues.notes), ("fault", outcome.issues.faults)):
-        for remark in remarks[: options.show]:
-            console.print(f"{kind}: {remark}", soft_wrap=True, markup=False)
-        if (more := len(remarks) - options.show) > 0:
-            console.print(
-                f"and {_format_count(more, f'more {kind}')} (--show {len(remarks)} prints all)",
-                soft_wrap=True,
-            )
-    console.print(outcome.summary(), soft_wrap=True, markup=False)
-    return 1 if outcome.issues.faults else 0
+    for noun, issues in (("note", result.issues.notes), ("fault", result.issues.faults)):
+        for issue in issues[: options.show]:
+            console.print(f"{noun}: {issue}", soft_wrap=True, markup=False)
+        hidden_count = len(issues) - options.show
+        if hidden_count > 0:
+            hidden = format_count(hidden_count, f"more {noun}")
+            console.print(f"and {hidden} (--show {len(issues)} prints all)", soft_wrap=True)
+    console.print(result.describe(), soft_wrap=True, markup=False)
+    return 1 if result.issues.faults else 0
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""From files to samples and from samples to batches: volumes, shards, loading, augmentation, phantoms."""
+"""From files to samples and from samples to batches: volumes, shards, loading, augmentation."""

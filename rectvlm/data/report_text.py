@@ -1,7 +1,6 @@
-"""A report as text: its two sections joined for the language model, and found again in what one has written."""
+"""The text of a report: its two sections joined for the language model, and found in its output."""
 
 import re
-from itertools import islice
 
 _HEADING_AT_LINE_START = re.compile(
     r"^[ \t*#]*(findings?|impressions?)[ \t*#]*:[ \t*]*", re.IGNORECASE | re.MULTILINE
@@ -10,26 +9,32 @@ _IMPRESSION_IN_LINE = re.compile(r"(?<=[.!?] )[*#]*(impressions?)[*#]*:[ *]*", r
 
 
 def join_report_sections(findings: str | None, impression: str | None) -> str | None:
-    """Both sections as one text, `Findings: …` and `Impression: …` on lines of their own; None without either."""
-    sections = [("Findings", findings), ("Impression", impression)]
-    return (
-        "\n".join(f"{title}: {text.strip()}" for title, text in sections if text and text.strip())
-        or None
-    )
+    """Join sections as lines `Findings: …` and `Impression: …`; None without any text."""
+    lines = []
+    for title, text in (("Findings", findings), ("Impression", impression)):
+        if text and text.strip():
+            lines.append(f"{title}: {text.strip()}")
+    return "\n".join(lines) or None
 
 
 def split_report_sections(text: str) -> tuple[str | None, str | None]:
-    """Findings and impression of a report text, whichever of them are there.
+    """Split a report into findings and impression, None for a missing one.
 
-    Undoes `report_text`. Generated text may lack a heading or put it inside a line: what stands before the first
-    `Impression:` is the findings.
+    Undoes `join_report_sections`. Generated text may lack a heading or put it inside a line: the
+    text before the first `Impression:` is the findings.
     """
-    heads = list(_HEADING_AT_LINE_START.finditer(text))
-    if not any(head[1].lower().startswith("impression") for head in heads):
-        heads += islice(_IMPRESSION_IN_LINE.finditer(text), 1)
-    cut = next((head for head in heads if head[1].lower().startswith("impression")), None)
-    before, impression = (text, "") if cut is None else (text[: cut.start()], text[cut.end() :])
-    first = next((head for head in heads if head[1].lower().startswith("finding")), None)
-    if first is not None and first.end() <= len(before):
-        before = before[first.end() :]
-    return before.strip() or None, impression.strip() or None
+    findings_heading = impression_heading = None
+    for heading in _HEADING_AT_LINE_START.finditer(text):
+        if heading[1].lower().startswith("impression"):
+            impression_heading = impression_heading or heading
+        else:
+            findings_heading = findings_heading or heading
+    impression_heading = impression_heading or _IMPRESSION_IN_LINE.search(text)
+
+    findings, impression = text, ""
+    if impression_heading is not None:
+        findings = text[: impression_heading.start()]
+        impression = text[impression_heading.end() :]
+    if findings_heading is not None and findings_heading.end() <= len(findings):
+        findings = findings[findings_heading.end() :]
+    return findings.strip() or None, impression.strip() or None

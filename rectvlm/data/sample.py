@@ -1,6 +1,7 @@
-"""The schema of a sample, both ways: four members of a WebDataset tar, and back.
+"""The schema of a sample: how it becomes four members of a WebDataset tar, and back.
 
-`KEY.ct`, `KEY.lesions` and `KEY.regions` are volumes (see `packing`), `KEY.json` is the `SampleMeta`.
+`KEY.ct`, `KEY.lesions` and `KEY.regions` are volumes (see `volume_codec`), `KEY.json` is the
+`SampleMeta`.
 """
 
 import functools
@@ -16,42 +17,37 @@ from pydantic import TypeAdapter, ValidationError
 
 from rectvlm.data.volume_codec import decode_volume, encode_volume
 from rectvlm.labels import FINDINGS, LESIONS, N_LESIONS, N_REGIONS
-from rectvlm.types import Sample, SampleMeta, UserError
+from rectvlm.types import SAMPLE_SCHEMA, Sample, SampleMeta, UserError, first_invalid_field
 
-SAMPLE_SCHEMA = 2
 SAMPLE_MEMBERS = ("ct", "lesions", "regions", "json")
-_MEMBER_DTYPES: dict[str, np.dtype[Any]] = {
+VOLUME_DTYPES: dict[str, np.dtype[Any]] = {
     "ct": np.dtype("<i2"),
     "lesions": np.dtype("u1"),
     "regions": np.dtype("u1"),
 }
+"""Type of each volume of a sample, in a shard and in memory."""
 _KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
-
-
 _META_ADAPTER = TypeAdapter(SampleMeta)
 
 
 def encode_sample(sample: Sample) -> dict[str, bytes]:
-    """The four members of a sample.
+    """Make the four members of a sample, by name.
 
     Raises:
-        UserError: a key that WebDataset would cut, or labels, flags or values outside the schema.
+        UserError: WebDataset would cut the key, or labels, flags or values are outside the schema.
     """
     meta = sample.meta
     if not _KEY_PATTERN.fullmatch(meta.key):
         raise UserError(
-            f"Sample key {meta.key!r} must be 1 to 80 letters, digits, '_' or '-' (WebDataset cuts a name at its "
-            f"first dot): rename the case from {meta.source}."
+            f"Sample key {meta.key!r} must be 1 to 80 letters, digits, '_' or '-' (WebDataset cuts "
+            f"a name at its first dot): rename the case from {meta.source}."
         )
     _check_sample(sample, where=f"Sample {meta.key}")
-    arrays: dict[str, NDArray[Any]] = {
-        "ct": sample.ct,
-        "lesions": sample.lesions,
-        "regions": sample.regions,
-    }
-    for name, array in arrays.items():
-        assert array.dtype == _MEMBER_DTYPES[name], f"{name} is {array.dtype}"
-    members = {name: encode_volume(array) for name, array in arrays.items()}
+    members = {}
+    for name, dtype in VOLUME_DTYPES.items():
+        array = getattr(sample, name)
+        assert array.dtype == dtype, f"{name} is {array.dtype}"
+        members[name] = encode_volume(array)
     members["json"] = _META_ADAPTER.dump_json(meta)
     return members
 
@@ -61,12 +57,13 @@ def decode_sample(
     where: str = "sample",
     into: Mapping[str, NDArray[Any]] | None = None,
 ) -> Sample:
-    """A sample from its four members, as WebDataset gives them (other keys are ignored).
+    """Read a sample from its members, as WebDataset gives them; other keys are ignored.
 
     Args:
-        members: by name.
-        where: the source, for messages.
-        into: arrays by name (`ct`, `lesions`, `regions`) that receive the volumes and become the sample's.
+        members: bytes by name.
+        where: name of the sample in messages.
+        into: arrays by name (`ct`, `lesions`, `regions`) that receive the volumes and become the
+            sample's.
 
     Raises:
         UserError: a member is missing, damaged, not of this schema, or not of the shape of `into`.
@@ -76,12 +73,10 @@ def decode_sample(
         raise UserError(
             f"{where} lacks {', '.join(missing)}: expected the members {', '.join(SAMPLE_MEMBERS)}."
         )
-    arrays = {
-        name: decode_volume(
-            members[name], dtype, f"{where}, member {name}", None if into is None else into[name]
-        )
-        for name, dtype in _MEMBER_DTYPES.items()
-    }
+    arrays = {}
+    for name, dtype in VOLUME_DTYPES.items():
+        out = None if into is None else into[name]
+        arrays[name] = decode_volume(members[name], dtype, f"{where}, member {name}", out)
     sample = Sample(**arrays, meta=_parse_meta(bytes(members["json"]), where))
     _check_sample(sample, where)
     return sample
@@ -92,29 +87,28 @@ def _parse_meta(data: bytes, where: str) -> SampleMeta:
         tree = json.loads(data)
         meta = _META_ADAPTER.validate_json(data, strict=True)
     except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"])) or "top level"
+        field, reason = first_invalid_field(error)
         raise UserError(
-            f"{where}: {place} of its JSON is not of schema {SAMPLE_SCHEMA}: {fault['msg']}."
+            f"{where}: {field} of its JSON is not of schema {SAMPLE_SCHEMA}: {reason}."
         ) from None
     except ValueError as error:
         raise UserError(
             f"{where}: its JSON cannot be read ({error}); make the shards again."
         ) from None
-    found, expected = (
-        set(_json_paths(tree)),
-        set(_json_paths(_META_ADAPTER.dump_python(meta, mode="json"))),
-    )
-    if found != expected:
-        unknown, missing = sorted(found - expected), sorted(expected - found)
+    # pydantic ignores unknown keys and fills in missing ones.
+    stored = set(_json_paths(tree))
+    expected = set(_json_paths(_META_ADAPTER.dump_python(meta, mode="json")))
+    if stored != expected:
+        unknown, missing = sorted(stored - expected), sorted(expected - stored)
         raise UserError(
-            f"{where}: its JSON is not of schema {SAMPLE_SCHEMA}: unknown {unknown}, missing {missing}; "
-            f"read it with the version that wrote it, or make the shards again."
+            f"{where}: its JSON is not of schema {SAMPLE_SCHEMA}: unknown {unknown}, missing "
+            f"{missing}; read it with the version that wrote it, or make the shards again."
         )
     return meta
 
 
 def _json_paths(tree: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all keys of nested objects."""
     for name, value in tree.items():
         yield prefix + name
         if isinstance(value, dict):
@@ -125,26 +119,26 @@ def _check_sample(sample: Sample, where: str) -> None:
     meta = sample.meta
     if meta.schema != SAMPLE_SCHEMA:
         raise UserError(
-            f"{where} is of schema {meta.schema}, this version reads {SAMPLE_SCHEMA}: make the shards again."
+            f"{where} is of schema {meta.schema}, this version reads {SAMPLE_SCHEMA}: "
+            "make the shards again."
         )
     wrong = set(meta.labels) ^ set(FINDINGS)
     if wrong or any(value not in (0, 1, None) for value in meta.labels.values()):
         raise UserError(
-            f"{where}: labels must give 0, 1 or null for each of the 18 findings; wrong: {sorted(wrong)}."
+            f"{where}: labels must give 0, 1 or null for each of the 18 findings; "
+            f"wrong: {sorted(wrong)}."
         )
     wrong = set(meta.lesions_annotated) ^ {lesion.key for lesion in LESIONS}
     if wrong:
         raise UserError(
             f"{where}: lesions_annotated must name each of the 5 lesions; wrong: {sorted(wrong)}."
         )
-    both = [
-        key
-        for key, partly in meta.lesions_partial.items()
-        if partly and meta.lesions_annotated.get(key)
-    ]
+    partial = [key for key, is_partial in meta.lesions_partial.items() if is_partial]
+    both = [key for key in partial if meta.lesions_annotated.get(key)]
     if both or set(meta.lesions_partial) != set(meta.lesions_annotated):
         raise UserError(
-            f"{where}: lesions_partial must name each of the 5 lesions, none of them annotated: {both}."
+            f"{where}: lesions_partial must name each of the 5 lesions, none of them annotated: "
+            f"{both}."
         )
     shapes = {sample.ct.shape, sample.lesions.shape, sample.regions.shape}
     if len(shapes) != 1:
@@ -153,11 +147,12 @@ def _check_sample(sample: Sample, where: str) -> None:
         )
     if sample.lesions.max() >= 1 << N_LESIONS or sample.regions.max() > N_REGIONS:
         raise UserError(
-            f"{where}: lesion bits must be below {1 << N_LESIONS} and region ids at most {N_REGIONS}."
+            f"{where}: lesion bits must be below {1 << N_LESIONS} and region ids at most "
+            f"{N_REGIONS}."
         )
 
 
 @functools.cache
 def preprocessing_versions() -> dict[str, str]:
-    """Versions of what decides a sample's voxels and bytes."""
+    """Versions of the packages that decide a sample's voxels and bytes, by name."""
     return {name: version(name) for name in ("rectvlm", "numpy", "nibabel", "blosc2")}

@@ -1,131 +1,111 @@
-"""Where a folder of shards came from, and what is in it: `manifest.json`, beside the index that readers need.
+"""The manifest of a folder of shards: checksums, counts and provenance, in `manifest.json`.
 
 It holds no time and no name of a machine, so the same inputs give the same file.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from rectvlm.data.sample import SAMPLE_SCHEMA
 from rectvlm.data.store import ShardStore
-from rectvlm.labels import FINDINGS, LESIONS
-from rectvlm.types import MaskVolume, SampleMeta, Split, UserError
+from rectvlm.labels import FINDINGS, LESION_BY_KEY, Lesion
+from rectvlm.types import SAMPLE_SCHEMA, SampleMeta, Split, UserError, first_invalid_field
 
 SHARD_MANIFEST_FILE = "manifest.json"
 
 LabelCounts = dict[str, dict[str, dict[str, int]]]
-"""`labels`: by finding, how many samples are present, absent, unknown; `lesions`: by key, present, annotated."""
+"""Numbers of samples: `labels`, by finding, `present`, `absent` and `unknown`; `lesions`, by lesion
+key, `present` and `annotated`."""
+_LABEL_WORDS = {1: "present", 0: "absent", None: "unknown"}
 
 
 @dataclass(frozen=True)
 class ManifestShard:
-    """One tar, to be checked against."""
+    """Size and checksum of one tar; its fields are keys of `manifest.json`."""
 
     name: str
+    """File name of the tar."""
     split: Split
+    """Split of all samples of the tar."""
     samples: int
+    """Number of samples."""
     bytes: int
+    """Size of the tar."""
     sha256: str
+    """Checksum of the tar."""
 
 
 @dataclass(frozen=True)
 class ShardProvenance:
-    """What the samples alone do not tell."""
+    """Origin of the samples; its fields are keys of `manifest.json`."""
 
     fingerprint: str | None = None
     """Digest of all inputs and settings."""
     code: str | None = None
-    """Digest of the modules that decide what a sample looks like."""
+    """Digest of the modules that decide the bytes of a sample."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Options of the run and the policy of the data set."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Volumes that the data set left out by rule, by reason."""
+    """Number of volumes that the data set left out by rule, by reason."""
     set_aside: dict[str, int] = field(default_factory=dict)
-    """Cases that could not be used, by reason; each is named in the quarantine list."""
+    """Number of cases that could not be used, by reason; the quarantine list names each."""
 
 
 @dataclass(frozen=True)
 class ShardManifest:
-    """`manifest.json`."""
+    """`manifest.json`, whose keys are these field names."""
 
     shards: list[ManifestShard]
+    """Tars of the folder."""
     counts: dict[str, LabelCounts]
-    """By split."""
+    """Counts of findings and lesions, by split."""
     versions: dict[str, str]
+    """Versions of the packages that made the samples, by name."""
     provenance: ShardProvenance
+    """Origin of the samples."""
     schema: int = SAMPLE_SCHEMA
+    """Version of this schema."""
 
 
 _MANIFEST_ADAPTER = TypeAdapter(ShardManifest)
 
 
 def read_manifest(folder: str | Path | ShardStore) -> ShardManifest:
-    """The manifest of a folder (or URL) of shards.
+    """Read the manifest of a folder or URL of shards.
 
     Raises:
-        UserError: none is there, or it is of another schema.
+        UserError: there is none, or it is of another schema.
     """
     store = ShardStore(folder)
+    path = store / SHARD_MANIFEST_FILE
     try:
         return _MANIFEST_ADAPTER.validate_json(store.read_file(SHARD_MANIFEST_FILE))
     except OSError as error:
         raise UserError(
-            f"{store / SHARD_MANIFEST_FILE} cannot be read ({error}): run `make preprocess`, or copy it."
+            f"{path} cannot be read ({error}): run `make preprocess`, or copy it."
         ) from None
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(map(str, fault["loc"])) or "top level"
+        field_name, reason = first_invalid_field(error)
         raise UserError(
-            f"{store / SHARD_MANIFEST_FILE} is damaged at {where}: {fault['msg']}; run `make preprocess` again."
+            f"{path} is damaged at {field_name}: {reason}; run `make preprocess` again."
         ) from None
 
 
 def dump_manifest(manifest: ShardManifest) -> bytes:
-    """The bytes of `manifest.json`."""
+    """Make the bytes of `manifest.json`."""
     return _MANIFEST_ADAPTER.dump_json(manifest, indent=1) + b"\n"
 
 
-@dataclass
-class LabelTally:
-    """Counts of findings and lesions."""
-
-    labels: Counter[tuple[str, str]] = field(default_factory=Counter)
-    lesions: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-    def add_sample(self, meta: SampleMeta, lesion_bits: int) -> None:
-        """Count one sample; `lesion_bits` are the bits that occur anywhere in its mask."""
-        words = {0: "absent", 1: "present", None: "unknown"}
-        self.labels.update((finding, words[value]) for finding, value in meta.labels.items())
-        self.lesions.update(
-            (lesion.key, "present") for lesion in LESIONS if lesion_bits >> lesion.bit & 1
-        )
-        self.lesions.update(
-            (key, "annotated") for key, looked in meta.lesions_annotated.items() if looked
-        )
-
-    def as_counts(self) -> LabelCounts:
-        """All findings and lesions, zeros included."""
-        return {
-            "labels": {
-                f: {w: self.labels[f, w] for w in ("present", "absent", "unknown")}
-                for f in FINDINGS
-            },
-            "lesions": {
-                le.key: {w: self.lesions[le.key, w] for w in ("present", "annotated")}
-                for le in LESIONS
-            },
-        }
-
-
-def sum_counts(many: Sequence[LabelCounts]) -> LabelCounts:
-    """The sum of counts; zeros when there are none."""
-    total = LabelTally().as_counts()
-    for counts in many:
+def sum_counts(parts: Sequence[LabelCounts]) -> LabelCounts:
+    """Sum of counts; zeros for every finding and lesion when there are none."""
+    total: LabelCounts = {
+        "labels": {finding: dict.fromkeys(_LABEL_WORDS.values(), 0) for finding in FINDINGS},
+        "lesions": {key: {"present": 0, "annotated": 0} for key in LESION_BY_KEY},
+    }
+    for counts in parts:
         for kind, by_name in counts.items():
             for name, by_word in by_name.items():
                 for word, number in by_word.items():
@@ -133,6 +113,11 @@ def sum_counts(many: Sequence[LabelCounts]) -> LabelCounts:
     return total
 
 
-def find_lesion_bits(mask: MaskVolume) -> int:
-    """The lesion bits that occur anywhere in a mask."""
-    return sum(1 << lesion.bit for lesion in LESIONS if (mask >> lesion.bit & 1).any())
+def add_sample_counts(counts: LabelCounts, meta: SampleMeta, lesions: Iterable[Lesion]) -> None:
+    """Add one sample to counts, in place; `lesions` are those that occur in its mask."""
+    for finding, value in meta.labels.items():
+        counts["labels"][finding][_LABEL_WORDS[value]] += 1
+    for lesion in lesions:
+        counts["lesions"][lesion.key]["present"] += 1
+    for key, is_annotated in meta.lesions_annotated.items():
+        counts["lesions"][key]["annotated"] += is_annotated

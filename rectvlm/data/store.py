@@ -1,7 +1,7 @@
-"""A folder of files, on a disk or at any URL that fsspec knows (s3://, gs://, https://, memory://).
+"""The folder of a data set's shards, on a disk or at a URL that fsspec knows (s3://, https://, …).
 
-Shards are written and read through it. A file appears under its name whole or not at all: on a disk it is written
-beside its place, forced to the disk and renamed; an object store shows an upload when it is complete.
+A file appears under its name complete or not at all: on a disk it is written under another name,
+flushed and renamed; an object store shows an upload when it is complete.
 """
 
 import errno
@@ -16,25 +16,26 @@ from typing import IO, Any, TypeVar
 
 import fsspec
 
+from rectvlm.files import atomic_file
 from rectvlm.types import UserError
 
 _MAX_ATTEMPTS = 4
 _FIRST_RETRY_SECONDS = 0.25
-"""Seconds before the second try; each further pause is four times as long."""
+"""Pause before the second attempt; each further pause is four times as long."""
 _READ_TIMEOUT_SECONDS = 60.0
-"""How long a web server may send nothing. The whole answer may take any time: a shard over a slow line does."""
+"""Longest silence of a web server. An answer may take longer in all, as over a slow line."""
 _TEMPORARY_FILE = re.compile(r"\..+\.\d+\.tmp")
 _T = TypeVar("_T")
 
 
 class ShardStore:
-    """Files by name in one folder; names may hold `/`. Safe to send to another process."""
+    """Files by name in one folder; names may hold `/`. It can be sent to another process."""
 
     def __init__(self, path_or_url: "str | Path | ShardStore") -> None:
-        """Open a folder by path or URL; nothing is made or read yet.
+        """Name a folder by path or URL; nothing is made or read yet.
 
         Raises:
-            UserError: a URL whose protocol is unknown or lacks its package.
+            UserError: the protocol of a URL is unknown or lacks its package.
         """
         self.path_or_url: str = (
             str(
@@ -52,14 +53,15 @@ class ShardStore:
             )
         except (ValueError, ImportError) as error:
             raise UserError(
-                f"{self.path_or_url} cannot be opened ({error}): give a folder or a URL whose fsspec package is installed."
+                f"{self.path_or_url} cannot be opened ({error}): give a folder or a URL whose "
+                "fsspec package is installed."
             ) from None
 
     def __str__(self) -> str:
         return self.path_or_url
 
     def __truediv__(self, name: str) -> str:
-        """The path or URL of a file, for messages."""
+        """Path or URL of a file, for messages."""
         return (
             str(self.local_folder / name)
             if self.local_folder is not None
@@ -67,7 +69,7 @@ class ShardStore:
         )
 
     def read_file(self, name: str) -> bytes:
-        """A whole file.
+        """Read an entire file.
 
         Raises:
             OSError: it is not there (`FileNotFoundError`) or cannot be read.
@@ -77,12 +79,12 @@ class ShardStore:
         return bytes(self._call_with_retries(lambda: self._fs.cat_file(self._remote_path(name))))
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
-        """`size` bytes from `start` on; fewer where the file ends before.
+        """Read `size` bytes from `start` on; fewer where the file ends before.
 
-        Opens a local file anew each time, so threads and processes do not interfere.
+        A local file is opened anew each time, so threads and processes do not interfere.
 
         Raises:
-            OSError: as `read`.
+            OSError: as `read_file`.
         """
         if self.local_folder is not None:
             with (self.local_folder / name).open("rb") as file:
@@ -95,12 +97,13 @@ class ShardStore:
         )
         if len(data) > size:
             raise OSError(
-                "the server sends whole files where a part is asked for; it must support range requests"
+                "the server sends whole files where a part is asked for; it must support range "
+                "requests"
             )
         return data
 
     def file_size(self, name: str) -> int | None:
-        """Size of a file, bytes; None when it is not there."""
+        """Size of a file in bytes; None when it is not there."""
         if self.local_folder is not None:
             path = self.local_folder / name
             return path.stat().st_size if path.is_file() else None
@@ -110,59 +113,64 @@ class ShardStore:
             return None
 
     def list_names(self, folder: str = "") -> list[str]:
-        """Names of the files right in the store, or in one of its folders; sorted."""
+        """Sorted names of the files directly in the store, or in one of its folders."""
         return sorted(self.list_sizes(folder))
 
     def list_sizes(self, folder: str = "") -> dict[str, int]:
-        """Bytes of each file right in the store, or in one of its folders, by one listing."""
+        """Size in bytes of each file directly in the store, or in one of its folders, by name."""
+        sizes: dict[str, int | None] = {}
         if self.local_folder is not None:
             root = self.local_folder / folder
-            files = (path for path in root.iterdir() if path.is_file()) if root.is_dir() else ()
-            found = {path.name: path.stat().st_size for path in files}
+            for path in root.iterdir() if root.is_dir() else ():
+                if path.is_file():
+                    sizes[path.name] = path.stat().st_size
         else:
-            try:
-                # Anew each time: s3fs would answer from what it listed before other processes wrote.
-                self._fs.invalidate_cache()
-                listed = self._call_with_retries(
-                    lambda: self._fs.ls(self._remote_path(folder), detail=True)
-                )
-            except FileNotFoundError:
-                listed = []
-            found = {
-                entry["name"].rsplit("/", 1)[-1]: entry["size"]
-                for entry in listed
-                if entry["type"] == "file"
-            }
-        return {
-            f"{folder}/{name}" if folder else name: int(size or 0) for name, size in found.items()
-        }
+            for entry in self._list_remote(folder):
+                if entry["type"] == "file":
+                    sizes[entry["name"].rsplit("/", 1)[-1]] = entry["size"]
+        prefix = f"{folder}/" if folder else ""
+        return {prefix + name: int(size or 0) for name, size in sizes.items()}
+
+    def _list_remote(self, folder: str) -> list[dict[str, Any]]:
+        """Entries of a folder as fsspec describes them; none when it is not there."""
+        # Without its cache: s3fs would answer from a listing made before other processes wrote.
+        self._fs.invalidate_cache()
+        path = self._remote_path(folder)
+        try:
+            entries = self._call_with_retries(lambda: self._fs.ls(path, detail=True))
+        except FileNotFoundError:
+            return []
+        return list(entries)
 
     def remove_file(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it is there."""
         if self.local_folder is not None:
             (self.local_folder / name).unlink(missing_ok=True)
         elif self.file_size(name) is not None:
             self._call_with_retries(lambda: self._fs.rm_file(self._remote_path(name)))
 
     def write_file(self, name: str, data: bytes) -> None:
-        """Write a whole file; see `writing`."""
+        """Write an entire file; see `open_for_writing`."""
         with self.open_for_writing(name) as file:
             file.write(data)
 
     def remove_temporary_files(self, folder: str = "") -> None:
-        """Remove the half-written files of processes that were killed; only where no other writes."""
+        """Remove half-written files of killed processes, where no other process writes."""
         for name in self.list_names(folder):
             if self.local_folder is not None and _TEMPORARY_FILE.fullmatch(name.rpartition("/")[2]):
                 self.remove_file(name)
 
     @contextmanager
     def open_for_writing(self, name: str) -> Iterator[IO[bytes]]:
-        """A file that appears under its name complete, or not at all; readable and seekable while it is written."""
+        """Open a file that appears under its name complete or not at all.
+
+        It is readable and seekable while it is written.
+        """
         if self.local_folder is not None:
             with atomic_file(self.local_folder / name) as file:
                 yield file
             return
-        # A file without a name, so that a kill leaves nothing in the temporary folder.
+        # A file without a name leaves nothing in the temporary folder when the process is killed.
         with tempfile.TemporaryFile(prefix="rectvlm-") as temporary:
             yield temporary
             temporary.flush()
@@ -177,7 +185,7 @@ class ShardStore:
         return f"{self._root.rstrip('/')}/{name}".rstrip("/")
 
     def _call_with_retries(self, call: Callable[[], _T]) -> _T:
-        """The call's result; a failure that may pass is tried again, since a long run must outlive one lost reply."""
+        """Call a function again when it fails: a long run must outlive one lost reply."""
         for attempt in range(_MAX_ATTEMPTS):
             try:
                 return call()
@@ -193,7 +201,10 @@ class ShardStore:
 
 
 def _fsspec_options(url: str) -> dict[str, Any]:
-    """What fsspec is told beside the URL: aiohttp would give up after five minutes in all, and not notice silence."""
+    """Options of fsspec for a URL.
+
+    By default, aiohttp gives up after five minutes in all and does not notice silence.
+    """
     if not url.startswith(("http://", "https://")):
         return {}
     import aiohttp
@@ -202,18 +213,3 @@ def _fsspec_options(url: str) -> dict[str, Any]:
         total=None, sock_connect=_READ_TIMEOUT_SECONDS, sock_read=_READ_TIMEOUT_SECONDS
     )
     return {"client_kwargs": {"timeout": timeout}}
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[Any]]:
-    """A local file that appears under its name complete and on disk, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
-"""A CT or mask file to an array with an affine.
+"""Reading of CT and mask files (NIfTI), with a clear error for every file that cannot be used.
 
-What its numbers mean is `rectvlm.data.hounsfield`, the way to the canonical grid and back `rectvlm.data.canonical_grid`; their
-functions are named here too, so that who handles a volume imports one module.
+`hounsfield` converts the numbers to HU, `canonical_grid` brings them to the grid of a sample.
 """
 
 import gzip
@@ -18,42 +17,27 @@ import psutil
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
-from rectvlm.data.canonical_grid import (
-    canonical_affine,
-    mask_to_native,
-    require_overlap,
-    resample_to_grid,
-)
-from rectvlm.data.hounsfield import to_hu
 from rectvlm.types import Affine, InputError, Volume
-
-__all__ = [
-    "Volume",
-    "canonical_affine",
-    "mask_to_native",
-    "read_mask",
-    "read_volume",
-    "require_overlap",
-    "resample_to_grid",
-    "to_hu",
-]
 
 _MAX_VOLUME_BYTES = 16 << 30
 _MAX_DEFLATE_RATIO = 1032
-"""The most that DEFLATE can expand a byte."""
+"""Largest factor by which DEFLATE can expand data."""
 _HEADER_BYTES = 540
 _HEADER_CLASSES: dict[int, type[nib.Nifti1Header]] = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 
 
 def read_volume(path: Path, default_affine: Affine | None = None) -> Volume:
-    """Read a CT from a NIfTI file; voxels keep their stored type where the header does not scale them.
+    """Read a CT from a NIfTI file; unscaled voxels keep their stored type.
 
     Args:
-        blank: 4 × 4, index to RAS+ mm, for a file whose header has no orientation, when it is known from elsewhere.
+        path: `.nii` or `.nii.gz` file.
+        default_affine: index to world for a file whose header has no orientation, when it is known
+            from elsewhere.
 
     Raises:
-        UserError: no such file, not a NIfTI, cut short or longer than its header says, not 3-D, a single slice, too
-            large for memory, no orientation, a spacing that is zero or not finite, voxels that are not finite, or one
+        InputError: the file does not exist, is not NIfTI, is shorter or longer than its header
+            says, is not 3-D, is a single slice, does not fit in memory, has no orientation, has a
+            spacing that is zero or not finite, holds voxels that are not finite, or holds one
             value throughout.
     """
     volume = _read_nifti(path, default_affine)
@@ -65,8 +49,9 @@ def read_volume(path: Path, default_affine: Affine | None = None) -> Volume:
             found=f"shape {volume.array.shape}",
             remedy="give the whole series",
         )
-    few = volume.array[..., :: max(1, volume.array.shape[2] // 8)]
-    if few.min() == few.max() and volume.array.min() == volume.array.max():
+    few_slices = volume.array[..., :: max(1, volume.array.shape[2] // 8)]
+    is_constant = few_slices.min() == few_slices.max() and volume.array.min() == volume.array.max()
+    if is_constant:
         raise InputError(
             path,
             "holds one value throughout",
@@ -81,7 +66,7 @@ def read_mask(path: Path) -> Volume:
     """Read a mask of whole numbers from 0 to 255 as uint8; it may be empty.
 
     Raises:
-        UserError: as `read_volume`, or values that are not of a mask.
+        InputError: as `read_volume`, or other values.
     """
     volume = _read_nifti(path)
     array = volume.array.astype(np.uint8)
@@ -97,30 +82,31 @@ def read_mask(path: Path) -> Volume:
     return Volume(array, volume.affine, volume.where)
 
 
-def _read_nifti(path: Path, blank: Affine | None = None) -> Volume:
-    packed = _is_gzip(path)
-    header = _read_header(path, packed)
-    shape = _read_shape(header, path, packed)
-    affine = _read_affine(header, path, blank)
-    slope, inter = _read_scaling(header, path)
-    array = _read_voxels(header, shape, path, packed)
-    if slope is not None and (slope, inter) != (1, 0):
-        array = array.astype(np.float32) * np.float32(slope) + np.float32(inter)
+def _read_nifti(path: Path, default_affine: Affine | None = None) -> Volume:
+    is_gzip = _is_gzip(path)
+    header = _read_header(path, is_gzip)
+    shape = _read_shape(header, path, is_gzip)
+    affine = _read_affine(header, path, default_affine)
+    slope, intercept = _read_scaling(header, path)
+    array = _read_voxels(header, shape, path, is_gzip)
+    if slope is not None and (slope, intercept) != (1, 0):
+        array = array.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    bad = 0
     if array.dtype.kind == "f":
-        bad = array.size - np.count_nonzero(np.isfinite(array))
-        if bad:
-            raise InputError(
-                path,
-                "has voxels that are no numbers",
-                expected="finite HU",
-                found=f"{bad} voxels that are NaN or infinite",
-                remedy="export the series again",
-            )
+        bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    if bad:
+        raise InputError(
+            path,
+            "has voxels that are no numbers",
+            expected="finite HU",
+            found=f"{bad} voxels that are NaN or infinite",
+            remedy="export the series again",
+        )
     return Volume(array, affine, str(path))
 
 
 def _is_gzip(path: Path) -> bool:
-    """Whether a file is gzip; anything but a readable, regular, non-empty file is refused before it is opened."""
+    """Whether a file is gzip. Anything but a readable, regular, non-empty file is refused."""
     wanted = "a NIfTI file (.nii or .nii.gz)"
     try:
         kind = path.stat()
@@ -133,7 +119,7 @@ def _is_gzip(path: Path) -> bool:
                 remedy="convert DICOM with dcm2niix",
             )
         if not stat.S_ISREG(kind.st_mode):
-            # Opening a pipe would wait for ever.
+            # Opening a pipe would wait forever.
             raise InputError(
                 path,
                 "is not a file",
@@ -169,17 +155,17 @@ def _unreadable_error(path: Path, error: OSError) -> InputError:
     )
 
 
-def _read_header(path: Path, packed: bool) -> nib.Nifti1Header:
+def _read_header(path: Path, is_gzip: bool) -> nib.Nifti1Header:
     try:
-        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+        with gzip.open(path, "rb") if is_gzip else path.open("rb") as file:
             block = file.read(_HEADER_BYTES)
-        size = {int.from_bytes(block[:4], order): order for order in ("little", "big")}
-        kind = next((_HEADER_CLASSES[n] for n in size if n in _HEADER_CLASSES), None)
+        little, big = int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")
+        kind = _HEADER_CLASSES.get(little) or _HEADER_CLASSES.get(big)
         if kind is None:
             raise HeaderDataError("a file that starts with something else")
         if len(block) < kind.template_dtype.itemsize:
             raise HeaderDataError(f"an end after {len(block)} bytes, inside the header")
-        # Unchecked: nibabel's check would turn a spacing of 0 into 1 mm, with only a line in the log.
+        # Unchecked: nibabel's check would turn a spacing of 0 into 1 mm with only a log line.
         header = kind(block[: kind.template_dtype.itemsize], check=False)
         if int(header["datatype"]) not in nib.nifti1.data_type_codes.dtype:
             raise HeaderDataError(f"the unknown voxel type {int(header['datatype'])}")
@@ -213,8 +199,8 @@ def _read_header(path: Path, packed: bool) -> nib.Nifti1Header:
     return header
 
 
-def _read_shape(header: nib.Nifti1Header, path: Path, packed: bool) -> tuple[int, int, int]:
-    """The three sides; sizes are compared with the file and with memory before anything is allocated."""
+def _read_shape(header: nib.Nifti1Header, path: Path, is_gzip: bool) -> tuple[int, int, int]:
+    """Shape (i, j, k). Sizes are compared with file and memory before anything is allocated."""
     shape = tuple(int(n) for n in header.get_data_shape())
     if len(shape) < 3 or set(shape[3:]) - {1} or min(shape) < 1:
         raise InputError(
@@ -237,15 +223,16 @@ def _read_shape(header: nib.Nifti1Header, path: Path, packed: bool) -> tuple[int
     needed = int(np.prod(shape, dtype=object)) * dtype.itemsize
     end = needed + int(header["vox_offset"])
     room = min(_MAX_VOLUME_BYTES, psutil.virtual_memory().available)
-    if not packed and end > size:
+    if not is_gzip and end > size:
         raise _truncated_error(path, end, size)
-    if not packed and size - end >= needed // shape[2]:
+    if not is_gzip and size - end >= needed // shape[2]:
         raise _trailing_bytes_error(path, end, size)
     if needed > room or needed > size * _MAX_DEFLATE_RATIO:
         raise InputError(
             path,
             "has a header that asks for too much",
-            expected=f"a size that a file of {size} bytes and {room / 2**30:.1f} GiB of free memory can hold",
+            expected=f"a size that a file of {size} bytes and {room / 2**30:.1f} GiB of free "
+            "memory can hold",
             found=f"{shape} voxels, {needed / 2**30:.1f} GiB",
             remedy="copy it again, or crop the volume",
         )
@@ -273,9 +260,9 @@ def _trailing_bytes_error(path: Path, expected: int, found: int) -> InputError:
 
 
 def _read_scaling(header: nib.Nifti1Header, path: Path) -> tuple[float | None, float | None]:
-    """Slope and intercept of the header; None for both where it does not scale."""
+    """Slope and intercept of the header; None for both without scaling."""
     try:
-        slope, inter = header.get_slope_inter()
+        slope, intercept = header.get_slope_inter()
     except HeaderDataError:
         raise InputError(
             path,
@@ -284,17 +271,18 @@ def _read_scaling(header: nib.Nifti1Header, path: Path) -> tuple[float | None, f
             found=f"slope {header['scl_slope']:g} and intercept {header['scl_inter']:g}",
             remedy="export the series again",
         ) from None
-    return slope, inter
+    return slope, intercept
 
 
-def _read_affine(header: nib.Nifti1Header, path: Path, blank: Affine | None) -> Affine:
+def _read_affine(header: nib.Nifti1Header, path: Path, default_affine: Affine | None) -> Affine:
+    """Affine of the header; `default_affine` for a header without orientation."""
     zooms = header["pixdim"][1:4].astype(float)
     codes = int(header["sform_code"]), int(header["qform_code"])
     if not (np.isfinite(zooms).all() and (zooms > 0).all()):
         raise _bad_spacing_error(path, f"{zooms.tolist()} mm")
     if not any(codes):
-        if blank is not None:
-            return blank
+        if default_affine is not None:
+            return default_affine
         raise InputError(
             path,
             "has no orientation, so left and right are unknown",
@@ -303,12 +291,10 @@ def _read_affine(header: nib.Nifti1Header, path: Path, blank: Affine | None) -> 
             remedy="convert the DICOM series again, with its orientation",
         )
     try:
-        forms = [
-            form
-            for form, code in zip((header.get_sform, header.get_qform), codes, strict=True)
-            if code
-        ]
-        affines = [np.asarray(form(), np.float64) for form in forms]
+        affines = []
+        for get_form, code in zip((header.get_sform, header.get_qform), codes, strict=True):
+            if code:
+                affines.append(np.asarray(get_form(), np.float64))
     except (HeaderDataError, ValueError, np.linalg.LinAlgError) as error:
         raise InputError(
             path,
@@ -318,18 +304,7 @@ def _read_affine(header: nib.Nifti1Header, path: Path, blank: Affine | None) -> 
             remedy="convert the DICOM series again",
         ) from None
     for affine in affines:
-        spacing = np.linalg.norm(affine[:3, :3], axis=0)
-        if not (np.isfinite(affine).all() and ((spacing > 1e-3) & (spacing < 1e3)).all()):
-            raise _bad_spacing_error(path, f"{spacing.round(4).tolist()} mm in its affine")
-        skew = abs(np.linalg.det(affine[:3, :3] / spacing))
-        if skew < 0.5:
-            raise InputError(
-                path,
-                "has axes that are not at right angles",
-                expected="a straight grid",
-                found=f"a determinant of {skew:.2g} instead of 1",
-                remedy="resample it to a straight grid",
-            )
+        _check_affine(affine, path)
     names = ["".join(nib.aff2axcodes(affine)) for affine in affines]
     if len(set(names)) > 1:
         raise InputError(
@@ -339,8 +314,23 @@ def _read_affine(header: nib.Nifti1Header, path: Path, blank: Affine | None) -> 
             found=f"{names[0]} (sform) and {names[1]} (qform)",
             remedy="convert the DICOM series again",
         )
-    # As everywhere in NIfTI, the sform counts before the qform.
+    # As everywhere in NIfTI, the sform takes precedence over the qform.
     return affines[0]
+
+
+def _check_affine(affine: Affine, path: Path) -> None:
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not (np.isfinite(affine).all() and ((spacing > 1e-3) & (spacing < 1e3)).all()):
+        raise _bad_spacing_error(path, f"{spacing.round(4).tolist()} mm in its affine")
+    determinant = abs(np.linalg.det(affine[:3, :3] / spacing))
+    if determinant < 0.5:
+        raise InputError(
+            path,
+            "has axes that are not at right angles",
+            expected="a straight grid",
+            found=f"a determinant of {determinant:.2g} instead of 1",
+            remedy="resample it to a straight grid",
+        )
 
 
 def _bad_spacing_error(path: Path, found: str) -> InputError:
@@ -354,12 +344,12 @@ def _bad_spacing_error(path: Path, found: str) -> InputError:
 
 
 def _read_voxels(
-    header: nib.Nifti1Header, shape: tuple[int, int, int], path: Path, packed: bool
+    header: nib.Nifti1Header, shape: tuple[int, int, int], path: Path, is_gzip: bool
 ) -> NDArray[Any]:
-    """Stored numbers (i, j, k) in Fortran order, without a detour over float64."""
+    """Stored numbers (i, j, k) in Fortran order, never as float64."""
     dtype, offset = header.get_data_dtype(), int(header["vox_offset"])
     count = int(np.prod(shape))
-    if packed:
+    if is_gzip:
         data = _decompress_gzip(
             path, offset + count * dtype.itemsize, count // shape[2] * dtype.itemsize
         )
@@ -372,13 +362,13 @@ def _read_voxels(
 
 
 class _ReadBuffer(threading.local):
-    """Memory for the bytes of one file at a time; taking it anew for each costs more than reading them."""
+    """Memory for the bytes of one file at a time: fresh memory costs more than reading them."""
 
     def __init__(self) -> None:
         self.memory = bytearray()
 
     def read_file(self, path: Path) -> memoryview:
-        """The bytes of a file, until the next call."""
+        """Read a file; its bytes are valid until the next call."""
         size, done = path.stat().st_size, 0
         if len(self.memory) < size:
             self.memory = bytearray(size)
@@ -393,27 +383,30 @@ _read_buffer = _ReadBuffer()
 
 
 def _decompress_gzip(path: Path, needed: int, surplus: int) -> bytes | bytearray:
-    """The first `needed` bytes of a gzip file with less than `surplus` more.
+    """Decompress a gzip file to `needed` bytes; fewer than `surplus` bytes may follow them.
 
-    By libdeflate where it is one plain member, by the standard library else.
+    libdeflate decompresses files of one member, the standard library all others.
+
+    Raises:
+        InputError: the file cannot be read, is damaged, or has another length.
     """
     try:
         data = _read_buffer.read_file(path)
     except OSError as error:
         raise _unreadable_error(path, error) from None
-    # The trailer holds the size of the last member, which is the only one in nearly every file.
+    # The trailer holds the size of the last member, which nearly always is the only one.
     if int.from_bytes(data[-4:], "little") == needed:
         try:
-            whole: bytearray = deflate.gzip_decompress(data)
+            content: bytearray = deflate.gzip_decompress(data)
         except deflate.DeflateError:
-            whole = bytearray()
-        if len(whole) == needed:
-            return whole
+            content = bytearray()
+        if len(content) == needed:
+            return content
     try:
         with gzip.open(path, "rb") as file:
             part = file.read(needed)
-            # The checksum lies at the end; but a bomb has none that a run would live to see.
-            rest = len(file.read(surplus))
+            # Reading on checks the checksum at the end, but stops early in a decompression bomb.
+            surplus_read = len(file.read(surplus))
     except (EOFError, zlib.error, OSError) as error:
         raise InputError(
             path,
@@ -424,6 +417,6 @@ def _decompress_gzip(path: Path, needed: int, surplus: int) -> bytes | bytearray
         ) from None
     if len(part) < needed:
         raise _truncated_error(path, needed, len(part))
-    if rest >= surplus:
-        raise _trailing_bytes_error(path, needed, needed + rest)
+    if surplus_read >= surplus:
+        raise _trailing_bytes_error(path, needed, needed + surplus_read)
     return part

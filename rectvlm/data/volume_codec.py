@@ -1,4 +1,4 @@
-"""A volume as bytes and back: a line of JSON (dtype, shape), then a blosc2 buffer (zstd, bits shuffled); no pickle."""
+"""Volumes as bytes: a line of JSON (dtype, shape), then a blosc2 buffer (zstd, bit shuffle)."""
 
 import json
 import math
@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from rectvlm.types import UserError
 
-# A fixed block size: blosc2's own choice depends on the machine's caches, and shards must repeat byte for byte.
 _BLOCK_BYTES = 1 << 18
+"""Block size. By default it depends on the machine's caches, but shards must repeat exactly."""
 _MAX_HEADER_BYTES = 256
 _MAX_VOLUME_BYTES = 1 << 30
 
 
 def encode_volume(array: NDArray[Any]) -> bytes:
-    """A volume as bytes, the same on every machine."""
+    """Compress a volume to bytes, the same on every machine."""
     array = np.ascontiguousarray(array)
     header = json.dumps({"dtype": array.dtype.name, "shape": array.shape}).encode() + b"\n"
     body = blosc2.compress2(
@@ -36,12 +36,18 @@ def encode_volume(array: NDArray[Any]) -> bytes:
 def decode_volume(
     data: bytes | memoryview, dtype: np.dtype[Any], where: str, out: NDArray[Any] | None = None
 ) -> NDArray[Any]:
-    """The volume of `pack`, in an array of its own or in `out` (contiguous, of the type), which then is returned.
+    """Decompress a volume.
 
-    Sizes are compared before anything is allocated: a damaged header must not ask for all the memory.
+    Sizes are compared before anything is allocated: a damaged header must not ask for all memory.
+
+    Args:
+        data: bytes of `encode_volume`.
+        dtype: expected type.
+        where: name of the data in messages.
+        out: contiguous array of the type that receives the volume and is returned.
 
     Raises:
-        UserError: damaged, another type than `dtype`, or another shape than `out`; `where` names the source.
+        UserError: the data are damaged, of another type, or of another shape than `out`.
     """
     header, newline, _ = bytes(data[:_MAX_HEADER_BYTES]).partition(b"\n")
     body = memoryview(data)[len(header) + 1 :]

@@ -1,8 +1,8 @@
-"""Random smooth movements of a volume: rotation, size, shift and an elastic part, as one sampling grid.
+"""Random smooth movements of a volume: rotation, scale, shift and elastic deformation.
 
-All of it is made in millimetres, so that a rotation stays one, and the elastic part is equally smooth in all
-directions, where voxels are longer along z. Parameters are drawn on the CPU and are the same for every device; only the
-dense grid is made on the device.
+They become one sampling grid. It is computed in mm, since voxels are longer along z: a rotation
+stays a rotation, and the deformation is equally smooth in all directions. Parameters are drawn on
+the CPU and are the same for every device; only the dense grid is made on the device.
 """
 
 import math
@@ -20,12 +20,12 @@ GridSpacing = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class SpatialWarp:
-    """Where each voxel of a moved volume comes from. Coordinates are (x, y, z), from −1 to 1 over the grid's sides."""
+    """Source of each voxel of a moved volume, in (x, y, z) from −1 to 1 across the grid."""
 
     affine: Tensor
-    """(3, 4) for `affine_grid`, on the CPU."""
+    """(3, 4) matrix for `affine_grid`, on the CPU."""
     control_points: Tensor
-    """(Lz, Ly, Lx, 3): control points of a cubic B-spline that is added, on the CPU."""
+    """(Lz, Ly, Lx, 3) displacements at the control points of a cubic B-spline, on the CPU."""
 
     @property
     def is_identity(self) -> bool:
@@ -33,14 +33,13 @@ class SpatialWarp:
         return torch.equal(self.affine, torch.eye(3, 4)) and not self.control_points.any()
 
     def sampling_grid(self, shape: GridShape, spacing: GridSpacing, device: torch.device) -> Tensor:
-        """(1, Z, Y, X, 3) for `grid_sample` with `align_corners=False`."""
+        """Make the grid (1, Z, Y, X, 3) for `grid_sample` with `align_corners=False`."""
         grid = F.affine_grid(self.affine[None].to(device), [1, 1, *shape], align_corners=False)
         if not self.control_points.any():
             return grid
         field = self.control_points.to(device)
-        z, y, x = (
-            _spline_basis(n, step).to(device) for n, step in zip(shape, spacing, strict=True)
-        )
+        bases = [_spline_basis(n, step) for n, step in zip(shape, spacing, strict=True)]
+        z, y, x = (basis.to(device) for basis in bases)
         field = torch.einsum("zi,ijkc->zjkc", z, field)
         field = torch.einsum("yj,zjkc->zykc", y, field)
         return grid + torch.einsum("xk,zykc->zyxc", x, field)
@@ -49,46 +48,50 @@ class SpatialWarp:
 def draw_warps(
     count: int, shape: GridShape, spacing: GridSpacing, config: AugmentConfig
 ) -> list[SpatialWarp]:
-    """Draw from torch's global generator, the same numbers whatever the strengths are.
+    """Draw warps from torch's global generator: as many numbers for any strength.
 
-    A voxel at p mm from the centre comes from A (p + u(p)) + t: A turns and scales, u is a free-form deformation
-    (Rueckert et al., 1999) whose control points, a lattice of `ELASTIC_LATTICE_MM`, move by at most `elastic` mm along
-    each axis.
+    A voxel at p mm from the centre comes from A (p + u(p)) + t. A rotates and scales; u is a
+    free-form deformation (Rueckert et al., 1999) whose control points, `ELASTIC_LATTICE_MM` apart,
+    move by at most the configured mm along each axis.
     """
-    angles = (torch.rand(count, 3) * 2 - 1) * torch.tensor(
-        [config.tilt, config.tilt, config.rotate]
-    )
+    largest_angles = torch.tensor([config.tilt, config.tilt, config.rotate])
+    angles = (torch.rand(count, 3) * 2 - 1) * largest_angles
     size = 1 + (torch.rand(count, 1, 1) * 2 - 1) * config.scale
     shift = (torch.rand(count, 3) * 2 - 1) * config.shift * 2
     points = [_control_point_count(n, step) for n, step in zip(shape, spacing, strict=True)]
-    moved = (torch.rand(count, *points, 3) * 2 - 1) * config.elastic
-    half = torch.tensor([n * step / 2 for n, step in zip(shape, spacing, strict=True)]).flip(0)
-    turned = size * _rotation_matrices(angles * (math.pi / 180))
-    linear = torch.cat([turned * half / half[:, None], shift[:, :, None]], 2)
-    lattice = torch.einsum("bcd,bijkd->bijkc", turned, moved) / half
-    return [SpatialWarp(*pair) for pair in zip(linear, lattice, strict=True)]
+    displacements_mm = (torch.rand(count, *points, 3) * 2 - 1) * config.elastic
+
+    half_extents_mm = [n * step / 2 for n, step in zip(shape, spacing, strict=True)]
+    half = torch.tensor(half_extents_mm).flip(0)
+    rotation = size * _rotation_matrices(angles * (math.pi / 180))
+    affines = torch.cat([rotation * half / half[:, None], shift[:, :, None]], 2)
+    control_points = torch.einsum("bcd,bijkd->bijkc", rotation, displacements_mm) / half
+    return [SpatialWarp(*pair) for pair in zip(affines, control_points, strict=True)]
 
 
 def _rotation_matrices(angles: Tensor) -> Tensor:
-    """(B, 3, 3) from angles about x, y and z (B, 3), radians; applied in that order."""
+    """Rotations (B, 3, 3) about x, then y, then z, by angles (B, 3) in radians."""
     cos, sin = angles.cos(), angles.sin()
     total = torch.eye(3).expand(len(angles), 3, 3)
     for axis in range(3):
         a, b = (axis + 1) % 3, (axis + 2) % 3
-        one = torch.eye(3).repeat(len(angles), 1, 1)
-        one[:, a, a], one[:, b, b] = cos[:, axis], cos[:, axis]
-        one[:, a, b], one[:, b, a] = -sin[:, axis], sin[:, axis]
-        total = one @ total
+        rotation = torch.eye(3).repeat(len(angles), 1, 1)
+        rotation[:, a, a], rotation[:, b, b] = cos[:, axis], cos[:, axis]
+        rotation[:, a, b], rotation[:, b, a] = -sin[:, axis], sin[:, axis]
+        total = rotation @ total
     return total
 
 
 def _control_point_count(size: int, step: float) -> int:
-    """Control points along a side: a cubic spline needs one before, and two after, the cell of its last voxel."""
+    """Number of control points along an axis.
+
+    A cubic spline needs one before and two after the cell of the last voxel.
+    """
     return int((size - 0.5) * step / ELASTIC_LATTICE_MM) + 4
 
 
 def _spline_basis(size: int, step: float) -> Tensor:
-    """(size, points): weights of the control points at each voxel centre along a side; each row sums to 1."""
+    """Weights (size, points) of the control points at each voxel centre; each row sums to 1."""
     at = (torch.arange(size) + 0.5) * step / ELASTIC_LATTICE_MM
     cell = at.floor()
     t = at - cell

@@ -1,24 +1,24 @@
-"""One case: what the model says of it, beside what is true, reduced to what the metrics need. A line of JSON each."""
+"""Case records: prediction and truth of one volume, reduced to what the metrics need."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from rectvlm import metrics
 from rectvlm.evaluate.native_grid import TruthSource, lesions_to_native_grid
 from rectvlm.evaluate.options import LESION_THRESHOLD, EvaluationOptions
 from rectvlm.labels import FINDINGS, LESIONS
-from rectvlm.metrics import LesionComparison
+from rectvlm.metrics.lesion_overlap import count_lesion_voxels
+from rectvlm.metrics.lesions import LesionComparison, compare_lesion_masks
 from rectvlm.models import RectVLM
-from rectvlm.types import Batch, MaskVolume, SampleMeta, UserError
+from rectvlm.types import Batch, JsonObject, MaskVolume, SampleMeta, UserError
 
 CasePurpose = Literal["fit", "evaluate"]
-"""`fit`: a case of the train split, whose probabilities thresholds are fitted on."""
+"""Use of a case: `fit` is a case of the train split on which thresholds are fitted."""
 
 
 @dataclass(frozen=True)
@@ -26,38 +26,40 @@ class LesionRecord:
     """One annotated lesion of a case."""
 
     native: LesionComparison
-    """On the native grid, in mm."""
+    """Comparison on the native grid, in mm."""
     grid: tuple[int, int, int]
     """Voxels in the intersection, the prediction and the truth on the model's grid."""
     truth: TruthSource
+    """Source of the true outline."""
 
 
 @dataclass(frozen=True)
 class CaseRecord:
-    """One volume."""
+    """One volume of an evaluation; a line of `cases.jsonl`."""
 
     purpose: CasePurpose
     position: int
-    """Number in its split."""
+    """Number of the case in its split."""
     key: str
     scan: str
     patient: str
     probabilities: list[float]
-    """(18,)."""
+    """Predicted probabilities of the findings, (18,)."""
     labels: list[int | None]
-    """(18,), None where unknown."""
+    """Labels of the findings, (18,), None where unknown."""
     lesions: list[LesionRecord | None]
-    """Five, None where not annotated; empty where the model has no localizer."""
+    """Five lesions, None where not annotated; empty where the model has no localizer."""
     reference: str | None
+    """Report of the radiologist."""
     generated: str | None
-    """None where no report was asked for."""
+    """Report of the model; None where no report was asked for."""
     without_image: str | None
-    """The same from a volume of air."""
+    """Report of the model on a volume of air."""
     regions: str | None
-    """Where the region map that the model was given came from; None where it had none."""
+    """Source of the region map that the model was given; None where it had none."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+    def as_dict(self) -> JsonObject:
+        """Tree for JSON."""
         return asdict(self)
 
 
@@ -71,64 +73,61 @@ def evaluate_batch(
     purpose: CasePurpose,
     options: EvaluationOptions,
 ) -> list[CaseRecord]:
-    """Predict on a batch and compare.
+    """Predict a batch and compare it with the truth.
 
     Args:
-        model: in eval mode, on its device.
-        batch: on the CPU.
-        positions: number of each of its samples in the split.
-        purpose: with `fit` lesions and reports are left out.
-        options: of the evaluation.
+        model: In eval mode, on its device.
+        batch: On the CPU.
+        positions: Number of each of its samples in the split.
+        purpose: With `fit`, lesions and reports are left out.
+        options: Options of the evaluation.
 
     Raises:
-        UserError: the model's output is not finite, or a file of outlines cannot be used.
+        UserError: The model's output is not finite, or a file of outlines cannot be used.
     """
-    device = next(model.parameters()).device
     if options.hide_regions:
         batch = replace(batch, regions_known=torch.zeros_like(batch.regions_known))
-    on_device = batch.to(device)
-    evaluating = purpose == "evaluate"
-    wanted = options.reports and model.has_generator and evaluating
-    # Of the whole batch or of none, so that what a batch holds does not depend on what was there before.
+    device_batch = batch.to(next(model.parameters()).device)
     limit = options.report_limit
-    generate = wanted and (limit is None or positions[0] < limit)
-    localize = evaluating and model.localizer is not None
-    prediction = model.predict_batch(on_device, generate=generate, localize=localize)
-    control = model.predict_batch(on_device, generate=True, ablate_image=True) if generate else None
+    is_evaluated = purpose == "evaluate"
+    localize = is_evaluated and model.localizer is not None
+    # Reports are generated for the whole batch or for none of it, so that what a batch holds does
+    # not depend on the cases that were evaluated before.
+    generate = is_evaluated and options.reports and model.has_generator
+    generate = generate and (limit is None or positions[0] < limit)
+    prediction = model.predict_batch(device_batch, generate=generate, localize=localize)
     prediction.require_finite(batch.keys)
-    findings = prediction.finding_probabilities.float().cpu().numpy()
+    generated = prediction.reports
+    without_image = None
+    if generate:
+        control = model.predict_batch(device_batch, generate=True, ablate_image=True)
+        without_image = control.reports
+
+    probabilities = prediction.finding_probabilities.float().cpu().numpy()
     records = []
     for i, meta in enumerate(batch.metas):
         lesions: list[LesionRecord | None] = []
         if localize:
+            lesion_probabilities = prediction.lesion_probabilities[i].float().cpu().numpy()
             lesions = _compare_lesions(
-                prediction.lesion_probabilities[i].float().cpu().numpy(),
-                batch.lesions[i].numpy(),
-                meta,
-                options,
+                lesion_probabilities, batch.lesions[i].numpy(), meta, options
             )
-        written = generate and (limit is None or positions[i] < limit)
-        assert not written or (
-            prediction.reports is not None and control is not None and control.reports is not None
+        has_report = generate and (limit is None or positions[i] < limit)
+        record = CaseRecord(
+            purpose=purpose,
+            position=positions[i],
+            key=meta.key,
+            scan=meta.scan,
+            patient=meta.patient,
+            probabilities=probabilities[i].tolist(),
+            labels=[meta.labels[name] for name in FINDINGS],
+            lesions=lesions,
+            reference=batch.reports[i],
+            generated=generated[i] if has_report and generated else None,
+            without_image=without_image[i] if has_report and without_image else None,
+            regions=meta.regions_source if batch.regions_known[i] else None,
         )
-        records.append(
-            CaseRecord(
-                purpose=purpose,
-                position=positions[i],
-                key=meta.key,
-                scan=meta.scan,
-                patient=meta.patient,
-                probabilities=findings[i].tolist(),
-                labels=[meta.labels[name] for name in FINDINGS],
-                lesions=lesions,
-                reference=batch.reports[i],
-                generated=prediction.reports[i] if written and prediction.reports else None,
-                without_image=control.reports[i]
-                if written and control and control.reports
-                else None,
-                regions=meta.regions_source if batch.regions_known[i] else None,
-            )
-        )
+        records.append(record)
     return records
 
 
@@ -138,31 +137,33 @@ def _compare_lesions(
     meta: SampleMeta,
     options: EvaluationOptions,
 ) -> list[LesionRecord | None]:
-    """The annotated lesions of one case, compared on the model's grid and on its native one."""
-    wanted = [lesion for lesion in LESIONS if meta.lesions_annotated[lesion.key]]
-    if not wanted:
-        return [None] * len(LESIONS)
-    grid = metrics.count_lesion_voxels(probabilities >= LESION_THRESHOLD, truth)
-    native = lesions_to_native_grid(probabilities, truth, meta, wanted, options.truth)
-    found: list[LesionRecord | None] = [None] * len(LESIONS)
-    for lesion in wanted:
-        measured = metrics.compare_lesion_masks(
-            *native.extract_masks(lesion), native.spacing_mm, options.surface_tolerance
+    """Compare the annotated lesions of one case on the model's grid and on its native one."""
+    records: list[LesionRecord | None] = [None] * len(LESIONS)
+    annotated = [lesion for lesion in LESIONS if meta.lesions_annotated[lesion.key]]
+    if not annotated:
+        return records
+
+    voxel_counts = count_lesion_voxels(probabilities >= LESION_THRESHOLD, truth)
+    native = lesions_to_native_grid(probabilities, truth, meta, annotated, options.truth)
+    for lesion in annotated:
+        predicted_mask, true_mask = native.extract_masks(lesion)
+        comparison = compare_lesion_masks(
+            predicted_mask, true_mask, native.spacing_mm, options.surface_tolerance
         )
-        both, predicted, true = (int(count) for count in grid[lesion.bit])
-        found[lesion.bit] = LesionRecord(
-            measured, (both, predicted, true), native.truth_sources[lesion.key]
-        )
-    return found
+        both, predicted, true = (int(count) for count in voxel_counts[lesion.bit])
+        source = native.truth_sources[lesion.key]
+        records[lesion.bit] = LesionRecord(comparison, (both, predicted, true), source)
+    return records
 
 
 def require_truth_folder(folder: Path | None) -> None:
-    """Whether the folder of outlines is there.
+    """Check the folder of outlines.
 
     Raises:
-        UserError: it is not.
+        UserError: It is given and does not exist.
     """
     if folder is not None and not folder.is_dir():
         raise UserError(
-            f"{folder} is not a folder: --truth expects KEY/LESION.nii.gz in one, as --lesions of preprocessing."
+            f"{folder} is not a folder: --truth expects KEY/LESION.nii.gz in one, as --lesions of "
+            "preprocessing."
         )

@@ -1,49 +1,59 @@
-"""How many cases had a region map: a new CT comes without one, so prediction never has any."""
+"""Use of region maps: how many cases had one. A new CT has none, so prediction never does."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rectvlm.evaluate.case_records import CaseRecord
-from rectvlm.types import COARSE_REGIONS_SOURCE
+from rectvlm.types import COARSE_REGIONS_SOURCE, JsonObject
+
+if TYPE_CHECKING:
+    from rectvlm.evaluate.case_records import CaseRecord
 
 
 @dataclass(frozen=True)
 class RegionMapUsage:
-    """What region maps the model was given with some volumes."""
+    """Region maps that the model was given with a set of volumes."""
 
     n_with_region_map: int
-    """Volumes; none where they were hidden."""
+    """Number of volumes with a map; 0 where the maps were hidden."""
     n_with_coarse_region_map: int
-    """Those among them whose map was estimated from the CT."""
+    """Number of volumes whose map was estimated from the CT."""
     regions_hidden: bool
     """Whether the maps were kept from the model."""
 
     @classmethod
-    def from_records(cls, records: Iterable[CaseRecord], hidden: bool) -> "RegionMapUsage":
-        """Count what was recorded of each volume; `hidden` is what was asked for."""
-        known = [record.regions for record in records if record.regions is not None]
-        return cls(len(known), known.count(COARSE_REGIONS_SOURCE), hidden)
+    def from_records(cls, records: "Iterable[CaseRecord]", hidden: bool) -> "RegionMapUsage":
+        """Count the maps of case records.
+
+        Args:
+            records: One record for each volume.
+            hidden: Whether the maps were kept from the model.
+        """
+        sources = [record.regions for record in records if record.regions is not None]
+        return cls(len(sources), sources.count(COARSE_REGIONS_SOURCE), hidden)
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> "RegionMapUsage | None":
-        """From a tree that `as_dict` is part of; None where it is not, as in files of earlier versions.
+    def from_dict(cls, tree: Mapping[str, Any]) -> "RegionMapUsage | None":
+        """Read the keys of `as_dict` from a larger tree; None where they are missing.
 
         Raises:
-            KeyError, TypeError, ValueError: a count is missing or is none.
+            KeyError, TypeError, ValueError: A count is missing or is no number.
         """
-        if "regions_hidden" not in found:
+        if "regions_hidden" not in tree:
             return None
-        with_map, coarse = int(found["n_with_region_map"]), int(found["n_with_coarse_region_map"])
-        return cls(with_map, coarse, bool(found["regions_hidden"]))
+        return cls(
+            int(tree["n_with_region_map"]),
+            int(tree["n_with_coarse_region_map"]),
+            bool(tree["regions_hidden"]),
+        )
 
     @property
     def is_without_region_maps(self) -> bool:
-        """Whether the model had no map of any volume."""
+        """Whether the model had no map of any volume, as in prediction."""
         return not self.n_with_region_map
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+    def as_dict(self) -> JsonObject:
+        """Tree for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -51,6 +61,5 @@ class RegionMapUsage:
             return "hidden, as in prediction"
         if not self.n_with_region_map:
             return "none"
-        return (
-            f"{self.n_with_region_map:,} volumes, {self.n_with_coarse_region_map:,} of them coarse"
-        )
+        n_coarse = self.n_with_coarse_region_map
+        return f"{self.n_with_region_map:,} volumes, {n_coarse:,} of them coarse"

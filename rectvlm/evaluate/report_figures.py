@@ -1,126 +1,138 @@
-"""Generated reports beside their control without the image: figures, differences and paired intervals."""
+"""Figures of generated reports and of the control without the image, with paired intervals."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import fields, replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from rectvlm import metrics, pretrained
+from rectvlm import pretrained
 from rectvlm.config import Config
 from rectvlm.evaluate.scans import ScanResults
-from rectvlm.metrics import ReportStatistics
+from rectvlm.metrics.arrays import FloatArray
 from rectvlm.metrics.bootstrap import ResampleWeights, iterate_chunks, percentile_interval
 from rectvlm.metrics.report_labeler.labeler import ReportLabeler
-from rectvlm.types import UserError
+from rectvlm.metrics.reports import (
+    ReportStatistics,
+    compute_report_statistics,
+    headline_scores,
+    summarize_reports,
+)
+from rectvlm.types import JsonObject, UserError
 
 log = logging.getLogger(__name__)
 
-FloatArray = NDArray[np.floating[Any]]
-
 
 def evaluate_reports(
-    scans: ScanResults, config: Config, labeler: ReportLabeler, drawn: ResampleWeights | None
-) -> dict[str, Any]:
-    """`image`, `image_ablated` and `difference`: the first minus the second, on the same resamples of the patients.
+    scans: ScanResults, config: Config, labeler: ReportLabeler, weights: ResampleWeights | None
+) -> JsonObject:
+    """Figures of the reports (`image`), of the control (`image_ablated`), and their `difference`.
+
+    The difference is image minus control, on the same resamples of the patients.
 
     Args:
-        scans: of the evaluation.
-        config: names the encoder of BERTScore.
-        labeler: reads findings in the texts.
-        drawn: (R, N) resamples of the N scans with a generated report; None for no intervals.
+        scans: Results of the evaluation by scan.
+        config: Configuration that names the encoder of BERTScore.
+        labeler: Labeler that reads findings in the texts.
+        weights: Resamples of the N scans with a generated report, (R, N); None for no intervals.
     """
-    numbers, volumes = scans.select_report_cases()
-    references = [one.reference for one in volumes]
-    texts = {
-        "image": [one.generated or "" for one in volumes],
-        "image_ablated": [one.without_image or "" for one in volumes],
+    numbers, records = scans.select_report_cases()
+    references = [record.reference for record in records]
+    texts_by_kind = {
+        "image": [record.generated or "" for record in records],
+        "image_ablated": [record.without_image or "" for record in records],
     }
     labels, known = scans.labels[numbers], scans.known[numbers]
     encoder = resolve_bertscore_encoder(config)
-    result: dict[str, Any] = {}
+
+    result: JsonObject = {}
     samples: dict[str, dict[str, FloatArray]] = {}
-    for name, generated in texts.items():
-        rows = metrics.compute_report_statistics(
-            generated, references, encoder, labels=labels, known=known, labeler=labeler
+    for kind, texts in texts_by_kind.items():
+        statistics = compute_report_statistics(
+            texts, references, encoder, labels=labels, known=known, labeler=labeler
         )
-        result[name] = metrics.summarize_reports(rows) | {"scores": metrics.headline_scores(rows)}
-        if drawn is not None:
-            samples[name] = resample_report_scores(rows, drawn)
-            result[name]["ci95"] = _score_intervals(samples[name], result[name]["scores"])
+        scores = headline_scores(statistics)
+        result[kind] = summarize_reports(statistics) | {"scores": scores}
+        if weights is not None:
+            samples[kind] = resample_report_scores(statistics, weights)
+            scored = [name for name, value in scores.items() if value is not None]
+            result[kind]["ci95"] = _score_intervals(samples[kind], scored)
     result["difference"] = _score_differences(result, samples)
     return result
 
 
-def resample_report_scores(rows: ReportStatistics, drawn: ResampleWeights) -> dict[str, FloatArray]:
-    """Each figure of `report_scores` in each resample (R,), NaN where it has none.
+def resample_report_scores(
+    statistics: ReportStatistics, weights: ResampleWeights
+) -> dict[str, FloatArray]:
+    """Headline scores in each resample, (R,); NaN where a resample has no value.
 
-    Counts add up and means are weighted, so that a resample is one row of sums, whatever the number of cases.
+    Counts add up and means are weighted, so that a resample is one row of sums, whatever the number
+    of cases.
 
     Args:
-        rows: N cases.
-        drawn: (R, N).
+        statistics: Statistics of N cases.
+        weights: How often each case counts in each resample, (R, N).
     """
-    found: list[dict[str, float | None]] = []
-    columns = {f.name: getattr(rows, f.name) for f in fields(rows)}
-    counts = {
-        name: a for name, a in columns.items() if isinstance(a, np.ndarray) and a.dtype == np.int64
-    }
-    means = {
-        name: a
-        for name, a in columns.items()
-        if isinstance(a, np.ndarray) and a.dtype == np.float64
-    }
-    has = rows.has_reference
-    for some in iterate_chunks(drawn):
-        referenced = some @ has
-        sums = {name: np.tensordot(some, a, axes=1).astype(np.int64) for name, a in counts.items()}
-        averages = {
-            name: (some @ np.where(has, a, 0)) / np.maximum(referenced, 1)
-            for name, a in means.items()
-        }
-        for i in range(len(some)):
-            one: dict[str, Any] = {name: a[i : i + 1] for name, a in (sums | averages).items()}
-            found.append(
-                metrics.headline_scores(
-                    replace(rows, has_reference=referenced[i : i + 1] > 0, **one)
-                )
-            )
-    names = list(found[0]) if found else []
-    return {
-        name: np.array([np.nan if row[name] is None else row[name] for row in found])
-        for name in names
-    }
+    counts, values = _split_columns(statistics)
+    has_reference = statistics.has_reference
+    scores_by_resample: list[dict[str, float | None]] = []
+    for chunk in iterate_chunks(weights):
+        n_references = chunk @ has_reference
+        columns: JsonObject = {}
+        for name, column in counts.items():
+            columns[name] = np.tensordot(chunk, column, axes=1).astype(np.int64)
+        for name, column in values.items():
+            sums = chunk @ np.where(has_reference, column, 0)
+            columns[name] = sums / np.maximum(n_references, 1)
+        columns["has_reference"] = n_references > 0
+        for i in range(len(chunk)):
+            row = {name: column[i : i + 1] for name, column in columns.items()}
+            scores_by_resample.append(headline_scores(replace(statistics, **row)))
+
+    names = list(scores_by_resample[0]) if scores_by_resample else []
+    samples = {}
+    for name in names:
+        values_of_score = [scores[name] for scores in scores_by_resample]
+        samples[name] = np.array([np.nan if value is None else value for value in values_of_score])
+    return samples
 
 
-def _score_intervals(
-    samples: dict[str, FloatArray], scores: dict[str, float | None]
-) -> dict[str, Any]:
-    return {
-        name: percentile_interval(samples[name])
-        for name, value in scores.items()
-        if value is not None
-    }
+def _split_columns(
+    statistics: ReportStatistics,
+) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
+    """Columns that hold counts of each case, and columns that hold a score of each case."""
+    counts, values = {}, {}
+    for field in fields(statistics):
+        column = getattr(statistics, field.name)
+        if isinstance(column, np.ndarray) and column.dtype == np.int64:
+            counts[field.name] = column
+        elif isinstance(column, np.ndarray) and column.dtype == np.float64:
+            values[field.name] = column
+    return counts, values
 
 
-def _score_differences(
-    result: dict[str, Any], samples: dict[str, dict[str, FloatArray]]
-) -> dict[str, Any]:
-    """Image minus control of each figure that both have; intervals of the differences on the same resamples."""
-    image, air = result["image"]["scores"], result["image_ablated"]["scores"]
-    both = [name for name in image if image[name] is not None and air.get(name) is not None]
-    found: dict[str, Any] = {name: image[name] - air[name] for name in both}
+def _score_intervals(samples: dict[str, FloatArray], names: Iterable[str]) -> JsonObject:
+    return {name: percentile_interval(samples[name]) for name in names}
+
+
+def _score_differences(result: JsonObject, samples: dict[str, dict[str, FloatArray]]) -> JsonObject:
+    """Image minus control of each score that both have, with intervals on the same resamples."""
+    image, control = result["image"]["scores"], result["image_ablated"]["scores"]
+    differences: JsonObject = {}
+    for name, value in image.items():
+        if value is not None and control.get(name) is not None:
+            differences[name] = value - control[name]
     if samples:
-        pairs: dict[str, FloatArray] = {
-            name: samples["image"][name] - samples["image_ablated"][name] for name in both
-        }
-        found["ci95"] = _score_intervals(pairs, {name: found[name] for name in both})
-    return found
+        names = list(differences)
+        pairs: dict[str, FloatArray] = {}
+        for name in names:
+            pairs[name] = samples["image"][name] - samples["image_ablated"][name]
+        differences["ci95"] = _score_intervals(pairs, names)
+    return differences
 
 
 def resolve_bertscore_encoder(config: Config) -> str | None:
-    """The text encoder for BERTScore, None where it cannot be had."""
+    """Text encoder of BERTScore; None, with a warning, where it cannot be found."""
     try:
         return pretrained.resolve_model(config.text.model)
     except UserError as error:

@@ -1,7 +1,8 @@
-"""Evaluation of a checkpoint on shards: findings, lesions and reports, with intervals, n, thresholds and the machine.
+"""Evaluation of a checkpoint on shards: findings, lesions and reports, with intervals.
 
-Command: `rectvlm evaluate --checkpoint runs/demo/phase3`, on several processes with
-`accelerate launch --num_processes 2 -m rectvlm evaluate …` or `torchrun --nproc-per-node 2 -m rectvlm evaluate …`.
+Command: `rectvlm evaluate --checkpoint runs/demo/phase3`; on several processes with
+`accelerate launch --num_processes 2 -m rectvlm evaluate …` or
+`torchrun --nproc-per-node 2 -m rectvlm evaluate …`.
 """
 
 import itertools
@@ -12,13 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from rectvlm.checkpoint import run_checkpoint as checkpoints
+from rectvlm.checkpoint import Checkpoint, find_checkpoint
 from rectvlm.config import Config, DataConfig
-from rectvlm.data.loader import BatchLoader, ShardDataset
+from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.loader import BatchLoader
 from rectvlm.data.shards import read_index
-from rectvlm.data.store import ShardStore, atomic_file
+from rectvlm.data.store import ShardStore
 from rectvlm.evaluate import summary, tables
 from rectvlm.evaluate.case_records import (
     CasePurpose,
@@ -26,23 +27,27 @@ from rectvlm.evaluate.case_records import (
     evaluate_batch,
     require_truth_folder,
 )
-from rectvlm.evaluate.journal import EvaluationJournal
-from rectvlm.evaluate.options import EvaluationOptions, compute_fingerprint
+from rectvlm.evaluate.fingerprint import compute_fingerprint
+from rectvlm.evaluate.journal import CaseId, EvaluationJournal
+from rectvlm.evaluate.options import EvaluationOptions
 from rectvlm.evaluate.process_ranks import ProcessRanks, read_ranks_from_environment
 from rectvlm.evaluate.region_maps import RegionMapUsage
-from rectvlm.evaluate.report_figures import evaluate_reports as compare_reports
+from rectvlm.evaluate.report_figures import evaluate_reports
+from rectvlm.evaluate.result import BootstrapSettings, EvaluationResult
 from rectvlm.evaluate.scans import ScanResults, group_by_scan
 from rectvlm.evaluate.selection import are_same_shards, was_selected_on
 from rectvlm.evaluate.thresholds import choose_thresholds
-from rectvlm.machine import describe_machine
-from rectvlm.metrics import FindingThresholds
+from rectvlm.files import atomic_file, write_json
+from rectvlm.machine import describe_machine, package_versions
+from rectvlm.metrics.finding_thresholds import FindingThresholds
 from rectvlm.metrics.report_labeler.labeler import ReportLabeler, load_labeler
-from rectvlm.types import Split
+from rectvlm.models import RectVLM
+from rectvlm.types import JsonObject, Split
 
 log = logging.getLogger(__name__)
 
 LOG_INTERVAL_SECONDS = 10.0
-"""Seconds between two lines of progress."""
+"""Time between two log lines of progress, seconds."""
 METRIC_PACKAGES = (
     "numpy",
     "scipy",
@@ -52,104 +57,105 @@ METRIC_PACKAGES = (
     "rouge-score",
     "bert-score",
 )
-"""Packages that decide a figure, beside those that decide what a model says."""
+"""Packages that decide a figure, besides those that decide a prediction."""
 CASES_FILE, REPORTS_FILE, TABLE_FILE = "cases.jsonl", "reports.jsonl", "metrics.md"
+_TEXT_FIELDS = ("reference", "generated", "without_image")
 
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """Cases that are predicted together: the same ones on any number of processes, since numbers depend on it."""
+    """Cases that are predicted together.
+
+    They are the same on any number of processes, since the numbers depend on it.
+    """
 
     purpose: CasePurpose
     positions: list[int]
+    """Numbers of the cases in their split."""
+
+    @property
+    def case_ids(self) -> list[CaseId]:
+        """Cases of the batch as the journal names them."""
+        return [(self.purpose, position) for position in self.positions]
 
 
 def evaluate_checkpoint(
     checkpoint: str | Path,
     shards: str | Path | None = None,
-    split: Split = "valid",
     out: str | Path | None = None,
     *,
     device: str | None = None,
-    **options: Any,
-) -> dict[str, Any] | None:
-    """Evaluate a checkpoint on a split, write metrics, tables and plots, and return the metrics.
+    options: EvaluationOptions | None = None,
+) -> EvaluationResult | None:
+    """Evaluate a checkpoint on a split; write metrics, tables and plots.
 
-    Thresholds of the findings are fitted on the train split, never on the evaluated cases, and kept in the checkpoint's
-    folder for prediction. Reports are generated twice, the second time from a volume of air: what the control scores
-    was not read from the image.
+    Thresholds of the findings are fitted on the train split, never on the evaluated cases, and
+    stored in the checkpoint's folder for prediction. Reports are generated twice, the second time
+    from a volume of air: what the control scores was not read from the image.
 
-    What is found of a case is kept beside the metrics as soon as it is known. The same call goes on after a kill, and
-    only makes the figures anew where all is there. Several processes (RANK and WORLD_SIZE in the environment) share
-    the cases; the first one waits for the others and writes.
+    The record of a case is written beside the metrics as soon as it is known. The same call
+    continues after a kill, and only computes the figures where all records are there. Several
+    processes (RANK and WORLD_SIZE in the environment) share the cases; the first one waits for the
+    others and writes.
 
     Args:
-        checkpoint: a run's phase folder, or one checkpoint in it.
-        shards: folder or URL of shards; by default the one that the checkpoint's configuration names.
-        split: `valid` or `train`.
-        out: the JSON; by default `evaluation-SPLIT/metrics.json` in the checkpoint's folder. The rest lies beside it.
-        device: by default a GPU for each process if there is one.
-        options: fields of `Options`.
+        checkpoint: A run's phase folder, or one checkpoint in it.
+        shards: Folder or URL of shards; by default those of the checkpoint's configuration.
+        out: JSON file of the metrics; by default `evaluation-SPLIT/metrics.json` in the
+            checkpoint's folder. All other files lie beside it.
+        device: Device of the model; by default a GPU for each process if there is one.
+        options: What is evaluated and how.
 
     Returns:
-        The metrics, as in the JSON; None on all processes but the first.
+        The metrics; None on all processes but the first.
 
     Raises:
-        UserError: no such checkpoint or shards, shards of another grid, no sample of the split, a labeler that does
-            not load, or a process that has stopped.
+        UserError: There is no such checkpoint or shards, the shards have another grid, the split
+            has no sample, the labeler does not load, or a process has stopped.
     """
-    started = time.monotonic()
+    start_time = time.monotonic()
     ranks = read_ranks_from_environment()
-    asked = EvaluationOptions(split=split, **options)
-    require_truth_folder(asked.truth)
-    folder = checkpoints.find_checkpoint(checkpoint, "train first, or give a run's phase folder")
-    target = output_path(folder, split, out)
-    work = _EvaluationRun(folder, shards, asked, ranks, ranks.choose_device(device), target.parent)
-    # Before the hours of prediction, since it may not load.
-    labeler = load_labeler(asked.labeler) if ranks.is_main and work.has_reports else None
-    work.predict_missing_cases()
+    options = options or EvaluationOptions()
+    require_truth_folder(options.truth)
+    folder = find_checkpoint(checkpoint, "train first, or give a run's phase folder")
+    metrics_path = output_path(folder, options.split, out)
+    run = _EvaluationRun(
+        folder, shards, options, ranks, ranks.choose_device(device), metrics_path.parent
+    )
+
+    labeler = None
+    if ranks.is_main and run.has_reports:
+        labeler = load_labeler(options.labeler)  # before the hours of prediction: it may not load
+    run.predict_missing_cases()
     if not ranks.is_main:
         return None
-    found = work.journal.wait_for_records(
-        [(unit.purpose, position) for unit in work.units for position in unit.positions]
-    )
-    records = {purpose: work.select_records(found, purpose) for purpose in ("evaluate", "fit")}
-    scans = group_by_scan(records["evaluate"])
-    stored_alone = asked.thresholds == "stored"
+
+    all_records = run.wait_for_records()
+    records = run.select_records(all_records, "evaluate")
     thresholds = choose_thresholds(
         folder,
-        records["fit"],
-        work.data.shards,
-        stored_alone,
-        bool(work.has_training_shards),
-        asked.hide_regions,
+        run.select_records(all_records, "fit"),
+        run.data.shards,
+        stored_only=options.thresholds == "stored",
+        has_training_shards=bool(run.has_training_shards),
+        regions_hidden=options.hide_regions,
     )
-    facts = {
-        "machine": describe_machine(),
-        "device": work.device,
-        "processes": ranks.world_size,
-        "versions": checkpoints.package_versions(*METRIC_PACKAGES),
-        "seconds": 0.0,
-    }
-    result = _compute_metrics(work, scans, thresholds, labeler) | facts
-    result["seconds"] = round(time.monotonic() - started, 1)
-    _write_results(target, result, records["evaluate"], scans, asked)
+    scans = group_by_scan(records)
+    result = _compute_metrics(run, scans, thresholds, labeler, start_time)
+    _write_results(metrics_path, result, records, scans, options)
     return result
 
 
 def output_path(checkpoint: str | Path, split: Split, out: str | Path | None) -> Path:
-    """Where `evaluate` writes the metrics: `out`, or `evaluation-SPLIT/metrics.json` in the checkpoint's folder."""
+    """JSON file of the metrics: `out`, or `evaluation-SPLIT/metrics.json` in the checkpoint."""
     if out is not None:
         return Path(out)
-    return (
-        checkpoints.find_checkpoint(checkpoint, "train first")
-        / f"evaluation-{split}"
-        / "metrics.json"
-    )
+    folder = find_checkpoint(checkpoint, "train first")
+    return folder / f"evaluation-{split}" / "metrics.json"
 
 
 class _EvaluationRun:
-    """The cases of an evaluation, which of them are this process's, and what is known of them."""
+    """The cases of an evaluation, this process's share of them, and the records so far."""
 
     def __init__(
         self,
@@ -161,26 +167,17 @@ class _EvaluationRun:
         out: Path,
     ) -> None:
         self.folder, self.options, self.ranks, self.device = folder, options, ranks, device
-        self.config: Config = checkpoints.read_config(folder)
-        self.state = checkpoints.read_training_state(folder)
-        chosen = {} if shards is None else {"shards": str(shards)}
-        self.data: DataConfig = self.config.data.model_copy(update=chosen)
-        self.datasets: dict[CasePurpose, ShardDataset] = {
-            "evaluate": ShardDataset(self.data, options.split)
-        }
-        if options.thresholds == "fit" and read_index(self.data.shards).select_split("train"):
-            self.datasets["fit"] = ShardDataset(self.data, "train")
-        limits = {"evaluate": options.limit, "fit": options.fit_limit}
-        self.units = [
-            PlannedBatch(purpose, list(range(start, min(start + options.batch_size, count))))
-            for purpose, dataset in self.datasets.items()
-            for count in [min(len(dataset), limits[purpose] or len(dataset))]
-            for start in range(0, count, options.batch_size)
-        ]
-        self.has_reports = "generator" in self.state.parts and options.reports
-        store = ShardStore(self.data.shards)
+        self.checkpoint = Checkpoint.open(folder)
+        self.config: Config = self.checkpoint.config
+        self.state = self.checkpoint.training
+        self.data: DataConfig = self.config.data
+        if shards is not None:
+            self.data = self.data.model_copy(update={"shards": str(shards)})
+        self.datasets = self._open_datasets()
+        self.batches = self._plan_batches()
+        self.has_reports = "generator" in self.checkpoint.parts and options.reports
         self.fingerprint = compute_fingerprint(
-            folder, self.config, store, device, options, self.has_reports
+            folder, self.config, ShardStore(self.data.shards), device, options, self.has_reports
         )
         self.journal = EvaluationJournal(out, self.fingerprint, ranks.rank)
 
@@ -190,134 +187,147 @@ class _EvaluationRun:
         return are_same_shards(self.data.shards, self.config.data.shards)
 
     def predict_missing_cases(self) -> None:
-        """Predict this process's cases that nothing is known of; the model is loaded only if there are any."""
-        found = self.journal.read_records()
-        own = self.units[self.ranks.rank :: self.ranks.world_size]
-        missing = [
-            unit
-            for unit in own
-            if any((unit.purpose, place) not in found for place in unit.positions)
-        ]
-        done = sum(len(unit.positions) for unit in own) - sum(
-            len(unit.positions) for unit in missing
-        )
-        if done:
-            log.info(
-                "Going on: %d of %d cases are there already",
-                done,
-                sum(len(unit.positions) for unit in own),
-            )
+        """Predict this process's cases without a record; load the model only if there are any."""
+        records = self.journal.read_records()
+        own_batches = self.batches[self.ranks.rank :: self.ranks.world_size]
+        missing = [batch for batch in own_batches if not records.keys() >= set(batch.case_ids)]
+        n_own = sum(len(batch.positions) for batch in own_batches)
+        n_missing = sum(len(batch.positions) for batch in missing)
+        if n_missing < n_own:
+            log.info("Going on: %d of %d cases are there already", n_own - n_missing, n_own)
         if not missing:
             return
-        model, _ = checkpoints.load_model(self.folder, self.device)
-        left, told = len(missing), time.monotonic()
+
+        model = RectVLM.from_checkpoint(self.checkpoint, self.device)
+        n_left, last_log = len(missing), time.monotonic()
         for purpose, dataset in self.datasets.items():
-            units = [unit for unit in missing if unit.purpose == purpose]
-            for unit, batch in zip(
-                units, BatchLoader(dataset, [unit.positions for unit in units]), strict=True
-            ):
-                records = evaluate_batch(model, batch, unit.positions, purpose, self.options)
+            planned = [batch.positions for batch in missing if batch.purpose == purpose]
+            for positions, batch in zip(planned, BatchLoader(dataset, planned), strict=True):
+                batch_records = evaluate_batch(model, batch, positions, purpose, self.options)
                 self.journal.append_records(
-                    one for one in records if (purpose, one.position) not in found
+                    record for record in batch_records if (purpose, record.position) not in records
                 )
-                left -= 1
-                if time.monotonic() - told > LOG_INTERVAL_SECONDS:
-                    log.info("%s%d of %d batches left", self._process_label(), left, len(missing))
-                    told = time.monotonic()
+                n_left -= 1
+                if time.monotonic() - last_log > LOG_INTERVAL_SECONDS:
+                    log.info("%s%d of %d batches left", self._process_label(), n_left, len(missing))
+                    last_log = time.monotonic()
+
+    def wait_for_records(self) -> dict[CaseId, CaseRecord]:
+        """Records of all cases, as soon as all processes have written theirs."""
+        return self.journal.wait_for_records(
+            itertools.chain.from_iterable(batch.case_ids for batch in self.batches)
+        )
 
     def select_records(
-        self, found: dict[tuple[CasePurpose, int], CaseRecord], purpose: CasePurpose
+        self, records: dict[CaseId, CaseRecord], purpose: CasePurpose
     ) -> list[CaseRecord]:
-        """What was found of the cases of this evaluation, in their order."""
-        return [
-            found[purpose, place]
-            for unit in self.units
-            if unit.purpose == purpose
-            for place in unit.positions
-        ]
+        """Records of the cases of one purpose, in their order."""
+        selected = []
+        for batch in self.batches:
+            if batch.purpose == purpose:
+                selected += [records[case_id] for case_id in batch.case_ids]
+        return selected
+
+    def _open_datasets(self) -> dict[CasePurpose, ShardDataset]:
+        datasets: dict[CasePurpose, ShardDataset] = {
+            "evaluate": ShardDataset(self.data, self.options.split)
+        }
+        can_fit = self.options.thresholds == "fit"
+        if can_fit and read_index(self.data.shards).select_split("train"):
+            datasets["fit"] = ShardDataset(self.data, "train")
+        return datasets
+
+    def _plan_batches(self) -> list[PlannedBatch]:
+        limits = {"evaluate": self.options.limit, "fit": self.options.fit_limit}
+        batches = []
+        for purpose, dataset in self.datasets.items():
+            n_cases = min(len(dataset), limits[purpose] or len(dataset))
+            for start in range(0, n_cases, self.options.batch_size):
+                stop = min(start + self.options.batch_size, n_cases)
+                batches.append(PlannedBatch(purpose, list(range(start, stop))))
+        return batches
 
     def _process_label(self) -> str:
-        return (
-            f"process {self.ranks.rank} of {self.ranks.world_size}: "
-            if self.ranks.world_size > 1
-            else ""
-        )
+        if self.ranks.world_size == 1:
+            return ""
+        return f"process {self.ranks.rank} of {self.ranks.world_size}: "
 
 
 def _compute_metrics(
-    work: _EvaluationRun,
+    run: _EvaluationRun,
     scans: ScanResults,
     thresholds: FindingThresholds,
     labeler: ReportLabeler | None,
-) -> dict[str, Any]:
-    """All figures, and what was measured."""
-    options, parts = work.options, work.state.parts
-    drawn = summary.draw_resamples(scans.patients, options)
-    reports = None
+    start_time: float,
+) -> EvaluationResult:
+    """All figures, with a description of what was measured where."""
+    options = run.options
+    weights = summary.draw_resamples(scans.patients, options)
+    lesions, reports = None, None
+    if "localizer" in run.checkpoint.parts:
+        lesions = summary.summarize_lesions(scans, weights, options)
     if labeler is not None:
-        patients = [one.patient for one in scans.select_report_cases()[1]]
-        reports = compare_reports(
-            scans, work.config, labeler, summary.draw_resamples(patients, options)
-        )
-    return {
-        "checkpoint": str(work.folder),
-        "config": work.config.name,
-        "step": work.state.step,
-        "shards": work.data.shards,
-        "split": options.split,
-        "selected_on_this_split": was_selected_on(
-            work.folder, work.config, work.state, options.split, work.has_training_shards
+        patients = [record.patient for record in scans.select_report_cases()[1]]
+        report_weights = summary.draw_resamples(patients, options)
+        reports = evaluate_reports(scans, run.config, labeler, report_weights)
+
+    records = list(itertools.chain.from_iterable(scans.volumes))
+    return EvaluationResult(
+        checkpoint=str(run.folder),
+        config=run.config.name,
+        step=run.state.step,
+        shards=run.data.shards,
+        split=options.split,
+        selected_on_this_split=was_selected_on(
+            run.folder, run.config, run.state, options.split, run.has_training_shards
         ),
-        "n_cases": sum(len(volumes) for volumes in scans.volumes),
-        **RegionMapUsage.from_records(
-            itertools.chain.from_iterable(scans.volumes), options.hide_regions
-        ).as_dict(),
-        "n_scans": len(scans.names),
-        "n_patients": len(set(scans.patients)),
-        "limit": options.limit,
-        "classification": summary.summarize_findings(scans, thresholds, drawn),
-        "thresholds": thresholds.as_dict() | {"same_data": options.split == "train"},
-        "localization": summary.summarize_lesions(scans, drawn, options)
-        if "localizer" in parts
-        else None,
-        "reports": reports,
-        "bootstrap": summary.describe_bootstrap(options),
-        "fingerprint": work.fingerprint,
-    }
+        n_cases=len(records),
+        region_maps=RegionMapUsage.from_records(records, options.hide_regions),
+        n_scans=len(scans.names),
+        n_patients=len(set(scans.patients)),
+        limit=options.limit,
+        classification=summary.summarize_findings(scans, thresholds, weights),
+        thresholds=thresholds,
+        localization=lesions,
+        reports=reports,
+        bootstrap=BootstrapSettings(resamples=options.bootstrap, seed=options.seed),
+        fingerprint=run.fingerprint,
+        machine=describe_machine(),
+        device=run.device,
+        processes=run.ranks.world_size,
+        versions=package_versions(*METRIC_PACKAGES),
+        seconds=round(time.monotonic() - start_time, 1),
+    )
 
 
 def _write_results(
-    target: Path,
-    result: dict[str, Any],
+    metrics_path: Path,
+    result: EvaluationResult,
     records: list[CaseRecord],
     scans: ScanResults,
     options: EvaluationOptions,
 ) -> None:
-    """The results, the metrics last: a folder with metrics is complete."""
-    _write_jsonl(target.with_name(CASES_FILE), (_drop_texts(one) for one in records))
-    if result["reports"] is not None:
-        _write_jsonl(
-            target.with_name(REPORTS_FILE),
-            (_report_texts(one) for one in scans.select_report_cases()[1]),
-        )
-    _write_text(target.with_name(TABLE_FILE), tables.render_markdown(result))
+    """Write the results, the metrics last: a folder with metrics is complete."""
+    _write_jsonl(metrics_path.with_name(CASES_FILE), map(_without_texts, records))
+    if result.reports is not None:
+        report_records = scans.select_report_cases()[1]
+        _write_jsonl(metrics_path.with_name(REPORTS_FILE), map(_report_texts, report_records))
+    _write_text(metrics_path.with_name(TABLE_FILE), tables.render_markdown(result))
     if options.plots:
         from rectvlm.evaluate import plots  # matplotlib takes its time
 
-        plots.write_plots(target.parent, result, scans)
-    _write_text(target, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        plots.write_plots(metrics_path.parent, result, scans)
+    write_json(metrics_path, result.as_dict())
 
 
-def _drop_texts(record: CaseRecord) -> dict[str, Any]:
+def _without_texts(record: CaseRecord) -> JsonObject:
     row = record.as_dict()
-    return {
-        name: value
-        for name, value in row.items()
-        if name not in ("reference", "generated", "without_image")
-    }
+    for name in _TEXT_FIELDS:
+        del row[name]
+    return row
 
 
-def _report_texts(record: CaseRecord) -> dict[str, Any]:
+def _report_texts(record: CaseRecord) -> JsonObject:
     return {
         "key": record.key,
         "reference": record.reference,
@@ -326,10 +336,9 @@ def _report_texts(record: CaseRecord) -> dict[str, Any]:
     }
 
 
-def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    _write_text(
-        path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    )
+def _write_jsonl(path: Path, rows: Iterable[JsonObject]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    _write_text(path, "".join(lines))
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -1,26 +1,33 @@
-"""Whether a checkpoint was chosen on the cases that it is evaluated on: its figures are then better than on others."""
+"""Selection bias: whether a checkpoint was chosen on the cases that it is evaluated on.
+
+Its figures are then better than on other cases.
+"""
 
 from pathlib import Path
 
-from rectvlm.checkpoint import run_checkpoint as checkpoints
-from rectvlm.checkpoint.run_checkpoint import TrainingState
+from rectvlm.checkpoint import TrainingState, run_folder
 from rectvlm.config import Config, phase_key
 from rectvlm.data.shards import SHARD_INDEX_FILE
 from rectvlm.data.store import ShardStore
-from rectvlm.runs.read_runs import VALIDATION_FILE, read_run
+from rectvlm.runs.read_runs import read_run
+from rectvlm.runs.run_files import VALIDATION_FILE
 from rectvlm.types import Split, UserError
 
 
 def are_same_shards(shards: str, trained_on: str) -> bool | None:
-    """Whether two places hold the same shards, by the index, which holds checksums; None where one cannot be read."""
+    """Whether two places hold the same shards; None where one of them cannot be read.
+
+    The indexes are compared, which hold checksums.
+    """
     if shards == trained_on:
         return True
     try:
-        return ShardStore(shards).read_file(SHARD_INDEX_FILE) == ShardStore(trained_on).read_file(
-            SHARD_INDEX_FILE
+        index, trained_index = (
+            ShardStore(place).read_file(SHARD_INDEX_FILE) for place in (shards, trained_on)
         )
     except (OSError, UserError):
         return None
+    return index == trained_index
 
 
 def was_selected_on(
@@ -30,40 +37,43 @@ def was_selected_on(
     split: Split,
     has_training_shards: bool | None,
 ) -> bool | None:
-    """Whether validation during training chose a checkpoint on the split that is evaluated: as the best of its run, or
-    as the one with which patience ended the run.
+    """Whether validation during training chose a checkpoint on the split that is evaluated.
 
-    Earlier phases do not count: a phase that started from the best checkpoint of the one before is a choice too, but of
-    where to begin.
+    It was chosen if it is the best of its run, or the one with which patience ended the run.
+    Earlier phases do not count: a phase that started from the best checkpoint of the one before is
+    a choice too, but of where to begin.
 
     Args:
-        checkpoint: its folder.
-        config: it was trained with.
-        state: of the checkpoint.
-        split: that is evaluated.
-        own_shards: whether its shards are those of the training.
+        checkpoint: Folder of the checkpoint.
+        config: Configuration that it was trained with.
+        state: Training state of the checkpoint.
+        split: Split that is evaluated.
+        has_training_shards: Whether the evaluated shards are those of the training; None where
+            that is not known.
 
     Returns:
-        None where it cannot be known: the checkpoint was exported or moved away from its run, or it was chosen and its
-        shards cannot be compared.
+        None where it cannot be known: the checkpoint was exported or moved away from its run, or
+        it was chosen and its shards cannot be compared.
     """
     settings = config.train.phases[phase_key(state.phase, state.stage)].validation
     if split != "valid" or not settings.every or has_training_shards is False:
         return False
+
     folder = checkpoint.resolve()
     phase_folder = folder.parents[1]
-    if (
-        folder != checkpoints.step_folder(phase_folder, state.step)
-        or not (phase_folder / VALIDATION_FILE).is_file()
-    ):
+    is_in_run = folder == run_folder.step_folder(phase_folder, state.step)
+    if not is_in_run or not (phase_folder / VALIDATION_FILE).is_file():
         return None
-    chosen = checkpoints.best_checkpoint(phase_folder) == folder
-    if settings.patience and not chosen:
-        run = read_run(phase_folder)
-        ended_early = (
-            run.state == "finished"
-            and run.planned_steps is not None
-            and run.last_step < run.planned_steps
-        )
-        chosen = ended_early and run.last_step == state.step
-    return has_training_shards if chosen else False
+
+    is_chosen = run_folder.best_checkpoint(phase_folder) == folder
+    if settings.patience and not is_chosen:
+        is_chosen = _was_last_by_patience(phase_folder, state.step)
+    return has_training_shards if is_chosen else False
+
+
+def _was_last_by_patience(phase_folder: Path, step: int) -> bool:
+    """Whether a run ended at this step before its planned number of steps."""
+    run = read_run(phase_folder)
+    if run.state != "finished" or run.planned_steps is None:
+        return False
+    return run.last_step < run.planned_steps and run.last_step == step

@@ -1,11 +1,11 @@
-"""The figures of an evaluation as Markdown, for people, and as rows, for the terminal."""
+"""Figures of an evaluation as Markdown, for people, and as a table, for the terminal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from rectvlm.evaluate.region_maps import RegionMapUsage
+from rectvlm.evaluate.result import EvaluationResult
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
 
 FINDING_SCORE_NAMES = {
@@ -31,6 +31,16 @@ LESION_SCORE_NAMES = {
     "instance_recall": "instance recall",
     "instance_f1": "instance F1",
 }
+LESION_COUNT_NAMES = {
+    "n_annotated": "scans annotated",
+    "n_present": "scans with it",
+    "n_missed": "missed",
+    "n_false_positive": "false positive",
+    "n_empty_agreed": "both empty",
+    "n_lesions": "lesions",
+}
+MAIN_FINDING_SCORES = ("auroc", "average_precision", "f1", "precision", "recall", "ece")
+"""Scores of the findings in the terminal."""
 MAIN_REPORT_SCORES = (
     "bleu_1",
     "bleu_4",
@@ -43,227 +53,218 @@ MAIN_REPORT_SCORES = (
     "clinical_labels_crg",
     "laterality",
 )
+"""Scores of the reports in the terminal."""
+REPORT_FINDING_SCORES = ("precision", "recall", "f1")
+"""Scores of the findings in the reports."""
 
 
 def format_score(value: float | None) -> str:
-    """Three decimals, a dash where there is no value."""
+    """Three decimals; a dash where there is no value."""
     return "–" if value is None else f"{value:.3f}"
 
 
-def format_with_interval(row: dict[str, Any], score: str) -> str:
+def format_interval(row: Mapping[str, Any], score: str) -> str:
+    """The 95% interval of a score in brackets; empty where there is none."""
+    bounds = row.get("ci95", {}).get(score)
+    return f"[{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else ""
+
+
+def format_with_interval(row: Mapping[str, Any], score: str) -> str:
     """A score with its 95% interval, where there is one."""
     return f"{format_score(row[score])} {format_interval(row, score)}".strip()
 
 
-def format_interval(row: dict[str, Any], score: str) -> str:
-    """The 95% interval of a score in brackets; empty where there is none."""
-    found = row.get("ci95", {}).get(score)
-    return f"[{found[0]:.3f}, {found[1]:.3f}]" if found else ""
+def render_markdown(result: EvaluationResult) -> str:
+    """Render all figures that a report on a model needs, as one page.
 
-
-def render_markdown(result: dict[str, Any]) -> str:
-    """All figures that a report on a model needs, as one page."""
-    parts = [
+    Args:
+        result: Metrics of `evaluate_checkpoint`.
+    """
+    sections = [
         _render_title(result),
         _render_overview(result),
         "## Findings",
-        _render_findings(result["classification"], result["thresholds"]),
+        _render_findings(result),
     ]
-    if result["localization"] is not None:
-        parts += ["## Lesions", _render_lesions(result["localization"])]
-    if result["reports"] is not None:
-        parts += ["## Reports", _render_reports(result["reports"])]
-        parts += ["### Findings in the reports", _render_report_findings(result["reports"])]
-    return "\n\n".join(parts) + "\n"
+    if result.localization is not None:
+        sections += ["## Lesions", _render_lesions(result.localization)]
+    if result.reports is not None:
+        sections += ["## Reports", _render_reports(result.reports)]
+        sections += ["### Findings in the reports", _render_report_findings(result.reports)]
+    return "\n\n".join(sections) + "\n"
 
 
-def _render_title(result: dict[str, Any]) -> str:
-    whose = f"{result['n_scans']:,} scans of {result['n_patients']:,} patients"
-    return f"# {result['config']}: {whose}, {result['split']} split"
+def terminal_table(result: EvaluationResult) -> Table:
+    """Table of the main figures; the column `air` is the control without the image.
 
+    Args:
+        result: Metrics of `evaluate_checkpoint`.
+    """
+    title = f"{result.config}, {result.split} split, {result.n_scans} scans"
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric", justify="left", no_wrap=True)
+    for column in ("value", "95%", "air"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("n", justify="left", no_wrap=True)
 
-def _render_overview(result: dict[str, Any]) -> str:
-    bootstrap = result["bootstrap"]
-    intervals = "No intervals were asked for."
-    if bootstrap["resamples"]:
-        intervals = (
-            f"In brackets: 95% intervals of {bootstrap['resamples']:,} resamples of the patients (percentiles, seed "
-            f"{bootstrap['seed']})."
-        )
-    return (
-        f"Checkpoint `{result['checkpoint']}`, step {result['step']}; shards `{result['shards']}`; "
-        f"{result['n_cases']:,} volumes. {intervals}{_render_selection_warning(result)}\n\n"
-        f"Region maps: {RegionMapUsage.from_dict(result)}."
-    )
-
-
-def _render_selection_warning(result: dict[str, Any]) -> str:
-    """What a reader must know of the choice of the checkpoint."""
-    selected = result["selected_on_this_split"]
-    if selected:
-        return (
-            " **Validation during training chose this checkpoint on cases of this split, so these figures are "
-            "optimistic.**"
-        )
-    return (
-        " Whether the checkpoint was chosen on this split is not known." if selected is None else ""
-    )
-
-
-def _render_findings(found: dict[str, Any], thresholds: dict[str, Any]) -> str:
-    head = ["finding", "n", "positive", *FINDING_SCORE_NAMES.values()]
-    rows = [
-        [
-            f"**{kind} mean**",
-            "",
-            "",
-            *(format_with_interval(found[kind], score) for score in FINDING_SCORE_NAMES),
-        ]
-        for kind in ("macro", "weighted")
-    ]
-    for name, row in found["per_finding"].items():
-        scores = (format_with_interval(row, score) for score in FINDING_SCORE_NAMES)
-        rows.append([name, str(row["n_known"]), str(row["n_positive"]), *scores])
-    note = f"Thresholds: {thresholds['source']}."
-    if thresholds["not_fitted"]:
-        note += f" Not fitted, 0.5: {', '.join(thresholds['not_fitted'])}."
-    if thresholds["same_data"]:
-        note += " **They were fitted on the evaluated split.**"
-    return f"{_render_table(head, rows)}\n\n{note}"
-
-
-def _render_lesions(found: dict[str, Any]) -> str:
-    keys = list(found["per_lesion"])
-    head = ["", *(LESION_BY_KEY[key].name for key in keys), "mean"]
-    columns = [*found["per_lesion"].values(), found["macro"]]
-    rows = [
-        [name, *(format_with_interval(row, score) for row in columns)]
-        for score, name in LESION_SCORE_NAMES.items()
-    ]
-    grid = found["model_grid"]
-    rows.append(
-        [
-            "Dice, model's grid",
-            *(format_score(grid["per_lesion"][key]["dice"]) for key in keys),
-            format_score(grid["macro"]["dice"]),
-        ]
-    )
-    counts = {
-        "n_annotated": "scans annotated",
-        "n_present": "scans with it",
-        "n_missed": "missed",
-        "n_false_positive": "false positive",
-        "n_empty_agreed": "both empty",
-        "n_lesions": "lesions",
-    }
-    rows += [
-        [name, *(str(row[count]) for row in found["per_lesion"].values()), ""]
-        for count, name in counts.items()
-    ]
-    truth = ", ".join(
-        f"{count} from the {source}s" for source, count in sorted(found["truth"].items())
-    )
-    note = (
-        f"On the native grid, voxels at or above {found['threshold']}; surface Dice at "
-        f"{found['surface_tolerance_mm']:g} mm; a hit is a Dice of {found['hit_dice']}, a lesion matches at "
-        f"{found['match_dice']}. Outlines: {truth or 'none'}."
-    )
-    return f"{_render_table(head, rows)}\n\n{note}"
-
-
-def terminal_table(result: dict[str, Any]) -> Table:
-    """The main figures; `air` is the image-ablated control."""
-    table = Table(
-        title=f"{result['config']}, {result['split']} split, {result['n_scans']} scans",
-        title_justify="left",
-    )
-    for column, justify in (
-        ("metric", "left"),
-        ("value", "right"),
-        ("95%", "right"),
-        ("air", "right"),
-        ("n", "left"),
-    ):
-        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for kind in ("macro", "weighted"):
-        mean = result["classification"][kind]
-        for score in ("auroc", "average_precision", "f1", "precision", "recall", "ece"):
+        mean = result.classification[kind]
+        for score in MAIN_FINDING_SCORES:
             count = f"{mean[f'n_findings_{score}']} of {len(FINDINGS)}"
-            table.add_row(
-                f"{kind} {FINDING_SCORE_NAMES[score]}",
-                format_score(mean[score]),
-                format_interval(mean, score),
-                "",
-                count,
-            )
-    for key, row in (result["localization"] or {"per_lesion": {}})["per_lesion"].items():
-        cases = f"{row['n_cases']}, {row['n_present']} with it"
-        table.add_row(
-            f"Dice, {LESION_BY_KEY[key].name}",
-            format_score(row["dice"]),
-            format_interval(row, "dice"),
-            "",
-            cases,
-        )
-    if result["reports"]:
-        image, air = result["reports"]["image"], result["reports"]["image_ablated"]["scores"]
-        for score in MAIN_REPORT_SCORES:
-            if score in image["scores"]:
-                value = (
-                    format_score(image["scores"][score]),
-                    format_interval(image, score),
-                    format_score(air[score]),
-                )
-                table.add_row(score.replace("_", " "), *value, str(image["n"]))
+            name = f"{kind} {FINDING_SCORE_NAMES[score]}"
+            interval = format_interval(mean, score)
+            table.add_row(name, format_score(mean[score]), interval, "", count)
+    if result.localization is not None:
+        for key, row in result.localization["per_lesion"].items():
+            count = f"{row['n_cases']}, {row['n_present']} with it"
+            interval = format_interval(row, "dice")
+            name = f"Dice, {LESION_BY_KEY[key].name}"
+            table.add_row(name, format_score(row["dice"]), interval, "", count)
+    if result.reports:
+        _add_report_rows(table, result.reports)
     return table
 
 
-def _render_reports(found: dict[str, Any]) -> str:
-    image, air, difference = found["image"], found["image_ablated"], found["difference"]
+def _add_report_rows(table: Table, reports: Mapping[str, Any]) -> None:
+    image, control = reports["image"], reports["image_ablated"]
+    for score in MAIN_REPORT_SCORES:
+        if score in image["scores"]:
+            table.add_row(
+                score.replace("_", " "),
+                format_score(image["scores"][score]),
+                format_interval(image, score),
+                format_score(control["scores"][score]),
+                str(image["n"]),
+            )
+
+
+def _render_title(result: EvaluationResult) -> str:
+    cases = f"{result.n_scans:,} scans of {result.n_patients:,} patients"
+    return f"# {result.config}: {cases}, {result.split} split"
+
+
+def _render_overview(result: EvaluationResult) -> str:
+    bootstrap = result.bootstrap
+    intervals = "No intervals were asked for."
+    if bootstrap.resamples:
+        intervals = (
+            f"In brackets: 95% intervals of {bootstrap.resamples:,} resamples of the patients "
+            f"(percentiles, seed {bootstrap.seed})."
+        )
+    return (
+        f"Checkpoint `{result.checkpoint}`, step {result.step}; shards `{result.shards}`; "
+        f"{result.n_cases:,} volumes. {intervals}{_render_selection_warning(result)}\n\n"
+        f"Region maps: {result.region_maps}."
+    )
+
+
+def _render_selection_warning(result: EvaluationResult) -> str:
+    """Warning about the choice of the checkpoint on the evaluated cases."""
+    is_selected = result.selected_on_this_split
+    if is_selected:
+        return (
+            " **Validation during training chose this checkpoint on cases of this split, so these "
+            "figures are optimistic.**"
+        )
+    if is_selected is None:
+        return " Whether the checkpoint was chosen on this split is not known."
+    return ""
+
+
+def _render_findings(result: EvaluationResult) -> str:
+    scores, thresholds = result.classification, result.thresholds
+    header = ["finding", "n", "positive", *FINDING_SCORE_NAMES.values()]
+    rows = []
+    for kind in ("macro", "weighted"):
+        values = _format_scores(scores[kind], FINDING_SCORE_NAMES)
+        rows.append([f"**{kind} mean**", "", "", *values])
+    for name, row in scores["per_finding"].items():
+        values = _format_scores(row, FINDING_SCORE_NAMES)
+        rows.append([name, str(row["n_known"]), str(row["n_positive"]), *values])
+
+    note = f"Thresholds: {thresholds.source}."
+    if thresholds.not_fitted:
+        note += f" Not fitted, 0.5: {', '.join(thresholds.not_fitted)}."
+    if result.is_fitted_on_split:
+        note += " **They were fitted on the evaluated split.**"
+    return f"{_render_table(header, rows)}\n\n{note}"
+
+
+def _render_lesions(scores: Mapping[str, Any]) -> str:
+    lesions, grid = scores["per_lesion"], scores["model_grid"]
+    header = ["", *(LESION_BY_KEY[key].name for key in lesions), "mean"]
+    columns = [*lesions.values(), scores["macro"]]
+    rows = []
+    for score, name in LESION_SCORE_NAMES.items():
+        rows.append([name, *(format_with_interval(column, score) for column in columns)])
+    grid_dice = [format_score(grid["per_lesion"][key]["dice"]) for key in lesions]
+    rows.append(["Dice, model's grid", *grid_dice, format_score(grid["macro"]["dice"])])
+    for count, name in LESION_COUNT_NAMES.items():
+        rows.append([name, *(str(lesion[count]) for lesion in lesions.values()), ""])
+
+    truth_counts = sorted(scores["truth"].items())
+    truth = ", ".join(f"{count} from the {source}s" for source, count in truth_counts)
+    note = (
+        f"On the native grid, voxels at or above {scores['threshold']}; surface Dice at "
+        f"{scores['surface_tolerance_mm']:g} mm; a hit is a Dice of {scores['hit_dice']}, a lesion "
+        f"matches at {scores['match_dice']}. Outlines: {truth or 'none'}."
+    )
+    return f"{_render_table(header, rows)}\n\n{note}"
+
+
+def _render_reports(reports: Mapping[str, Any]) -> str:
+    image, control = reports["image"], reports["image_ablated"]
+    differences = reports["difference"]
     rows = []
     for score in image["scores"]:
-        between = format_with_interval(difference, score) if score in difference else "–"
-        values = (
-            f"{format_score(row['scores'][score])} {format_interval(row, score)}".strip()
-            for row in (image, air)
-        )
-        rows.append([score.replace("_", " "), *values, between])
-    head = ["", "with the image", "without (air)", "difference"]
+        values = []
+        for kind in (image, control):
+            value = format_score(kind["scores"][score])
+            values.append(f"{value} {format_interval(kind, score)}".strip())
+        difference = "–"
+        if score in differences:
+            difference = format_with_interval(differences, score)
+        rows.append([score.replace("_", " "), *values, difference])
+    header = ["", "with the image", "without (air)", "difference"]
     note = f"{image['n']:,} reports. What the control scores was not read from the image."
-    return f"{_render_table(head, rows)}\n\n{note}"
+    return f"{_render_table(header, rows)}\n\n{note}"
 
 
-def _render_report_findings(found: dict[str, Any]) -> str:
-    """Each finding that is read in the reports against the labels, with the image and without (air)."""
-    image, air = (found[kind]["clinical"]["labels"] for kind in ("image", "image_ablated"))
-    scores = ("precision", "recall", "f1")
-    head = ["finding", "n", "positive", "called", "called, air"]
-    for score in scores:
-        head += [FINDING_SCORE_NAMES[score], f"{FINDING_SCORE_NAMES[score]}, air"]
-    rows = [
-        [
-            f"**{kind}**",
-            "",
-            "",
-            "",
-            "",
-            *(format_score(one[kind][score]) for score in scores for one in (image, air)),
-        ]
-        for kind in ("micro", "macro", "weighted")
-    ]
+def _render_report_findings(reports: Mapping[str, Any]) -> str:
+    """Findings that are read in the reports against the labels, with the image and without."""
+    image, control = (reports[kind]["clinical"]["labels"] for kind in ("image", "image_ablated"))
+    header = ["finding", "n", "positive", "called", "called, air"]
+    for score in REPORT_FINDING_SCORES:
+        header += [FINDING_SCORE_NAMES[score], f"{FINDING_SCORE_NAMES[score]}, air"]
+    rows = []
+    for kind in ("micro", "macro", "weighted"):
+        values = _format_score_pairs(image[kind], control[kind])
+        rows.append([f"**{kind}**", "", "", "", "", *values])
     for name, row in image["per_finding"].items():
-        other = air["per_finding"][name]
-        counts = [row["n_known"], row["n_positive"], row["n_called"], other["n_called"]]
-        values = (format_score(one[score]) for score in scores for one in (row, other))
-        rows.append([name, *map(str, counts), *values])
+        control_row = control["per_finding"][name]
+        counts = [row["n_known"], row["n_positive"], row["n_called"], control_row["n_called"]]
+        rows.append([name, *map(str, counts), *_format_score_pairs(row, control_row)])
     note = (
-        f"Against the labels of {image['n_cases']:,} scans; read by {found['image']['signatures']['clinical']}. n: "
-        "scans with a known label; called: reports that say it is there; air: without the image."
+        f"Against the labels of {image['n_cases']:,} scans; read by "
+        f"{reports['image']['signatures']['clinical']}. n: scans with a known label; called: "
+        "reports that say it is there; air: without the image."
     )
-    return f"{_render_table(head, rows)}\n\n{note}"
+    return f"{_render_table(header, rows)}\n\n{note}"
 
 
-def _render_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _format_scores(row: Mapping[str, Any], scores: Iterable[str]) -> list[str]:
+    return [format_with_interval(row, score) for score in scores]
+
+
+def _format_score_pairs(image: Mapping[str, Any], control: Mapping[str, Any]) -> list[str]:
+    """Each score with the image and without it."""
+    values = []
+    for score in REPORT_FINDING_SCORES:
+        values += [format_score(image[score]), format_score(control[score])]
+    return values
+
+
+def _render_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    rule = "|" + "---|" + "---:|" * (len(head) - 1)
-    return "\n".join(["| " + " | ".join(head) + " |", rule, *lines])
+    rule = "|" + "---|" + "---:|" * (len(header) - 1)
+    return "\n".join(["| " + " | ".join(header) + " |", rule, *lines])

@@ -1,62 +1,60 @@
-"""Whether a probability of 0.3 is right three times in ten: expected calibration error, Brier score and their bins."""
+"""Calibration: whether a finding with a probability of 0.3 is there three times in ten."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-FloatArray = NDArray[np.floating[Any]]
-BoolArray = NDArray[np.bool_]
+from rectvlm.metrics.arrays import BoolArray, FloatArray, divide_or_nan
 
 CALIBRATION_BINS = 15
-"""Bins of equal width, as in Guo et al. 2017."""
+"""Number of bins of equal width, as in Guo et al. 2017."""
 
 
 @dataclass(frozen=True)
 class ReliabilityBins:
-    """Sums over the cases of each bin, for each resample. R resamples, K bins."""
+    """Sums over the cases of each bin in each resample. R resamples, K bins."""
 
     case_counts: FloatArray
-    """(R, K) cases."""
+    """Number of cases, (R, K)."""
     probability_sums: FloatArray
-    """(R, K) sum of probabilities."""
+    """Sum of the predicted probabilities, (R, K)."""
     positive_counts: FloatArray
-    """(R, K) cases with the finding."""
+    """Number of cases with the finding, (R, K)."""
 
     def expected_calibration_error(self) -> FloatArray:
-        """Expected calibration error (R,): mean over cases of |mean probability − share of positives| in their bin.
+        """Expected calibration error of each resample, (R,); NaN without cases.
 
-        NaN without cases.
+        The mean over cases of |mean probability − share of positives| in their bin.
         """
-        total = self.case_counts.sum(axis=1)
         gaps = np.abs(self.probability_sums - self.positive_counts).sum(axis=1)
-        return np.divide(gaps, total, out=np.full(len(total), np.nan), where=total > 0)
+        return divide_or_nan(gaps, self.case_counts.sum(axis=1))
 
 
 def compute_reliability(
-    weights: FloatArray, probabilities: FloatArray, truth: BoolArray, n_bins: int = CALIBRATION_BINS
+    weights: FloatArray,
+    probabilities: FloatArray,
+    truth: BoolArray,
+    n_bins: int = CALIBRATION_BINS,
 ) -> ReliabilityBins:
-    """Probabilities of one finding against how often it was there.
+    """Sort the probabilities of one finding into bins and count how often it was there.
 
-    The binary form of the expected calibration error: Guo et al. 2017, equation 5, on the probability of the finding
-    instead of that of the likelier class, as in torchmetrics' `BinaryCalibrationError` (norm l1). Bin k holds the
-    probabilities in [k/bins, (k+1)/bins), the last one 1 as well.
+    The binary form of the expected calibration error: Guo et al. 2017, equation 5, on the
+    probability of the finding instead of that of the likelier class, as in torchmetrics'
+    `BinaryCalibrationError` (norm l1). Bin k holds the probabilities in [k/K, (k+1)/K), the last
+    one 1 as well.
 
     Args:
-        weights: (R, N), how often each case counts in each resample.
-        probabilities: (N,).
-        truth: (N,).
+        weights: How often each case counts in each resample, (R, N).
+        probabilities: Predicted probabilities, (N,).
+        truth: Whether each case has the finding, (N,).
+        n_bins: Number of bins, K.
     """
-    place = np.clip(
-        np.searchsorted(np.linspace(0, 1, n_bins + 1), probabilities, side="right") - 1,
-        0,
-        n_bins - 1,
-    )
-    member = np.zeros((len(probabilities), n_bins))
-    member[np.arange(len(probabilities)), place] = 1
+    edges = np.linspace(0, 1, n_bins + 1)
+    bin_of_case = np.clip(np.searchsorted(edges, probabilities, side="right") - 1, 0, n_bins - 1)
+    membership = np.zeros((len(probabilities), n_bins))
+    membership[np.arange(len(probabilities)), bin_of_case] = 1
     return ReliabilityBins(
-        weights @ member,
-        weights @ (member * probabilities[:, None]),
-        weights @ (member * truth[:, None]),
+        case_counts=weights @ membership,
+        probability_sums=weights @ (membership * probabilities[:, None]),
+        positive_counts=weights @ (membership * truth[:, None]),
     )

@@ -1,8 +1,14 @@
-"""Agreement of predicted and true lesions in mm. A lesion that was not annotated in a case counts nowhere."""
+"""Agreement of predicted and true lesions in mm.
+
+A lesion that was not annotated in a case counts nowhere. A lesion's mask may have several
+components: voxels that touch each other at a face, an edge or a corner (26 neighbours). In the
+names of scores and fields, "lesion", "instance" and "part" stand for a component.
+
+Shapes: N cases, R resamples.
+"""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,14 +17,17 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from rectvlm.labels import LESIONS, N_LESIONS
 from rectvlm.metrics import bootstrap, surface_distances
+from rectvlm.metrics.arrays import BoolArray, FloatArray, divide_or_nan
 from rectvlm.metrics.bootstrap import ResampleWeights, percentile_interval
-
-BoolArray = NDArray[np.bool_]
+from rectvlm.types import JsonObject
 
 HIT_DICE = 0.1
-"""A case whose Dice reaches it counts as a hit: the Global HIT Rate of ReXGroundingCT's leaderboard."""
+"""Smallest Dice of a case that is a hit: the Global HIT Rate of ReXGroundingCT's leaderboard."""
 MATCH_DICE = 0.2
-"""A predicted and a true part that reach it are one lesion: the instance metrics of ReXGroundingCT's leaderboard."""
+"""Smallest Dice of a predicted and a true component that are the same lesion.
+
+The instance metrics of ReXGroundingCT's leaderboard use it.
+"""
 LESION_SCORES = (
     "dice",
     "iou",
@@ -32,32 +41,41 @@ LESION_SCORES = (
     "instance_recall",
     "instance_f1",
 )
+
 _NEIGHBORS_26 = np.ones((3, 3, 3), bool)
 
 
 @dataclass(frozen=True)
 class LesionComparison:
-    """One lesion of one annotated case: all that its figures need. Voxels and parts are of the native grid."""
+    """All that the figures need of one annotated lesion of one case, on the native grid."""
 
     both: int
     """Voxels in the intersection."""
     predicted: int
+    """Voxels in the prediction."""
     truth: int
+    """Voxels in the truth."""
     hd95_mm: float | None
-    """None where prediction or truth is empty."""
+    """95th percentile of the Hausdorff distance, mm; None where prediction or truth is empty."""
     surface_dice: float | None
-    """None where both are empty."""
+    """Surface Dice; None where both are empty."""
     parts_predicted: int
-    """Connected parts (26 neighbours)."""
+    """Components of the prediction."""
     parts_true: int
+    """Components of the truth."""
     parts_touched: int
-    """True parts of which the prediction has a voxel."""
+    """Components of the truth of which the prediction has a voxel."""
     parts_matched: int
-    """Pairs of parts with a Dice of at least `MATCH_DICE`, each part in one pair at most."""
+    """Pairs of components with a Dice of at least `MATCH_DICE`, each in one pair at most."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+
+@dataclass(frozen=True)
+class _LesionSamples:
+    """Scores of one lesion, and each score in each resample."""
+
+    scores: JsonObject
+    by_resample: dict[str, FloatArray]
+    """Values by score, (R,); empty without resamples."""
 
 
 def compare_lesion_masks(
@@ -71,175 +89,194 @@ def compare_lesion_masks(
     Work and memory follow the box around both masks, not the volume.
 
     Args:
-        predicted: (I, J, K) bool.
-        truth: (I, J, K) bool.
-        spacing: mm along each axis.
-        tolerance: of the surface Dice, mm.
+        predicted: Predicted mask, (I, J, K), bool.
+        truth: True mask, (I, J, K), bool.
+        spacing_mm: Voxel spacing along each axis, mm.
+        tolerance_mm: Tolerance of the surface Dice, mm.
     """
     assert predicted.shape == truth.shape and predicted.dtype == truth.dtype == np.bool_
-    where = ndimage.find_objects((predicted | truth).view(np.uint8))
-    if where:
-        # One voxel of room: a surface at the edge of the box is one in the volume too.
-        room = tuple(slice(max(0, part.start - 1), part.stop + 1) for part in where[0])
-        predicted, truth = predicted[room], truth[room]
-    both, found, present = (
-        int(np.count_nonzero(mask)) for mask in (predicted & truth, predicted, truth)
-    )
-    parts = _count_components(predicted, truth) if where else (0, 0, 0, 0)
+    boxes = ndimage.find_objects((predicted | truth).view(np.uint8))
+    if not boxes:
+        return LesionComparison(0, 0, 0, None, None, 0, 0, 0, 0)
+
+    # One voxel of margin: a surface at the edge of the box is one in the volume too.
+    box = tuple(slice(max(0, side.start - 1), side.stop + 1) for side in boxes[0])
+    predicted, truth = predicted[box], truth[box]
+    n_predicted, n_true, n_touched, n_matched = _count_components(predicted, truth)
     return LesionComparison(
-        both,
-        found,
-        present,
-        surface_distances.hd95(predicted, truth, spacing_mm) if where else None,
-        surface_distances.surface_dice(predicted, truth, spacing_mm, tolerance_mm)
-        if where
-        else None,
-        *parts,
+        both=int(np.count_nonzero(predicted & truth)),
+        predicted=int(np.count_nonzero(predicted)),
+        truth=int(np.count_nonzero(truth)),
+        hd95_mm=surface_distances.hd95(predicted, truth, spacing_mm),
+        surface_dice=surface_distances.surface_dice(predicted, truth, spacing_mm, tolerance_mm),
+        parts_predicted=n_predicted,
+        parts_true=n_true,
+        parts_touched=n_touched,
+        parts_matched=n_matched,
     )
 
 
 def _count_components(predicted: BoolArray, truth: BoolArray) -> tuple[int, int, int, int]:
-    """Connected parts: predicted, true, true ones that are touched, and pairs that match.
+    """Count components: predicted, true, true ones that are touched, and pairs that match.
 
-    The largest number of pairs is taken (Hopcroft & Karp 1973). MONAI's `compute_panoptic_quality` counts the same and
-    keeps a whole mask for each part, which a prediction of a thousand specks does not allow.
+    The largest number of pairs is taken (Hopcroft & Karp 1973). MONAI's `compute_panoptic_quality`
+    counts the same and keeps a whole mask for each component, which a prediction of a thousand
+    specks does not allow.
     """
-    found, n_found = ndimage.label(predicted, structure=_NEIGHBORS_26)
-    present, n_present = ndimage.label(truth, structure=_NEIGHBORS_26)
+    predicted_labels, n_predicted = ndimage.label(predicted, structure=_NEIGHBORS_26)
+    true_labels, n_true = ndimage.label(truth, structure=_NEIGHBORS_26)
     overlap = predicted & truth
-    shape = (n_present + 1, n_found + 1)
-    # Adding up repeated entries counts the voxels that a pair of parts has in common.
-    common = (
-        sparse.coo_array((np.ones(int(overlap.sum())), (present[overlap], found[overlap])), shape)
-        .tocsr()
-        .tocoo()
-    )
-    touched = len(np.unique(common.row))
-    sizes = np.bincount(present.ravel())[common.row] + np.bincount(found.ravel())[common.col]
-    match = 2 * common.data >= MATCH_DICE * sizes
-    graph = sparse.csr_array(
-        (np.ones(int(match.sum())), (common.row[match], common.col[match])), shape
-    )
-    matched = (
-        int((maximum_bipartite_matching(graph, perm_type="column") >= 0).sum())
-        if match.any()
-        else 0
-    )
-    return n_found, n_present, touched, matched
+    shape = (n_true + 1, n_predicted + 1)
+    pairs = (true_labels[overlap], predicted_labels[overlap])
+    # Adding up repeated entries counts the voxels that a pair of components has in common.
+    common = sparse.coo_array((np.ones(int(overlap.sum())), pairs), shape).tocsr().tocoo()
+    n_touched = len(np.unique(common.row))
+
+    true_sizes = np.bincount(true_labels.ravel())[common.row]
+    predicted_sizes = np.bincount(predicted_labels.ravel())[common.col]
+    is_match = 2 * common.data >= MATCH_DICE * (true_sizes + predicted_sizes)
+    if not is_match.any():
+        return n_predicted, n_true, n_touched, 0
+    edges = (common.row[is_match], common.col[is_match])
+    graph = sparse.csr_array((np.ones(int(is_match.sum())), edges), shape)
+    partners = maximum_bipartite_matching(graph, perm_type="column")
+    return n_predicted, n_true, n_touched, int((partners >= 0).sum())
 
 
 def score_lesions(
     cases: Sequence[Sequence[LesionComparison | None]], weights: ResampleWeights | None = None
-) -> dict[str, Any]:
-    """Scores of each lesion over the cases in which it was annotated, and their macro means.
+) -> JsonObject:
+    """Score each lesion over the cases in which it was annotated, with macro means.
 
-    Dice = 2|P ∩ T| / (|P| + |T|) and IoU = |P ∩ T| / |P ∪ T| on the native grid, averaged over cases. A case where
-    truth and prediction are both empty has no Dice: it is counted in `n_empty_agreed` and not averaged. A prediction on
-    an empty truth has Dice 0 and is counted in `n_false_positive`; a true lesion that the prediction does not touch has
-    Dice 0 and is counted in `n_missed`. The other scores are defined in `docs/evaluation.md`.
+    Dice = 2|P ∩ T| / (|P| + |T|) and IoU = |P ∩ T| / |P ∪ T| on the native grid, averaged over
+    cases. A case where truth and prediction are both empty has no Dice: it is counted in
+    `n_empty_agreed` and not averaged. A prediction on an empty truth has Dice 0 and is counted in
+    `n_false_positive`; a true lesion that the prediction does not touch has Dice 0 and is counted
+    in `n_missed`. The other scores are defined in `docs/concepts/evaluation.md`.
 
     Args:
-        cases: of each case, its five lesions; None where a lesion was not annotated.
-        weights: (R, N) of `resampling.patient_weights`: adds 95% intervals, `ci95`.
+        cases: Five lesions of each case, None where a lesion was not annotated.
+        weights: Resamples of `bootstrap.draw_patient_weights`, (R, N), which add 95% intervals,
+            `ci95`.
+
+    Returns:
+        `n_cases`, `macro` and `per_lesion`, as in `metrics.json`.
     """
     assert all(len(row) == N_LESIONS for row in cases)
-    per_lesion: dict[str, Any] = {}
-    samples: dict[str, dict[str, NDArray[np.floating[Any]]]] = {}
+    if weights is not None and not len(weights):
+        weights = None
+    samples: dict[str, _LesionSamples] = {}
     for lesion in LESIONS:
-        numbers = [i for i, row in enumerate(cases) if row[lesion.bit] is not None]
-        rows = [case for row in cases if (case := row[lesion.bit]) is not None]
-        some = None if weights is None or not len(weights) else weights[:, numbers]
-        per_lesion[lesion.key], samples[lesion.key] = _score_lesion(rows, some)
-    macro: dict[str, Any] = {}
+        numbers, comparisons = [], []
+        for number, row in enumerate(cases):
+            comparison = row[lesion.bit]
+            if comparison is not None:
+                numbers.append(number)
+                comparisons.append(comparison)
+        case_weights = None if weights is None else weights[:, numbers]
+        samples[lesion.key] = _score_lesion(comparisons, case_weights)
+
+    macro: JsonObject = {}
     for score in LESION_SCORES:
-        keys = [key for key, row in per_lesion.items() if row[score] is not None]
-        macro[score] = float(np.mean([per_lesion[key][score] for key in keys])) if keys else None
-        macro[f"n_lesions_{score}"] = len(keys)
-        if keys and weights is not None and len(weights):
-            drawn = np.stack([samples[key][score] for key in keys])
-            known = np.isfinite(drawn)
-            total = np.where(known, drawn, 0).sum(axis=0)
-            means = np.divide(
-                total, known.sum(axis=0), out=np.full(len(total), np.nan), where=known.any(axis=0)
-            )
+        scored = [lesion for lesion in samples.values() if lesion.scores[score] is not None]
+        values = [lesion.scores[score] for lesion in scored]
+        macro[score] = float(np.mean(values)) if values else None
+        macro[f"n_lesions_{score}"] = len(values)
+        if values and weights is not None:
+            means = _mean_over_lesions([lesion.by_resample[score] for lesion in scored])
             macro.setdefault("ci95", {})[score] = percentile_interval(means)
+    per_lesion = {key: lesion.scores for key, lesion in samples.items()}
     return {"n_cases": len(cases), "macro": macro, "per_lesion": per_lesion}
 
 
+def _mean_over_lesions(values_by_lesion: Sequence[FloatArray]) -> FloatArray:
+    """Mean of the finite values of each resample, (R,); NaN where there is none."""
+    values = np.stack(values_by_lesion)
+    is_known = np.isfinite(values)
+    return divide_or_nan(np.where(is_known, values, 0).sum(axis=0), is_known.sum(axis=0))
+
+
 def _score_lesion(
-    cases: Sequence[LesionComparison], weights: ResampleWeights | None
-) -> tuple[dict[str, Any], dict[str, NDArray[np.floating[Any]]]]:
-    """The row of one lesion, and each score in each resample (R,)."""
-    columns = (
-        "both",
-        "predicted",
-        "truth",
-        "parts_predicted",
-        "parts_true",
-        "parts_touched",
-        "parts_matched",
-    )
-    table = np.array(
-        [[getattr(case, name) for name in columns] for case in cases], np.float64
-    ).reshape(-1, 7)
-    both, found, present, parts_found, parts_true, touched, matched = table.T
-    scored, has_truth = found + present > 0, present > 0
-    size = np.maximum(found + present, 1)
-    dice, iou = 2 * both / size, both / np.maximum(size - both, 1)
-    distance, surface = (
-        _known_values([getattr(case, name) for case in cases])
-        for name in ("hd95_mm", "surface_dice")
-    )
-    ratios = {
-        "dice": (dice * scored, scored),
-        "iou": (iou * scored, scored),
-        "dice_where_present": (dice * has_truth, has_truth),
-        "hd95_mm": distance,
-        "surface_dice": surface,
-        "sensitivity": (has_truth * both / np.maximum(present, 1), has_truth),
-        "hit_rate": (has_truth & (dice >= HIT_DICE), has_truth),
-        "lesion_hit_rate": (touched, parts_true),
-        "instance_precision": (matched, parts_found),
-        "instance_recall": (matched, parts_true),
-        "instance_f1": (2 * matched, parts_found + parts_true),
-    }
-    assert ratios.keys() == set(LESION_SCORES)
-    tops = np.stack([np.asarray(top, np.float64) for top, _ in ratios.values()], axis=1)
-    bottoms = np.stack([np.asarray(bottom, np.float64) for _, bottom in ratios.values()], axis=1)
-    point = bootstrap.weighted_ratio(np.ones((1, len(cases))), tops, bottoms)[0]
-    row: dict[str, Any] = {
-        score: None if np.isnan(value) else float(value)
-        for score, value in zip(ratios, point, strict=True)
-    }
-    drawn: dict[str, NDArray[np.floating[Any]]] = {}
+    comparisons: Sequence[LesionComparison], weights: ResampleWeights | None
+) -> _LesionSamples:
+    """Score one lesion over its annotated cases."""
+    both = _column(comparisons, "both")
+    predicted, true = _column(comparisons, "predicted"), _column(comparisons, "truth")
+    is_scored, is_present = predicted + true > 0, true > 0
+    numerators, denominators = _score_ratios(comparisons)
+
+    point = bootstrap.weighted_ratio(np.ones((1, len(comparisons))), numerators, denominators)[0]
+    scores: JsonObject = {}
+    for score, value in zip(LESION_SCORES, point, strict=True):
+        scores[score] = None if np.isnan(value) else float(value)
+
+    by_resample: dict[str, FloatArray] = {}
     if weights is not None:
-        values = np.concatenate(
-            [
-                bootstrap.weighted_ratio(some, tops, bottoms)
-                for some in bootstrap.iterate_chunks(weights)
-            ]
-        )
-        drawn = dict(zip(ratios, values.T, strict=True))
-        row["ci95"] = {
-            score: percentile_interval(drawn[score])
-            for score in LESION_SCORES
-            if row[score] is not None
-        }
-    row |= {
-        "n_annotated": len(cases),
-        "n_cases": int(scored.sum()),
-        "n_present": int(has_truth.sum()),
-        "n_missed": int((has_truth & (both == 0)).sum()),
-        "n_false_positive": int((~has_truth & (found > 0)).sum()),
-        "n_empty_agreed": int((~scored).sum()),
-        "n_hd95": int(distance[1].sum()),
-        "n_lesions": int(parts_true.sum()),
-        "n_lesions_predicted": int(parts_found.sum()),
+        chunks = bootstrap.iterate_chunks(weights)
+        ratios = [bootstrap.weighted_ratio(chunk, numerators, denominators) for chunk in chunks]
+        by_resample = dict(zip(LESION_SCORES, np.concatenate(ratios).T, strict=True))
+        scored = [score for score in LESION_SCORES if scores[score] is not None]
+        scores["ci95"] = {score: percentile_interval(by_resample[score]) for score in scored}
+    scores |= {
+        "n_annotated": len(comparisons),
+        "n_cases": int(is_scored.sum()),
+        "n_present": int(is_present.sum()),
+        "n_missed": int((is_present & (both == 0)).sum()),
+        "n_false_positive": int((~is_present & (predicted > 0)).sum()),
+        "n_empty_agreed": int((~is_scored).sum()),
+        "n_hd95": sum(comparison.hd95_mm is not None for comparison in comparisons),
+        "n_lesions": int(_column(comparisons, "parts_true").sum()),
+        "n_lesions_predicted": int(_column(comparisons, "parts_predicted").sum()),
     }
-    return row, drawn
+    return _LesionSamples(scores, by_resample)
 
 
-def _known_values(found: Sequence[float | None]) -> tuple[NDArray[np.float64], BoolArray]:
-    """Values and whether they are known, for a mean over those that are."""
-    known = np.array([value is not None for value in found], bool)
-    return np.array([value or 0.0 for value in found], np.float64), known
+def _score_ratios(comparisons: Sequence[LesionComparison]) -> tuple[FloatArray, FloatArray]:
+    """Numerators and denominators of all scores, which are ratios of sums over cases.
+
+    Returns:
+        Two arrays (N, number of `LESION_SCORES`).
+    """
+    both, predicted, true, components_predicted, components_true, touched, matched = (
+        _column(comparisons, name)
+        for name in (
+            "both",
+            "predicted",
+            "truth",
+            "parts_predicted",
+            "parts_true",
+            "parts_touched",
+            "parts_matched",
+        )
+    )
+    is_scored, is_present = predicted + true > 0, true > 0
+    size = np.maximum(predicted + true, 1)
+    dice, iou = 2 * both / size, both / np.maximum(size - both, 1)
+    ratios = {
+        "dice": (dice * is_scored, is_scored),
+        "iou": (iou * is_scored, is_scored),
+        "dice_where_present": (dice * is_present, is_present),
+        "hd95_mm": _known_values([comparison.hd95_mm for comparison in comparisons]),
+        "surface_dice": _known_values([comparison.surface_dice for comparison in comparisons]),
+        "sensitivity": (is_present * both / np.maximum(true, 1), is_present),
+        "hit_rate": (is_present & (dice >= HIT_DICE), is_present),
+        "lesion_hit_rate": (touched, components_true),
+        "instance_precision": (matched, components_predicted),
+        "instance_recall": (matched, components_true),
+        "instance_f1": (2 * matched, components_predicted + components_true),
+    }
+    ordered = [ratios[score] for score in LESION_SCORES]
+    numerators = np.stack([numerator for numerator, _ in ordered], axis=1, dtype=np.float64)
+    denominators = np.stack([denominator for _, denominator in ordered], axis=1, dtype=np.float64)
+    return numerators, denominators
+
+
+def _column(comparisons: Sequence[LesionComparison], name: str) -> NDArray[np.float64]:
+    """One count of all cases, (N,)."""
+    return np.array([getattr(comparison, name) for comparison in comparisons], np.float64)
+
+
+def _known_values(values: Sequence[float | None]) -> tuple[NDArray[np.float64], BoolArray]:
+    """Values and whether they are known, for a mean over the known ones."""
+    is_known = np.array([value is not None for value in values], bool)
+    return np.array([value or 0.0 for value in values], np.float64), is_known

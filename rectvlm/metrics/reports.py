@@ -1,6 +1,7 @@
-"""Metrics of generated reports: words, findings, sides. The definitions are in `docs/report-metrics.md`.
+"""Metrics of generated reports: text overlap, findings, sides (`docs/concepts/report-metrics.md`).
 
-`report_rows` reads the texts once and keeps what each case contributes; `reports` and `report_scores` only add rows up.
+`compute_report_statistics` reads the texts once and keeps what each case contributes;
+`summarize_reports` and `headline_scores` only add rows up.
 """
 
 from collections.abc import Sequence
@@ -13,40 +14,50 @@ from numpy.typing import NDArray
 
 from rectvlm.labels import N_FINDINGS
 from rectvlm.metrics import text_overlap
-from rectvlm.metrics.clinical_efficacy import count_confusions, crg_score, score_clinical_efficacy
+from rectvlm.metrics.arrays import BoolArray, CountArray
+from rectvlm.metrics.clinical_efficacy import count_confusions, score_clinical_efficacy
+from rectvlm.metrics.report_labeler.finding_states import FindingState
 from rectvlm.metrics.report_labeler.labeler import ReportLabeler, load_labeler
 from rectvlm.metrics.report_labeler.laterality import (
     count_side_outcomes,
     score_laterality,
     score_lesion_laterality,
 )
-from rectvlm.metrics.report_labeler.rule_labeler import FindingState
+from rectvlm.types import JsonObject
 
 CIDER_LEFT_OUT_REASON = "needs at least two cases: with one, every word has weight 0"
+_MEAN_SCORES = ("rouge_l", "meteor", "cider", "bertscore_f1")
 
 
 @dataclass(frozen=True)
 class ReportStatistics:
-    """What each case contributes to the figures. N cases."""
+    """Contribution of each of N cases to the figures.
 
-    has_reference: NDArray[np.bool_]
-    """(N,)."""
-    bleu_counts: NDArray[np.int64]
-    """(N, 10) counts of `words.bleu_counts`, 0 without a reference."""
+    Text scores are 0 for a case without a reference, and read only with one.
+    """
+
+    has_reference: BoolArray
+    """Whether each case has a reference report, (N,)."""
+    bleu_counts: CountArray
+    """Counts of `text_overlap.bleu_counts`, (N, 10)."""
     rouge_l: NDArray[np.float64]
-    """(N,), as the next three: 0 without a reference, read only with one."""
+    """ROUGE-L, (N,)."""
     meteor: NDArray[np.float64]
+    """METEOR, (N,)."""
     cider: NDArray[np.float64]
+    """CIDEr-D, (N,)."""
     bertscore_f1: NDArray[np.float64] | None
-    """None where no encoder was given or could be loaded."""
-    label_counts: NDArray[np.int64] | None
-    """(N, 18, 4) counts of `clinical.finding_counts` against the cases' labels; None where none were given."""
-    reference_counts: NDArray[np.int64]
-    """(N, 18, 4) counts against what the labeler reads in the reference reports."""
-    side_counts: NDArray[np.int64]
-    """(N, 11, 5) counts of `sides.side_outcomes`."""
+    """BERTScore F1, (N,); None where no encoder was given or could be loaded."""
+    label_counts: CountArray | None
+    """Counts of `count_confusions` against the labels, (N, 18, 4); None without labels."""
+    reference_counts: CountArray
+    """Counts of `count_confusions` against the findings of the reference reports, (N, 18, 4)."""
+    side_counts: CountArray
+    """Counts of `count_side_outcomes`, (N, 11, 5)."""
     signatures: dict[str, str]
+    """Libraries, versions and settings by score."""
     left_out: dict[str, str]
+    """Reasons by score that is left out."""
 
     def __len__(self) -> int:
         return len(self.has_reference)
@@ -58,58 +69,151 @@ def compute_report_statistics(
     bertscore_model: str | Path | None = None,
     *,
     labels: NDArray[Any] | None = None,
-    known: NDArray[np.bool_] | None = None,
+    known: BoolArray | None = None,
     labeler: str | Path | ReportLabeler = "rules",
     uncertain_is_present: bool = True,
 ) -> ReportStatistics:
-    """Reads the texts, and keeps what each case contributes; the arguments are those of `reports`.
+    """Read the texts and keep what each case contributes; arguments as for `score_reports`.
 
     Raises:
-        UserError: the labeler cannot be loaded, or has other labels.
+        UserError: The labeler cannot be loaded, or has other labels.
     """
-    assert len(generated) == len(references)
-    has = np.array([reference is not None for reference in references], dtype=bool)
-    texts = [
-        text for text, reference in zip(generated, references, strict=True) if reference is not None
-    ]
-    truths = [reference for reference in references if reference is not None]
-    reader = load_labeler(labeler)
-    least = FindingState.UNCERTAIN if uncertain_is_present else FindingState.PRESENT
-    called = reader.label_reports(generated) >= least
-    told = np.zeros((len(generated), N_FINDINGS), dtype=bool)
-    told[has] = reader.label_reports(truths) >= least
-    by_labels = None
+    has_reference = np.array([reference is not None for reference in references], dtype=bool)
+    texts, truths = [], []
+    for text, reference in zip(generated, references, strict=True):
+        if reference is not None:
+            texts.append(text)
+            truths.append(reference)
+
+    labeler = load_labeler(labeler)
+    lowest_state = FindingState.UNCERTAIN if uncertain_is_present else FindingState.PRESENT
+    called = labeler.label_reports(generated) >= lowest_state
+    stated = _scatter_to_all_cases(labeler.label_reports(truths) >= lowest_state, has_reference)
+    has_reference_by_finding = np.repeat(has_reference[:, None], N_FINDINGS, axis=1)
+    label_counts = None
     if labels is not None:
         known = np.ones(labels.shape, dtype=bool) if known is None else known
-        by_labels = count_confusions(called, labels > 0.5, known)
+        label_counts = count_confusions(called, labels > 0.5, known)
+
+    uncertain = "present" if uncertain_is_present else "absent"
+    signatures = {
+        **_text_signatures(),
+        "clinical": f"{labeler.signature}; uncertain counts as {uncertain}",
+    }
+    left_out = {} if len(truths) > 1 else {"cider": CIDER_LEFT_OUT_REASON}
+    bertscore, reason = _compute_bertscore(texts, truths, bertscore_model, signatures)
+    if reason is not None:
+        left_out["bertscore_f1"] = reason
+    if bertscore is not None:
+        bertscore = _scatter_to_all_cases(bertscore, has_reference)
+    return ReportStatistics(
+        has_reference=has_reference,
+        bleu_counts=_scatter_to_all_cases(text_overlap.bleu_counts(texts, truths), has_reference),
+        rouge_l=_scatter_to_all_cases(text_overlap.rouge_l(texts, truths), has_reference),
+        meteor=_scatter_to_all_cases(text_overlap.meteor(texts, truths), has_reference),
+        cider=_scatter_to_all_cases(text_overlap.cider(texts, truths), has_reference),
+        bertscore_f1=bertscore,
+        label_counts=label_counts,
+        reference_counts=count_confusions(called, stated, has_reference_by_finding),
+        side_counts=count_side_outcomes(generated, references),
+        signatures=signatures,
+        left_out=left_out,
+    )
+
+
+def score_reports(
+    generated: Sequence[str],
+    references: Sequence[str | None],
+    bertscore_model: str | Path | None = None,
+    *,
+    labels: NDArray[Any] | None = None,
+    known: BoolArray | None = None,
+    labeler: str | Path | ReportLabeler = "rules",
+    uncertain_is_present: bool = True,
+) -> JsonObject:
+    """Score text overlap, findings and sides of generated reports.
+
+    A score is None where it is not defined. BLEU is of the corpus; ROUGE-L, METEOR, CIDEr and
+    BERTScore are means over the cases with a reference report; the others are counted. `clinical`
+    compares the findings that the labeler reads in the generated report with the cases' labels
+    (`labels`, every case; None without labels) and with those that it reads in the reference
+    (`reference_reports`). `laterality` compares sides. The signatures state libraries, versions and
+    tokens.
+
+    Args:
+        generated: Generated report of each case, (N,).
+        references: True report of each case, (N,); None where there is none.
+        bertscore_model: Folder or hub id of an encoder; BERTScore is left out, with its reason,
+            without one that loads.
+        labels: Labels, (N, 18), 0 or 1; read only where known.
+        known: Whether each label is known, (N, 18); by default all are.
+        labeler: `rules`, the folder or hub id of a classifier, or a `ReportLabeler`.
+        uncertain_is_present: Whether an uncertain finding counts as present.
+
+    Raises:
+        UserError: The labeler cannot be loaded, or has other labels.
+    """
+    statistics = compute_report_statistics(
+        generated,
+        references,
+        bertscore_model,
+        labels=labels,
+        known=known,
+        labeler=labeler,
+        uncertain_is_present=uncertain_is_present,
+    )
+    return summarize_reports(statistics)
+
+
+def summarize_reports(statistics: ReportStatistics) -> JsonObject:
+    """All figures of `score_reports`, as in `metrics.json`."""
+    n_references = int(statistics.has_reference.sum())
+    by_labels = None
+    if statistics.label_counts is not None:
+        by_labels = score_clinical_efficacy(statistics.label_counts)
+    return {
+        "n": n_references,
+        "n_without_reference": len(statistics) - n_references,
+        **_text_overlap_scores(statistics),
+        "clinical": {
+            "labels": by_labels,
+            "reference_reports": score_clinical_efficacy(statistics.reference_counts),
+        },
+        "laterality": score_laterality(statistics.side_counts),
+        "signatures": statistics.signatures,
+        "left_out": statistics.left_out,
+    }
+
+
+def headline_scores(statistics: ReportStatistics) -> dict[str, float | None]:
+    """The headline figures in one level, quick enough to be computed for every bootstrap resample.
+
+    `clinical_labels_*` are against the cases' labels (where given), `clinical_reference_*` against
+    the reference reports.
+    """
+    scores = _text_overlap_scores(statistics)
+    counts_by_truth = {"labels": statistics.label_counts, "reference": statistics.reference_counts}
+    for truth, counts in counts_by_truth.items():
+        if counts is None:
+            continue
+        efficacy = score_clinical_efficacy(counts)
+        for mean in ("micro", "macro", "weighted"):
+            for score, value in efficacy[mean].items():
+                scores[f"clinical_{truth}_{mean}_{score}"] = value
+        scores[f"clinical_{truth}_crg"] = efficacy["crg"]
+    scores["laterality"] = score_lesion_laterality(statistics.side_counts)["accuracy"]
+    return scores
+
+
+def _text_signatures() -> dict[str, str]:
     signatures = {
         "rouge_l": text_overlap.ROUGE_SIGNATURE,
         "meteor": text_overlap.meteor_signature(),
         "cider": text_overlap.CIDER_SIGNATURE,
     }
-    signatures |= {f"bleu_{order}": text_overlap.bleu_signature(order) for order in range(1, 5)}
-    signatures["clinical"] = (
-        f"{reader.signature}; uncertain counts as {'present' if uncertain_is_present else 'absent'}"
-    )
-    left_out = {} if len(truths) > 1 else {"cider": CIDER_LEFT_OUT_REASON}
-    scores, reason = _compute_bertscore(texts, truths, bertscore_model, signatures)
-    if reason is not None:
-        left_out["bertscore_f1"] = reason
-    return ReportStatistics(
-        has_reference=has,
-        bleu_counts=_scatter_to_all_cases(text_overlap.bleu_counts(texts, truths), has),
-        rouge_l=_scatter_to_all_cases(text_overlap.rouge_l(texts, truths), has),
-        meteor=_scatter_to_all_cases(text_overlap.meteor(texts, truths), has),
-        cider=_scatter_to_all_cases(text_overlap.cider(texts, truths), has),
-        bertscore_f1=None if scores is None else _scatter_to_all_cases(scores, has),
-        label_counts=by_labels,
-        reference_counts=count_confusions(
-            called, told, np.repeat(has[:, None], N_FINDINGS, axis=1)
-        ),
-        side_counts=count_side_outcomes(generated, references),
-        signatures=signatures,
-        left_out=left_out,
-    )
+    for order in range(1, 5):
+        signatures[f"bleu_{order}"] = text_overlap.bleu_signature(order)
+    return signatures
 
 
 def _compute_bertscore(
@@ -130,102 +234,25 @@ def _compute_bertscore(
     return scores, None
 
 
-def _scatter_to_all_cases(values: NDArray[Any], has: NDArray[np.bool_]) -> NDArray[Any]:
-    """Values of the cases with a reference, at their places among all."""
-    spread = np.zeros((len(has), *values.shape[1:]), dtype=values.dtype)
-    spread[has] = values
-    return spread
+def _scatter_to_all_cases(values: NDArray[Any], has_reference: BoolArray) -> NDArray[Any]:
+    """Values of the cases with a reference at their places among all cases; 0 elsewhere."""
+    all_values = np.zeros((len(has_reference), *values.shape[1:]), dtype=values.dtype)
+    all_values[has_reference] = values
+    return all_values
 
 
-def score_reports(
-    generated: Sequence[str],
-    references: Sequence[str | None],
-    bertscore_model: str | Path | None = None,
-    *,
-    labels: NDArray[Any] | None = None,
-    known: NDArray[np.bool_] | None = None,
-    labeler: str | Path | ReportLabeler = "rules",
-    uncertain_is_present: bool = True,
-) -> dict[str, Any]:
-    """Words, findings and sides of generated reports. A score is None where it is not defined.
-
-    BLEU is of the corpus; ROUGE-L, METEOR, CIDEr and BERTScore are means over the cases with a reference report; the
-    others are counted. `clinical` compares the findings that the labeler reads in the generated report with the cases'
-    labels (`labels`, every case; None when none are given) and with what it reads in the reference
-    (`reference_reports`). `laterality` compares sides. The signatures state libraries, versions and tokens.
-
-    Args:
-        generated: one text a case.
-        references: the true report of each case, None where there is none.
-        bertscore_model: folder or hub id of an encoder; without one that loads, BERTScore is left out and says why.
-        labels: (N, 18), 0 or 1; read only where known.
-        known: (N, 18); all are when it is not given.
-        labeler: `rules`, the folder or hub id of a classifier, or a `Labeler`.
-        uncertain: whether an uncertain finding counts as present.
-
-    Raises:
-        UserError: the labeler cannot be loaded, or has other labels.
-    """
-    rows = compute_report_statistics(
-        generated,
-        references,
-        bertscore_model,
-        labels=labels,
-        known=known,
-        labeler=labeler,
-        uncertain_is_present=uncertain_is_present,
-    )
-    return summarize_reports(rows)
-
-
-def summarize_reports(rows: ReportStatistics) -> dict[str, Any]:
-    """The figures of `reports` from its rows."""
-    n = int(rows.has_reference.sum())
-    return {
-        "n": n,
-        "n_without_reference": len(rows) - n,
-        **_text_overlap_scores(rows),
-        "clinical": {
-            "labels": None
-            if rows.label_counts is None
-            else score_clinical_efficacy(rows.label_counts),
-            "reference_reports": score_clinical_efficacy(rows.reference_counts),
-        },
-        "laterality": score_laterality(rows.side_counts),
-        "signatures": rows.signatures,
-        "left_out": rows.left_out,
-    }
-
-
-def _text_overlap_scores(rows: ReportStatistics) -> dict[str, float | None]:
+def _text_overlap_scores(statistics: ReportStatistics) -> dict[str, float | None]:
     """BLEU-1 to 4 and the means over cases; BERTScore only where it was computed."""
-    has = rows.has_reference
-    counts = rows.bleu_counts[has].sum(axis=0)
-    result: dict[str, float | None] = {
-        f"bleu_{order}": text_overlap.bleu(counts, order) if has.any() else None
-        for order in range(1, 5)
-    }
-    for name in ("rouge_l", "meteor", "cider", "bertscore_f1"):
-        values = getattr(rows, name)
-        if name == "cider" and "cider" in rows.left_out:
-            result[name] = None
-        elif values is not None:
-            result[name] = float(values[has].mean()) if has.any() else None
-    return result
-
-
-def headline_scores(rows: ReportStatistics) -> dict[str, float | None]:
-    """The headline figures in one level, quick enough to be computed for every bootstrap sample.
-
-    `clinical_labels_*` against the cases' labels (where given), `clinical_reference_*` against the reference reports.
-    """
-    scores = _text_overlap_scores(rows)
-    for name, counts in (("labels", rows.label_counts), ("reference", rows.reference_counts)):
-        if counts is not None:
-            result = score_clinical_efficacy(counts)
-            for mean in ("micro", "macro", "weighted"):
-                for score, value in result[mean].items():
-                    scores[f"clinical_{name}_{mean}_{score}"] = value
-            scores[f"clinical_{name}_crg"] = crg_score(counts.sum(axis=(0, 1)))
-    scores["laterality"] = score_lesion_laterality(rows.side_counts)["accuracy"]
+    has_reference = statistics.has_reference
+    is_defined = bool(has_reference.any())
+    counts = statistics.bleu_counts[has_reference].sum(axis=0)
+    scores: dict[str, float | None] = {}
+    for order in range(1, 5):
+        scores[f"bleu_{order}"] = text_overlap.bleu(counts, order) if is_defined else None
+    for name in _MEAN_SCORES:
+        values = getattr(statistics, name)
+        if values is None:
+            continue
+        is_scored = is_defined and name not in statistics.left_out
+        scores[name] = float(values[has_reference].mean()) if is_scored else None
     return scores

@@ -1,19 +1,21 @@
-"""Self-attention that knows slices and regions, exact, without an N × N matrix.
+"""Self-attention with biases for slices and regions, exact, without an N × N matrix.
 
-Shapes: B samples, N patches, Z slices of patches, R regions (20), H heads, D channels of a head, C = H · D.
+Shapes: B samples, N patches, Z slices of patches, R regions (20), H heads, D channels of a head,
+C = H · D.
 
 Patch i attends to the global token, to every patch j and to every region token r with the logits
 
-    i → j:  q_i · k_j / √D + T[h, z_i − z_j]          T: learned bias for each head and slice distance
-    i → r:  q_i · k_r / √D + log p(r | i)             p: share of the patch's voxels in region r
+    i → j:  q_i · k_j / √D + T[h, z_i − z_j]       T: learned bias for each head and slice distance
+    i → r:  q_i · k_r / √D + log p(r | i)          p: share of the patch's voxels in region r
 
-The global token attends to all of them without a bias. Both biases have low rank: T depends on the two slice numbers
-only, log p on the patch and one region. So they fold exactly into the dot product: q_i is followed by
-[T[h, z_i − 0], …, T[h, z_i − (Z−1)], log p(· | i)] · √D, and k_j by the one-hot code of z_j, k_r by that of r.
-One fused call then computes it all in memory linear in N (the idea of FlashBias, NeurIPS 2025).
+The global token attends to all of them without a bias. Both biases have low rank: T depends on the
+two slice numbers only, log p on the patch and one region. So they fold exactly into the dot
+product: q_i is followed by [T[h, z_i − 0], …, T[h, z_i − (Z−1)], log p(· | i)] · √D, and k_j by the
+one-hot code of z_j, k_r by that of r. One fused call then computes it all in memory linear in N
+(the idea of FlashBias, NeurIPS 2025).
 
-Region tokens do not attend: each takes the mean of the values of its patches, weighted with p(r | i): the mean over the
-region's voxels. It costs R × N.
+Region tokens do not attend. Each takes the mean of the values of its patches, weighted with
+p(r | i), which is the mean over the region's voxels. It costs R × N.
 """
 
 import torch
@@ -22,23 +24,22 @@ from torch import Tensor, nn
 
 
 def pooling_weights(shares: Tensor, known: Tensor) -> Tensor:
-    """What each patch weighs in the mean of each region, (B, N, R), in columns that sum to 1.
+    """Weight of each patch in the mean of each region, (B, N, R); columns sum to 1.
 
-    A region that the map does not show has a column of zeros: its token is told nothing of the image. Without a map all
-    patches weigh the same.
+    A region that the map does not show has a column of zeros: its token receives no image features.
+    Without a map all patches have the same weight.
 
     Args:
         shares: (B, N, R), p(r | i), 0 where a patch does not touch a region.
-        known: (B,) bool, where there is a map.
+        known: (B,) bool, whether a sample has a region map.
     """
     total = shares.sum(dim=1, keepdim=True)
-    return torch.where(
-        known[:, None, None], shares / total.masked_fill(total == 0, 1), 1 / shares.shape[1]
-    )
+    by_voxels = shares / total.masked_fill(total == 0, 1)
+    return torch.where(known[:, None, None], by_voxels, 1 / shares.shape[1])
 
 
 class SliceRegionAttention(nn.Module):
-    """Attention of the global token and the patches over themselves and the region tokens."""
+    """Attention of the global token and the patches to themselves and the region tokens."""
 
     def __init__(self, width: int, heads: int, slices: int) -> None:
         super().__init__()
@@ -62,67 +63,81 @@ class SliceRegionAttention(nn.Module):
 
         Args:
             tokens: (B, 1 + N, C), the global token first.
-            regions: (B, R, C).
+            regions: (B, R, C), the region tokens.
             slice_index: (N,) int64, slice of each patch, from 0.
-            log_prior: (B, N, R), log p(r | i), finite: what no voxel shows may be unlikely, not impossible.
-            weights: (B, N, R), `pooling_weights`, which all blocks share.
-            slices: of this volume, where it is not the number that the module was made for; distances beyond those
-                that were learned count as the largest of them.
+            log_prior: (B, N, R), log p(r | i). It must be finite: a region that no voxel of a patch
+                shows may be unlikely, not impossible.
+            weights: (B, N, R), `pooling_weights`.
+            slices: slices of this volume, where this is not the number that the module was made
+                for. Distances beyond the learned ones count as the largest learned one.
 
         Returns:
             (B, 1 + N, C) and (B, R, C), both after the output projection.
         """
-        n = tokens.shape[1]
+        rows = tokens.shape[1]
         q = self._split_heads(self.q(tokens))
-        k, v = (
-            self._split_heads(x)
-            for x in self.kv(torch.cat([tokens, regions], dim=1)).chunk(2, dim=-1)
-        )
+        keys, values = self.kv(torch.cat([tokens, regions], dim=1)).chunk(2, dim=-1)
+        k, v = self._split_heads(keys), self._split_heads(values)
         attended = self._attend_with_biases(
             q, k, v, slice_index, log_prior.to(q.dtype), slices or self.slices
         )
-        pooled = torch.einsum("bnr,bhnd->bhrd", weights.to(v.dtype), v[:, :, 1:n])
+        pooled = torch.einsum("bnr,bhnd->bhrd", weights.to(v.dtype), v[:, :, 1:rows])
         return self.out(self._merge_heads(attended)), self.out(self._merge_heads(pooled))
 
     def compute_attention_shares(self, tokens: Tensor, regions: Tensor) -> Tensor:
-        """How the global token's attention is shared out: (B, H, 1 + N + R), over itself, patches and region tokens."""
-        q = self._split_heads(self.q(tokens[:, :1]))
-        k = self._split_heads(self.kv(torch.cat([tokens, regions], dim=1)).chunk(2, dim=-1)[0])
+        """Attention of the global token to itself, the patches and the region tokens.
+
+        Returns:
+            (B, H, 1 + N + R); rows sum to 1.
+        """
+        keys, _ = self.kv(torch.cat([tokens, regions], dim=1)).chunk(2, dim=-1)
+        q, k = self._split_heads(self.q(tokens[:, :1])), self._split_heads(keys)
         return (q @ k.mT / q.shape[-1] ** 0.5)[:, :, 0].float().softmax(-1)
 
     def _attend_with_biases(
         self, q: Tensor, k: Tensor, v: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int
     ) -> Tensor:
-        """Fused attention with both biases as extra channels; q (B, H, 1+N, D), k and v (B, H, 1+N+R, D)."""
-        d = q.shape[-1]
+        """Fused attention with both biases as extra channels of queries and keys.
+
+        Args:
+            q: (B, H, 1 + N, D).
+            k: (B, H, 1 + N + R, D), and `v` likewise.
+            v: see `k`.
+            slice_index: as in `forward`, and so the next two.
+            log_prior: see `forward`.
+            slices: see `forward`.
+        """
+        channels = q.shape[-1]
         q, k = self.fold_biases(q, k, slice_index, log_prior, slices)
-        v = F.pad(v, (0, q.shape[-1] - d))
-        return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
+        v = F.pad(v, (0, q.shape[-1] - channels))
+        return F.scaled_dot_product_attention(q, k, v, scale=channels**-0.5)[..., :channels]
 
     def fold_biases(
         self, q: Tensor, k: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int
     ) -> tuple[Tensor, Tensor]:
-        """Queries (B, H, 1 + N, D + E) and keys (B, H, 1 + N + R, D + E) whose products hold both biases, times √D.
+        """Queries (B, H, 1 + N, D + E) and keys (B, H, 1 + N + R, D + E) whose products hold both
+        biases, times √D.
 
-        E is Z + R, and what makes D + E a multiple of 8, which fused kernels want.
+        E is Z + R, rounded up so that D + E is a multiple of 8, which fused kernels want.
         """
         b, h, _, d = q.shape
         n, r = log_prior.shape[1:]
         extra = slices + r
         pad = -(d + extra) % 8
 
-        own = F.one_hot(slice_index, slices).to(q.dtype)
-        known, numbers = self.slices - 1, torch.arange(slices, device=q.device)
-        distance = (numbers[:, None] - numbers).clamp(-known, known) + known
-        # Rows of a small table by a product with one-hot codes: the gradient of indexing would add N rows one by one.
-        slice_part = own @ self.slice_bias.to(q.dtype)[:, distance]  # (H, N, Z)
-        q_bias = torch.cat(
-            [slice_part.expand(b, h, n, slices), log_prior[:, None].expand(b, h, n, r)], dim=-1
-        )
-        q = torch.cat([q, F.pad(q_bias * d**0.5, (0, pad, 1, 0))], dim=-1)
+        farthest, numbers = self.slices - 1, torch.arange(slices, device=q.device)
+        distance = (numbers[:, None] - numbers).clamp(-farthest, farthest) + farthest
+        slice_codes = F.one_hot(slice_index, slices).to(q.dtype)
+        # The product with one-hot codes picks rows of a small table. The gradient of indexing would
+        # add N rows one by one.
+        slice_part = slice_codes @ self.slice_bias.to(q.dtype)[:, distance]  # (H, N, Z)
+        slice_part = slice_part.expand(b, h, n, slices)
+        region_part = log_prior[:, None].expand(b, h, n, r)
+        biases = torch.cat([slice_part, region_part], dim=-1) * d**0.5
+        q = torch.cat([q, F.pad(biases, (0, pad, 1, 0))], dim=-1)
 
         codes = torch.zeros(1 + n + r, extra + pad, device=q.device, dtype=q.dtype)
-        codes[1 : 1 + n, :slices] = own
+        codes[1 : 1 + n, :slices] = slice_codes
         codes[1 + n :, slices:extra] = torch.eye(r, device=q.device, dtype=q.dtype)
         return q, torch.cat([k, codes.expand(b, h, -1, -1)], dim=-1)
 

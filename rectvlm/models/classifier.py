@@ -2,19 +2,22 @@
 
 Shapes: B samples, F findings (18), M image tokens, C encoder width, T text width, S shared width.
 
-A finding's direction is its prompt of presence minus that of absence, in the shared space: d_f = t_f⁺ − t_f⁻.
-Every image token u_m (global, regions, patches) gives its evidence e_fm = u_m · d_f / √S, and the evidence is pooled by
-attention whose query is the prompt of presence, sharpened by the evidence itself:
+A finding's direction in the shared space is its prompt of presence minus that of absence:
+d_f = t_f⁺ − t_f⁻. Every image token u_m (global, regions, patches) gives the evidence
+e_fm = u_m · d_f / √S. Attention pools the evidence; its query is the prompt of presence, and the
+evidence itself sharpens it:
 
-    logit_f = Σ_m a_fm · e_fm + b_f,   a_f = softmax_m(u_m · q(t_f⁺) / √S + β · e_fm)
+    logit_f = Σ_m a_fm · e_fm + b_f,   a_f = softmax_m(u_m · q(t_f⁺) / √S + β_f · e_fm)
 
-With β > 0 a small finding in one patch is not averaged away by a thousand quiet ones. β starts at 0: attention that
-sharpens on evidence which is still noise settles on tokens that have nothing to do with the finding, and stays there
-(docs/learning.md). Tokens are centred over the
-patient first, and the product is inner, not a cosine: most of an image feature is common to all tokens and patients,
-and a cosine is nearly blind to what remains (with it, training did not overfit eight patients in 50 steps).
+With β > 0 a small finding in one patch is not averaged away by a thousand quiet patches. β starts
+at 0: attention that sharpens on evidence which is still noise settles on tokens that have nothing
+to do with the finding, and stays there (docs/lab-notes/learning.md).
 
-The text encoder is frozen; projections, prompt offsets, sharpness and bias learn.
+The mean over the patient's tokens is subtracted from every token first, and the product is an inner
+product, not a cosine. Most of an image feature is common to all tokens and patients, and a cosine
+is nearly blind to the rest (with it, training did not overfit eight patients in 50 steps).
+
+The text encoder is frozen. Projections, prompt offsets, sharpness β and bias b learn.
 """
 
 import torch
@@ -22,19 +25,18 @@ from torch import Tensor, nn
 
 from rectvlm.config import ClassifierConfig
 from rectvlm.labels import N_FINDINGS
-from rectvlm.models.encoder import ImageFeatures
+from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 
 
 class FindingClassifier(nn.Module):
-    """Finding logits from evidence pooled over image tokens."""
+    """Finding logits from evidence that is pooled over the image tokens."""
 
     def __init__(self, config: ClassifierConfig, image_width: int, text_width: int) -> None:
         super().__init__()
         width = config.width
-        self.text = nn.Linear(
-            text_width, width, bias=False
-        )  # a bias would cancel in the difference
+        # A bias of `text` would cancel in the difference of prompts.
+        self.text = nn.Linear(text_width, width, bias=False)
         self.query = nn.Linear(text_width, width)
         self.image = nn.Linear(image_width, width)
         self.norm = nn.LayerNorm(width)
@@ -44,24 +46,21 @@ class FindingClassifier(nn.Module):
         self.bias = nn.Parameter(torch.full((N_FINDINGS,), -0.5))
 
     def forward(self, features: ImageFeatures, prompts: PromptEmbeddings) -> Tensor:
-        """(B, 18) float32 logits."""
-        dtype = self.text.weight.dtype
+        """Finding logits, (B, 18) float32."""
         assert len(prompts.present) == len(prompts.absent) == N_FINDINGS, (
-            f"prompts must be of {N_FINDINGS} findings"
+            f"prompts must be of {N_FINDINGS} findings, "
+            f"not {len(prompts.present)} and {len(prompts.absent)}"
         )
+        dtype = self.text.weight.dtype
         present = prompts.present.to(dtype) + self.offset_present
-        direction = self.text(present) - self.text(
-            prompts.absent.to(dtype) + self.offset_absent
-        )  # (F, S)
-        tokens = torch.cat(
-            [features.global_token[:, None], features.region_tokens, features.patches], dim=1
-        )
-        tokens = self.image(tokens)  # (B, M, S)
-        # What all tokens share says little; with it, training sits on a plateau for some 40 steps first.
+        absent = prompts.absent.to(dtype) + self.offset_absent
+        direction = self.text(present) - self.text(absent)  # (F, S)
+
+        tokens = self.image(features.all_tokens())  # (B, M, S)
+        # The mean tells little; with it, training sits on a plateau for some 40 steps first.
         tokens = self.norm(tokens - tokens.mean(dim=1, keepdim=True))
-        root = tokens.shape[-1] ** 0.5
-        evidence = (tokens @ direction.T).float() / root  # (B, M, F)
-        attention = (
-            tokens @ self.query(present).T
-        ).float() / root + self.sharpness.float() * evidence
-        return (attention.softmax(1) * evidence).sum(1) + self.bias.float()
+        scale = tokens.shape[-1] ** 0.5
+        evidence = (tokens @ direction.T).float() / scale  # (B, M, F)
+        scores = (tokens @ self.query(present).T).float() / scale
+        attention = (scores + self.sharpness.float() * evidence).softmax(1)
+        return (attention * evidence).sum(1) + self.bias.float()

@@ -1,25 +1,44 @@
-"""Layers that several parts share: the transformer's MLP, plain attention, a block of both."""
+"""Layers that several parts share: MLP, attention, transformer block, recomputation."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 LINEAR_STD = 0.02
-"""Spread of linear weights in transformer blocks at the start, as in ViT."""
+"""Standard deviation of linear weights in transformer blocks at the start, as in ViT."""
+
+
+def run_layer(layer: Callable[..., Any], *inputs: Any, recompute: bool) -> Any:
+    """Call a layer, with or without activation checkpointing.
+
+    Args:
+        layer: module or function without randomness.
+        inputs: its inputs.
+        recompute: whether the backward pass keeps the inputs alone and computes the layer again.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return layer(*inputs)
 
 
 def init_blocks(blocks: nn.ModuleList) -> None:
-    """Start a stack of blocks near the identity: small weights, no biases, and what each block adds scaled with depth.
+    """Start a stack of transformer blocks near the identity.
 
-    With PyTorch's own default the blocks add vectors that all tokens and all patients share, larger than the patch
-    embeddings themselves: 93% of a patch feature was such a constant, and training did not overfit eight patients.
+    Weights are small, biases are 0, and the layers that add to the residual stream are scaled down
+    with the depth of the stack. With PyTorch's own default the blocks add vectors that all tokens
+    and all patients share, larger than the patch embeddings themselves: 93% of a patch feature was
+    such a constant, and training did not overfit eight patients.
     """
     for block in blocks:
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear):
                 adds_to_stream = name.endswith(("out", "mlp.2"))
-                nn.init.trunc_normal_(
-                    module.weight, std=LINEAR_STD / (2 * len(blocks)) ** (0.5 * adds_to_stream)
-                )
+                scale = (2 * len(blocks)) ** (0.5 * adds_to_stream)
+                nn.init.trunc_normal_(module.weight, std=LINEAR_STD / scale)
                 nn.init.zeros_(module.bias)
 
 
@@ -32,7 +51,7 @@ class Mlp(nn.Sequential):
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention of queries over a context; both have the same width."""
+    """Multi-head attention of queries to a context of the same width."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -43,17 +62,17 @@ class MultiHeadAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        """(B, M, C) over (B, N, C) gives (B, M, C)."""
-        q = self.q(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = (
-            x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for x in self.kv(context).chunk(2, dim=-1)
-        )
+        """(B, M, C) and context (B, N, C) to (B, M, C)."""
+        keys, values = self.kv(context).chunk(2, dim=-1)
+        q, k, v = map(self._split_heads, (self.q(queries), keys, values))
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm transformer block: self-attention and MLP, or cross-attention when a context is given."""
+    """Pre-norm attention and MLP: self-attention, or cross-attention when a context is given."""
 
     def __init__(self, width: int, heads: int, ratio: float = 4.0) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
-"""The model without memory: every parameter with its shape and dtype, on the meta device.
+"""The model on the meta device: every parameter with its shape and dtype, without memory.
 
-What a configuration costs is read from it, so a plan counts the very modules that train.
+The planner counts memory and computation on this model, so a plan covers the very modules that
+train.
 """
 
 from collections.abc import Sequence
@@ -16,31 +17,33 @@ from rectvlm.models.rectvlm import RectVLM
 
 
 def build_meta_model(
-    config: Config, parts: Sequence[ModelPart], text_width: int, language: PretrainedConfig | None
+    config: Config,
+    parts: Sequence[ModelPart],
+    text_width: int,
+    language_config: PretrainedConfig | None,
 ) -> RectVLM:
     """Build a model on the meta device.
 
     The language model is not packed here: its linear layers have their bf16 shapes.
 
     Args:
-        config: sizes.
-        parts: which parts.
+        config: configuration of the model.
+        parts: parts to build.
         text_width: channels of a prompt embedding.
-        language: geometry of the language model; needed with the generator.
+        language_config: Transformers configuration of the language model; needed with the
+            generator.
 
     Raises:
-        UserError: the language model is more than one.
+        UserError: the language model reads more than text.
     """
     with torch.device("meta"):
-        prompts = PromptEmbeddings(
-            *(torch.empty(n, text_width) for n in (N_FINDINGS, N_FINDINGS, N_LESIONS))
-        )
-        adapted = None
+        present, absent = torch.empty(N_FINDINGS, text_width), torch.empty(N_FINDINGS, text_width)
+        prompts = PromptEmbeddings(present, absent, torch.empty(N_LESIONS, text_width))
+        language = None
         if "generator" in parts:
-            assert language is not None, "the generator needs the geometry of a language model"
-            check_text_only(language, config.generator.model)
-            model = AutoModelForCausalLM.from_config(language, dtype=torch.bfloat16)
-            adapted = LanguageModel(
-                add_lora(model, config.generator), None, language.hidden_size, 0.0
-            )
-        return RectVLM(config, parts, prompts, adapted)
+            assert language_config is not None, "the generator needs a language model"
+            check_text_only(language_config, config.generator.model)
+            causal_lm = AutoModelForCausalLM.from_config(language_config, dtype=torch.bfloat16)
+            adapted = add_lora(causal_lm, config.generator)
+            language = LanguageModel(adapted, None, language_config.hidden_size, 0.0)
+        return RectVLM(config, parts, prompts, language)

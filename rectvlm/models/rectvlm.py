@@ -3,39 +3,52 @@
 Shapes: B samples, Z × Y × X voxels.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
-from rectvlm.config import Config, ModelPart
-from rectvlm.labels import AIR_HU, FINDINGS, LESION_BY_KEY, N_LESIONS
+from rectvlm.checkpoint.checkpoint import LANGUAGE_MODEL_PREFIX, Checkpoint, TrainingState
+from rectvlm.checkpoint.export import ExportOptions, write_model
+from rectvlm.checkpoint.hub import find_model_folder
+from rectvlm.checkpoint.strict_load import check_tensors, load_tensors, named_tensors
+from rectvlm.config import MODEL_PARTS, Config, ModelPart
+from rectvlm.labels import AIR_HU, FINDINGS, LESION_BY_KEY, LESIONS, N_LESIONS
+from rectvlm.lesion_bits import pack_lesion, pack_lesions
 from rectvlm.lesion_places import describe_places, locate_lesions
+from rectvlm.machine import package_versions
 from rectvlm.models.classifier import FindingClassifier
-from rectvlm.models.encoder import ImageFeatures, VolumeEncoder
-from rectvlm.models.language_model import LanguageModel
+from rectvlm.models.encoder import build_encoder
+from rectvlm.models.language_model import LanguageModel, load_language_model, resolve_device
 from rectvlm.models.localizer import LesionLocalizer, LocalizerOutput
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.models.report_generator import ReportGenerator, ReportLoss
-from rectvlm.types import COARSE_REGIONS_SOURCE, Batch, BatchPrediction
+from rectvlm.pretrained import resolve_model
+from rectvlm.types import COARSE_REGIONS_SOURCE, Batch, BatchPrediction, UserError
 
 
 class ModelOutputs(NamedTuple):
-    """What a training forward gives; a part that the model lacks gives None."""
+    """Result of a training forward pass. A part that the model lacks gives None."""
 
     finding_logits: Tensor
-    """(B, 18) float32 logits."""
+    """(B, 18) float32."""
     localization: LocalizerOutput | None
     report_loss: ReportLoss | None
     token_count: int
-    """Patches and language positions that were processed, padding left out."""
+    """Patches and language positions that were processed, without padding."""
 
 
 class RectVLM(nn.Module):
     """3D chest-CT vision-language model. Plain PyTorch: it runs with or without a launcher."""
+
+    loaded_from: Checkpoint | None = None
+    """Checkpoint that the weights were loaded from; None for a new model."""
 
     def __init__(
         self,
@@ -47,29 +60,155 @@ class RectVLM(nn.Module):
         """Build with random weights around a language model that is loaded already.
 
         Args:
-            config: sizes.
-            parts: which parts to build; the encoder and the classifier always belong to them.
+            config: configuration of the model.
+            parts: parts to build, the encoder and the classifier among them.
             prompts: embeddings of the finding and lesion prompts.
-            language: needed with the generator.
+            language: language model; needed with the generator.
+
+        Raises:
+            UserError: the configuration names no known encoder.
         """
         super().__init__()
-        self.config, self.parts = config, tuple(parts)
         assert {"encoder", "classifier"} <= set(parts), (
             f"parts {parts} lack the encoder or the classifier"
         )
-        width = config.encoder.width
+        self.config, self.parts = config, tuple(parts)
+        image_width, text_width = config.encoder.width, prompts.embedding_width
         self.prompts = prompts
-        self.encoder = VolumeEncoder(config.encoder, config.data)
-        self.classifier = FindingClassifier(config.classifier, width, prompts.embedding_width)
-        self.localizer = (
-            LesionLocalizer(config.localizer, config.data, config.encoder, prompts.embedding_width)
-            if "localizer" in parts
-            else None
-        )
+        self.encoder = build_encoder(config.encoder, config.data)
+        self.classifier = FindingClassifier(config.classifier, image_width, text_width)
+        self.localizer = None
+        if "localizer" in parts:
+            self.localizer = LesionLocalizer(
+                config.localizer, config.data, config.encoder, text_width
+            )
         self.generator = None
         if "generator" in parts:
             assert language is not None, "the generator needs a language model"
-            self.generator = ReportGenerator(config.generator, width, language)
+            self.generator = ReportGenerator(config.generator, image_width, language)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        reference: str | Path,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        *,
+        parts: Sequence[ModelPart] | None = None,
+        language_model: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | None = None,
+    ) -> Self:
+        """Load a model in eval mode.
+
+        Args:
+            reference: a checkpoint, a run's phase folder or an exported model, or a hub id.
+            device: where to put the model, by default the GPU if there is one.
+            revision: branch, tag or commit on the Hub.
+            parts: parts to load, the encoder and the classifier among them; by default all.
+            language_model: folder or hub id of the language model, by default the configured one.
+            cache_dir: folder of the Hub's files, by default that of huggingface_hub.
+            token: access token of the Hub, by default that of the login.
+
+        Raises:
+            UserError: there is no model or no access, the parts would answer differently alone, or
+                the weights do not fit.
+        """
+        folder = find_model_folder(reference, revision, parts, cache_dir, token)
+        return cls.from_checkpoint(Checkpoint.open(folder), device, parts, language_model)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        device: torch.device | str | None = None,
+        parts: Sequence[ModelPart] | None = None,
+        language_model: str | None = None,
+    ) -> Self:
+        """Load the model of an opened checkpoint in eval mode; see `from_pretrained`."""
+        if parts is not None:
+            _check_parts(parts, checkpoint)
+        parts = checkpoint.parts if parts is None else parts
+        device = resolve_device(device)
+        tensors = checkpoint.read_tensors(parts)
+        prompts = PromptEmbeddings.from_tensors(tensors, checkpoint.folder)
+        config = checkpoint.config
+        language = None
+        if "generator" in parts:
+            folder = resolve_model(language_model or config.generator.model)
+            language = load_language_model(config.generator, folder, device)
+        model = cls(config, parts, prompts, language)
+        load_tensors(model, tensors, model.checkpoint_tensor_names(), checkpoint.folder)
+        model.loaded_from = checkpoint
+        return model.eval().to(device)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        training: TrainingState | None = None,
+        **options: Any,
+    ) -> Path:
+        """Write the model into a folder that `from_pretrained` reads, and compare every bit of it.
+
+        Args:
+            folder: the folder to write.
+            state_dict: gathered tensors by name, where ZeRO-3 has sharded the model's own.
+            training: how far the model was trained, by default as when it was loaded.
+            options: fields of `rectvlm.checkpoint.export.ExportOptions`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: the folder exists, or tensors are missing, unexpected, sharded or of another
+                shape.
+        """
+        names = self.checkpoint_tensor_names()
+        tensors = self._own_tensors(names) if state_dict is None else dict(state_dict)
+        check_tensors(self, tensors, names, Path("state_dict"))
+        versions = package_versions() if self.loaded_from is None else self.loaded_from.versions
+        if training is None and self.loaded_from is not None:
+            training = self.loaded_from.training
+        if training is None:
+            # The phase is the one that trains these parts; how far is not known.
+            training = TrainingState(len(self.parts) - 1, step=0, samples_seen=0, world_size=1)
+        description = Checkpoint(Path(folder), self.parts, self.config, training, versions)
+        return write_model(tensors, description, self.lora_config(), ExportOptions(**options))
+
+    def _own_tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
+        tensors = named_tensors(self)
+        empty = [name for name in names if hasattr(tensors[name], "ds_id") or tensors[name].is_meta]
+        if empty:
+            raise UserError(
+                f"{len(empty)} tensors of the model, such as {empty[0]}, are sharded or have no values: "
+                "give gathered ones as `state_dict`, or export the run's checkpoint with "
+                "`rectvlm export`."
+            )
+        return {name: tensors[name] for name in names}
+
+    def checkpoint_tensor_names(self) -> list[str]:
+        """Names of the tensors in a checkpoint: every parameter but the language model's own, the adapter among them,
+        and the buffers that no configuration gives back, which are the prompts and the encoder's atlas."""
+        names = []
+        for name, _ in self.named_parameters():
+            if not name.startswith(LANGUAGE_MODEL_PREFIX) or ".lora_" in name:
+                names.append(name)
+        for part in ("prompts", "encoder"):
+            names += [f"{part}.{name}" for name, _ in self.get_submodule(part).named_buffers()]
+        return names
+
+    def lora_config(self) -> LoraConfig | None:
+        """Settings of the language model's adapter, as a checkpoint holds them; None without a generator."""
+        if self.generator is None:
+            return None
+        lora: LoraConfig = copy.deepcopy(self.generator.language_model.peft_config["default"])
+        lora.base_model_name_or_path = self.config.generator.model
+        lora.inference_mode = True
+        # PEFT keeps a set, whose order differs from run to run.
+        lora.target_modules = sorted(lora.target_modules or ())
+        return lora
 
     @property
     def has_generator(self) -> bool:
@@ -77,143 +216,208 @@ class RectVLM(nn.Module):
         return self.generator is not None
 
     def forward(self, batch: Batch) -> ModelOutputs:
-        """Training forward. Every part runs on every rank, whatever the batch lacks, so that ranks stay in step."""
+        """Compute what the losses need.
+
+        Every part runs on every rank, whatever the batch lacks, so that ranks stay in step.
+        """
         features = self.encoder(batch.ct, batch.regions, batch.regions_known)
-        findings = self.classifier(features, self.prompts)
-        localization = (
-            self.localizer(batch.ct, features, self.prompts) if self.localizer is not None else None
-        )
-        if localization is not None and localization.finding_logits is not None:
-            findings = findings + localization.finding_logits
-        report = None
+        finding_logits = self.classifier(features, self.prompts)
+        localization = None
+        if self.localizer is not None:
+            localization = self.localizer(batch.ct, features, self.prompts)
+            finding_logits = _add_localizer_logits(finding_logits, localization)
+
+        report_loss = None
+        token_count = features.patches.shape[0] * features.patches.shape[1]
         if self.generator is not None:
-            cues = self._describe_training_cues(batch, findings, localization)
-            report = self.generator(features, cues, batch.reports)
-        tokens = features.patches.shape[0] * features.patches.shape[1]
-        return ModelOutputs(
-            findings,
-            localization,
-            report,
-            tokens + (0 if report is None else report.position_count),
-        )
+            cues = self._describe_training_cues(batch, finding_logits, localization)
+            report_loss = self.generator(features, cues, batch.reports)
+            token_count += report_loss.position_count
+        return ModelOutputs(finding_logits, localization, report_loss, token_count)
 
     @torch.no_grad()
     def predict_batch(
         self, batch: Batch, generate: bool = True, ablate_image: bool = False, localize: bool = True
     ) -> BatchPrediction:
-        """Findings, masks and, if asked and possible, reports.
+        """Predict findings, masks and, if asked and possible, reports.
 
         Args:
-            batch: labels, lesions and reports are not read.
-            generate: write reports.
-            ablate_image: replace the CT by air and forget the region map. Reports that score as well without the image
-                were not read from it: the control that belongs beside every report metric.
-            localize: outline lesions; when False all masks are empty, and nothing can be generated.
+            batch: samples. Labels, lesions and reports are not read.
+            generate: whether to write reports.
+            ablate_image: replace the CT by air and hide the region map. Reports that score as well
+                without the image were not read from it: the control that belongs beside every
+                report metric.
+            localize: whether to outline lesions. When False all masks are empty, and no reports can
+                be written.
         """
         assert localize or not generate, "the report's prompt carries the lesions"
         assert not self.training, (
-            "predict needs eval mode: noise and dropout would change the result"
+            "predict_batch needs eval mode: noise and dropout would change the result"
         )
-        ct, known = batch.ct, batch.regions_known
         if ablate_image:
-            ct, known = torch.full_like(ct, AIR_HU), torch.zeros_like(known)
-        features: ImageFeatures = self.encoder(ct, batch.regions, known)
-        logits = self.classifier(features, self.prompts)
-        lesions = torch.zeros(len(ct), N_LESIONS, *ct.shape[1:], device=ct.device)
-        if self.localizer is not None and (localize or self.config.localizer.volumes_to_findings):
-            localization = self.localizer(ct, features, self.prompts)
-            logits = (
-                logits
-                if localization.finding_logits is None
-                else logits + localization.finding_logits
+            batch = replace(
+                batch,
+                ct=torch.full_like(batch.ct, AIR_HU),
+                regions_known=torch.zeros_like(batch.regions_known),
             )
-            lesions = localization.mask_logits.sigmoid() if localize else lesions
+        features = self.encoder(batch.ct, batch.regions, batch.regions_known)
+        logits = self.classifier(features, self.prompts)
+        shape = (len(batch.ct), N_LESIONS, *batch.ct.shape[1:])
+        lesions = torch.zeros(shape, device=batch.ct.device)
+        if self.localizer is not None and (localize or self.config.localizer.volumes_to_findings):
+            localization = self.localizer(batch.ct, features, self.prompts)
+            logits = _add_localizer_logits(logits, localization)
+            if localize:
+                lesions = localization.mask_logits.sigmoid()
+
         findings = logits.sigmoid()
         reports = None
         if generate and self.generator is not None:
-            outlined = _pack_lesion_bits(lesions, lambda p: p)
-            reports = self.generator.generate_reports(
-                features,
-                self._describe_batch_cues(replace(batch, ct=ct), findings, outlined, known),
-            )
+            lesion_bits = _pack_lesion_bits(lesions, lambda probability: probability)
+            cues = describe_batch_cues(batch, findings, lesion_bits)
+            reports = self.generator.generate_reports(features, cues)
         return BatchPrediction(findings.float(), lesions, reports)
 
     def _describe_training_cues(
         self, batch: Batch, logits: Tensor, localization: LocalizerOutput | None
     ) -> list[str]:
-        """Cues for the prompt: the truth for a share of the samples, the model's own predictions for the rest.
+        """Cues from the truth for a share of the samples, from predictions for the rest.
 
-        Truth alone would teach the language model to copy what it will not have; predictions alone are noise at first.
+        Truth alone would teach the language model to copy what it will not have; predictions alone
+        are noise at first. What is unknown stays the model's prediction: a missing label, or a
+        lesion that no one outlined, does not mean absent.
         """
         assert localization is not None, (
             "the generator's prompt carries lesions: build the localizer with it"
         )
-        # What is unknown stays the model's guess: no label, or a lesion that no one outlined, does not mean absent.
-        true = (
-            torch.rand(len(batch.keys)).to(batch.ct.device) < self.config.generator.true_cue_share
-        )
+        shows_truth = torch.rand(len(batch.keys)).to(batch.ct.device)
+        shows_truth = (shows_truth < self.config.generator.true_cue_share)[:, None]
         findings = torch.where(
-            batch.labels_known & true[:, None], batch.labels, logits.detach().sigmoid()
+            batch.labels_known & shows_truth, batch.labels, logits.detach().sigmoid()
         )
-        guessed = _pack_lesion_bits(localization.mask_logits.detach(), torch.sigmoid)
-        shown = (batch.lesions_annotated & true[:, None]).to(torch.uint8)
-        told = (shown << torch.arange(N_LESIONS, device=shown.device, dtype=torch.uint8)).sum(
-            1, dtype=torch.uint8
-        )
-        told = told[:, None, None, None]
-        return self._describe_batch_cues(
-            batch, findings, batch.lesions & told | guessed & ~told, batch.regions_known
-        )
-
-    def _describe_batch_cues(
-        self, batch: Batch, findings: Tensor, lesions: Tensor, known: Tensor
-    ) -> list[str]:
-        """Cues from probabilities (B, 18) and lesion bits (B, Z, Y, X)."""
-        # The lobes of a coarse map are only roughly placed: lesions are then worded by side and zone, as without a map.
-        lobes = [
-            bool(k) and meta.regions_source != COARSE_REGIONS_SOURCE
-            for k, meta in zip(known, batch.metas, strict=True)
-        ]
-        return [
-            describe_cues(
-                findings[i],
-                lesions[i],
-                batch.ct[i],
-                batch.regions[i] if lobes[i] else None,
-                batch.spacing,
-            )
-            for i in range(len(batch.keys))
-        ]
+        predicted = _pack_lesion_bits(localization.mask_logits.detach(), torch.sigmoid)
+        true_bits = pack_lesions(batch.lesions_annotated & shows_truth, axis=1)
+        true_bits = true_bits[:, None, None, None]
+        lesion_bits = batch.lesions & true_bits | predicted & ~true_bits
+        return describe_batch_cues(batch, findings, lesion_bits)
 
 
-def _pack_lesion_bits(masks: Tensor, probability: Callable[[Tensor], Tensor]) -> Tensor:
-    """Lesion bits (B, Z, Y, X) of (B, 5, Z, Y, X), one lesion at a time: at full size, float copies of all are a GB."""
+def load_part(
+    reference: str | Path,
+    part: ModelPart,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> nn.Module:
+    """Load one part alone, such as the encoder, as a plain module in eval mode; the other parts are not read.
+
+    Args:
+        reference: a checkpoint, a run's phase folder or an exported model, or a hub id.
+        part: the part to load.
+        device: where to put it, by default the GPU if there is one.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UserError: there is no model, it lacks the part, or the weights do not fit.
+    """
+    checkpoint = Checkpoint.open(find_model_folder(reference, revision, [part]))
+    tensors = checkpoint.read_tensors([part])
+    prompts = PromptEmbeddings.from_tensors(tensors, checkpoint.folder)
+    device = resolve_device(device)
+    language = None
+    if part == "generator":
+        generator = checkpoint.config.generator
+        language = load_language_model(generator, resolve_model(generator.model), device)
+    built_parts = [name for name in MODEL_PARTS if name in ("encoder", "classifier", part)]
+    model = RectVLM(checkpoint.config, built_parts, prompts, language)
+    expected = []
+    for name in model.checkpoint_tensor_names():
+        if name.partition(".")[0] in (part, "prompts"):
+            expected.append(name)
+    load_tensors(model, tensors, expected, checkpoint.folder)
+    return model.get_submodule(part).eval().to(device)
+
+
+def _check_parts(parts: Sequence[ModelPart], checkpoint: Checkpoint) -> None:
+    """Stop at parts that make no model, or one that would answer differently from the whole."""
+    checkpoint.require_parts(parts)
+    if not {"encoder", "classifier"} <= set(parts):
+        raise UserError(
+            f"parts {tuple(parts)} make no model: the encoder and the classifier belong to every one; "
+            "rectvlm.models.load_part loads one part alone."
+        )
+    if "generator" in parts and "localizer" not in parts:
+        raise UserError(
+            "parts with the generator need the localizer too: its prompt carries the lesions."
+        )
+    leaves_out_localizer = "localizer" in checkpoint.parts and "localizer" not in parts
+    if leaves_out_localizer and checkpoint.config.localizer.volumes_to_findings:
+        raise UserError(
+            f"The localizer of {checkpoint.folder} is a summand of its findings "
+            "(localizer.volumes_to_findings), so without it the classifier would answer differently: "
+            "add the localizer to parts."
+        )
+
+
+def _add_localizer_logits(finding_logits: Tensor, localization: LocalizerOutput) -> Tensor:
+    if localization.finding_logits is None:
+        return finding_logits
+    return finding_logits + localization.finding_logits
+
+
+def _pack_lesion_bits(masks: Tensor, to_probability: Callable[[Tensor], Tensor]) -> Tensor:
+    """Lesion bits (B, Z, Y, X) of masks (B, 5, Z, Y, X) at a probability of 0.5.
+
+    One lesion at a time: at full size, float copies of all are a GB.
+    """
     bits = torch.zeros_like(masks[:, 0], dtype=torch.uint8)
-    for k, mask in enumerate(masks.unbind(1)):
-        bits |= (probability(mask) >= 0.5).to(torch.uint8) << k
+    for lesion in LESIONS:
+        bits |= pack_lesion(to_probability(masks[:, lesion.bit]) >= 0.5, lesion)
     return bits
+
+
+def describe_batch_cues(batch: Batch, findings: Tensor, lesion_bits: Tensor) -> list[str]:
+    """Cues of each sample from probabilities (B, 18) and lesion bits (B, Z, Y, X)."""
+    cues = []
+    for i, meta in enumerate(batch.metas):
+        # The lobes of a coarse map are only roughly placed. Lesions are then described by side and
+        # zone, as without a map.
+        has_lobes = bool(batch.regions_known[i]) and meta.regions_source != COARSE_REGIONS_SOURCE
+        regions = batch.regions[i] if has_lobes else None
+        cues.append(describe_cues(findings[i], lesion_bits[i], batch.ct[i], regions, batch.spacing))
+    return cues
 
 
 def describe_cues(
     findings: Tensor,
-    lesions: Tensor,
+    lesion_bits: Tensor,
     ct: Tensor,
     regions: Tensor | None,
     spacing: tuple[float, float, float],
 ) -> str:
-    """Findings and lesions of one sample, in words, from probabilities (18,) and lesion bits (Z, Y, X).
+    """Findings and lesions of one sample, in words.
 
-    An outline whose finding is not suggested is not told: a prompt that contradicts itself makes the language model
-    write the finding, and a localizer outlines specks where a classifier sees none.
+    A lesion whose finding is not suggested is left out. A prompt that contradicts itself makes the
+    language model write the finding, and a localizer outlines specks where a classifier sees none.
+
+    Args:
+        findings: (18,), probabilities.
+        lesion_bits: (Z, Y, X).
+        ct: (Z, Y, X) HU.
+        regions: (Z, Y, X) region ids, if they are known.
+        spacing: voxel size (z, y, x), mm.
     """
-    names = [name.lower() for name, p in zip(FINDINGS, findings.tolist(), strict=True) if p >= 0.5]
+    suggested = []
+    for name, probability in zip(FINDINGS, findings.tolist(), strict=True):
+        if probability >= 0.5:
+            suggested.append(name.lower())
     hu = ct.round().to(torch.int16).cpu().numpy()
-    places = locate_lesions(
-        lesions.cpu().numpy(),
-        hu,
-        None if regions is None else regions.cpu().numpy().astype(np.uint8),
-        spacing,
-    )
-    told = [place for place in places if LESION_BY_KEY[place.lesion].finding.lower() in names]
-    found = f"Findings suggested: {', '.join(names)}." if names else "No findings suggested."
-    return f"{found} {describe_places(told)}"
+    region_ids = None if regions is None else regions.cpu().numpy().astype(np.uint8)
+
+    consistent_places = []
+    for place in locate_lesions(lesion_bits.cpu().numpy(), hu, region_ids, spacing):
+        if LESION_BY_KEY[place.lesion].finding.lower() in suggested:
+            consistent_places.append(place)
+    summary = "No findings suggested."
+    if suggested:
+        summary = f"Findings suggested: {', '.join(suggested)}."
+    return f"{summary} {describe_places(consistent_places)}"

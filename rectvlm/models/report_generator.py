@@ -1,10 +1,12 @@
-"""The report generator: image features become visual tokens of a language model that writes the report.
+"""The report generator: image features become visual tokens of a language model.
 
-Shapes: B samples, M image tokens, Q visual tokens, T text positions, E width of the language model, V its vocabulary.
+Shapes: B samples, M image tokens, Q visual tokens, T text positions, K positions with loss,
+C encoder width, E width of the language model.
 
-The prompt (`prompt.py`) holds the visual tokens and the cues: the findings and the lesions with their places, in words.
-Only the report's tokens carry loss. Rows are padded on the left, so that all reports end at the same position and
-logits are computed for those positions alone, some at a time.
+The prompt (`report_prompt.py`) holds the visual tokens and the cues: the findings and the lesions
+with their places, in words. Only the report's tokens carry loss. Rows are padded on the left, so
+that all reports end at the same position. Logits are then computed for the last positions alone,
+some at a time.
 """
 
 import math
@@ -17,16 +19,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rectvlm.config import GeneratorConfig
-from rectvlm.models.encoder import ImageFeatures
+from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.language_model import LanguageModel, compute_head_logits, compute_hidden_states
 from rectvlm.models.layers import Mlp, TransformerBlock
 from rectvlm.models.report_prompt import PromptTokens, encode_report_prompt
 
 IGNORE_INDEX = -100
+"""Label of a position without loss."""
 
 
 class VisualResampler(nn.Module):
-    """Learned queries that read the image, and the projector into the language model's space."""
+    """Learned queries that read the image, and a projector to the width of the language model."""
 
     def __init__(
         self, config: GeneratorConfig, image_width: int, language_width: int, embedding_std: float
@@ -41,16 +44,14 @@ class VisualResampler(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.project = Mlp(config.width, 4.0, out=language_width)
         self.scale = nn.LayerNorm(language_width)
-        # Visual tokens start with the spread of word embeddings; far larger ones drown the prompt.
+        # Visual tokens start with the standard deviation of word embeddings; far larger ones drown
+        # the prompt.
         nn.init.constant_(self.scale.weight, embedding_std)
 
     def forward(self, features: ImageFeatures) -> Tensor:
-        """(B, Q, E)."""
-        image = torch.cat(
-            [features.global_token[:, None], features.region_tokens, features.patches], dim=1
-        )
-        context = self.context_norm(self.inputs(image))
-        x = self.queries.expand(len(image), -1, -1)
+        """Visual tokens, (B, Q, E)."""
+        context = self.context_norm(self.inputs(features.all_tokens()))
+        x = self.queries.expand(len(context), -1, -1)
         for block in self.blocks:
             x = block(x, context)
         return self.scale(self.project(self.norm(x)))
@@ -60,17 +61,17 @@ class ReportLoss(NamedTuple):
     """Negative log-likelihood of the reports."""
 
     per_sample: Tensor
-    """(B,) float32: mean over the report's tokens; 0 where there is no report."""
+    """(B,) float32, mean over the report's tokens; 0 where there is no report."""
     token_counts: Tensor
-    """(B,) int64: tokens of each report."""
+    """(B,) int64, number of tokens of each report."""
     log_likelihood: Tensor
-    """(B, K) float32: of each report token, aligned at the right; 0 elsewhere."""
+    """(B, K) float32, log-likelihood of each report token, aligned at the right; 0 elsewhere."""
     position_count: int
-    """Positions of the language model, prompts and visual tokens included, padding left out."""
+    """Positions of the language model, with prompts and visual tokens, without padding."""
 
 
 class ReportGenerator(nn.Module):
-    """Resampler, projector and language model."""
+    """Resampler and language model."""
 
     def __init__(self, config: GeneratorConfig, image_width: int, language: LanguageModel) -> None:
         super().__init__()
@@ -88,7 +89,10 @@ class ReportGenerator(nn.Module):
     def forward(
         self, features: ImageFeatures, cues: Sequence[str], reports: Sequence[str | None]
     ) -> ReportLoss:
-        """Loss of each report, given the image and the cues. A sample without a report takes part with loss 0."""
+        """Loss of each report, given the image and the cues.
+
+        A sample without a report runs through the model too, with loss 0.
+        """
         visual = self.resampler(features)
         rows, targets = [], []
         for cue, report in zip(cues, reports, strict=True):
@@ -96,26 +100,24 @@ class ReportGenerator(nn.Module):
             target = [] if report is None else self._encode_target(report)
             rows.append((before, after + target))
             targets.append(target)
+
         chunks = math.ceil(len(rows) * self.config.max_report_tokens / self.config.loss_chunk)
-        longest = max(math.ceil(chunks / len(rows)), *(len(target) for target in targets))
+        longest = max(math.ceil(chunks / len(rows)), *map(len, targets))
         embeds, mask = self._embed_prompts(visual, rows, longest + 1)
-        labels = torch.full((len(rows), longest), IGNORE_INDEX, device=visual.device)
-        for row, target in enumerate(targets):
-            if target:
-                labels[row, -len(target) :] = torch.tensor(target, device=visual.device)
+        labels = _align_right(targets, longest, visual.device)
         # Padding is on the left, so positions are counted from each row's first real token.
         positions = (mask.cumsum(1) - 1).clamp_min(0)
+        hidden = compute_hidden_states(self.language_model, embeds, mask, positions)
         # Position t predicts token t + 1: the last `longest + 1` positions, without the very last.
-        hidden = compute_hidden_states(self.language_model, embeds, mask, positions)[
-            :, -longest - 1 : -1
-        ]
-        loss = self._token_losses(hidden.flatten(0, 1), labels.flatten(), chunks).view_as(labels)
-        count = (labels != IGNORE_INDEX).sum(1)
+        hidden = hidden[:, -longest - 1 : -1]
+        losses = self._token_losses(hidden.flatten(0, 1), labels.flatten(), chunks).view_as(labels)
+
+        counts = (labels != IGNORE_INDEX).sum(1)
         return ReportLoss(
-            loss.sum(1) / count.clamp_min(1),
-            count,
-            -loss,
-            sum(len(b) + visual.shape[1] + len(a) for b, a in rows),
+            per_sample=losses.sum(1) / counts.clamp_min(1),
+            token_counts=counts,
+            log_likelihood=-losses,
+            position_count=sum(_row_lengths(rows, visual.shape[1])),
         )
 
     @torch.no_grad()
@@ -126,12 +128,20 @@ class ReportGenerator(nn.Module):
         max_tokens: int | None = None,
         **options: Any,
     ) -> list[str]:
-        """Write a report for each sample; greedy unless `options` (of `generate` in Transformers) say otherwise."""
+        """Write a report for each sample.
+
+        Args:
+            features: features of the images.
+            cues: cues of each sample.
+            max_tokens: length at which a report is cut; by default `generator.max_report_tokens`.
+            options: options of `generate` in Transformers; decoding is greedy by default.
+        """
         visual = self.resampler(features)
         embeds, mask = self._embed_prompts(visual, [self.encode_prompt(cue) for cue in cues])
-        # Sharded by an engine, all ranks must run until the longest report has ended.
-        shared = any(hasattr(parameter, "ds_id") for parameter in self.language_model.parameters())
-        options = {"do_sample": False, "synced_gpus": shared, **options}
+        # Where an engine shards the model, all ranks must run until the longest report has ended.
+        parameters = self.language_model.parameters()
+        is_sharded = any(hasattr(parameter, "ds_id") for parameter in parameters)
+        options = {"do_sample": False, "synced_gpus": is_sharded, **options}
         tokens = self.language_model.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -139,60 +149,76 @@ class ReportGenerator(nn.Module):
             pad_token_id=self.tokenizer.pad_token_id,
             **options,
         )
-        return [
-            text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        ]
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def _encode_target(self, report: str) -> list[int]:
-        tokens = self.tokenizer.encode(report, add_special_tokens=False)[
-            : self.config.max_report_tokens - 1
-        ]
-        return [*tokens, self.tokenizer.eos_token_id]
+        tokens = self.tokenizer.encode(report, add_special_tokens=False)
+        return [*tokens[: self.config.max_report_tokens - 1], self.tokenizer.eos_token_id]
 
     def _embed_prompts(
-        self, visual: Tensor, rows: Sequence[PromptTokens], least: int = 0
+        self, visual: Tensor, rows: Sequence[PromptTokens], min_length: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Rows of ids before and after the visual tokens, padded on the left to at least `least` positions: (B, T, E)
-        and mask (B, T)."""
+        """Embed rows of token ids with the visual tokens between them, padded on the left.
+
+        Args:
+            visual: (B, Q, E), visual tokens.
+            rows: token ids before and after the visual tokens.
+            min_length: smallest number of positions T.
+
+        Returns:
+            Embeddings (B, T, E) and mask (B, T), 1 where a position is no padding.
+        """
         assert len(visual) == len(rows), f"{len(visual)} images, but prompts of {len(rows)}"
-        q = visual.shape[1]
-        length = max(least, *(len(before) + q + len(after) for before, after in rows))
+        count = visual.shape[1]
+        lengths = _row_lengths(rows, count)
+        length = max(min_length, *lengths)
         ids = torch.full((len(rows), length), self.tokenizer.pad_token_id, device=visual.device)
         mask = torch.zeros_like(ids)
         is_visual = torch.zeros_like(ids, dtype=torch.bool)
         for row, (before, after) in enumerate(rows):
-            start = length - len(before) - q - len(after)
+            start = length - lengths[row]
+            first_visual = start + len(before)
             mask[row, start:] = 1
-            ids[row, start : start + len(before)] = torch.tensor(before, device=ids.device)
-            is_visual[row, start + len(before) : length - len(after)] = True
+            ids[row, start:first_visual] = torch.tensor(before, device=ids.device)
+            is_visual[row, first_visual : first_visual + count] = True
             if after:
-                ids[row, length - len(after) :] = torch.tensor(after, device=ids.device)
+                ids[row, -len(after) :] = torch.tensor(after, device=ids.device)
         words = self.language_model.get_input_embeddings()(ids)
         embeds = words.masked_scatter(is_visual[..., None], visual.to(words.dtype))
         return embeds, mask
 
     def _token_losses(self, hidden: Tensor, labels: Tensor, chunks: int) -> Tensor:
-        """Negative log-likelihoods (P,) float32 of labels (P,) after hidden states (P, E); 0 where ignored.
+        """Negative log-likelihoods (P,) float32 of labels (P,) after hidden states (P, E); 0 where
+        ignored.
 
-        Logits of one chunk exist at a time, here and in the backward pass, which computes them again. The number of
-        chunks is a function of the configuration and the batch size, not of the reports: under ZeRO-3 every rank must
-        call the output layer equally often.
+        Logits of one chunk exist at a time, here and in the backward pass, which computes them
+        again. The number of chunks is a function of the configuration and the batch size, not of
+        the reports: under ZeRO-3 every rank must call the output layer equally often.
         """
-        parts = []
-        for states, wanted in zip(
-            hidden.tensor_split(chunks), labels.tensor_split(chunks), strict=True
-        ):
-            parts.append(
+        losses = []
+        for chunk in zip(hidden.tensor_split(chunks), labels.tensor_split(chunks), strict=True):
+            losses.append(
                 checkpoint(
-                    self._chunk_losses,
-                    states,
-                    wanted,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
+                    self._chunk_losses, *chunk, use_reentrant=False, preserve_rng_state=False
                 )
             )
-        return torch.cat(parts)
+        return torch.cat(losses)
 
     def _chunk_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         logits = compute_head_logits(self.language_model, hidden[None])[0]
         return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
+
+
+def _align_right(targets: Sequence[list[int]], length: int, device: torch.device) -> Tensor:
+    """Labels (B, length): each target at the right end, `IGNORE_INDEX` before it."""
+    labels = torch.full((len(targets), length), IGNORE_INDEX, device=device)
+    for row, target in enumerate(targets):
+        if target:
+            labels[row, -len(target) :] = torch.tensor(target, device=device)
+    return labels
+
+
+def _row_lengths(rows: Sequence[PromptTokens], visual_count: int) -> list[int]:
+    """Positions of each row with its visual tokens, without padding."""
+    return [len(before) + visual_count + len(after) for before, after in rows]

@@ -1,7 +1,7 @@
-"""The report prompt: the language model's own chat template around a marker, the cues and the request.
+"""The report prompt: cues and request in the chat template of the language model.
 
-The marker stands in the user's turn, where the visual tokens go. Whether a tokenizer can do all that is asked before
-weights are read.
+A marker in the user's turn stands where the visual tokens go. `check_tokenizer` finds out whether a
+tokenizer can render such a prompt before any weights are read.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ PromptTokens = tuple[list[int], list[int]]
 
 
 def encode_report_prompt(tokenizer: Any, cues: str) -> PromptTokens:
-    """Token ids of the prompt around the visual tokens."""
+    """Token ids of the prompt before and after the visual tokens."""
     before, marker, after = _render_prompt(tokenizer, cues).partition(VOLUME_MARKER)
     assert marker, "the chat template dropped the user's turn"
     encode = tokenizer.encode
@@ -26,17 +26,13 @@ def encode_report_prompt(tokenizer: Any, cues: str) -> PromptTokens:
 
 
 def _render_prompt(tokenizer: Any, cues: str) -> str:
-    """The prompt with its marker."""
     turn = f"{VOLUME_MARKER}\n{cues}\n{REQUEST_TEXT}"
+    messages = [{"role": "system", "content": SYSTEM_TEXT}, {"role": "user", "content": turn}]
     try:
-        return _apply_chat_template(
-            tokenizer,
-            [{"role": "system", "content": SYSTEM_TEXT}, {"role": "user", "content": turn}],
-        )
+        return _apply_chat_template(tokenizer, messages)
     except TemplateError:  # Gemma's template knows no system role
-        return _apply_chat_template(
-            tokenizer, [{"role": "user", "content": f"{SYSTEM_TEXT}\n\n{turn}"}]
-        )
+        messages = [{"role": "user", "content": f"{SYSTEM_TEXT}\n\n{turn}"}]
+        return _apply_chat_template(tokenizer, messages)
 
 
 def _apply_chat_template(tokenizer: Any, messages: list[dict[str, str]]) -> str:
@@ -44,26 +40,28 @@ def _apply_chat_template(tokenizer: Any, messages: list[dict[str, str]]) -> str:
 
 
 def check_tokenizer(tokenizer: Any, embedding_count: int, where: object) -> None:
-    """See whether reports can be asked for and ended.
+    """Check that a tokenizer can render the report prompt and end a report.
 
     Args:
-        tokenizer: of the language model.
-        rows: word embeddings that the language model has.
+        tokenizer: tokenizer of the language model.
+        embedding_count: number of word embeddings of the language model.
         where: the language model, for the message.
 
     Raises:
-        UserError: a chat template that cannot render the prompt, or token ids that the language model lacks.
+        UserError: the chat template cannot render the prompt, or the tokenizer uses token ids that
+            the language model lacks.
     """
     cues = "No findings suggested."
     try:
         if VOLUME_MARKER not in _render_prompt(tokenizer, cues):
-            raise TemplateError("the text of the user's turn is not in what it makes")
+            raise TemplateError("the text of the user's turn is not in its output")
     except (TemplateError, TypeError) as error:
         raise UserError(
-            f"The chat template of the language model {where} cannot make the report prompt, a system and a user turn "
-            f"of plain text ({str(error).splitlines()[0]}); mend `chat_template` in its tokenizer_config.json, or "
-            "choose another model."
+            f"The chat template of the language model {where} cannot make the report prompt, a "
+            f"system and a user turn of plain text ({str(error).splitlines()[0]}); mend "
+            "`chat_template` in its tokenizer_config.json, or choose another model."
         ) from error
+
     before, after = encode_report_prompt(tokenizer, cues)
     ids = {
         "prompt": max(before + after),
@@ -73,6 +71,7 @@ def check_tokenizer(tokenizer: Any, embedding_count: int, where: object) -> None
     for name, number in ids.items():
         if number >= embedding_count:
             raise UserError(
-                f"The tokenizer of the language model {where} uses the token {number} ({name}), but the model has word "
-                f"embeddings for 0 to {embedding_count - 1} alone; give the model and the tokenizer that belong together."
+                f"The tokenizer of the language model {where} uses the token {number} ({name}), "
+                f"but the model has word embeddings for 0 to {embedding_count - 1} alone; give "
+                "the model and the tokenizer that belong together."
             )

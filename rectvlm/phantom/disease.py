@@ -1,12 +1,13 @@
-"""The findings of a phantom, painted into its healthy chest: five outlined lesions and the rest of the 18.
+"""Findings of a phantom, painted into its healthy chest.
 
-Every painter reads the plan and paints what it says; the ones of the five lesions set their bit in `canvas.lesions`.
+Every painter follows the plan; the painters of the five lesions set their bit in `canvas.lesions`.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rectvlm.labels import LESION_BY_KEY
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.phantom.anatomy import height_above_oblique_fissure
 from rectvlm.phantom.canvas import (
     FULL_BOX,
@@ -35,7 +36,7 @@ VoxelMask = NDArray[np.bool_]
 
 
 def paint_findings(canvas: PhantomCanvas, plan: PatientPlan, rng: np.random.Generator) -> None:
-    """Paint everything that the plan names. Fluid comes first: it displaces lung."""
+    """Paint all findings of the plan. Fluid comes first, since it displaces lung."""
     if plan.build.pericardial_effusion_mm:
         _paint_pericardial_effusion(canvas, rng)
     _paint_pleural_effusions(canvas, plan, rng)
@@ -67,7 +68,7 @@ def lobe_mask(canvas: PhantomCanvas, lobe: str) -> VoxelMask:
 
 
 def _mark_lesion(canvas: PhantomCanvas, key: str, part: SoftShape) -> None:
-    canvas.lesions[part.box][part.occupancy > 0.5] |= np.uint8(1 << LESION_BY_KEY[key].bit)
+    canvas.lesions[part.box][part.occupancy > 0.5] |= np.uint8(LESION_BY_KEY[key].mask_value)
 
 
 def _paint_pericardial_effusion(canvas: PhantomCanvas, rng: np.random.Generator) -> None:
@@ -88,16 +89,16 @@ def _paint_pericardial_effusion(canvas: PhantomCanvas, rng: np.random.Generator)
 def _paint_pleural_effusions(
     canvas: PhantomCanvas, plan: PatientPlan, rng: np.random.Generator
 ) -> None:
-    """A crescent against the back wall, deepest at the base; its voxels belong to no lobe."""
+    """Paint crescents against the back wall, deepest at the base; their voxels are in no lobe."""
     cavity, lung = canvas.distances_mm["cavity"], canvas.distances_mm["lung"]
     for side, depth in plan.pleural_effusions_mm.items():
-        own = (canvas.x > 0) == (side == "left")
+        on_side = (canvas.x > 0) == (side == "left")
         layer = (
             depth * smoothstep(canvas.y, -55, 62) * (0.12 + 0.88 * smoothstep(-canvas.z, -70, 95))
         )
         above = np.minimum(cavity, canvas.distances_mm["dome"] * 0.9 + 1)
         fluid = np.minimum(layer - above, lung + 1) - 3 * smoothstep(canvas.z, 40, 80)
-        occupancy = soft_occupancy(np.asarray(fluid, np.float32)) * own * (canvas.lesions == 0)
+        occupancy = soft_occupancy(np.asarray(fluid, np.float32)) * on_side * (canvas.lesions == 0)
         occupancy *= (canvas.regions <= 5) & (layer > 3)
         part = SoftShape(FULL_BOX, np.asarray(occupancy, np.float32))
         canvas.paint_shape(part, 11 + 4 * smooth_noise(rng, canvas, 18), 0)
@@ -105,9 +106,13 @@ def _paint_pleural_effusions(
 
 
 def _make_patch(
-    canvas: PhantomCanvas, rng: np.random.Generator, free: VoxelMask, volume: float, ragged: float
+    canvas: PhantomCanvas,
+    rng: np.random.Generator,
+    free: VoxelMask,
+    volume_ml: float,
+    raggedness: float,
 ) -> SoftShape:
-    """An irregular patch of about `volume` ml within `free`: the voxels nearest to a random centre, unevenly."""
+    """Make an irregular patch in `free`: about the voxels nearest to a random centre."""
     flat = np.flatnonzero(free)
     middle = flat[int(rng.integers(flat.size // 4, flat.size * 3 // 4))]
     centre = np.unravel_index(middle, free.shape)
@@ -116,15 +121,15 @@ def _make_patch(
     dy = (canvas.y - canvas.y[centre]) * np.float32(scale[1])
     dz = (canvas.z - canvas.z[centre[0], 0, 0]) * np.float32(scale[2])
     distance = np.sqrt(dx * dx + dy * dy + dz * dz)
-    radius = (volume * 1000 * 3 / (4 * np.pi)) ** (1 / 3)
-    distance += np.float32(ragged * radius) * smooth_noise(rng, canvas, max(11.0, 0.5 * radius))
-    voxels = min(int(volume * 1000 / np.prod(build.spacing_mm)), flat.size - 1)
+    radius = (volume_ml * 1000 * 3 / (4 * np.pi)) ** (1 / 3)
+    distance += np.float32(raggedness * radius) * smooth_noise(rng, canvas, max(11.0, 0.5 * radius))
+    voxels = min(int(volume_ml * 1000 / np.prod(build.spacing_mm)), flat.size - 1)
     limit = np.partition(distance.reshape(-1)[flat], voxels)[voxels]
     return SoftShape(FULL_BOX, soft_occupancy(limit - distance, 4) * free)
 
 
 def _smallest_lobe_ml(canvas: PhantomCanvas, lobes: list[str]) -> float:
-    """Volume of the smallest of some lobes, ml."""
+    """Volume of the smallest of the given lobes."""
     voxels = min(int(lobe_mask(canvas, lobe).sum()) for lobe in lobes)
     return voxels * float(np.prod(canvas.build.spacing_mm)) / 1000
 
@@ -132,34 +137,29 @@ def _smallest_lobe_ml(canvas: PhantomCanvas, lobes: list[str]) -> float:
 def _paint_consolidations(
     canvas: PhantomCanvas, plan: PatientPlan, rng: np.random.Generator
 ) -> None:
-    volume = min(float(rng.uniform(18, 90)), 0.5 * _smallest_lobe_ml(canvas, plan.consolidations))
+    largest_ml = 0.5 * _smallest_lobe_ml(canvas, plan.consolidations)
+    volume_ml = min(float(rng.uniform(18, 90)), largest_ml)
     for lobe in plan.consolidations:
-        part = _make_patch(canvas, rng, lobe_mask(canvas, lobe), volume, 0.22)
+        part = _make_patch(canvas, rng, lobe_mask(canvas, lobe), volume_ml, 0.22)
         canvas.paint_shape(part, 32 + 12 * smooth_noise(rng, canvas, 8))
         _mark_lesion(canvas, "consolidation", part)
         # Air bronchograms: the lobe's airways stay open.
         branch = make_tube(
             canvas, catmull_rom_path(BRONCHUS_PATHS[lobe], 7), np.linspace(3.6, 1.6, 7)
         )
-        canvas.paint_shape(
-            SoftShape(branch.box, branch.occupancy * lobe_mask(canvas, lobe)[branch.box]), -950
-        )
+        canvas.paint_shape(branch.masked(lobe_mask(canvas, lobe)), -950)
 
 
 def _paint_ground_glass(canvas: PhantomCanvas, plan: PatientPlan, rng: np.random.Generator) -> None:
     if not plan.ground_glass:
         return
-    volume = min(float(rng.uniform(25, 130)), 0.35 * _smallest_lobe_ml(canvas, plan.ground_glass))
+    largest_ml = 0.35 * _smallest_lobe_ml(canvas, plan.ground_glass)
+    volume_ml = min(float(rng.uniform(25, 130)), largest_ml)
     solid = canvas.lesions != 0
     for lobe in plan.ground_glass:
         free = lobe_mask(canvas, lobe) & ~solid
-        part = _make_patch(
-            canvas,
-            rng,
-            free,
-            min(volume, 0.6 * free.sum() * np.prod(canvas.build.spacing_mm) / 1000),
-            0.2,
-        )
+        free_ml = 0.6 * free.sum() * np.prod(canvas.build.spacing_mm) / 1000
+        part = _make_patch(canvas, rng, free, min(volume_ml, free_ml), 0.2)
         haze = float(rng.uniform(240, 340)) + 30 * smooth_noise(rng, canvas, 10)
         # Haze adds to the lung and leaves its vessels visible.
         canvas.hu += part.occupancy * haze * smoothstep(-canvas.hu, 200, 600)
@@ -168,19 +168,19 @@ def _paint_ground_glass(canvas: PhantomCanvas, plan: PatientPlan, rng: np.random
 
 def _paint_nodules(canvas: PhantomCanvas, plan: PatientPlan, rng: np.random.Generator) -> None:
     lung = canvas.distances_mm["lung"]
-    bit = np.uint8(1 << LESION_BY_KEY["consolidation"].bit)
+    consolidated = lesion_mask(canvas.lesions, LESION_BY_KEY["consolidation"])
     for nodule in plan.nodules:
         radius = nodule.diameter_mm / 2
-        own = lobe_mask(canvas, nodule.lobe)
-        bulk = own & (lung > radius + 4) & ((canvas.lesions & bit) == 0)
+        lobe_voxels = lobe_mask(canvas, nodule.lobe)
+        bulk = lobe_voxels & (lung > radius + 4) & ~consolidated
         bulk &= np.abs(height_above_oblique_fissure(canvas)) > radius + 2
-        flat = np.flatnonzero(bulk if bulk.any() else own)
-        spot = np.unravel_index(int(flat[int(rng.integers(flat.size))]), own.shape)
+        flat = np.flatnonzero(bulk if bulk.any() else lobe_voxels)
+        spot = np.unravel_index(int(flat[int(rng.integers(flat.size))]), lobe_voxels.shape)
         centre = (float(canvas.x[spot]), float(canvas.y[spot]), float(canvas.z[spot[0], 0, 0]))
         stretch = rng.uniform(0.95, 1.05, 3)
         axes = [radius * float(k) / s for k, s in zip(stretch, canvas.build.scale, strict=True)]
         part = make_ellipsoid(canvas, centre, (axes[0], axes[1], axes[2]))
-        part = SoftShape(part.box, part.occupancy * own[part.box])
+        part = part.masked(lobe_voxels)
         canvas.paint_shape(part, float(rng.uniform(25, 60)))
         _mark_lesion(canvas, "lung_nodule", part)
 
@@ -188,13 +188,9 @@ def _paint_nodules(canvas: PhantomCanvas, plan: PatientPlan, rng: np.random.Gene
 def _add_to_aerated_lung(
     canvas: PhantomCanvas, occupancy: ScalarField, hu: float | ScalarField
 ) -> None:
-    """Change aerated lung by `hu`, and leave vessels and lesions alone."""
-    canvas.hu += (
-        occupancy
-        * hu
-        * ((canvas.regions > 0) & (canvas.regions <= 5))
-        * smoothstep(-canvas.hu, 500, 750)
-    )
+    """Add HU to aerated lung, but not to vessels and lesions."""
+    in_lobe = (canvas.regions > 0) & (canvas.regions <= 5)
+    canvas.hu += occupancy * hu * in_lobe * smoothstep(-canvas.hu, 500, 750)
 
 
 def _paint_mosaic_attenuation(
@@ -215,7 +211,7 @@ def _paint_emphysema(canvas: PhantomCanvas, plan: PatientPlan, rng: np.random.Ge
 def _paint_septal_thickening(
     canvas: PhantomCanvas, plan: PatientPlan, rng: np.random.Generator
 ) -> None:
-    """Thin sheets between lobules, near the pleura of the lower half."""
+    """Paint thin sheets between lobules, near the pleura of the lower half."""
     walls = np.minimum(np.abs(smooth_noise(rng, canvas, 13)), np.abs(smooth_noise(rng, canvas, 13)))
     rim = smoothstep(-canvas.distances_mm["lung"], -26, -18) * smoothstep(-canvas.z, -20, 10)
     _add_to_aerated_lung(canvas, smoothstep(-walls, -0.17, -0.05) * rim, 420)
@@ -224,12 +220,12 @@ def _paint_septal_thickening(
 def _paint_fibrotic_sequela(
     canvas: PhantomCanvas, plan: PatientPlan, rng: np.random.Generator
 ) -> None:
-    """Strands from a thickened apical pleura."""
+    """Paint strands from a thickened apical pleura."""
     lobe = plan.lobe_by_finding["Pulmonary fibrotic sequela"]
     sign = 1 if lobe.startswith("left") else -1
-    own = lobe_mask(canvas, lobe)
-    cap = soft_occupancy(7 - canvas.distances_mm["lung"]) * own * (canvas.z > 84)
-    canvas.paint_shape(SoftShape(FULL_BOX, np.asarray(cap, np.float32)), 0)
+    lobe_voxels = lobe_mask(canvas, lobe)
+    cap = soft_occupancy(7 - canvas.distances_mm["lung"]) * lobe_voxels * (canvas.z > 84)
+    canvas.paint_field(np.asarray(cap, np.float32), 0)
     for _ in range(6):
         start = np.array((sign * rng.uniform(30, 62), rng.uniform(-30, 45), rng.uniform(92, 108)))
         end = np.array((sign * rng.uniform(34, 70), rng.uniform(-30, 45), rng.uniform(48, 70)))
@@ -240,16 +236,18 @@ def _paint_fibrotic_sequela(
             float(rng.uniform(1.8, 2.6)),
             flat=0.7,
         )
-        canvas.paint_shape(SoftShape(part.box, part.occupancy * own[part.box]), -20)
+        canvas.paint_shape(part.masked(lobe_voxels), -20)
 
 
 def _paint_atelectasis(canvas: PhantomCanvas, plan: PatientPlan, rng: np.random.Generator) -> None:
-    """One or two bands (plate atelectasis) near the base of a lobe."""
+    """Paint a band (plate atelectasis) near the base of a lobe."""
     lobe = plan.lobe_by_finding["Atelectasis"]
-    own = lobe_mask(canvas, lobe)
-    flat = np.flatnonzero(own & (canvas.distances_mm["lung"] > 9))
+    lobe_voxels = lobe_mask(canvas, lobe)
+    flat = np.flatnonzero(lobe_voxels & (canvas.distances_mm["lung"] > 9))
     low = flat[: max(1, flat.size // 2)]
-    centre = np.unravel_index(int(low[int(rng.integers(low.size // 3, low.size))]), own.shape)
+    centre = np.unravel_index(
+        int(low[int(rng.integers(low.size // 3, low.size))]), lobe_voxels.shape
+    )
     dx, dy = canvas.x - canvas.x[centre], canvas.y - canvas.y[centre]
     dz = canvas.z - canvas.z[centre[0], 0, 0]
     tilt, turn = rng.uniform(0.7, 1.1), rng.uniform(-0.7, 0.7)
@@ -257,29 +255,21 @@ def _paint_atelectasis(canvas: PhantomCanvas, plan: PatientPlan, rng: np.random.
     across = dx * np.float32(normal[0]) + dy * np.float32(normal[1]) + dz * np.float32(normal[2])
     across += 1.5 * smooth_noise(rng, canvas, 25)
     away = np.sqrt(dx * dx + dy * dy + dz * dz)
-    band = soft_occupancy(3.4 - np.abs(across)) * soft_occupancy(38 - away, 10) * own
-    canvas.paint_shape(SoftShape(FULL_BOX, np.asarray(band, np.float32)), 5)
+    band = soft_occupancy(3.4 - np.abs(across)) * soft_occupancy(38 - away, 10) * lobe_voxels
+    canvas.paint_field(np.asarray(band, np.float32), 5)
 
 
 def _draw_airway_branches(
     canvas: PhantomCanvas, lobe: str, rng: np.random.Generator, count: int
 ) -> list[NDArray[np.float64]]:
-    """Airway paths that fan out from the end of a lobe's bronchus."""
+    """Draw airway paths that fan out from the end of a lobe's bronchus."""
     points = np.array(BRONCHUS_PATHS[lobe])
     hub, onwards = points[1], points[2] - points[1]
     paths = []
     for n in range(count):
         turn = rng.uniform(-9, 9, 3) + np.array((0, (n - (count - 1) / 2) * 16, 0))
-        paths.append(
-            catmull_rom_path(
-                [
-                    tuple(hub),
-                    tuple(points[1] + 0.6 * onwards + turn),
-                    tuple(hub + 1.35 * onwards + 2 * turn),
-                ],
-                7,
-            )
-        )
+        middle, end = hub + 0.6 * onwards + turn, hub + 1.35 * onwards + 2 * turn
+        paths.append(catmull_rom_path([tuple(hub), tuple(middle), tuple(end)], 7))
     return paths
 
 
@@ -302,30 +292,27 @@ def _paint_peribronchial_thickening(
 def _paint_lymphadenopathy(
     canvas: PhantomCanvas, plan: PatientPlan, rng: np.random.Generator
 ) -> None:
-    where: dict[str, list[PatientPoint]] = {
+    centres_by_station: dict[str, list[PatientPoint]] = {
         "paratracheal": [(-20, 2, 44), (-19, 4, 64)],
         "subcarinal": [(0, 16, 4), (12, 18, -2)],
         "aortopulmonary": [(34, 6, 36), (30, -12, 34)],
     }
     for station in plan.enlarged_stations:
-        for centre in where[station]:
-            a = rng.uniform(9, 12.5, 3)
-            canvas.paint_shape(
-                make_ellipsoid(canvas, centre, (a[0], a[1], a[2])),
-                40 + 0.25 * (canvas.build.blood_hu - 40),
-                0,
-            )
+        for centre in centres_by_station[station]:
+            axes = rng.uniform(9, 12.5, 3)
+            node = make_ellipsoid(canvas, centre, (axes[0], axes[1], axes[2]))
+            canvas.paint_shape(node, 40 + 0.25 * (canvas.build.blood_hu - 40), 0)
 
 
 def _paint_hiatal_hernia(
     canvas: PhantomCanvas, plan: PatientPlan, rng: np.random.Generator
 ) -> None:
-    """A pouch of stomach behind the heart: wall, fluid, and air in front of it."""
+    """Paint a pouch of stomach behind the heart: wall, fluid, and air in front of it."""
     r = float(rng.uniform(19, 25))
     centre = (6.0, 24.0, -72.0)
     pouch = make_ellipsoid(canvas, centre, (r * 1.15, r * 0.85, r))
     canvas.paint_shape(pouch, 42, REGION_IDS["stomach"])
-    # What it displaces is no longer there to be outlined.
+    # The pouch displaces lesions.
     canvas.lesions[pouch.box][pouch.occupancy > 0.5] = 0
     inside = make_ellipsoid(canvas, centre, (r * 1.15 - 5, r * 0.85 - 5, r - 5))
     canvas.paint_shape(inside, 18)
@@ -338,10 +325,8 @@ def _paint_calcifications(
 ) -> None:
     for point in points:
         r = float(rng.uniform(2.0, 3.4))
-        stretched = (point[0], point[1], point[2])
-        canvas.paint_shape(
-            make_ellipsoid(canvas, stretched, (r, r, r * 1.4)), float(rng.uniform(750, 1150))
-        )
+        speck = make_ellipsoid(canvas, (point[0], point[1], point[2]), (r, r, r * 1.4))
+        canvas.paint_shape(speck, float(rng.uniform(750, 1150)))
 
 
 def _paint_aortic_calcification(
@@ -362,7 +347,7 @@ def _paint_aortic_calcification(
 def _paint_coronary_calcification(
     canvas: PhantomCanvas, plan: PatientPlan, rng: np.random.Generator
 ) -> None:
-    """Specks on the heart's front, where the left anterior descending artery runs."""
+    """Paint specks on the heart's front, along the left anterior descending artery."""
     path = catmull_rom_path(LEFT_ANTERIOR_DESCENDING_PATH, 40)
     n = np.sort(rng.choice(40, 7, replace=False))
     points = path[n].copy()
@@ -378,7 +363,7 @@ def _paint_coronary_calcification(
 
 
 def _sternum_y_mm(canvas: PhantomCanvas, height: float) -> float:
-    """y of the sternum's middle at a height, mm."""
+    """Coordinate y of the sternum's middle at a height."""
     box = canvas.index_box(np.array([(0.0, -150.0, height), (0.0, 0.0, height)]), 0.1)
     column = box[0].start, slice(box[1].start, box[1].stop), box[2].start
     return float(canvas.y[column][np.argmin(np.abs(canvas.distances_mm["cage"][column] + 8))])

@@ -1,8 +1,9 @@
-"""What a phantom's patient has, and where: decided by the seed before anything is painted.
+"""Plan of a phantom's patient: all findings and their places, drawn from the seed.
 
-The painter and the report both read the plan, so that image, masks, labels and words cannot disagree.
+Image, masks, labels and report are all made from the plan, so they cannot disagree.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,14 +19,15 @@ FINDING_PREVALENCE: dict[str, float] = dict.fromkeys(FINDINGS, 0.35) | {
     "Mosaic attenuation pattern": 0.25,
     "Interlobular septal thickening": 0.25,
 }
-"""Chance of each finding in a phantom. "Lung opacity" is the chance of ground glass; consolidation implies it too."""
+"""Chance of each finding. Lung opacity follows from ground glass and consolidation instead."""
 GROUND_GLASS_PREVALENCE = 0.35
+"""Chance of ground glass."""
 UNANNOTATED_CHANCE = 0.15
 """Chance that one kind of lesion was not annotated in a case."""
 UNKNOWN_LABEL_CHANCE = 0.1
 """Chance that one finding's label is unknown in a case."""
 PERICARDIAL_STEP_MM = 3.0
-"""Depths of pericardial fluid in a style with one patient are multiples of this, mm."""
+"""Step between the depths of pericardial fluid in a style with one patient."""
 LARGE_HEART_SIZE = 1.24
 """Size of a heart with cardiomegaly."""
 DEVICES = ("pacemaker", "port", "sternal wires")
@@ -34,17 +36,18 @@ LYMPH_NODE_STATIONS = ("paratracheal", "subcarinal", "aortopulmonary")
 
 @dataclass(frozen=True)
 class PhantomStyle:
-    """How much patients differ from each other, and how plain their findings are."""
+    """Variety of patients, of their findings and of their reports."""
 
     name: str
+    """Name on the command line."""
     findings: tuple[str, ...]
-    """Findings that are drawn; the others are absent from every patient."""
+    """Findings that can be present; all others are absent from every patient."""
     has_one_patient: bool
-    """The same healthy chest in every case, up to noise, kernel, axis order and position; findings differ."""
+    """Whether all cases have one healthy chest, up to noise, kernel, axis order and position."""
     nodule_diameters_mm: tuple[float, float]
-    """Smallest and largest diameter, mm."""
+    """Smallest and largest diameter of a nodule, mm."""
     is_terse: bool
-    """Reports in the shortest phrasing of each finding that is present, in one order, and nothing else."""
+    """Whether a report has only the present findings, in the shortest phrasing and one order."""
 
 
 VARIED_STYLE = PhantomStyle(
@@ -68,7 +71,7 @@ PLAIN_STYLE = PhantomStyle(
     is_terse=True,
 )
 PHANTOM_STYLES = {style.name: style for style in (VARIED_STYLE, PLAIN_STYLE)}
-"""By name. `varied` is the default; `plain` is for learning within minutes (see `docs/phantom.md`)."""
+"""Styles by name. `varied` is the default; a model learns `plain` within minutes."""
 
 
 @dataclass(frozen=True)
@@ -76,95 +79,91 @@ class PhantomNodule:
     """One lung nodule."""
 
     lobe: str
+    """Name of the lobe that holds it."""
     diameter_mm: float
-    """mm."""
+    """Diameter before stretching."""
 
 
 @dataclass
 class PatientPlan:
-    """One phantom patient."""
+    """Everything that is painted and reported of one phantom patient."""
 
     present: dict[str, bool]
-    """All 18 findings."""
+    """Whether a finding is present, for all 18."""
     build: PatientBuild
+    """Body of the patient and grid of the scan."""
     noise_hu: float
-    """Standard deviation of the noise, HU."""
+    """Standard deviation of the noise."""
     blur_voxels: float
-    """Standard deviation of the reconstruction kernel's blur, in voxels."""
+    """Standard deviation of the reconstruction kernel's blur."""
     pleural_effusions_mm: dict[BodySide, float]
-    """Greatest depth of pleural fluid on each side that has some, mm."""
+    """Greatest depth of pleural fluid, by side with some."""
     consolidations: list[str]
     """Lobes with a consolidation."""
     ground_glass: list[str]
     """Lobes with ground glass."""
     nodules: list[PhantomNodule]
+    """Lung nodules."""
     lobe_by_finding: dict[str, str]
-    """The lobe of findings that have one: atelectasis, bronchiectasis, peribronchial thickening, fibrotic sequela."""
+    """Lobe of atelectasis, bronchiectasis, peribronchial thickening and fibrotic sequela."""
     device: str
-    """Which of `DEVICES`, when medical material is present."""
+    """One of `DEVICES`, for the case that medical material is present."""
     enlarged_stations: tuple[str, ...]
-    """Which of `STATIONS` have enlarged nodes, when lymphadenopathy is present."""
+    """Some of `LYMPH_NODE_STATIONS`, for the case that lymphadenopathy is present."""
     unannotated_lesion: str | None
-    """Key of the lesion that was not annotated."""
+    """Key of the lesion that is not annotated; None when all are."""
     unknown_finding: str | None
-    """Finding whose label is unknown."""
+    """Finding whose label is unknown; None when all are known."""
     phrase_numbers: list[int] = field(default_factory=list)
-    """Random numbers that choose the report's phrasing."""
+    """Random numbers that choose the phrasings of the report."""
     style: PhantomStyle = VARIED_STYLE
+    """Style of the phantom."""
 
 
 def draw_patient_plan(seed: int, style: PhantomStyle = VARIED_STYLE) -> PatientPlan:
-    """The patient of a seed. The same on every machine."""
+    """Draw the patient of a seed, the same on every machine."""
+    # The order of the draws decides every phantom: append to it only.
     rng = np.random.default_rng([seed, 1])
-    present = {
-        finding: bool(rng.random() < FINDING_PREVALENCE[finding] and finding in style.findings)
-        for finding in FINDINGS
-    }
-    ground_glass = rng.random() < GROUND_GLASS_PREVALENCE
-    present["Lung opacity"] = bool(ground_glass or present["Consolidation"])
+    lobes = [lobe.name for lobe in LOBES]
+    present: dict[str, bool] = {}
+    for finding in FINDINGS:
+        is_drawn = rng.random() < FINDING_PREVALENCE[finding]
+        present[finding] = bool(is_drawn and finding in style.findings)
+    has_ground_glass = rng.random() < GROUND_GLASS_PREVALENCE
+    present["Lung opacity"] = bool(has_ground_glass or present["Consolidation"])
+
     effusions: dict[BodySide, float] = {}
     if present["Pleural effusion"]:
-        sides: tuple[BodySide, ...] = (("left",), ("right",), ("left", "right"))[
-            int(rng.integers(3))
-        ]
+        choices: list[tuple[BodySide, ...]] = [("left",), ("right",), ("left", "right")]
+        sides = choices[int(rng.integers(3))]
         depth = float(rng.uniform(20, 42))
         effusions = {side: depth * float(rng.uniform(0.9, 1.1)) for side in sides}
     pericardial = float(rng.uniform(8, 14)) if present["Pericardial effusion"] else 0.0
-    lobes = [lobe.name for lobe in LOBES]
-
-    def some_lobes(most: int) -> list[str]:
-        return [
-            lobes[n] for n in sorted(rng.choice(5, int(rng.integers(1, most + 1)), replace=False))
-        ]
 
     diameter = float(rng.uniform(*style.nodule_diameters_mm))
-    nodules = [
-        PhantomNodule(lobe, diameter * float(rng.uniform(0.85, 1.0))) for lobe in some_lobes(2)
-    ]
-    stations = tuple(
-        LYMPH_NODE_STATIONS[n]
-        for n in sorted(rng.choice(3, int(rng.integers(1, 4)), replace=False))
-    )
-    lobe_of = {
+    nodules = []
+    for lobe in _draw_some(rng, lobes, 2):
+        nodules.append(PhantomNodule(lobe, diameter * float(rng.uniform(0.85, 1.0))))
+    stations = _draw_some(rng, LYMPH_NODE_STATIONS, 3)
+    lobe_by_finding = {
         "Atelectasis": lobes[int(rng.choice([1, 2, 4]))],
         "Bronchiectasis": lobes[int(rng.choice([2, 4]))],
         "Peribronchial thickening": lobes[int(rng.choice([0, 3]))],
         "Pulmonary fibrotic sequela": lobes[int(rng.choice([0, 3]))],
     }
-    unannotated = (
-        LESIONS[int(rng.integers(len(LESIONS)))].key if rng.random() < UNANNOTATED_CHANCE else None
-    )
-    unknown = (
-        FINDINGS[int(rng.integers(len(FINDINGS)))] if rng.random() < UNKNOWN_LABEL_CHANCE else None
-    )
-    consolidations, glass = some_lobes(2), some_lobes(3)
+
+    unannotated = unknown = None
+    if rng.random() < UNANNOTATED_CHANCE:
+        unannotated = LESIONS[int(rng.integers(len(LESIONS)))].key
+    if rng.random() < UNKNOWN_LABEL_CHANCE:
+        unknown = FINDINGS[int(rng.integers(len(FINDINGS)))]
+    consolidations, ground_glass = _draw_some(rng, lobes, 2), _draw_some(rng, lobes, 3)
     device = DEVICES[int(rng.integers(len(DEVICES)))]
     heart = LARGE_HEART_SIZE if present["Cardiomegaly"] else 1.0
-    build = (
-        _fixed_patient_build(heart, pericardial)
-        if style.has_one_patient
-        else _draw_patient_build(rng, heart, pericardial)
-    )
+    if style.has_one_patient:
+        build = _fixed_patient_build(heart, pericardial)
+    else:
+        build = _draw_patient_build(rng, heart, pericardial)
     return PatientPlan(
         present=present,
         build=build,
@@ -172,16 +171,22 @@ def draw_patient_plan(seed: int, style: PhantomStyle = VARIED_STYLE) -> PatientP
         blur_voxels=float(rng.uniform(0.25, 0.7)),
         pleural_effusions_mm=effusions,
         consolidations=consolidations if present["Consolidation"] else [],
-        ground_glass=glass if ground_glass else [],
+        ground_glass=ground_glass if has_ground_glass else [],
         nodules=nodules if present["Lung nodule"] else [],
-        lobe_by_finding=lobe_of,
+        lobe_by_finding=lobe_by_finding,
         device=device,
-        enlarged_stations=stations,
+        enlarged_stations=tuple(stations),
         unannotated_lesion=unannotated,
         unknown_finding=unknown,
         phrase_numbers=[int(n) for n in rng.integers(0, 2**31, 64)],
         style=style,
     )
+
+
+def _draw_some(rng: np.random.Generator, names: Sequence[str], most: int) -> list[str]:
+    """Draw one to `most` names, in their own order."""
+    count = int(rng.integers(1, most + 1))
+    return [names[n] for n in sorted(rng.choice(len(names), count, replace=False))]
 
 
 def _draw_patient_build(rng: np.random.Generator, heart: float, pericardial: float) -> PatientBuild:
@@ -205,7 +210,10 @@ def _draw_patient_build(rng: np.random.Generator, heart: float, pericardial: flo
 
 
 def _fixed_patient_build(heart: float, pericardial: float) -> PatientBuild:
-    """The one patient of a style, lean and straight; pericardial fluid comes in few depths, so that chests repeat."""
+    """Build of the one patient of a style, lean and straight.
+
+    Pericardial fluid has few depths, so that chests repeat.
+    """
     return PatientBuild(
         shape=(54, 132, 132),
         spacing_mm=(5.0, 2.6, 2.6),

@@ -1,25 +1,19 @@
-"""A phantom's radiology report: what was painted, in one of several phrasings, with the side and lobe of each finding.
+"""Radiology report of a phantom: side and lobe of each finding, in one of several phrasings.
 
-Every sentence is made from the plan that the painter followed, so that text and image cannot disagree.
+Every sentence comes from the plan that is painted, so that text and image cannot disagree.
 """
 
 from collections.abc import Callable
 
-from rectvlm.lesion_places import describe_lobes, join_words
+from rectvlm.lesion_places import describe_lobes_with_article, join_words
 from rectvlm.phantom.patient_plan import PatientPlan
 
 PhraseVariants = tuple[str, ...]
 
-_DEVICE_WORDS = {
-    "pacemaker": (
-        "Left chest wall pacemaker with a lead in the right ventricle.",
-        "left-sided pacemaker",
-    ),
-    "port": (
-        "Right chest port with its catheter tip in the superior vena cava.",
-        "right chest port",
-    ),
-    "sternal wires": ("Median sternotomy wires.", "sternotomy wires"),
+_DEVICE_SENTENCES = {
+    "pacemaker": "Left chest wall pacemaker with a lead in the right ventricle.",
+    "port": "Right chest port with its catheter tip in the superior vena cava.",
+    "sternal wires": "Median sternotomy wires.",
 }
 _PRESENT_PHRASES: dict[str, PhraseVariants] = {
     "Arterial wall calcification": (
@@ -93,78 +87,68 @@ _ABSENT_PHRASES: dict[str, PhraseVariants] = {
     "Cardiomegaly": ("Heart size is normal.", "The heart is not enlarged."),
 }
 _MAX_ABSENT_MENTIONED = 3
-"""At most this many absent findings are mentioned."""
+"""Largest number of absent findings that a report mentions."""
 _MANY_FINDINGS = 9
-"""With this many findings present, the shortest phrasings are used and absent findings left out: a small language
-model has room for about 140 tokens."""
-
-
-def describe_lobes_with_article(lobes: list[str]) -> str:
-    """Lobes as they follow "in": "the right upper lobe", "both lower lobes"."""
-    words = describe_lobes(lobes)
-    return words if words.startswith("both") else f"the {words}"
+"""Number of present findings from which on a report has the shortest phrasings and no absent
+findings: a small language model has room for about 140 tokens."""
 
 
 class _PhraseChooser:
-    """Picks phrasings from the plan's random numbers, or the shortest one."""
+    """Choice of a phrasing by the plan's random numbers, or of the shortest one."""
 
-    def __init__(self, numbers: list[int], terse: bool) -> None:
-        self.numbers, self.terse = iter(numbers), terse
+    def __init__(self, numbers: list[int], is_terse: bool) -> None:
+        self.numbers, self.is_terse = iter(numbers), is_terse
 
     def __call__(self, phrases: PhraseVariants) -> str:
         number = next(self.numbers)
-        return min(phrases, key=len) if self.terse else phrases[number % len(phrases)]
+        return min(phrases, key=len) if self.is_terse else phrases[number % len(phrases)]
 
 
 def write_report(plan: PatientPlan) -> tuple[str, str]:
-    """Findings and impression of a plan."""
-    terse = plan.style.is_terse or sum(plan.present.values()) >= _MANY_FINDINGS
-    choose = _PhraseChooser(plan.phrase_numbers, terse)
+    """Write the findings and the impression of a plan."""
+    is_terse = plan.style.is_terse or sum(plan.present.values()) >= _MANY_FINDINGS
+    choose = _PhraseChooser(plan.phrase_numbers, is_terse)
     lungs, chest = _write_lung_sentences(plan, choose), _write_chest_sentences(plan, choose)
-    chest_first = next(choose.numbers) % 2 and not plan.style.is_terse
-    present = chest + lungs if chest_first else lungs + chest
-    absent = []
-    if not terse:
+    is_chest_first = next(choose.numbers) % 2 and not plan.style.is_terse
+    sentences = chest + lungs if is_chest_first else lungs + chest
+    if not is_terse:
         candidates = [finding for finding in _ABSENT_PHRASES if not plan.present[finding]]
         start = next(choose.numbers) % max(1, len(candidates))
         candidates = candidates[start:] + candidates[:start]
-        absent = [
-            choose(_ABSENT_PHRASES[finding]) for finding in candidates[:_MAX_ABSENT_MENTIONED]
-        ]
-    return " ".join(present + absent), _write_impression(plan, choose, most=2 if terse else 3)
+        for finding in candidates[:_MAX_ABSENT_MENTIONED]:
+            sentences.append(choose(_ABSENT_PHRASES[finding]))
+    impression = _write_impression(plan, choose, max_statements=2 if is_terse else 3)
+    return " ".join(sentences), impression
 
 
 def _write_lung_sentences(plan: PatientPlan, choose: Callable[[PhraseVariants], str]) -> list[str]:
-    said = []
+    sentences = []
     if plan.consolidations:
-        said.append(
-            choose(_CONSOLIDATION_PHRASES).format(describe_lobes_with_article(plan.consolidations))
-        )
+        lobes = describe_lobes_with_article(plan.consolidations)
+        sentences.append(choose(_CONSOLIDATION_PHRASES).format(lobes))
     if plan.ground_glass:
-        said.append(
-            choose(_GROUND_GLASS_PHRASES).format(describe_lobes_with_article(plan.ground_glass))
-        )
+        lobes = describe_lobes_with_article(plan.ground_glass)
+        sentences.append(choose(_GROUND_GLASS_PHRASES).format(lobes))
     for nodule in plan.nodules:
-        said.append(
-            choose(_NODULE_PHRASES).format(
-                size=round(nodule.diameter_mm), place=f"the {nodule.lobe}"
-            )
-        )
+        size, place = round(nodule.diameter_mm), f"the {nodule.lobe}"
+        sentences.append(choose(_NODULE_PHRASES).format(size=size, place=place))
     for finding, phrases in _LOBAR_PHRASES.items():
         if plan.present[finding]:
-            said.append(choose(phrases).format(plan.lobe_by_finding[finding]))
+            sentences.append(choose(phrases).format(plan.lobe_by_finding[finding]))
     for finding in ("Emphysema", "Mosaic attenuation pattern", "Interlobular septal thickening"):
         if plan.present[finding]:
-            said.append(choose(_PRESENT_PHRASES[finding]))
-    return said
+            sentences.append(choose(_PRESENT_PHRASES[finding]))
+    return sentences
 
 
 def _write_chest_sentences(plan: PatientPlan, choose: Callable[[PhraseVariants], str]) -> list[str]:
-    said = []
+    sentences = []
     if plan.pleural_effusions_mm:
-        said.append(choose(_EFFUSION_PHRASES).format(_describe_effusion_side(plan).capitalize()))
+        side = _describe_effusion_side(plan).capitalize()
+        sentences.append(choose(_EFFUSION_PHRASES).format(side))
     if plan.present["Pericardial effusion"]:
-        said.append(choose(_PERICARDIAL_PHRASES).format(round(plan.build.pericardial_effusion_mm)))
+        thickness_mm = round(plan.build.pericardial_effusion_mm)
+        sentences.append(choose(_PERICARDIAL_PHRASES).format(thickness_mm))
     for finding in (
         "Cardiomegaly",
         "Arterial wall calcification",
@@ -172,24 +156,23 @@ def _write_chest_sentences(plan: PatientPlan, choose: Callable[[PhraseVariants],
         "Hiatal hernia",
     ):
         if plan.present[finding]:
-            said.append(choose(_PRESENT_PHRASES[finding]))
+            sentences.append(choose(_PRESENT_PHRASES[finding]))
     if plan.present["Lymphadenopathy"]:
-        said.append(choose(_LYMPH_NODE_PHRASES).format(join_words(plan.enlarged_stations)))
+        sentences.append(choose(_LYMPH_NODE_PHRASES).format(join_words(plan.enlarged_stations)))
     if plan.present["Medical material"]:
-        said.append(_DEVICE_WORDS[plan.device][0])
-    return said
+        sentences.append(_DEVICE_SENTENCES[plan.device])
+    return sentences
 
 
 def _describe_effusion_side(plan: PatientPlan) -> str:
-    return (
-        "bilateral"
-        if len(plan.pleural_effusions_mm) == 2
-        else next(iter(plan.pleural_effusions_mm))
-    )
+    sides = list(plan.pleural_effusions_mm)
+    return "bilateral" if len(sides) == 2 else sides[0]
 
 
-def _write_impression(plan: PatientPlan, choose: Callable[[PhraseVariants], str], most: int) -> str:
-    """What matters most, in at most `most` statements."""
+def _write_impression(
+    plan: PatientPlan, choose: Callable[[PhraseVariants], str], max_statements: int
+) -> str:
+    """Write the most important findings."""
     points = []
     if plan.consolidations:
         words = choose(("consolidation in {}, suggesting pneumonia", "consolidation in {}"))
@@ -209,4 +192,4 @@ def _write_impression(plan: PatientPlan, choose: Callable[[PhraseVariants], str]
             points.append(finding.lower())
     if not points:
         return choose(("No acute finding in the chest.", "No acute cardiopulmonary abnormality."))
-    return " ".join(f"{point[0].upper()}{point[1:]}." for point in points[:most])
+    return " ".join(f"{point[0].upper()}{point[1:]}." for point in points[:max_statements])

@@ -1,10 +1,9 @@
-"""Heart chambers, great vessels, esophagus, the lungs' vessel trees and the airways of a phantom."""
+"""Heart chambers, great vessels, esophagus, vessel trees of the lungs and airways of a phantom."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rectvlm.phantom.canvas import (
-    FULL_BOX,
     REGION_IDS,
     PatientPoint,
     PhantomCanvas,
@@ -38,26 +37,22 @@ LEFT_ANTERIOR_DESCENDING_PATH: list[PatientPoint] = [
     (42, -70, -40),
     (52, -72, -62),
 ]
-"""The left anterior descending coronary artery."""
+"""Path of the left anterior descending coronary artery."""
 
 
 def paint_heart_and_vessels(canvas: PhantomCanvas) -> None:
-    """Heart, vessels, esophagus and thyroid."""
+    """Paint heart, great vessels, esophagus and thyroid."""
     blood = canvas.build.blood_hu
     heart = canvas.distances_mm["heart"]
-    canvas.paint_shape(SoftShape(FULL_BOX, soft_occupancy(heart)), 46, REGION_IDS["heart"])
+    canvas.paint_field(soft_occupancy(heart), 46, REGION_IDS["heart"])
     size = canvas.build.heart_size
     _paint_heart_chambers(canvas, size, blood)
     # The pericardium: a hairline in the fat around the heart.
-    canvas.paint_shape(
-        SoftShape(
-            FULL_BOX,
-            0.5 * soft_occupancy(0.8 - np.abs(heart + 4 + canvas.build.pericardial_effusion_mm)),
-        ),
-        30,
+    canvas.paint_field(
+        0.5 * soft_occupancy(0.8 - np.abs(heart + 4 + canvas.build.pericardial_effusion_mm)), 30
     )
 
-    def vessel(
+    def paint_vessel(
         points: list[PatientPoint], radius: float | list[float], region: str | None, count: int = 10
     ) -> None:
         path = catmull_rom_path(points, count)
@@ -69,23 +64,23 @@ def paint_heart_and_vessels(canvas: PhantomCanvas) -> None:
             make_tube(canvas, path, radii), blood, REGION_IDS[region] if region else None
         )
 
-    vessel([(4, -34, -10), (12, -32, 10), (16, -14, 22)], 13, None)
-    vessel([(16, -14, 20), (32, -2, 20), (48, 8, 14)], [11, 9, 7], None)
-    vessel([(14, -14, 18), (-10, -8, 14), (-32, -2, 10), (-46, 4, 4)], [11, 10, 9, 7], None)
+    paint_vessel([(4, -34, -10), (12, -32, 10), (16, -14, 22)], 13, None)
+    paint_vessel([(16, -14, 20), (32, -2, 20), (48, 8, 14)], [11, 9, 7], None)
+    paint_vessel([(14, -14, 18), (-10, -8, 14), (-32, -2, 10), (-46, 4, 4)], [11, 10, 9, 7], None)
     for left in (-1, 1):
-        vessel(
+        paint_vessel(
             [(14 * left, 6, -16), (34 * left, 8, -12), (50 * left, 12, -8)],
             [6, 5, 4],
             "pulmonary veins",
         )
-    vessel([(-26, -18, -8), (-27, -18, 30), (-25, -22, 72)], 9, "great vessels")
-    vessel([(-25, -22, 72), (2, -36, 80), (34, -30, 100), (46, -24, 118)], 6, "great vessels")
-    vessel([(-25, -22, 72), (-34, -26, 96), (-46, -22, 118)], 7, "great vessels")
-    vessel([(-12, -24, 52), (-16, -16, 80), (-24, -12, 146)], 6, "great vessels")
-    vessel([(4, -8, 56), (12, -6, 90), (18, -4, 146)], 4.5, "great vessels")
-    vessel([(14, 6, 56), (24, 8, 88), (36, -4, 108), (60, -20, 114)], 5, "great vessels")
-    vessel(AORTA_PATH, [16, 16, 15, 14, 13], "aorta", 18)
-    vessel(DESCENDING_AORTA_PATH, [13, 12, 11], "aorta", 12)
+    paint_vessel([(-26, -18, -8), (-27, -18, 30), (-25, -22, 72)], 9, "great vessels")
+    paint_vessel([(-25, -22, 72), (2, -36, 80), (34, -30, 100), (46, -24, 118)], 6, "great vessels")
+    paint_vessel([(-25, -22, 72), (-34, -26, 96), (-46, -22, 118)], 7, "great vessels")
+    paint_vessel([(-12, -24, 52), (-16, -16, 80), (-24, -12, 146)], 6, "great vessels")
+    paint_vessel([(4, -8, 56), (12, -6, 90), (18, -4, 146)], 4.5, "great vessels")
+    paint_vessel([(14, 6, 56), (24, 8, 88), (36, -4, 108), (60, -20, 114)], 5, "great vessels")
+    paint_vessel(AORTA_PATH, [16, 16, 15, 14, 13], "aorta", 18)
+    paint_vessel(DESCENDING_AORTA_PATH, [13, 12, 11], "aorta", 12)
     gullet = catmull_rom_path(
         [(4, 26, 146), (3, 28, 40), (4, 27, -20), (10, 22, -70), (26, 8, -100)], 16
     )
@@ -98,7 +93,7 @@ def paint_heart_and_vessels(canvas: PhantomCanvas) -> None:
 
 
 def _paint_heart_chambers(canvas: PhantomCanvas, size: float, blood: float) -> None:
-    """Blood within the muscle: left and right ventricles, both atria."""
+    """Paint the blood within the muscle: left and right ventricles, both atria."""
     grow, drop = 2 * size - 1, 30 * (size - 1)
     for (x, y, z), axes, level in (
         ((38, -34, -52), (27, 20, 22), 0.0),
@@ -116,15 +111,16 @@ def _paint_heart_chambers(canvas: PhantomCanvas, size: float, blood: float) -> N
 
 
 def paint_vessel_tree(canvas: PhantomCanvas, rng: np.random.Generator) -> None:
-    """Branching, tapering vessels from each hilum to points spread over its lung."""
+    """Paint branching, tapering vessels from each hilum to points spread over its lung."""
     lung = canvas.distances_mm["lung"]
     for side, hilum in HILUM_BY_SIDE.items():
         left = side == "left"
         inside = np.flatnonzero((lung > 5) & ((canvas.x > 0) == left))
         chosen = inside[np.sort(rng.choice(inside.size, 230, replace=False))]
-        targets = np.stack(
-            [_values_at(field, chosen, canvas) for field in (canvas.x, canvas.y, canvas.z)], axis=1
-        )
+        coordinates = [
+            _values_at(field, chosen, canvas) for field in (canvas.x, canvas.y, canvas.z)
+        ]
+        targets = np.stack(coordinates, axis=1)
         for a, b, radius in _grow_vessel_tree(np.array(hilum, dtype=float), targets):
             part = make_tube(canvas, np.stack([a, b]), radius, flat=0.6)
             canvas.paint_shape(
@@ -142,9 +138,11 @@ def _values_at(
 def _grow_vessel_tree(
     root: NDArray[np.float64], targets: NDArray[np.float64]
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64], float]]:
-    """A tree over the targets, from near to far: each joins the node that makes the shortest, straightest way.
+    """Grow a tree over the targets; return start, end and radius of each branch.
 
-    A branch's radius follows Murray's law (1926): its cube is proportional to the number of tips that it feeds.
+    From near to far, each target joins the node that makes the shortest, straightest way. A
+    branch's radius follows Murray's law (1926): its cube is proportional to the number of tips that
+    it feeds.
     """
     order = np.argsort(((targets - root) ** 2).sum(1), kind="stable")
     nodes = np.concatenate([root[None], targets[order]])
@@ -168,11 +166,11 @@ BRONCHUS_PATHS: dict[str, list[PatientPoint]] = {
     "left upper lobe": [(44, 10, 2), (54, -4, 20), (62, -14, 42)],
     "left lower lobe": [(44, 10, 2), (56, 26, -22), (66, 40, -52)],
 }
-"""The lobar bronchi, from the hilum outwards."""
+"""Paths of the lobar bronchi, from the hilum outwards."""
 
 
 def paint_airways(canvas: PhantomCanvas) -> None:
-    """Trachea, main and lobar bronchi: a thin wall around air."""
+    """Paint trachea, main and lobar bronchi: a thin wall around air."""
     trachea = catmull_rom_path([(-1, 4, 146), (-1, 6, 80), CARINA], 8)
     main = {
         "right": catmull_rom_path([CARINA, (-20, 9, 12), (-40, 8, -2)], 6),
@@ -189,14 +187,20 @@ def paint_airways(canvas: PhantomCanvas) -> None:
 
 
 def paint_bronchus(
-    canvas: PhantomCanvas, path: NDArray[np.float64], lumen: NDArray[np.float64], wall: float
+    canvas: PhantomCanvas, path: NDArray[np.float64], lumen_mm: NDArray[np.float64], wall_mm: float
 ) -> None:
-    """One airway: lumen radii and wall thickness in mm. Heart, fluid, diaphragm and chest wall bound it."""
-    for radii, hu in ((lumen + wall, 20), (lumen, -985)):
+    """Paint one airway, bounded by heart, fluid, diaphragm and chest wall.
+
+    Args:
+        canvas: canvas to paint on.
+        path: points (N, 3) in patient coordinates.
+        lumen_mm: radius of the lumen at each point (N,).
+        wall_mm: thickness of the wall.
+    """
+    for radii, hu in ((lumen_mm + wall_mm, 20), (lumen_mm, -985)):
         part = make_tube(canvas, path, radii)
         lung, heart = canvas.distances_mm["lung"][part.box], canvas.distances_mm["heart"][part.box]
         middle = np.abs(canvas.x[part.box]) < 46
         free = ((lung > 3) | middle) & (heart < -4) & (canvas.distances_mm["dome"][part.box] > 4)
-        canvas.paint_shape(
-            SoftShape(part.box, part.occupancy * (free & (canvas.lesions[part.box] == 0))), hu
-        )
+        free &= canvas.lesions[part.box] == 0
+        canvas.paint_shape(SoftShape(part.box, part.occupancy * free), hu)

@@ -1,11 +1,6 @@
-"""What a configuration costs before a GPU is rented: parameters, memory by kind, FLOPs, time, disk.
+"""What a configuration costs before a GPU is rented: parameters, memory, FLOPs, time and disk.
 
-The skeleton of the model is rehearsed on the meta device, so every figure comes from the modules, losses and settings
-that train; nothing here repeats a size. What cannot be rehearsed (the CUDA context, the allocator's waste, rates of
-hardware) is a constant with its reason.
+A micro-batch is dry-run on the meta device, so every figure comes from the modules, losses and
+settings that train; no size is repeated here. What a dry run cannot show (the CUDA context, the
+allocator's waste, the rates of hardware) is a constant with its reason.
 """
-
-from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
-from rectvlm.plan.step_time import HardwareRates
-
-__all__ = ["HardwareRates", "ResourcePlan", "ResourcePlanner"]

@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from rectvlm.cli_options import options_from_namespace
 from rectvlm.config import Config, load_config
+from rectvlm.plan.hardware import HardwareRates
+from rectvlm.plan.memory_savings import MemorySaving, find_memory_savings
+from rectvlm.plan.options import PlanOptions
 from rectvlm.plan.plan_tables import print_memory_savings, print_plan, print_scaling
-from rectvlm.plan.planner import ResourcePlan, ResourcePlanner, find_memory_savings
-from rectvlm.plan.step_time import HardwareRates
+from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 from rectvlm.train.phases import STAGES
 from rectvlm.types import UserError
@@ -21,84 +24,104 @@ from rectvlm.types import UserError
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def run(options: argparse.Namespace) -> None:
-    """Plan and show.
+def run(namespace: argparse.Namespace) -> None:
+    """Plan, and print the plan.
 
     Raises:
-        UserError: an option without sense, an unknown configuration, or a model whose geometry is out of reach.
+        UserError: an option without sense, an unknown configuration, or a model whose geometry is
+            out of reach.
     """
-    for name in ("gpu_memory", "tflops", "bandwidth", "intra", "inter", "samples", "gpus_per_node"):
-        value = getattr(options, name)
-        if not (value > 0 and math.isfinite(value) and math.isfinite(1 / value)):
-            raise UserError(
-                f"--{name.replace('_', '-')} must be a number greater than 0, not {value}."
-            )
-    gpus = _parse_gpu_counts(options.gpus, options.nodes, options.gpus_per_node)
-    if not 0 < options.efficiency <= 1:
-        raise UserError(f"--efficiency is a share above 0 and up to 1, not {options.efficiency}.")
-    hardware = HardwareRates(
-        tflops=options.tflops,
-        efficiency=options.efficiency,
-        bandwidth=options.bandwidth,
-        gpus_per_node=options.gpus_per_node,
-        intra=options.intra,
-        inter=options.inter,
-    )
+    options = options_from_namespace(PlanOptions, namespace)
+    hardware = options_from_namespace(HardwareRates, namespace)
+    _check_numbers(options, hardware)
+    gpu_counts = _parse_gpu_counts(options, hardware.gpus_per_node)
 
-    def with_more(more: Sequence[str]) -> Config:
-        return load_config(options.config, [*options.overrides, *more])
+    def load_with_overrides(overrides: Sequence[str]) -> Config:
+        return load_config(options.config, [*options.overrides, *overrides])
 
-    ds_configs = options.ds_configs or CHECKOUT / "ds_configs"
-    areas = _make_workspace_meter(options.work_areas)
-    phase = options.phase if options.stage is None else STAGES[options.stage].number
-    planner = ResourcePlanner(with_more([]), phase, ds_configs, hardware, areas, options.stage)
-    plans: list[ResourcePlan] = [
-        planner.make_plan(n, options.gpu_memory, options.samples) for n in gpus
-    ]
-    short = next((plan for plan in plans if not plan.fits), None)
-    per_node = None if options.nodes is None else options.gpus_per_node
-    found = (
-        []
-        if short is None
-        else find_memory_savings(planner, short.gpus, options.gpu_memory, with_more, per_node)
+    planner = ResourcePlanner(
+        load_with_overrides([]),
+        phase=options.phase if options.stage is None else STAGES[options.stage].number,
+        ds_configs=options.ds_configs or CHECKOUT / "ds_configs",
+        hardware=hardware,
+        workspace_meter=_make_workspace_meter(options.work_areas),
+        stage=options.stage,
     )
-    if options.json:
-        trees = [
-            plan.to_json() | {"knobs": [vars(k) for k in found] if plan is short else []}
-            for plan in plans
-        ]
-        sys.stdout.write(
-            json.dumps(trees if len(trees) > 1 else trees[0], indent=2, allow_nan=False) + "\n"
+    plans: list[ResourcePlan] = []
+    for gpus in gpu_counts:
+        plans.append(planner.make_plan(gpus, options.gpu_memory, options.samples))
+    plan_too_large = next((plan for plan in plans if not plan.fits), None)
+    savings: list[MemorySaving] = []
+    if plan_too_large is not None:
+        gpus_per_node = None if options.nodes is None else hardware.gpus_per_node
+        savings = find_memory_savings(
+            planner, plan_too_large.gpus, options.gpu_memory, load_with_overrides, gpus_per_node
         )
+
+    if options.as_json:
+        _write_json(plans, plan_too_large, savings)
         return
     console = Console()
     print_plan(plans[0], console)
     if len(plans) > 1:
         print_scaling(plans, console)
-    if short is not None and found:
-        print_memory_savings(short, found, console)
+    if plan_too_large is not None and savings:
+        print_memory_savings(plan_too_large, savings, console)
+
+
+def _write_json(
+    plans: Sequence[ResourcePlan],
+    plan_too_large: ResourcePlan | None,
+    savings: Sequence[MemorySaving],
+) -> None:
+    """Write one plan as an object, or several as a list; savings stand in the one they are for."""
+    trees = []
+    for plan in plans:
+        plan_savings = savings if plan is plan_too_large else []
+        trees.append(plan.to_json() | {"knobs": [vars(saving) for saving in plan_savings]})
+    document = trees if len(trees) > 1 else trees[0]
+    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def _check_numbers(options: PlanOptions, hardware: HardwareRates) -> None:
+    numbers = {
+        "gpu-memory": options.gpu_memory,
+        "tflops": hardware.tflops,
+        "bandwidth": hardware.bandwidth,
+        "intra": hardware.intra,
+        "inter": hardware.inter,
+        "samples": options.samples,
+        "gpus-per-node": hardware.gpus_per_node,
+    }
+    for name, number in numbers.items():
+        if not (number > 0 and math.isfinite(number) and math.isfinite(1 / number)):
+            raise UserError(f"--{name} must be a number greater than 0, not {number}.")
+    if not 0 < hardware.efficiency <= 1:
+        raise UserError(f"--efficiency is a share above 0 and up to 1, not {hardware.efficiency}.")
 
 
 def _make_workspace_meter(device: str | None) -> KernelWorkspaceMeter | None:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "--work-areas cuda measures kernels on a GPU and torch finds none: leave it out, or say cpu."
+            "--work-areas cuda measures kernels on a GPU and torch finds none: leave it out, or "
+            "say cpu."
         )
     return None if device is None else KernelWorkspaceMeter(device)
 
 
-def _parse_gpu_counts(text: str, nodes: int | None, per_node: int) -> list[int]:
-    """Numbers of GPUs from `--gpus`, or from `--nodes`."""
-    if nodes is not None:
-        if nodes < 1:
-            raise UserError(f"--nodes must be at least 1, not {nodes}.")
-        text = str(nodes * per_node)
+def _parse_gpu_counts(options: PlanOptions, gpus_per_node: int) -> list[int]:
+    """Read the numbers of GPUs from `--gpus` or `--nodes`."""
+    if options.nodes is not None:
+        if options.nodes < 1:
+            raise UserError(f"--nodes must be at least 1, not {options.nodes}.")
+        return [options.nodes * gpus_per_node]
     try:
-        found = [int(part) for part in text.split(",")]
+        counts = [int(number) for number in options.gpus.split(",")]
     except ValueError:
-        found = [0]
-    if min(found) < 1:
+        counts = [0]
+    if min(counts) < 1:
         raise UserError(
-            f"--gpus takes a number of GPUs of at least 1, or several with commas, not {text!r}."
+            "--gpus takes a number of GPUs of at least 1, or several with commas, not "
+            f"{options.gpus!r}."
         )
-    return found
+    return counts

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from rectvlm.plan.planner import MemorySaving, ResourcePlan
+from rectvlm.plan.memory_savings import MemorySaving
+from rectvlm.plan.planner import ResourcePlan
 
 MEMORY_KIND_LABELS = {
     "weights_4bit": "4-bit weights",
@@ -26,103 +27,102 @@ MEMORY_KIND_LABELS = {
     "context": "CUDA context and NCCL",
     "waste": "allocator's waste",
 }
+MIN_SHOWN_GB = 0.0005
 
 
 def print_plan(plan: ResourcePlan, console: Console) -> None:
-    """Parameters, memory and time."""
-    verdict = "fits" if plan.fits else "does not fit"
-    title = f"{_describe_phase(plan)}, ZeRO-{plan.zero_stage}, {plan.gpus} GPUs of {plan.capacity_gb:g} GB"
-    memory = Table(title=f"{title}: {verdict}", title_justify="left")
-    memory.add_column("memory of a GPU")
-    memory.add_column("GB", justify="right")
-    for kind, size in plan.gpu_memory_gb.items():
-        if kind in MEMORY_KIND_LABELS and size >= 0.0005:
-            memory.add_row(MEMORY_KIND_LABELS[kind], f"{size:.2f}")
-    memory.add_section()
-    memory.add_row("total", f"{plan.gpu_memory_gb['total']:.2f}")
-    memory.add_row("while loading", f"{plan.loading_peak_gb:.2f}")
-    console.print(memory)
-
-    speed, step = plan.speed, plan.time
-    facts = Table(show_header=False)
-    facts.add_column()
-    facts.add_column(justify="right")
-    counts = plan.parameters
-    rows = [
-        ("encoder", f"{counts['encoder'] / 1e6:.1f} M"),
-        ("classifier", f"{counts['classifier_trainable'] / 1e6:.2f} M"),
-        ("localizer", f"{counts['localizer'] / 1e6:.1f} M"),
-        ("report generator, trainable", f"{counts['generator_trainable'] / 1e6:.1f} M"),
-        ("trainable", f"{counts['trainable'] / 1e6:.1f} M"),
-        ("all", f"{counts['total'] / 1e9:.3f} G"),
-        ("host memory of a node", f"{plan.host_memory_gb:.0f} GB"),
-        ("a checkpoint", f"{plan.checkpoint_gb:.1f} GB"),
-        ("disk for checkpoints", f"{plan.checkpoint_disk_gb:.1f} GB"),
-        ("model FLOPs of a step and GPU", f"{plan.flops_per_step['model']:.0f} T"),
-        ("with recomputation", f"{plan.flops_per_step['hardware']:.0f} T"),
-        ("estimated step", f"{step['total']:.2f} s"),
-        ("  computation, gathers behind it", f"{step['compute']:.2f} s, {step['gathers']:.2f} s"),
-        ("  hooks of ZeRO-3, optimizer", f"{step['hooks']:.2f} s, {step['optimizer']:.2f} s"),
-        (
-            "tokens a second and GPU, patches and words",
-            f"{speed['tokens_per_second_per_gpu']:,.0f}",
-        ),
-        ("  of the language model", f"{speed['language_positions_per_second_per_gpu']:,.0f}"),
-        ("samples a day", f"{speed['samples_per_day']:,.0f}"),
-        (f"{speed['steps']:,.0f} steps", f"{speed['days']:.1f} days, {speed['epochs']:.1f} epochs"),
-    ]
-    for row in rows:
-        facts.add_row(*row)
-    console.print(facts)
-    hardware = plan.hardware
-    console.print(
-        f"Time is an estimate: {hardware['tflops']:g} TFLOP/s × {hardware['efficiency']:g} (convolutions "
-        f"{hardware['convolution_efficiency']:g}), memory "
-        f"{hardware['bandwidth']:g} TB/s × {hardware['bandwidth_efficiency']:g}, {hardware['gpus_per_node']:g} GPUs a "
-        f"node, {hardware['intra']:g} GB/s within and {hardware['inter']:g} GB/s a GPU between nodes."
-    )
+    """Print a plan's memory, parameters and time."""
+    console.print(_make_memory_table(plan))
+    figures = Table(show_header=False)
+    figures.add_column()
+    figures.add_column(justify="right")
+    for label, figure in _list_figures(plan):
+        figures.add_row(label, figure)
+    console.print(figures)
+    console.print(_describe_hardware(plan))
 
 
 def _describe_phase(plan: ResourcePlan) -> str:
     return f"{plan.config}, phase {plan.phase}" + (f" ({plan.stage})" if plan.stage else "")
 
 
+def _make_memory_table(plan: ResourcePlan) -> Table:
+    verdict = "fits" if plan.fits else "does not fit"
+    machines = f"ZeRO-{plan.zero_stage}, {plan.gpus} GPUs of {plan.capacity_gb:g} GB"
+    table = Table(title=f"{_describe_phase(plan)}, {machines}: {verdict}", title_justify="left")
+    table.add_column("memory of a GPU")
+    table.add_column("GB", justify="right")
+    for kind, size_gb in plan.gpu_memory_gb.items():
+        if kind in MEMORY_KIND_LABELS and size_gb >= MIN_SHOWN_GB:
+            table.add_row(MEMORY_KIND_LABELS[kind], f"{size_gb:.2f}")
+    table.add_section()
+    table.add_row("total", f"{plan.gpu_memory_gb['total']:.2f}")
+    table.add_row("while loading", f"{plan.loading_peak_gb:.2f}")
+    return table
+
+
+def _list_figures(plan: ResourcePlan) -> list[tuple[str, str]]:
+    """List labels and figures of parameters, disk, FLOPs and time."""
+    counts, flops, step, speed = plan.parameters, plan.flops_per_step, plan.time, plan.speed
+    language_speed = speed.language_positions_per_second_per_gpu
+    return [
+        ("encoder", f"{counts.encoder / 1e6:.1f} M"),
+        ("classifier", f"{counts.classifier_trainable / 1e6:.2f} M"),
+        ("localizer", f"{counts.localizer / 1e6:.1f} M"),
+        ("report generator, trainable", f"{counts.generator_trainable / 1e6:.1f} M"),
+        ("trainable", f"{counts.trainable / 1e6:.1f} M"),
+        ("all", f"{counts.total / 1e9:.3f} G"),
+        ("host memory of a node", f"{plan.host_memory_gb:.0f} GB"),
+        ("a checkpoint", f"{plan.checkpoint_gb:.1f} GB"),
+        ("disk for checkpoints", f"{plan.checkpoint_disk_gb:.1f} GB"),
+        ("model FLOPs of a step and GPU", f"{flops.model:.0f} T"),
+        ("with recomputation", f"{flops.hardware:.0f} T"),
+        ("estimated step", f"{step.total:.2f} s"),
+        ("  computation, gathers behind it", f"{step.compute:.2f} s, {step.gathers:.2f} s"),
+        ("  hooks of ZeRO-3, optimizer", f"{step.hooks:.2f} s, {step.optimizer:.2f} s"),
+        ("tokens a second and GPU, patches and words", f"{speed.tokens_per_second_per_gpu:,.0f}"),
+        ("  of the language model", f"{language_speed:,.0f}"),
+        ("samples a day", f"{speed.samples_per_day:,.0f}"),
+        (f"{speed.steps:,.0f} steps", f"{speed.days:.1f} days, {speed.epochs:.1f} epochs"),
+    ]
+
+
+def _describe_hardware(plan: ResourcePlan) -> str:
+    rates = plan.hardware
+    return (
+        f"Time is an estimate: {rates.tflops:g} TFLOP/s × {rates.efficiency:g} (convolutions "
+        f"{rates.convolution_efficiency:g}), memory "
+        f"{rates.bandwidth:g} TB/s × {rates.bandwidth_efficiency:g}, {rates.gpus_per_node:g} GPUs "
+        f"a node, {rates.intra:g} GB/s within and {rates.inter:g} GB/s a GPU between nodes."
+    )
+
+
 def print_memory_savings(
     plan: ResourcePlan, savings: Sequence[MemorySaving], console: Console
 ) -> None:
-    """What to change where a plan does not fit."""
-    table = Table(title=f"{plan.gpus} GPUs: what to change, each by itself", title_justify="left")
+    """Print what can be changed where a plan does not fit."""
+    title = f"{plan.gpus} GPUs: what to change, each by itself"
+    table = Table(title=title, title_justify="left")
     table.add_column("change")
     for name in ("saves GB", "total GB", "fits"):
         table.add_column(name, justify="right")
-    for knob in savings:
-        table.add_row(
-            knob.change,
-            f"{knob.saved_gb:.1f}",
-            f"{knob.total_gb:.1f}",
-            "yes" if knob.fits else "no",
-        )
+    for saving in savings:
+        fits = "yes" if saving.fits else "no"
+        table.add_row(saving.change, f"{saving.saved_gb:.1f}", f"{saving.total_gb:.1f}", fits)
     console.print(table)
-    if any("data.grid" in knob.change for knob in savings):
+    if any("data.grid" in saving.change for saving in savings):
         console.print(
-            "Another data.grid needs shards that were made with it: `make preprocess` with the same values."
+            "Another data.grid needs shards that were made with it: `make preprocess` with the "
+            "same values."
         )
 
 
 def print_scaling(plans: Sequence[ResourcePlan], console: Console) -> None:
-    """One row for each number of GPUs."""
+    """Print one row for each number of GPUs."""
     table = Table(title=_describe_phase(plans[0]), title_justify="left")
-    for name in (
-        "GPUs",
-        "GB a GPU",
-        "fits",
-        "step s",
-        "tokens/s",
-        "a GPU",
-        "samples/step",
-        "days",
-        "epochs",
-    ):
+    for name in ("GPUs", "GB a GPU", "fits", "step s", "tokens/s"):
+        table.add_column(name, justify="right")
+    for name in ("a GPU", "samples/step", "days", "epochs"):
         table.add_column(name, justify="right")
     for plan in plans:
         speed = plan.speed
@@ -130,11 +130,11 @@ def print_scaling(plans: Sequence[ResourcePlan], console: Console) -> None:
             f"{plan.gpus:,}",
             f"{plan.gpu_memory_gb['total']:.1f}",
             "yes" if plan.fits else "no",
-            f"{plan.time['total']:.2f}",
-            f"{speed['tokens_per_second']:,.0f}",
-            f"{speed['tokens_per_second_per_gpu']:,.0f}",
-            f"{speed['samples_per_step']:,.0f}",
-            f"{speed['days']:.1f}",
-            f"{speed['epochs']:.1f}",
+            f"{plan.time.total:.2f}",
+            f"{speed.tokens_per_second:,.0f}",
+            f"{speed.tokens_per_second_per_gpu:,.0f}",
+            f"{speed.samples_per_step:,.0f}",
+            f"{speed.days:.1f}",
+            f"{speed.epochs:.1f}",
         )
     console.print(table)

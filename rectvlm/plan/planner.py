@@ -1,88 +1,131 @@
-"""From a configuration and a number of GPUs to a plan."""
+"""From a configuration and a number of GPUs to a plan of memory, FLOPs, time and disk."""
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rectvlm import pretrained
-from rectvlm.checkpoint import run_checkpoint
 from rectvlm.config import Config
 from rectvlm.models import RectVLM
 from rectvlm.models.meta_model import build_meta_model
+from rectvlm.plan.hardware import HardwareRates
+from rectvlm.plan.options import CT_RATE_SCANS
 from rectvlm.plan.static_memory import (
     BF16_BYTES,
     FP32_BYTES,
+    ParameterCounts,
     StaticMemory,
     compute_static_memory,
     count_parameters,
     count_passes,
     list_stored_parameters,
 )
-from rectvlm.plan.step_time import EngineCalls, HardwareRates, StepTime, estimate_step_time
+from rectvlm.plan.step_time import EngineCalls, StepTime, estimate_step_time
 from rectvlm.train.dry_run.dry_run import DryRunResult, apply_phase_settings, dry_run_micro_batch
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 from rectvlm.train.dry_run.memory_tracker import WORKSPACE_KIND
 from rectvlm.train.engine.ds_config import read_ds_config
 from rectvlm.train.phases import PHASES, STAGES, Stage, with_step_count
-from rectvlm.types import UserError
 
 GB = 1e9
+SECONDS_PER_DAY = 86_400
 CUDA_CONTEXT_BYTES = 0.9e9
-"""CUDA context and kernels (0.5 GB) and NCCL (0.4 GB), outside the allocator of torch: assumed, not measured here."""
+"""CUDA context and kernels (0.5 GB) and NCCL (0.4 GB), outside torch's allocator: assumed."""
 DEFAULT_WORKSPACE_BYTES = 0.1e9
-"""Work areas of cuBLAS and cuDNN where none were measured: assumed, and convolutions can need far more."""
+"""Workspace of cuBLAS and cuDNN where none was measured: assumed; convolutions can need far more.
+"""
 ALLOCATOR_WASTE_SHARE = 0.05
-"""Share of activations and gathered weights that the allocator holds in blocks that nothing fits in: assumed."""
+"""Share of activations and gathered weights in blocks of the allocator that nothing fits in:
+assumed."""
 VOXEL_BYTES = 4
-"""CT int16, lesion bits and region ids uint8."""
+"""Bytes of a voxel in a batch: CT int16, lesion bits and region ids uint8."""
 BATCHES_PER_WORKER = 3
-"""Batches of a loader worker: two ready and one in the making."""
+"""Batches that a loader worker holds: two ready and one in the making."""
 PROCESS_BYTES = 3e9
 """Memory of a rank with torch, DeepSpeed and Transformers loaded, before the model: assumed."""
-CT_RATE_SCANS = 24_128
-"""Training scans of CT-RATE: what an epoch is, unless it is told otherwise."""
+
+
+@dataclass(frozen=True)
+class PlannedFlops:
+    """TFLOP of one GPU in an optimizer step, by pass."""
+
+    forward: float
+    backward: float
+    recomputation: float
+    model: float
+    """TFLOP that the model needs: forward and backward."""
+    hardware: float
+    """TFLOP that the GPU computes: forward, backward and recomputation."""
+    by_part: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PlannedThroughput:
+    """How far training comes in a time."""
+
+    samples_per_step: int
+    """Samples of all GPUs in an optimizer step."""
+    tokens_per_second_per_gpu: float
+    """Image patches and language-model positions of one GPU in a second."""
+    tokens_per_second: float
+    """Image patches and language-model positions of all GPUs in a second."""
+    language_positions_per_second_per_gpu: float
+    samples_per_day: float
+    model_tflops_per_gpu: float
+    """TFLOP/s that the model needs, for each GPU."""
+    hardware_tflops_per_gpu: float
+    """TFLOP/s that each GPU computes, recomputation included."""
+    steps: int
+    """Optimizer steps of the phase."""
+    days: float
+    """Duration of the phase, days."""
+    epochs: float
+    """Passes over the training split in the phase."""
 
 
 @dataclass
 class ResourcePlan:
-    """One phase on a number of GPUs."""
+    """What one phase needs on a number of GPUs."""
 
     config: str
+    """Name of the configuration."""
     phase: int
     stage: str | None
-    """The sub-step of the phase."""
+    """Sub-step of the phase; None is the joint phase."""
     gpus: int
     zero_stage: int
-    parameters: dict[str, int]
+    parameters: ParameterCounts
     gpu_memory_gb: dict[str, float]
-    """By kind; `total` is their sum, `allocated` that without context and waste (what torch reports as its peak)."""
+    """Memory of a GPU by kind, GB. `allocated` is the sum of all that torch allocates, as its peak
+    reports it; `total` adds the CUDA context and the allocator's waste."""
     activations_gb: dict[str, float]
-    """By part, at the moment when most are alive."""
+    """Activations by part at the moment when most are alive, GB."""
     loading_peak_gb: float
+    """Peak memory of a GPU while the language model is loaded, GB."""
     capacity_gb: float
+    """Memory that a GPU has, GB."""
     fits: bool
     host_memory_gb: float
-    """Of each node."""
+    """Main memory that each node needs, GB."""
     checkpoint_gb: float
-    """Of one checkpoint, the files of all ranks together."""
+    """Size of one checkpoint, the files of all ranks together, GB."""
     checkpoint_disk_gb: float
-    """Of as many as there are at once."""
-    flops_per_step: dict[str, Any]
-    """TFLOP of one GPU in an optimizer step."""
-    time: dict[str, float]
-    speed: dict[str, float]
-    hardware: dict[str, float]
+    """Disk space of all checkpoints that exist at the same time, GB."""
+    flops_per_step: PlannedFlops
+    time: StepTime
+    speed: PlannedThroughput
+    hardware: HardwareRates
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the plan as plain values."""
         return asdict(self)
 
 
 class ResourcePlanner:
-    """Plans of one configuration; what does not depend on the number of GPUs is computed once."""
+    """Plans one configuration; what does not depend on the number of GPUs is computed once."""
 
     def __init__(
         self,
@@ -93,40 +136,40 @@ class ResourcePlanner:
         workspace_meter: KernelWorkspaceMeter | None = None,
         stage: Stage | None = None,
     ) -> None:
-        """Build the skeleton and rehearse a micro-batch.
+        """Build the model on the meta device and dry-run a micro-batch.
 
         Args:
-            config: what is planned.
-            phase: 1 to 3.
-            ds_configs: folder of the phases' DeepSpeed JSON, or one of them.
+            config: the configuration to plan.
+            phase: number of the phase, 1 to 3.
+            ds_configs: folder of the phases' DeepSpeed JSON, or one such file.
             hardware: rates for the estimate of time.
-            areas: measures what kernels allocate for themselves, on the device that is planned for.
+            workspace_meter: measures what kernels allocate for themselves on the device that is
+                planned for.
             stage: a sub-step of the phase.
 
         Raises:
-            UserError: a model whose geometry is not known, no DeepSpeed JSON, or no such phase in the configuration.
+            UserError: a model whose geometry is not known, no DeepSpeed JSON, or no such phase in
+                the configuration.
         """
-        self.config, self.hardware, self.workspace_meter = (
-            config,
-            hardware or HardwareRates(),
-            workspace_meter,
-        )
-        self.ds_configs, self.phase = ds_configs, PHASES[phase] if stage is None else STAGES[stage]
+        self.config = config
+        self.hardware = hardware or HardwareRates()
+        self.workspace_meter = workspace_meter
+        self.ds_configs = ds_configs
+        self.phase = PHASES[phase] if stage is None else STAGES[stage]
         assert self.phase.number == phase, f"{stage} is no step of phase {phase}"
         self.settings = self.phase.get_settings(config)
-        ds_config = (
-            ds_configs if ds_configs.suffix == ".json" else ds_configs / f"phase{phase}.json"
-        )
+        ds_config = ds_configs
+        if ds_configs.suffix != ".json":
+            ds_config = ds_configs / f"phase{phase}.json"
         self.ds_settings = read_ds_config(ds_config, self.settings, config.train.gradient_clipping)
-        text = pretrained.read_model_config(config.text.model)
-        language = (
-            pretrained.read_model_config(config.generator.model)
-            if "generator" in self.phase.parts
-            else None
-        )
-        model = build_meta_model(config, self.phase.parts, text.hidden_size, language)
-        # Before freezing, as in training: a part that does not learn belongs to the checkpoint too.
-        self.saved_entries = _count_entries(model, run_checkpoint.checkpoint_tensor_names(model))
+
+        text_width = pretrained.read_model_config(config.text.model).hidden_size
+        language_config = None
+        if "generator" in self.phase.parts:
+            language_config = pretrained.read_model_config(config.generator.model)
+        model = build_meta_model(config, self.phase.parts, text_width, language_config)
+        # Before freezing, as in training: a part that does not learn is in the checkpoint too.
+        self.saved_entries = _count_entries(model, model.checkpoint_tensor_names())
         self.model = apply_phase_settings(model, config, self.phase)
         self.dry_run: DryRunResult = dry_run_micro_batch(
             config, self.phase, self.model, self.settings.micro_batch, workspace_meter
@@ -135,127 +178,129 @@ class ResourcePlanner:
     def make_plan(
         self, gpus: int, capacity_gb: float, samples: int = CT_RATE_SCANS
     ) -> ResourcePlan:
-        """The plan for a number of GPUs with so much memory each, and so many samples in an epoch."""
-        held = compute_static_memory(
+        """Plan for a number of GPUs with so much memory each, and so many samples an epoch."""
+        static_memory = compute_static_memory(
             self.model, self.config, self.ds_settings, gpus, has_ema=self.settings.ema_decay > 0
         )
-        memory = self._sum_gpu_memory(held)
-        counts = count_parameters(self.model)
+        gpu_memory_gb = self._sum_gpu_memory(static_memory)
+        parameters = count_parameters(self.model)
         flops = self._sum_flops()
-        time = self._estimate_time(held, gpus)
-        steps = self.phase.get_settings(
-            with_step_count(self.config, self.phase, samples, gpus)
-        ).steps
-        on_disk = self._count_checkpoint_bytes(counts["trainable"]) / GB
-        loading = (held.loading_peak_bytes + CUDA_CONTEXT_BYTES) / GB
-        peak = max(memory["total"], loading)
+        time = self._estimate_time(static_memory, gpus)
+        checkpoint_gb = self._count_checkpoint_bytes(parameters.trainable) / GB
+        loading_peak_gb = (static_memory.loading_peak_bytes + CUDA_CONTEXT_BYTES) / GB
         return ResourcePlan(
             config=self.config.name,
             phase=self.phase.number,
             stage=self.phase.stage,
             gpus=gpus,
             zero_stage=self.ds_settings["zero_optimization"]["stage"],
-            parameters=counts,
-            gpu_memory_gb=memory,
-            activations_gb={
-                kind: size / GB
-                for kind, size in self.dry_run.peak_bytes_by_kind.items()
-                if size and kind != WORKSPACE_KIND
-            },
-            loading_peak_gb=loading,
+            parameters=parameters,
+            gpu_memory_gb=gpu_memory_gb,
+            activations_gb=self._list_activations(),
+            loading_peak_gb=loading_peak_gb,
             capacity_gb=capacity_gb,
-            fits=peak <= capacity_gb,
+            fits=max(gpu_memory_gb["total"], loading_peak_gb) <= capacity_gb,
             host_memory_gb=self._estimate_host_bytes(gpus) / GB,
-            checkpoint_gb=on_disk,
-            checkpoint_disk_gb=self._count_kept_checkpoints() * on_disk,
+            checkpoint_gb=checkpoint_gb,
+            checkpoint_disk_gb=self._count_kept_checkpoints() * checkpoint_gb,
             flops_per_step=flops,
-            time=asdict(time),
-            speed=self._compute_throughput(time, flops, gpus, samples, steps),
-            hardware=asdict(self.hardware),
+            time=time,
+            speed=self._compute_throughput(time, flops, gpus, samples),
+            hardware=self.hardware,
         )
+
+    def _list_activations(self) -> dict[str, float]:
+        activations_gb: dict[str, float] = {}
+        for kind, size_bytes in self.dry_run.peak_bytes_by_kind.items():
+            if size_bytes and kind != WORKSPACE_KIND:
+                activations_gb[kind] = size_bytes / GB
+        return activations_gb
 
     def _sum_gpu_memory(self, static_memory: StaticMemory) -> dict[str, float]:
-        peak = dict(self.dry_run.peak_bytes_by_kind)
-        inputs, logits = peak.pop("inputs", 0), peak.pop("logits", 0)
-        measured = peak.pop(WORKSPACE_KIND, 0)
-        workspace = DEFAULT_WORKSPACE_BYTES if self.workspace_meter is None else measured
-        kinds: dict[str, float] = dict(static_memory.bytes_by_kind)
-        kinds |= {
-            "activations": sum(peak.values()),
-            "logits": logits,
-            "inputs": inputs,
-            "workspace": workspace,
-        }
+        """Add up the memory of a GPU by kind, GB."""
+        activations = dict(self.dry_run.peak_bytes_by_kind)
+        inputs = activations.pop("inputs", 0)
+        logits = activations.pop("logits", 0)
+        workspace: float = activations.pop(WORKSPACE_KIND, 0)
+        if self.workspace_meter is None:
+            workspace = DEFAULT_WORKSPACE_BYTES
+        bytes_by_kind: dict[str, float] = dict(static_memory.bytes_by_kind)
+        bytes_by_kind["activations"] = sum(activations.values())
+        bytes_by_kind["logits"] = logits
+        bytes_by_kind["inputs"] = inputs
+        bytes_by_kind["workspace"] = workspace
         # Activations are gone when the optimizer steps; the larger of the two counts.
-        kinds["optimizer_step"] = max(
-            0, static_memory.optimizer_step_bytes - self.dry_run.peak_bytes
-        )
-        allocated = sum(kinds.values())
-        kinds["context"] = CUDA_CONTEXT_BYTES
-        kinds["waste"] = ALLOCATOR_WASTE_SHARE * (
+        optimizer_excess = static_memory.optimizer_step_bytes - self.dry_run.peak_bytes
+        bytes_by_kind["optimizer_step"] = max(0, optimizer_excess)
+        allocated = sum(bytes_by_kind.values())
+
+        bytes_by_kind["context"] = CUDA_CONTEXT_BYTES
+        bytes_by_kind["waste"] = ALLOCATOR_WASTE_SHARE * (
             self.dry_run.peak_bytes + static_memory.bytes_by_kind["gather_buffers"]
         )
-        found = {kind: size / GB for kind, size in kinds.items()}
-        return found | {"allocated": allocated / GB, "total": sum(found.values())}
+        memory_gb = {kind: size / GB for kind, size in bytes_by_kind.items()}
+        return memory_gb | {"allocated": allocated / GB, "total": sum(memory_gb.values())}
 
     def _estimate_host_bytes(self, gpus: int) -> float:
-        """Loader workers' batches, the processes, the parts as they are built (fp32), a checkpoint being gathered."""
+        """Estimate a node's main memory.
+
+        It holds the batches of the loader's workers, the processes, the parts as they are built in
+        fp32, and a checkpoint that is being gathered.
+        """
         ranks = min(gpus, self.hardware.gpus_per_node)
-        batch = self.settings.micro_batch * math.prod(self.config.data.grid) * VOXEL_BYTES
-        loader = (self.config.data.workers * BATCHES_PER_WORKER + 1) * batch
-        return (
-            ranks * (loader + PROCESS_BYTES + FP32_BYTES * self.saved_entries)
-            + BF16_BYTES * self.saved_entries
-        )
+        batch_bytes = self.settings.micro_batch * math.prod(self.config.data.grid) * VOXEL_BYTES
+        loader_bytes = (self.config.data.workers * BATCHES_PER_WORKER + 1) * batch_bytes
+        rank_bytes = loader_bytes + PROCESS_BYTES + FP32_BYTES * self.saved_entries
+        return ranks * rank_bytes + BF16_BYTES * self.saved_entries
 
     def _count_checkpoint_bytes(self, trainable: int) -> int:
-        """All weights in bf16, and of what trains fp32 weights, two moments and the moving average where there is one.
+        """Count the bytes of a checkpoint.
 
-        Names, layouts and configuration are left out: tens of KB.
+        It holds all weights in bf16, and of each trainable one the fp32 weight, two moments and the
+        moving average where there is one. Names, layouts and configuration are left out: tens of
+        KB.
         """
-        return (
-            BF16_BYTES * self.saved_entries
-            + (3 + (self.settings.ema_decay > 0)) * FP32_BYTES * trainable
-        )
+        states = 3 + (self.settings.ema_decay > 0)
+        return BF16_BYTES * self.saved_entries + states * FP32_BYTES * trainable
 
     def _count_kept_checkpoints(self) -> int:
-        """How many there are at once: the next one is whole before an older one goes, and validation keeps the best."""
+        """Count the checkpoints that exist at the same time.
+
+        The next one is complete before an older one goes, and validation keeps the best.
+        """
         return self.config.train.keep_checkpoints + 1 + (self.settings.validation.every > 0)
 
-    def _sum_flops(self) -> dict[str, Any]:
-        stages: dict[str, float] = defaultdict(float)
-        parts: dict[str, float] = defaultdict(float)
-        for (part, stage), work in self.dry_run.costs.items():
-            done = sum(work.flops) * self.settings.accumulation / 1e12
-            stages[stage] += done
-            parts[part] += done
-        model = stages["forward"] + stages["backward"]
-        return {
-            "forward": stages["forward"],
-            "backward": stages["backward"],
-            "recomputation": stages["recomputation"],
-            "model": model,
-            "hardware": model + stages["recomputation"],
-            "by_part": {part: done for part, done in parts.items() if done > 0},
-        }
+    def _sum_flops(self) -> PlannedFlops:
+        tflop_by_pass: dict[str, float] = defaultdict(float)
+        tflop_by_part: dict[str, float] = defaultdict(float)
+        for (part, step_pass), costs in self.dry_run.costs.items():
+            tflop = sum(costs.flops) * self.settings.accumulation / 1e12
+            tflop_by_pass[step_pass] += tflop
+            tflop_by_part[part] += tflop
+        model_tflop = tflop_by_pass["forward"] + tflop_by_pass["backward"]
+        return PlannedFlops(
+            forward=tflop_by_pass["forward"],
+            backward=tflop_by_pass["backward"],
+            recomputation=tflop_by_pass["recomputation"],
+            model=model_tflop,
+            hardware=model_tflop + tflop_by_pass["recomputation"],
+            by_part={part: tflop for part, tflop in tflop_by_part.items() if tflop > 0},
+        )
 
     def _estimate_time(self, static_memory: StaticMemory, gpus: int) -> StepTime:
-        found = list_stored_parameters(self.model, self.config)
-        stage = self.ds_settings["zero_optimization"]["stage"]
-        holders = [
-            name
-            for name, m in self.model.named_modules()
-            if next(m.parameters(recurse=False), None) is not None
-        ]
+        zero_stage = self.ds_settings["zero_optimization"]["stage"]
+        bucket_bytes = max(1, static_memory.bytes_by_kind["reduce_buckets"])
+        module_passes = 0
+        if zero_stage == 3:
+            for name, module in self.model.named_modules():
+                if next(module.parameters(recurse=False), None) is not None:
+                    module_passes += count_passes(name, self.config)
+        parameters = list_stored_parameters(self.model, self.config)
         calls = EngineCalls(
-            zero_stage=stage,
-            reductions=math.ceil(
-                static_memory.reduced_bytes / max(1, static_memory.bytes_by_kind["reduce_buckets"])
-            ),
-            module_passes=sum(count_passes(name, self.config) for name in holders)
-            if stage == 3
-            else 0,
-            trained_tensors=sum(1 for w in found if w.is_trainable),
+            zero_stage=zero_stage,
+            reductions=math.ceil(static_memory.reduced_bytes / bucket_bytes),
+            module_passes=module_passes,
+            trained_tensors=sum(parameter.is_trainable for parameter in parameters),
         )
         return estimate_step_time(
             self.dry_run.costs,
@@ -267,114 +312,28 @@ class ResourcePlanner:
         )
 
     def _compute_throughput(
-        self, time: StepTime, flops: dict[str, Any], gpus: int, samples: int, steps: int
-    ) -> dict[str, float]:
+        self, time: StepTime, flops: PlannedFlops, gpus: int, samples: int
+    ) -> PlannedThroughput:
+        counted_config = with_step_count(self.config, self.phase, samples, gpus)
+        steps = self.phase.get_settings(counted_config).steps
         batch = self.settings.micro_batch * self.settings.accumulation * gpus
-        tokens = self.dry_run.positions * self.settings.accumulation / time.total
-        return {
-            "samples_per_step": batch,
-            "tokens_per_second_per_gpu": tokens,
-            "tokens_per_second": tokens * gpus,
-            "language_positions_per_second_per_gpu": tokens
-            * (1 - self.dry_run.patches / self.dry_run.positions),
-            "samples_per_day": batch * 86_400 / time.total,
-            "model_tflops_per_gpu": flops["model"] / time.total,
-            "hardware_tflops_per_gpu": flops["hardware"] / time.total,
-            "steps": steps,
-            "days": steps * time.total / 86_400,
-            "epochs": steps * batch / samples,
-        }
+        tokens_per_second = self.dry_run.positions * self.settings.accumulation / time.total
+        language_share = 1 - self.dry_run.patches / self.dry_run.positions
+        return PlannedThroughput(
+            samples_per_step=batch,
+            tokens_per_second_per_gpu=tokens_per_second,
+            tokens_per_second=tokens_per_second * gpus,
+            language_positions_per_second_per_gpu=tokens_per_second * language_share,
+            samples_per_day=batch * SECONDS_PER_DAY / time.total,
+            model_tflops_per_gpu=flops.model / time.total,
+            hardware_tflops_per_gpu=flops.hardware / time.total,
+            steps=steps,
+            days=steps * time.total / SECONDS_PER_DAY,
+            epochs=steps * batch / samples,
+        )
 
 
 def _count_entries(model: RectVLM, names: Sequence[str]) -> int:
-    """Of parameters and buffers by name."""
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return sum(own[name].numel() for name in names)
-
-
-@dataclass
-class MemorySaving:
-    """A change that saves memory."""
-
-    change: str
-    """Arguments of `rectvlm plan`, and of a launch where they are values of the configuration."""
-    saved_gb: float
-    total_gb: float
-    fits: bool
-
-
-MEMORY_SAVING_CHANGES = (
-    "generator.activation_checkpointing=true",
-    "encoder.activation_checkpointing=true",
-    "localizer.activation_checkpointing=true",
-    "generator.quantization=nf4",
-    "generator.double_quantization=true",
-    "train.phases.{phase}.micro_batch=1 train.phases.{phase}.accumulation={accumulation}",
-    "generator.max_report_tokens=512",
-    "data.grid=[{z},{y},{x}] data.spacing=[{dz},{dy},{dx}]",
-    "generator.model=google/gemma-2-27b-it",
-    "generator.model=meta-llama/Llama-3.1-8B-Instruct",
-)
-
-
-def find_memory_savings(
-    planner: ResourcePlanner,
-    gpus: int,
-    capacity_gb: float,
-    load_config: Callable[[Sequence[str]], Config],
-    gpus_per_node: int | None = None,
-) -> list[MemorySaving]:
-    """Changes that save memory, the gentlest first, each planned anew.
-
-    Args:
-        planner: of the plan that does not fit.
-        gpus: of that plan.
-        capacity_gb: of a GPU.
-        load: gives the configuration with overrides on top.
-        nodes_of: GPUs of a node, where more of them come in nodes.
-    """
-    before = planner.make_plan(gpus, capacity_gb).gpu_memory_gb["total"]
-    found = []
-    (z, y, x), (dz, dy, dx) = planner.config.data.grid, planner.config.data.spacing
-    samples = planner.settings.micro_batch * planner.settings.accumulation
-    values = {
-        "z": z,
-        "y": y // 2,
-        "x": x // 2,
-        "dz": dz,
-        "dy": 2 * dy,
-        "dx": 2 * dx,
-        "accumulation": samples,
-    }
-    for template in MEMORY_SAVING_CHANGES:
-        change = template.format(phase=planner.phase.key, **values)
-        try:
-            config = load_config(change.split())
-            if config == planner.config or (
-                "generator" in change and planner.model.generator is None
-            ):
-                continue
-            row = planner.phase
-            other = ResourcePlanner(
-                config,
-                row.number,
-                planner.ds_configs,
-                planner.hardware,
-                planner.workspace_meter,
-                row.stage,
-            )
-        except UserError:  # the change does not go with the rest of this configuration
-            continue
-        plan = other.make_plan(gpus, capacity_gb)
-        total = plan.gpu_memory_gb["total"]
-        if before - total > 0.01:
-            found.append(MemorySaving(change, before - total, total, plan.fits))
-    for more in (2 * gpus, 4 * gpus, 8 * gpus):
-        plan = planner.make_plan(more, capacity_gb)
-        total = plan.gpu_memory_gb["total"]
-        if before - total > 0.01:
-            change = (
-                f"--gpus {more}" if gpus_per_node is None else f"--nodes {more // gpus_per_node}"
-            )
-            found.append(MemorySaving(change, before - total, total, plan.fits))
-    return found
+    """Count the entries of the parameters and buffers of these names."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return sum(tensors[name].numel() for name in names)

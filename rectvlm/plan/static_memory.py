@@ -1,22 +1,25 @@
-"""Bytes that do not come and go with a micro-batch: weights, gradients, optimizer state, buffers; for one GPU.
+"""Bytes on one GPU that do not change within a micro-batch: weights, gradients, optimizer state.
 
-N trainable and F frozen bf16 parameters, P packed bytes, W GPUs. ZeRO (Rajbhandari et al., 2020):
+N trainable and F frozen bf16 parameters, P bytes of 4-bit weights, W GPUs. ZeRO (Rajbhandari et
+al., 2020):
 
     stage   bf16 weights      gradients   master and Adam, fp32
     1       2 N               2 N         12 N / W
     2       2 N               2 N / W     12 N / W
     3       2 N / W           2 N / W     12 N / W
 
-Under stage 3 the frozen and the packed weights are shared out too, and parameters up to the persistence threshold stay
-whole beside their shards. Scales of packed weights are no parameters: every GPU holds them all.
+Under stage 3 the frozen and the 4-bit weights are sharded too, and parameters up to the persistence
+threshold stay complete beside their shards. Scales of 4-bit weights are no parameters: every GPU
+holds all of them.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rectvlm.config import MODEL_PARTS, Config
 from rectvlm.models import RectVLM
@@ -25,13 +28,13 @@ from rectvlm.train.dry_run.meta_ops import count_quantization_state_bytes
 from rectvlm.train.engine.ds_config import choose_persistence_threshold
 
 BF16_BYTES, FP32_BYTES = 2, 4
-DEFAULT_REDUCE_BUCKET, DEFAULT_PREFETCH_BUCKET, DEFAULT_MAX_LIVE_PARAMETERS, DEFAULT_SUB_GROUP = (
-    500_000_000,
-    50_000_000,
-    1_000_000_000,
-    1_000_000_000,
-)
-"""DeepSpeed's defaults, in entries, where the JSON is silent."""
+
+# DeepSpeed's defaults, in entries, where the JSON is silent.
+DEFAULT_REDUCE_BUCKET = 500_000_000
+DEFAULT_PREFETCH_BUCKET = 50_000_000
+DEFAULT_MAX_LIVE_PARAMETERS = 1_000_000_000
+DEFAULT_SUB_GROUP = 1_000_000_000
+DEFAULT_PERSISTENCE_THRESHOLD = 100_000
 
 
 @dataclass
@@ -40,167 +43,221 @@ class StoredParameter:
 
     name: str
     entries: int
-    """Of the stored tensor: a packed weight has fewer than the layer has weights."""
+    """Entries of the stored tensor: a 4-bit weight has fewer than the layer has weights."""
     entry_bytes: int
-    """Bytes of an entry."""
+    """Size of an entry, bytes."""
     is_trainable: bool
     is_quantized: bool
 
     def shard_bytes(self, gpus: int) -> int:
-        """Bytes of one GPU's share; the last share is padded."""
+        """Return the size of one GPU's shard; the last shard is padded."""
         return math.ceil(self.entries / gpus) * self.entry_bytes
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
+        """Size of the complete tensor, bytes."""
         return self.entries * self.entry_bytes
+
+    @property
+    def memory_kind(self) -> str:
+        """Kind of memory that the tensor counts for."""
+        if self.is_quantized:
+            return "weights_4bit"
+        return "weights_trainable" if self.is_trainable else "weights_frozen"
 
 
 def list_stored_parameters(model: RectVLM, config: Config) -> list[StoredParameter]:
-    """Every parameter, as phase `model` stores it."""
-    packed = {id(layer.weight) for layer in find_quantized_layers(model, config)}
-    size = torch.empty(0, dtype=getattr(torch, config.generator.quant_storage)).element_size()
-    found = []
-    for name, p in model.named_parameters():
-        if id(p) in packed:
-            found.append(
-                StoredParameter(name, math.ceil(math.ceil(p.numel() / 2) / size), size, False, True)
-            )
+    """List every parameter of a meta model as it will be stored."""
+    quantized_ids = {id(layer.weight) for layer in find_quantized_layers(model, config)}
+    storage_dtype = getattr(torch, config.generator.quant_storage)
+    storage_bytes = torch.empty(0, dtype=storage_dtype).element_size()
+    stored: list[StoredParameter] = []
+    for name, parameter in model.named_parameters():
+        weights = parameter.numel()
+        if id(parameter) in quantized_ids:
+            entries = math.ceil(math.ceil(weights / 2) / storage_bytes)
+            stored.append(StoredParameter(name, entries, storage_bytes, False, True))
         else:
-            found.append(StoredParameter(name, p.numel(), BF16_BYTES, p.requires_grad, False))
-    return found
+            is_trainable = parameter.requires_grad
+            stored.append(StoredParameter(name, weights, BF16_BYTES, is_trainable, False))
+    return stored
 
 
-def count_parameters(model: RectVLM) -> dict[str, int]:
-    """Numbers of parameters by part, as a layer uses them, not as they are packed."""
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters, as a layer uses them and not as 4-bit weights are packed."""
 
-    def count(module: nn.Module | None, trainable: bool) -> int:
-        return (
-            sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
-            if module
-            else 0
-        )
+    encoder: int
+    classifier_trainable: int
+    localizer: int
+    generator_trainable: int
+    language_model_frozen: int
+    trainable: int
+    """Number of all trainable parameters."""
+    total: int
+    """Number of all parameters, frozen ones included."""
 
+
+def count_parameters(model: RectVLM) -> ParameterCounts:
+    """Count the parameters of a model by part."""
     parts = {part: getattr(model, part, None) for part in MODEL_PARTS}
-    return {
-        "encoder": count(parts["encoder"], False),
-        "classifier_trainable": count(parts["classifier"], True),
-        "localizer": count(parts["localizer"], False),
-        "generator_trainable": count(parts["generator"], True),
-        "language_model_frozen": count(parts["generator"], False) - count(parts["generator"], True),
-        "trainable": count(model, True),
-        "total": count(model, False),
-    }
+    generator_trainable = _count_entries(parts["generator"], trainable_only=True)
+    return ParameterCounts(
+        encoder=_count_entries(parts["encoder"]),
+        classifier_trainable=_count_entries(parts["classifier"], trainable_only=True),
+        localizer=_count_entries(parts["localizer"]),
+        generator_trainable=generator_trainable,
+        language_model_frozen=_count_entries(parts["generator"]) - generator_trainable,
+        trainable=_count_entries(model, trainable_only=True),
+        total=_count_entries(model),
+    )
+
+
+def _count_entries(module: nn.Module | None, trainable_only: bool = False) -> int:
+    entries = 0
+    for parameter in () if module is None else module.parameters():
+        if parameter.requires_grad or not trainable_only:
+            entries += parameter.numel()
+    return entries
 
 
 @dataclass
 class StaticMemory:
-    """Bytes on each GPU, by kind."""
+    """Bytes on each GPU and bytes that GPUs exchange, apart from activations."""
 
     bytes_by_kind: dict[str, int]
-    """All through a step."""
+    """Bytes held throughout a step, by kind."""
     optimizer_step_bytes: int
-    """More, while the optimizer steps."""
+    """Additional bytes while the optimizer steps."""
     loading_peak_bytes: int
-    """Peak while the language model is loaded; nothing else is on the GPU then but what `held` says of weights."""
+    """Peak bytes while the language model is loaded, when the GPU holds its weights alone."""
     gathered_bytes: int
-    """Bytes that all gathers of a micro-batch bring together (0 where nothing is shared out)."""
+    """Bytes that all gathers of a micro-batch collect; 0 where nothing is sharded."""
     gather_calls: int
-    """Calls that bring them: parameters arrive one call a module, and most modules have one that is shared out."""
+    """Number of those gathers: one a module that is passed, and most modules have one sharded
+    parameter."""
     reduced_bytes: int
-    """Bytes of gradients that go out, each time that they do."""
+    """Bytes of gradients in each reduction of all of them."""
 
 
 def compute_static_memory(
-    model: RectVLM, config: Config, settings: dict[str, Any], gpus: int, has_ema: bool = False
+    model: RectVLM, config: Config, ds_settings: dict[str, Any], gpus: int, has_ema: bool = False
 ) -> StaticMemory:
-    """What each GPU holds.
+    """Compute what each GPU holds apart from activations.
 
     Args:
-        model: from `rehearsal.build`.
-        config: of the model.
-        settings: DeepSpeed JSON of the phase, filled in.
-        gpus: that share the states.
-        averaged: whether a moving average of the weights is kept, 4 bytes a weight more in the optimizer.
+        model: a model from `build_phase_meta_model`.
+        config: the configuration that the model was built from.
+        ds_settings: the phase's DeepSpeed JSON, filled in.
+        gpus: number of GPUs that share the states.
+        has_ema: whether a moving average of the weights is kept: 4 bytes a weight more in the
+            optimizer.
     """
-    zero = settings["zero_optimization"]
-    stage = zero["stage"]
-    weights = list_stored_parameters(model, config)
-    shared = gpus if stage == 3 else 1
-    threshold = zero.get("stage3_param_persistence_threshold", 100_000)
-    if threshold == "auto":
-        threshold = choose_persistence_threshold(w.entries for w in weights if w.is_quantized)
-    kinds = ("weights_4bit", "weights_frozen", "weights_trainable", "weights_resident")
-    held: dict[str, int] = dict.fromkeys(kinds, 0)
-    for w in weights:
-        kind = (
-            "weights_4bit"
-            if w.is_quantized
-            else "weights_trainable"
-            if w.is_trainable
-            else "weights_frozen"
-        )
-        held[kind] += w.shard_bytes(shared)
-        if stage == 3 and w.entries <= threshold:
-            held["weights_resident"] += w.total_bytes
-    held["quantization_state"] = sum(
-        count_quantization_state_bytes(layer.weight.numel(), config.generator.double_quantization)
-        for layer in find_quantized_layers(model, config)
-    )
-    held["buffers"] = sum(buffer.numel() * buffer.element_size() for buffer in _list_buffers(model))
-    trained = [w for w in weights if w.is_trainable]
-    entries = sum(w.entries for w in trained)
-    part = sum(math.ceil(w.entries / gpus) for w in trained)
-    held["gradients"] = BF16_BYTES * (entries if stage < 2 else part)
-    held["optimizer"] = (3 + has_ema) * FP32_BYTES * part
-    bucket = zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET) * BF16_BYTES
-    held["reduce_buckets"] = bucket * (
-        2 if zero.get("overlap_comm", stage == 3) and stage < 3 else 1
-    )
-    sharded = [w for w in weights if w.entries > threshold] if stage == 3 and gpus > 1 else []
-    held["gather_buffers"] = _count_gather_buffer_bytes(sharded, zero)
-    largest = max((w.total_bytes for w in weights if not w.is_trainable), default=0)
+    zero = ds_settings["zero_optimization"]
+    zero_stage = zero["stage"]
+    parameters = list_stored_parameters(model, config)
+    trainable = [parameter for parameter in parameters if parameter.is_trainable]
+    threshold = _read_persistence_threshold(zero, parameters)
+    sharded: list[StoredParameter] = []
+    if zero_stage == 3 and gpus > 1:
+        sharded = [parameter for parameter in parameters if parameter.entries > threshold]
+
+    bytes_by_kind = _count_weight_bytes(parameters, zero_stage, gpus, threshold)
+    bytes_by_kind["quantization_state"] = _count_all_quantization_state_bytes(model, config)
+    bytes_by_kind["buffers"] = sum(b.numel() * b.element_size() for b in model.buffers())
+
+    entries = sum(parameter.entries for parameter in trainable)
+    sharded_entries = sum(math.ceil(parameter.entries / gpus) for parameter in trainable)
+    gradient_entries = entries if zero_stage < 2 else sharded_entries
+    bytes_by_kind["gradients"] = BF16_BYTES * gradient_entries
+    bytes_by_kind["optimizer"] = (3 + has_ema) * FP32_BYTES * sharded_entries
+    bytes_by_kind["reduce_buckets"] = _count_reduce_bucket_bytes(zero)
+    bytes_by_kind["gather_buffers"] = _count_gather_buffer_bytes(sharded, zero)
+
+    frozen_sizes = [parameter.total_bytes for parameter in parameters if not parameter.is_trainable]
+    loaded_kinds = ("weights_4bit", "weights_frozen", "quantization_state")
+    loaded_bytes = sum(bytes_by_kind[kind] for kind in loaded_kinds)
+    sub_group_entries = min(sharded_entries, zero.get("sub_group_size", DEFAULT_SUB_GROUP))
+    gathered_bytes = gather_calls = 0
+    for parameter in sharded:
+        passes = count_passes(parameter.name, config)
+        gathered_bytes += passes * parameter.total_bytes
+        gather_calls += passes
     return StaticMemory(
-        bytes_by_kind=held,
-        # The gradients in fp32, and the denominator that Adam builds for all tensors of a group at once.
-        optimizer_step_bytes=2
-        * FP32_BYTES
-        * min(part, zero.get("sub_group_size", DEFAULT_SUB_GROUP)),
-        loading_peak_bytes=held["weights_4bit"]
-        + held["weights_frozen"]
-        + held["quantization_state"]
-        + 2 * largest,
-        gathered_bytes=sum(count_passes(w.name, config) * w.total_bytes for w in sharded),
-        gather_calls=sum(count_passes(w.name, config) for w in sharded),
+        bytes_by_kind=bytes_by_kind,
+        # Gradients in fp32, and the denominator that Adam builds for all tensors of a group.
+        optimizer_step_bytes=2 * FP32_BYTES * sub_group_entries,
+        loading_peak_bytes=loaded_bytes + 2 * max(frozen_sizes, default=0),
+        gathered_bytes=gathered_bytes,
+        gather_calls=gather_calls,
         reduced_bytes=BF16_BYTES * entries if gpus > 1 else 0,
     )
 
 
+def _read_persistence_threshold(
+    zero: dict[str, Any], parameters: Sequence[StoredParameter]
+) -> float:
+    """Return the entries up to which a parameter stays complete on every GPU under ZeRO-3."""
+    threshold = zero.get("stage3_param_persistence_threshold", DEFAULT_PERSISTENCE_THRESHOLD)
+    if threshold == "auto":
+        quantized_entries = [p.entries for p in parameters if p.is_quantized]
+        return choose_persistence_threshold(quantized_entries)
+    return float(threshold)
+
+
+def _count_weight_bytes(
+    parameters: Sequence[StoredParameter], zero_stage: int, gpus: int, threshold: float
+) -> dict[str, int]:
+    kinds = ("weights_4bit", "weights_frozen", "weights_trainable", "weights_resident")
+    bytes_by_kind = dict.fromkeys(kinds, 0)
+    shards = gpus if zero_stage == 3 else 1
+    for parameter in parameters:
+        bytes_by_kind[parameter.memory_kind] += parameter.shard_bytes(shards)
+        if zero_stage == 3 and parameter.entries <= threshold:
+            bytes_by_kind["weights_resident"] += parameter.total_bytes
+    return bytes_by_kind
+
+
+def _count_all_quantization_state_bytes(model: RectVLM, config: Config) -> int:
+    double_quantization = config.generator.double_quantization
+    state_bytes = 0
+    for layer in find_quantized_layers(model, config):
+        weights = layer.weight.numel()
+        state_bytes += count_quantization_state_bytes(weights, double_quantization)
+    return state_bytes
+
+
 def count_passes(name: str, config: Config) -> int:
-    """How often a micro-batch passes a parameter or module of this name: forward, backward, and forward again where
-    activations are recomputed. ZeRO-3 gathers each time: it lets go of a layer between its recomputation and its
-    backward."""
+    """Count how often a micro-batch passes a parameter or module of this name.
+
+    It does so forward, backward, and forward again where activations are recomputed. ZeRO-3
+    gathers each time: it frees a layer between its recomputation and its backward pass.
+    """
     part = getattr(config, name.partition(".")[0], None)
     return 3 if getattr(part, "activation_checkpointing", False) else 2
 
 
-def _list_buffers(model: RectVLM) -> list[Tensor]:
-    return list(model.buffers())
+def _count_reduce_bucket_bytes(zero: dict[str, Any]) -> int:
+    zero_stage = zero["stage"]
+    overlaps = zero.get("overlap_comm", zero_stage == 3) and zero_stage < 3
+    bucket_bytes: int = zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET) * BF16_BYTES
+    return bucket_bytes * (2 if overlaps else 1)
 
 
-def _count_gather_buffer_bytes(sharded: list[StoredParameter], zero: dict[str, Any]) -> int:
-    """Gathered parameters at their peak.
+def _count_gather_buffer_bytes(sharded: Sequence[StoredParameter], zero: dict[str, Any]) -> int:
+    """Count the bytes of gathered parameters at their peak.
 
-    Every module that starts fetches its own parameters and up to a bucket of later ones while fewer than
-    `stage3_max_live_parameters` entries are alive. Most modules have few parameters or none, so the fetching runs ahead
-    up to that limit, and the parameter that crosses it still comes whole. What arrives is copied out of its bucket.
+    Every module that starts fetches its own parameters and up to a bucket of later ones while fewer
+    than `stage3_max_live_parameters` entries are alive. Most modules have few parameters or none,
+    so the fetching runs ahead up to that limit, and the parameter that crosses it still comes
+    complete. What arrives is copied out of its bucket.
     """
     if not sharded:
         return 0
-    live, bucket = (
-        zero.get("stage3_max_live_parameters", DEFAULT_MAX_LIVE_PARAMETERS),
-        zero.get("stage3_prefetch_bucket_size", DEFAULT_PREFETCH_BUCKET),
-    )
-    largest = max(sharded, key=lambda w: w.entries)
-    entries = min(sum(w.entries for w in sharded), live + largest.entries)
-    return entries * largest.entry_bytes + min(bucket, sum(w.entries for w in sharded)) * BF16_BYTES
+    max_live = zero.get("stage3_max_live_parameters", DEFAULT_MAX_LIVE_PARAMETERS)
+    bucket = zero.get("stage3_prefetch_bucket_size", DEFAULT_PREFETCH_BUCKET)
+    largest = max(sharded, key=lambda parameter: parameter.entries)
+    sharded_entries = sum(parameter.entries for parameter in sharded)
+    live_entries = min(sharded_entries, max_live + largest.entries)
+    buffer_bytes: int = live_entries * largest.entry_bytes
+    return buffer_bytes + min(bucket, sharded_entries) * BF16_BYTES

@@ -17,17 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
-from rectvlm.labels import LESIONS, Lesion
+from rectvlm.labels import CT_WINDOWS, LESIONS, Lesion
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.types import Affine, Int16Volume, MaskVolume
 
 DISCLAIMER = "Research use only; not a medical device."
 
-HU_WINDOWS: dict[str, tuple[int, int]] = {
-    "lung": (-600, 1500),
-    "mediastinal": (40, 400),
-    "bone": (400, 1800),
-}
-"""Centre and width, HU."""
 LONGEST_SIDE_PIXELS = 448
 """Pixels; larger slices are scaled down."""
 MAX_SLICES = 80
@@ -75,7 +70,7 @@ def render_page(case: CaseView) -> str:
     total = sum(areas.values(), start=np.zeros(len(shown), dtype=np.int64))
     first = int(total.argmax()) if total.any() else len(shown) // 2
     images = {
-        name: [_encode_jpeg(apply_window(case.ct[z], name)) for z in shown] for name in HU_WINDOWS
+        name: [_encode_jpeg(apply_window(case.ct[z], name)) for z in shown] for name in CT_WINDOWS
     }
     data = {
         "images": images,
@@ -104,7 +99,7 @@ def render_page(case: CaseView) -> str:
         scout_lines=[round(100 * (1 - (z + 0.5) / depth), 2) for z in shown],
         thinned=len(shown) < depth,
         outlines_left_out=left_out,
-        windows=HU_WINDOWS,
+        windows=CT_WINDOWS,
         disclaimer=DISCLAIMER,
     )
 
@@ -127,7 +122,7 @@ def choose_slices(lesions: MaskVolume, max_slices: int = MAX_SLICES) -> NDArray[
 
 def apply_window(hu: NDArray[Any], name: str) -> NDArray[np.uint8]:
     """Grey values of HU (Y, X) in a window: its lower edge is 0, its upper edge 255; at most 448 pixels a side."""
-    centre, width = HU_WINDOWS[name]
+    centre, width = CT_WINDOWS[name]
     picture = Image.fromarray(hu.astype(np.float32))
     scale = min(1.0, LONGEST_SIDE_PIXELS / max(picture.size))
     if scale < 1:
@@ -158,14 +153,14 @@ def _outline_lesions(
     """By lesion key: one SVG path a slice; and whether small outlines were left out."""
     result, left_out = {}, 0
     for lesion in found:
-        drawn = [outline_svg_path((lesions[z] >> lesion.bit & 1).astype(bool)) for z in shown]
+        drawn = [outline_svg_path(lesion_mask(lesions[z], lesion)) for z in shown]
         result[lesion.key] = [path for path, _ in drawn]
         left_out += sum(count for _, count in drawn)
     return result, left_out > 0
 
 
 def _areas_by_slice(lesions: MaskVolume, lesion: Lesion) -> NDArray[np.int64]:
-    return np.count_nonzero(lesions >> lesion.bit & 1, axis=(1, 2))
+    return np.count_nonzero(lesion_mask(lesions, lesion), axis=(1, 2))
 
 
 def _lesion_row(

@@ -25,21 +25,17 @@ from nibabel.orientations import (
 )
 from numpy.typing import NDArray
 
-from rectvlm.checkpoint import run_checkpoint as checkpoints
+from rectvlm.checkpoint import Checkpoint
 from rectvlm.config import Config
-from rectvlm.data.loader import collate_samples
+from rectvlm.data.canonical_grid import canonical_affine, mask_to_native, resample_to_grid
+from rectvlm.data.dataset import collate_samples
+from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.report_text import split_report_sections
-from rectvlm.data.store import atomic_file
-from rectvlm.data.volume import (
-    Volume,
-    canonical_affine,
-    mask_to_native,
-    read_volume,
-    resample_to_grid,
-    to_hu,
-)
-from rectvlm.evaluate import read_thresholds
+from rectvlm.data.volume import read_volume
+from rectvlm.evaluate.stored_thresholds import read_thresholds
+from rectvlm.files import atomic_file
 from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.lesion_places import LesionPlace, locate_lesions
 from rectvlm.models import RectVLM
 from rectvlm.predict.case_page import DISCLAIMER, CaseView, render_page
@@ -52,6 +48,7 @@ from rectvlm.types import (
     Sample,
     SampleMeta,
     UserError,
+    Volume,
 )
 
 log = logging.getLogger(__name__)
@@ -65,7 +62,7 @@ SUMMARY_FILE, PAGE_FILE, MASK_FILE, REPORT_FILE = (
     "report.txt",
 )
 """Files of a case's folder; it holds no others."""
-MASK_BITS_NOTE = "bits: " + ", ".join(f"{1 << lesion.bit} {lesion.key}" for lesion in LESIONS)
+MASK_BITS_NOTE = "bits: " + ", ".join(f"{lesion.mask_value} {lesion.key}" for lesion in LESIONS)
 
 
 @dataclass(frozen=True)
@@ -73,9 +70,7 @@ class _LoadedModel:
     """The model and what it was loaded with."""
 
     model: RectVLM
-    config: Config
-    checkpoint: Path
-    step: int
+    checkpoint: Checkpoint
     thresholds: dict[str, float] | None
     """Of the findings that were fitted; None when none were."""
 
@@ -123,11 +118,9 @@ def predict_cases(
     names = case_names(files)
     for name in names:
         _refuse_to_replace(out / name)
-    folder = checkpoints.find_checkpoint(checkpoint, "train first, or give a run's phase folder")
-    model, config = checkpoints.load_model(folder, device)
-    reader = _LoadedModel(
-        model, config, folder, checkpoints.read_training_state(folder).step, read_thresholds(folder)
-    )
+    opened = Checkpoint.open(checkpoint)
+    model = RectVLM.from_checkpoint(opened, device)
+    reader = _LoadedModel(model, opened, read_thresholds(opened.folder))
     done: list[Path] = []
     failed: list[dict[str, str]] = []
     out.mkdir(parents=True, exist_ok=True)
@@ -241,7 +234,7 @@ def _strip_nifti_suffix(file: Path) -> str:
 def _predict_case(reader: _LoadedModel, name: str, file: Path) -> _PredictedCase:
     volume = read_volume(file)
     hu, decision = to_hu(volume)
-    sample = _make_sample(name, volume, hu, decision, reader.config)
+    sample = _make_sample(name, volume, hu, decision, reader.checkpoint.config)
     device = next(reader.model.parameters()).device
     prediction = reader.model.predict_batch(collate_samples([sample]).to(device))
     prediction.require_finite([name])
@@ -357,9 +350,9 @@ def _summarize_case(
         "shape": list(case.volume.array.shape),
         "spacing_zyx_mm": [round(float(step), 4) for step in spacing],
         "hu": asdict(case.hu_decision),
-        "checkpoint": str(reader.checkpoint),
-        "config": reader.config.name,
-        "step": reader.step,
+        "checkpoint": str(reader.checkpoint.folder),
+        "config": reader.checkpoint.config.name,
+        "step": reader.checkpoint.training.step,
         "version": version("rectvlm"),
         "findings": {
             name: {
@@ -381,13 +374,13 @@ def _lesion_rows(case: _PredictedCase, places: list[LesionPlace]) -> list[dict[s
     by_key = {place.lesion: place for place in places}
     rows = []
     for lesion in LESIONS:
-        voxels = int(np.count_nonzero(case.lesion_bits >> lesion.bit & 1))
+        voxels = int(np.count_nonzero(lesion_mask(case.lesion_bits, lesion)))
         place = by_key.get(lesion.key)
         rows.append(
             {
                 "key": lesion.key,
                 "name": lesion.name,
-                "mask_value": 1 << lesion.bit,
+                "mask_value": lesion.mask_value,
                 "voxels": voxels,
                 "volume_ml": voxels * voxel_ml,
                 "place": place.wording if place else None,
@@ -401,7 +394,7 @@ def _lesion_rows(case: _PredictedCase, places: list[LesionPlace]) -> list[dict[s
 def _describe_case(
     reader: _LoadedModel, case: _PredictedCase, ct: Int16Volume, affine: Affine
 ) -> list[tuple[str, str]]:
-    data = reader.config.data
+    data = reader.checkpoint.config.data
     z, y, x = np.linalg.norm(affine[:3, :3], axis=0)
     seen = _describe_seen_slices(ct, affine, case.grid_affine, data.grid)
     grid, step = " × ".join(map(str, data.grid)), " × ".join(f"{mm:g}" for mm in data.spacing)
@@ -415,7 +408,7 @@ def _describe_case(
         ("Seen by the model", f"{seen}, on a grid of {grid} voxels of {step} mm (z, y, x)"),
         (
             "Model",
-            f"{reader.config.name}, {reader.checkpoint}, step {reader.step}, rectvlm {version('rectvlm')}",
+            f"{reader.checkpoint.config.name}, {reader.checkpoint.folder}, step {reader.checkpoint.training.step}, rectvlm {version('rectvlm')}",
         ),
     ]
 

@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-from rectvlm.config import MODEL_PARTS
-
 SIZE_REPOSITORIES: dict[str, str] = {
     name: f"rectvlm/rectvlm-{name}" for name in ("small", "medium", "large")
 }
@@ -62,20 +60,3 @@ MODEL_FILE_PATTERNS = (
     "chat_template.jinja",
 )
 """What a model of others needs to load, in its top folder: no pickle, no weights of other frameworks."""
-
-ADAPTER = "adapter"
-"""Folder of the generator's LoRA weights in an exported model, as PEFT writes it."""
-
-WEIGHTS_FILE = "model.safetensors"
-
-
-def part_of(name: str) -> str | None:
-    """The part that a tensor or a file of an exported model belongs to; None for what every part needs.
-
-    Args:
-        name: a tensor (`encoder.blocks.0.…`) or a path (`adapter/adapter_config.json`).
-    """
-    if name.startswith(f"{ADAPTER}/"):
-        return "generator"
-    head = name.split(".")[0]
-    return head if head in MODEL_PARTS else None

@@ -1,1 +1,1 @@
-"""What runs have left: listed, compared, and drawn as curves."""
+"""Training runs read from their folders: listed, compared and drawn as curves."""

@@ -3,6 +3,8 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 
@@ -15,6 +17,9 @@ from rectvlm.runs.run_tables import (
     summarize_run,
 )
 
+PIPE_WIDTH = 200
+"""Columns of a table that goes to a pipe or a file, where there is no width to keep to."""
+
 
 def run(options: argparse.Namespace) -> None:
     """Read the runs and show them.
@@ -23,29 +28,31 @@ def run(options: argparse.Namespace) -> None:
         UserError: no run in a folder, too few to compare, or nothing to draw.
     """
     runs = find_runs(options.folders)
-    {"list": _print_list, "compare": _print_comparison, "plot": _save_plot}[options.action](
-        runs, options
-    )
-    for one in runs:
-        for fault in one.faults:
-            sys.stderr.write(f"{one.name}: {fault}\n")
+    actions = {"list": _print_list, "compare": _print_comparison, "plot": _save_plot}
+    actions[options.action](runs, options)
+    for training_run in runs:
+        for fault in training_run.faults:
+            sys.stderr.write(f"{training_run.name}: {fault}\n")
 
 
 def _make_console() -> Console:
-    # In a pipe or a file there is no width to keep to.
-    return Console(soft_wrap=False, width=None if sys.stdout.isatty() else 200)
+    return Console(soft_wrap=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+
+def _write_json(tree: Any) -> None:
+    sys.stdout.write(json.dumps(tree, indent=2) + "\n")
 
 
 def _print_list(runs: list[TrainingRun], options: argparse.Namespace) -> None:
     if options.json:
-        sys.stdout.write(json.dumps([summarize_run(one) for one in runs], indent=2) + "\n")
+        _write_json([summarize_run(training_run) for training_run in runs])
     else:
         _make_console().print(make_run_table(runs))
 
 
 def _print_comparison(runs: list[TrainingRun], options: argparse.Namespace) -> None:
     if options.json:
-        sys.stdout.write(json.dumps(compare_runs(runs), indent=2) + "\n")
+        _write_json(asdict(compare_runs(runs)))
         return
     for table in make_comparison_tables(runs):
         _make_console().print(table)

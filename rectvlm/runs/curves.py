@@ -1,4 +1,4 @@
-"""Curves of runs as one picture: losses by task, learning rate, validation, throughput."""
+"""Curves of runs as one figure: losses by task, learning rate, validation, throughput, memory."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,18 +12,24 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from rectvlm.figures import hide_top_and_right_spines, new_figure
-from rectvlm.runs.read_runs import MetricsLine, TrainingRun, mean_finite
-from rectvlm.runs.run_tables import list_validation_metrics, read_validation_curve
+from rectvlm.runs.read_runs import MetricsLine, TrainingRun, read_number, task_loss
+from rectvlm.runs.run_tables import list_tasks, list_validation_metrics, read_validation_curve
 from rectvlm.types import UserError
 
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Of runs; they keep apart for colour-blind readers (Okabe and Ito, 2008). Beyond these, lines are dashed."""
+"""Colours of runs, apart for colour-blind readers too (Okabe and Ito, 2008). Runs beyond them have
+dashed lines."""
 CurveStyle = Literal["solid", "dashed", "dotted", "dashdot"]
 LINE_STYLES: tuple[CurveStyle, ...] = ("solid", "dashed", "dotted", "dashdot")
 _PANEL_COLUMNS, _PANEL_WIDTH_INCHES, _PANEL_HEIGHT_INCHES = 3, 4.6, 3.1
-"""Panels side by side; inches of each."""
+_LEGEND_HEIGHT_INCHES, _LEGEND_ROW_HEIGHT_INCHES = 0.3, 0.22
 _SMOOTHING_DIVISOR, _MAX_SMOOTHING_STEPS = 10, 200
-"""A curve is drawn as means over windows of a tenth of it, at most so many steps, and the steps faintly behind."""
+"""A smoothed curve shows means over windows of a tenth of its steps, at most 200 steps; the values
+themselves stand faintly behind."""
+_MAX_MARKERS = 40
+
+Curve = list[tuple[int, float]]
+"""Steps and values."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +37,19 @@ class CurvePanel:
     """One quantity over the steps."""
 
     title: str
-    read_curves: Callable[[TrainingRun], dict[str, list[tuple[int, float]]]]
-    """By name (empty where there is one alone): steps and values."""
+    read_curves: Callable[[TrainingRun], dict[str, Curve]]
+    """Reads the curves of a run by name; the name of a single curve is empty."""
     is_smoothed: bool = True
     has_markers: bool = False
-    """Whether each value has a dot, where there are few."""
+    """Whether each value of a short curve has a dot."""
 
 
 def plot_runs(runs: Sequence[TrainingRun], path: Path) -> None:
-    """Draw all that the runs have on record.
+    """Draw all quantities that the runs have on record.
 
     Args:
-        runs: each has a colour.
-        path: of the PNG.
+        runs: the runs, each with a colour of its own.
+        path: the PNG file to write.
 
     Raises:
         UserError: no run has a step on record.
@@ -51,99 +57,94 @@ def plot_runs(runs: Sequence[TrainingRun], path: Path) -> None:
     panels = _make_panels(runs)
     if not panels:
         names = ", ".join(run.name for run in runs)
-        raise UserError(f"There is nothing to draw: no whole line in the metrics of {names}.")
+        raise UserError(f"There is nothing to draw: no complete line in the metrics of {names}.")
     rows = math.ceil(len(panels) / _PANEL_COLUMNS)
     columns = min(_PANEL_COLUMNS, len(panels))
-    # Below: a line for each run's name.
+    legend_rows = math.ceil(len(runs) / columns)
+    panels_height = rows * _PANEL_HEIGHT_INCHES
     figure = new_figure(
         columns * _PANEL_WIDTH_INCHES,
-        rows * _PANEL_HEIGHT_INCHES + 0.3 + 0.22 * math.ceil(len(runs) / columns),
+        panels_height + _LEGEND_HEIGHT_INCHES + _LEGEND_ROW_HEIGHT_INCHES * legend_rows,
     )
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, panel in zip(grid, panels, strict=False):
+    axes_grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, panel in zip(axes_grid, panels, strict=False):
         _draw_panel(axes, panel, runs)
-    for axes in grid[len(panels) :]:
+    for axes in axes_grid[len(panels) :]:
         axes.set_visible(False)
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=_run_colour(index),
-            linestyle=_run_line_style(index),
-            label=f"{run.name} ({run.state})",
-        )
-        for index, run in enumerate(runs)
-    ]
+
+    handles: list[Line2D] = []
+    for index, run in enumerate(runs):
+        label, colour = f"{run.name} ({run.state})", _run_colour(index)
+        handles.append(Line2D([], [], color=colour, linestyle=_run_line_style(index), label=label))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=110)
 
 
 def _make_panels(runs: Sequence[TrainingRun]) -> list[CurvePanel]:
-    tasks = dict.fromkeys(task for run in runs for task in run.tasks)
-    validations = dict.fromkeys(name for run in runs for name in list_validation_metrics(run))
-    panels = [
-        CurvePanel("loss", lambda run: {"": _extract_points(run, lambda line: line.get("loss"))})
-    ]
+    """Make the panels that have a point in any run."""
+    panels = [CurvePanel("loss", _line_reader(lambda line: line.get("loss")))]
+    tasks = list_tasks(runs)
     if len(tasks) > 1:
-        panels += [CurvePanel(f"loss: {task}", _task_loss_reader(task)) for task in tasks]
-    panels += [
-        CurvePanel(
-            f"validation: {name}", _validation_reader(name), is_smoothed=False, has_markers=True
+        for task in tasks:
+            panels.append(CurvePanel(f"loss: {task}", _task_loss_reader(task)))
+    for metric in list_validation_metrics(runs):
+        reader = _validation_reader(metric)
+        panels.append(
+            CurvePanel(f"validation: {metric}", reader, is_smoothed=False, has_markers=True)
         )
-        for name in validations
-    ]
     panels += [
-        CurvePanel("learning rate", _extract_learning_rates, is_smoothed=False),
-        CurvePanel(
-            "gradient norm",
-            lambda run: {"": _extract_points(run, lambda line: line.get("grad_norm"))},
-        ),
-        CurvePanel("samples/s, all ranks", lambda run: {"": _extract_throughput(run)}),
-        CurvePanel(
-            "data wait, % of the step", lambda run: {"": _extract_points(run, _data_wait_percent)}
-        ),
-        CurvePanel(
-            "peak memory, GB", lambda run: {"": _extract_points(run, _memory_gb)}, is_smoothed=False
-        ),
+        CurvePanel("learning rate", _read_learning_rates, is_smoothed=False),
+        CurvePanel("gradient norm", _line_reader(lambda line: line.get("grad_norm"))),
+        CurvePanel("samples/s, all ranks", lambda run: {"": _read_throughput(run)}),
+        CurvePanel("data wait, % of the step", _line_reader(_data_wait_percent)),
+        CurvePanel("peak memory, GB", _line_reader(_memory_gb), is_smoothed=False),
     ]
-    return [
-        panel
-        for panel in panels
-        if any(points for run in runs for points in panel.read_curves(run).values())
-    ]
+    return [panel for panel in panels if _has_points(panel, runs)]
 
 
-def _task_loss_reader(task: str) -> Callable[[TrainingRun], dict[str, list[tuple[int, float]]]]:
-    return lambda run: {"": _extract_points(run, lambda line: (line.get("losses") or {}).get(task))}
+def _has_points(panel: CurvePanel, runs: Sequence[TrainingRun]) -> bool:
+    return any(any(panel.read_curves(run).values()) for run in runs)
 
 
-def _validation_reader(name: str) -> Callable[[TrainingRun], dict[str, list[tuple[int, float]]]]:
-    return lambda run: {"": read_validation_curve(run, name)}
+def _line_reader(
+    read_value: Callable[[MetricsLine], Any],
+) -> Callable[[TrainingRun], dict[str, Curve]]:
+    """Make a reader of one curve, whose values are read from the lines of a run."""
+    return lambda run: {"": _read_curve(run, read_value)}
 
 
-def _extract_points(
-    run: TrainingRun, read_value: Callable[[MetricsLine], Any]
-) -> list[tuple[int, float]]:
-    pairs = [(line["step"], mean_finite([read_value(line)])) for line in run.metrics_lines]
-    return [(step, found) for step, found in pairs if found is not None]
+def _task_loss_reader(task: str) -> Callable[[TrainingRun], dict[str, Curve]]:
+    return _line_reader(lambda line: task_loss(line, task))
 
 
-def _extract_learning_rates(run: TrainingRun) -> dict[str, list[tuple[int, float]]]:
-    parts = dict.fromkeys(part for line in run.metrics_lines for part in line.get("lr") or {})
-    rates = {}
-    for part in parts:
-
-        def read_rate(line: MetricsLine, part: str = part) -> Any:
-            return (line.get("lr") or {}).get(part)
-
-        rates[part] = _extract_points(run, read_rate)
-    return rates
+def _validation_reader(metric: str) -> Callable[[TrainingRun], dict[str, Curve]]:
+    return lambda run: {"": read_validation_curve(run, metric)}
 
 
-def _read_seconds(line: MetricsLine, part: str) -> float | None:
+def _read_curve(run: TrainingRun, read_value: Callable[[MetricsLine], Any]) -> Curve:
+    curve: Curve = []
+    for line in run.metrics_lines:
+        value = read_number(read_value(line))
+        if value is not None:
+            curve.append((line["step"], value))
+    return curve
+
+
+def _read_learning_rates(run: TrainingRun) -> dict[str, Curve]:
+    """Read the learning rate of each part of the model."""
+    curves: dict[str, Curve] = {}
+    for line in run.metrics_lines:
+        for part, rate in (line.get("lr") or {}).items():
+            curve, value = curves.setdefault(part, []), read_number(rate)
+            if value is not None:
+                curve.append((line["step"], value))
+    return curves
+
+
+def _read_seconds(line: MetricsLine, section: str) -> float | None:
     seconds = line.get("seconds")
-    return mean_finite([seconds.get(part)]) if isinstance(seconds, dict) else None
+    return read_number(seconds.get(section)) if isinstance(seconds, dict) else None
 
 
 def _data_wait_percent(line: MetricsLine) -> float | None:
@@ -152,54 +153,37 @@ def _data_wait_percent(line: MetricsLine) -> float | None:
 
 
 def _memory_gb(line: MetricsLine) -> float | None:
-    size = mean_finite([line.get("memory_bytes")])
-    return None if size is None else size / 1e9
+    memory_bytes = read_number(line.get("memory_bytes"))
+    return None if memory_bytes is None else memory_bytes / 1e9
 
 
-def _extract_throughput(run: TrainingRun) -> list[tuple[int, float]]:
-    """Without the first step of each session, which builds and tunes."""
-    begins = {session.get("from_step", 0) + 1 for session in run.sessions} or {1}
-    before, points = 0, []
+def _read_throughput(run: TrainingRun) -> Curve:
+    """Read samples a second, without the first step of each session, which builds and tunes."""
+    curve: Curve = []
+    seen_before = 0
     for line in run.metrics_lines:
-        seen, total = line.get("samples_seen"), _read_seconds(line, "total")
-        if isinstance(seen, int):
-            if total and seen > before and line["step"] not in begins:
-                points.append((line["step"], (seen - before) / total))
-            before = seen
-    return points
+        seen, seconds = line.get("samples_seen"), _read_seconds(line, "total")
+        if not isinstance(seen, int):
+            continue
+        if seconds and seen > seen_before and not run.is_first_step(line["step"]):
+            curve.append((line["step"], (seen - seen_before) / seconds))
+        seen_before = seen
+    return curve
 
 
 def _draw_panel(axes: Axes, panel: CurvePanel, runs: Sequence[TrainingRun]) -> None:
-    names: dict[str, CurveStyle] = {}
-    lows, highs = [], []
+    styles_by_name: dict[str, CurveStyle] = {}
+    limits: list[float] = []
     for index, run in enumerate(runs):
-        for place, (name, points) in enumerate(panel.read_curves(run).items()):
-            if not points:
+        for position, (name, curve) in enumerate(panel.read_curves(run).items()):
+            if not curve:
                 continue
-            steps, values = np.array(points, dtype=float).T
-            style = LINE_STYLES[place % len(LINE_STYLES)] if name else _run_line_style(index)
-            names |= {name: style} if name else {}
-            smooth = _smooth_values(values) if panel.is_smoothed else values
-            marker = "o" if len(points) == 1 or (panel.has_markers and len(points) <= 40) else None
-            axes.plot(
-                steps,
-                smooth,
-                color=_run_colour(index),
-                linestyle=style,
-                linewidth=1.4,
-                marker=marker,
-                markersize=3,
-            )
-            lows.append(smooth.min())
-            highs.append(smooth.max())
-            if panel.is_smoothed:
-                axes.plot(
-                    steps, values, color=_run_colour(index), linewidth=0.7, alpha=0.25, zorder=1
-                )
-                # One wild step must not flatten all others.
-                lows.append(np.percentile(values, 2))
-                highs.append(np.percentile(values, 98))
-    low, high = min(lows), max(highs)
+            style = _run_line_style(index)
+            if name:
+                style = styles_by_name[name] = LINE_STYLES[position % len(LINE_STYLES)]
+            limits += _draw_curve(axes, panel, curve, _run_colour(index), style)
+
+    low, high = min(limits), max(limits)
     margin = 0.06 * (high - low) or 0.06 * abs(high) or 0.5
     axes.set(title=panel.title, xlabel="step", ylim=(low - margin, high + margin))
     axes.title.set_fontsize(10)
@@ -207,20 +191,43 @@ def _draw_panel(axes: Axes, panel: CurvePanel, runs: Sequence[TrainingRun]) -> N
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     hide_top_and_right_spines(axes)
-    if len(names) > 1:
-        lines = [
-            Line2D([], [], color="#555555", linestyle=style, label=name)
-            for name, style in names.items()
-        ]
-        axes.legend(handles=lines, fontsize=8, frameon=False)
+    if len(styles_by_name) > 1:
+        handles: list[Line2D] = []
+        for name, style in styles_by_name.items():
+            handles.append(Line2D([], [], color="#555555", linestyle=style, label=name))
+        axes.legend(handles=handles, fontsize=8, frameon=False)
+
+
+def _draw_curve(
+    axes: Axes, panel: CurvePanel, curve: Curve, colour: str, style: CurveStyle
+) -> list[float]:
+    """Draw one curve; return values that the vertical axis must reach."""
+    steps, values = np.array(curve, dtype=float).T
+    line_values = _smooth_values(values) if panel.is_smoothed else values
+    has_markers = len(curve) == 1 or (panel.has_markers and len(curve) <= _MAX_MARKERS)
+    axes.plot(
+        steps,
+        line_values,
+        color=colour,
+        linestyle=style,
+        linewidth=1.4,
+        marker="o" if has_markers else None,
+        markersize=3,
+    )
+    limits = [line_values.min(), line_values.max()]
+    if panel.is_smoothed:
+        axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25, zorder=1)
+        # One wild step must not flatten all others.
+        limits += [np.percentile(values, 2), np.percentile(values, 98)]
+    return limits
 
 
 def _smooth_values(values: np.ndarray) -> np.ndarray:
-    """Centred means; windows shrink towards both ends, so that no end is pulled."""
-    half = min(len(values) // _SMOOTHING_DIVISOR, _MAX_SMOOTHING_STEPS) // 2
+    """Return centred means; windows shrink towards both ends, so that no end is pulled."""
+    half_window = min(len(values) // _SMOOTHING_DIVISOR, _MAX_SMOOTHING_STEPS) // 2
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
+    reach = np.minimum(half_window, np.minimum(index, len(values) - 1 - index))
     return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
 
 

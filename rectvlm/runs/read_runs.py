@@ -1,4 +1,7 @@
-"""A phase's run as its folder tells it: while it runs, after a kill, and where files are damaged or missing."""
+"""A phase's run, read from its folder.
+
+A run can be read while it goes on, after a kill, and where files are damaged or missing.
+"""
 
 import contextlib
 import json
@@ -15,22 +18,32 @@ from typing import Any
 import psutil
 import yaml
 
-from rectvlm.types import UserError
-
-METRICS_FILE, VALIDATION_FILE, SESSIONS_FILE, ENDING_FILE, BEST_FILE, CONFIG_FILE = (
-    "metrics.jsonl",
-    "validation.jsonl",
-    "run.json",
-    "ending.json",
-    "best.json",
-    "config.yaml",
+from rectvlm.runs.run_files import (
+    BEST_FILE,
+    CONFIG_FILE,
+    ENDING_FILE,
+    METRICS_FILE,
+    SESSIONS_FILE,
+    VALIDATION_FILE,
 )
+from rectvlm.types import JsonObject, UserError
+
 FINAL_STEPS = 10
-"""Steps that a final figure is taken over."""
+"""Number of last steps that a final figure is averaged over."""
 CUT_OFF_AFTER_SECONDS = 1800.0
 """Seconds without a line after which a run on another machine counts as cut off."""
 
-MetricsLine = dict[str, Any]
+MetricsLine = JsonObject
+"""One line of `metrics.jsonl` or `validation.jsonl`."""
+
+
+@dataclass(frozen=True)
+class BestValidation:
+    """The best validation of a run."""
+
+    step: int
+    metric: str
+    value: float
 
 
 @dataclass(frozen=True)
@@ -39,195 +52,232 @@ class TrainingRun:
 
     folder: Path
     name: str
-    """Such as `demo/phase3`."""
+    """Last two folders of the path, such as `demo/phase3`; the path where names repeat."""
     metrics_lines: list[MetricsLine]
-    """Of `metrics.jsonl`, in the order of their steps."""
+    """Lines of `metrics.jsonl`, in the order of their steps."""
     validation_lines: list[MetricsLine]
-    sessions: list[dict[str, Any]]
-    config: dict[str, Any]
-    """The resolved configuration; empty if it cannot be read."""
-    state: str
+    """Lines of `validation.jsonl`, in the order of their steps."""
+    sessions: list[JsonObject]
+    """Sessions of `run.json`, in the order of their start."""
+    config: JsonObject
+    """Resolved configuration; empty if it cannot be read."""
+    state: str = ""
     """`finished`, `running`, `stopped`, `failed` or `cut off`."""
-    reason: str | None
-    """Why it ended so, if it had time to say."""
-    best: tuple[int, str, float] | None
-    """Step, metric and value of the best validation."""
+    reason: str | None = None
+    """Why the run ended as it did, if it had time to say."""
+    best: BestValidation | None = None
     faults: list[str] = field(default_factory=list)
-    """What could not be read."""
+    """Files that could not be read, with what was wrong."""
 
     @property
     def phase_name(self) -> str:
-        """Such as `3` or `3-align`."""
+        """Number and sub-step of the phase, such as `3` or `3-align`."""
         return self.folder.name.partition(".")[0].removeprefix("phase")
 
     @property
-    def phase_settings(self) -> dict[str, Any]:
+    def phase_settings(self) -> JsonObject:
         """The configuration's section of this phase."""
         phases = (self.config.get("train") or {}).get("phases") or {}
-        found = phases.get(f"phase{self.phase_name}")
-        return found if isinstance(found, dict) else {}
+        section = phases.get(f"phase{self.phase_name}")
+        return section if isinstance(section, dict) else {}
+
+    @property
+    def last_line(self) -> MetricsLine:
+        """Line of the last step on record; empty where there is none."""
+        return self.metrics_lines[-1] if self.metrics_lines else {}
+
+    @property
+    def last_session(self) -> JsonObject:
+        """Session that was started last; empty where none is on record."""
+        return self.sessions[-1] if self.sessions else {}
 
     @property
     def last_step(self) -> int:
-        """The last step that is on record."""
-        return int(self.metrics_lines[-1]["step"]) if self.metrics_lines else 0
+        """Last step on record."""
+        return int(self.last_line.get("step", 0))
 
     @property
     def planned_steps(self) -> int | None:
-        """Planned."""
-        planned = self.sessions[-1].get("steps") if self.sessions else None
-        return planned or self.phase_settings.get("steps")
+        """Number of steps after which the run is finished."""
+        return self.last_session.get("steps") or self.phase_settings.get("steps")
 
     @property
     def world_size(self) -> int | None:
-        """Ranks, the last time."""
-        return self.sessions[-1].get("world_size") if self.sessions else None
+        """Number of ranks of the last session."""
+        return self.last_session.get("world_size")
 
     @property
     def start_time(self) -> str | None:
-        """When it first started, UTC."""
+        """Time of the first start, UTC."""
         return self.sessions[0].get("start") if self.sessions else None
 
     @property
     def training_seconds(self) -> float:
-        """That its steps took, without what lay between them."""
-        return sum(
-            line["seconds"]["total"] for line in self.metrics_lines if _has_step_seconds(line)
-        )
-
-    @property
-    def recent_lines(self) -> list[MetricsLine]:
-        """The last steps."""
-        return self.metrics_lines[-FINAL_STEPS:]
-
-    def final_loss(self, task: str | None = None) -> float | None:
-        """Mean loss of the last steps: all of it, or a task's."""
-        values = [
-            line.get("loss") if task is None else (line.get("losses") or {}).get(task)
-            for line in self.recent_lines
-        ]
-        return mean_finite(values)
+        """Seconds of all steps, without the time between sessions."""
+        return sum(_step_seconds(line) for line in self.metrics_lines)
 
     @property
     def tasks(self) -> list[str]:
-        """That a loss is on record of, in their order."""
-        return list(
-            dict.fromkeys(task for line in self.metrics_lines for task in line.get("losses") or {})
-        )
+        """Tasks that have a loss on record, in their order."""
+        tasks: dict[str, None] = {}
+        for line in self.metrics_lines:
+            tasks.update(dict.fromkeys(line.get("losses") or {}))
+        return list(tasks)
+
+    @property
+    def peak_memory_bytes(self) -> float | None:
+        """Largest memory of a rank in any step."""
+        sizes = [line.get("memory_bytes") or 0 for line in self.metrics_lines]
+        return max(sizes, default=0) or None
+
+    def final_loss(self, task: str | None = None) -> float | None:
+        """Average the loss of the last steps: the total loss, or that of a task."""
+        last_lines = self.metrics_lines[-FINAL_STEPS:]
+        if task is None:
+            return mean_finite([line.get("loss") for line in last_lines])
+        return mean_finite([task_loss(line, task) for line in last_lines])
+
+    def is_first_step(self, step: int) -> bool:
+        """Tell whether a step is the first of a session, which builds and tunes."""
+        first_steps = [session.get("from_step", 0) + 1 for session in self.sessions]
+        return step in (first_steps or [1])
+
+
+def task_loss(line: MetricsLine, task: str) -> Any:
+    """Return the loss of a task in one step."""
+    return (line.get("losses") or {}).get(task)
+
+
+def read_number(value: Any) -> float | None:
+    """Return a finite number as a float, and None for whatever else a damaged line holds."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def mean_finite(values: Sequence[Any]) -> float | None:
-    """Of the finite numbers among some values."""
-    known = [
-        float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)
-    ]
-    return sum(known) / len(known) if known else None
+    """Return the mean of the finite numbers among some values; None where there is none."""
+    numbers = [number for number in map(read_number, values) if number is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
-def _has_step_seconds(line: MetricsLine) -> bool:
+def _step_seconds(line: MetricsLine) -> float:
+    """Return the seconds of a step; 0 where the line does not say."""
     seconds = line.get("seconds")
-    return (
-        isinstance(seconds, dict)
-        and isinstance(seconds.get("total"), int | float)
-        and seconds["total"] > 0
+    total = seconds.get("total") if isinstance(seconds, dict) else None
+    return total if isinstance(total, int | float) and total > 0 else 0
+
+
+@dataclass(frozen=True)
+class RunThroughput:
+    """Throughput of a run; None where its folder does not say."""
+
+    samples_per_second: float | None = None
+    """Samples of all ranks in a second."""
+    tokens_per_second: float | None = None
+    """Image patches and language-model positions of all ranks in a second."""
+    data_wait: float | None = None
+    """Share of the time that steps waited for data."""
+    mfu: float | None = None
+    """Model FLOPs utilization; None where the rate of the run's hardware was not known."""
+
+
+def compute_throughput(run: TrainingRun) -> RunThroughput:
+    """Compute the throughput of all steps but the first of each session, if there are others."""
+    timed_lines = [line for line in run.metrics_lines if _step_seconds(line)]
+    later_lines = [line for line in timed_lines if not run.is_first_step(line["step"])]
+    lines = later_lines or timed_lines
+    seconds = sum(line["seconds"]["total"] for line in lines)
+    if not seconds:
+        return RunThroughput()
+
+    samples_seen = {line["step"]: line.get("samples_seen", 0) for line in run.metrics_lines}
+    samples = tokens = 0
+    for line in lines:
+        samples += line.get("samples_seen", 0) - samples_seen.get(line["step"] - 1, 0)
+        tokens += line.get("tokens", 0)
+    step_flops = run.last_session.get("work")
+    return RunThroughput(
+        samples_per_second=samples / seconds,
+        tokens_per_second=tokens / seconds,
+        data_wait=sum(line["seconds"].get("data", 0.0) for line in lines) / seconds,
+        mfu=_compute_mfu(step_flops, tokens, len(lines), seconds) if step_flops else None,
     )
 
 
-def compute_throughput(
-    run: TrainingRun, lines: Sequence[MetricsLine] | None = None
-) -> dict[str, float | None]:
-    """Throughput of some steps, by default of all but the first of each session, which builds and tunes.
-
-    Samples and tokens are those of all ranks. `mfu` is None where the run's hardware was not known.
-    """
-    begins = {session.get("from_step", 0) + 1 for session in run.sessions} or {1}
-    counted = [
-        line for line in (run.metrics_lines if lines is None else lines) if _has_step_seconds(line)
-    ]
-    counted = [line for line in counted if line["step"] not in begins] or counted
-    seconds = sum(line["seconds"]["total"] for line in counted)
-    if not counted or not seconds:
-        return dict.fromkeys(("samples_per_second", "tokens_per_second", "data_wait", "mfu"))
-    before = {line["step"]: line.get("samples_seen", 0) for line in run.metrics_lines}
-    samples = sum(line.get("samples_seen", 0) - before.get(line["step"] - 1, 0) for line in counted)
-    tokens = sum(line.get("tokens", 0) for line in counted)
-    work = run.sessions[-1].get("work") if run.sessions else None
-    return {
-        "samples_per_second": samples / seconds,
-        "tokens_per_second": tokens / seconds,
-        "data_wait": sum(line["seconds"].get("data", 0.0) for line in counted) / seconds,
-        "mfu": _compute_mfu(work, tokens, len(counted), seconds) if work else None,
-    }
-
-
-def _compute_mfu(work: dict[str, Any], tokens: int, steps: int, seconds: float) -> float | None:
-    """As `rectvlm.train.logging.mfu` defines it, from the figures that the run has written down."""
+def _compute_mfu(step_flops: JsonObject, tokens: int, steps: int, seconds: float) -> float | None:
+    """Compute the MFU as `rectvlm.train.logging.mfu` does, from figures on record."""
     try:
-        towers = steps * work["micro_batches"]
-        flops = (
-            towers * work["flops"]
-            + (tokens - towers * work["patches"]) * work["flops_per_position"]
-        )
-        return float(flops / (seconds * work["world"] * work["peak"]["tflops"] * 1e12))
+        micro_batches = steps * step_flops["micro_batches"]
+        positions = tokens - micro_batches * step_flops["patches"]
+        flops = micro_batches * step_flops["flops"] + positions * step_flops["flops_per_position"]
+        peak_tflops = step_flops["peak"]["tflops"]
+        return float(flops / (seconds * step_flops["world"] * peak_tflops * 1e12))
     except (KeyError, TypeError, ZeroDivisionError):
         return None
 
 
 def find_runs(roots: Sequence[Path]) -> list[TrainingRun]:
-    """All runs in some folders: of one phase, of one name, or of many.
+    """Read all runs in some folders: a phase's folder, a run's, or a folder of runs.
 
     Raises:
         UserError: a folder does not exist, or holds no run.
     """
-    found: dict[Path, TrainingRun] = {}
-    for place in roots:
-        if not place.is_dir():
+    runs_by_folder: dict[Path, TrainingRun] = {}
+    for root in roots:
+        if not root.is_dir():
             raise UserError(
-                f"There is no folder {place}: give a folder of runs, such as runs or runs/demo/phase1."
+                f"There is no folder {root}: give a folder of runs, such as runs or "
+                "runs/demo/phase1."
             )
-        folders = list(_iterate_run_folders(place))
+        folders = list(_iterate_run_folders(root))
         if not folders:
             raise UserError(
-                f"{place} holds no run: expected a folder with {METRICS_FILE} or {SESSIONS_FILE} in it or below it."
+                f"{root} holds no run: expected a folder with {METRICS_FILE} or {SESSIONS_FILE} in "
+                "it or below it."
             )
         for folder in folders:
-            found[folder.resolve()] = read_run(folder)
-    runs = list(found.values())
+            runs_by_folder[folder.resolve()] = read_run(folder)
+    runs = list(runs_by_folder.values())
     names = [run.name for run in runs]
-    # Runs of the same name in different places are told apart by where they lie.
+    # The folder tells runs of the same name apart.
     return [
         run if names.count(run.name) == 1 else replace(run, name=str(run.folder)) for run in runs
     ]
 
 
-def _iterate_run_folders(place: Path) -> Iterator[Path]:
-    """Folders of runs, in the order of their names; nothing below a run is searched."""
-    for folder, below, files in os.walk(place):
+def _iterate_run_folders(root: Path) -> Iterator[Path]:
+    """Yield folders of runs, in the order of their names; nothing below a run is searched."""
+    for folder, subfolders, files in os.walk(root):
         if METRICS_FILE in files or SESSIONS_FILE in files:
-            below.clear()
+            subfolders.clear()
             yield Path(folder)
-        below.sort()
+        subfolders.sort()
 
 
 def read_run(folder: Path) -> TrainingRun:
-    """A run from its folder; what cannot be read is named in `faults` and left out."""
+    """Read a run from its folder; what cannot be read is named in `faults` and left out."""
     faults: list[str] = []
-    name = "/".join(folder.resolve().parts[-2:])
-    lines = sorted(_read_lines(folder / METRICS_FILE, faults), key=lambda line: line["step"])
-    validations = sorted(
-        _read_lines(folder / VALIDATION_FILE, faults), key=lambda line: line["step"]
-    )
+    metrics_lines = _read_lines(folder / METRICS_FILE, faults)
+    validation_lines = _read_lines(folder / VALIDATION_FILE, faults)
     sessions = _read_json(folder / SESSIONS_FILE, faults).get("sessions") or []
-    sessions = [one for one in sessions if isinstance(one, dict)]
-    config = _read_yaml(folder / CONFIG_FILE, faults)
-    run = TrainingRun(folder, name, lines, validations, sessions, config, "", None, None, faults)
+    run = TrainingRun(
+        folder=folder,
+        name="/".join(folder.resolve().parts[-2:]),
+        metrics_lines=metrics_lines,
+        validation_lines=validation_lines,
+        sessions=[session for session in sessions if isinstance(session, dict)],
+        config=_read_yaml(folder / CONFIG_FILE, faults),
+        faults=faults,
+    )
     state, reason = _infer_state(run, _read_json(folder / ENDING_FILE, faults))
     best = _parse_best(_read_json(folder / BEST_FILE, faults))
     return replace(run, state=state, reason=reason, best=best)
 
 
 def _read_lines(path: Path, faults: list[str]) -> list[MetricsLine]:
-    """Whole lines with a step; the last one may be in the making or cut off by a kill, which is no fault."""
+    """Read the complete lines that have a step, in the order of their steps.
+
+    The last line may be in the making or cut off by a kill, which is no fault.
+    """
     try:
         texts = path.read_bytes().decode(errors="replace").splitlines()
     except FileNotFoundError:
@@ -235,79 +285,83 @@ def _read_lines(path: Path, faults: list[str]) -> list[MetricsLine]:
     except OSError as error:
         faults.append(f"{path.name}: {error.strerror}")
         return []
-    found, broken = [], 0
+    lines: list[MetricsLine] = []
+    broken = 0
     for number, text in enumerate(texts):
         line = None
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
         if isinstance(line, dict) and isinstance(line.get("step"), int):
-            found.append(line)
+            lines.append(line)
         elif number < len(texts) - 1:
             broken += 1
     if broken:
         faults.append(f"{path.name}: {broken} of {len(texts)} lines cannot be read")
-    return found
+    return sorted(lines, key=lambda line: line["step"])
 
 
-def _read_json(path: Path, faults: list[str]) -> dict[str, Any]:
+def _read_json(path: Path, faults: list[str]) -> JsonObject:
     try:
-        found = json.loads(path.read_bytes())
+        tree = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        tree = None
+    if not isinstance(tree, dict):
         faults.append(f"{path.name} cannot be read")
         return {}
-    return found
+    return tree
 
 
-def _read_yaml(path: Path, faults: list[str]) -> dict[str, Any]:
-    found = None
+def _read_yaml(path: Path, faults: list[str]) -> JsonObject:
+    tree = None
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-        found = yaml.safe_load(path.read_text())
-    if not isinstance(found, dict):
+        tree = yaml.safe_load(path.read_text())
+    if not isinstance(tree, dict):
         faults.append(f"{path.name} is missing or cannot be read")
         return {}
-    return found
+    return tree
 
 
-def _parse_best(found: dict[str, Any]) -> tuple[int, str, float] | None:
-    step, metric, value = found.get("step"), found.get("metric"), found.get("value")
+def _parse_best(tree: JsonObject) -> BestValidation | None:
+    step, metric, value = tree.get("step"), tree.get("metric"), tree.get("value")
     if isinstance(step, int) and isinstance(metric, str) and isinstance(value, int | float):
-        return step, metric, float(value)
+        return BestValidation(step, metric, float(value))
     return None
 
 
-def _infer_state(run: TrainingRun, ending: dict[str, Any]) -> tuple[str, str | None]:
-    """What became of a run, and why if it says so."""
-    last = run.sessions[-1] if run.sessions else {}
-    reason = last.get("error") or (ending.get("reason") if ending.get("code") else None)
-    if last.get("state") == "running":
-        if _is_running(run, last):
+def _infer_state(run: TrainingRun, ending: JsonObject) -> tuple[str, str | None]:
+    """Tell the state of a run, and the reason if it is on record."""
+    session = run.last_session
+    reason = session.get("error") or (ending.get("reason") if ending.get("code") else None)
+    if session.get("state") == "running":
+        if _is_running(run, session):
             return "running", None
         # A rank that hangs is ended from outside, with a reason and without the time to tidy up.
         return ("stopped", reason) if ending.get("code") else ("cut off", None)
-    if last.get("state"):
-        return str(last["state"]), reason
-    # A run of before `run.json`, or one whose file is damaged.
-    done = run.planned_steps is not None and run.last_step >= run.planned_steps
-    return ("finished" if done else "cut off"), reason
+    if session.get("state"):
+        return str(session["state"]), reason
+    # `run.json` is missing or damaged.
+    is_finished = run.planned_steps is not None and run.last_step >= run.planned_steps
+    return ("finished" if is_finished else "cut off"), reason
 
 
-def _is_running(run: TrainingRun, session: dict[str, Any]) -> bool:
-    """Whether a session that never ended still runs: by its process on this machine, by its lines elsewhere."""
+def _is_running(run: TrainingRun, session: JsonObject) -> bool:
+    """Tell whether a session without an end still runs.
+
+    On this machine its process tells, on another one the age of its last line.
+    """
     if (session.get("machine") or {}).get("host") == socket.gethostname():
         try:
             process = psutil.Process(session["pid"])
-            # A pid is given out again; its start is not.
-            return (
-                abs(process.create_time() - session["process_start"]) < 1
-                and process.status() != psutil.STATUS_ZOMBIE
-            )
+            # A process id is given out again; the time of the start is not.
+            is_same_process = abs(process.create_time() - session["process_start"]) < 1
+            return is_same_process and process.status() != psutil.STATUS_ZOMBIE
         except (psutil.Error, KeyError, TypeError, ValueError):
             return False
-    touched = [datetime.fromisoformat(session["start"]).timestamp()] if session.get("start") else []
+    times: list[float] = []
+    if session.get("start"):
+        times.append(datetime.fromisoformat(session["start"]).timestamp())
     with contextlib.suppress(OSError):
-        touched.append((run.folder / METRICS_FILE).stat().st_mtime)
-    return bool(touched) and time.time() - max(touched) < CUT_OFF_AFTER_SECONDS
+        times.append((run.folder / METRICS_FILE).stat().st_mtime)
+    return bool(times) and time.time() - max(times) < CUT_OFF_AFTER_SECONDS

@@ -9,18 +9,17 @@ __all__ = ["PHASES", "Phase", "main"]
 
 
 def main(phase_number: int, checkout: Path, argv: Sequence[str] | None = None) -> None:
-    """Run a phase as a command; `rectvlm.train.run` has the rest.
+    """Run a phase as a command, with the log set up before libraries are imported.
 
     Args:
-        number: of the phase.
+        phase_number: number of the phase.
         checkout: folder that holds `ds_configs/`.
-        argv: arguments; by default those of the process.
+        argv: arguments; by default the process's.
     """
     from rectvlm.train.logging.logging_setup import configure_logging
 
     configure_logging()
-    from rectvlm.train.run import (
-        main as run_phase,  # imports the engine, which speaks unless it was told not to
-    )
+    # Imported here: libraries that the engine imports log messages unless they are silenced.
+    from rectvlm.train import run
 
-    run_phase(phase_number, checkout, argv)
+    run.main(phase_number, checkout, argv)

@@ -1,10 +1,13 @@
-"""Optimizer and learning rates: parameter groups by part, beginning and kind, the rate a function of the step alone.
+"""Optimizer and learning rates: parameter groups by part, start and kind; rates set for every step.
 
-A part that begins late (`unfreeze`) has its groups from the start: DeepSpeed lays the optimizer's groups out in flat,
-sharded buffers when it starts, and takes no further ones later. Until its step, a group's parameters ask for no
-gradient, so that the backward pass is spared and the clipped norm does not count them; its rate is 0, so that neither
-the optimizer nor weight decay moves them; and the optimizer's step count for them stays 0, so that its bias correction
-begins when they do.
+A part that begins late (`unfreeze`) has its groups from the start: DeepSpeed lays the optimizer's
+groups out in flat, sharded buffers when it starts, and takes no further ones later. Until its
+step a group is held:
+
+- its parameters require no gradient, so that the backward pass is spared and the clipped norm does
+  not count them;
+- its learning rate is 0, so that neither the optimizer nor weight decay moves them;
+- the optimizer's step count for them stays 0, so that its bias correction begins when they do.
 """
 
 import math
@@ -20,6 +23,10 @@ from rectvlm.train.ema import make_ema_hook
 
 _ENCODER_BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 
+ParameterGroup = dict[str, Any]
+"""A parameter group of torch. Beside the entries of AdamW it has `part`, `peak_lr`, `start_step`
+(from which it trains), `is_held` (that step is still to come), and `names` of its parameters."""
+
 
 def freeze_all_but(
     model: nn.Module,
@@ -27,80 +34,93 @@ def freeze_all_but(
     unfreeze: Sequence[UnfreezeConfig] = (),
     extra_modules: Iterable[str] = (),
 ) -> None:
-    """Leave gradients to the parts with a learning rate (of the generator: LoRA and resampler, as it was built).
+    """Freeze all parameters but those of the parts with a learning rate.
+
+    A part may have frozen parameters of its own: of the generator only LoRA and resampler train.
 
     Args:
-        model: any.
-        parts: with a learning rate.
-        unfreeze: what no row covers, of a part that has one, is frozen for good.
-        others: further modules that train.
+        model: the model.
+        parts: learning rates by part.
+        unfreeze: late starts. Parameters of a part it names that no entry covers stay frozen.
+        extra_modules: names of further modules that train.
     """
-    starts = find_unfreeze_steps(model, unfreeze)
+    start_steps = find_unfreeze_steps(model, unfreeze)
+    trained_modules = (*parts, *extra_modules)
     for name, parameter in model.named_parameters():
-        if name.partition(".")[0] not in (*parts, *extra_modules) or starts.get(name, 0) is None:
+        is_trained = name.partition(".")[0] in trained_modules
+        if not is_trained or start_steps.get(name, 0) is None:
             parameter.requires_grad_(False)
 
 
 def find_unfreeze_steps(
     model: nn.Module, unfreeze: Sequence[UnfreezeConfig]
 ) -> dict[str, int | None]:
-    """The step that each parameter trains from, by name, for the parts that `unfreeze` names; None is never."""
+    """Step from which each parameter trains, by name, for the parts that `unfreeze` names.
+
+    None stands for never.
+    """
     names = [name for name, _ in model.named_parameters()]
-    depth = 1 + max(
-        (int(found[1]) for name in names if (found := _ENCODER_BLOCK.match(name))), default=-1
-    )
-    first_block = next(
-        (i for i, name in enumerate(names) if _ENCODER_BLOCK.match(name)), len(names)
-    )
-    starts: dict[str, int | None] = {}
+    depths_by_name = _find_block_depths(names)
+    block_count = 1 + max(depths_by_name.values(), default=-1)
+    first_block = next((i for i, name in enumerate(names) if name in depths_by_name), len(names))
+    start_steps: dict[str, int | None] = {}
     for i, name in enumerate(names):
-        part = name.partition(".")[0]
-        rows = [row for row in unfreeze if row.part == part]
-        if not rows:
+        entries = [entry for entry in unfreeze if entry.part == name.partition(".")[0]]
+        if not entries:
             continue
-        found = _ENCODER_BLOCK.match(name)
-        # What is registered before the blocks feeds them (patches, positions), what comes after reads them.
-        place = int(found[1]) if found else depth if i > first_block else -1
-        steps = [
-            row.step for row in rows if row.last_blocks is None or place >= depth - row.last_blocks
-        ]
-        starts[name] = min(steps, default=None)
-    return starts
+        # What is registered before the blocks feeds them (patches, positions) and is the first of
+        # all layers; what is registered after them reads their output and is the last.
+        depth = depths_by_name.get(name, block_count if i > first_block else -1)
+        steps = []
+        for entry in entries:
+            if entry.last_blocks is None or depth >= block_count - entry.last_blocks:
+                steps.append(entry.step)
+        start_steps[name] = min(steps, default=None)
+    return start_steps
+
+
+def _find_block_depths(names: Iterable[str]) -> dict[str, int]:
+    """Number of the encoder block that each parameter is in, by name."""
+    depths = {}
+    for name in names:
+        match = _ENCODER_BLOCK.match(name)
+        if match:
+            depths[name] = int(match[1])
+    return depths
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, phase: PhaseConfig) -> torch.optim.AdamW:
-    """AdamW; vectors (norms, biases, offsets) have no weight decay.
+    """Build AdamW with a parameter group for each part, start and kind.
 
-    A group has, beside what AdamW knows: `part`, `peak` (its peak rate), `start` (the step that it trains from), `held`
-    (whether that is still to come) and `names` of its parameters.
+    Vectors (norms, biases, offsets) have no weight decay.
     """
-    starts = find_unfreeze_steps(model, phase.unfreeze)
-    rates: dict[str, float] = {str(part): rate for part, rate in phase.lr.items()}
+    start_steps = find_unfreeze_steps(model, phase.unfreeze)
+    peak_rates: dict[str, float] = {str(part): rate for part, rate in phase.lr.items()}
     if hasattr(model, "weighting"):
-        rates["weighting"] = config.weighting_lr
-    groups: dict[tuple[str, int, bool], dict[str, Any]] = {}
+        peak_rates["weighting"] = config.weighting_lr
+    part_order = list(peak_rates)
+    groups: dict[tuple[int, int, bool], ParameterGroup] = {}
     for name, parameter in model.named_parameters():
         part = name.partition(".")[0]
-        if not parameter.requires_grad or part not in rates:
+        if not parameter.requires_grad or part not in peak_rates:
             continue
-        start, decays = starts.get(name) or 0, parameter.ndim > 1
-        new: dict[str, Any] = {
-            "part": part,
-            "peak": rates[part],
-            "start": start,
-            "names": [],
-            "params": [],
-        }
-        new["held"] = start > 0
-        new |= {"weight_decay": config.weight_decay if decays else 0.0, "lr": rates[part]}
-        group = groups.setdefault((part, start, not decays), new)
-        group["names"].append(name)
-        group["params"].append(parameter)
-    order = [*rates]
-    optimizer = torch.optim.AdamW(
-        [groups[key] for key in sorted(groups, key=lambda key: (order.index(key[0]), *key[1:]))],
-        betas=config.betas,
-    )
+        start_step = start_steps.get(name) or 0
+        is_vector = parameter.ndim <= 1
+        key = (part_order.index(part), start_step, is_vector)
+        if key not in groups:
+            groups[key] = {
+                "part": part,
+                "peak_lr": peak_rates[part],
+                "start_step": start_step,
+                "is_held": start_step > 0,
+                "names": [],
+                "params": [],
+                "weight_decay": 0.0 if is_vector else config.weight_decay,
+                "lr": peak_rates[part],
+            }
+        groups[key]["names"].append(name)
+        groups[key]["params"].append(parameter)
+    optimizer = torch.optim.AdamW([groups[key] for key in sorted(groups)], betas=config.betas)
     if phase.unfreeze:
         optimizer.register_step_post_hook(_reset_held_groups)
     if phase.ema_decay:
@@ -109,76 +129,91 @@ def build_optimizer(model: nn.Module, config: TrainConfig, phase: PhaseConfig) -
 
 
 def _reset_held_groups(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """A group that has not begun forgets that the optimizer stepped."""
+    """Set the optimizer's state of held groups to zero, its step count included."""
     for group in optimizer.param_groups:
-        if group["held"]:
+        if group["is_held"]:
             for parameter in group["params"]:
                 for value in optimizer.state[parameter].values():
                     value.zero_()
 
 
 def learning_rate_factor(step: float, phase: PhaseConfig, steps: float | None = None) -> float:
-    """Share of the peak rate at a step (0 is the first) of `steps`, by default those of the phase: linear warm-up, then
-    down to `final_lr_ratio` or not at all."""
+    """Share of the peak learning rate at a step: linear warm-up, then the schedule's decay.
+
+    Args:
+        step: number of the step, counted from 0.
+        phase: settings with the schedule, which ends at `final_lr_ratio`.
+        steps: number of steps of the schedule; by default the phase's.
+    """
     if step < phase.warmup:
         return min(1.0, (step + 1) / phase.warmup)
     steps = phase.steps if steps is None else steps
-    done = min(1.0, (step - phase.warmup) / max(1, steps - phase.warmup - 1))
-    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[
-        phase.schedule
-    ]
-    return phase.final_lr_ratio + (1 - phase.final_lr_ratio) * left
+    progress = min(1.0, (step - phase.warmup) / max(1, steps - phase.warmup - 1))
+    decay_by_schedule = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+    }
+    decay = decay_by_schedule[phase.schedule]
+    return phase.final_lr_ratio + (1 - phase.final_lr_ratio) * decay
 
 
 def set_learning_rates(
-    groups: list[dict[str, Any]], step: int, phase: PhaseConfig, scheduled: float | None = None
+    groups: list[ParameterGroup],
+    step: int,
+    phase: PhaseConfig,
+    schedule_step: float | None = None,
 ) -> dict[str, float]:
-    """Set every group's rate for a step.
+    """Set every group's learning rate for a step.
 
     Args:
-        groups: of the optimizer.
-        step: steps done.
-        phase: its schedule.
-        scheduled: where the schedule stands, in steps, if that is not `step`: with as many to come.
+        groups: groups of the optimizer.
+        step: number of steps done.
+        phase: settings with the schedule.
+        schedule_step: where the schedule stands, in steps, if it is not at `step`. It ends with the
+            phase all the same.
 
     Returns:
-        The rate of each part (of what of it trains already).
+        The learning rate of each part, or of what of it trains already.
     """
-    found: dict[str, float] = {}
-    at = step if scheduled is None else scheduled
-    share = learning_rate_factor(at, phase, at + phase.steps - step)
+    schedule_step = step if schedule_step is None else schedule_step
+    schedule_factor = learning_rate_factor(schedule_step, phase, schedule_step + phase.steps - step)
+    rates_by_part: dict[str, float] = {}
     for group in groups:
-        part, late = group["part"], step - group["start"]
-        group["held"] = late < 0
-        factor = 0.0 if late < 0 else share
-        if group["start"] and late >= 0:
-            factor *= min(1.0, (late + 1) / max(1, phase.warmup))
-        group["lr"] = phase.lr.get(part, group["peak"]) * factor
-        found[part] = max(found.get(part, 0.0), group["lr"])
-    return found
+        part, steps_trained = group["part"], step - group["start_step"]
+        group["is_held"] = steps_trained < 0
+        factor = 0.0 if group["is_held"] else schedule_factor
+        if group["start_step"] and not group["is_held"]:
+            # A late group has a warm-up of its own.
+            factor *= min(1.0, (steps_trained + 1) / max(1, phase.warmup))
+        peak_rate = phase.lr[part] if part in phase.lr else group["peak_lr"]
+        group["lr"] = peak_rate * factor
+        rates_by_part[part] = max(rates_by_part.get(part, 0.0), group["lr"])
+    return rates_by_part
 
 
-def set_requires_grad(model: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Let those parameters have gradients whose groups have begun; after `set_rates`."""
-    if any(group["start"] for group in groups):
-        own = dict(model.named_parameters())
+def set_requires_grad(model: nn.Module, groups: list[ParameterGroup]) -> None:
+    """Let all parameters but those of held groups require gradients; after `set_learning_rates`."""
+    if any(group["start_step"] for group in groups):
+        parameters = dict(model.named_parameters())
         for group in groups:
             for name in group["names"]:
-                own[name].requires_grad_(not group["held"])
+                parameters[name].requires_grad_(not group["is_held"])
 
 
 def set_training_modes(model: nn.Module, phase: PhaseConfig) -> None:
-    """Training mode, but for parts that do not train: what they say has neither noise nor dropout.
+    """Set training mode, but eval mode for parts that do not train: they have no noise or dropout.
 
-    The engine must keep bitsandbytes from repacking the 4-bit weights of a generator in eval mode.
+    The engine keeps bitsandbytes from repacking the 4-bit weights of a generator in eval mode.
     """
     model.train()
     for part in MODEL_PARTS:
         module = getattr(model, part, None)
         if module is not None and part not in phase.lr:
             module.eval()
-            # Transformers recomputes the activations of layers in training mode alone. Gradients pass through a frozen
-            # language model too, and would leave all of them behind: 118 GB at `large` instead of 7.
+            # Transformers checkpoints the activations of layers in training mode only. Gradients
+            # pass through a frozen language model too, which would keep all its activations:
+            # 118 GB at `large` instead of 7.
             for layer in module.modules():
                 if getattr(layer, "gradient_checkpointing", False):
                     layer.training = True

@@ -1,17 +1,17 @@
-"""The phases and their sub-steps: which parts exist, which of them may train, and which tasks are learnt.
+"""The table of phases and their stages: which parts exist and may train, and what they learn.
 
-How long and how fast is in the configuration, one section a row. A part that a row may train does so if the section
-gives it a learning rate; every other part is frozen.
+Length and learning rates are in the configuration, one section a row. A part that a row may train
+does so if the section gives it a learning rate; every other part is frozen.
 
-| row        | starts from | may train                                 | tasks                                |
-|------------|-------------|-------------------------------------------|--------------------------------------|
-| 1          | nothing     | encoder, classifier                       | classification                       |
-| 2 localize | phase 1     | localizer                                 | localization                         |
-| 2          | phase 1     | encoder, classifier, localizer            | classification, localization         |
-| 3 align    | phase 2     | generator                                 | report                               |
-| 3          | phase 2     | encoder, classifier, localizer, generator | classification, localization, report |
+| row        | starts from | may train                      | tasks                                |
+|------------|-------------|--------------------------------|--------------------------------------|
+| 1          | nothing     | encoder, classifier            | classification                       |
+| 2 localize | phase 1     | localizer                      | localization                         |
+| 2          | phase 1     | encoder, classifier, localizer | classification, localization         |
+| 3 align    | phase 2     | generator                      | report                               |
+| 3          | phase 2     | all four                       | classification, localization, report |
 
-A sub-step has a run folder of its own; the joint phase starts from it where it is told to (`--from`).
+A stage has a run folder of its own; the joint phase starts from it where `--from` says so.
 """
 
 import math
@@ -34,19 +34,20 @@ class Phase:
     parts: tuple[ModelPart, ...]
     """Parts of the model that exist in this phase."""
     tasks: tuple[Task, ...]
+    """Tasks whose losses are minimized."""
     stage: Stage | None = None
-    """The sub-step; None is the phase itself, which trains everything jointly."""
+    """Stage of the phase; None is the phase itself, which trains everything jointly."""
     may_train: tuple[ModelPart, ...] | None = None
-    """Parts that may have a learning rate; None is all."""
+    """Parts that may have a learning rate; None stands for all."""
 
     @property
     def key(self) -> PhaseKey:
-        """Name of the section of the configuration and of the run's folder: `phase3`, `phase3-align`."""
+        """Name of the configuration's section and of the run folder: `phase3`, `phase3-align`."""
         return phase_key(self.number, self.stage)
 
     @property
     def previous_phase(self) -> PhaseNumber | None:
-        """The phase whose checkpoint this one starts from."""
+        """Number of the phase whose checkpoint this one starts from."""
         return None if self.number == 1 else PHASES[self.number - 1].number
 
     def get_settings(self, config: Config) -> PhaseConfig:
@@ -60,13 +61,15 @@ class Phase:
             raise UserError(
                 f"Configuration {config.name} has no train.phases.{self.key}: add the section."
             )
-        able = self.parts if self.may_train is None else self.may_train
-        strangers = set(section.lr) - set(able)
-        if strangers or not section.lr:
-            step = f"phase {self.number}" + (f" with --stage {self.stage}" if self.stage else "")
+        trainable = self.parts if self.may_train is None else self.may_train
+        unexpected = sorted(set(section.lr) - set(trainable))
+        if unexpected or not section.lr:
+            command = f"phase {self.number}"
+            if self.stage:
+                command += f" with --stage {self.stage}"
             raise UserError(
-                f"train.phases.{self.key}.lr names {', '.join(sorted(strangers)) or 'no part'}; {step} trains one or "
-                f"more of {', '.join(able)}."
+                f"train.phases.{self.key}.lr names {', '.join(unexpected) or 'no part'}; "
+                f"{command} trains one or more of {', '.join(trainable)}."
             )
         return section
 
@@ -94,23 +97,25 @@ def with_step_count(
     step: int = 0,
     samples_seen: int = 0,
 ) -> Config:
-    """The configuration with the steps of a phase counted, where it gives epochs.
+    """The configuration with the number of a phase's steps, where it gives epochs.
+
+    A run that resumes with another number of ranks ends after as many epochs, in another number of
+    steps.
 
     Args:
-        config: any.
+        config: the configuration.
         phase: the row.
-        samples: in the training split.
-        world: ranks.
-        step: steps done, and
-        seen: samples that all ranks took in them: a run that goes on with another number of ranks ends after as many
-            epochs, in another number of steps.
+        sample_count: number of samples in the training split.
+        world_size: number of ranks.
+        step: number of steps done.
+        samples_seen: number of samples that all ranks took in these steps.
     """
     settings = phase.get_settings(config)
     if not settings.epochs:
         return config
-    left = math.ceil(settings.epochs * sample_count - samples_seen)
-    steps = max(
-        1, step + math.ceil(left / (settings.micro_batch * settings.accumulation * world_size))
-    )
-    phases = config.train.phases | {phase.key: settings.model_copy(update={"steps": steps})}
+    samples_left = math.ceil(settings.epochs * sample_count - samples_seen)
+    samples_per_step = settings.micro_batch * settings.accumulation * world_size
+    steps = max(1, step + math.ceil(samples_left / samples_per_step))
+    settings = settings.model_copy(update={"steps": steps})
+    phases = config.train.phases | {phase.key: settings}
     return config.model_copy(update={"train": config.train.model_copy(update={"phases": phases})})

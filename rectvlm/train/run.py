@@ -4,7 +4,6 @@ accelerate launch launch/phase3.py [--config demo] [--stage align] [--from PATH 
 [--resume [auto] | --restart] [part.field=value …]
 """
 
-import argparse
 import contextlib
 import io
 import logging
@@ -17,12 +16,14 @@ from typing import NoReturn
 import torch
 
 from rectvlm import pretrained
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import Checkpoint
+from rectvlm.checkpoint.strict_load import load_tensors
 from rectvlm.config import Config, load_config
 from rectvlm.data.loader import build_train_loader
 from rectvlm.models import RectVLM
 from rectvlm.models.language_model import load_language_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
+from rectvlm.train.arguments import parse_arguments
 from rectvlm.train.engine.engine import Engine, is_lost_peer_error
 from rectvlm.train.logging.mfu import count_step_flops
 from rectvlm.train.logging.trackers import choose_trackers
@@ -46,13 +47,13 @@ from rectvlm.types import UserError
 log = logging.getLogger(__name__)
 
 COLLECTIVE_GRACE_SECONDS = 60.0
-"""Seconds after the watchdog's timeout in which a collective gives up."""
+"""Time after the watchdog's timeout after which a collective gives up, seconds."""
 
 
 def main(phase_number: int, checkout: Path, argv: Sequence[str] | None = None) -> None:
-    """Run a phase as a command: exit code 2 and one sentence for what the user can mend."""
+    """Run a phase as a command; a mistake of the user ends it with code 2 and one sentence."""
     phase = PHASES[phase_number]
-    args = _parse_arguments(phase, argv)
+    args = parse_arguments(phase, argv)
     if args.stage is not None:
         phase = STAGES[args.stage]
     folder = None
@@ -78,76 +79,17 @@ def main(phase_number: int, checkout: Path, argv: Sequence[str] | None = None) -
 
 
 def get_run_folder(phase: Phase, config: Config) -> Path:
-    """Where a phase's run is."""
+    """Run folder of a phase."""
     return Path(config.train.runs) / config.name / phase.key
 
 
 def _exit_after_losing_ranks(folder: Path | None, reason: str) -> NoReturn:
-    """End a rank that has lost the others, at once: what waits for them would wait for good."""
+    """End a rank that has lost the others at once; its threads would wait for them for ever."""
     sys.stderr.write(f"error: {reason}; go on with --resume auto.\n")
     sys.stderr.flush()
     if folder is not None:
         write_ending(folder, ExitCode.RANK_LOST, reason, None)
     os._exit(ExitCode.RANK_LOST)
-
-
-def _parse_arguments(phase: Phase, argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"launch/phase{phase.number}.py",
-        description=f"Phase {phase.number}: {', '.join(phase.tasks)}. Trains {', '.join(phase.parts)}.",
-    )
-    parser.add_argument(
-        "--config", default="demo", help="name or path of a configuration (default: demo)"
-    )
-    stages = [stage for stage, row in STAGES.items() if row.number == phase.number]
-    parser.add_argument(
-        "--stage",
-        choices=stages,
-        help=f"a sub-step of the phase, in a run folder of its own (phase {phase.number} has {', '.join(stages)})"
-        if stages
-        else argparse.SUPPRESS,
-    )
-    parser.add_argument(
-        "--from",
-        dest="source",
-        metavar="PATH",
-        help="start from this run's phase folder or checkpoint, or from the best one of the phase before (`best`)",
-    )
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument(
-        "--resume",
-        default="no",
-        choices=("yes", "auto"),
-        metavar="[auto]",
-        help="go on from this phase's newest whole checkpoint; with `auto`, begin where there is none",
-    )
-    start.add_argument(
-        "--restart", action="store_true", help="delete this phase's earlier run and begin anew"
-    )
-    parser.add_argument(
-        "--ds-config",
-        type=Path,
-        metavar="JSON",
-        help=f"instead of ds_configs/phase{phase.number}.json",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="part.field=value",
-        help="change a value of the configuration",
-    )
-    return parser.parse_intermixed_args(_join_resume_value(sys.argv[1:] if argv is None else argv))
-
-
-def _join_resume_value(words: Sequence[str]) -> list[str]:
-    """Words of a command line with `--resume` and its value as one, so that it does not swallow an override."""
-    found: list[str] = []
-    for word in words:
-        if found and found[-1] == "--resume=yes" and word == "auto":
-            found[-1] = "--resume=auto"
-        else:
-            found.append("--resume=yes" if word == "--resume" else word)
-    return found
 
 
 def train_phase(
@@ -162,12 +104,14 @@ def train_phase(
     """Train one phase.
 
     Raises:
-        Ended: early, in order.
-        UserError: missing shards, a missing or unfit checkpoint of the phase before, an earlier run in the way.
+        RunEnded: the run ends early and in order.
+        UserError: shards are missing, the previous phase's checkpoint is missing or does not fit,
+            or an earlier run is in the way.
     """
     settings = phase.get_settings(config)
     folder = get_run_folder(phase, config)
-    # What is missing is said before anything is loaded; a run that goes on needs nothing of the phase before.
+    # A missing checkpoint is reported before anything is loaded; a run that resumes needs none of
+    # the previous phase.
     source = (
         None
         if resume != "no" and has_checkpoints(folder)
@@ -213,13 +157,13 @@ def train_phase(
     )
 
     torch.manual_seed(config.train.seed)
-    # A run that goes on has all its weights in its own checkpoint, whatever became of the phase before.
+    # A run that resumes has all weights in its own checkpoint, whatever became of the phase before.
     model = build_model(phase, config, start or source, engine)
     if start is None and source is None and config.encoder.atlas_cases:
         cases = range(min(config.encoder.atlas_cases, samples))  # the same on every rank
         model.encoder.fit_atlas(torch.from_numpy(loader.dataset[number].ct) for number in cases)
     # Before freezing: a part without a learning rate belongs to the checkpoint too.
-    names = run_checkpoint.checkpoint_tensor_names(model)
+    names = model.checkpoint_tensor_names()
     if config.train.weighting == "uncertainty":
         model.weighting = UncertaintyWeighting(len(phase.tasks))
     freeze_all_but(model, settings.lr, settings.unfreeze, extra_modules=["weighting"])
@@ -227,9 +171,11 @@ def train_phase(
     engine.prepare(model, optimizer)
     set_training_modes(model, settings)
     if start is not None:
-        world = run_checkpoint.read_training_state(start).world_size
+        resumed = Checkpoint.open(start)
         engine.load_optimizer_shards(
-            start / run_checkpoint.ENGINE_FOLDER, world, keeps_ema=settings.ema_decay > 0
+            resumed.engine_folder,
+            resumed.training.world_size,
+            keeps_ema=settings.ema_decay > 0,
         )
         log.info("resumed from %s", start)
     try:
@@ -255,8 +201,11 @@ def train_phase(
 
 
 def _fetch_frozen_models(phase: Phase, config: Config) -> None:
-    """Fetch or build bundled models before processes join: from then on Transformers saves on rank 0 alone, whichever
-    rank prepares, and under ZeRO-3 it builds what it loads in shards."""
+    """Fetch or build bundled models before the processes join.
+
+    From then on Transformers saves on rank 0 only, whichever rank prepares a model, and under
+    ZeRO-3 it builds every model in shards.
+    """
     if phase.previous_phase is None:
         pretrained.resolve_model(config.text.model)
     if "generator" in phase.parts:
@@ -264,7 +213,9 @@ def _fetch_frozen_models(phase: Phase, config: Config) -> None:
 
 
 def build_model(phase: Phase, config: Config, source: Path | None, engine: Engine) -> RectVLM:
-    """The model of a phase, with the weights of the phase before; the engine shards the language model as it is read.
+    """Build the model of a phase with the weights of a checkpoint.
+
+    The engine shards the language model while it is read.
 
     Raises:
         UserError: the weights do not fit, naming what is missing or unexpected.
@@ -278,19 +229,19 @@ def build_model(phase: Phase, config: Config, source: Path | None, engine: Engin
             pretrained.resolve_model(config.text.model), config.text.max_tokens
         )
         return RectVLM(config, phase.parts, prompts, language)
-    tensors = run_checkpoint.read_weights(source)
-    model = RectVLM(
-        config, phase.parts, run_checkpoint.prompts_from_tensors(tensors, source), language
-    )
-    before = run_checkpoint.read_training_state(source).parts
+    checkpoint = Checkpoint.open(source)
+    tensors = checkpoint.read_tensors()
+    prompts = PromptEmbeddings.from_tensors(tensors, source)
+    model = RectVLM(config, phase.parts, prompts, language)
+    before = checkpoint.parts
     absent = [part for part in phase.parts if part not in before and part != phase.parts[-1]]
     if absent:
         log.warning("%s has no %s: it begins with random weights", source, " and no ".join(absent))
     expected = [
         name
-        for name in run_checkpoint.checkpoint_tensor_names(model)
+        for name in model.checkpoint_tensor_names()
         if name.partition(".")[0] in (*before, "prompts")
     ]
-    run_checkpoint.load_weights(model, tensors, expected, source)
+    load_tensors(model, tensors, expected, source)
     log.info("starting from %s", source)
     return model

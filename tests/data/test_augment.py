@@ -8,7 +8,7 @@ import torch
 
 from rectvlm.config import ELASTIC_LATTICE_MM, AugmentConfig, Config
 from rectvlm.data.augment import augment_batch
-from rectvlm.data.loader import ShardDataset, collate_samples
+from rectvlm.data.dataset import ShardDataset, collate_samples
 from rectvlm.data.warp import SpatialWarp, draw_warps
 from rectvlm.labels import AIR_HU, REGIONS
 from rectvlm.types import Batch
@@ -102,7 +102,7 @@ def test_a_strength_does_not_change_the_other_draws(batch: Batch) -> None:
 
 
 def test_ct_and_masks_move_together(batch: Batch) -> None:
-    """A bright box with its own mask and region: after any move the three still mark the same voxels."""
+    """CT, mask and region of a bright box still mark the same voxels after any move."""
     shape = batch.ct.shape
     ct, bits, regions = (
         torch.full(shape, AIR_HU, dtype=torch.int16),
@@ -158,7 +158,7 @@ def test_a_lesion_smaller_than_a_voxel_of_the_moved_grid_keeps_a_voxel(batch: Ba
 def full_grid(
     warp: SpatialWarp, shape: tuple[int, int, int], spacing: tuple[float, float, float]
 ) -> torch.Tensor:
-    """Where each voxel comes from: (Z, Y, X, 3), the last axis (z, y, x) in mm from the centre of the grid."""
+    """Source of each voxel (Z, Y, X, 3) as (z, y, x), mm from the centre of the grid."""
     half = torch.tensor(
         [n * step / 2 for n, step in zip(shape, spacing, strict=True)], dtype=torch.float64
     )
@@ -166,7 +166,7 @@ def full_grid(
 
 
 def jacobian(points: torch.Tensor, spacing: tuple[float, float, float]) -> torch.Tensor:
-    """Determinant by differences of neighbours: 1 where nothing changes, 0 and below where the tissue folds."""
+    """Jacobian by differences of neighbours: 1 without change, 0 and below where tissue folds."""
     inner = points[:-1, :-1, :-1]
     ahead = (points[1:, :-1, :-1], points[:-1, 1:, :-1], points[:-1, :-1, 1:])
     return torch.linalg.det(
@@ -186,7 +186,7 @@ def test_no_move_mirrors_or_folds(batch: Batch) -> None:
 
 
 def test_the_strongest_elastic_move_that_can_be_asked_for_does_not_fold() -> None:
-    """Control points at full strength, all towards the middle, squeeze what is there; seen on a fine grid."""
+    """Control points at full strength, all towards the middle, squeeze tissue without folds."""
     most, shape, spacing = 0.4 * ELASTIC_LATTICE_MM, (60, 60, 60), (4.0, 4.0, 4.0)
     with pytest.raises(ValueError, match="elastic"):
         AugmentConfig(**{**NOTHING.model_dump(), "elastic": most + 0.1})
@@ -247,7 +247,7 @@ def test_sides_stay_sides(batch: Batch) -> None:
 
 
 def test_rotation_is_rigid_in_millimetres() -> None:
-    """On a grid whose axes all differ in voxel size, a turned distance keeps its length; each angle stays in bounds."""
+    """With other voxel sizes on each axis, rotation keeps lengths and angles stay in bounds."""
     torch.manual_seed(0)
     spacing, shape = (4.0, 0.5, 2.0), (8, 40, 20)
     warps = draw_warps(50, shape, spacing, asked(rotate=30.0, tilt=10.0))

@@ -1,4 +1,4 @@
-"""Hounsfield units: what `tests/data/test_volume.py` leaves open, above all numbers that could be read in two ways."""
+"""Conversion to Hounsfield units, above all of numbers that could be read in two ways."""
 
 from pathlib import Path
 
@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from rectvlm.data.hounsfield import HuEvidence, to_hu
-from rectvlm.data.volume import Volume, read_volume
-from rectvlm.types import HuConversion, InputError, UserError
+from rectvlm.data.volume import read_volume
+from rectvlm.types import HuConversion, InputError, UserError, Volume
 from tests.ct_rate_tree import phantom
+from tests.data.chest_volume import SHAPE, chest
 
 AFFINE = np.diag([-2.5, -2.5, 4.5, 1.0])
 
@@ -37,6 +38,71 @@ def circle(shape: tuple[int, ...]) -> NDArray[np.bool_]:
     )
 
 
+def grainy() -> NDArray[np.int16]:
+    noise = np.random.default_rng(0).normal(0, 30, SHAPE)
+    return np.clip(chest()[0] + noise, -1024, 3071).astype(np.int16)
+
+
+def test_hu_stays_hu_and_is_never_rescaled_twice() -> None:
+    hu = grainy()
+    for slope, intercept in ((None, None), (1.0, -1024.0), (1.0, -8192.0), (1.0, 0.0)):
+        got, decision = decide(hu, slope, intercept)
+        np.testing.assert_array_equal(got, hu)
+        assert (decision.slope, decision.intercept, decision.padding_voxels) == (1, 0, 0)
+        assert ("not applied again" in decision.reason) == (intercept not in (None, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.float32, np.int32])
+@pytest.mark.parametrize("intercept", [-1024.0, -8192.0])
+def test_stored_numbers_need_their_intercept(intercept: float, dtype: type) -> None:
+    hu = grainy()
+    stored = (hu.astype(np.int32) - int(intercept)).astype(dtype)
+    stored[:3] = 0
+    got, decision = decide(stored, 1.0, intercept)
+    np.testing.assert_array_equal(got[3:], hu[3:])
+    assert (got[:3] == -1024).all() and decision.intercept == intercept
+    assert decision.padding_voxels == (stored[:3].size if intercept == -8192 else 0)
+    with pytest.raises(UserError, match="not in HU"):
+        decide(stored)
+
+
+def test_a_slope_is_applied() -> None:
+    hu = grainy()
+    got, decision = decide(((hu + 1024.0) * 2).astype(np.float32), 0.5, -1024)
+    np.testing.assert_array_equal(got, hu)
+    assert decision.slope == 0.5
+
+
+@pytest.mark.parametrize("padding", [-2048, -8192, -2000, -1025])
+def test_padding_becomes_air_and_is_counted(padding: int) -> None:
+    hu = grainy()
+    hu[:, :2] = padding
+    hu[5, 5, 5] = 20000
+    got, decision = decide(hu)
+    assert (got[:, :2] == -1024).all() and got.max() == 3071 and got.dtype == np.int16
+    assert decision.padding_voxels == hu[:, :2].size
+    assert str(hu[:, :2].size) in decision.reason
+
+
+@pytest.mark.parametrize("offset", [-1024, -8192, 1024])
+def test_numbers_that_were_rescaled_twice_are_refused(offset: int) -> None:
+    hu = grainy()
+    with pytest.raises(UserError, match=r"case\.nii\.gz is not in HU"):
+        decide((hu + offset).astype(np.int16), 1.0, -1024.0 if offset != 1024 else None)
+
+
+def test_windowed_pictures_are_refused() -> None:
+    hu = grainy()
+    picture = np.clip((hu + 1350) / 1500 * 255, 0, 255).astype(np.uint8)
+    for array in (picture, picture.astype(np.int16), picture / np.float32(255) * 1500 - 1350):
+        with pytest.raises(UserError, match="windowed picture"):
+            decide(array)
+    with pytest.raises(UserError, match="windowed picture"):
+        decide(np.clip(hu, -1000, 20).astype(np.int16))
+    with pytest.raises(UserError, match="not in HU"):
+        decide((hu / 1000).astype(np.float32))
+
+
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     ("slope", "intercept", "padding"),
@@ -52,7 +118,7 @@ def circle(shape: tuple[int, ...]) -> NDArray[np.bool_]:
 def test_stored_numbers_with_padding_become_hu(
     seed: int, slope: float, intercept: float, padding: int
 ) -> None:
-    """Padding of −2048 HU is stored as −1024, which looks like air, while the air is stored as 0, which looks soft."""
+    """Padding of −2048 HU is stored as −1024, like air; air is stored as 0, like soft tissue."""
     hu = scan(seed)
     inside = circle(hu.shape)
     stored = np.where(inside, (hu - intercept) / slope, (padding - intercept) / slope).astype(
@@ -90,7 +156,7 @@ def test_air_without_noise_leaves_the_lungs_as_evidence() -> None:
 
 
 def test_numbers_that_are_hu_both_ways_are_refused() -> None:
-    """Half of the volume stored one way and half the other, or an offset too small to show: none is chosen."""
+    """Half of a volume stored one way and half the other, or a small offset: both are refused."""
     hu = scan().astype(np.int32)
     with pytest.raises(InputError, match="may be in HU or not"):
         decide(hu, 1, 31)
@@ -135,7 +201,7 @@ def test_the_decision_says_what_it_rests_on() -> None:
     twist=st.sampled_from(["none", "noise", "metal", "empty rows"]),
 )
 def test_hu_equals_the_truth(seed: int, form: tuple[float, float], dtype: str, twist: str) -> None:
-    """Any stored array of known truth, with the metadata that belongs to it: ±1 HU, or half a step of a coarse one."""
+    """Any stored array with its metadata: within 1 HU of the truth, or half a coarse step."""
     rng, (slope, intercept) = np.random.default_rng(seed), form
     hu = scan(seed).astype(np.float64)
     if twist == "noise":

@@ -1,4 +1,4 @@
-"""Order, split, resume: every sample once an epoch, on any number of ranks, from any point on."""
+"""Loaders: batches with and without workers, resumed, in pinned memory, and ended cleanly."""
 
 import multiprocessing
 import os
@@ -11,63 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import phantom_sample
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from rectvlm.config import Config, DataConfig
-from rectvlm.data.loader import (
-    VOLUME_DTYPES,
-    ShardDataset,
-    TrainOrder,
-    build_eval_loader,
-    build_train_loader,
-    collate_samples,
-)
+from rectvlm.data.dataset import ShardDataset, collate_samples
+from rectvlm.data.loader import build_eval_loader, build_train_loader
+from rectvlm.data.order import TrainOrder
+from rectvlm.data.sample import VOLUME_DTYPES
 from rectvlm.data.shards import write_shards
 from rectvlm.data.shared_batches import BatchPool
 from rectvlm.labels import CT_WINDOWS, FINDINGS, LESIONS
-from rectvlm.models.encoder import apply_windows
+from rectvlm.models.image_features import apply_windows
 from rectvlm.types import Batch, UserError
 
 
 @pytest.fixture(scope="module")
 def data(tiny: Config, phantom_shards: Path) -> DataConfig:
     return tiny.data.model_copy(update={"shards": str(phantom_shards)})
-
-
-def row(samples: int, micro_batch: int, world: int, seed: int, seen: int, count: int) -> list[int]:
-    """The first `count` samples after `seen`, of all ranks together in their order."""
-    steps = -(-count // (micro_batch * world))
-    ranks = [
-        islice(TrainOrder(samples, micro_batch, rank, world, seed, seen), steps)
-        for rank in range(world)
-    ]
-    return [number for step in zip(*ranks, strict=True) for part in step for number in part][:count]
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("micro_batch", [1, 2, 3])
-def test_an_epoch_holds_each_sample_once(world: int, micro_batch: int) -> None:
-    found = row(7, micro_batch, world, seed=3, seen=0, count=3 * 7)
-    epochs = [found[k : k + 7] for k in (0, 7, 14)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert found != row(7, micro_batch, world, seed=4, seen=0, count=3 * 7)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    samples=st.integers(1, 20),
-    seed=st.integers(0, 2**31),
-    seen=st.integers(0, 60),
-    before=st.tuples(st.integers(1, 4), st.integers(1, 3)),
-    after=st.tuples(st.integers(1, 4), st.integers(1, 3)),
-)
-def test_resume_goes_on_exactly_on_another_number_of_ranks(
-    samples: int, seed: int, seen: int, before: tuple[int, int], after: tuple[int, int]
-) -> None:
-    whole = row(samples, before[1], before[0], seed, seen=0, count=seen + 30)
-    assert row(samples, after[1], after[0], seed, seen=seen, count=30) == whole[seen:]
 
 
 def first(
@@ -111,7 +70,7 @@ def test_worker_processes_give_the_same_batches(data: DataConfig) -> None:
 
 
 def test_a_signal_while_workers_start_is_left_to_the_parent(data: DataConfig) -> None:
-    """They import for seconds; a launcher's signal goes to them too, and the step at hand needs its batches."""
+    """A launcher's signal reaches workers while they import, but the step needs their batches."""
     sent: set[int] = set()
     done = threading.Event()
 
@@ -138,7 +97,7 @@ def test_a_signal_while_workers_start_is_left_to_the_parent(data: DataConfig) ->
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_a_consumer_keeps_is_never_written_over(data: DataConfig, workers: int) -> None:
-    """Batches dropped at once take turns in a few slots; one kept whole, and a single volume's view, stay."""
+    """Dropped batches share a few slots; a batch or a view that is kept stays unchanged."""
     dataset = ShardDataset(data, "train")
     expected = [
         dataset.read_batch(numbers) for numbers in islice(TrainOrder(6, 2, 0, 1, seed=0), 14)
@@ -171,22 +130,22 @@ def test_more_batches_than_slots_can_be_kept(data: DataConfig) -> None:
 
 def test_a_slot_is_free_when_nothing_lies_on_its_volumes() -> None:
     pool = BatchPool(2, 2, 3, VOLUME_DTYPES, (2, 4, 8))
-    slot, arrays = pool.take_slot(1, 2) or (None, {})
-    assert slot == 2, "the second worker's first"
-    for i, array in enumerate(arrays.values()):
+    assert pool.take_slot(1, 2) == 2, "the second worker's first"
+    for i, array in enumerate(pool.slot_arrays(2, 2).values()):
         array[:] = i + 1
     opened = pool.open_slot(2, 2)
-    assert {name: (v.dtype, tuple(v.shape), v.unique().tolist()) for name, v in opened.items()} == {
-        name: (dtype, (2, 2, 4, 8), [i + 1])
-        for i, (name, dtype) in enumerate(VOLUME_DTYPES.items())
-    }
-    assert (pool.take_slot(1, 3) or ())[0] == 3 and pool.take_slot(1, 1) is None
-    assert (pool.take_slot(0, 3) or ())[0] == 0 and pool.take_slot(0, 4) is None
+    assert list(opened) == list(VOLUME_DTYPES)
+    for i, (name, dtype) in enumerate(VOLUME_DTYPES.items()):
+        volume = opened[name].numpy()
+        assert volume.dtype == dtype and volume.shape == (2, 2, 4, 8) and (volume == i + 1).all()
+    del volume
+    assert pool.take_slot(1, 3) == 3 and pool.take_slot(1, 1) is None
+    assert pool.take_slot(0, 3) == 0 and pool.take_slot(0, 4) is None
     part = opened["lesions"][1].flatten()[4:]
     del opened
     assert pool.take_slot(1, 1) is None
     del part
-    assert (pool.take_slot(1, 1) or ())[0] == 2
+    assert pool.take_slot(1, 1) == 2
 
 
 NEEDS_CUDA = [
@@ -206,7 +165,7 @@ NEEDS_CUDA = [
 def test_hu_travel_as_int16_and_windows_are_made_on_the_device(
     data: DataConfig, device: str, workers: int
 ) -> None:
-    """Two bytes a voxel to the device, whatever the number of windows; nothing of the scale is lost before them."""
+    """Two bytes a voxel go to the device for any number of windows, with the full range of HU."""
     pin = device == "cuda"
     loader = build_train_loader(
         data.model_copy(update={"workers": workers}), 2, 0, 1, seed=0, pin_memory=pin

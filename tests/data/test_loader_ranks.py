@@ -1,4 +1,4 @@
-"""Loaders of several ranks as real processes: each sample once an epoch, equal counts, resume on other numbers."""
+"""Loaders of several processes: each sample once an epoch, equal counts, resuming on others."""
 
 import hashlib
 import multiprocessing
@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from rectvlm.config import Config, load_config
-from rectvlm.data.loader import ShardDataset, build_train_loader, collate_samples
+from rectvlm.data.dataset import ShardDataset, collate_samples
+from rectvlm.data.loader import build_train_loader
 from rectvlm.data.shards import write_shards
 from rectvlm.types import Batch, Sample
 
@@ -96,7 +97,7 @@ def row(shards: str, tiny: Config) -> list[Seen]:
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[list[ProcessPoolExecutor]]:
-    """Four processes, each for one rank at a time. A server that only imports torch forks them, to save the time."""
+    """Four processes, each for one rank at a time, forked from a server that has imported torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rectvlm.data.loader"])
     pools = [ProcessPoolExecutor(1, context) for _ in range(4)]
@@ -136,7 +137,7 @@ def test_ranks_share_each_epoch_without_rest(
     row: list[Seen],
     workers: tuple[int, ...],
 ) -> None:
-    """As many steps as there are samples make whole epochs, one for each place in a batch of all ranks."""
+    """As many steps as samples make one epoch for each place in a batch of all ranks."""
     ranks = run(processes, shards, workers, steps=SAMPLES)
     assert [len(batches) for batches in ranks] == [SAMPLES] * len(workers)
     assert all(len(batch) == MICRO_BATCH for batches in ranks for batch in batches)

@@ -1,4 +1,4 @@
-"""Shards behind a URL give the batches of a disk; a server that fails is asked again, or ends in one sentence."""
+"""Shards at a URL give the batches of a disk; a failing server is retried or named in one error."""
 
 import re
 import threading
@@ -14,12 +14,13 @@ import torch
 
 from rectvlm.config import Config, DataConfig
 from rectvlm.data import store
-from rectvlm.data.loader import ShardDataset, build_eval_loader, build_train_loader
+from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.loader import build_eval_loader, build_train_loader
 from rectvlm.types import Batch, UserError
 
 
 class _Server(ThreadingHTTPServer):
-    """A folder, with range requests, which the standard library's handler does not know; and failures on request."""
+    """A folder served with range requests, and with failures on demand."""
 
     daemon_threads = True
 

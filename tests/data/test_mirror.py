@@ -9,7 +9,7 @@ from conftest import phantom_sample
 
 from rectvlm.config import Config
 from rectvlm.data.canonical_grid import mask_to_native
-from rectvlm.data.loader import collate_samples
+from rectvlm.data.dataset import collate_samples
 from rectvlm.data.mirror import mirror_samples, mirror_text
 from rectvlm.labels import REGION_BY_NAME
 from rectvlm.lesion_places import locate_lesions
@@ -106,7 +106,7 @@ def test_reports_of_phantoms_are_mirrored_or_refused() -> None:
 
 
 def sided(sample: Sample) -> Sample:
-    """A patient with a consolidation in the right lower lobe and a nodule in the right upper lobe."""
+    """Sample with a consolidation in the right lower lobe and a nodule in the right upper lobe."""
     ct = np.full_like(sample.ct, -1000)
     lesions, regions = np.zeros_like(sample.lesions), np.zeros_like(sample.regions)
     ids = {name: region.id for name, region in REGION_BY_NAME.items()}
@@ -125,7 +125,8 @@ def sided(sample: Sample) -> Sample:
     ct[lesions > 0] = 40
     meta = replace(
         sample.meta,
-        findings="Consolidation in the right lower lobe. Left lung is clear. 9 mm nodule in the RUL.",
+        findings="Consolidation in the right lower lobe. Left lung is clear. "
+        "9 mm nodule in the RUL.",
         impression="Right-sided pneumonia.",
     )
     return Sample(ct, lesions, regions, meta)
@@ -159,7 +160,8 @@ def test_a_marker_on_the_right_ends_on_the_left_with_its_words_and_regions(batch
         assert "right" in before and after == before.replace("right", "left")
     assert torch.equal(changed.ct[0], batch.ct[0].flip(-1))
     assert changed.reports[0] == (
-        "Findings: Consolidation in the left lower lobe. Right lung is clear. 9 mm nodule in the LUL.\n"
+        "Findings: Consolidation in the left lower lobe. Right lung is clear. "
+        "9 mm nodule in the LUL.\n"
         "Impression: Left-sided pneumonia."
     )
     left, right, heart = (REGION_BY_NAME[name].id for name in ("left ribs", "right ribs", "heart"))

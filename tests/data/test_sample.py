@@ -1,4 +1,4 @@
-"""Shards: what goes in comes out, the same bytes each time, by WebDataset and by offset; damage is named."""
+"""Shards: samples come back unchanged, bytes repeat, WebDataset can read them, damage is named."""
 
 import hashlib
 import json
@@ -14,14 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rectvlm.data.report_text import join_report_sections, split_report_sections
-from rectvlm.data.sample import (
-    SAMPLE_MEMBERS,
-    decode_sample,
-    encode_sample,
-)
+from rectvlm.data.sample import SAMPLE_MEMBERS, decode_sample, encode_sample
 from rectvlm.data.shard_manifest import read_manifest
 from rectvlm.data.shards import read_index, read_sample, write_shards
 from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.types import GridGeometry, HuConversion, Sample, SampleMeta, Split, UserError
 
 GRID = (4, 6, 8)
@@ -135,7 +132,7 @@ def test_counts_are_by_split(tmp_path: Path) -> None:
             }
         for lesion in LESIONS:
             annotated = sum(sample.meta.lesions_annotated[lesion.key] for sample in part)
-            present = sum(bool((sample.lesions >> lesion.bit & 1).any()) for sample in part)
+            present = sum(bool(lesion_mask(sample.lesions, lesion).any()) for sample in part)
             assert found[split]["lesions"][lesion.key] == {
                 "present": present,
                 "annotated": annotated,
@@ -233,7 +230,7 @@ def test_a_truncated_shard_and_a_missing_folder_are_named(tmp_path: Path) -> Non
         read_index(tmp_path)
 
 
-# Markup around a heading is taken for part of it, so a section that begins with '*' or '#' is not read back whole.
+# Markup around a heading counts as part of it, so a section that begins with '*' or '#' loses it.
 _TEXT = st.none() | st.text(
     st.characters(codec="utf-8", exclude_characters=":\r*#"), min_size=1
 ).map(str.strip).filter(bool)

@@ -7,25 +7,37 @@ import numpy as np
 import pytest
 from conftest import phantom_sample, write_nifti
 
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import THRESHOLDS_FILE, Checkpoint, run_folder
 from rectvlm.data.shard_manifest import read_manifest
 from rectvlm.data.shards import read_index, write_shards
-from rectvlm.evaluate import THRESHOLDS_FILE, evaluate_checkpoint, read_thresholds, tables
+from rectvlm.evaluate import tables
+from rectvlm.evaluate.options import EvaluationOptions
+from rectvlm.evaluate.run import evaluate_checkpoint
+from rectvlm.evaluate.stored_thresholds import read_thresholds
 from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.types import UserError
 
 
 @pytest.fixture(scope="module")
-def evaluated(tiny_run, tmp_path_factory):
+def evaluation(tiny_run, tmp_path_factory):
+    """Result of an evaluation and the file of its metrics."""
     out = tmp_path_factory.mktemp("evaluation") / "metrics.json"
-    return evaluate_checkpoint(tiny_run(3), out=out, device="cpu", batch_size=2), out
+    options = EvaluationOptions(batch_size=2)
+    return evaluate_checkpoint(tiny_run(3), out=out, device="cpu", options=options), out
+
+
+@pytest.fixture
+def evaluated(evaluation):
+    result, out = evaluation
+    return result.as_dict(), out
 
 
 def test_the_file_holds_what_is_returned_and_where_it_came_from(evaluated, tiny_run):
     result, out = evaluated
     assert json.loads(out.read_text()) == result
     assert result["n_cases"] == 3 and result["split"] == "valid" and result["config"] == "tiny"
-    assert result["checkpoint"] == str(run_checkpoint.find_checkpoint(tiny_run(3), ""))
+    assert result["checkpoint"] == str(run_folder.find_checkpoint(tiny_run(3), ""))
     assert (
         result["machine"]["cores"] >= 1
         and result["device"] == "cpu"
@@ -63,7 +75,7 @@ def test_thresholds_come_from_the_train_split_and_are_kept_for_prediction(evalua
         for name, value in thresholds["values"].items()
         if name not in thresholds["not_fitted"]
     }
-    assert read_thresholds(run_checkpoint.find_checkpoint(tiny_run(3), "")) == fitted
+    assert read_thresholds(run_folder.find_checkpoint(tiny_run(3), "")) == fitted
     used = {name: row["threshold"] for name, row in result["classification"]["per_finding"].items()}
     assert used == thresholds["values"] and len(set(used.values())) > 2
 
@@ -91,9 +103,14 @@ def test_reports_stand_beside_their_references_and_the_control(evaluated, phanto
 
 def test_a_limit_cuts_a_batch_and_the_batch_size_changes_nothing(tiny_run, tmp_path):
     def run(**options):
-        result = evaluate_checkpoint(tiny_run(2), out=tmp_path / "m.json", device="cpu", **options)
-        assert result["reports"] is None
-        return result
+        result = evaluate_checkpoint(
+            tiny_run(2),
+            out=tmp_path / "m.json",
+            device="cpu",
+            options=EvaluationOptions(**options),
+        )
+        assert result.reports is None
+        return result.as_dict()
 
     by_one, by_two = run(limit=2, batch_size=1), run(limit=2, batch_size=3)
     assert by_one["n_cases"] == by_two["n_cases"] == 2
@@ -106,8 +123,7 @@ def test_a_limit_cuts_a_batch_and_the_batch_size_changes_nothing(tiny_run, tmp_p
 
 def test_a_model_without_localizer_has_no_localization(tiny_run, tmp_path):
     assert (
-        evaluate_checkpoint(tiny_run(1), out=tmp_path / "m.json", device="cpu")["localization"]
-        is None
+        evaluate_checkpoint(tiny_run(1), out=tmp_path / "m.json", device="cpu").localization is None
     )
 
 
@@ -118,9 +134,11 @@ def test_without_a_train_split_thresholds_stay_at_one_half(tiny_run, tiny, tmp_p
     )
     write_shards([sample, replace(sample, meta=no_report)], tmp_path / "shards")
     folder = tmp_path / "checkpoint"
-    shutil.copytree(run_checkpoint.find_checkpoint(tiny_run(3), ""), folder)
+    shutil.copytree(run_folder.find_checkpoint(tiny_run(3), ""), folder)
     (folder / THRESHOLDS_FILE).unlink(missing_ok=True)
-    result = evaluate_checkpoint(folder, tmp_path / "shards", out=tmp_path / "m.json", device="cpu")
+    result = evaluate_checkpoint(
+        folder, tmp_path / "shards", tmp_path / "m.json", device="cpu"
+    ).as_dict()
     assert set(result["thresholds"]["values"].values()) == {0.5}
     assert (
         "no train split" in result["thresholds"]["source"]
@@ -134,10 +152,15 @@ def test_without_a_train_split_thresholds_stay_at_one_half(tiny_run, tiny, tmp_p
 
 
 def test_evaluation_leaves_the_weights_alone(tiny_run, tmp_path):
-    folder = run_checkpoint.find_checkpoint(tiny_run(1), "")
-    before = run_checkpoint.read_weights(folder)
-    evaluate_checkpoint(folder, out=tmp_path / "m.json", device="cpu", split="train", limit=1)
-    after = run_checkpoint.read_weights(folder)
+    folder = run_folder.find_checkpoint(tiny_run(1), "")
+    before = Checkpoint.open(folder).read_tensors()
+    evaluate_checkpoint(
+        folder,
+        out=tmp_path / "m.json",
+        device="cpu",
+        options=EvaluationOptions(split="train", limit=1),
+    )
+    after = Checkpoint.open(folder).read_tensors()
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
@@ -151,13 +174,13 @@ def test_bad_inputs_give_one_clear_sentence(tiny_run, tmp_path):
             tiny_run(3),
             out=tmp_path / "new" / "m.json",
             device="cpu",
-            labeler=str(tmp_path / "none"),
+            options=EvaluationOptions(labeler=str(tmp_path / "none")),
         )
     assert not list(tmp_path.rglob("*.jsonl")), (
         "it should be found out before the cases are predicted"
     )
     folder = tmp_path / "copy"
-    shutil.copytree(run_checkpoint.find_checkpoint(tiny_run(1), ""), folder)
+    shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
     (folder / THRESHOLDS_FILE).write_text("[]")
     with pytest.raises(UserError, match="damaged"):
         read_thresholds(folder)
@@ -177,12 +200,12 @@ def test_tables_and_plots_lie_beside_the_metrics(evaluated):
     assert len(rows) == 3 and all(len(row["probabilities"]) == 18 for row in rows)
 
 
-def test_the_page_shows_each_finding_that_is_read_in_reports_beside_the_control(evaluated):
-    result, out = evaluated
+def test_the_page_shows_each_finding_that_is_read_in_reports_beside_the_control(evaluation):
+    result, out = evaluation
     assert tables.render_markdown(result) == out.with_name("metrics.md").read_text()
     given = copy.deepcopy(result)  # an untrained model's figures are mostly 0
     image, air = (
-        given["reports"][kind]["clinical"]["labels"]["per_finding"]
+        given.reports[kind]["clinical"]["labels"]["per_finding"]
         for kind in ("image", "image_ablated")
     )
     for i, name in enumerate(FINDINGS):
@@ -213,20 +236,16 @@ def test_the_language_model_is_part_of_the_fingerprint_where_reports_are_written
 ):
     found = evaluated[0]["fingerprint"]["language_model"]
     assert found["reference"] == "bundled:tiny-llama" and len(found["contents"]) == 64
-    options = {
-        "out": tmp_path / "m.json",
-        "device": "cpu",
-        "plots": False,
-        "bootstrap": 0,
-        "limit": 1,
-    }
-    without = evaluate_checkpoint(tiny_run(2), **options)
-    assert without["fingerprint"]["language_model"] is None
+    options = EvaluationOptions(plots=False, bootstrap=0, limit=1)
+    without = evaluate_checkpoint(
+        tiny_run(2), out=tmp_path / "m.json", device="cpu", options=options
+    )
+    assert without.fingerprint["language_model"] is None
 
 
 def test_stored_thresholds_serve_where_there_is_nothing_to_fit_on(tiny_run, tiny, tmp_path):
     folder = tmp_path / "checkpoint"
-    shutil.copytree(run_checkpoint.find_checkpoint(tiny_run(1), ""), folder)
+    shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
     write_shards([phantom_sample(8, tiny, "valid")], tmp_path / "shards")
     stored = {
         "source": "elsewhere",
@@ -236,10 +255,14 @@ def test_stored_thresholds_serve_where_there_is_nothing_to_fit_on(tiny_run, tiny
     }
     (folder / THRESHOLDS_FILE).write_text(json.dumps(stored))
 
-    def evaluated(**options):
+    def evaluated(shards=None, **options):
         return evaluate_checkpoint(
-            folder, out=tmp_path / "m.json", device="cpu", plots=False, **options
-        )
+            folder,
+            shards,
+            tmp_path / "m.json",
+            device="cpu",
+            options=EvaluationOptions(plots=False, **options),
+        ).as_dict()
 
     assert evaluated(shards=tmp_path / "shards")["thresholds"] == stored | {"same_data": False}
     assert evaluated(thresholds="stored", limit=1)["thresholds"]["source"] == "elsewhere"
@@ -258,22 +281,25 @@ def test_outlines_as_drawn_are_the_truth_when_they_are_given(
     (tmp_path / "drawn" / key).mkdir(parents=True)
     bits, affine = phantoms(seed).lesions, phantoms(seed).affine
     for lesion in LESIONS:
-        mask = (bits >> lesion.bit & 1).astype(np.uint8)
+        mask = lesion_mask(bits, lesion).astype(np.uint8)
         write_nifti(mask, affine, tmp_path / "drawn" / key / f"{lesion.key}.nii.gz")
-    options = {"device": "cpu", "plots": False, "bootstrap": 0, "reports": False}
+    options = EvaluationOptions(truth=tmp_path / "drawn", plots=False, bootstrap=0, reports=False)
     result = evaluate_checkpoint(
-        tiny_run(2), out=tmp_path / "m.json", truth=tmp_path / "drawn", **options
+        tiny_run(2), out=tmp_path / "m.json", device="cpu", options=options
     )
     annotated = sum(phantoms(seed).lesions_annotated.values())
-    assert result["localization"]["truth"]["file"] == annotated
+    assert result.localization["truth"]["file"] == annotated
     rows = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
     (row,) = (row for row in rows if row["key"] == key)
     for lesion in LESIONS:
         if phantoms(seed).lesions_annotated[lesion.key]:
             assert row["lesions"][lesion.bit]["native"]["truth"] == np.count_nonzero(
-                bits >> lesion.bit & 1
+                lesion_mask(bits, lesion)
             )
     with pytest.raises(UserError, match="--truth"):
         evaluate_checkpoint(
-            tiny_run(2), out=tmp_path / "m.json", truth=tmp_path / "none", **options
+            tiny_run(2),
+            out=tmp_path / "m.json",
+            device="cpu",
+            options=replace(options, truth=tmp_path / "none"),
         )

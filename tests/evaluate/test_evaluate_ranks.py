@@ -1,4 +1,4 @@
-"""Evaluation on several processes, killed and taken up again: the same figures, and nothing mixed."""
+"""Evaluation on several processes, killed and resumed: the same figures, and nothing mixed."""
 
 import json
 import os
@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from conftest import phantom_sample
 
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import run_folder
 from rectvlm.config import Config
 from rectvlm.data.shards import write_shards
-from rectvlm.evaluate import evaluate_checkpoint
 from rectvlm.evaluate.journal import EvaluationJournal
+from rectvlm.evaluate.options import EvaluationOptions
 from rectvlm.evaluate.process_ranks import ProcessRanks, read_ranks_from_environment
+from rectvlm.evaluate.run import evaluate_checkpoint
 from rectvlm.types import UserError
 
 OFTEN = ["--batch-size", "1", "--bootstrap", "50", "--device", "cpu"]
@@ -84,7 +85,7 @@ def lines(out: Path) -> dict[Path, int]:
 def test_two_processes_killed_and_gone_on_with_give_what_one_gives(
     tiny_run: Callable[[int], Path], shards: Path, tmp_path: Path
 ) -> None:
-    """Two processes, both killed with SIGKILL in the middle; then two again. All as if one had done it."""
+    """Two processes are killed with SIGKILL in the middle; two others finish as if one had run."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run(3), run)
     finish(start(run, shards, tmp_path / "one", 0, 1))
@@ -124,17 +125,21 @@ def test_what_is_known_is_not_done_again_and_never_mixed(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run(1), run)
-    folder = run_checkpoint.find_checkpoint(run, "")
+    folder = run_folder.find_checkpoint(run, "")
     data = tmp_path / "shards"
     write_shards((phantom_sample(seed, tiny, "valid") for seed in (8, 9)), data)
     out = tmp_path / "out" / "metrics.json"
 
     def evaluated(**options: Any) -> dict[str, Any]:
         result = evaluate_checkpoint(
-            run, data, out=out, device="cpu", plots=False, bootstrap=20, **options
+            run,
+            data,
+            out,
+            device="cpu",
+            options=EvaluationOptions(plots=False, bootstrap=20, **options),
         )
         assert result is not None
-        return result
+        return result.as_dict()
 
     def journals() -> int:
         return len(list(out.parent.glob("cases/*/rank-*.jsonl")))

@@ -1,4 +1,4 @@
-"""Lesions on the native grid: the way that prediction goes, in any orientation of the file; outlines from files."""
+"""Lesions on the native grid, in any orientation of the file, with outlines from files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +8,12 @@ import pytest
 from conftest import phantom_sample, write_nifti
 from numpy.typing import NDArray
 
-from rectvlm import metrics
 from rectvlm.config import Config
-from rectvlm.data.volume import mask_to_native
+from rectvlm.data.canonical_grid import mask_to_native
 from rectvlm.evaluate.native_grid import lesions_to_native_grid
 from rectvlm.labels import LESIONS, N_LESIONS
+from rectvlm.lesion_bits import lesion_mask, present_lesions, unpack_lesions
+from rectvlm.metrics.lesions import compare_lesion_masks
 from rectvlm.phantom.phantom import make_phantom
 from rectvlm.types import GridGeometry, Sample, SampleMeta, UserError
 
@@ -23,7 +24,7 @@ ANNOTATED = LESIONS
 def soft(bits: NDArray[np.uint8], seed: int = 0) -> NDArray[np.float32]:
     """Probabilities that are right, mostly: (5, z, y, x)."""
     rng = np.random.default_rng(seed)
-    masks = np.stack([bits >> lesion.bit & 1 for lesion in LESIONS])
+    masks = unpack_lesions(bits)
     unsure = rng.normal(0.12, 0.12, masks.shape)
     return np.clip(np.where(masks, 0.7 + unsure, np.minimum(unsure, 0.45)), 0, 1).astype(np.float32)
 
@@ -78,15 +79,15 @@ def test_the_window_holds_what_prediction_writes(
     assert found.spacing_mm == pytest.approx(spacing)
     for lesion in LESIONS:
         predicted, truth = found.extract_masks(lesion)
-        bits = [(mask >> lesion.bit & 1).astype(bool) for mask in (whole, true)]
-        assert metrics.compare_lesion_masks(
-            predicted, truth, found.spacing_mm
-        ) == metrics.compare_lesion_masks(bits[0], bits[1], spacing.tolist())
+        bits = [lesion_mask(mask, lesion) for mask in (whole, true)]
+        assert compare_lesion_masks(predicted, truth, found.spacing_mm) == compare_lesion_masks(
+            bits[0], bits[1], spacing.tolist()
+        )
         assert (predicted.sum(), truth.sum()) == (bits[0].sum(), bits[1].sum())
 
 
 def test_a_perfect_prediction_is_perfect_and_a_mirrored_one_is_not(sample: Sample) -> None:
-    masks = np.stack([sample.lesions >> lesion.bit & 1 for lesion in LESIONS]).astype(np.float32)
+    masks = unpack_lesions(sample.lesions).astype(np.float32)
     found, mirrored = (
         lesions_to_native_grid(one, sample.lesions, sample.meta, ANNOTATED)
         for one in (masks, masks[..., ::-1].copy())
@@ -96,11 +97,9 @@ def test_a_perfect_prediction_is_perfect_and_a_mirrored_one_is_not(sample: Sampl
         predicted, truth = found.extract_masks(lesion)
         assert np.array_equal(predicted, truth)
         if truth.any():
-            one = metrics.compare_lesion_masks(predicted, truth, found.spacing_mm)
+            one = compare_lesion_masks(predicted, truth, found.spacing_mm)
             assert (one.hd95_mm, one.surface_dice, one.parts_matched) == (0.0, 1.0, one.parts_true)
-            other = metrics.compare_lesion_masks(
-                *mirrored.extract_masks(lesion), mirrored.spacing_mm
-            )
+            other = compare_lesion_masks(*mirrored.extract_masks(lesion), mirrored.spacing_mm)
             sided += 2 * other.both < 0.2 * (other.predicted + other.truth)
     assert sided
 
@@ -109,7 +108,7 @@ def test_volumes_on_the_native_grid_are_those_of_the_patient(sample: Sample) -> 
     found = lesions_to_native_grid(soft(sample.lesions), sample.lesions, sample.meta, ANNOTATED)
     grid_ml = np.prod(sample.meta.spacing)
     for lesion in LESIONS:
-        voxels = np.count_nonzero(sample.lesions >> lesion.bit & 1)
+        voxels = np.count_nonzero(lesion_mask(sample.lesions, lesion))
         if voxels > 20:
             native = found.extract_masks(lesion)[1].sum() * np.prod(found.spacing_mm)
             assert native == pytest.approx(voxels * grid_ml, rel=0.25)
@@ -134,11 +133,11 @@ def test_outlines_from_files_are_the_truth_where_they_are_at_hand(
     sample: Sample, tmp_path: Path
 ) -> None:
     phantom = make_phantom(SEED)
-    present = [lesion for lesion in LESIONS if (phantom.lesions >> lesion.bit & 1).any()]
+    present = present_lesions(phantom.lesions)
     one, other = present[:2]
     key = sample.meta.key
     (tmp_path / key).mkdir()
-    mask = (phantom.lesions >> one.bit & 1).astype(np.uint8)
+    mask = lesion_mask(phantom.lesions, one).astype(np.uint8)
     # The same voxels in a file whose axes run otherwise.
     flip = np.diag([-1.0, 1, 1, 1])
     flip[0, 3] = mask.shape[0] - 1
@@ -158,7 +157,7 @@ def test_outlines_from_files_are_the_truth_where_they_are_at_hand(
     assert np.array_equal(found.extract_masks(other)[1].sum(), mask_to_native(
         sample.lesions, np.array(sample.meta.geometry.grid_affine), phantom.hu.shape, phantom.affine
     ).__rshift__(other.bit).__and__(1).sum())  # fmt: skip
-    assert metrics.compare_lesion_masks(predicted, truth, found.spacing_mm).both > 0
+    assert compare_lesion_masks(predicted, truth, found.spacing_mm).both > 0
 
 
 def test_a_file_that_lies_elsewhere_is_refused(sample: Sample, tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import pytest
 from conftest import phantom_sample
 
 from rectvlm import cli
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import THRESHOLDS_FILE, run_folder
 from rectvlm.config import Config
 from rectvlm.data.shards import write_shards
-from rectvlm.evaluate import THRESHOLDS_FILE, evaluate_checkpoint
+from rectvlm.evaluate.options import EvaluationOptions
+from rectvlm.evaluate.run import evaluate_checkpoint
 from rectvlm.types import COARSE_REGIONS_SOURCE, Sample, Split
 
 
@@ -30,7 +31,7 @@ def without_map(sample: Sample) -> Sample:
 
 @pytest.fixture(scope="module")
 def samples(tiny: Config) -> list[Sample]:
-    """Six cases to fit thresholds on and three to evaluate: one with a map, one with a coarse one, one without."""
+    """Six cases to fit on, three to evaluate: with a map, with a coarse map, without one."""
     splits: list[Split] = ["train"] * 6 + ["valid"] * 3
     made = [phantom_sample(seed, tiny, split) for seed, split in enumerate(splits)]
     made[7] = replace(made[7], meta=replace(made[7].meta, regions_source=COARSE_REGIONS_SOURCE))
@@ -45,27 +46,31 @@ def copied(run: Path, folder: Path) -> Path:
 
 
 def evaluated(run: Path, samples: list[Sample], folder: Path, **options: Any) -> dict[str, Any]:
-    """What an evaluation returns and writes; each has a copy of the run, since thresholds are kept there."""
+    """Results of an evaluation on a copy of the run, since thresholds are stored in it."""
     run = copied(run, folder)
     shards = folder / "shards"
     if not shards.exists():
         write_shards(samples, shards)
     out = folder / "metrics.json"
     result = evaluate_checkpoint(
-        run, shards, out=out, device="cpu", plots=False, bootstrap=0, **options
+        run,
+        shards,
+        out,
+        device="cpu",
+        options=EvaluationOptions(plots=False, bootstrap=0, **options),
     )
     assert result is not None
     rows = [json.loads(line) for line in (folder / "cases.jsonl").read_text().splitlines()]
     reports = folder / "reports.jsonl"
     return {
-        "metrics": result,
+        "metrics": result.as_dict(),
         "page": out.with_name("metrics.md").read_text(),
         "probabilities": [row["probabilities"] for row in rows],
         "lesions": [row["lesions"] for row in rows],
         "regions": [row["regions"] for row in rows],
         "reports": reports.read_text() if reports.exists() else None,
         "thresholds": json.loads(
-            (run_checkpoint.find_checkpoint(run, "") / THRESHOLDS_FILE).read_text()
+            (run_folder.find_checkpoint(run, "") / THRESHOLDS_FILE).read_text()
         ),
     }
 
@@ -96,7 +101,7 @@ def test_region_maps_are_counted(
 def test_hidden_maps_give_what_prediction_sees(
     tiny_run: Callable[[int], Path], samples: list[Sample], tmp_path: Path
 ) -> None:
-    """All that is found is that of the same CTs without a map, and nothing mixes with what was found with the maps."""
+    """The results are those of the same CTs without maps, and mix with none with maps."""
     run = tiny_run(3)
     shown = evaluated(run, samples, tmp_path / "one", limit=2)
     hidden = evaluated(run, samples, tmp_path / "one", limit=2, hide_regions=True)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rectvlm import metrics
 from rectvlm.evaluate.report_figures import resample_report_scores
+from rectvlm.metrics.bootstrap import draw_patient_weights
+from rectvlm.metrics.reports import ReportStatistics, compute_report_statistics, headline_scores
 
 TRUTHS = [
     "Findings: There is a small left pleural effusion. The heart is enlarged.",
@@ -26,15 +27,15 @@ WRITTEN = [
 
 
 @pytest.fixture(scope="module")
-def rows() -> metrics.ReportStatistics:
+def rows() -> ReportStatistics:
     rng = np.random.default_rng(0)
     labels = (rng.random((5, 18)) < 0.4).astype(float)
-    return metrics.compute_report_statistics(
+    return compute_report_statistics(
         WRITTEN, TRUTHS, labels=labels, known=rng.random((5, 18)) < 0.8
     )
 
 
-def drawn(rows: metrics.ReportStatistics, cases: NDArray[np.int64]) -> metrics.ReportStatistics:
+def drawn(rows: ReportStatistics, cases: NDArray[np.int64]) -> ReportStatistics:
     """The rows of some cases, repeated or not."""
     arrays = {f.name: getattr(rows, f.name) for f in fields(rows)}
     return replace(
@@ -42,11 +43,11 @@ def drawn(rows: metrics.ReportStatistics, cases: NDArray[np.int64]) -> metrics.R
     )
 
 
-def test_a_resample_scores_as_its_cases_score(rows: metrics.ReportStatistics) -> None:
-    weights = metrics.draw_patient_weights(["a", "b", "c", "a", "d"], 30, seed=2)
+def test_a_resample_scores_as_its_cases_score(rows: ReportStatistics) -> None:
+    weights = draw_patient_weights(["a", "b", "c", "a", "d"], 30, seed=2)
     found = resample_report_scores(rows, weights)
     for i, weight in enumerate(weights):
-        expected = metrics.headline_scores(drawn(rows, np.repeat(np.arange(5), weight)))
+        expected = headline_scores(drawn(rows, np.repeat(np.arange(5), weight)))
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert found[name][i] == pytest.approx(
@@ -54,9 +55,9 @@ def test_a_resample_scores_as_its_cases_score(rows: metrics.ReportStatistics) ->
             ), name
 
 
-def test_cases_without_a_reference_do_not_dilute_means(rows: metrics.ReportStatistics) -> None:
+def test_cases_without_a_reference_do_not_dilute_means(rows: ReportStatistics) -> None:
     weights = np.ones((1, 5), np.uint16)
-    found, whole = resample_report_scores(rows, weights), metrics.headline_scores(rows)
+    found, whole = resample_report_scores(rows, weights), headline_scores(rows)
     assert found["rouge_l"][0] == pytest.approx(whole["rouge_l"])
     none = replace(rows, has_reference=np.zeros(5, bool))
     assert np.isnan(resample_report_scores(none, weights)["rouge_l"]).all()

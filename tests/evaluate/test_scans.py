@@ -9,7 +9,7 @@ from rectvlm.evaluate.options import EvaluationOptions
 from rectvlm.evaluate.scans import group_by_scan
 from rectvlm.evaluate.summary import summarize_lesions
 from rectvlm.labels import LESIONS, N_FINDINGS
-from rectvlm.metrics import LesionComparison
+from rectvlm.metrics.lesions import LesionComparison
 
 
 def lesion(

@@ -1,4 +1,4 @@
-"""Thresholds beside a checkpoint: only fitted ones are written, and none in the place of better founded ones."""
+"""Stored thresholds: only fitted ones are written, and never over better founded ones."""
 
 import json
 import logging
@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rectvlm.evaluate import THRESHOLDS_FILE, read_thresholds
+from rectvlm.checkpoint import THRESHOLDS_FILE
 from rectvlm.evaluate.case_records import CaseRecord
-from rectvlm.evaluate.thresholds import choose_thresholds, read_stored_thresholds
+from rectvlm.evaluate.stored_thresholds import read_stored_thresholds, read_thresholds
+from rectvlm.evaluate.thresholds import choose_thresholds
 from rectvlm.labels import FINDINGS
 from rectvlm.types import UserError
 
@@ -19,7 +20,7 @@ UNKNOWN = FINDINGS[3]
 def cases(
     n: int, seed: int = 0, known: bool = True, regions: str | None = "drawn"
 ) -> list[CaseRecord]:
-    """Cases of the train split; one finding is known in none of them, with `known` false no one is."""
+    """Cases of the train split: one finding is never known; with `known` False none is."""
     rng = np.random.default_rng(seed)
     found = []
     for i in range(n):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from launch.demo import (
     run_command,
     summarize_demo,
 )
-from rectvlm.evaluate import evaluate_checkpoint
+from rectvlm.evaluate.run import evaluate_checkpoint
 from rectvlm.phantom.phantom import make_phantom
 from rectvlm.predict.run import predict_cases
 from rectvlm.types import UserError
@@ -128,28 +129,28 @@ def test_the_summary_says_what_the_run_wrote(demo_folder: Path) -> None:
         json.loads(line)
         for line in (demo_folder / "phase1" / "metrics.jsonl").read_text().splitlines()
     ]
-    assert summary["engine"] == {
+    assert summary.engine == {
         "distributed_type": "DEEPSPEED",
         "zero_stage": 1,
         "world_size": 1,
         "llm_quantization": None,
     }
-    (phase,) = summary["phases"]
-    assert (phase["phase"], phase["steps"], phase["seconds"], phase["loss_over"]) == (1, 6, 12.5, 3)
-    assert phase["loss_first"] == pytest.approx(sum(line["loss"] for line in lines[:3]) / 3)
-    assert phase["loss_last"] == pytest.approx(sum(line["loss"] for line in lines[-3:]) / 3)
-    assert phase["losses"]["classification"]["last"] == pytest.approx(phase["loss_last"])
-    assert summary["evaluation"]["n_cases"] == 3
-    assert summary["evaluation"]["reports"] is None and summary["evaluation"]["dice"] == {}
-    (prediction,) = summary["predictions"]
-    assert prediction["case"] == "case" and Path(prediction["page"]).is_file()
-    assert summary["machine"]["cores"] >= 1 and summary["seconds"] == 15.5
-    json.dumps(summary, allow_nan=False)
+    (phase,) = summary.phases
+    assert (phase.phase, phase.steps, phase.seconds, phase.loss_over) == (1, 6, 12.5, 3)
+    assert phase.loss_first == pytest.approx(sum(line["loss"] for line in lines[:3]) / 3)
+    assert phase.loss_last == pytest.approx(sum(line["loss"] for line in lines[-3:]) / 3)
+    assert phase.losses["classification"].last == pytest.approx(phase.loss_last)
+    assert summary.evaluation.n_cases == 3
+    assert summary.evaluation.reports is None and summary.evaluation.dice == {}
+    (prediction,) = summary.predictions
+    assert prediction.case == "case" and Path(prediction.page).is_file()
+    assert summary.machine["cores"] >= 1 and summary.seconds == 15.5
+    json.dumps(asdict(summary), allow_nan=False)
     console = Console(record=True, width=100, file=io.StringIO())
     console.print(*make_result_tables(summary))
-    assert f"{phase['loss_last']:.3f}" in console.export_text()
-    phase["loss_last"] = None  # its steps were skipped
-    console.print(*make_result_tables(summary))
+    assert f"{phase.loss_last:.3f}" in console.export_text()
+    without_loss = replace(phase, loss_last=None)  # its steps were skipped
+    console.print(*make_result_tables(replace(summary, phases=[without_loss])))
 
 
 def test_a_step_without_a_loss_is_shown(tmp_path: Path) -> None:
@@ -168,7 +169,9 @@ def test_the_check_of_continuous_integration_sees_what_is_missing(demo_folder: P
     assert spec is not None and spec.loader is not None
     check = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(check)
-    summary = summarize_demo(demo_folder, [1], [FinishedCommand("phase 1", "…", 12.5, "log")])
+    summary = asdict(
+        summarize_demo(demo_folder, [1], [FinishedCommand("phase 1", "…", 12.5, "log")])
+    )
     found = check.faults(summary)
     assert any("engine" in fault for fault in found) and any(
         "phases are [1]" in fault for fault in found

@@ -13,22 +13,25 @@ from sklearn.metrics import roc_auc_score
 
 from data_pipeline.cases import case_to_sample
 from data_pipeline.demo_cases import list_demo_cases
+from launch.demo import FinishedCommand
 from launch.learn import (
+    CaseCounts,
+    LearningSummary,
     LearningTarget,
+    LesionScores,
     main,
     make_target_table,
     plan_learning_commands,
     to_markdown,
 )
 from rectvlm import pretrained
-from rectvlm.checkpoint.run_checkpoint import checkpoint_tensor_names
 from rectvlm.config import Config, load_config
-from rectvlm.data.loader import collate_samples
+from rectvlm.data.dataset import collate_samples
 from rectvlm.labels import FINDINGS, LESION_FINDING_INDEXES, N_LESIONS
 from rectvlm.metrics.clinical_efficacy import count_confusions, score_clinical_efficacy
+from rectvlm.metrics.report_labeler.finding_states import FindingState
 from rectvlm.metrics.report_labeler.labeler import load_labeler
 from rectvlm.metrics.report_labeler.laterality import count_side_outcomes, score_laterality
-from rectvlm.metrics.report_labeler.rule_labeler import FindingState
 from rectvlm.models import RectVLM
 from rectvlm.models.language_model import load_language_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
@@ -311,28 +314,29 @@ def test_the_atlas_is_the_mean_of_the_cases_and_travels_with_the_weights(
     )
     model.encoder.fit_atlas(volumes)
     assert torch.equal(model.encoder.atlas, torch.full((3, 8, 16, 16), 0.5))
-    assert "encoder.atlas" in checkpoint_tensor_names(model)
-    assert "encoder.atlas" not in checkpoint_tensor_names(
-        RectVLM(load_config("tiny"), ("encoder", "classifier"), prompts)
-    )
+    assert "encoder.atlas" in model.checkpoint_tensor_names()
+    plain = RectVLM(load_config("tiny"), ("encoder", "classifier"), prompts)
+    assert "encoder.atlas" not in plain.checkpoint_tensor_names()
 
 
 def test_the_tables_say_what_is_missing() -> None:
-    row = {"wanted": 0.95, "at_most": False}
-    summary = {
-        "targets": [
-            {"name": "good", "found": 0.97, "met": True, **row},
-            {"name": "bad", "found": None, "met": False, **row},
-        ],
-        "beside": {"other": 0.5},
-        "findings": {"Emphysema": None},
-        "lesions": {"lung_nodule": {"dice_where_present": 0.7, "dice": 0.6, "sensitivity": 0.8}},
-        "cases": {"train": 4, "valid": 2, "reports": 1},
-        "machine": {"cores": 2, "cpu": "one"},
-        "stages": [{"name": "shards", "seconds": 3.0, "cpu_seconds": 5.0}],
-        "seconds": 3.0,
-    }
-    text = to_markdown(json.loads(json.dumps(summary)))
+    summary = LearningSummary(
+        config="learn",
+        targets=[LearningTarget("good", 0.95, 0.97), LearningTarget("bad", 0.95, None)],
+        beside={"another figure": 0.5},
+        findings={"Emphysema": None},
+        lesions={"lung_nodule": LesionScores(0.7, 0.6, 0.8)},
+        cases=CaseCounts(train=4, valid=2, reports=1),
+        phases=[],
+        machine={"cores": 2, "cpu": "one"},
+        versions={},
+        stages=[FinishedCommand("shards", "…", 3.0, "log", 5.0)],
+        seconds=3.0,
+    )
+    text = to_markdown(summary)
     assert "| good | ≥ 0.95 | 0.970 | yes |" in text and "| bad | ≥ 0.95 | – | no |" in text
     assert "| all | 3 | 5 |" in text
     assert len(make_target_table(summary).rows) == 2
+    tree = json.loads(json.dumps(summary.to_json(), allow_nan=False))
+    assert [target["met"] for target in tree["targets"]] == [True, False]
+    assert tree["lesions"]["lung_nodule"]["dice"] == 0.6 and tree["cases"]["train"] == 4

@@ -1,4 +1,4 @@
-"""Bootstrap by patient and calibration: equal to scikit-learn, torchmetrics and scipy where they do the same."""
+"""Bootstrap by patient and calibration: equal to scikit-learn, torchmetrics and scipy."""
 
 import time
 
@@ -9,7 +9,6 @@ from scipy import stats
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 from torchmetrics.functional.classification import binary_calibration_error
 
-from rectvlm import metrics
 from rectvlm.labels import FINDINGS, N_FINDINGS
 from rectvlm.metrics import bootstrap
 from rectvlm.metrics.bootstrap import (
@@ -19,7 +18,7 @@ from rectvlm.metrics.bootstrap import (
     percentile_interval,
 )
 from rectvlm.metrics.calibration import compute_reliability
-from rectvlm.metrics.findings import FINDING_SCORES
+from rectvlm.metrics.findings import FINDING_SCORES, score_findings
 
 ONES = np.ones((1, 4))
 
@@ -131,8 +130,8 @@ def test_intervals_of_findings_and_their_means() -> None:
     labels[:, 5], known[:, 6] = 1, False
     weights = draw_patient_weights([f"p{i // 2}" for i in range(150)], 300)
     thresholds = np.full(N_FINDINGS, 0.5)
-    plain = metrics.score_findings(probabilities, labels, known, thresholds)
-    result = metrics.score_findings(probabilities, labels, known, thresholds, weights)
+    plain = score_findings(probabilities, labels, known, thresholds)
+    result = score_findings(probabilities, labels, known, thresholds, weights)
     for name, row in result["per_finding"].items():
         assert row["ci95"].keys() == {score for score in FINDING_SCORES if row[score] is not None}
         assert {key: value for key, value in row.items() if key != "ci95"} == plain["per_finding"][
@@ -156,5 +155,5 @@ def test_resamples_of_a_validation_split_take_milliseconds_each() -> None:
     probabilities, labels, known = _cases(1564)
     weights = draw_patient_weights([f"p{int(i / 1.2)}" for i in range(1564)], 200)
     start = time.process_time()
-    metrics.score_findings(probabilities, labels, known, np.full(N_FINDINGS, 0.5), weights)
+    score_findings(probabilities, labels, known, np.full(N_FINDINGS, 0.5), weights)
     assert time.process_time() - start < 5

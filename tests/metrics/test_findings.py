@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from monai.metrics import compute_dice, compute_iou
 from sklearn.metrics import f1_score
 
-from rectvlm import metrics
 from rectvlm.labels import FINDINGS, LESIONS, N_FINDINGS, N_LESIONS
-from rectvlm.metrics.findings import FINDING_SCORES
+from rectvlm.lesion_bits import unpack_lesions
+from rectvlm.metrics.findings import FINDING_SCORES, fit_thresholds, score_findings
+from rectvlm.metrics.lesion_overlap import count_lesion_voxels, score_lesion_overlap
+from rectvlm.metrics.reports import score_reports
 from rectvlm.metrics.text_overlap import bertscore_by_case
 
 HALF = np.full(N_FINDINGS, 0.5)
@@ -29,10 +31,11 @@ def test_known_values_of_one_finding():
     known = np.zeros((4, N_FINDINGS), dtype=bool)
     probabilities[:, 0], labels[:, 0], known[:, 0] = [0.9, 0.4, 0.6, 0.1], [1, 1, 0, 0], True
 
-    result = metrics.score_findings(probabilities, labels, known, HALF)
+    result = score_findings(probabilities, labels, known, HALF)
 
     row = result["per_finding"][FINDINGS[0]]
-    # Of the four positive-negative pairs three are in order; one of two positives is found, one of two calls is right.
+    # Of the four positive-negative pairs three are in order; one of two positives is found, one of
+    # two calls is right.
     assert row["auroc"] == 0.75 and row["recall"] == row["precision"] == row["f1"] == 0.5
     assert (row["n_known"], row["n_positive"]) == (4, 2)
     assert result["macro"]["auroc"] == result["weighted"]["auroc"] == 0.75
@@ -50,7 +53,7 @@ def test_known_values_of_one_finding():
 
 def test_macro_and_weighted_f1_are_scikit_learns():
     probabilities, labels, known = _case(60)
-    result = metrics.score_findings(probabilities, labels, known, HALF)
+    result = score_findings(probabilities, labels, known, HALF)
     called = probabilities >= 0.5
     for average in ("macro", "weighted"):
         assert result[average]["f1"] == pytest.approx(f1_score(labels, called, average=average))
@@ -59,13 +62,13 @@ def test_macro_and_weighted_f1_are_scikit_learns():
 def test_an_unknown_label_is_not_a_negative():
     probabilities, labels, known = _case(40)
     known[:20, 3] = False
-    hidden = metrics.score_findings(probabilities, labels, known, HALF)["per_finding"][FINDINGS[3]]
-    alone = metrics.score_findings(probabilities[20:], labels[20:], known[20:], HALF)[
-        "per_finding"
-    ][FINDINGS[3]]
+    hidden = score_findings(probabilities, labels, known, HALF)["per_finding"][FINDINGS[3]]
+    alone = score_findings(probabilities[20:], labels[20:], known[20:], HALF)["per_finding"][
+        FINDINGS[3]
+    ]
     assert hidden == alone
     as_negative = labels * known
-    read_as_negative = metrics.score_findings(probabilities, as_negative, np.ones_like(known), HALF)
+    read_as_negative = score_findings(probabilities, as_negative, np.ones_like(known), HALF)
     assert read_as_negative["per_finding"][FINDINGS[3]]["auroc"] != hidden["auroc"]
 
 
@@ -73,7 +76,7 @@ def test_an_unknown_label_is_not_a_negative():
 def test_one_class_has_no_auroc(value):
     probabilities, labels, known = _case(5)
     labels[:, 7] = value
-    result = metrics.score_findings(probabilities, labels, known, HALF)
+    result = score_findings(probabilities, labels, known, HALF)
     assert result["per_finding"][FINDINGS[7]]["auroc"] is None
     assert (result["per_finding"][FINDINGS[7]]["f1"] is None) == (value == 0)
     assert result["macro"]["n_findings_auroc"] == N_FINDINGS - 1
@@ -82,7 +85,7 @@ def test_one_class_has_no_auroc(value):
 def test_thresholds_maximise_f1_and_are_not_fitted_where_a_class_is_missing():
     probabilities, labels, known = _case(30, seed=1)
     labels[:, 2], known[:, 4] = 1, False
-    thresholds = metrics.fit_thresholds(probabilities, labels, known, "train split")
+    thresholds = fit_thresholds(probabilities, labels, known, "train split")
     assert thresholds.values[2] == thresholds.values[4] == 0.5
     assert (
         not thresholds.is_fitted[2]
@@ -101,7 +104,7 @@ def test_thresholds_maximise_f1_and_are_not_fitted_where_a_class_is_missing():
 def test_a_threshold_lies_between_the_classes_it_separates():
     probabilities = np.tile(np.array([[0.2], [0.4], [0.8], [0.9]]), N_FINDINGS)
     labels = np.tile(np.array([[0.0], [0.0], [1.0], [1.0]]), N_FINDINGS)
-    thresholds = metrics.fit_thresholds(
+    thresholds = fit_thresholds(
         probabilities, labels, np.ones_like(labels, dtype=bool), "train split"
     )
     assert thresholds.values == pytest.approx(0.6)
@@ -113,9 +116,9 @@ def test_dice_and_iou_are_monais(seed):
     rng = np.random.default_rng(seed)
     predicted = rng.random((N_LESIONS, 3, 4, 5)) < 0.4
     truth = rng.integers(0, 2**N_LESIONS, (3, 4, 5)).astype(np.uint8)
-    counts = metrics.count_lesion_voxels(predicted, truth)[None]
-    result = metrics.score_lesion_overlap(counts, np.ones((1, N_LESIONS), dtype=bool))
-    bits = np.stack([truth >> lesion.bit & 1 for lesion in LESIONS])
+    counts = count_lesion_voxels(predicted, truth)[None]
+    result = score_lesion_overlap(counts, np.ones((1, N_LESIONS), dtype=bool))
+    bits = unpack_lesions(truth)
     y_pred, y = torch.from_numpy(predicted)[None].float(), torch.from_numpy(bits)[None].float()
     for lesion in LESIONS:
         row = result["per_lesion"][lesion.key]
@@ -124,13 +127,14 @@ def test_dice_and_iou_are_monais(seed):
 
 
 def test_empty_missed_and_false_positive_cases_are_counted_apart():
-    # One lesion in five cases: agreed empty, false positive, missed, Dice 2·2/(3+3), and a perfect one unannotated.
+    # One lesion in five cases: agreed empty, false positive, missed, Dice 2·2/(3+3), and a perfect
+    # one unannotated.
     counts = np.zeros((5, N_LESIONS, 3), dtype=np.int64)
     counts[:, 0] = [[0, 0, 0], [0, 4, 0], [0, 0, 7], [2, 3, 3], [9, 9, 9]]
     annotated = np.zeros((5, N_LESIONS), dtype=bool)
     annotated[:4, 0] = True
 
-    result = metrics.score_lesion_overlap(counts, annotated)
+    result = score_lesion_overlap(counts, annotated)
 
     row = result["per_lesion"][LESIONS[0].key]
     assert row["dice"] == pytest.approx((0 + 0 + 2 / 3) / 3)
@@ -145,14 +149,15 @@ def test_empty_missed_and_false_positive_cases_are_counted_apart():
 
 def test_reports_known_values():
     reference = "There is a small left pleural effusion."
-    same = metrics.score_reports([reference], [reference])
+    same = score_reports([reference], [reference])
     assert (
         same["bleu_4"] == pytest.approx(1)
         and same["rouge_l"] == pytest.approx(1)
         and same["n"] == 1
     )
-    other = metrics.score_reports(["the cat sat on a mat"], ["the cat sat on the mat"])
-    # Five of six words match, and of five word pairs "the cat", "cat sat" and "sat on"; equal lengths, no penalty.
+    other = score_reports(["the cat sat on a mat"], ["the cat sat on the mat"])
+    # Five of six words match, and of five word pairs "the cat", "cat sat" and "sat on"; equal
+    # lengths, no penalty.
     assert other["bleu_1"] == pytest.approx(5 / 6)
     assert other["bleu_2"] == pytest.approx(np.sqrt(5 / 6 * 3 / 5))
     assert other["rouge_l"] == pytest.approx(5 / 6)
@@ -160,11 +165,11 @@ def test_reports_known_values():
 
 
 def test_cases_without_a_reference_report_are_left_out():
-    with_gap = metrics.score_reports(["a b c d e", "x y z"], ["a b c d e", None])
+    with_gap = score_reports(["a b c d e", "x y z"], ["a b c d e", None])
     assert (with_gap["n"], with_gap["n_without_reference"]) == (1, 1) and with_gap[
         "bleu_1"
     ] == pytest.approx(1)
-    nothing = metrics.score_reports(["x"], [None])
+    nothing = score_reports(["x"], [None])
     assert nothing["n"] == 0 and nothing["bleu_1"] is None and nothing["rouge_l"] is None
 
 

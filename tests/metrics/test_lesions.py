@@ -1,4 +1,4 @@
-"""Lesions in mm: values of MONAI's and DeepMind's own tests, and what a hit, a match and an empty case are."""
+"""Lesions in mm: values of MONAI's and DeepMind's tests; hits, matches and empty cases."""
 
 import sys
 import tracemalloc
@@ -18,9 +18,14 @@ from monai.metrics.panoptic_quality import compute_panoptic_quality
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from rectvlm import metrics
 from rectvlm.labels import LESIONS, N_LESIONS
-from rectvlm.metrics.lesions import LESION_SCORES, LesionComparison
+from rectvlm.metrics.bootstrap import draw_patient_weights
+from rectvlm.metrics.lesions import (
+    LESION_SCORES,
+    LesionComparison,
+    compare_lesion_masks,
+    score_lesions,
+)
 from rectvlm.metrics.surface_distances import hd95, surface_dice
 
 Mask = NDArray[np.bool_]
@@ -83,7 +88,7 @@ def test_a_case_is_measured_as_monai_measures_the_whole_volume(seed: int) -> Non
     predicted, truth = (
         ndimage.gaussian_filter(rng.random((14, 17, 20)), 1.2) > 0.52 for _ in range(2)
     )
-    one = metrics.compare_lesion_masks(predicted, truth, spacing, tolerance_mm=1.5)
+    one = compare_lesion_masks(predicted, truth, spacing, tolerance_mm=1.5)
     tensors = [torch.from_numpy(mask)[None, None] for mask in (predicted, truth)]
     both = 2 * one.both / (one.predicted + one.truth)
     assert both == pytest.approx(compute_dice(*tensors).item(), abs=1e-6)
@@ -101,7 +106,7 @@ def test_a_case_is_measured_as_monai_measures_the_whole_volume(seed: int) -> Non
 @settings(max_examples=6, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_parts_match_as_monai_counts_them(seed: int) -> None:
-    """Above an IoU of one half a part has one partner at most, and the way of matching cannot differ."""
+    """Above an IoU of one half a component has one partner, so all matchings agree."""
     rng = np.random.default_rng(seed)
     truth = ndimage.gaussian_filter(rng.random((12, 12, 12)), 1.1) > 0.55
     predicted = truth ^ (rng.random(truth.shape) < 0.01)
@@ -116,7 +121,7 @@ def test_parts_match_as_monai_counts_them(seed: int) -> None:
     # Just above: MONAI asks for more than the threshold. A Dice of 2/3 is an IoU of one half.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules[LesionComparison.__module__], "MATCH_DICE", 2 / 3 + 1e-9)
-        one = metrics.compare_lesion_masks(predicted, truth, ONE)
+        one = compare_lesion_masks(predicted, truth, ONE)
     assert (one.parts_matched, one.parts_predicted, one.parts_true) == (
         int(counts[0]),
         n_found,
@@ -140,14 +145,14 @@ def test_parts_are_hit_by_a_voxel_and_matched_by_a_dice_of_a_fifth() -> None:
         np.s_[1:4, 1:4, 21:22],  # a slab of the third: Dice 18/36
         np.s_[5:6, 10:12, 35:40],  # nothing
     )
-    one = metrics.compare_lesion_masks(predicted, truth, ONE)
+    one = compare_lesion_masks(predicted, truth, ONE)
     assert (one.parts_true, one.parts_predicted, one.parts_touched, one.parts_matched) == (
         4,
         4,
         3,
         2,
     )
-    result = metrics.score_lesions([[one, *[None] * 4]])["per_lesion"][LESIONS[0].key]
+    result = score_lesions([[one, *[None] * 4]])["per_lesion"][LESIONS[0].key]
     assert result["lesion_hit_rate"] == 3 / 4
     assert (
         result["instance_recall"] == result["instance_precision"] == result["instance_f1"] == 1 / 2
@@ -160,7 +165,7 @@ def test_a_part_has_one_partner_at_most() -> None:
     predicted = boxed(
         (5, 5, 20), np.s_[1:4, 1:4, 1:6], np.s_[1:4, 1:4, 7:12], np.s_[1:4, 1:4, 13:19]
     )
-    one = metrics.compare_lesion_masks(predicted, truth, ONE)
+    one = compare_lesion_masks(predicted, truth, ONE)
     assert (one.parts_true, one.parts_predicted, one.parts_touched, one.parts_matched) == (
         1,
         3,
@@ -170,24 +175,24 @@ def test_a_part_has_one_partner_at_most() -> None:
     # The greatest number of pairs: the second piece could take either lesion.
     pieces = boxed((3, 3, 30), np.s_[1, 1, 1:10], np.s_[1, 1, 12:20])
     joined = boxed((3, 3, 30), np.s_[1, 1, 1:5], np.s_[1, 1, 6:16])
-    assert metrics.compare_lesion_masks(joined, pieces, ONE).parts_matched == 2
+    assert compare_lesion_masks(joined, pieces, ONE).parts_matched == 2
 
 
 def test_parts_touch_by_their_corners() -> None:
     mask = boxed((6, 6, 6), np.s_[0:2, 0:2, 0:2], np.s_[2:4, 2:4, 2:4])
-    assert metrics.compare_lesion_masks(mask, mask, ONE).parts_true == 1
+    assert compare_lesion_masks(mask, mask, ONE).parts_true == 1
 
 
 def test_memory_is_bounded_by_the_voxels_around_the_masks() -> None:
-    """A whole CT has 80 million voxels or more, and float32 masks of it in several copies take gigabytes."""
+    """A whole CT has 80 million voxels or more; several float32 masks of it take gigabytes."""
     rng = np.random.default_rng(0)
     truth = np.zeros((128, 128, 128), bool)
     truth[4:-4, 4:-4, 4:-4] = True
     predicted = np.roll(truth, 2, 1)
     predicted[rng.integers(0, 128, 50), rng.integers(0, 128, 50), rng.integers(0, 128, 50)] = True
-    metrics.compare_lesion_masks(predicted[:20], truth[:20], ONE)  # what is imported does not count
+    compare_lesion_masks(predicted[:20], truth[:20], ONE)  # what is imported does not count
     tracemalloc.start()
-    metrics.compare_lesion_masks(predicted, truth, ONE)
+    compare_lesion_masks(predicted, truth, ONE)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 36 * truth.size
@@ -195,13 +200,13 @@ def test_memory_is_bounded_by_the_voxels_around_the_masks() -> None:
 
 def test_a_perfect_case_and_empty_ones() -> None:
     mask = boxed((5, 5, 5), np.s_[0:2, 1:3, 2:5])
-    same = metrics.compare_lesion_masks(mask, mask, (0.7, 0.7, 5.0))
+    same = compare_lesion_masks(mask, mask, (0.7, 0.7, 5.0))
     assert (same.both, same.hd95_mm, same.surface_dice, same.parts_matched) == (12, 0.0, 1.0, 1)
     empty = blank(5, 5, 5)
-    assert metrics.compare_lesion_masks(empty, empty, ONE) == LesionComparison(
+    assert compare_lesion_masks(empty, empty, ONE) == LesionComparison(
         0, 0, 0, None, None, 0, 0, 0, 0
     )
-    missed = metrics.compare_lesion_masks(empty, mask, ONE)
+    missed = compare_lesion_masks(empty, mask, ONE)
     assert (missed.truth, missed.hd95_mm, missed.surface_dice, missed.parts_true) == (
         12,
         None,
@@ -228,7 +233,7 @@ def test_empty_missed_and_false_positive_cases_are_counted_apart() -> None:
     ]
     rows: list[list[LesionComparison | None]] = [[one, *[None] * 4] for one in cases]
     rows[5][0] = None  # perfect, and not annotated
-    result = metrics.score_lesions(rows)
+    result = score_lesions(rows)
     row = result["per_lesion"][LESIONS[0].key]
     assert row["dice"] == pytest.approx((0 + 0 + 2 / 3 + 2 / 40) / 4)
     assert row["iou"] == pytest.approx((0 + 0 + 2 / 4 + 1 / 39) / 4)
@@ -253,10 +258,10 @@ def test_intervals_of_lesions_hold_what_was_measured() -> None:
     rows: list[list[LesionComparison | None]] = []
     for _ in range(60):
         masks = [ndimage.gaussian_filter(rng.random((6, 6, 6)), 1) > 0.5 for _ in range(2)]
-        one = metrics.compare_lesion_masks(masks[0] | masks[1], masks[1], ONE)
+        one = compare_lesion_masks(masks[0] | masks[1], masks[1], ONE)
         rows.append([one if rng.random() < 0.7 else None for _ in range(N_LESIONS)])
-    weights = metrics.draw_patient_weights([f"p{i}" for i in range(60)], 200)
-    plain, result = metrics.score_lesions(rows), metrics.score_lesions(rows, weights)
+    weights = draw_patient_weights([f"p{i}" for i in range(60)], 200)
+    plain, result = score_lesions(rows), score_lesions(rows, weights)
     for key, row in result["per_lesion"].items():
         assert {name: value for name, value in row.items() if name != "ci95"} == plain[
             "per_lesion"

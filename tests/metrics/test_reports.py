@@ -13,11 +13,11 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from sklearn.metrics import precision_recall_fscore_support
 
-from rectvlm import metrics
 from rectvlm.labels import FINDINGS, N_FINDINGS
 from rectvlm.metrics import text_overlap
 from rectvlm.metrics.clinical_efficacy import count_confusions, score_clinical_efficacy
-from rectvlm.metrics.report_labeler.rule_labeler import FindingState
+from rectvlm.metrics.report_labeler.finding_states import FindingState
+from rectvlm.metrics.reports import compute_report_statistics, headline_scores, score_reports
 
 TRUTHS = [
     "Findings: There is a small left pleural effusion. The heart is enlarged.",
@@ -42,7 +42,7 @@ def test_bleu_is_sacrebleus(order: int, cases: Sequence[int]) -> None:
     expected = (
         BLEU(max_ngram_order=order, lowercase=True).corpus_score(written, [truths]).score / 100
     )
-    assert metrics.score_reports(written, truths)[f"bleu_{order}"] == pytest.approx(expected)
+    assert score_reports(written, truths)[f"bleu_{order}"] == pytest.approx(expected)
 
 
 def test_rouge_l_is_rouge_scores() -> None:
@@ -52,7 +52,7 @@ def test_rouge_l_is_rouge_scores() -> None:
         for text, truth in zip(WRITTEN, TRUTHS, strict=True)
     ]
     assert text_overlap.rouge_l(WRITTEN, TRUTHS) == pytest.approx(expected)
-    assert metrics.score_reports(WRITTEN, TRUTHS)["rouge_l"] == pytest.approx(np.mean(expected))
+    assert score_reports(WRITTEN, TRUTHS)["rouge_l"] == pytest.approx(np.mean(expected))
 
 
 def test_words_keep_hyphens_and_numbers_and_lose_punctuation() -> None:
@@ -110,7 +110,7 @@ def test_a_synonym_counts_where_wordnet_is(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def cider_d(written: Sequence[str], truths: Sequence[str]) -> list[float]:
-    """CIDEr-D as the paper words it: for each n a cosine of clipped TF-IDF vectors, with a Gaussian on the lengths."""
+    """CIDEr-D as in the paper: clipped TF-IDF cosine for each n, Gaussian length penalty."""
 
     def grams(text: str, n: int) -> Counter[tuple[str, ...]]:
         found = text_overlap.tokenize_text(text)
@@ -144,12 +144,9 @@ def test_cider_is_the_papers() -> None:
 
 
 def test_cider_of_one_case_is_left_out_with_its_reason() -> None:
-    found = metrics.score_reports(WRITTEN[:2], [TRUTHS[0], None])
+    found = score_reports(WRITTEN[:2], [TRUTHS[0], None])
     assert found["cider"] is None and "two cases" in found["left_out"]["cider"]
-    assert (
-        metrics.headline_scores(metrics.compute_report_statistics(WRITTEN[:1], TRUTHS[:1]))["cider"]
-        is None
-    )
+    assert headline_scores(compute_report_statistics(WRITTEN[:1], TRUTHS[:1]))["cider"] is None
 
 
 def _random(seed: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
@@ -239,7 +236,7 @@ def test_what_is_uncertain_counts_as_asked(uncertain: bool, f1: float) -> None:
         "said": [FindingState.UNCERTAIN, FindingState.PRESENT, FindingState.ABSENT],
         "true": [FindingState.PRESENT, FindingState.ABSENT, 0],
     }
-    found = metrics.score_reports(
+    found = score_reports(
         ["said"], ["true"], labeler=_Fixed(states), uncertain_is_present=uncertain
     )
     assert found["clinical"]["reference_reports"]["micro"]["f1"] == pytest.approx(f1)
@@ -251,7 +248,7 @@ def test_labels_count_also_where_there_is_no_reference_report() -> None:
     labels, known = np.zeros((2, N_FINDINGS)), np.zeros((2, N_FINDINGS), bool)
     labels[:, FINDINGS.index("Pleural effusion")] = 1
     known[0] = True
-    found = metrics.score_reports(
+    found = score_reports(
         ["Left pleural effusion."] * 2, [None, "No effusion."], labels=labels, known=known
     )
     by_labels, by_reference = found["clinical"]["labels"], found["clinical"]["reference_reports"]

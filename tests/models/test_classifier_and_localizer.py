@@ -1,4 +1,5 @@
-"""Classifier and localizer: gradients reach everything, text and image decide, noise only in training."""
+"""Classifier and localizer: gradients reach everything, text and image decide, noise only in
+training."""
 
 from collections.abc import Iterator
 
@@ -8,10 +9,10 @@ from torch import Tensor, nn
 
 from rectvlm import pretrained
 from rectvlm.config import Config
-from rectvlm.data.loader import ShardDataset, collate_samples
+from rectvlm.data.dataset import ShardDataset, collate_samples
 from rectvlm.labels import N_FINDINGS, N_LESIONS
 from rectvlm.models import RectVLM
-from rectvlm.models.encoder import ImageFeatures
+from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.localizer import LesionLocalizer, level_strides
 from rectvlm.models.prompt_embeddings import PromptEmbeddings, embed_texts
 from rectvlm.train.objectives import combine_losses, compute_losses
@@ -56,13 +57,13 @@ def swapped(
 
 
 def test_gradients_reach_every_parameter(model: RectVLM, batch: Batch, tiny: Config) -> None:
-    found = compute_losses(
+    losses = compute_losses(
         model(batch),
         batch,
         ("classification", "localization"),
         tiny.train.localization_loss_weights,
     )
-    combine_losses(found, tiny.train.loss_weights).backward()
+    combine_losses(losses, tiny.train.loss_weights).backward()
     assert list(without_gradient(model)) == []
 
 
@@ -111,21 +112,25 @@ def test_findings_depend_on_image_and_prompt(
         assert logits.dtype == torch.float32
         assert (logits[0] - logits[1]).abs().max() > 1e-4
         order = [1, 0, *range(2, N_FINDINGS)]
-        others = model.classifier(features, swapped(prompts, list(range(N_LESIONS)), order))
-    assert (others - logits)[:, :2].abs().min() > 0
-    torch.testing.assert_close(others[:, 2:], logits[:, 2:])  # a finding reads its own prompt alone
+        swapped_logits = model.classifier(features, swapped(prompts, list(range(N_LESIONS)), order))
+    assert (swapped_logits - logits)[:, :2].abs().min() > 0
+    torch.testing.assert_close(
+        swapped_logits[:, 2:], logits[:, 2:]
+    )  # a finding reads its own prompt alone
 
 
 def test_localization_shapes(model: RectVLM, batch: Batch, tiny: Config) -> None:
-    found = model(batch).localization
-    assert found is not None
+    outputs = model(batch).localization
+    assert outputs is not None
     z, y, x = tiny.data.grid
-    assert found.mask_logits.shape == (2, N_LESIONS, z, y, x)
-    assert found.half_mask_logits.shape == (2, N_LESIONS, z, y // 2, x // 2)
-    assert found.patch_logits.shape == (2, N_LESIONS, 4, 6, 6)
-    assert {found.mask_logits.dtype, found.half_mask_logits.dtype, found.patch_logits.dtype} == {
-        torch.float32
-    }
+    assert outputs.mask_logits.shape == (2, N_LESIONS, z, y, x)
+    assert outputs.half_mask_logits.shape == (2, N_LESIONS, z, y // 2, x // 2)
+    assert outputs.patch_logits.shape == (2, N_LESIONS, 4, 6, 6)
+    assert {
+        outputs.mask_logits.dtype,
+        outputs.half_mask_logits.dtype,
+        outputs.patch_logits.dtype,
+    } == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -144,10 +149,10 @@ def test_level_strides(patch: tuple[int, int, int], wanted: list[tuple[int, int,
 def test_noise_only_in_training(model: RectVLM, batch: Batch) -> None:
     def masks() -> torch.Tensor:
         with torch.no_grad():
-            found = model(batch).localization
-        assert found is not None
-        noisy.append(found.denoising_loss.item())
-        return found.mask_logits
+            outputs = model(batch).localization
+        assert outputs is not None
+        noisy.append(outputs.denoising_loss.item())
+        return outputs.mask_logits
 
     noisy: list[float] = []
     model.train()
@@ -181,12 +186,12 @@ def test_another_prompt_draws_another_mask(
     order = [1, 0, 2, 3, 4]
     with torch.no_grad():
         features = model.encoder(batch.ct, batch.regions, batch.regions_known)
-        own = getattr(model.localizer(batch.ct, features, prompts), resolution)
-        other = getattr(
+        logits = getattr(model.localizer(batch.ct, features, prompts), resolution)
+        swapped_logits = getattr(
             model.localizer(batch.ct, features, swapped(prompts, order, list(range(N_FINDINGS)))),
             resolution,
         )
-    assert (own - other)[:, :2].abs().amax(dim=(2, 3, 4)).min() > 1e-5
+    assert (logits - swapped_logits)[:, :2].abs().amax(dim=(2, 3, 4)).min() > 1e-5
 
 
 def test_masks_read_the_ct_at_full_resolution(
@@ -213,18 +218,18 @@ def test_masks_read_the_features(model: RectVLM, batch: Batch, prompts: PromptEm
     model.eval()
     with torch.no_grad():
         features = model.encoder(batch.ct, batch.regions, batch.regions_known)
-        other = features._replace(
+        flipped = features._replace(
             patches=features.patches.flip(1), multilevel_patches=features.multilevel_patches.flip(1)
         )
         before, after = (
-            model.localizer(batch.ct, f, prompts).mask_logits for f in (features, other)
+            model.localizer(batch.ct, f, prompts).mask_logits for f in (features, flipped)
         )
     assert (before - after).abs().max() > 1e-4
 
 
 def test_recomputing_changes_nothing(tiny: Config, prompts: PromptEmbeddings, batch: Batch) -> None:
     """Outputs and gradients with and without activation checkpointing."""
-    found = []
+    results = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         localizer_config = tiny.localizer.model_copy(
@@ -245,8 +250,8 @@ def test_recomputing_changes_nothing(tiny: Config, prompts: PromptEmbeddings, ba
             + out.patch_logits.square().mean()
             + out.denoising_loss
         ).backward()
-        found.append((list(out), [p.grad for p in localizer.parameters()]))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+        results.append((list(out), [p.grad for p in localizer.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -265,7 +270,7 @@ def test_it_compiles_to_the_same(
     features = ImageFeatures(
         torch.randn(2, 48), patches, torch.randn(2, 20, 48), (4, 6, 6), patches
     )
-    found = []
+    results = []
     for run in (localizer, torch.compile(localizer, backend="aot_eager", fullgraph=True)):
         localizer.zero_grad()
         out = run(batch.ct, features, prompts)
@@ -276,8 +281,8 @@ def test_it_compiles_to_the_same(
             + out.alignment_logits.mean()
             + out[4]
         ).backward()
-        found.append((list(out), [p.grad for p in localizer.parameters()]))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+        results.append((list(out), [p.grad for p in localizer.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
 def test_what_does_not_fit_the_localizer_is_named(
@@ -287,7 +292,7 @@ def test_what_does_not_fit_the_localizer_is_named(
     with torch.no_grad():
         right = model.encoder(batch.ct, batch.regions, batch.regions_known)
     few = PromptEmbeddings(prompts.present, prompts.absent, prompts.lesions[:3])
-    for ct, features, asked, said in (
+    for ct, features, asked, fragment in (
         (batch.ct[0], right, prompts, r"\(B, Z, Y, X\)"),
         (batch.ct[:, :8], right, prompts, "belong to a CT of"),
         (batch.ct, right._replace(patch_grid=(4, 6, 5)), prompts, "belong to a CT of"),
@@ -307,12 +312,13 @@ def test_what_does_not_fit_the_localizer_is_named(
         ),
         (batch.ct.to("meta"), right, prompts, "must be on cpu"),
     ):
-        with pytest.raises(AssertionError, match=said):
+        with pytest.raises(AssertionError, match=fragment):
             model.localizer(ct, features, asked)
 
 
 def test_training_keeps_little(tiny: Config, prompts: PromptEmbeddings, batch: Batch) -> None:
-    """With checkpointing, what the forward pass leaves for the backward pass is the skips and little else."""
+    """With checkpointing, what the forward pass leaves for the backward pass is the skips and
+    little else."""
 
     def kept(checkpointing: bool) -> int:
         changed = tiny.localizer.model_copy(update={"activation_checkpointing": checkpointing})
@@ -321,12 +327,12 @@ def test_training_keeps_little(tiny: Config, prompts: PromptEmbeddings, batch: B
         features = ImageFeatures(
             torch.randn(2, 48), patches, torch.randn(2, 20, 48), (4, 6, 6), patches
         )
-        own = {p.untyped_storage().data_ptr() for p in localizer.parameters()}
+        parameter_storages = {p.untyped_storage().data_ptr() for p in localizer.parameters()}
         found: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
+            if storage.data_ptr() not in parameter_storages:
                 found[storage.data_ptr()] = storage.nbytes()
             return tensor
 

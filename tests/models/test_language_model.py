@@ -1,4 +1,5 @@
-"""The report generator on a tiny Llama: where the image enters, what carries loss, what LoRA and 4 bits touch."""
+"""The report generator on a tiny Llama: where the image enters, what carries loss, what LoRA and 4
+bits touch."""
 
 import json
 import shutil
@@ -21,7 +22,7 @@ from transformers import (
 
 from rectvlm import pretrained
 from rectvlm.config import Config, GeneratorConfig
-from rectvlm.models.encoder import ImageFeatures
+from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.language_model import find_lora_targets, load_language_model, unwrap_causal_lm
 from rectvlm.models.meta_model import build_meta_model
 from rectvlm.models.report_generator import ReportGenerator
@@ -59,13 +60,15 @@ def generator(request: pytest.FixtureRequest, tiny: Config, llama: str) -> Repor
 
 def features(count: int, seed: int = 0) -> ImageFeatures:
     torch.manual_seed(seed)
-    whole, patches, regions = (torch.randn(count, *shape, WIDTH) for shape in ((), (12,), (20,)))
-    return ImageFeatures(whole, patches, regions, (3, 2, 2), patches)
+    global_token, patches, regions = (
+        torch.randn(count, *shape, WIDTH) for shape in ((), (12,), (20,))
+    )
+    return ImageFeatures(global_token, patches, regions, (3, 2, 2), patches)
 
 
-def only(some: ImageFeatures, row: int) -> ImageFeatures:
-    whole, patches, regions = (part[row : row + 1] for part in some[:3])
-    return ImageFeatures(whole, patches, regions, some.patch_grid, patches)
+def only(image: ImageFeatures, row: int) -> ImageFeatures:
+    global_token, patches, regions = (part[row : row + 1] for part in image[:3])
+    return ImageFeatures(global_token, patches, regions, image.patch_grid, patches)
 
 
 def wake(generator: ReportGenerator) -> None:
@@ -121,7 +124,7 @@ def test_loss_is_that_of_the_report_tokens(generator: ReportGenerator) -> None:
     """Against a plain forward of one unpadded row, with the log-likelihoods summed by hand."""
     image = features(2)
     with torch.no_grad():
-        found = generator(image, [SHORT, LONG], [REPORT, OTHER])
+        loss = generator(image, [SHORT, LONG], [REPORT, OTHER])
     for row, (cue, report) in enumerate(((SHORT, REPORT), (LONG, OTHER))):
         target = [
             *generator.tokenizer.encode(report, add_special_tokens=False),
@@ -138,10 +141,10 @@ def test_loss_is_that_of_the_report_tokens(generator: ReportGenerator) -> None:
             logits = generator.language_model(inputs_embeds=torch.cat(parts)[None]).logits[0]
         likelihood = logits[-len(target) - 1 : -1].float().log_softmax(-1)
         wanted = -likelihood.gather(1, torch.tensor(target)[:, None]).mean()
-        assert found.token_counts[row] == len(target)
-        assert found.per_sample[row].item() == pytest.approx(wanted.item(), abs=ROUNDING)
-        assert (found.log_likelihood[row] != 0).sum() == len(target)
-        assert (found.log_likelihood[row, : -len(target)] == 0).all()
+        assert loss.token_counts[row] == len(target)
+        assert loss.per_sample[row].item() == pytest.approx(wanted.item(), abs=ROUNDING)
+        assert (loss.log_likelihood[row] != 0).sum() == len(target)
+        assert (loss.log_likelihood[row, : -len(target)] == 0).all()
 
 
 def test_padding_and_neighbours_do_not_change_a_loss(generator: ReportGenerator) -> None:
@@ -154,11 +157,11 @@ def test_padding_and_neighbours_do_not_change_a_loss(generator: ReportGenerator)
 
 
 def test_without_a_report_there_is_no_loss_but_a_graph(generator: ReportGenerator) -> None:
-    found = generator(features(2), [SHORT, LONG], [REPORT, None])
-    assert (found.per_sample[1], found.token_counts[1]) == (0, 0)
-    assert found.per_sample[0] > 1
+    loss = generator(features(2), [SHORT, LONG], [REPORT, None])
+    assert (loss.per_sample[1], loss.token_counts[1]) == (0, 0)
+    assert loss.per_sample[0] > 1
     nothing = generator(features(2), [SHORT, LONG], [None, None])
-    assert nothing.tokens.tolist() == [0, 0]
+    assert nothing.token_counts.tolist() == [0, 0]
     assert nothing.per_sample.tolist() == [0, 0]
     generator.zero_grad()
     nothing.per_sample.sum().backward()
@@ -176,22 +179,24 @@ def test_a_long_report_is_cut_and_still_ends(generator: ReportGenerator) -> None
     )
     assert torch.equal(seen["inputs_embeds"][0, -1], end)
     with torch.no_grad():
-        assert generator(features(1), [SHORT], [OTHER * 20]).tokens.tolist() == [most]
+        assert generator(features(1), [SHORT], [OTHER * 20]).token_counts.tolist() == [most]
 
 
 def test_another_image_changes_the_token_probabilities(generator: ReportGenerator) -> None:
     with torch.no_grad():
-        one, again, two = (
+        first, again, other_image = (
             generator(features(1, seed), [SHORT], [REPORT]).log_likelihood for seed in (0, 0, 1)
         )
-    assert torch.equal(one, again)
-    assert (one - two).abs().max() > 0.01
+    assert torch.equal(first, again)
+    assert (first - other_image).abs().max() > 0.01
 
 
 def test_other_cues_change_the_token_probabilities(generator: ReportGenerator) -> None:
     with torch.no_grad():
-        one, two = (generator(features(1), [cue], [REPORT]).log_likelihood for cue in (SHORT, LONG))
-    assert (one - two).abs().max() > 10 * torch.finfo(torch.bfloat16).eps
+        short, long = (
+            generator(features(1), [cue], [REPORT]).log_likelihood for cue in (SHORT, LONG)
+        )
+    assert (short - long).abs().max() > 10 * torch.finfo(torch.bfloat16).eps
 
 
 def test_generate_repeats_itself_and_ignores_neighbours(tiny: Config, llama: str) -> None:
@@ -251,21 +256,21 @@ def test_gradients_through_nf4_are_those_of_its_dequantized_weights(
     packed, plain = (
         build(tiny, llama, quantization=quantization).train() for quantization in ("nf4", "none")
     )
-    whole = dict(plain.language_model.named_modules())
+    unpacked_modules = dict(plain.language_model.named_modules())
     for name, module in packed.language_model.named_modules():
         if isinstance(module, Linear4bit):
             values = dequantize_4bit(module.weight.data, module.weight.quant_state)
-            assert not torch.equal(whole[name].weight, values)
-            whole[name].weight.data.copy_(values)
-    found = []
+            assert not torch.equal(unpacked_modules[name].weight, values)
+            unpacked_modules[name].weight.data.copy_(values)
+    results = []
     for generator in (packed, plain):
         wake(generator)
         loss = generator(features(2), [SHORT, LONG], [REPORT, OTHER]).per_sample.sum()
         loss.backward()
         gradients = [p.grad.float().flatten() for p in generator.parameters() if p.grad is not None]
-        found.append((loss.item(), torch.cat(gradients)))
-    assert found[0][0] == pytest.approx(found[1][0], abs=ROUNDING)
-    assert (found[0][1] - found[1][1]).norm() < 0.02 * found[1][1].norm()
+        results.append((loss.item(), torch.cat(gradients)))
+    assert results[0][0] == pytest.approx(results[1][0], abs=ROUNDING)
+    assert (results[0][1] - results[1][1]).norm() < 0.02 * results[1][1].norm()
 
 
 @pytest.mark.parametrize(
@@ -384,7 +389,8 @@ def test_a_model_that_reads_images_itself_is_one_sentence(tiny: Config, tmp_path
 
 
 def test_reports_end_where_training_ends_them(tiny: Config, llama: str, tmp_path: Path) -> None:
-    """Whatever generation_config.json says: its tokens end a report too, its penalties and lengths do not count."""
+    """Whatever generation_config.json says: its tokens end a report too, its penalties and lengths
+    do not count."""
     folder = tmp_path / "settings"
     shutil.copytree(llama, folder)
     plain = build(tiny, llama, quantization="none")
@@ -396,8 +402,8 @@ def test_reports_end_where_training_ends_them(tiny: Config, llama: str, tmp_path
         min_new_tokens=40,
         do_sample=True,
     )
-    other = build(tiny, folder, quantization="none")
-    settings = other.language_model.generation_config
+    reloaded = build(tiny, folder, quantization="none")
+    settings = reloaded.language_model.generation_config
     assert settings.eos_token_id == sorted({5, end})
     assert settings.repetition_penalty in (None, 1.0)
 
@@ -418,9 +424,11 @@ def test_reports_end_where_training_ends_them(tiny: Config, llama: str, tmp_path
                 handle.remove()
         return len(calls)
 
-    assert steps(plain, end) == steps(other, end) == 1
-    other.tokenizer.add_special_tokens({"additional_special_tokens": [other.tokenizer.decode([5])]})
-    assert steps(other, 5) == 1
+    assert steps(plain, end) == steps(reloaded, end) == 1
+    reloaded.tokenizer.add_special_tokens(
+        {"additional_special_tokens": [reloaded.tokenizer.decode([5])]}
+    )
+    assert steps(reloaded, 5) == 1
 
 
 def test_the_loss_is_the_same_for_any_chunk(tiny: Config, llama: str) -> None:
@@ -440,7 +448,8 @@ def test_images_and_prompts_must_be_as_many(tiny: Config, llama: str) -> None:
 
 
 def test_a_frozen_language_model_recomputes_too(tiny: Config, llama: str) -> None:
-    """Gradients pass through it to the image; in eval mode Transformers would keep what each layer computed."""
+    """Gradients pass through it to the image; in eval mode Transformers would keep what each layer
+    computed."""
     model = nn.Module()
     model.generator = build(tiny, llama, quantization="none", checkpointing=True, lora_dropout=0.5)
     set_training_modes(model, tiny.train.phases["phase1"])

@@ -1,6 +1,7 @@
 """Families of language models, each tiny and random: none is known by name, all must work.
 
-The chat templates have the forms of the families' own: with and without a system role, with turns that must alternate.
+The chat templates have the forms of the families' own: with and without a system role, with turns
+that must alternate.
 """
 
 import json
@@ -32,7 +33,7 @@ from transformers import (
 
 from rectvlm import pretrained
 from rectvlm.config import Config
-from rectvlm.models.encoder import ImageFeatures
+from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.language_model import (
     compute_head_logits,
     load_language_model,
@@ -105,8 +106,8 @@ OTHERS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "cohere": (CohereConfig, LLAMA, {"logit_scale": 0.3}),
     "gpt_neox": (GPTNeoXConfig, LLAMA, {}),
 }
-"""Other heads and other trees: fused projections, scaled logits, embeddings scaled inside the model, a decoder that is
-not called `model`."""
+"""Other heads and other trees: fused projections, scaled logits, embeddings scaled inside the
+model, a decoder that is not called `model`."""
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +153,10 @@ def build(tiny: Config, path: Path, **changes: Any) -> ReportGenerator:
 
 def features(count: int, dtype: torch.dtype = torch.float32) -> ImageFeatures:
     torch.manual_seed(0)
-    whole, patches, regions = (
+    global_token, patches, regions = (
         torch.randn(count, *shape, WIDTH, dtype=dtype) for shape in ((), (12,), (20,))
     )
-    return ImageFeatures(whole, patches, regions, (3, 2, 2), patches)
+    return ImageFeatures(global_token, patches, regions, (3, 2, 2), patches)
 
 
 EACH = pytest.mark.parametrize("family", FAMILIES)
@@ -166,7 +167,8 @@ EVERY = pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_the_adapted_model_is_the_one_of_transformers(
     tiny: Config, folder: Callable[[str], Path], family: str
 ) -> None:
-    """Far from the first position too, where rotary frequencies in bfloat16 would be off by whole turns."""
+    """Far from the first position too, where rotary frequencies in bfloat16 would be off by whole
+    turns."""
     path = folder(family)
     ids = torch.randint(5, 500, (1, 900))
     with torch.no_grad():
@@ -179,8 +181,8 @@ def test_the_adapted_model_is_the_one_of_transformers(
 def test_words_and_visual_tokens_enter_alike(
     tiny: Config, folder: Callable[[str], Path], family: str
 ) -> None:
-    """Some families scale embeddings in the embedding module, some inside the model; what is placed beside them starts
-    with their spread, and words given as embeddings act as ids do."""
+    """Some families scale embeddings in the embedding module, some inside the model; what is placed
+    beside them starts with their spread, and words given as embeddings act as ids do."""
     generator = build(tiny, folder(family), quantization="none").float()
     model = unwrap_causal_lm(generator.language_model)
     ids = torch.randint(5, 500, (1, 40))
@@ -225,8 +227,9 @@ def test_chunks_change_nothing(
     chunk: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Loss and all gradients against the plain computation, in float64; the output layer trains here too."""
-    found = []
+    """Loss and all gradients against the plain computation, in float64; the output layer trains
+    here too."""
+    results = []
     # Attention with soft caps takes its softmax in float32, where the mask of float64 is infinite.
     exact = (FAMILIES | OTHERS)[family][-1].get("attn_logit_softcapping") is None
     dtype, close = (torch.float64, 1e-9) if exact else (torch.float32, 1e-4)
@@ -252,13 +255,13 @@ def test_chunks_change_nothing(
             loss = generator(features(2, dtype), CUES, REPORTS)
         (loss.per_sample * torch.tensor([1.0, 0.3])).sum().backward()
         gradients = {n: p.grad for n, p in generator.named_parameters() if p.requires_grad}
-        found.append((loss.log_likelihood, gradients))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=close, atol=close / 100)
-    assert found[0][1].keys() == found[1][1].keys()
-    for name, wanted in found[0][1].items():
+        results.append((loss.log_likelihood, gradients))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=close, atol=close / 100)
+    assert results[0][1].keys() == results[1][1].keys()
+    for name, wanted in results[0][1].items():
         assert wanted is not None and wanted.abs().sum() > 0, name
         torch.testing.assert_close(
-            found[1][1][name], wanted, rtol=close, atol=close * wanted.abs().max().item()
+            results[1][1][name], wanted, rtol=close, atol=close * wanted.abs().max().item()
         )
 
 
@@ -284,15 +287,16 @@ class Largest(TorchDispatchMode):
 def test_logits_of_one_chunk_exist_at_a_time(
     tiny: Config, folder: Callable[[str], Path], chunk: int
 ) -> None:
-    """In the forward and in the backward pass, by every tensor that is made; and none is kept between the two."""
+    """In the forward and in the backward pass, by every tensor that is made; and none is kept
+    between the two."""
     generator = build(tiny, folder("llama"), quantization="none", loss_chunk=chunk).train()
     weight = unwrap_causal_lm(generator.language_model).get_output_embeddings().weight
     vocabulary = len(weight)
     kept: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        own = tensor.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
-        kept.append(tensor.shape[-1] if tensor.ndim and own else 0)
+        is_activation = tensor.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
+        kept.append(tensor.shape[-1] if tensor.ndim and is_activation else 0)
         return tensor
 
     with (
@@ -311,7 +315,8 @@ def test_logits_of_one_chunk_exist_at_a_time(
 def test_only_report_tokens_carry_loss(
     tiny: Config, folder: Callable[[str], Path], family: str
 ) -> None:
-    """The gradient at the decoder's output: padding, prompt and visual tokens have none, each report token has one."""
+    """The gradient at the decoder's output: padding, prompt and visual tokens have none, each
+    report token has one."""
     generator = build(tiny, folder(family), quantization="none").float().train()
     states: list[Tensor] = []
 
@@ -320,24 +325,25 @@ def test_only_report_tokens_carry_loss(
         states.append(out[0])
 
     unwrap_causal_lm(generator.language_model).base_model.register_forward_hook(keep)
-    found = generator(features(3), [*CUES, CUES[0]], [*REPORTS, None])
-    found.per_sample.sum().backward()
+    loss = generator(features(3), [*CUES, CUES[0]], [*REPORTS, None])
+    loss.per_sample.sum().backward()
     assert states[0].grad is not None
     carries = states[0].grad.abs().sum(-1) > 0
     for row in range(3):
-        count = int(found.token_counts[row])
+        count = int(loss.token_counts[row])
         wanted = torch.zeros_like(carries[row])
         if count:
             wanted[-count - 1 : -1] = True  # each position predicts the next
         assert torch.equal(carries[row], wanted)
-    assert found.token_counts[2] == 0
+    assert loss.token_counts[2] == 0
 
 
 @EACH
 def test_it_learns_one_batch_and_writes(
     tiny: Config, folder: Callable[[str], Path], family: str
 ) -> None:
-    """In NF4, recomputing activations; then reports are written greedily, with beams and by sampling."""
+    """In NF4, recomputing activations; then reports are written greedily, with beams and by
+    sampling."""
     generator = build(
         tiny, folder(family), lora_rank=16, lora_targets="all-linear", checkpointing=True
     ).train()

@@ -1,4 +1,5 @@
-"""A language model read module by module: the tensors of Transformers, in a rank's share of the memory."""
+"""A language model read module by module: the tensors of Transformers, in a rank's share of the
+memory."""
 
 import json
 import shutil
@@ -71,13 +72,13 @@ def ours(
 
 
 def same(mine: nn.Module, theirs: nn.Module) -> None:
-    found, wanted = state(mine), state(theirs)
-    assert found.keys() == wanted.keys()
+    tensors, wanted = state(mine), state(theirs)
+    assert tensors.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert found[name].shape == tensor.shape, name
+        assert tensors[name].dtype == tensor.dtype, name
+        assert tensors[name].shape == tensor.shape, name
         mine_bytes, their_bytes = (
-            x.contiguous().view(-1).view(torch.uint8) for x in (found[name], tensor)
+            x.contiguous().view(-1).view(torch.uint8) for x in (tensors[name], tensor)
         )
         assert torch.equal(mine_bytes, their_bytes), (
             name
@@ -111,7 +112,8 @@ def test_unpacked_as_transformers_loads(tiny: Config, llama: str) -> None:
 def test_from_weights_that_were_packed_before(
     tiny: Config, llama: str, stored: str, tmp_path: Path
 ) -> None:
-    """Whatever dtype they are stored as, they end as the configuration stores them, equal to packing them now."""
+    """Whatever dtype they are stored as, they end as the configuration stores them, equal to
+    packing them now."""
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -128,11 +130,11 @@ def test_from_weights_that_were_packed_before(
         for name in SafetensorsCheckpoint.from_reference(str(tmp_path)).file_by_tensor
     )  # type: ignore[union-attr]
     same(ours(tiny.generator, tmp_path), ours(tiny.generator, llama))
-    whole = load_language_model(tiny.generator, tmp_path)
+    language = load_language_model(tiny.generator, tmp_path)
     ids = torch.randint(5, 500, (1, 20))
     with torch.no_grad():
         wanted = load_language_model(tiny.generator, llama).model.train()(ids).logits
-        assert torch.equal(whole.model.train()(ids).logits, wanted)
+        assert torch.equal(language.model.train()(ids).logits, wanted)
     with pytest.raises(UserError, match=r"quantized already \(nf4\).*set it to nf4"):
         load_language_model(tiny.generator.model_copy(update={"quantization": "none"}), tmp_path)
 
@@ -186,9 +188,9 @@ def test_a_damaged_or_unfit_checkpoint_is_one_sentence(
     geometry = json.loads((Path(llama) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(geometry | {"intermediate_size": 256}))
     original = (Path(llama) / "model.safetensors").read_bytes()
-    for data, said in ((original, "asks for"), (original[:-64], "cannot be read")):
+    for data, fragment in ((original, "asks for"), (original[:-64], "cannot be read")):
         (tmp_path / "model.safetensors").write_bytes(data)
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=fragment) as caught:
             load_language_model(tiny.generator, tmp_path)
         assert "\n" not in str(caught.value)
 
@@ -213,22 +215,25 @@ def test_a_file_that_the_index_names_must_be_there(
         load_language_model(tiny.generator, tmp_path)
     message = str(caught.value)
     assert "\n" not in message
-    assert all(said in message for said in (str(tmp_path), gone.name, "rectvlm weights pull"))
+    assert all(
+        fragment in message for fragment in (str(tmp_path), gone.name, "rectvlm weights pull")
+    )
 
 
 def test_the_index_decides_what_is_read(llama: str, tmp_path: Path) -> None:
-    """On the Hub a variant of the weights may lie beside the shards, and an index may name the single file alone."""
+    """On the Hub a variant of the weights may lie beside the shards, and an index may name the
+    single file alone."""
     files = sharded(llama, tmp_path)
     shutil.copyfile(files[0], tmp_path / "model.safetensors")
-    found = SafetensorsCheckpoint.from_reference(str(tmp_path))
-    assert found is not None
-    assert set(found.file_by_tensor.values()) == {str(file) for file in files}
+    checkpoint = SafetensorsCheckpoint.from_reference(str(tmp_path))
+    assert checkpoint is not None
+    assert set(checkpoint.file_by_tensor.values()) == {str(file) for file in files}
     shutil.copyfile(Path(llama) / "model.safetensors", tmp_path / "model.safetensors")
-    index = {"weight_map": dict.fromkeys(found.file_by_tensor, "model.safetensors")}
+    index = {"weight_map": dict.fromkeys(checkpoint.file_by_tensor, "model.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    found = SafetensorsCheckpoint.from_reference(str(tmp_path))
-    assert found is not None
-    assert set(found.file_by_tensor.values()) == {str(tmp_path / "model.safetensors")}
+    checkpoint = SafetensorsCheckpoint.from_reference(str(tmp_path))
+    assert checkpoint is not None
+    assert set(checkpoint.file_by_tensor.values()) == {str(tmp_path / "model.safetensors")}
 
 
 @pytest.mark.parametrize("kind", ["nf4", "none"])
@@ -249,12 +254,12 @@ def test_without_safetensors_transformers_loads_to_the_device_asked_for(
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
     config = tiny.generator.model_copy(update={"quantization": kind})
     cpu, ids = torch.device("cpu"), torch.randint(5, 500, (1, 20))
-    found = load_language_model(config, tmp_path, cpu).model.eval()
+    model = load_language_model(config, tmp_path, cpu).model.eval()
     load_language_model(config, tmp_path, cpu, shard_module=lambda _: None)
     assert places == [cpu, None]  # an engine places the model itself
     with torch.no_grad():
         assert torch.equal(
-            found(ids).logits, load_language_model(config, llama).model.eval()(ids).logits
+            model(ids).logits, load_language_model(config, llama).model.eval()(ids).logits
         )
 
 
@@ -278,7 +283,8 @@ def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_ranks_hold_a_share_each_and_write_together(
     tiny: Config, source: str, tmp_path: Path
 ) -> None:
-    """Two processes, ZeRO-3: bytes of live parameters while loading, then reports of unequal length by all ranks."""
+    """Two processes, ZeRO-3: bytes of live parameters while loading, then reports of unequal length
+    by all ranks."""
     torch.manual_seed(0)
     folder = tmp_path / "model"
     tokenizer = AutoTokenizer.from_pretrained(pretrained.resolve_model("bundled:tiny-llama"))
@@ -352,7 +358,11 @@ def test_other_ways_to_hold_the_language_model_train(
     command = [*TWO, "launch/phase3.py", *settings(3, phantom_shards, tmp_path, steps=6)]
     command += ["--ds-config", f"ds_configs/{ds_config}.json", f"generator.quantization={kind}"]
     run(command, tmp_path)
-    found = json.loads((tmp_path / "tiny" / "phase3" / "engine.json").read_text())
-    assert (found["zero_stage"], found["world_size"], found["llm_quantization"]) == (stage, 2, kind)
+    engine = json.loads((tmp_path / "tiny" / "phase3" / "engine.json").read_text())
+    assert (engine["zero_stage"], engine["world_size"], engine["llm_quantization"]) == (
+        stage,
+        2,
+        kind,
+    )
     losses = [line["losses"]["report"] for line in metrics(tmp_path / "tiny" / "phase3")]
     assert losses[-1] < losses[0]

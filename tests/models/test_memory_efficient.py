@@ -1,4 +1,5 @@
-"""Layers that keep only their input: the same values and gradients as the plain ones, and less memory."""
+"""Layers that keep only their input: the same values and gradients as the plain ones, and less
+memory."""
 
 from collections.abc import Callable
 
@@ -50,16 +51,16 @@ def test_values_and_gradients_are_those_of_the_plain_layers(
         nn.init.normal_(parameter)
     layer.to(dtype)
     x = torch.randn(SHAPE, dtype=dtype, requires_grad=True)
-    found, wanted = layer(x), plain(x)
+    output, expected = layer(x), plain(x)
     # In bfloat16 the bias is added to a sum that is rounded already.
     torch.testing.assert_close(
-        found, wanted, **({"rtol": 0.016, "atol": 5e-3} if dtype == torch.bfloat16 else {})
+        output, expected, **({"rtol": 0.016, "atol": 5e-3} if dtype == torch.bfloat16 else {})
     )
-    grad = torch.randn_like(wanted)
+    grad = torch.randn_like(expected)
     if last:
         grad = grad.to(memory_format=torch.channels_last_3d)
     inputs = [x, *layer.parameters()]
-    ours, theirs = (torch.autograd.grad(out, inputs, grad) for out in (found, wanted))
+    ours, theirs = (torch.autograd.grad(out, inputs, grad) for out in (output, expected))
     torch.testing.assert_close(ours, theirs)
 
 
@@ -124,11 +125,11 @@ def test_group_norm_by_sums_is_group_norm(dtype: torch.dtype, off: float) -> Non
         torch.randn(6).to(dtype),
         torch.randn(6).to(dtype),
     )
-    found = memory_efficient._group_norm_by_sums(x, weight, bias, (2, 6, 60, 2), 1e-5)
+    results = memory_efficient._group_norm_by_sums(x, weight, bias, (2, 6, 60, 2), 1e-5)
     wanted = torch.ops.aten.native_group_norm(
         x.double(), weight.double(), bias.double(), 2, 6, 60, 2, 1e-5
     )
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, theirs in zip(results, wanted, strict=True):
         assert ours.dtype == dtype
         torch.testing.assert_close(ours.double(), theirs, rtol=off, atol=off)
 
@@ -136,11 +137,11 @@ def test_group_norm_by_sums_is_group_norm(dtype: torch.dtype, off: float) -> Non
 @pytest.mark.parametrize("stride", [(1, 2, 2), (2, 2, 2)])
 def test_enlarging_by_a_copy_is_the_nearest_neighbour(stride: tuple[int, int, int]) -> None:
     x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
-    found, wanted = (
+    copied, wanted = (
         memory_efficient._UpsampleNearestFunction.apply(x, stride),
         upsample_nearest(x, stride),
     )
-    assert torch.equal(found, wanted)
+    assert torch.equal(copied, wanted)
     grad = torch.randn_like(wanted)
-    ours, theirs = (torch.autograd.grad(out, x, grad)[0] for out in (found, wanted))
+    ours, theirs = (torch.autograd.grad(out, x, grad)[0] for out in (copied, wanted))
     torch.testing.assert_close(ours, theirs)

@@ -9,6 +9,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from scipy import ndimage
 
 from rectvlm.labels import FINDINGS, LESIONS, LOBES, REGION_BY_NAME, REGIONS
+from rectvlm.lesion_bits import lesion_mask
 from rectvlm.lesion_places import locate_lesions
 from rectvlm.phantom.patient_plan import draw_patient_plan
 from rectvlm.phantom.phantom import PhantomCase, make_phantom
@@ -38,7 +39,7 @@ def canonical(seed: int) -> SimpleNamespace:
 
 def mask_of(seed: int, key: str) -> np.ndarray:
     lesion = next(lesion for lesion in LESIONS if lesion.key == key)
-    return np.asarray((canonical(seed).lesions >> lesion.bit) & 1 == 1)
+    return lesion_mask(canonical(seed).lesions, lesion)
 
 
 def world(p: PhantomCase, region: str) -> np.ndarray:
@@ -176,7 +177,7 @@ def test_hounsfield_units_of_lesions(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_findings_can_be_measured_in_the_image(seed: int) -> None:
-    """Labels are true of the image: each is found again by a threshold that knows nothing of the plan."""
+    """Labels are true of the image: a threshold that does not know the plan finds each again."""
     c, present = canonical(seed), draw_patient_plan(seed).present
     lung = (c.regions > 0) & (c.regions <= len(LOBES))
     heart = c.regions == ID["heart"]
@@ -213,7 +214,7 @@ def test_lesions_survive_the_demo_grid(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_air_where_none_belongs(seed: int) -> None:
-    """Airways, holes and hernias stay in the chest: no gas in the liver, the heart, fluid or bone."""
+    """Airways, holes and hernias leave no gas in the liver, the heart, fluid or bone."""
     c = canonical(seed)
     for name in ("liver", "spleen", "heart", "aorta", "spine", "left ribs", "right ribs"):
         solid = ndimage.binary_erosion(c.regions == ID[name])
@@ -234,7 +235,7 @@ def test_not_annotated_is_not_negative() -> None:
     )
     p, lesion = phantom(seed), lesion_of[str(plans[seed].unannotated_lesion)]
     assert p.lesions_annotated == {other.key: other is not lesion for other in LESIONS}
-    assert not (p.lesions & (1 << lesion.bit)).any()
+    assert not lesion_mask(p.lesions, lesion).any()
     assert p.labels[lesion.finding] in (1, None)
     assert any(place.lesion == lesion.key and place.volume_ml > 0 for place in p.true_places)
     assert lesion.name in p.findings.lower() or lesion.key == "lung_nodule"

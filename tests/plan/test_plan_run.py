@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from launches import TWO, run, settings
 
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import Checkpoint, run_folder
 from rectvlm.config import load_config
 from rectvlm.models.meta_model import build_meta_model
-from rectvlm.plan import ResourcePlanner
+from rectvlm.plan.planner import ResourcePlanner
 from rectvlm.train.phases import PHASES
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -28,11 +28,11 @@ def test_epochs_decide_the_steps_and_more_gpus_need_fewer() -> None:
     )
     for gpus, steps in ((1, 42), (4, 11), (1024, 1)):  # 250 samples, 6 a step and GPU
         plan = made.make_plan(gpus, 1.0, SAMPLES)
-        assert plan.speed["steps"] == steps
-        assert plan.speed["epochs"] == pytest.approx(steps * 6 * gpus / SAMPLES)
-        assert plan.speed["days"] == pytest.approx(steps * plan.time["total"] / 86_400)
-    assert made.make_plan(1, 1.0, 2 * SAMPLES).speed["steps"] == 84
-    steps = planner("train.phases.phase1.steps=7").make_plan(4, 1.0, SAMPLES).speed["steps"]
+        assert plan.speed.steps == steps
+        assert plan.speed.epochs == pytest.approx(steps * 6 * gpus / SAMPLES)
+        assert plan.speed.days == pytest.approx(steps * plan.time.total / 86_400)
+    assert made.make_plan(1, 1.0, 2 * SAMPLES).speed.steps == 84
+    steps = planner("train.phases.phase1.steps=7").make_plan(4, 1.0, SAMPLES).speed.steps
     assert steps == 7, "without epochs the configuration says it"
 
 
@@ -56,18 +56,16 @@ def test_what_no_row_of_unfreeze_covers_is_planned_as_frozen() -> None:
     assert memory["optimizer"] == pytest.approx(12e-9 * count)
     assert memory["weights_frozen"] > all_trains["weights_frozen"] == 0
     assert (
-        made.make_plan(1, 1.0).flops_per_step["backward"]
-        < before.make_plan(1, 1.0).flops_per_step["backward"]
+        made.make_plan(1, 1.0).flops_per_step.backward
+        < before.make_plan(1, 1.0).flops_per_step.backward
     )
 
 
 def agrees_on_disk(phase_folder: Path, phase: int) -> None:
     """The newest checkpoint of a real run has the planned size; what is not weights is about 1% of a tiny one."""
-    folder = run_checkpoint.find_checkpoint(phase_folder, "")
-    gpus = run_checkpoint.read_training_state(folder).world_size
-    plan = ResourcePlanner(run_checkpoint.read_config(folder), phase, DS_CONFIGS).make_plan(
-        gpus, 1.0
-    )
+    folder = run_folder.find_checkpoint(phase_folder, "")
+    gpus = Checkpoint.open(folder).training.world_size
+    plan = ResourcePlanner(Checkpoint.open(folder).config, phase, DS_CONFIGS).make_plan(gpus, 1.0)
     found = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert plan.checkpoint_gb * 1e9 == pytest.approx(found, rel=0.02)
 
@@ -93,8 +91,8 @@ def test_parts_that_do_not_learn_are_in_a_checkpoint_without_a_state() -> None:
         planner(*more).make_plan(2, 1.0)
         for more in ((), (LATE,), (LATE, "train.phases.phase1.ema_decay=0.99"))
     )
-    learnt = late.parameters["trainable"]
-    frozen = one.parameters["trainable"] - learnt
+    learnt = late.parameters.trainable
+    frozen = one.parameters.trainable - learnt
     assert one.checkpoint_gb - late.checkpoint_gb == pytest.approx(12e-9 * frozen)
     assert averaged.checkpoint_gb - late.checkpoint_gb == pytest.approx(4e-9 * learnt)
 
@@ -106,13 +104,13 @@ def test_there_is_room_for_as_many_checkpoints_as_there_are_at_once(
     """As training saves: the next one is written, then older ones go. The best comes early and is never beaten."""
     most = 0
     for step in range(1, 8):
-        folder = run_checkpoint.step_folder(tmp_path, step)
+        folder = run_folder.step_folder(tmp_path, step)
         folder.mkdir(parents=True)
-        (folder / run_checkpoint.STATE_FILE).write_text("{}")
-        most = max(most, len(run_checkpoint.list_checkpoints(tmp_path)))
+        (folder / run_folder.CONFIG_FILE).write_text("{}")
+        most = max(most, len(run_folder.list_checkpoints(tmp_path)))
         if every and step == 1:
-            run_checkpoint.record_best_checkpoint(tmp_path, step, "loss", 0.5)
-        run_checkpoint.prune_checkpoints(tmp_path, keep)
+            run_folder.record_best_checkpoint(tmp_path, step, "loss", 0.5)
+        run_folder.prune_checkpoints(tmp_path, keep)
     plan = planner(
         f"train.keep_checkpoints={keep}", f"train.phases.phase1.validation.every={every}"
     ).make_plan(1, 1.0)

@@ -15,11 +15,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from rectvlm import cli, pretrained
 from rectvlm.config import Config, load_config
-from rectvlm.data.loader import collate_samples
+from rectvlm.data.dataset import collate_samples
 from rectvlm.models import RectVLM
 from rectvlm.models.language_model import load_language_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
-from rectvlm.plan import HardwareRates, ResourcePlan, ResourcePlanner
+from rectvlm.models.rectvlm import describe_batch_cues
+from rectvlm.plan.hardware import HardwareRates
+from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
 from rectvlm.plan.step_time import RingCollective
 from rectvlm.train.dry_run.dry_run import PROMPT_TOKENS
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
@@ -167,7 +169,7 @@ def test_prompts_of_phantoms_are_not_longer_than_the_plan_says() -> None:
     for seed in range(20):
         batch = collate_samples([phantom_sample(seed, config)])
         known = torch.where(batch.labels_known, batch.labels, 0.0)
-        (cues,) = model._describe_batch_cues(batch, known, batch.lesions, batch.regions_known)
+        (cues,) = describe_batch_cues(batch, known, batch.lesions)
         before, after = model.generator.encode_prompt(cues)
         lengths.append(len(before) + len(after))
     assert min(lengths) > PROMPT_TOKENS // 3 and max(lengths) <= PROMPT_TOKENS
@@ -257,12 +259,10 @@ def test_quantization_state_is_that_of_bitsandbytes(shape: tuple[int, int], doub
 @pytest.mark.slow
 def test_large_fits_two_h200s(large: ResourcePlanner, large_plan: ResourcePlan) -> None:
     assert large_plan.fits
-    assert large_plan.parameters["trainable"] == pytest.approx(460e6, rel=0.03)
+    assert large_plan.parameters.trainable == pytest.approx(460e6, rel=0.03)
     memory = large_plan.gpu_memory_gb
     assert memory["quantization_state"] == pytest.approx(1.09, abs=0.01)  # engine notes
-    assert memory["weights_4bit"] == pytest.approx(
-        large_plan.parameters["total"] * 0.25e-9, rel=0.05
-    )
+    assert memory["weights_4bit"] == pytest.approx(large_plan.parameters.total * 0.25e-9, rel=0.05)
     kinds = {kind: size for kind, size in memory.items() if kind not in ("total", "allocated")}
     assert memory["total"] == pytest.approx(sum(kinds.values()))
     assert memory["allocated"] == pytest.approx(
@@ -285,22 +285,20 @@ def test_flops_are_those_of_the_formula(large_plan: ResourcePlan, large: Resourc
     positions = large.dry_run.positions - large.settings.micro_batch * math.prod(
         large.model.encoder.patch_grid
     )
-    once = 2 * large_plan.parameters["language_model_frozen"] * positions
+    once = 2 * large_plan.parameters.language_model_frozen * positions
     assert done["forward"] == pytest.approx(once, rel=0.05)
     assert done["backward"] == pytest.approx(once, rel=0.1)
-    assert flops["hardware"] == pytest.approx(
-        flops["forward"] + flops["backward"] + flops["recomputation"]
-    )
-    assert flops["model"] < flops["hardware"] < 1.5 * flops["model"]
+    assert flops.hardware == pytest.approx(flops.forward + flops.backward + flops.recomputation)
+    assert flops.model < flops.hardware < 1.5 * flops.model
 
 
 @pytest.mark.slow
 def test_more_gpus_share_the_weights_and_pay_for_the_network(large: ResourcePlanner) -> None:
     plans = [large.make_plan(n, 141.0) for n in (2, 8, 64, 1024)]
     memory = [plan.gpu_memory_gb["total"] for plan in plans]
-    seconds = [plan.time["total"] for plan in plans]
+    seconds = [plan.time.total for plan in plans]
     assert memory == sorted(memory, reverse=True) and seconds == sorted(seconds)
-    assert plans[-1].speed["tokens_per_second"] > 100 * plans[0].speed["tokens_per_second"]
+    assert plans[-1].speed.tokens_per_second > 100 * plans[0].speed.tokens_per_second
     assert (
         plans[0].gpu_memory_gb["quantization_state"]
         == plans[-1].gpu_memory_gb["quantization_state"]
@@ -327,8 +325,8 @@ def test_a_step_is_planned_about_as_long_as_it_took(stage: str) -> None:
         "large", ["train.phases.phase3.micro_batch=1", "train.phases.phase3.accumulation=1"]
     )
     time = ResourcePlanner(config, 3, DS_CONFIGS / f"{stage}.json").make_plan(1, 141.0).time
-    assert time["total"] == pytest.approx(row["step_seconds"], rel=0.15)
-    assert (time["hooks"] > 1) == (stage == "phase3")
+    assert time.total == pytest.approx(row["step_seconds"], rel=0.15)
+    assert (time.hooks > 1) == (stage == "phase3")
 
 
 def test_faster_hardware_takes_less_time() -> None:
@@ -337,7 +335,7 @@ def test_faster_hardware_takes_less_time() -> None:
         ResourcePlanner(config, 3, DS_CONFIGS, HardwareRates(tflops=t, bandwidth=b))
         for t, b in ((1, 0.1), (1000, 5))
     )
-    assert fast.make_plan(2, 1.0).time["compute"] < slow.make_plan(2, 1.0).time["compute"]
+    assert fast.make_plan(2, 1.0).time.compute < slow.make_plan(2, 1.0).time.compute
 
 
 @pytest.mark.slow
@@ -545,7 +543,7 @@ def test_gathers_are_as_many_as_passes(tmp_path: Path) -> None:
         return (
             ResourcePlanner(load_config("tiny", [rates, *overrides]), 3, ds)
             .make_plan(64, 1.0)
-            .time["gathers"]
+            .time.gathers
         )
 
     one, again = (
@@ -563,13 +561,13 @@ def test_zero2_reduces_to_all_and_gathers_the_weights() -> None:
         stage: ResourcePlanner(config, 3, DS_CONFIGS / name, network).make_plan(2, 1.0)
         for stage, name in ((2, "phase3_zero2.json"), (1, "phase1.json"), (3, "phase3.json"))
     }
-    trained = times[2].parameters["trainable"] * 2
+    trained = times[2].parameters.trainable * 2
     seconds = trained / 2 / (1.25e9 * 0.7) + 5e-6  # half of it leaves each of two
-    assert times[3].time["reductions"] == pytest.approx(4 * seconds, rel=0.01)
-    assert times[2].time["reductions"] == pytest.approx(8 * seconds, rel=0.01)
-    assert times[1].time["reductions"] == pytest.approx(2 * seconds, rel=0.01)
+    assert times[3].time.reductions == pytest.approx(4 * seconds, rel=0.01)
+    assert times[2].time.reductions == pytest.approx(8 * seconds, rel=0.01)
+    assert times[1].time.reductions == pytest.approx(2 * seconds, rel=0.01)
     for stage in (1, 2):
-        assert times[stage].time["optimizer"] - times[3].time["optimizer"] == pytest.approx(
+        assert times[stage].time.optimizer - times[3].time.optimizer == pytest.approx(
             seconds, rel=0.01
         )
 

@@ -13,12 +13,13 @@ import torch
 from conftest import write_nifti
 from PIL import Image
 
-from rectvlm.checkpoint import run_checkpoint
-from rectvlm.data.volume import Volume, canonical_affine, mask_to_native, resample_to_grid
-from rectvlm.evaluate import THRESHOLDS_FILE
-from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS
+from rectvlm.checkpoint import THRESHOLDS_FILE, Checkpoint, run_folder
+from rectvlm.data.canonical_grid import canonical_affine, mask_to_native, resample_to_grid
+from rectvlm.labels import CT_WINDOWS, FINDINGS, LESION_BY_KEY, LESIONS
+from rectvlm.lesion_bits import pack_lesion
+from rectvlm.models import RectVLM
 from rectvlm.predict import case_page, run
-from rectvlm.types import HuConversion, UserError
+from rectvlm.types import HuConversion, UserError, Volume
 
 ORIENTATIONS = [
     "".join(code)
@@ -73,7 +74,7 @@ def test_masks_lie_on_the_grid_of_the_file(predicted):
     assert np.array_equal(mask.affine, ct.affine)
     assert mask.header.get_sform(coded=True)[1] == mask.header.get_qform(coded=True)[1] == 1
     (note,) = mask.header.extensions
-    assert all(f"{1 << lesion.bit} {lesion.key}" in note.text for lesion in LESIONS)
+    assert all(f"{lesion.mask_value} {lesion.key}" in note.text for lesion in LESIONS)
 
 
 @pytest.mark.parametrize(
@@ -81,17 +82,12 @@ def test_masks_lie_on_the_grid_of_the_file(predicted):
 )
 def test_a_model_that_gives_no_numbers_is_one_sentence(tiny_run, predicted, tmp_path, part, what):
     """It would read as a CT without lesions."""
-    whole = run_checkpoint.find_checkpoint(tiny_run(2), "")
-    tensors = run_checkpoint.read_weights(whole)
+    source = Checkpoint.open(tiny_run(2))
+    tensors = source.read_tensors()
     tensors[part] = torch.full_like(tensors[part], torch.nan)
-    spoilt = run_checkpoint.step_folder(tmp_path / "phase2", 1)
+    spoilt = run_folder.step_folder(tmp_path / "phase2", 1)
     spoilt.mkdir(parents=True)
-    run_checkpoint.write_checkpoint(
-        spoilt,
-        tensors,
-        run_checkpoint.read_config(whole),
-        run_checkpoint.read_training_state(whole),
-    )
+    replace(source, folder=spoilt).write_files(tensors, None)
     with pytest.raises(UserError, match=f"probabilities of {what} for chest are not finite"):
         run.predict_cases(predicted[0], spoilt, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out" / "chest").exists()
@@ -148,12 +144,14 @@ def test_a_lesion_on_the_patients_left_is_on_the_right_of_the_picture(
     ball = (np.linalg.norm(mm - world[:3], axis=-1) < 14).astype(np.uint8)
     hu = np.where(ball, 2500, hu).astype(np.int16)
     grid_affine = canonical_affine(affine, hu.shape, hu, tiny.data.grid, tiny.data.spacing)
-    on_grid = resample_to_grid(ball << NODULE.bit, affine, grid_affine, tiny.data.grid, "bits")
+    on_grid = resample_to_grid(
+        pack_lesion(ball, NODULE), affine, grid_affine, tiny.data.grid, "bits"
+    )
     back = mask_to_native(on_grid, grid_affine, hu.shape, affine)
-    assert (back & (ball << NODULE.bit)).any()
+    assert (back & (pack_lesion(ball, NODULE))).any()
 
-    model, config = run_checkpoint.load_model(tiny_run(2), "cpu")
-    reader = run._LoadedModel(model, config, tiny_run(2), 0, None)
+    checkpoint = Checkpoint.open(tiny_run(2))
+    reader = run._LoadedModel(RectVLM.from_checkpoint(checkpoint, "cpu"), checkpoint, None)
     volume, decision = Volume(hu, affine, "left.nii"), HuConversion(1, 0, "HU")
     case = run._PredictedCase(
         "left", volume, hu, decision, grid_affine, dict.fromkeys(FINDINGS, 0.5), back, None
@@ -198,7 +196,7 @@ def test_a_checkpoint_without_localizer_and_generator_says_so(tiny_run, phantoms
 
 def test_stored_thresholds_decide_what_is_present(tiny_run, phantoms, tmp_path):
     folder = tmp_path / "checkpoint"
-    shutil.copytree(run_checkpoint.find_checkpoint(tiny_run(1), ""), folder)
+    shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
     file = write_nifti(phantoms(1).hu, phantoms(1).affine, tmp_path / "chest.nii")
     cuts = dict.fromkeys(FINDINGS, 0.999) | {FINDINGS[0]: 0.001}
     (folder / THRESHOLDS_FILE).write_text(json.dumps({"values": cuts}))
@@ -210,7 +208,7 @@ def test_stored_thresholds_decide_what_is_present(tiny_run, phantoms, tmp_path):
 
 def test_a_finding_whose_threshold_was_not_fitted_is_not_called(tiny_run, phantoms, tmp_path):
     folder = tmp_path / "checkpoint"
-    shutil.copytree(run_checkpoint.find_checkpoint(tiny_run(1), ""), folder)
+    shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
     file = write_nifti(phantoms(1).hu, phantoms(1).affine, tmp_path / "chest.nii")
     cuts = {"values": dict.fromkeys(FINDINGS, 0.001), "not_fitted": [FINDINGS[1]]}
     (folder / THRESHOLDS_FILE).write_text(json.dumps(cuts))
@@ -321,7 +319,7 @@ def view():
     ct = rng.integers(-1000, 400, (6, 20, 30)).astype(np.int16)
     affine = np.array([[0, 0, -1, 9], [0, -1, 0, 8], [5, 0, 0, -700], [0, 0, 0, 1.0]])
     lesions = np.zeros(ct.shape, np.uint8)
-    lesions[4, 5:8, 20:24] = 1 << NODULE.bit
+    lesions[4, 5:8, 20:24] = NODULE.mask_value
     return case_page.CaseView(
         name="<b>case</b>",
         ct=ct,
@@ -365,7 +363,7 @@ def test_the_first_slice_is_the_one_with_most_lesion_else_the_middle(view, tmp_p
 
 
 def test_windows_map_their_edges_to_black_and_white():
-    for name, (centre, width) in case_page.HU_WINDOWS.items():
+    for name, (centre, width) in CT_WINDOWS.items():
         hu = np.array(
             [[centre - width, centre - width / 2, centre, centre + width / 2, centre + width]]
         )
@@ -400,7 +398,7 @@ def test_a_full_size_page_is_below_8_mb(phantoms, view):
     large = ct[np.linspace(0, len(ct) - 1, 60).round().astype(int)][:, rows][:, :, columns]
     large = (large + rng.normal(0, 15, large.shape)).astype(np.int16)
     lesions = np.zeros(large.shape, np.uint8)
-    lesions[20:30, 100:400, 100:400] = 1 << NODULE.bit
+    lesions[20:30, 100:400, 100:400] = NODULE.mask_value
     lesions[40] = (rng.random((512, 512)) < 0.1) << 2
     case = replace(
         view, ct=large, lesion_bits=lesions, volumes_ml={lesion.key: 1.0 for lesion in LESIONS}

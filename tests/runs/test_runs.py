@@ -14,7 +14,14 @@ from PIL import Image
 
 from rectvlm import cli
 from rectvlm.config import load_config
-from rectvlm.runs.read_runs import CUT_OFF_AFTER_SECONDS, TrainingRun, compute_throughput, find_runs
+from rectvlm.runs.read_runs import (
+    CUT_OFF_AFTER_SECONDS,
+    BestValidation,
+    RunThroughput,
+    TrainingRun,
+    compute_throughput,
+    find_runs,
+)
 from rectvlm.types import UserError
 
 STEPS = 12
@@ -109,15 +116,15 @@ def test_a_run_in_figures(tmp_path: Path) -> None:
         np.mean([line["losses"]["classification"] for line in lines[-10:]])
     )
     assert run.final_loss() == pytest.approx(np.mean([line["loss"] for line in lines[-10:]]))
-    assert run.best == (12, "macro_auroc", 0.62)
+    assert run.best == BestValidation(12, "macro_auroc", 0.62)
     assert run.training_seconds == pytest.approx(10 + 2 * (STEPS - 1))
     # The first step builds and tunes: it counts in no rate.
-    assert compute_throughput(run) == {
-        "samples_per_second": pytest.approx(2.0),
-        "tokens_per_second": pytest.approx(250.0),
-        "data_wait": pytest.approx(0.25),
-        "mfu": None,
-    }
+    assert compute_throughput(run) == RunThroughput(
+        samples_per_second=pytest.approx(2.0),  # type: ignore[arg-type]
+        tokens_per_second=pytest.approx(250.0),  # type: ignore[arg-type]
+        data_wait=pytest.approx(0.25),  # type: ignore[arg-type]
+        mfu=None,
+    )
     assert run.faults == []
 
 
@@ -134,7 +141,7 @@ def test_mfu_is_that_of_the_progress_line(tmp_path: Path) -> None:
     }
     run = one(a_run(tmp_path / "demo/phase1", work=work))
     told = StepFlops(2, 100, 5e9, 1e7, DevicePeak(1.0, "stated"), 2).compute_mfu(500, 1, 2.0)
-    assert compute_throughput(run)["mfu"] == pytest.approx(told)
+    assert compute_throughput(run).mfu == pytest.approx(told)
 
 
 def test_resumed_sessions_count_once(tmp_path: Path) -> None:
@@ -146,9 +153,7 @@ def test_resumed_sessions_count_once(tmp_path: Path) -> None:
     lines[4]["seconds"]["total"] = 30.0  # the first step after the start
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = one(folder)
-    assert run.world_size == 4 and compute_throughput(run)["samples_per_second"] == pytest.approx(
-        2.0
-    )
+    assert run.world_size == 4 and compute_throughput(run).samples_per_second == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +253,7 @@ def test_a_folder_with_nothing_but_a_start(
     assert (
         run.last_step == 0
         and run.final_loss() is None
-        and compute_throughput(run)["samples_per_second"] is None
+        and compute_throughput(run).samples_per_second is None
     )
     assert cli.main(["runs", "list", str(tmp_path)]) == 0 and "0 of 12" in capsys.readouterr().out
     assert cli.main(["runs", "plot", str(folder)]) == 2

@@ -10,7 +10,7 @@ from monai.losses import DiceLoss
 from torch import Tensor
 
 from rectvlm.config import Config, LocalizationLossWeightsConfig
-from rectvlm.data.loader import collate_samples
+from rectvlm.data.dataset import collate_samples
 from rectvlm.labels import FINDINGS, LESION_BY_KEY, N_FINDINGS, N_LESIONS
 from rectvlm.metrics.lesion_overlap import count_lesion_voxels
 from rectvlm.metrics.lesion_overlap import score_lesion_overlap as scores
@@ -18,16 +18,14 @@ from rectvlm.models import ModelOutputs
 from rectvlm.models.localizer import LocalizerOutput
 from rectvlm.models.report_generator import ReportLoss
 from rectvlm.phantom.phantom import make_phantom
-from rectvlm.train import objectives
-from rectvlm.train.objectives import (
+from rectvlm.train import localization_loss as lesion_loss
+from rectvlm.train.localization_loss import (
     LesionPresence,
     LesionTargets,
-    TaskLoss,
-    classification_loss,
-    combine_losses,
-    compute_losses,
     infer_lesions_from_labels,
 )
+from rectvlm.train.objectives import classification_loss, combine_losses, compute_losses
+from rectvlm.train.task_loss import TaskLoss
 
 GRID, HALF, COARSE = (8, 16, 16), (8, 8, 8), (2, 2, 2)
 
@@ -85,7 +83,7 @@ def localization(
     some = LesionPresence(
         labelled.present[:b], labelled.known[:b]
     )  # a test may have fewer samples than flags
-    return objectives.localization_loss(
+    return lesion_loss.localization_loss(
         found, LesionTargets(bits, annotated, partial), some, TERMS.model_copy(update=dict(weights))
     )
 
@@ -286,7 +284,7 @@ def test_soft_dice_is_monais() -> None:
     torch.manual_seed(0)
     logits, masks = torch.randn(2, N_LESIONS, *GRID), masks_of(boxes())
     wanted = DiceLoss(sigmoid=True, reduction="none")(logits, masks).flatten(1)
-    own = objectives._soft_dice_loss(logits.flatten(0, 1), masks.flatten(0, 1))
+    own = lesion_loss._soft_dice_loss(logits.flatten(0, 1), masks.flatten(0, 1))
     torch.testing.assert_close(own.view_as(wanted), wanted, rtol=0, atol=1e-7)
 
 
@@ -413,13 +411,13 @@ def test_pooled_probabilities(size: tuple[int, int, int]) -> None:
     shape = torch.Size(size)
     masks = masks_of(boxes()).flatten(0, 1)
     cells = torch.nn.functional.adaptive_max_pool3d(masks[:, None], size)[:, 0]
-    torch.testing.assert_close(objectives._pool_probabilities(masks, shape), cells)
+    torch.testing.assert_close(lesion_loss._pool_probabilities(masks, shape), cells)
     torch.testing.assert_close(
-        objectives._pool_probabilities(torch.full_like(masks, 0.3), shape),
+        lesion_loss._pool_probabilities(torch.full_like(masks, 0.3), shape),
         torch.full_like(cells, 0.3),
     )
     p = torch.rand_like(masks)
-    found = objectives._pool_probabilities(p, shape)
+    found = lesion_loss._pool_probabilities(p, shape)
     assert (found >= torch.nn.functional.adaptive_avg_pool3d(p[:, None], size)[:, 0]).all()
     assert (found <= torch.nn.functional.adaptive_max_pool3d(p[:, None], size)[:, 0]).all()
 

@@ -79,13 +79,13 @@ def test_with_another_number_of_ranks_the_schedule_goes_on_where_its_samples_are
     before = set_learning_rates(groups, 49, phase)["encoder"]
     more = phase.model_copy(update={"steps": 150})
     rates = [
-        set_learning_rates(groups, step, more, scheduled=100 + step - 50)["encoder"]
+        set_learning_rates(groups, step, more, schedule_step=100 + step - 50)["encoder"]
         for step in range(50, 150)
     ]
     assert rates[0] == pytest.approx(before, rel=0.03)
     assert rates[-1] == pytest.approx(0, abs=1e-12)
     assert all(a >= b for a, b in pairwise([before, *rates]))
-    assert set_learning_rates(groups, 50, phase, scheduled=50.0) == set_learning_rates(
+    assert set_learning_rates(groups, 50, phase, schedule_step=50.0) == set_learning_rates(
         groups, 50, phase
     )
 

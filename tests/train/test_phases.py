@@ -11,9 +11,9 @@ from launches import CHECKOUT, LAUNCH, TIMEOUT, TWO, environment
 from torch import nn
 
 from rectvlm.config import MODEL_PARTS, Config, load_config
-from rectvlm.models.encoder import VolumeEncoder
+from rectvlm.models.slice_region_encoder import SliceRegionEncoder
 from rectvlm.train.ema import EMA_KEY, ema_decay_at
-from rectvlm.train.objectives import TaskLoss, combine_losses
+from rectvlm.train.objectives import combine_losses
 from rectvlm.train.optimizer import (
     build_optimizer,
     find_unfreeze_steps,
@@ -24,6 +24,7 @@ from rectvlm.train.optimizer import (
     set_training_modes,
 )
 from rectvlm.train.phases import PHASE_TABLE, PHASES, STAGES, with_step_count
+from rectvlm.train.task_loss import TaskLoss
 from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
 from rectvlm.types import UserError
 
@@ -98,7 +99,7 @@ class Toy(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.encoder = VolumeEncoder(config.encoder, config.data)
+        self.encoder = SliceRegionEncoder(config.encoder, config.data)
         self.classifier = nn.Linear(4, 2)
         self.localizer = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
 
@@ -155,10 +156,10 @@ def test_rates_of_a_late_part_rise_when_it_begins(tiny: Config) -> None:
         told = set_learning_rates(groups, step, plan)
         set_requires_grad(model, groups)
         for group in groups:
-            late = step - group["start"]
+            late = step - group["start_step"]
             asks = {own[name].requires_grad for name in group["names"]}
             assert asks == {late >= 0}
-            rise = min(1.0, (late + 1) / 4) if group["start"] else 1.0
+            rise = min(1.0, (late + 1) / 4) if group["start_step"] else 1.0
             assert group["lr"] == pytest.approx(
                 max(0.0, rise) * plan.lr[group["part"]] * learning_rate_factor(step, plan)
             )

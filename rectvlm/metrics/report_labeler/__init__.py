@@ -1,1 +1,1 @@
-"""Labelers: which of the 18 findings a radiology report states, denies or leaves open."""
+"""Report labeler: reads findings and sides in a chest-CT report, by rules or a classifier."""

@@ -1,4 +1,4 @@
-"""A trained report classifier as a labeler: any Hugging Face sequence classifier with one label a finding."""
+"""A trained report classifier as a labeler: any Hugging Face sequence classifier with 18 labels."""
 
 import logging
 from collections.abc import Sequence
@@ -11,93 +11,115 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from rectvlm.labels import FINDINGS, N_FINDINGS
-from rectvlm.metrics.report_labeler.rule_labeler import FindingState
+from rectvlm.metrics.report_labeler.finding_states import FindingState
 from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
 
 PRESENT_THRESHOLD = 0.5
+DEFAULT_CONTEXT_TOKENS = 512
+"""Context of an encoder whose configuration does not state one, tokens."""
 
 
 class ClassifierLabeler:
-    """Present where the sigmoid of a finding's logit is at least 0.5, absent elsewhere; it has no other states.
+    """Present where the sigmoid of a finding's logit is at least 0.5, else absent.
 
-    The labels are matched by name (case and underscores do not matter); a classifier that names none, only `LABEL_0`
-    to `LABEL_17`, is taken to have the order of `labels.FINDINGS`, which is CT-RATE's. A report longer than the
-    encoder's context is cut there, and counted in the log.
+    There are no other states. The labels are matched by name (case and underscores do not matter);
+    a classifier that names none, only `LABEL_0` to `LABEL_17`, is taken to have the order of
+    `labels.FINDINGS`, which is CT-RATE's. A report longer than the encoder's context is cut there,
+    and counted in the log.
     """
 
     def __init__(self, model: str | Path, batch_size: int = 16, device: str | None = None) -> None:
-        """Loads the classifier of a folder or hub id; by default onto the GPU if there is one.
+        """Load a classifier.
+
+        Args:
+            model: Folder or hub id.
+            batch_size: Number of reports that are read together.
+            device: Device of the classifier; by default the GPU if there is one.
 
         Raises:
-            UserError: it cannot be loaded, or its labels are not the 18 findings.
+            UserError: It cannot be loaded, or its labels are not the 18 findings.
         """
         try:
             config = AutoConfig.from_pretrained(model)
-            self.order = _match_outputs(dict(config.id2label), str(model))
-            # Without it, Transformers would invent a random head for an encoder that has none.
-            network, info = AutoModelForSequenceClassification.from_pretrained(
+            self.output_indices = _match_outputs(dict(config.id2label), str(model))
+            network, loading_info = AutoModelForSequenceClassification.from_pretrained(
                 model, use_safetensors=True, output_loading_info=True
             )
             self.tokenizer = AutoTokenizer.from_pretrained(model)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"The report labeler {model} cannot be loaded ({reason}): give `rules`, or the folder or hub id of a "
-                "Transformers sequence classifier with safetensors weights."
+                f"The report labeler {model} cannot be loaded ({reason}): give `rules`, or the "
+                "folder or hub id of a Transformers sequence classifier with safetensors weights."
             ) from None
-        if info["missing_keys"]:
+        # Transformers makes a random head for an encoder that has none.
+        missing_weights = sorted(loading_info["missing_keys"])
+        if missing_weights:
             raise UserError(
-                f"The report labeler {model} is not trained: expected a sequence classifier, found no weights for "
-                f"{sorted(info['missing_keys'])[0]}; give the folder of a classifier, not of its encoder."
+                f"The report labeler {model} is not trained: expected a sequence classifier, found "
+                f"no weights for {missing_weights[0]}; give the folder of a classifier, not of its "
+                "encoder."
             )
+
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.network = network.eval().to(self.device)
         self.batch_size = batch_size
-        self.context = min(self.tokenizer.model_max_length, _context_length(network))
+        self.max_tokens = min(self.tokenizer.model_max_length, _context_length(network))
         name = Path(model).name if Path(model).is_dir() else str(model)
-        self.signature = f"sequence classifier {name}, threshold {PRESENT_THRESHOLD}, first {self.context} tokens"
+        self.signature = (
+            f"sequence classifier {name}, threshold {PRESENT_THRESHOLD}, "
+            f"first {self.max_tokens} tokens"
+        )
 
     @torch.inference_mode()
     def label_reports(self, reports: Sequence[str]) -> NDArray[np.int8]:
-        """States (N, 18)."""
+        """States of the findings, (N, 18)."""
         states = np.full((len(reports), N_FINDINGS), FindingState.ABSENT, dtype=np.int8)
-        cut = 0
-        for first in range(0, len(reports), self.batch_size):
-            texts = list(reports[first : first + self.batch_size])
-            cut += sum(
-                len(ids) > self.context for ids in self.tokenizer(texts, verbose=False)["input_ids"]
-            )
+        n_cut = 0
+        for start in range(0, len(reports), self.batch_size):
+            texts = list(reports[start : start + self.batch_size])
+            token_ids = self.tokenizer(texts, verbose=False)["input_ids"]
+            n_cut += sum(len(ids) > self.max_tokens for ids in token_ids)
             inputs = self.tokenizer(
-                texts, padding=True, truncation=True, max_length=self.context, return_tensors="pt"
-            ).to(self.device)
-            probabilities = self.network(**inputs).logits.float().sigmoid().cpu().numpy()
-            present = probabilities[:, self.order] >= PRESENT_THRESHOLD
-            states[first : first + len(texts)][present] = FindingState.PRESENT
-        if cut:
+                texts,
+                padding=True,
+                truncation=True,
+                max_length=self.max_tokens,
+                return_tensors="pt",
+            )
+            logits = self.network(**inputs.to(self.device)).logits
+            probabilities = logits.float().sigmoid().cpu().numpy()[:, self.output_indices]
+            is_present = probabilities >= PRESENT_THRESHOLD
+            states[start : start + len(texts)][is_present] = FindingState.PRESENT
+        if n_cut:
             log.warning(
                 "%d of %d reports were cut to %d tokens for the labeler",
-                cut,
+                n_cut,
                 len(reports),
-                self.context,
+                self.max_tokens,
             )
         return states
 
 
 def _match_outputs(id2label: dict[int, str], model: str) -> list[int]:
-    """The classifier's output for each finding of `FINDINGS`."""
+    """Number of the classifier's output for each finding of `FINDINGS`."""
     names = [_normalize_label(id2label[i]) for i in sorted(id2label)]
-    wanted = [_normalize_label(finding) for finding in FINDINGS]
     if names == [f"label {i}" for i in range(N_FINDINGS)]:
         return list(range(N_FINDINGS))
-    missing = [finding for finding in FINDINGS if _normalize_label(finding) not in names]
-    if missing:
-        raise UserError(
-            f"The report labeler {model} has other labels: expected the 18 findings, found {len(names)} labels without "
-            f"{missing[0]!r}; name them in `id2label` of its config.json."
-        )
-    return [names.index(name) for name in wanted]
+
+    indices = []
+    for finding in FINDINGS:
+        name = _normalize_label(finding)
+        if name not in names:
+            raise UserError(
+                f"The report labeler {model} has other labels: expected the 18 findings, found "
+                f"{len(names)} labels without {finding!r}; name them in `id2label` of its "
+                "config.json."
+            )
+        indices.append(names.index(name))
+    return indices
 
 
 def _normalize_label(name: str) -> str:
@@ -105,10 +127,11 @@ def _normalize_label(name: str) -> str:
 
 
 def _context_length(network: nn.Module) -> int:
-    """Tokens that fit: RoBERTa and its kin count their positions from the padding id + 1."""
-    positions = int(getattr(network.config, "max_position_embeddings", None) or 512)
-    tables = [
-        part for name, part in network.named_modules() if name.endswith("position_embeddings")
-    ]
-    padding = next((table.padding_idx for table in tables if isinstance(table, nn.Embedding)), None)
-    return positions if padding is None else positions - padding - 1
+    """Largest number of tokens; RoBERTa and its kin count positions from the padding id + 1."""
+    n_positions = getattr(network.config, "max_position_embeddings", None)
+    n_positions = int(n_positions or DEFAULT_CONTEXT_TOKENS)
+    for name, module in network.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            padding_id = module.padding_idx
+            return n_positions if padding_id is None else n_positions - padding_id - 1
+    return n_positions

@@ -1,15 +1,21 @@
-"""What a report says of one finding where it names it: the cues in whose reach the name stands."""
+"""State of a finding where a report names it, by the modifiers in whose scope the name stands."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
-from itertools import pairwise, takewhile
+from itertools import pairwise
 
 from rectvlm.metrics.report_labeler import modifiers
+from rectvlm.metrics.report_labeler.clauses import Span
+
+SIZE_CONTEXT_CHARACTERS = 40
+"""Characters on either side of a name in which "small" and the like speak of its size."""
+MEASUREMENT_CONTEXT_CHARACTERS = 25
+"""Characters before a measurement in which "less than" and the like belong to it."""
 
 
 class FindingState(IntEnum):
-    """What a report says of a finding. The higher one wins where sentences disagree."""
+    """State of a finding in a report. The higher one wins where sentences disagree."""
 
     NOT_MENTIONED = 0
     ABSENT = 1
@@ -17,156 +23,193 @@ class FindingState(IntEnum):
     PRESENT = 3
 
 
-def classify_mention(clause: str, start: int, end: int, after: str) -> FindingState:
-    """The state of a name at `start` to `end` of its clause; `after` is what follows in the sentence."""
-    if _is_in_forward_scope(
-        modifiers.HISTORY_BEFORE, clause, start
-    ) or modifiers.NOT_ASSESSED.search(clause):
+def classify_mention(clause: str, start: int, end: int, following: str) -> FindingState:
+    """Classify the mention of a finding.
+
+    Args:
+        clause: Text of the clause.
+        start: First character of the finding's name in the clause.
+        end: Last character + 1 of the name.
+        following: Text of the sentence after the name.
+    """
+    if _is_in_forward_scope(modifiers.HISTORY_BEFORE, clause, start):
         return FindingState.NOT_MENTIONED
-    if _is_negated(clause, start, end) or modifiers.NEGATION_RIGHT_AFTER.match(after):
-        return (
-            FindingState.NOT_MENTIONED
-            if _is_only_new_denied(clause, start)
-            else FindingState.ABSENT
-        )
-    if (
-        _is_in_forward_scope(modifiers.UNCERTAINTY_BEFORE, clause, start)
-        or any(cue.start() >= end for cue in modifiers.UNCERTAINTY_AFTER.finditer(clause))
-        or modifiers.QUESTION_MARK_AFTER.match(after)
-    ):
+    if modifiers.NOT_ASSESSED.search(clause):
+        return FindingState.NOT_MENTIONED
+    if _is_negated(clause, start, end) or modifiers.NEGATION_RIGHT_AFTER.match(following):
+        if _is_only_new_denied(clause, start):
+            return FindingState.NOT_MENTIONED
+        return FindingState.ABSENT
+    if _is_uncertain(clause, start, end) or modifiers.QUESTION_MARK_AFTER.match(following):
         return FindingState.UNCERTAIN
     return FindingState.PRESENT
 
 
 def is_about_prior_examination(clause: str) -> bool:
     """Whether a clause speaks of an earlier examination only."""
-    past = modifiers.PRIOR_EXAMINATION.search(clause)
-    if past is None:
+    prior = modifiers.PRIOR_EXAMINATION.search(clause)
+    if prior is None:
         return False
     rest = modifiers.PRIOR_EXAMINATION.sub(" ", clause)
-    heads = not clause[: past.start()].strip(" ,")
-    return not modifiers.CURRENT_EXAMINATION.search(rest) and (
-        heads or not modifiers.PRESENT_TENSE.search(rest)
-    )
+    if modifiers.CURRENT_EXAMINATION.search(rest):
+        return False
+    is_heading = not clause[: prior.start()].strip(" ,")
+    return is_heading or not modifiers.PRESENT_TENSE.search(rest)
 
 
 def is_device_removed(clause: str, start: int, end: int) -> bool:
     """Whether a device, named at `start` to `end` of its clause, is no longer there."""
-    before = [cue for cue in modifiers.REMOVED_BEFORE.finditer(clause) if cue.end() <= start]
-    if any("," not in clause[cue.end() : start] for cue in before):
-        return True
+    for modifier in modifiers.REMOVED_BEFORE.finditer(clause):
+        if modifier.end() <= start and "," not in clause[modifier.end() : start]:
+            return True
     return modifiers.REMOVED_AFTER.match(clause, end) is not None
 
 
-def _is_only_new_denied(clause: str, start: int) -> bool:
-    """Whether only something new is denied: no other negation stands between "new" and the name."""
-    return any(
-        not modifiers.NEGATION_BEFORE.search(clause, cue.end(), start)
-        for cue in modifiers.NEW.finditer(clause, 0, start)
-        if not modifiers.FORWARD_SCOPE_END.search(clause, cue.end(), start)
-    )
-
-
-def is_denied_in_form(text: str, first: int, last: int) -> bool:
-    """Whether a form denies a clause, all of it a list that ends in a colon: "effusion or nodule: none"."""
-    return bool(
-        modifiers.NEGATION_RIGHT_AFTER.match(text, last - 1)
-    ) and not modifiers.FORM_STATEMENT.search(text, first, last - 1)
-
-
-def _is_negated(clause: str, start: int, end: int) -> bool:
-    doubts = [
-        cue.span()
-        for pattern in (modifiers.UNCERTAINTY_AFTER, modifiers.UNCERTAINTY_BEFORE)
-        for cue in pattern.finditer(clause)
-    ]
-
-    def real(cue: re.Match[str]) -> bool:
-        """ "Cannot be excluded" holds the negation "excluded", which is none."""
-        return not any(first <= cue.start() < last for first, last in doubts)
-
-    if modifiers.NEGATION_WITHIN.search(clause, start, end):
-        return True
-    if _is_in_forward_scope(
-        modifiers.NEGATION_BEFORE, clause, start, real
-    ) and not modifiers.CHANGE_AFTER_NAME.match(clause, end):
-        return True
-    if not modifiers.PARTIAL_SUBJECT_BEFORE.search(clause[:start]):
-        for cue in modifiers.BARE_NEGATION_AFTER.finditer(clause, end):
-            if not modifiers.BARE_NEGATION_END.search(clause, end, cue.start()):
-                return True
-        for cue in modifiers.NEGATION_AFTER.finditer(clause, end):
-            if real(cue) and not modifiers.LOCATION_BEFORE_LIST.search(clause, end, cue.start()):
-                return True
-    resolved = modifiers.RESOLVED_BEFORE.finditer(clause, 0, start)
-    return any(not modifiers.WITH.search(clause, cue.end(), start) for cue in resolved)
-
-
-def _is_in_forward_scope(
-    pattern: re.Pattern[str],
-    clause: str,
-    start: int,
-    is_genuine: Callable[[re.Match[str]], bool] = lambda cue: True,
-) -> bool:
-    """Whether a cue before `start` reaches it."""
-    return any(
-        is_genuine(cue) and not modifiers.FORWARD_SCOPE_END.search(clause, cue.end(), start)
-        for cue in pattern.finditer(clause, 0, start)
-    )
+def is_denied_in_form(text: str, clause: Span) -> bool:
+    """Whether a form denies a whole clause, a list before a colon: "effusion, nodule: none"."""
+    start, end = clause
+    if not modifiers.NEGATION_RIGHT_AFTER.match(text, end - 1):
+        return False
+    return not modifiers.FORM_STATEMENT.search(text, start, end - 1)
 
 
 def classify_by_size(
-    text: str, first: int, start: int, end: int, others: Sequence[int], present_from_mm: float
+    text: str, clause_start: int, name: Span, other_names: Sequence[int], min_short_axis_mm: float
 ) -> FindingState:
-    """Present or absent by the short axis that is given with a name, not mentioned where none is.
+    """Present or absent by the short axis that is stated with a name; not mentioned without one.
 
     Args:
-        text: the sentence.
-        first: where the name's clause begins.
-        start: where the name begins.
-        end: where it ends.
-        others: where names of other findings begin; a measure that belongs to one of them says nothing here.
-        present_from_mm: shortest axis that counts.
+        text: The sentence.
+        clause_start: First character of the name's clause.
+        name: Span of the name.
+        other_names: First characters of the names of other findings, whose measurements do not
+            count.
+        min_short_axis_mm: Shortest axis of a finding that is present, mm.
     """
-    until = min((other for other in others if other >= end), default=len(text))
-    sizes = [
-        size
-        for size in modifiers.MEASUREMENT.finditer(text, end, until)
-        if not _is_adjectival(text, size, until)
-    ]
+    start, end = name
+    next_name = min((other for other in other_names if other >= end), default=len(text))
+    sizes = []
+    for size in modifiers.MEASUREMENT.finditer(text, end, next_name):
+        if not _is_adjectival(text, size, next_name):
+            sizes.append(size)
     if not sizes:
-        alone = not any(first <= other < start for other in others)
-        before = list(modifiers.MEASUREMENT.finditer(text, first, start))
-        sizes = [size for size in reversed(before) if alone or _is_adjectival(text, size, start)]
+        has_rival = any(clause_start <= other < start for other in other_names)
+        for size in modifiers.MEASUREMENT.finditer(text, clause_start, start):
+            if not has_rival or _is_adjectival(text, size, start):
+                sizes.insert(0, size)
     if not sizes:
-        near = text[max(first, start - 40) : min(until, end + 40)]
-        return (
-            FindingState.ABSENT if modifiers.BELOW_SIZE.search(near) else FindingState.NOT_MENTIONED
-        )
-    several = takewhile(lambda pair: _is_another_size(text, *pair), pairwise(sizes))
-    counted = sizes[:1] + [size for _, size in several]
-    return (
-        FindingState.PRESENT
-        if any(_is_long_enough(text, first, size, present_from_mm) for size in counted)
-        else FindingState.ABSENT
-    )
+        context_start = max(clause_start, start - SIZE_CONTEXT_CHARACTERS)
+        context = text[context_start : min(next_name, end + SIZE_CONTEXT_CHARACTERS)]
+        is_small = modifiers.BELOW_SIZE.search(context) is not None
+        return FindingState.ABSENT if is_small else FindingState.NOT_MENTIONED
+
+    for size in _sizes_of_same_nodes(text, sizes):
+        if _is_long_enough(text, clause_start, size, min_short_axis_mm):
+            return FindingState.PRESENT
+    return FindingState.ABSENT
 
 
-def _is_long_enough(text: str, first: int, size: re.Match[str], least_mm: float) -> bool:
-    """Whether the short axis of a measure, in a clause from `first` on, is that long."""
+def _is_negated(clause: str, start: int, end: int) -> bool:
+    """Whether a negation before, inside or after a name denies it."""
+    if modifiers.NEGATION_WITHIN.search(clause, start, end):
+        return True
+    uncertainties = _find_uncertainties(clause)
+    negations = modifiers.NEGATION_BEFORE.finditer(clause, 0, start)
+    genuine = _outside_spans(negations, uncertainties)
+    has_negation_before = any(_reaches(modifier, clause, start) for modifier in genuine)
+    if has_negation_before and not modifiers.CHANGE_AFTER_NAME.match(clause, end):
+        return True
+    is_partial = modifiers.PARTIAL_SUBJECT_BEFORE.search(clause[:start])
+    if not is_partial and _is_negated_after(clause, end, uncertainties):
+        return True
+    resolved = modifiers.RESOLVED_BEFORE.finditer(clause, 0, start)
+    return any(not modifiers.WITH.search(clause, match.end(), start) for match in resolved)
+
+
+def _is_negated_after(clause: str, end: int, uncertainties: Sequence[Span]) -> bool:
+    """Whether a negation after the end of a name reaches back to it."""
+    for modifier in modifiers.BARE_NEGATION_AFTER.finditer(clause, end):
+        if not modifiers.BARE_NEGATION_END.search(clause, end, modifier.start()):
+            return True
+    negations = modifiers.NEGATION_AFTER.finditer(clause, end)
+    for modifier in _outside_spans(negations, uncertainties):
+        if not modifiers.LOCATION_BEFORE_LIST.search(clause, end, modifier.start()):
+            return True
+    return False
+
+
+def _find_uncertainties(clause: str) -> list[Span]:
+    """Spans of the modifiers of uncertainty."""
+    spans = []
+    for pattern in (modifiers.UNCERTAINTY_AFTER, modifiers.UNCERTAINTY_BEFORE):
+        spans += [modifier.span() for modifier in pattern.finditer(clause)]
+    return spans
+
+
+def _outside_spans(matches: Iterable[re.Match[str]], spans: Sequence[Span]) -> list[re.Match[str]]:
+    """Matches that begin in no span: "cannot be excluded" does not negate by "excluded"."""
+    outside = []
+    for match in matches:
+        if not any(start <= match.start() < end for start, end in spans):
+            outside.append(match)
+    return outside
+
+
+def _is_uncertain(clause: str, start: int, end: int) -> bool:
+    if _is_in_forward_scope(modifiers.UNCERTAINTY_BEFORE, clause, start):
+        return True
+    after = modifiers.UNCERTAINTY_AFTER.finditer(clause)
+    return any(modifier.start() >= end for modifier in after)
+
+
+def _is_only_new_denied(clause: str, start: int) -> bool:
+    """Whether only something new is denied: no other negation is between "new" and the name."""
+    for modifier in modifiers.NEW.finditer(clause, 0, start):
+        if not _reaches(modifier, clause, start):
+            continue
+        if not modifiers.NEGATION_BEFORE.search(clause, modifier.end(), start):
+            return True
+    return False
+
+
+def _is_in_forward_scope(pattern: re.Pattern[str], clause: str, start: int) -> bool:
+    """Whether a modifier before `start` reaches it."""
+    matches = pattern.finditer(clause, 0, start)
+    return any(_reaches(modifier, clause, start) for modifier in matches)
+
+
+def _reaches(modifier: re.Match[str], clause: str, start: int) -> bool:
+    """Whether the forward scope of a modifier extends to `start`."""
+    return modifiers.FORWARD_SCOPE_END.search(clause, modifier.end(), start) is None
+
+
+def _sizes_of_same_nodes(text: str, sizes: Sequence[re.Match[str]]) -> list[re.Match[str]]:
+    """The first measurement, and those after it that measure more of the same nodes."""
+    same = [sizes[0]]
+    for previous, size in pairwise(sizes):
+        if not _is_another_size(text, previous, size):
+            break
+        same.append(size)
+    return same
+
+
+def _is_long_enough(text: str, clause_start: int, size: re.Match[str], minimum_mm: float) -> bool:
+    """Whether the short axis of a measurement is at least `minimum_mm`."""
     axes = [float(axis.replace(",", ".")) for axis in (size[1], size[2]) if axis]
-    short = min(axes) * (10.0 if size[3].startswith("c") else 1.0)
-    return short >= least_mm and not modifiers.BELOW_SIZE.search(
-        text[max(first, size.start() - 25) : size.start()]
-    )
+    short_axis_mm = min(axes) * (10.0 if size[3].startswith("c") else 1.0)
+    context_start = max(clause_start, size.start() - MEASUREMENT_CONTEXT_CHARACTERS)
+    is_upper_bound = modifiers.BELOW_SIZE.search(text[context_start : size.start()])
+    return short_axis_mm >= minimum_mm and not is_upper_bound
 
 
-def _is_another_size(text: str, one: re.Match[str], size: re.Match[str]) -> bool:
-    """Whether a measure is of another of the same nodes as the measure before it."""
-    between = modifiers.BETWEEN_NODE_SIZES.fullmatch(text, one.end(), size.start())
+def _is_another_size(text: str, previous: re.Match[str], size: re.Match[str]) -> bool:
+    """Whether a measurement is of another of the nodes that the previous one measures."""
+    between = modifiers.BETWEEN_NODE_SIZES.fullmatch(text, previous.end(), size.start())
     return between is not None and bool(modifiers.AFTER_NODE_SIZE.match(text, size.end()))
 
 
-def _is_adjectival(text: str, size: re.Match[str], name: int) -> bool:
-    """Whether a measure stands right before the name that begins at `name`: "a 15 mm solid nodule"."""
-    return name < len(text) and not modifiers.NOT_ADJECTIVAL.search(text, size.end(), name)
+def _is_adjectival(text: str, size: re.Match[str], name_start: int) -> bool:
+    """Whether a measurement stands right before a name: "a 15 mm solid nodule"."""
+    if name_start >= len(text):
+        return False
+    return not modifiers.NOT_ADJECTIVAL.search(text, size.end(), name_start)

@@ -1,17 +1,20 @@
-"""The words of chest-CT reports: what names each finding.
+"""Terms of chest-CT reports: the words that name each finding.
 
-A table to be read and amended by someone who reads reports. Every pattern is matched in lower-case text, inside one
-clause. The cues are in `rectvlm.metrics.report_labeler.modifiers`, and how all is put together in `rectvlm.metrics.report_labeler.rule_labeler`.
+The table is meant to be read and amended by someone who reads reports. Every pattern is matched in
+lower-case text, inside one clause. The modifiers are in `modifiers`; `rule_labeler` puts all
+together.
 """
 
 import re
 from dataclasses import dataclass
 
 _JOINED = (
-    r"(?:\W+(?:and|or|nor|bilateral|left|right|both|sided|minimal|small|mild|moderate|large|massive|free|loculated|"
-    r"significant|physiologic\w*|pleural|pericardial|peritoneal|spaces?|cavit\w+|leaves|a|the))*\W+"
+    r"(?:\W+(?:and|or|nor|bilateral|left|right|both|sided|minimal|small|mild|moderate|large|"
+    r"massive|free|loculated|"
+    r"significant|physiologic\w*|pleural|pericardial|peritoneal|spaces?|cavit\w+|leaves|a|"
+    r"the))*\W+"
 )
-"""What may stand between an adjective and its noun: "pleural or pericardial effusion", "pleural free fluid"."""
+"""Words between an adjective and its noun: "pleural or pericardial effusion"."""
 
 
 def _compile_alternatives(*alternatives: str) -> re.Pattern[str]:
@@ -24,19 +27,23 @@ class FindingTerm:
 
     finding: str
     name_pattern: re.Pattern[str]
+    """Words that name the finding."""
     required_vessel: re.Pattern[str] | None = None
-    """The vessel that must be named with it: on its side of a "without", or anywhere in the clause where no `VESSEL`
-    is named on that side."""
+    """Vessel that must be named with it.
+
+    It must be on the same side of a "without", or anywhere in the clause where no vessel is named
+    on
+    that side."""
     excluded_in_phrase: re.Pattern[str] | None = None
-    """Must not stand in the same phrase (see `rectvlm.metrics.report_labeler.clauses`)."""
+    """Words that must not be in the same phrase (see `clauses`)."""
     excluded_organs: re.Pattern[str] | None = None
-    """Organs that it must not be of: named in its phrase, or else in its clause, and `LUNG` is not."""
+    """Organs that must not be named in its phrase, or else in its clause, unless the lung is."""
     is_device: bool = False
-    """Is gone once it was removed."""
+    """Whether it is absent after its removal."""
     is_weak: bool = False
-    """Gives way where another term's words cover it."""
+    """Whether other terms win where their words cover it."""
     min_short_axis_mm: float | None = None
-    """The finding is there from this short axis on, and is not below; words without a measurement say nothing."""
+    """Smallest short axis of a present finding, mm; words without a measurement state nothing."""
 
 
 _AORTA = _compile_alternatives(
@@ -44,52 +51,65 @@ _AORTA = _compile_alternatives(
     r"\barch\b(?!\s+of)",
     r"supra-?aortic",
     r"brachiocephalic|subclavian|carotid|innominate|iliac|splenic arter|mesenteric arter|celiac",
-    r"great vessels?|main vascular|vascular (?:walls?|structures?|calcif\w+)|\bvessel walls?|arterial (?:walls?|"
+    r"great vessels?|main vascular|vascular (?:walls?|structures?|calcif\w+)|\bvessel walls?|"
+    r"arterial (?:walls?|"
     r"calcif\w+)",
 )
 _CORONARY = _compile_alternatives(
     r"coronar\w*", r"anterior descending", r"\blad\b|\brca\b|\blcx\b|\bcx\b", r"circumflex"
 )
 _OTHER_ORGAN = _compile_alternatives(
-    r"thyroid\w*|goit\w+|adrenal|surrenal|liver|hepat\w+|spleen|splenic|breast|mamm\w+|kidney|renal|pancrea\w*|skin|"
-    r"subcutaneous|parotid|prostat\w*|gall-?bladder|vertebra\w*|bones?|abdom\w+|peritone\w+|omental|mesenter\w+"
+    r"thyroid\w*|goit\w+|adrenal|surrenal|liver|hepat\w+|spleen|splenic|breast|mamm\w+|"
+    r"kidney|renal|pancrea\w*|skin|"
+    r"subcutaneous|parotid|prostat\w*|gall-?bladder|vertebra\w*|bones?|abdom\w+|peritone\w+|"
+    r"omental|mesenter\w+"
 )
 LUNG_PATTERN = re.compile(
-    r"lung|pulmon|(?<!liver )(?<!hepatic )(?<!splenic )(?<!renal )(?<!breast )(?<!thyroid )(?<!pancreatic )parenchyma|"
+    r"lung|pulmon|(?<!liver )(?<!hepatic )(?<!splenic )(?<!renal )(?<!breast )(?<!thyroid"
+    r" )(?<!pancreatic )parenchyma|"
     r"upper lobe|lower lobe|middle lobe|lingula|pleura|\bapic(?:es|al)\b"
 )
 _BONE = _compile_alternatives(
-    r"\bribs?\b|fractur\w*|vertebra\w*|bones?\b|osse\w+|sternum|clavic\w+|costal|spleen|splenic|kidney|renal"
+    r"\bribs?\b|fractur\w*|vertebra\w*|bones?\b|osse\w+|sternum|clavic\w+|costal|spleen|"
+    r"splenic|kidney|renal"
 )
 _WORD = r"[\w/%'-]+"
 VESSEL_PATTERN = _compile_alternatives(_AORTA.pattern, _CORONARY.pattern)
 _NOT_VASCULAR = (
     rf"(?!(?: (?!(?:and|or|with)\b|{VESSEL_PATTERN.pattern}){_WORD}){{0,4}} "
-    r"(?:lymph|nodes?\b|lap\b|nodul|granulom|mass|lesion|pleura|thyroid|trache|bronch|ribs?\b|costal|disc\b|valv|annul))"
+    r"(?:lymph|nodes?\b|lap\b|nodul|granulom|mass|lesion|pleura|thyroid|trache|bronch|"
+    r"ribs?\b|costal|disc\b|valv|annul))"
 )
-"""After "calcified": what is calcified is no vessel."""
+"""After "calcified": the calcified thing is no vessel."""
 _CALCIFIED = (
-    rf"(?<!pleural )(?<!valve )calcif\w*\b{_NOT_VASCULAR}|(?<!pleural )\bplaques?\b{_NOT_VASCULAR}"
+    rf"(?<!pleural )(?<!valve )calcif\w*\b{_NOT_VASCULAR}|"
+    rf"(?<!pleural )\bplaques?\b{_NOT_VASCULAR}"
 )
 
 FINDING_TERMS: tuple[FindingTerm, ...] = (
     FindingTerm(
         "Medical material",
         _compile_alternatives(
-            r"pace-?makers?|pacing (?:wire|lead|electrode)s?|\bicds?\b|defibrillators?|electrodes?\b",
+            r"pace-?makers?|pacing (?:wire|lead|electrode)s?|\bicds?\b|defibrillators?|"
+            r"electrodes?\b",
             r"\bleads?(?= (?:in|within|terminat|extend|are|is|tip))",
-            r"port-?a-?cath\w*|\bport catheters?|(?:chest|venous|subclavian|jugular|infusion|left|"
+            r"port-?a-?cath\w*|\bport catheters?|(?:chest|venous|subclavian|jugular|infusion|"
+            r"left|"
             r"right)(?: wall)? port\b",
             r"catheters?|cannulas?|\bpicc\b|central (?:venous )?lines?|swan-?ganz|balloon pump",
-            r"\bstents?\b|\bstent-?grafts?|bypass grafts?|vascular grafts?|embolization coils?|\bfilter\b",
+            r"\bstents?\b|\bstent-?grafts?|bypass grafts?|vascular grafts?|"
+            r"embolization coils?|\bfilter\b",
             r"sternotom\w*|sternal (?:wires?|sutures?|cerclage)|cerclage",
-            r"sutures?\b|staples?\b|surgical (?:clips?|materials?|material)|\bclips?\b|metallic (?:clips?|materials?|"
+            r"sutures?\b|staples?\b|surgical (?:clips?|materials?|material)|\bclips?\b|"
+            r"metallic (?:clips?|materials?|"
             r"implants?)",
             r"prosthe\w+|implants?\b|mechanical valve|valve replacement|osteosynthesis|screws?\b",
-            r"(?:endotracheal|tracheostomy|tracheal|nasogastric|feeding|chest|thoracostomy|thorax|drainage|enteric|ng|"
+            r"(?:endotracheal|tracheostomy|tracheal|nasogastric|feeding|chest|thoracostomy|"
+            r"thorax|drainage|enteric|ng|"
             r"et)"
             r" (?:tubes?|cannulas?)",
-            r"intubat\w+|tracheostom\w+|gastrostom\w+|\bdrains?\b|medical (?:materials?|devices?)",
+            r"intubat\w+|tracheostom\w+|gastrostom\w+|\bdrains?\b|medical (?:materials?|"
+            r"devices?)",
         ),
         is_device=True,
     ),
@@ -117,7 +137,8 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
             r"cardiomegaly|megalocardia",
             r"enlarged (?:heart|cardiac silhouette)|(?:cardiac|heart) enlargement",
             r"enlargement (?:\w+ ){0,2}?(?:of|in) (?:the )?(?:heart|cardiac)",
-            rf"\b(?:heart|cardiac|cardiothoracic|ct[or])(?: (?!normal|valve|failure){_WORD},?){{0,6}}? "
+            rf"\b(?:heart|cardiac|cardiothoracic|ct[or])(?: (?!normal|valve|"
+            rf"failure){_WORD},?){{0,6}}? "
             r"(?:enlarged|increased?|larger|dilated|above normal|greater than normal|big|wider)",
             r"increased? (?:in )?(?:heart size|heart dimensions|cardiothoracic (?:index|ratio))",
         ),
@@ -144,9 +165,11 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
         "Lymphadenopathy",
         _compile_alternatives(
             r"\w*adenopath\w*|lymphadenomegal\w*|\blaps?\b",
-            rf"(?:enlarge\w*|bulky|patholog\w+)(?: (?!lymph|node){_WORD},?){{0,5}} (?:lymph[ -]?)?nod(?:e|es|al)\b"
+            rf"(?:enlarge\w*|bulky|patholog\w+)(?: (?!lymph|"
+            rf"node){_WORD},?){{0,5}} (?:lymph[ -]?)?nod(?:e|es|al)\b"
             rf"(?:(?: {_WORD},?){{0,16}}? patholog\w+(?: \w+)?)?",
-            rf"(?:lymph[ -]?)nodes?\b(?: (?!nodul){_WORD},?){{0,16}}? (?:enlarge\w*|bulky|patholog\w+)",
+            rf"(?:lymph[ -]?)nodes?\b(?: (?!nodul){_WORD},?){{0,16}}? (?:enlarge\w*|bulky|"
+            rf"patholog\w+)",
             rf"\bnodes?\b(?: {_WORD},?){{0,4}}? (?:enlarged|patholog\w+)",
             r"enlarge\w*(?: \w+){0,3}? (?:lymph[ -]?)?nodes?",
         ),
@@ -161,7 +184,8 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
     FindingTerm(
         "Emphysema",
         re.compile(
-            r"(?<!subcutaneous )(?<!mediastinal )(?<!soft tissue )(?<!surgical )(?<!muscular )emphysem\w*"
+            r"(?<!subcutaneous )(?<!mediastinal )(?<!soft tissue )(?<!surgical )(?<!muscular"
+            r" )emphysem\w*"
             r"(?! (?:in|of) the (?:subcutaneous|chest wall|soft|mediastin|neck|muscle))"
         ),
     ),
@@ -169,14 +193,16 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
         "Atelectasis",
         _compile_alternatives(
             r"\w*atelecta\w*|\w*atelacta\w*",
-            r"(?:lobar|lung|lobe) collapse|collaps\w+ (?:of )?(?:the )?(?:\w+ ){0,3}?(?:lobe|lung|parenchyma)",
+            r"(?:lobar|lung|lobe) collapse|collaps\w+ (?:of )?(?:the )?(?:\w+ ){0,3}?(?:lobe|"
+            r"lung|parenchyma)",
         ),
     ),
     FindingTerm(
         "Lung nodule",
         _compile_alternatives(
             r"(?:micro)?nodules?\b|nodulo-?(?:infiltrative|ground)",
-            r"nodular(?:,? (?:or|and|and/or|solid|\w+ive))* (?:lesions?|opacit\w+|densit\w+|formations?|structures?)",
+            r"nodular(?:,? (?:or|and|and/or|solid|\w+ive))* (?:lesions?|opacit\w+|densit\w+|"
+            r"formations?|structures?)",
         ),
         excluded_organs=_OTHER_ORGAN,
     ),
@@ -189,7 +215,8 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
             r"infiltrat(?:es?|ions?|ive)\b",
         ),
         excluded_in_phrase=re.compile(
-            r"opacification of the (?:pulmonary arter|vessel|aort)|contrast opacif|fatty|fat planes?|muscle"
+            r"opacification of the (?:pulmonary arter|vessel|aort)|contrast opacif|fatty|"
+            r"fat planes?|muscle"
         ),
         excluded_organs=_OTHER_ORGAN,
     ),
@@ -209,8 +236,10 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
         "Pleural effusion",
         _compile_alternatives(
             rf"\bpleura\w*{_JOINED}(?:effusions?|fluid|collections?)",
-            r"\bpleura\w*(?:\W+(?:or|and|pericardial))*\W+thickening\s*(?:-|/|or|and)\s*effusions?",
-            rf"(?:effusions?|fluid|collection)(?: {_WORD}){{0,6}}? (?:in|between|within)(?: {_WORD}){{0,4}}? "
+            r"\bpleura\w*(?:\W+(?:or|and|pericardial))*\W+thickening\s*(?:-|/|or|"
+            r"and)\s*effusions?",
+            rf"(?:effusions?|fluid|collection)(?: {_WORD}){{0,6}}? (?:in|between|"
+            rf"within)(?: {_WORD}){{0,4}}? "
             r"(?:pleura\w*|hemi-?thora\w+|fissures?|costophrenic)",
             r"hydro-?thorax|hemothorax|hydropneumothorax|empyema",
         ),
@@ -229,7 +258,8 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
         _compile_alternatives(
             rf"peri-?bronch\w*(?: {_WORD}){{0,4}}? (?:thick\w*|cuff\w*)",
             rf"(?:bronch(?:ial|us|iolar|i)|airway)'?s? walls?(?: {_WORD}){{0,4}}? thick\w*",
-            r"thick\w*(?: (?:increase|in|of|the|both))* (?:peri-?bronch\w*|bronch(?:ial|us|iolar) walls?|airway walls?|"
+            r"thick\w*(?: (?:increase|in|of|the|both))* (?:peri-?bronch\w*|bronch(?:ial|us|"
+            r"iolar) walls?|airway walls?|"
             r"walls? of the bronchi)",
             r"bronchial thickening",
         ),
@@ -240,14 +270,17 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
         _compile_alternatives(
             r"bronchi(?:ol)?ecta\w*",
             r"(?:dilat\w+|ectati\w+|widen\w+)(?: (?:of|in|the))* bronch(?:i|us|ial)\b",
-            r"\bbronch(?:i|us|ial)\b(?: \w+){0,4}? (?:dilat\w+|ectas\w+|ectati\w+|enlarge\w+|widen\w+)",
+            r"\bbronch(?:i|us|ial)\b(?: \w+){0,4}? (?:dilat\w+|ectas\w+|ectati\w+|enlarge\w+|"
+            r"widen\w+)",
         ),
     ),
     FindingTerm(
         "Interlobular septal thickening",
         _compile_alternatives(
-            rf"\b(?:inter-?)?sept(?:a|al|um|ae)?\b(?: {_WORD},?){{0,5}}? thick\w*|kerley|septal lines?",
-            rf"thick\w*(?: (?!bronch|pleura){_WORD}){{0,5}}? (?:inter-?lobular|sept(?:a|al|um|ae)?\b)",
+            rf"\b(?:inter-?)?sept(?:a|al|um|ae)?\b(?: {_WORD},?){{0,5}}? thick\w*|kerley|"
+            rf"septal lines?",
+            rf"thick\w*(?: (?!bronch|pleura){_WORD}){{0,5}}? (?:inter-?lobular|sept(?:a|al|"
+            rf"um|ae)?\b)",
             r"inter-?lobular(?: \w+){0,2} thick\w*|crazy[ -]?paving",
         ),
         excluded_in_phrase=re.compile(r"interatrial|interventricular|nasal|gall"),
@@ -255,26 +288,31 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
 )
 
 IMPLIED_FINDINGS = {"Consolidation": "Lung opacity"}
-"""A finding that is a kind of another: present or uncertain, it makes the other at least that."""
+"""Findings that are a kind of another: present or uncertain, they make the other at least that."""
 
 
 @dataclass(frozen=True)
 class NormalStructure:
-    """A structure whose normal state rules findings out: "heart size is normal". A finding's name in the words of its
-    structure ("bronchial wall thickness is normal") is no statement of its own."""
+    """A structure whose normal state rules findings out: "heart size is normal".
+
+    A finding's name in the words of its structure ("bronchial wall thickness is normal") is no
+    statement of its own.
+    """
 
     structure: re.Pattern[str]
     findings: tuple[str, ...]
 
 
 _IS_NORMAL = (
-    r"(?:normal|natural|unremarkable|clear|open|preserved|regular|not (?:enlarged|dilated|increased)|"
+    r"(?:normal|natural|unremarkable|clear|open|preserved|regular|not (?:enlarged|dilated|"
+    r"increased)|"
     r"within (?:the )?(?:normal|physiologic\w*)(?: limits?| range)?)\b"
 )
 NORMAL_STRUCTURES: tuple[NormalStructure, ...] = (
     NormalStructure(
         re.compile(
-            rf"\b(?:heart|cardiac|cardiothoracic|ct[or])\b(?! (?:valve|failure))(?:,? (?!enlarg|increas|"
+            rf"\b(?:heart|cardiac|cardiothoracic|ct[or])\b(?! (?:valve|"
+            rf"failure))(?:,? (?!enlarg|increas|"
             rf"larg){_WORD}){{0,9}}? {_IS_NORMAL}"
             r"|normal(?:[ -]sized)? (?:heart|cardiac)"
         ),
@@ -286,7 +324,8 @@ NORMAL_STRUCTURES: tuple[NormalStructure, ...] = (
     ),
     NormalStructure(
         re.compile(
-            rf"\b(?:pleura|pleural (?:spaces?|cavit\w+|surfaces?)|costo-?(?:phrenic|diaphragmatic) (?:angles?|sinuses|"
+            rf"\b(?:pleura|pleural (?:spaces?|cavit\w+|surfaces?)|costo-?(?:phrenic|"
+            rf"diaphragmatic) (?:angles?|sinuses|"
             rf"recess\w*))"
             rf"\b(?:,? {_WORD}){{0,5}}? {_IS_NORMAL}|clear pleural spaces"
         ),
@@ -294,7 +333,8 @@ NORMAL_STRUCTURES: tuple[NormalStructure, ...] = (
     ),
     NormalStructure(
         re.compile(
-            r"\b(?:lungs|lung (?:fields|parenchyma))(?: (?:are|is|appears?|remains?|\w+ly|otherwise))+ "
+            r"\b(?:lungs|lung (?:fields|parenchyma))(?: (?:are|is|appears?|remains?|\w+ly|"
+            r"otherwise))+ "
             r"(?:clear|normal|unremarkable)\b"
         ),
         ("Lung opacity", "Consolidation", "Lung nodule", "Atelectasis"),

@@ -1,4 +1,4 @@
-"""Which labeler reads the findings of reports: the rules of this project, or a trained classifier."""
+"""Choice of the labeler that reads the findings of reports: the rules, or a trained classifier."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,24 +14,27 @@ class ReportLabeler(Protocol):
     """Reads findings from reports."""
 
     signature: str
-    """Which labeler, for the metrics."""
+    """Name and settings of the labeler, for the metrics."""
 
     def label_reports(self, reports: Sequence[str]) -> NDArray[np.int8]:
-        """States (N, 18), values of `State`, in the order of `labels.FINDINGS`."""
+        """States of the findings, (N, 18): values of `FindingState` in the order of `FINDINGS`."""
 
 
 def load_labeler(labeler: "str | Path | ReportLabeler" = "rules") -> ReportLabeler:
-    """The labeler of a name: `rules`, or the folder or hub id of a sequence classifier with 18 labels.
+    """Load a labeler by name.
+
+    Args:
+        labeler: `rules`, the folder or hub id of a sequence classifier with 18 labels, or a
+            labeler, which is returned as it is.
 
     Raises:
-        UserError: the classifier cannot be loaded, or its labels are not the 18 findings.
+        UserError: The classifier cannot be loaded, or its labels are not the 18 findings.
     """
     if not isinstance(labeler, str | Path):
         return labeler
     if str(labeler) == "rules":
         return RuleLabeler()
-    from rectvlm.metrics.report_labeler.classifier_labeler import (
-        ClassifierLabeler,  # Transformers takes seconds to import
-    )
+    # Transformers takes seconds to import.
+    from rectvlm.metrics.report_labeler.classifier_labeler import ClassifierLabeler
 
     return ClassifierLabeler(labeler)

@@ -1,1 +1,1 @@
-"""A training step on the meta device: bytes and FLOPs without numbers."""
+"""A training step on the meta device: bytes and FLOPs without computing a number."""

@@ -1,4 +1,4 @@
-"""A training step on the meta device: the real modules, losses and backward pass, without numbers."""
+"""A training step on the meta device: the real modules, losses and backward pass, no numbers."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -22,62 +22,63 @@ from rectvlm.train.phases import Phase
 from rectvlm.types import Batch
 
 PROMPT_TOKENS = 192
-"""Length of the chat template, request and cues. SmolLM2's tokenizer makes 75 to 150 tokens of a phantom's, and 240 of
-every finding with every lesion in three places."""
+"""Assumed length of chat template, request and cues. SmolLM2's tokenizer makes 75 to 150 tokens of
+a phantom's prompt, and 240 of a prompt with every finding and with every lesion in three places."""
+REPORT_PLACEHOLDER = "report"
 VISION_PARTS = ("encoder", "classifier", "localizer")
 
 
 @dataclass
 class DryRunResult:
-    """What a micro-batch needs beside parameters, gradients and optimizer state."""
+    """Memory and FLOPs of a micro-batch, without parameters, gradients and optimizer state."""
 
     peak_bytes: int
-    """Bytes of activations and inputs when most are alive."""
+    """Bytes of activations and inputs at the moment when most are alive."""
     peak_bytes_by_kind: dict[str, int]
-    """The same by kind."""
+    """Bytes at that moment by kind: a part, inputs, logits, backward pass, kernel workspace."""
     saved_bytes_by_part: dict[str, int]
-    """Bytes that each part has left for the backward pass when the forward pass ends."""
+    """Bytes saved by each part for the backward pass when the forward pass ends."""
     costs: dict[tuple[str, StepPass], OperationCosts]
+    """Costs of the operations, by part and pass of the step."""
     patches: int
-    """Of the micro-batch."""
+    """Number of image patches of the micro-batch."""
     positions: int
-    """Those and language positions."""
+    """Number of image patches and language-model positions of the micro-batch."""
 
 
 class LengthOnlyTokenizer:
-    """A tokenizer without a vocabulary: only lengths matter."""
+    """A tokenizer without a vocabulary, for a dry run in which only lengths matter."""
 
     pad_token_id, eos_token_id, bos_token_id = 0, 0, 0
     padding_side = "left"
 
     def __init__(self, report_tokens: int) -> None:
-        """`report`: tokens of a report."""
+        """Make a tokenizer that gives `report_tokens` tokens for every report."""
         self.report_tokens = report_tokens
 
     def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
-        """The user's turn, which carries the marker."""
+        """Return the user's turn, which carries the marker of the image."""
         return messages[-1]["content"]
 
     def encode(self, text: str, **_: Any) -> list[int]:
-        """Half a prompt, or a whole report."""
-        return [0] * (self.report_tokens if text == REPORT_PLACEHOLDER else PROMPT_TOKENS // 2)
-
-
-REPORT_PLACEHOLDER = "report"
+        """Return the tokens of half a prompt or of a complete report, all 0."""
+        is_report = text == REPORT_PLACEHOLDER
+        return [0] * (self.report_tokens if is_report else PROMPT_TOKENS // 2)
 
 
 def build_phase_meta_model(
     config: Config, phase: Phase, text_width: int, language_config: PretrainedConfig | None
 ) -> RectVLM:
-    """The skeleton as it trains in a phase: bf16, frozen where nothing learns."""
-    return apply_phase_settings(
-        build_meta_model(config, phase.parts, text_width, language_config), config, phase
-    )
+    """Build the model on the meta device as it trains in a phase."""
+    model = build_meta_model(config, phase.parts, text_width, language_config)
+    return apply_phase_settings(model, config, phase)
 
 
 def apply_phase_settings(model: RectVLM, config: Config, phase: Phase) -> RectVLM:
-    """A skeleton, changed in place: bf16, frozen and in eval mode where nothing learns. A part that begins later is not
-    frozen, since a step needs most then."""
+    """Change a meta model in place: bf16, frozen and in eval mode where nothing learns.
+
+    A part that begins to learn later is not frozen, since a step needs most memory then.
+    """
     settings = phase.get_settings(config)
     freeze_all_but(model, settings.lr, settings.unfreeze)
     set_training_modes(model, settings)
@@ -85,36 +86,43 @@ def apply_phase_settings(model: RectVLM, config: Config, phase: Phase) -> RectVL
 
 
 def find_quantized_layers(model: RectVLM, config: Config) -> list[nn.Linear]:
-    """Linear layers that bitsandbytes packs: all of the language model's but the output layer and the adapters."""
+    """List the linear layers that bitsandbytes packs to 4 bits.
+
+    These are all of the language model's but the output layer and the LoRA adapters.
+    """
     if model.generator is None or config.generator.quantization == "none":
         return []
-    language: Any = model.generator.language_model
-    output = language.get_output_embeddings()
-    return [
-        module
-        for name, module in language.named_modules()
-        if isinstance(module, nn.Linear) and module is not output and ".lora_" not in name
-    ]
+    language_model: Any = model.generator.language_model
+    output_layer = language_model.get_output_embeddings()
+    layers: list[nn.Linear] = []
+    for name, module in language_model.named_modules():
+        is_adapter = ".lora_" in name
+        if isinstance(module, nn.Linear) and module is not output_layer and not is_adapter:
+            layers.append(module)
+    return layers
 
 
 def make_meta_batch(config: Config, size: int) -> Batch:
-    """Samples without numbers: full volumes, every label and lesion known, a report of the greatest length."""
+    """Make a batch without numbers that needs the most memory that one can.
+
+    It has full volumes, every label and lesion known, and reports of the greatest length.
+    """
     grid = config.data.grid
 
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    def empty_tensor(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    meta: Any = SimpleNamespace(regions_source="rehearsal")
+    meta: Any = SimpleNamespace(regions_source="dry run")
     return Batch(
-        keys=["rehearsal"] * size,
-        ct=empty(size, *grid, dtype=torch.int16),
-        lesions=empty(size, *grid, dtype=torch.uint8),
-        regions=empty(size, *grid, dtype=torch.uint8),
-        regions_known=empty(size, dtype=torch.bool),
-        lesions_annotated=empty(size, N_LESIONS, dtype=torch.bool),
-        lesions_partial=empty(size, N_LESIONS, dtype=torch.bool),
-        labels=empty(size, N_FINDINGS, dtype=torch.float32),
-        labels_known=empty(size, N_FINDINGS, dtype=torch.bool),
+        keys=["dry run"] * size,
+        ct=empty_tensor(size, *grid, dtype=torch.int16),
+        lesions=empty_tensor(size, *grid, dtype=torch.uint8),
+        regions=empty_tensor(size, *grid, dtype=torch.uint8),
+        regions_known=empty_tensor(size, dtype=torch.bool),
+        lesions_annotated=empty_tensor(size, N_LESIONS, dtype=torch.bool),
+        lesions_partial=empty_tensor(size, N_LESIONS, dtype=torch.bool),
+        labels=empty_tensor(size, N_FINDINGS, dtype=torch.float32),
+        labels_known=empty_tensor(size, N_FINDINGS, dtype=torch.bool),
         reports=[REPORT_PLACEHOLDER] * size,
         spacing=config.data.spacing,
         metas=[meta] * size,
@@ -128,77 +136,85 @@ def dry_run_micro_batch(
     micro_batch: int,
     workspace_meter: KernelWorkspaceMeter | None = None,
 ) -> DryRunResult:
-    """Run one micro-batch forward and backward.
+    """Run one micro-batch forward and backward on the meta device.
 
     Args:
-        config: of the model.
-        phase: which losses.
-        model: from `build`.
-        micro_batch: samples.
-        areas: of kernels, as measured; without them the peak is that of the tensors.
+        config: the configuration that the model was built from.
+        phase: the phase, whose tasks give the losses.
+        model: a model from `build_phase_meta_model`.
+        micro_batch: number of samples.
+        workspace_meter: measures the workspace of kernels; without it the peak is that of the
+            tensors alone.
     """
-    vocabulary = None
+    vocabulary_size = None
     if model.generator is not None:
-        language: Any = model.generator.language_model
-        vocabulary = language.get_output_embeddings().weight.shape[0]
+        language_model: Any = model.generator.language_model
+        vocabulary_size = language_model.get_output_embeddings().weight.shape[0]
         model.generator.tokenizer = LengthOnlyTokenizer(config.generator.max_report_tokens)
-    ledger = MemoryTracker(
-        [*model.parameters(), *model.buffers()], vocabulary, workspace_meter=workspace_meter
+    tracker = MemoryTracker(
+        [*model.parameters(), *model.buffers()], vocabulary_size, workspace_meter=workspace_meter
     )
-    packed = {id(layer.weight) for layer in find_quantized_layers(model, config)}
-    hooks = _register_hooks(model, ledger)
+    quantized_weight_ids = {id(layer.weight) for layer in find_quantized_layers(model, config)}
+
+    hooks = _register_hooks(model, tracker)
     try:
-        with replace_meta_ops(ledger, packed, is_padded=micro_batch > 1), ledger:
-            with ledger.attribute_to("inputs"):
+        with replace_meta_ops(tracker, quantized_weight_ids, is_padded=micro_batch > 1), tracker:
+            with tracker.attribute_to("inputs"):
                 batch = make_meta_batch(config, micro_batch)
             outputs = model(batch)
-            with ledger.attribute_to("losses"):
-                loss = combine_losses(
-                    compute_losses(
-                        outputs, batch, phase.tasks, config.train.localization_loss_weights
-                    ),
-                    config.train.loss_weights,
-                )
-                ledger.claim_graph_nodes([loss])
-            positions = outputs.token_count
-            patches = positions - (
-                0 if outputs.report_loss is None else outputs.report_loss.position_count
-            )
-            del outputs
-            kept = {part: size for part, size in ledger.live_bytes_by_kind.items() if size}
-            ledger.is_backward = True
+            with tracker.attribute_to("losses"):
+                loss = _compute_total_loss(outputs, batch, phase, config)
+                tracker.claim_graph_nodes([loss])
+            positions, report_loss = outputs.token_count, outputs.report_loss
+            patches = positions - (0 if report_loss is None else report_loss.position_count)
+            del outputs, report_loss
+            saved_bytes = {part: size for part, size in tracker.live_bytes_by_kind.items() if size}
+            tracker.is_backward = True
             loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
     return DryRunResult(
-        ledger.peak_bytes, ledger.peak_bytes_by_kind, kept, dict(ledger.costs), patches, positions
+        peak_bytes=tracker.peak_bytes,
+        peak_bytes_by_kind=tracker.peak_bytes_by_kind,
+        saved_bytes_by_part=saved_bytes,
+        costs=dict(tracker.costs),
+        patches=patches,
+        positions=positions,
     )
 
 
-def _register_hooks(model: RectVLM, ledger: MemoryTracker) -> list[Any]:
-    """Hooks that tell the ledger which part runs, and that take gradients away as the engine does."""
-    parts: dict[str, nn.Module] = {
-        name: getattr(model, name) for name in VISION_PARTS if getattr(model, name, None)
-    }
+def _compute_total_loss(outputs: Any, batch: Batch, phase: Phase, config: Config) -> Tensor:
+    """Compute the weighted loss of a phase; the losses by task are freed on return."""
+    localization_weights = config.train.localization_loss_weights
+    losses_by_task = compute_losses(outputs, batch, phase.tasks, localization_weights)
+    return combine_losses(losses_by_task, config.train.loss_weights)
+
+
+def _register_hooks(model: RectVLM, tracker: MemoryTracker) -> list[Any]:
+    """Register hooks that tell the tracker which part runs and that drop gradients as they come."""
+    modules: dict[str, nn.Module] = {}
+    for part in VISION_PARTS:
+        if getattr(model, part, None):
+            modules[part] = getattr(model, part)
     if model.generator is not None:
-        parts["language model"], parts["resampler"] = model.generator, model.generator.resampler
-    stack: list[str] = []
+        modules["language model"] = model.generator
+        modules["resampler"] = model.generator.resampler
+    outer_parts: list[str] = []
     hooks: list[Any] = []
 
-    def enter(name: str) -> None:
-        stack.append(ledger.current_part)
-        ledger.current_part = name
+    def enter_part(part: str) -> None:
+        outer_parts.append(tracker.current_part)
+        tracker.current_part = part
 
-    def leave(out: Any) -> None:
-        ledger.claim_graph_nodes(
-            tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)
-        )
-        ledger.current_part = stack.pop()
+    def leave_part(output: Any) -> None:
+        leaves = tree_leaves(output)
+        tracker.claim_graph_nodes(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        tracker.current_part = outer_parts.pop()
 
-    for name, module in parts.items():
-        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name)))
-        hooks.append(module.register_forward_hook(lambda *seen: leave(seen[-1])))
+    for part, module in modules.items():
+        hooks.append(module.register_forward_pre_hook(lambda *_, part=part: enter_part(part)))
+        hooks.append(module.register_forward_hook(lambda *inputs: leave_part(inputs[-1])))
     for parameter in model.parameters():
         if parameter.requires_grad:
             # The engine moves each gradient to its bucket, which is counted by itself.

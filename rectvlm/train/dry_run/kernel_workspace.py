@@ -1,7 +1,8 @@
-"""Work areas of matrix products and convolutions, measured where they will run.
+"""Workspace of matrix products and convolutions, measured on the device where they will run.
 
-No tensor shows what a kernel allocates for itself: copies in its own layout, padded channels, fp32 sums. It depends on
-the library and the machine, so it is measured: each distinct operation runs once, on tensors without content.
+No tensor shows what a kernel allocates for itself: copies in its own layout, padded channels, fp32
+sums. The amount depends on the library and the machine, so each distinct operation runs once, on
+tensors of zeros, and its memory peak is recorded.
 """
 
 from collections.abc import Callable
@@ -14,59 +15,65 @@ from torch.utils._pytree import tree_map_only
 
 
 class KernelWorkspaceMeter:
-    """Peaks of single operations on a device, each measured once."""
+    """Measures the memory peak of single operations on a device, each distinct one once."""
 
     def __init__(self, device: torch.device | str) -> None:
-        """`device`: `cpu`, or the GPU that is planned for."""
+        """Start with nothing measured on `device`: `cpu`, or the GPU that is planned for."""
         self.device = torch.device(device)
         self._peak_by_operation: dict[str, int] = {}
 
     def measure_peak(self, func: Any, args: Any, kwargs: Any) -> int:
-        """Most bytes that an operation holds at once beside its arguments; its results are among them.
+        """Return the largest number of bytes that an operation holds beside its arguments.
+
+        The operation's results are part of it.
 
         Args:
-            func: of torch's operators.
-            args: with tensors on the meta device.
-            kwargs: the same.
+            func: one of torch's operators.
+            args: its positional arguments, with tensors on the meta device.
+            kwargs: its keyword arguments, with tensors on the meta device.
         """
         key = repr((str(func), tree_map_only(Tensor, _layout_key, (args, kwargs))))
         if key not in self._peak_by_operation:
-            real_args, real_kwargs = tree_map_only(Tensor, self._materialize, (args, kwargs))
-
-            def run() -> None:
-                func(*real_args, **real_kwargs)
-
-            self._peak_by_operation[key] = (
-                _measure_gpu_peak(run, self.device)
-                if self.device.type == "cuda"
-                else _measure_cpu_peak(run)
-            )
+            self._peak_by_operation[key] = self._run_and_measure(func, args, kwargs)
         return self._peak_by_operation[key]
 
+    def _run_and_measure(self, func: Any, args: Any, kwargs: Any) -> int:
+        real_args, real_kwargs = tree_map_only(Tensor, self._materialize, (args, kwargs))
+
+        def run_operation() -> None:
+            func(*real_args, **real_kwargs)
+
+        if self.device.type == "cuda":
+            return _measure_gpu_peak(run_operation, self.device)
+        return _measure_cpu_peak(run_operation)
+
     def _materialize(self, tensor: Tensor) -> Tensor:
-        size = (tensor.shape, tensor.stride())
-        return torch.empty_strided(*size, dtype=tensor.dtype, device=self.device).zero_()
+        """Make a tensor of zeros with the layout of a meta tensor."""
+        layout = (tensor.shape, tensor.stride())
+        return torch.empty_strided(*layout, dtype=tensor.dtype, device=self.device).zero_()
 
 
 def _layout_key(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def _measure_gpu_peak(run: Callable[[], None], device: torch.device) -> int:
-    run()  # libraries set themselves up at their first call
+def _measure_gpu_peak(run_operation: Callable[[], None], device: torch.device) -> int:
+    run_operation()  # libraries set themselves up at their first call
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    run()
+    bytes_before = torch.cuda.memory_allocated(device)
+    run_operation()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return torch.cuda.max_memory_allocated(device) - bytes_before
 
 
-def _measure_cpu_peak(run: Callable[[], None]) -> int:
-    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    events: Any = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+def _measure_cpu_peak(run_operation: Callable[[], None]) -> int:
+    activities = [ProfilerActivity.CPU]
+    with torch.no_grad(), profile(activities=activities, profile_memory=True) as profiler:
+        run_operation()
+    events: Any = profiler.profiler.kineto_results.events()
+    memory_events = [event for event in events if event.name() == "[memory]"]
+    live_bytes = peak_bytes = 0
+    for event in sorted(memory_events, key=lambda event: event.start_ns()):
+        live_bytes += event.nbytes()
+        peak_bytes = max(peak_bytes, live_bytes)
+    return peak_bytes

@@ -1,1 +1,1 @@
-"""The engine: the only room that knows Accelerate and DeepSpeed."""
+"""The engine: the only package that knows Accelerate and DeepSpeed."""

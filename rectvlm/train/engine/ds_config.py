@@ -1,17 +1,17 @@
-"""The DeepSpeed JSON of a phase: read, and its `auto` values filled in. The engine and the planner share it."""
+"""A phase's DeepSpeed JSON: read, checked and completed, for the engine and the planner."""
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rectvlm.config import PhaseConfig
+from rectvlm.files import read_json_object
 from rectvlm.types import UserError
 
 MAX_PERSISTENT_NUMEL = 1_000_000
-"""Largest parameter that ZeRO-3 leaves whole on every rank: rank-64 LoRA of a 70B passes, its layers do not."""
-
+"""Entries above which ZeRO-3 shards a parameter: rank-64 LoRA of a 70B stays whole, its layers do
+not."""
 
 SIZE_SETTINGS = (
     "reduce_bucket_size",
@@ -21,73 +21,60 @@ SIZE_SETTINGS = (
     "stage3_max_reuse_distance",
     "stage3_param_persistence_threshold",
 )
-"""Settings in entries. Only the last may be `auto`: the others would be filled by a launcher that is not used here."""
+"""Settings in entries. Only the last may be `auto`: the others would need a launcher to fill them
+in, which is not used here."""
 
 
 def read_ds_config(path: Path, phase: PhaseConfig, max_gradient_norm: float) -> dict[str, Any]:
-    """The settings with batch sizes and clipping filled in.
+    """Read a DeepSpeed JSON and fill in batch sizes and gradient clipping.
 
     Raises:
-        UserError: no such file, not JSON, or settings that training would not follow.
+        UserError: the file is missing or not JSON, or has settings that training would not follow.
     """
-    try:
-        settings = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from error
-    except OSError as error:
-        raise UserError(
-            f"No DeepSpeed configuration can be read at {path} ({error.strerror}): expected one JSON file a phase, as "
-            "in ds_configs/."
-        ) from None
-    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
-    if (
-        not isinstance(zero, dict)
-        or zero.get("stage") not in (1, 2, 3)
-        or isinstance(zero["stage"], bool)
-    ):
-        found = zero.get("stage") if isinstance(zero, dict) else zero
-        raise UserError(f"{path} must say zero_optimization.stage 1, 2 or 3; found {found!r}.")
-    _check_zero_settings(path, zero)
-    filled = {
+    settings = read_json_object(path, "expected one JSON file a phase, as in ds_configs/")
+    _check_zero_settings(path, settings.get("zero_optimization"))
+    values_by_key = {
         "train_micro_batch_size_per_gpu": (phase.micro_batch, "train.phases.phaseN.micro_batch"),
         "gradient_accumulation_steps": (phase.accumulation, "train.phases.phaseN.accumulation"),
         "gradient_clipping": (max_gradient_norm, "train.gradient_clipping"),
     }
-    for key, (value, where) in filled.items():
+    for key, (value, config_field) in values_by_key.items():
         if settings.get(key, "auto") not in ("auto", value):
             raise UserError(
-                f'{path} sets {key} to {settings[key]!r}, the configuration {where} to {value}: write "auto" there, '
-                "and set the configuration."
+                f"{path} sets {key} to {settings[key]!r}, the configuration {config_field} to "
+                f'{value}: write "auto" there, and set the configuration.'
             )
         settings[key] = value
     return settings
 
 
-def _check_zero_settings(path: Path, zero: dict[str, Any]) -> None:
-    offloaded = [
-        key
-        for key in zero
-        if key.startswith("offload_") and zero[key] not in (None, {"device": "none"})
-    ]
+def _check_zero_settings(path: Path, zero: Any) -> None:
+    stage = zero.get("stage") if isinstance(zero, dict) else zero
+    if not isinstance(zero, dict) or isinstance(stage, bool) or stage not in (1, 2, 3):
+        raise UserError(f"{path} must say zero_optimization.stage 1, 2 or 3; found {stage!r}.")
+
+    offload_keys = [key for key in zero if key.startswith("offload_")]
+    offloaded = [key for key in offload_keys if zero[key] not in (None, {"device": "none"})]
     if offloaded:
         raise UserError(
-            f"{path} asks for {' and '.join(offloaded)}: neither training nor `rectvlm plan` keeps states outside GPU "
-            "memory; remove it, and share them among more GPUs."
+            f"{path} asks for {' and '.join(offloaded)}: neither training nor `rectvlm plan` keeps "
+            "states outside GPU memory; remove it, and share them among more GPUs."
         )
+
     for key in SIZE_SETTINGS:
         value = zero.get(key, 0)
         if value == "auto" and key == SIZE_SETTINGS[-1]:
             continue
-        if (
-            not isinstance(value, int | float)
-            or isinstance(value, bool)
-            or not 0 <= value < math.inf
-        ):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < math.inf:
             raise UserError(
                 f"{path} sets {key} to {value!r}: expected a number of entries, 0 or more."
             )
 
 
-def choose_persistence_threshold(packed: Iterable[int]) -> int:
-    """Entries of the largest parameter that stays whole: adapters and norms should, packed weights must not."""
-    return min([*packed, MAX_PERSISTENT_NUMEL]) - 1
+def choose_persistence_threshold(packed_numels: Iterable[int]) -> int:
+    """Entries of the largest parameter that ZeRO-3 keeps whole on every rank.
+
+    Adapters and norms stay whole, packed 4-bit weights do not.
+    """
+    return min([*packed_numels, MAX_PERSISTENT_NUMEL]) - 1

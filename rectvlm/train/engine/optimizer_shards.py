@@ -1,11 +1,13 @@
-"""What the optimizer holds, on disk: each rank's share of 32-bit weights and moments, for any number of ranks to read.
+"""Optimizer shards on disk: 32-bit weights and moments, readable by any number of ranks.
 
-    engine/rank-00000-of-00002.safetensors    tensors `G.weights`, `G.exp_avg`, `G.exp_avg_sq`, … of flat group G
-        metadata `layout`   per group: which entries of which parameter lie where, and the optimizer's step count
+    engine/rank-00000-of-00002.safetensors
+        tensors             `G.weights`, `G.exp_avg`, `G.exp_avg_sq`, … of flat group G
+        metadata `layout`   for each group its fragments and the optimizer's step count
 
-ZeRO lays the parameters that train out in flat groups and gives every rank a part. A fragment says where a piece of a
-parameter lies in such a part. With the fragments in the file, another number of ranks finds every piece by the name of
-its parameter and reads just the bytes that it needs: no conversion, no whole tensor anywhere, and no pickle.
+ZeRO lays the trained parameters out in flat groups and gives every rank a part of each. A fragment
+says where a piece of a parameter lies in such a part. Since the fragments are in the file, another
+number of ranks finds every piece by the name of its parameter and reads only the bytes that it
+needs: no conversion, no entire tensor anywhere, and no pickle.
 
 The 16-bit weights that the model computes with are the 32-bit ones rounded, so they are not stored.
 """
@@ -32,22 +34,33 @@ class ParameterFragment(NamedTuple):
     """A piece of a parameter in a flat group of one rank."""
 
     name: str
+    """Name of the parameter."""
     parameter_numel: int
-    """Entries of the whole parameter."""
+    """Number of entries of the entire parameter."""
     start: int
-    """First entry of the piece, in the flattened parameter."""
+    """First entry of the piece in the flattened parameter."""
     group_offset: int
-    """Its place in the group."""
+    """First entry of the piece in the flat group."""
     entry_count: int
+    """Number of entries of the piece."""
 
 
 @dataclass(frozen=True)
 class FlatGroup:
-    """A flat group of one rank."""
+    """One rank's part of a flat group of parameters."""
 
     flat_weights: Tensor
     """32-bit weights, with padding."""
     fragments: list[ParameterFragment]
+
+
+class FlatGroupState(NamedTuple):
+    """The optimizer's state of a flat group."""
+
+    tensors: dict[str, Tensor]
+    """Tensors of the group's shape by their key in the optimizer, such as `exp_avg`."""
+    step: float | None
+    """Number of steps that the optimizer counts; None before the first."""
 
 
 def shard_file_name(rank: int, world_size: int) -> str:
@@ -56,147 +69,156 @@ def shard_file_name(rank: int, world_size: int) -> str:
 
 
 def split_evenly(parameters: Iterable[tuple[str, int, int]], rank: int) -> list[ParameterFragment]:
-    """Fragments where every parameter is split evenly over the ranks, as ZeRO-3 does it.
+    """A rank's fragments where every parameter is split evenly over the ranks, as ZeRO-3 does.
 
     Args:
-        parameters: name, entries of the whole, and entries of each rank's part with its padding, in order.
-        rank: whose.
+        parameters: for each its name, its number of entries, and the number of entries of a rank's
+            part with padding, in the order of the group.
+        rank: number of the rank.
     """
-    fragments, offset = [], 0
-    for name, numel, part in parameters:
-        count = max(0, min(part, numel - rank * part))
-        if count:
-            fragments.append(ParameterFragment(name, numel, rank * part, offset, count))
-        offset += part
+    fragments, group_offset = [], 0
+    for name, numel, part_numel in parameters:
+        start = rank * part_numel
+        entry_count = max(0, min(part_numel, numel - start))
+        if entry_count:
+            fragments.append(ParameterFragment(name, numel, start, group_offset, entry_count))
+        group_offset += part_numel
     return fragments
 
 
 def write_optimizer_shard(
-    path: Path, groups: list[FlatGroup], state: Mapping[Tensor, Mapping[str, Any]]
+    path: Path, groups: list[FlatGroup], states: Mapping[Tensor, Mapping[str, Any]]
 ) -> None:
     """Write a rank's file.
 
     Args:
-        path: of the file.
-        groups: of this rank.
-        state: of the optimizer, by the groups' flat tensors.
+        path: the file.
+        groups: the rank's flat groups.
+        states: the optimizer's state, by the groups' flat weights.
     """
     tensors, layout = {}, []
     for number, group in enumerate(groups):
-        own = state.get(group.flat_weights, {})
-        tensors[f"{number}.{WEIGHTS_KEY}"] = group.flat_weights.detach()
-        for key, value in own.items():
+        state = states.get(group.flat_weights, {})
+        tensors[f"{number}.{WEIGHTS_KEY}"] = group.flat_weights.detach().contiguous()
+        for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == group.flat_weights.shape:
-                tensors[f"{number}.{key}"] = value.detach()
-        step = own.get(STEP_KEY)
+                tensors[f"{number}.{key}"] = value.detach().contiguous()
+        step = state.get(STEP_KEY)
         layout.append(
             {STEP_KEY: None if step is None else float(step), "fragments": group.fragments}
         )
-    save_file(
-        {name: t.contiguous() for name, t in tensors.items()},
-        path,
-        metadata={LAYOUT_KEY: json.dumps(layout)},
-    )
+    save_file(tensors, path, metadata={LAYOUT_KEY: json.dumps(layout)})
 
 
 class _SavedFragment(NamedTuple):
-    """Where entries of a parameter lie in the files."""
+    """A piece of a parameter in one of the files."""
 
     file: Any
+    """The opened safetensors file."""
     group_number: int
     tensor_keys: tuple[str, ...]
-    """Of the group's tensors."""
+    """Keys of the group's tensors."""
     start: int
+    """First entry of the piece in the flattened parameter."""
     group_offset: int
+    """First entry of the piece in the flat group."""
     entry_count: int
+    """Number of entries of the piece."""
     step: float | None
+    """Number of steps that the optimizer has counted for the group."""
+
+    def read_slices(self, start: int, count: int) -> Iterator[tuple[str, Tensor]]:
+        """`count` entries from `start` of each of the group's tensors, with their keys."""
+        for key in self.tensor_keys:
+            tensor = self.file.get_slice(f"{self.group_number}.{key}")
+            yield key, tensor[start : start + count]
 
 
 class OptimizerShardReader:
     """The files of all ranks of a checkpoint, open for reading."""
 
-    def __init__(self, folder: Path, world: int) -> None:
-        """Open.
+    def __init__(self, folder: Path, world_size: int) -> None:
+        """Open the files of `world_size` ranks.
 
         Raises:
             UserError: a file is missing or damaged.
         """
         self.folder = folder
-        self._open = ExitStack()
-        self._pieces: dict[str, list[_SavedFragment]] = defaultdict(list)
-        self._numel: dict[str, int] = {}
-        for rank in range(world):
-            self._open_shard(folder / shard_file_name(rank, world), rank)
+        self._open_files = ExitStack()
+        self._fragments: dict[str, list[_SavedFragment]] = defaultdict(list)
+        self._numels: dict[str, int] = {}
+        for rank in range(world_size):
+            self._open_shard(folder / shard_file_name(rank, world_size))
 
-    def _open_shard(self, path: Path, rank: int) -> None:
+    def _open_shard(self, path: Path) -> None:
         try:
-            file = self._open.enter_context(safe_open(path, "pt"))
+            file = self._open_files.enter_context(safe_open(path, "pt"))
             layout = json.loads(file.metadata()[LAYOUT_KEY])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} cannot be read ({error}); resume from another checkpoint."
             ) from error
-        tensors = [name.partition(".") for name in file.keys()]  # noqa: SIM118 (it is no dict)
+        keys_by_group: dict[str, list[str]] = defaultdict(list)
+        for tensor_name in file.keys():  # noqa: SIM118 (it is no dict)
+            group_number, _, key = tensor_name.partition(".")
+            keys_by_group[group_number].append(key)
         for number, group in enumerate(layout):
-            keys = tuple(key for found, _, key in tensors if found == str(number))
-            for name, numel, start, offset, count in group["fragments"]:
-                self._pieces[name].append(
-                    _SavedFragment(file, number, keys, start, offset, count, group[STEP_KEY])
+            keys = tuple(keys_by_group[str(number)])
+            for name, numel, start, group_offset, entry_count in group["fragments"]:
+                self._fragments[name].append(
+                    _SavedFragment(
+                        file, number, keys, start, group_offset, entry_count, group[STEP_KEY]
+                    )
                 )
-                self._numel[name] = numel
+                self._numels[name] = numel
 
     def __enter__(self) -> "OptimizerShardReader":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._open.close()
+        self._open_files.close()
 
-    def fill_group(self, group: FlatGroup) -> dict[str, Tensor | float | None]:
-        """Fill a group's weights in place; the optimizer's tensors for it, and its step count.
+    def fill_group(self, group: FlatGroup) -> FlatGroupState:
+        """Fill a group's weights in place and read the optimizer's state of it.
 
         Raises:
             UserError: a parameter is missing or has another size.
         """
-        state: dict[str, Any] = {}
+        state: dict[str, Tensor] = {}
         steps = set()
         with torch.no_grad():
             group.flat_weights.zero_()
             for fragment in group.fragments:
-                for piece, begin, end in self._find_overlaps(fragment):
-                    place = fragment.group_offset + begin - fragment.start
-                    source = piece.group_offset + begin - piece.start
-                    for key, tensor in self._read_slices(piece, source, end - begin):
+                for saved, begin, end in self._find_overlaps(fragment):
+                    target_start = fragment.group_offset + begin - fragment.start
+                    target_slice = slice(target_start, target_start + end - begin)
+                    source_start = saved.group_offset + begin - saved.start
+                    for key, values in saved.read_slices(source_start, end - begin):
                         if key != WEIGHTS_KEY and key not in state:
                             state[key] = torch.zeros_like(group.flat_weights)
                         target = group.flat_weights if key == WEIGHTS_KEY else state[key]
-                        target[place : place + end - begin].copy_(tensor)
-                    steps.add(piece.step)
+                        target[target_slice].copy_(values)
+                    steps.add(saved.step)
         assert len(steps) <= 1, f"parameters of one group took {sorted(map(str, steps))} steps"
-        return {**state, STEP_KEY: steps.pop() if steps else None}
+        return FlatGroupState(state, steps.pop() if steps else None)
 
     def _find_overlaps(
-        self, wanted: ParameterFragment
+        self, fragment: ParameterFragment
     ) -> Iterator[tuple[_SavedFragment, int, int]]:
-        """Saved pieces with what of them lies in a fragment, as entries of the parameter."""
-        if self._numel.get(wanted.name) != wanted.parameter_numel:
-            found = (
-                f"{self._numel[wanted.name]} entries" if wanted.name in self._numel else "nothing"
-            )
+        """Saved fragments that overlap a fragment; begin and end are entries of the parameter."""
+        saved_numel = self._numels.get(fragment.name)
+        if saved_numel != fragment.parameter_numel:
+            held = "nothing" if saved_numel is None else f"{saved_numel} entries"
             raise UserError(
-                f"{self.folder} holds {found} of {wanted.name}, where the model has {wanted.parameter_numel}: resume with the "
-                "configuration that the run was started with."
+                f"{self.folder} holds {held} of {fragment.name}, where the model has "
+                f"{fragment.parameter_numel}: resume with the configuration that the run was "
+                "started with."
             )
-        left = wanted.entry_count
-        for piece in self._pieces[wanted.name]:
-            begin = max(piece.start, wanted.start)
-            end = min(piece.start + piece.entry_count, wanted.start + wanted.entry_count)
+        missing = fragment.entry_count
+        for saved in self._fragments[fragment.name]:
+            begin = max(saved.start, fragment.start)
+            end = min(saved.start + saved.entry_count, fragment.start + fragment.entry_count)
             if begin < end:
-                left -= end - begin
-                yield piece, begin, end
-        assert left == 0, f"{left} entries of {wanted.name} are in no file, or in two"
-
-    def _read_slices(
-        self, piece: _SavedFragment, start: int, count: int
-    ) -> Iterator[tuple[str, Tensor]]:
-        for key in piece.tensor_keys:
-            yield key, piece.file.get_slice(f"{piece.group_number}.{key}")[start : start + count]
+                missing -= end - begin
+                yield saved, begin, end
+        assert missing == 0, f"{missing} entries of {fragment.name} are in no file, or in two"

@@ -1,6 +1,6 @@
-"""DeepSpeed's ZeRO optimizer from inside: its 32-bit groups, how they become the model's weights, how it skips a step.
+"""DeepSpeed's ZeRO optimizer from inside: its 32-bit groups, rounding to model weights, skipping.
 
-All three stages are met here, so that nothing else need know their attributes. Of deepspeed 0.19.
+This module alone knows the attributes of all three ZeRO stages, as they are in deepspeed 0.19.
 """
 
 import math
@@ -15,20 +15,22 @@ from rectvlm.train.engine.optimizer_shards import FlatGroup, ParameterFragment
 
 
 class ZeroOptimizer:
-    """The optimizer of a prepared model on one rank."""
+    """The ZeRO optimizer of a prepared model on one rank."""
 
     def __init__(self, optimizer: Any, module: nn.Module) -> None:
         self.optimizer = optimizer
         self.names = {parameter: name for name, parameter in module.named_parameters()}
         self.gradient_norm: float | None = None
-        """Of the gradient of the last step, before clipping; None where it is not finite."""
-        self.skip_next_step, self.max_norm = False, math.inf
-        """Whether the next step is to be skipped, in any case or for its norm; all ranks must agree."""
+        """Norm of the last step's gradient before clipping; None where it is not finite."""
+        self.skip_next_step = False
+        """Whether the next step is skipped in any case; all ranks must agree."""
+        self.max_norm = math.inf
+        """Gradient norm above which the next step is skipped; all ranks must agree."""
         self._hook_gradient_norm()
 
     @property
     def has_sharded_parameters(self) -> bool:
-        """Whether this is ZeRO-3."""
+        """Whether the stage is ZeRO-3."""
         return hasattr(self.optimizer, "fp32_partitioned_groups_flat")
 
     @property
@@ -38,56 +40,56 @@ class ZeroOptimizer:
 
     @property
     def optimizer_states(self) -> dict[Tensor, dict[str, Any]]:
-        """What the inner optimizer keeps for each of `masters`."""
+        """State of the inner optimizer, by master weights."""
         states: dict[Tensor, dict[str, Any]] = self.optimizer.optimizer.state
         return states
 
     def list_master_weights(self) -> list[Tensor]:
-        """This rank's partitions of the 32-bit weights, as its optimizer steps them."""
-        zero = self.optimizer
-        return list(
-            zero.fp32_partitioned_groups_flat
-            if self.has_sharded_parameters
-            else zero.single_partition_of_fp32_groups
-        )
+        """This rank's partitions of the 32-bit weights, which its optimizer steps."""
+        if self.has_sharded_parameters:
+            return list(self.optimizer.fp32_partitioned_groups_flat)
+        return list(self.optimizer.single_partition_of_fp32_groups)
 
     def list_flat_groups(self, rank: int) -> list[FlatGroup]:
-        """This rank's partitions, with what lies where."""
-        members = (
-            self.optimizer.fp16_groups
-            if self.has_sharded_parameters
-            else self.optimizer.bit16_groups
-        )
+        """This rank's partitions, with the places of the parameters in them."""
+        if self.has_sharded_parameters:
+            parameter_groups = self.optimizer.fp16_groups
+            fragments = [self._list_parameter_shards(group, rank) for group in parameter_groups]
+        else:
+            parameter_groups = self.optimizer.bit16_groups
+            fragments = [self._list_group_fragments(group) for group in parameter_groups]
         return [
-            FlatGroup(
-                flat,
-                self._list_parameter_shards(group, rank)
-                if self.has_sharded_parameters
-                else self._list_group_fragments(group),
-            )
-            for flat, group in zip(self.list_master_weights(), members, strict=True)
+            FlatGroup(*pair) for pair in zip(self.list_master_weights(), fragments, strict=True)
         ]
 
     def _list_parameter_shards(self, group: list[Any], rank: int) -> list[ParameterFragment]:
-        """ZeRO-3: a part of every parameter."""
-        return optimizer_shards.split_evenly(
-            [(self.names[p], p.ds_numel, p.partition_numel()) for p in group], rank
-        )
+        """Fragments of ZeRO-3, where each rank holds a part of every parameter."""
+        sizes = [(self.names[p], p.ds_numel, p.partition_numel()) for p in group]
+        return optimizer_shards.split_evenly(sizes, rank)
 
     def _list_group_fragments(self, group: list[Any]) -> list[ParameterFragment]:
-        """ZeRO-1 and 2: what of a row of parameters lies on this rank."""
-        held = [
-            (p, p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address)
-            for p in group
-            if p._hp_mapping
-        ]
-        return [
-            ParameterFragment(self.names[p], p.numel(), own.start, flat.start, flat.numel)
-            for p, own, flat in held
-        ]
+        """Fragments of ZeRO-1 and 2, which cut the sequence of all parameters into parts."""
+        fragments = []
+        for parameter in group:
+            mapping = parameter._hp_mapping
+            if mapping:
+                in_parameter, in_group = mapping.lp_fragment_address, mapping.hp_fragment_address
+                fragments.append(
+                    ParameterFragment(
+                        self.names[parameter],
+                        parameter.numel(),
+                        in_parameter.start,
+                        in_group.start,
+                        in_group.numel,
+                    )
+                )
+        return fragments
 
     def round_master_weights(self) -> None:
-        """The model's weights become the 32-bit ones, rounded, as after a step; every rank must call it."""
+        """Set the model's weights to the rounded master weights, as after a step.
+
+        Every rank must call it.
+        """
         zero = self.optimizer
         if not self.has_sharded_parameters:
             zero.update_lp_params()
@@ -98,105 +100,101 @@ class ZeroOptimizer:
         self._gather_persistent_parameters()
 
     def finish_skipped_step(self) -> None:
-        """Leave the weights as a step that was applied leaves them; every rank must call it.
+        """Leave the weights as an applied step leaves them; every rank must call it.
 
-        ZeRO-3 releases all of them before it looks at the norm, and gathers those that should stay only after it has
-        stepped.
+        ZeRO-3 releases all weights before it looks at the norm, and gathers those that should stay
+        only after it has stepped.
         """
         if self.has_sharded_parameters:
             self._gather_persistent_parameters()
 
     def _gather_persistent_parameters(self) -> None:
-        small = self.optimizer.persistent_parameters
-        if small:
-            small[0].all_gather(small)
+        persistent = self.optimizer.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
 
     def swap_ema_weights(self) -> None:
-        """Exchange the weights and their moving averages, where there are some; every rank must call it."""
-        states = self.optimizer_states
-        if sum(
-            ema.swap_ema_tensor(weights, states[weights])
-            for weights in self.list_master_weights()
-            if weights in states
-        ):
+        """Swap the weights and their moving averages, where there are some.
+
+        Every rank must call it.
+        """
+        has_swapped = False
+        for weights in self.list_master_weights():
+            state = self.optimizer_states.get(weights)
+            if state is not None:
+                has_swapped |= ema.swap_ema_tensor(weights, state)
+        if has_swapped:
             self.round_master_weights()
 
     def load_shards(
         self, reader: optimizer_shards.OptimizerShardReader, rank: int, keeps_ema: bool
     ) -> None:
-        """Take weights and optimizer state from files; every rank must call it.
+        """Load weights and optimizer state from files; every rank must call it.
 
         Args:
-            saved: the files.
-            rank: of this process.
-            averaged: whether the run keeps a moving average; one that it no longer keeps is left in the files.
+            reader: the opened files.
+            rank: number of this process.
+            keeps_ema: whether the run keeps a moving average; if not, a saved one is not loaded.
 
         Raises:
-            UserError: they are of another model.
+            UserError: the files are of another model.
         """
-        inner = self.optimizer.optimizer
+        inner_optimizer = self.optimizer.optimizer
         for group in self.list_flat_groups(rank):
-            state = reader.fill_group(group)
-            step = state.pop(optimizer_shards.STEP_KEY)
+            tensors, step = reader.fill_group(group)
             if not keeps_ema:
-                state.pop(ema.EMA_KEY, None)
+                tensors.pop(ema.EMA_KEY, None)
             if step is not None:
-                # Where torch's optimizers keep their count.
-                device = group.flat_weights.device if inner.defaults.get("fused") else "cpu"
-                inner.state[group.flat_weights] = {
-                    **state,
-                    optimizer_shards.STEP_KEY: torch.tensor(
-                        step, dtype=torch.float32, device=device
-                    ),
+                # A fused torch optimizer keeps its step count on the device, others on the CPU.
+                is_fused = inner_optimizer.defaults.get("fused")
+                device = group.flat_weights.device if is_fused else "cpu"
+                step_tensor = torch.tensor(step, dtype=torch.float32, device=device)
+                inner_optimizer.state[group.flat_weights] = {
+                    **tensors,
+                    optimizer_shards.STEP_KEY: step_tensor,
                 }
         self.round_master_weights()
 
     def count_bytes(self) -> dict[str, int]:
-        """What the optimizer holds on this rank between steps."""
-        # Step counters are scalars.
-        inner = [
-            t
-            for state in self.optimizer_states.values()
-            for t in state.values()
-            if isinstance(t, Tensor) and t.ndim
-        ]
-        found = {
-            "optimizer": sum(
-                t.numel() * t.element_size() for t in [*self.list_master_weights(), *inner]
-            )
-        }
+        """Bytes that the optimizer holds on this rank between steps, by kind."""
+        tensors = self.list_master_weights()
+        for state in self.optimizer_states.values():
+            # Step counters are scalars and do not count.
+            tensors += [
+                value for value in state.values() if isinstance(value, Tensor) and value.ndim
+            ]
+        bytes_by_kind = {"optimizer": sum(tensor.nbytes for tensor in tensors)}
         if self.has_sharded_parameters:
-            buffer = self.optimizer.grad_partitions_flat_buffer
-            found["gradients"] = buffer.numel() * buffer.element_size()
-        return found
+            bytes_by_kind["gradients"] = self.optimizer.grad_partitions_flat_buffer.nbytes
+        return bytes_by_kind
 
     def _hook_gradient_norm(self) -> None:
-        """Let DeepSpeed see a norm that is not finite where a step is to be skipped, so that it skips it its own way.
+        """Show DeepSpeed an infinite norm where a step should be skipped, so that it skips it.
 
-        That way drops the gradients, keeps its buffers and hooks in order, and is taken by all ranks, since all see the
-        same norm. It is the way of an overflow in fp16, and the only one that each stage of ZeRO has.
+        DeepSpeed then drops the gradients and keeps its buffers and hooks in order, as at an
+        overflow in fp16. This is the only way that each stage of ZeRO has, and all ranks take it,
+        since all see the same norm.
         """
-        name = "_get_norm_groups" if self.has_sharded_parameters else "scaled_global_norm"
-        measure = getattr(self.optimizer, name)
+        method_name = "_get_norm_groups" if self.has_sharded_parameters else "scaled_global_norm"
+        compute_norm = getattr(self.optimizer, method_name)
 
-        def measured() -> Any:
-            found = measure()
-            several = isinstance(found, list)
-            parts = (
-                torch.stack([torch.as_tensor(part, dtype=torch.float32) for part in found])
-                if several
-                else found
-            )
-            # A group's norm that is not finite is -1 in DeepSpeed.
-            norm = float(torch.linalg.vector_norm(parts)) if bool((parts >= 0).all()) else math.inf
+        def compute_norm_or_infinity() -> Any:
+            group_norms = compute_norm()
+            is_list = isinstance(group_norms, list)
+            norms = group_norms
+            if is_list:
+                norms = torch.stack([torch.as_tensor(n, dtype=torch.float32) for n in group_norms])
+            # DeepSpeed gives -1 for a group's norm that is not finite.
+            is_finite = bool((norms >= 0).all())
+            norm = float(torch.linalg.vector_norm(norms)) if is_finite else math.inf
             self.gradient_norm = norm if math.isfinite(norm) else None
             if self.skip_next_step or self.gradient_norm is None or norm > self.max_norm:
-                bad = torch.full_like(parts, math.inf)
-                return list(bad) if several else bad
-            return found
+                infinite = torch.full_like(norms, math.inf)
+                return list(infinite) if is_list else infinite
+            return group_norms
 
-        setattr(self.optimizer, name, measured)
+        setattr(self.optimizer, method_name, compute_norm_or_infinity)
         if not self.has_sharded_parameters:
-            # DeepSpeed would look for what is not finite in every gradient first; the norm shows the same.
+            # DeepSpeed would first search every gradient for an overflow; the norm shows the same.
             self.optimizer.check_grad_overflow = True
             self.optimizer.check_overflow = lambda **_: None

@@ -1,1 +1,1 @@
-"""What a run writes down and shows: run log, console, metadata, trackers, figures."""
+"""What a run writes and shows: run log, console, metadata, trackers, and figures."""

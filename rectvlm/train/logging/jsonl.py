@@ -1,31 +1,32 @@
-"""Files of one JSON object a line that grow while a run goes on, and are cut back when it goes on from earlier."""
+"""JSONL files that grow with a run and are cut back when it resumes from an earlier step."""
 
 import json
 import os
 from pathlib import Path
 
-from rectvlm.data.store import atomic_file
+from rectvlm.files import atomic_file
 
 
 def truncate_after_step(path: Path, step: int) -> None:
-    """Keep the lines of steps up to `step`; the last line may be cut off by a kill.
+    """Keep the lines of steps up to `step`; a kill may have cut off the last line.
 
-    What is kept is the file's beginning, so the file is cut and never written anew: a kill in the middle loses nothing.
+    The lines to keep are the beginning of the file, so the file is truncated and not rewritten: a
+    kill in the middle loses nothing.
     """
     if not path.exists():
         return
-    whole = path.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    kept = [line for line in lines if _read_step(line) <= step]
-    beginning = b"".join(kept)
-    if whole.startswith(beginning):
-        os.truncate(path, len(beginning))
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    kept_content = b"".join(line for line in lines if _read_step(line) <= step)
+    if content.startswith(kept_content):
+        os.truncate(path, len(kept_content))
         return
     with atomic_file(path) as file:  # a line in the middle was damaged by something else
-        file.write(beginning)
+        file.write(kept_content)
 
 
 def _read_step(line: bytes) -> float:
+    """Step of a complete line; infinity where the line is cut off or damaged."""
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
     except (ValueError, KeyError, TypeError):

@@ -1,6 +1,6 @@
-"""A calm log: libraries speak of kernels, deprecations and devices that the user of a command cannot act upon.
+"""Set-up of the log: libraries are silenced that warn of kernels, deprecations and devices.
 
-`RECTVLM_VERBOSE=1` lets them speak.
+Users of a command cannot act upon such warnings. `RECTVLM_VERBOSE=1` lets them through.
 """
 
 import logging
@@ -24,8 +24,10 @@ NOISY_LIBRARIES = (
 
 
 def configure_logging() -> None:
-    """Our own log on stderr, without those of the libraries; before these are imported, since some speak then."""
-    verbose = bool(os.environ.get("RECTVLM_VERBOSE"))
+    """Log rectvlm's messages to stderr and silence libraries.
+
+    To be called before the libraries are imported, since some write messages then.
+    """
     handler: logging.Handler = logging.StreamHandler()
     if sys.stderr.isatty():
         handler = RichHandler(show_path=False)
@@ -36,8 +38,11 @@ def configure_logging() -> None:
         )
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("rectvlm").setLevel(logging.INFO)
-    if verbose:
-        return
+    if not os.environ.get("RECTVLM_VERBOSE"):
+        _silence_libraries()
+
+
+def _silence_libraries() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)
     for name in NOISY_LIBRARIES:

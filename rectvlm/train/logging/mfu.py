@@ -1,8 +1,9 @@
-"""Model FLOPs utilization (MFU): the arithmetic that a step needs, over what its devices could do in that time.
+"""Model FLOPs utilization (MFU): FLOPs of a step over what its devices could do in its time.
 
-The FLOPs are those of the operations of a step, forward and backward, without what checkpointing computes again
-(Chowdhery et al., 2022, appendix B), counted by `rectvlm.plan`. The devices' rate is stated by the user or known by
-their name; where it is neither, there is no MFU.
+A step's FLOPs are those of its operations, forward and backward, without what activation
+checkpointing computes again (Chowdhery et al., 2022, appendix B), counted by a dry run. The
+devices' peak rate is stated by the user or known by their name; where it is neither, there is no
+MFU.
 """
 
 import logging
@@ -31,22 +32,22 @@ DENSE_BF16_TFLOPS: tuple[tuple[str, float], ...] = (
     (r"\bA100\b", 312.0),
     (r"\bL40S\b", 362.0),
 )
-"""By the name that the driver gives: dense bf16 matrix rates of NVIDIA's data sheets, TFLOP/s. The first that fits
-counts; what is not here has to be stated."""
+"""Dense bf16 matrix rates of NVIDIA's data sheets, TFLOP/s, by patterns of the driver's name of the
+device. The first pattern that matches counts; the rate of any other device has to be stated."""
 
 
 @dataclass(frozen=True)
 class DevicePeak:
-    """What a device could do at most."""
+    """The peak rate of a device."""
 
     tflops: float
     """Dense bf16 matrix rate, TFLOP/s."""
     source: str
-    """Where the figure comes from."""
+    """Where the rate comes from."""
 
 
 def find_device_peak() -> DevicePeak | None:
-    """The rate of this process's device: stated in the environment, or of a GPU that is known by name; else None.
+    """Peak rate of this process's device, stated in the environment or known by name; else None.
 
     Raises:
         UserError: the environment states something else than a positive number.
@@ -59,16 +60,17 @@ def find_device_peak() -> DevicePeak | None:
             tflops = math.nan
         if not 0 < tflops < math.inf:
             raise UserError(
-                f"{PEAK_TFLOPS_VARIABLE} must be the rate of one device in TFLOP/s, a number above 0, not {stated!r}."
+                f"{PEAK_TFLOPS_VARIABLE} must be the rate of one device in TFLOP/s, a number above "
+                f"0, not {stated!r}."
             )
         return DevicePeak(tflops, f"stated in {PEAK_TFLOPS_VARIABLE}")
     return find_peak_by_name(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def find_peak_by_name(device: str) -> DevicePeak | None:
-    """The rate of a whole GPU by its driver's name."""
+    """Peak rate of an entire GPU by the name that its driver gives."""
     if "MIG" in device:
-        return None  # a slice of a GPU, at a share of its rate
+        return None  # a slice of a GPU, with a share of its rate
     for pattern, tflops in DENSE_BF16_TFLOPS:
         if re.search(pattern, device):
             return DevicePeak(tflops, f"data sheet of {device}")
@@ -77,72 +79,79 @@ def find_peak_by_name(device: str) -> DevicePeak | None:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """What a step asks of all devices together."""
+    """FLOPs of a step on all devices together; the field names are keys of `run.json`."""
 
     micro_batches: int
-    """Of all ranks, in a step."""
+    """Number of micro-batches that all ranks take in a step."""
     patches: int
-    """Of a micro-batch."""
+    """Number of patches of a micro-batch."""
     flops: float
-    """Of a micro-batch, without the language model."""
+    """FLOPs of a micro-batch without the language model."""
     flops_per_position: float
-    """Of the language model, for each of its positions: an average, as attention over a prompt and a report of a few
-    hundred positions is a small part of it."""
+    """FLOPs of the language model for each of its positions. This is an average: attention over a
+    prompt and a report of a few hundred positions is a small part of it."""
     peak: DevicePeak
+    """Peak rate of one device."""
     world: int
+    """Number of devices."""
 
     def compute_mfu(self, tokens: int, steps: int, seconds: float) -> float:
         """MFU of some steps.
 
         Args:
-            tokens: patches and language positions of all ranks in them.
-            steps: how many.
-            seconds: that they took.
+            tokens: number of patches and language positions that all ranks took in the steps.
+            steps: number of steps.
+            seconds: duration of the steps.
         """
-        towers = steps * self.micro_batches
-        positions = tokens - towers * self.patches
-        done = towers * self.flops + positions * self.flops_per_position
-        return done / (seconds * self.world * self.peak.tflops * 1e12)
+        micro_batches = steps * self.micro_batches
+        positions = tokens - micro_batches * self.patches
+        flops = micro_batches * self.flops + positions * self.flops_per_position
+        return flops / (seconds * self.world * self.peak.tflops * 1e12)
 
 
 def count_step_flops(phase: Phase, config: Config) -> StepFlops | None:
-    """Rehearse a micro-batch on the meta device; None where no rate is known, and on other ranks than 0.
+    """Count a step's FLOPs in a dry run on the meta device.
 
-    To be called before the engine starts: under ZeRO-3 Transformers builds every model in shards from then on, on all
-    ranks together.
+    To be called before the engine starts: under ZeRO-3 Transformers builds every model in shards
+    from then on, on all ranks together.
+
+    Returns:
+        The FLOPs; None where no peak rate is known, and on ranks other than 0.
     """
-    rate, world = find_device_peak(), int(os.environ.get("WORLD_SIZE", "1"))
-    if rate is None or os.environ.get("RANK", "0") != "0":
+    peak, world_size = find_device_peak(), int(os.environ.get("WORLD_SIZE", "1"))
+    if peak is None or os.environ.get("RANK", "0") != "0":
         return None
-    # Here: the planner sees the training rooms, which see it nowhere else; and most runs need it not at all.
+    # Imported here, since most runs do not need it.
     from rectvlm import pretrained
     from rectvlm.train.dry_run.dry_run import build_phase_meta_model, dry_run_micro_batch
 
     settings = phase.get_settings(config)
     try:
-        language = (
-            pretrained.read_model_config(config.generator.model)
-            if "generator" in phase.parts
-            else None
-        )
-        model = build_phase_meta_model(
-            config, phase, pretrained.read_model_config(config.text.model).hidden_size, language
-        )
-        rehearsal = dry_run_micro_batch(config, phase, model, settings.micro_batch)
+        text_width = pretrained.read_model_config(config.text.model).hidden_size
+        language = None
+        if "generator" in phase.parts:
+            language = pretrained.read_model_config(config.generator.model)
+        model = build_phase_meta_model(config, phase, text_width, language)
+        dry_run = dry_run_micro_batch(config, phase, model, settings.micro_batch)
     except (UserError, RuntimeError, ValueError) as error:
-        # Only a figure is missing then: no reason not to train.
+        # Only a figure is missing then, which is no reason not to train.
         log.warning("the FLOPs of a step cannot be counted, so no MFU is shown: %s", error)
         return None
-    flops = {"language model": 0.0, "rest": 0.0}
-    for (part, stage), work in rehearsal.costs.items():
-        if stage != "recomputation":
-            flops[part if part in flops else "rest"] += sum(work.flops)
-    positions = rehearsal.positions - rehearsal.patches
+
+    language_flops, other_flops = 0.0, 0.0
+    for (part, step_pass), costs in dry_run.costs.items():
+        if step_pass == "recomputation":
+            continue
+        if part == "language model":
+            language_flops += sum(costs.flops)
+        else:
+            other_flops += sum(costs.flops)
+    positions = dry_run.positions - dry_run.patches
     return StepFlops(
-        micro_batches=settings.accumulation * world,
-        patches=rehearsal.patches,
-        flops=flops["rest"],
-        flops_per_position=flops["language model"] / positions if positions else 0.0,
-        peak=rate,
-        world=world,
+        micro_batches=settings.accumulation * world_size,
+        patches=dry_run.patches,
+        flops=other_flops,
+        flops_per_position=language_flops / positions if positions else 0.0,
+        peak=peak,
+        world=world_size,
     )

@@ -1,26 +1,27 @@
-"""What a run leaves to read and to see.
+"""The files that a run leaves.
 
     RUN/phaseN/metrics.jsonl           one line a step
     RUN/phaseN/validation.jsonl        one line a validation
     RUN/phaseN/validation/step-…/      pictures and reports of some cases
-    RUN/phaseN/engine.json             what really runs: kind, ZeRO stage, ranks, bytes of packed weights on each
-    RUN/phaseN/run.json                where it came from and how it ended, see `provenance`
+    RUN/phaseN/engine.json             what really runs: kind, ZeRO stage, bytes on each rank
+    RUN/phaseN/run.json                where the run came from and how it ended (`run_metadata`)
     RUN/phaseN/config.yaml             the resolved configuration
     RUN/phaseN/ranks/rank-0000.jsonl   the samples that a rank took at each step
 
-Beside that, W&B and TensorBoard are told (`trackers`), and whoever watches (`progress`).
+Beside that, figures go to W&B and TensorBoard (`trackers`) and to the console (`console`).
 """
 
-import contextlib
 import json
 import os
 import time
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
 from rectvlm.config import Config
+from rectvlm.files import append_json_line, fsync_file
+from rectvlm.runs.run_files import CONFIG_FILE, ENGINE_FILE, METRICS_FILE, VALIDATION_FILE
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.logging.console import ProgressDisplay, ProgressMeter
 from rectvlm.train.logging.jsonl import truncate_after_step
@@ -29,13 +30,12 @@ from rectvlm.train.logging.run_metadata import SessionLog
 from rectvlm.train.logging.trackers import ExperimentTrackers
 from rectvlm.train.phases import Phase
 from rectvlm.train.recovery.exit_codes import ExitCode, RunEnded
-
-if TYPE_CHECKING:
-    from rectvlm.train.validation import ValidationExample
+from rectvlm.train.step_result import StepResult
+from rectvlm.train.validation import ValidationResult
 
 
 class RunLog:
-    """Open while a phase trains."""
+    """Writes a run's files while the phase trains; open it in a `with` statement."""
 
     def __init__(
         self,
@@ -44,46 +44,57 @@ class RunLog:
         config: Config,
         folder: Path,
         step: int,
-        work: StepFlops | None = None,
+        step_flops: StepFlops | None = None,
     ) -> None:
-        """Open the files; lines after `step`, of a run that was cut off after its last checkpoint, are dropped.
+        """Continue the files after `step`, dropping lines of later steps that will be done again.
 
         Args:
-            engine: prepared.
-            phase: for its name.
-            config: as it is resolved.
-            folder: of the phase's run.
-            step: steps done so far.
-            work: FLOPs of a step, for the MFU.
+            engine: the prepared engine.
+            phase: the phase that trains.
+            config: the resolved configuration.
+            folder: the phase's run folder.
+            step: number of steps done.
+            step_flops: FLOPs of a step, for the MFU.
         """
         self.engine, self.phase, self.folder = engine, phase, folder
-        self._files: dict[str, IO[str]] = {}
         self._step = step
-        trace = folder / "ranks" / f"rank-{engine.rank:04d}.jsonl"
-        trace.parent.mkdir(parents=True, exist_ok=True)
-        self._files["trace"] = _reopen_log(trace, step)
         self._quantization = config.generator.quantization if "generator" in phase.parts else None
-        self._described = False
-        if not engine.is_main:
-            return
-        steps = phase.get_settings(config).steps
-        for other in (folder / "ranks").glob("rank-*.jsonl"):
-            if (
-                int(other.stem.removeprefix("rank-")) >= engine.world_size
-            ):  # there were more ranks before
-                _reopen_log(other, step).close()
-        (folder / "config.yaml").write_text(config.to_yaml())
-        self._files["metrics"] = _reopen_log(folder / "metrics.jsonl", step)
-        self._files["validation"] = _reopen_log(folder / "validation.jsonl", step)
-        self._sessions = SessionLog(folder)
-        self._sessions.start_session(step, steps, _describe_session(engine, phase, config, work))
+        self._has_described_engine = False
+        self._rank_path = folder / "ranks" / f"rank-{engine.rank:04d}.jsonl"
+        self._rank_path.parent.mkdir(parents=True, exist_ok=True)
+        self._paths = [self._rank_path]
+        self._metrics_path = folder / METRICS_FILE
+        self._validation_path = folder / VALIDATION_FILE
+        if engine.is_main:
+            self._paths += [self._metrics_path, self._validation_path]
+        for path in self._paths:
+            truncate_after_step(path, step)
+            path.touch()
+        if engine.is_main:
+            self._truncate_files_of_former_ranks()
+            (folder / CONFIG_FILE).write_text(config.to_yaml())
+            self._start_session(config, step_flops)
+
+    def _truncate_files_of_former_ranks(self) -> None:
+        """Drop later steps of ranks that exist no more, since there were more ranks before."""
+        for path in (self.folder / "ranks").glob("rank-*.jsonl"):
+            if int(path.stem.removeprefix("rank-")) >= self.engine.world_size:
+                truncate_after_step(path, self._step)
+
+    def _start_session(self, config: Config, step_flops: StepFlops | None) -> None:
+        total_steps = self.phase.get_settings(config).steps
+        self._sessions = SessionLog(self.folder)
+        facts = _describe_session(self.engine, self.phase, config, step_flops)
+        self._sessions.start_session(self._step, total_steps, facts)
+        first_start = self._sessions.first_start
         self._trackers = ExperimentTrackers(
-            engine, config, folder, step, self._sessions.first_start
+            self.engine, config, self.folder, self._step, first_start
         )
-        self._meter = ProgressMeter(steps, work)
-        self._watch = ProgressDisplay(
-            f"phase {phase.number}" + (f" {phase.stage}" if phase.stage else ""), steps, step
-        )
+        self._meter = ProgressMeter(total_steps, step_flops)
+        name = f"phase {self.phase.number}"
+        if self.phase.stage:
+            name += f" {self.phase.stage}"
+        self._display = ProgressDisplay(name, total_steps, self._step)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -94,85 +105,80 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for handle in self._files.values():
-            with contextlib.suppress(OSError):  # a full disk, which has ended the run already
-                handle.close()
-        if not self.engine.is_main:
-            return
-        self._watch.close()
-        self._trackers.close()
-        self._sessions.end_session(*_describe_ending(error, self._step))
+        if self.engine.is_main:
+            self._display.close()
+            self._trackers.close()
+            self._sessions.end_session(*_describe_ending(error, self._step))
 
-    def log_step(self, line: dict[str, Any], samples: list[str]) -> None:
-        """One step; every rank must call it."""
-        if not self._described:
+    def log_step(self, result: StepResult) -> None:
+        """Log a step; every rank must call it."""
+        if not self._has_described_engine:
             self._write_engine_description()
-        self._step = line["step"]
-        _append_line(self._files["trace"], {"step": line["step"], "samples": samples})
+        self._step = result.step
+        append_json_line(self._rank_path, {"step": result.step, "samples": result.sample_keys})
         if not self.engine.is_main:
             return
-        _append_line(self._files["metrics"], line)
-        figures = self._meter.add_step(
-            line, self.engine.world_size * len(samples), time.monotonic()
-        )
-        self._watch.show_progress(figures)
-        rates = {
+        line = result.to_metrics_line()
+        append_json_line(self._metrics_path, line)
+        sample_count = self.engine.world_size * len(result.sample_keys)
+        figures = self._meter.add_step(result, sample_count, time.monotonic())
+        self._display.show_progress(figures)
+        line["recent"] = {
             "samples_per_second": figures.samples_per_second,
             "tokens_per_second": figures.tokens_per_second,
             "mfu": figures.mfu,
             "data_wait": figures.data_wait_share,
         }
-        self._trackers.log_numbers(line | {"recent": rates}, line["step"])
+        self._trackers.log_numbers(line, result.step)
 
     def fsync_logs(self) -> None:
-        """Have all lines on the disk: a checkpoint that survives a power cut must not be ahead of them.
+        """Flush all lines to disk, so that no checkpoint is ahead of them after a power cut.
 
         Raises:
             OSError: they could not be written.
         """
-        for handle in self._files.values():
-            os.fsync(handle.fileno())
+        for path in self._paths:
+            fsync_file(path)
 
-    def log_validation(
-        self, step: int, metrics: dict[str, float | None], samples: "list[ValidationExample]"
-    ) -> None:
-        """One validation: its metrics by name, and some cases, of rank 0, to be looked at."""
+    def log_validation(self, result: ValidationResult) -> None:
+        """Log a validation's metrics, and pictures and reports of rank 0's examples."""
         if not self.engine.is_main:
             return
-        _append_line(self._files["validation"], {"step": step, "metrics": metrics})
-        self._trackers.log_numbers({"validation": metrics}, step)
-        if samples:
+        step = result.step
+        append_json_line(self._validation_path, {"step": step, "metrics": result.metrics})
+        self._trackers.log_numbers({"validation": result.metrics}, step)
+        if result.examples:
             # Imported here: most runs draw nothing, and a drawing library takes a second to load.
             from rectvlm.train.logging.validation_figures import write_validation_figures
 
-            shown = write_validation_figures(
-                samples, self.folder / "validation" / f"step-{step:06d}"
-            )
-            pictures = {f"validation/{key}": picture for key, (picture, _) in shown.items()}
-            self._trackers.log_examples(
-                pictures, {f"reports/{key}": words for key, (_, words) in shown.items()}, step
-            )
+            folder = self.folder / "validation" / f"step-{step:06d}"
+            pictures, texts = {}, {}
+            for key, written in write_validation_figures(result.examples, folder).items():
+                pictures[f"validation/{key}"] = written.picture
+                texts[f"reports/{key}"] = written.text
+            self._trackers.log_examples(pictures, texts, step)
 
     def _write_engine_description(self) -> None:
-        """After the first step: what ZeRO keeps whole on a rank is known by then."""
-        described = self.engine.describe_ranks() | {"llm_quantization": self._quantization}
+        """Write `engine.json` after the first step, when ZeRO holds what it keeps on a rank."""
+        description = asdict(self.engine.describe_ranks())
+        description["llm_quantization"] = self._quantization
         if self.engine.is_main:
-            (self.folder / "engine.json").write_text(json.dumps(described, indent=2) + "\n")
-        self._described = True
+            (self.folder / ENGINE_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        self._has_described_engine = True
 
 
 def _describe_session(
-    engine: Engine, phase: Phase, config: Config, work: StepFlops | None
+    engine: Engine, phase: Phase, config: Config, step_flops: StepFlops | None
 ) -> dict[str, Any]:
-    """What only the caller of a session's record knows."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", engine.world_size))
+    """Entries of a session in `run.json` that describe the training."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", engine.world_size))
     return {
         "name": config.name,
         "phase": phase.number,
         "stage": phase.stage,
         "world_size": engine.world_size,
-        "nodes": max(1, engine.world_size // max(1, local)),
-        "work": None if work is None else asdict(work),
+        "nodes": max(1, engine.world_size // max(1, local_ranks)),
+        "work": None if step_flops is None else asdict(step_flops),
     }
 
 
@@ -183,20 +189,7 @@ def _describe_ending(error: BaseException | None, step: int) -> tuple[str, int, 
     if isinstance(error, KeyboardInterrupt):
         return "stopped", step, "interrupted"
     if isinstance(error, RunEnded):
-        return (
-            ("stopped" if error.exit_code == ExitCode.STOPPED_BY_SIGNAL else "failed"),
-            step,
-            error.reason,
-        )
-    text = (str(error).splitlines() or [""])[0]
-    return "failed", step, f"{type(error).__name__}: {text}"[:500]
-
-
-def _reopen_log(path: Path, step: int) -> IO[str]:
-    truncate_after_step(path, step)
-    return path.open("a")
-
-
-def _append_line(handle: IO[str], line: dict[str, Any]) -> None:
-    handle.write(json.dumps(line) + "\n")
-    handle.flush()
+        is_stopped = error.exit_code == ExitCode.STOPPED_BY_SIGNAL
+        return ("stopped" if is_stopped else "failed"), step, error.reason
+    first_line = (str(error).splitlines() or [""])[0]
+    return "failed", step, f"{type(error).__name__}: {first_line}"[:500]

@@ -1,7 +1,8 @@
-"""Where a run came from: `run.json`, with one entry for each time that it was started.
+"""Where a run came from: `run.json`, with one session for each time that it was started.
 
 RUN/phaseN/run.json         sessions: command, code, versions, machine, start, end, how it ended
-RUN/phaseN/code-1.patch     what was not committed at the first start; `git apply` on the named commit restores it
+RUN/phaseN/code-1.patch     what was not committed when the first session started; `git apply` on
+                            the named commit restores it
 """
 
 import contextlib
@@ -12,9 +13,9 @@ import os
 import platform
 import shlex
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
@@ -23,24 +24,15 @@ from typing import Any
 import psutil
 import torch
 
-from rectvlm.checkpoint.run_checkpoint import package_versions
-from rectvlm.data.store import atomic_file
+from rectvlm.files import atomic_file
+from rectvlm.machine import package_versions
+from rectvlm.runs.run_files import SESSIONS_FILE
+from rectvlm.train.logging.git_state import read_git_state
 
 log = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
 MAX_PATCH_BYTES = 2_000_000
-"""Bytes of a patch; what is longer is cut off, and the record says so."""
-MAX_UNTRACKED_NAMES = 200
-"""Untracked files that are named."""
-MAX_PATCHED_UNTRACKED_FILES, MAX_PATCHED_UNTRACKED_BYTES = 50, 100_000
-"""Untracked files of code, and bytes of each, that are part of the patch."""
-CODE_SUFFIXES = {".py", ".sh", ".sbatch", ".j2"}
-CONFIG_SUFFIXES, PROJECT_FOLDERS = (
-    {".json", ".yaml", ".yml", ".toml"},
-    {"rectvlm", "launch", "ds_configs"},
-)
-"""Elsewhere such files may be credentials, or tables of patients."""
+"""Size of a patch, bytes at most; a longer one is cut off, and `run.json` says so."""
 RECORDED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WANDB_MODE")
 RECORDED_VARIABLE_PREFIXES = (
     "RECTVLM_",
@@ -52,41 +44,47 @@ RECORDED_VARIABLE_PREFIXES = (
     "SKYPILOT_TASK_",
     "SKYPILOT_NODE_",
 )
-"""Variables that decide how a run behaves or say which job it is; no others are written down, as some hold secrets."""
+"""Prefixes of variables that decide how a run behaves or say which job it is. No other variables
+are recorded, since some hold secrets."""
 LAUNCHER_NAMES = ("accelerate", "torchrun", "torch.distributed.run", "deepspeed")
 
 
 class SessionLog:
-    """The record of a run on rank 0: read when it starts, written when it starts and ends."""
+    """The sessions of a run, on rank 0: read when it starts, written when it starts and ends."""
 
     def __init__(self, folder: Path) -> None:
-        """Read what earlier sessions have left; a file that cannot be read is kept beside the new one."""
+        """Read the earlier sessions; a file that cannot be read is kept beside the new one."""
         self._folder = folder
-        self._path = folder / RUN_FILE
+        self._path = folder / SESSIONS_FILE
         self.sessions: list[dict[str, Any]] = []
         if self._path.exists():
             try:
-                self.sessions = [
-                    dict(one) for one in json.loads(self._path.read_text())["sessions"]
-                ]
+                sessions = json.loads(self._path.read_text())["sessions"]
+                self.sessions = [dict(session) for session in sessions]
             except (ValueError, KeyError, TypeError):
                 self._path.replace(self._path.with_suffix(".damaged.json"))
 
     @property
     def first_start(self) -> str:
-        """When the first session started."""
+        """Time at which the first session started, UTC."""
         return str(self.sessions[0]["start"])
 
-    def start_session(self, step: int, steps: int, facts: Mapping[str, Any]) -> None:
-        """A new session, from a step on; `facts` are what the caller knows of it."""
-        for one in self.sessions:
-            if one.get("state") == "running":
-                one["state"] = (
-                    "cut off"  # it is this run's only writer, and it did not live to say how it ended
-                )
-        git, patch = read_git_state()
-        if patch is not None:
-            git["patch"] = self._write_patch(patch)
+    def start_session(self, step: int, total_steps: int, facts: Mapping[str, Any]) -> None:
+        """Record the start of a session.
+
+        Args:
+            step: number of steps that were done before it.
+            total_steps: number of the phase's last step.
+            facts: further entries, which only the caller knows.
+        """
+        for session in self.sessions:
+            # This process is the run's only writer: a session that still runs was killed.
+            if session.get("state") == "running":
+                session["state"] = "cut off"
+        git_state = read_git_state()
+        git_entry = git_state.to_json()
+        if git_state.patch:
+            git_entry["patch"] = self._write_patch(git_state.patch)
         self.sessions.append(
             {
                 "state": "running",
@@ -95,16 +93,12 @@ class SessionLog:
                 "error": None,
                 "from_step": step,
                 "last_step": step,
-                "steps": steps,
+                "steps": total_steps,
                 **facts,
-                **describe_command(),
-                "git": git,
+                **asdict(describe_process()),
+                "git": git_entry,
                 "machine": describe_machine(),
-                "environment": {
-                    name: value
-                    for name, value in sorted(os.environ.items())
-                    if name in RECORDED_VARIABLES or name.startswith(RECORDED_VARIABLE_PREFIXES)
-                },
+                "environment": _list_recorded_variables(),
                 "versions": package_versions(),
                 "packages": list_installed_packages(),
             }
@@ -112,7 +106,13 @@ class SessionLog:
         self._write_sessions()
 
     def end_session(self, state: str, step: int, error: str | None = None) -> None:
-        """How this session ended: `finished`, `stopped` or `failed`."""
+        """Record the end of this session.
+
+        Args:
+            state: `finished`, `stopped` or `failed`.
+            step: the last step that was done.
+            error: why it ended, if it did not finish.
+        """
         self.sessions[-1] |= {
             "state": state,
             "end": _format_current_time(),
@@ -130,108 +130,82 @@ class SessionLog:
             file.write((json.dumps({"sessions": self.sessions}, indent=2) + "\n").encode())
 
     def _write_patch(self, patch: bytes) -> dict[str, Any]:
-        """Keep a patch under a name of its own, or name the file that holds the same already."""
-        kept = patch[:MAX_PATCH_BYTES]
-        digest = hashlib.sha256(patch).hexdigest()
-        described = {"bytes": len(patch), "cut_off": len(patch) > len(kept), "sha256": digest}
-        for one in self.sessions:
-            earlier = (one.get("git") or {}).get("patch")
-            if earlier and earlier["sha256"] == digest:
-                return described | {"file": earlier["file"]}
+        """Write a patch, or name the file that holds the same already."""
+        checksum = hashlib.sha256(patch).hexdigest()
+        entry = {
+            "bytes": len(patch),
+            "cut_off": len(patch) > MAX_PATCH_BYTES,
+            "sha256": checksum,
+        }
+        for session in self.sessions:
+            earlier = (session.get("git") or {}).get("patch")
+            if earlier and earlier["sha256"] == checksum:
+                return entry | {"file": earlier["file"]}
         name = f"code-{len(self.sessions) + 1}.patch"
-        (self._folder / name).write_bytes(kept)
-        return described | {"file": name}
+        (self._folder / name).write_bytes(patch[:MAX_PATCH_BYTES])
+        return entry | {"file": name}
 
 
 def list_installed_packages() -> dict[str, str]:
-    """All that is installed, by name; leftovers without a name are left out."""
-    return dict(sorted((d.name, d.version) for d in distributions() if d.name and d.version))
+    """Versions of all installed packages by name, without leftovers that have no name."""
+    packages = [(package.name, package.version) for package in distributions()]
+    return dict(sorted((name, version) for name, version in packages if name and version))
+
+
+def _list_recorded_variables() -> dict[str, str]:
+    variables = {}
+    for name, value in sorted(os.environ.items()):
+        if name in RECORDED_VARIABLES or name.startswith(RECORDED_VARIABLE_PREFIXES):
+            variables[name] = value
+    return variables
 
 
 def _format_current_time() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def describe_command() -> dict[str, Any]:
-    """How this process was started, and by which launcher."""
-    found: dict[str, Any] = {
-        "command": shlex.join(sys.orig_argv),
-        "directory": os.getcwd(),
-        "launcher": None,
-        "pid": os.getpid(),
-        "process_start": psutil.Process().create_time(),
-    }
+@dataclass(frozen=True)
+class ProcessDescription:
+    """How this process was started; the field names are keys of `run.json`."""
+
+    command: str
+    """Command line of the process."""
+    directory: str
+    """Working directory."""
+    launcher: str | None
+    """Command line of the launcher that started the process; None without one."""
+    pid: int
+    process_start: float
+    """Start of the process, seconds since 1970."""
+
+
+def describe_process() -> ProcessDescription:
+    """Describe how this process was started, and by which launcher."""
+    launcher = None
     with contextlib.suppress(psutil.Error):
-        for parent in psutil.Process().parents():
-            line = parent.cmdline()
-            if any(name in word for word in line[:4] for name in LAUNCHER_NAMES):
-                found["launcher"] = shlex.join(line)
-                break
-    return found
-
-
-def read_git_state(
-    checkout: Path = Path(__file__).parents[3],
-) -> tuple[dict[str, Any], bytes | None]:
-    """Commit, branch, what is not tracked, and the patch of what is not committed, untracked code included.
-
-    Code that was installed as a package has no checkout, even where its folder lies within one of another project.
-    """
-
-    def git(*arguments: str, codes: tuple[int, ...] = (0,)) -> bytes:
-        line = ["git", "-c", "core.quotePath=false", *arguments]
-        done = subprocess.run(
-            line, cwd=checkout, capture_output=True, timeout=60, stdin=subprocess.DEVNULL
-        )
-        if done.returncode not in codes:
-            raise subprocess.CalledProcessError(done.returncode, line, done.stdout, done.stderr)
-        return done.stdout
-
-    # A diff as it is, whatever tools or colours the user has configured.
-    diff = ("diff", "--binary", "--no-color", "--no-ext-diff")
-    try:
-        git("ls-files", "--error-unmatch", "rectvlm/__init__.py")
-        commit = git("rev-parse", "HEAD").decode().strip()
-        branch = git("rev-parse", "--abbrev-ref", "HEAD").decode().strip()
-        patch = git(*diff, "HEAD")
-        others = (
-            git("ls-files", "--others", "--exclude-standard").decode(errors="replace").splitlines()
-        )
-        added = [name for name in others if _is_code(name) and _is_small_file(checkout / name)][
-            :MAX_PATCHED_UNTRACKED_FILES
-        ]
-        patch += b"".join(
-            git(*diff, "--no-index", "/dev/null", name, codes=(0, 1)) for name in added
-        )
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr.decode(errors="replace").strip().splitlines() or ["git failed"])[0]
-        return {"commit": None, "reason": reason}, None
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return {"commit": None, "reason": str(error)}, None
-    found = {
-        "commit": commit,
-        "branch": branch,
-        "dirty": bool(patch),
-        "untracked": others[:MAX_UNTRACKED_NAMES],
-        "untracked_files": len(others),
-    }
-    return found, patch or None
-
-
-def _is_code(name: str) -> bool:
-    path = Path(name)
-    return path.suffix in CODE_SUFFIXES or (
-        path.suffix in CONFIG_SUFFIXES and path.parts[0] in PROJECT_FOLDERS
+        launcher = _find_launcher(psutil.Process())
+    return ProcessDescription(
+        command=shlex.join(sys.orig_argv),
+        directory=os.getcwd(),
+        launcher=launcher,
+        pid=os.getpid(),
+        process_start=psutil.Process().create_time(),
     )
 
 
-def _is_small_file(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size <= MAX_PATCHED_UNTRACKED_BYTES
+def _find_launcher(process: psutil.Process) -> str | None:
+    """Command line of the nearest parent process that is a launcher."""
+    for parent in process.parents():
+        command_line = parent.cmdline()
+        first_words = " ".join(command_line[:4])
+        if any(name in first_words for name in LAUNCHER_NAMES):
+            return shlex.join(command_line)
+    return None
 
 
 def describe_machine() -> dict[str, Any]:
-    """This process's machine; other machines of the run are in `engine.json`."""
-    found: dict[str, Any] = {
+    """Describe this process's machine; `engine.json` has the devices of all ranks."""
+    machine: dict[str, Any] = {
         "host": socket.gethostname(),
         "system": platform.platform(),
         "processor": _read_processor_name(),
@@ -240,14 +214,13 @@ def describe_machine() -> dict[str, Any]:
         "gpus": [],
     }
     if torch.cuda.is_available():
-        count = range(torch.cuda.device_count())
-        found["gpus"] = [torch.cuda.get_device_name(index) for index in count]
-        found["gpu_memory_bytes"] = [
-            torch.cuda.get_device_properties(index).total_memory for index in count
-        ]
-        found["cuda"] = torch.version.cuda
-        found["driver"] = _read_driver_version()
-    return found
+        devices = range(torch.cuda.device_count())
+        properties = [torch.cuda.get_device_properties(device) for device in devices]
+        machine["gpus"] = [torch.cuda.get_device_name(device) for device in devices]
+        machine["gpu_memory_bytes"] = [gpu.total_memory for gpu in properties]
+        machine["cuda"] = torch.version.cuda
+        machine["driver"] = _read_driver_version()
+    return machine
 
 
 def _read_processor_name() -> str:

@@ -1,1 +1,1 @@
-"""How a run survives: saving, resuming, exit codes, signals, the watchdog, steps that are skipped."""
+"""How a run survives: saving, resuming, exit codes, signals, the watchdog, and bad steps."""

@@ -1,97 +1,122 @@
-"""Steps that are not normal: a loss or a gradient that is not finite, or far too large.
+"""Bad steps, which are skipped: the loss or the gradient is not finite or far too large.
 
-Whether a loss is normal is known before the optimizer's step and whether the gradient is within it, and both are agreed
-upon by all ranks, so all skip a step or none. What a rank saw of a skipped step is gathered then and only then.
+The loss is judged before the optimizer's step, the gradient within it. All ranks agree on both, so
+all skip a step or none. What each rank saw of a step is gathered only when the step was skipped.
 """
 
-import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, TypedDict
 
 from rectvlm.config import TrainingLimitsConfig
+from rectvlm.files import append_json_line
+from rectvlm.finite import finite_or_none
 from rectvlm.train.logging.jsonl import truncate_after_step
 
 BAD_STEPS_FILE = "bad-steps.jsonl"
 MAX_SHOWN_SAMPLES = 8
-"""Sample names in a sentence."""
+"""Number of sample keys that a warning names."""
 
 
 class LossVerdict(IntEnum):
-    """On a loss; the worst of all ranks counts."""
+    """Verdict on a step's loss; the largest value of all ranks decides."""
 
     NORMAL = 0
     TOO_LARGE = 1
     NOT_FINITE = 2
 
 
-class RankObservation(TypedDict):
-    """What one rank saw of a step."""
+@dataclass(frozen=True)
+class RankObservation:
+    """What one rank saw of a step; the field names are keys of `bad-steps.jsonl`."""
 
     rank: int
     losses: list[float | None]
-    """Of its micro-batches; None is not finite, for which JSON has no number."""
+    """Loss of each micro-batch; None where it is not finite."""
     samples: list[str]
+    """Keys of the rank's samples."""
 
 
-def judge_losses(losses: Sequence[float], guard: TrainingLimitsConfig) -> LossVerdict:
-    """The worst of a rank's losses."""
+@dataclass(frozen=True)
+class SkippedStep:
+    """An optimizer step that changed no weights."""
+
+    reason: str
+    in_a_row: int
+    """Number of steps skipped in a row, this one included."""
+    observations: list[RankObservation]
+    """Observations of all ranks, in their order."""
+
+    @property
+    def has_non_finite_loss(self) -> bool:
+        """Whether some rank's loss was not finite."""
+        return any(None in observation.losses for observation in self.observations)
+
+    @property
+    def sample_keys(self) -> list[str]:
+        """Keys of all ranks' samples."""
+        keys: list[str] = []
+        for observation in self.observations:
+            keys += observation.samples
+        return keys
+
+
+def judge_losses(losses: Sequence[float], limits: TrainingLimitsConfig) -> LossVerdict:
+    """Judge a rank's losses; the worst decides."""
     if not all(math.isfinite(loss) for loss in losses):
         return LossVerdict.NOT_FINITE
-    return (
-        LossVerdict.TOO_LARGE
-        if any(abs(loss) > guard.max_loss for loss in losses)
-        else LossVerdict.NORMAL
-    )
+    if any(abs(loss) > limits.max_loss for loss in losses):
+        return LossVerdict.TOO_LARGE
+    return LossVerdict.NORMAL
 
 
 def explain_skipped_step(
-    ranks: Sequence[RankObservation], norm: float | None, guard: TrainingLimitsConfig
+    observations: Sequence[RankObservation],
+    gradient_norm: float | None,
+    limits: TrainingLimitsConfig,
 ) -> str:
-    """Why a step was skipped, in words."""
-    for seen in ranks:
-        if None in seen["losses"]:
-            return f"the loss of rank {seen['rank']} is not finite"
-    for seen in ranks:
-        largest = max((abs(loss) for loss in seen["losses"] if loss is not None), default=0.0)
-        if largest > guard.max_loss:
-            return f"the loss of rank {seen['rank']} is {largest:.4g}, above train.limits.max_loss = {guard.max_loss:g}"
-    if norm is None:
+    """Say why a step was skipped, naming the first rank with a bad loss."""
+    for observation in observations:
+        if None in observation.losses:
+            return f"the loss of rank {observation.rank} is not finite"
+    for observation in observations:
+        largest = max((abs(loss) for loss in observation.losses if loss is not None), default=0.0)
+        if largest > limits.max_loss:
+            return (
+                f"the loss of rank {observation.rank} is {largest:.4g}, above "
+                f"train.limits.max_loss = {limits.max_loss:g}"
+            )
+    if gradient_norm is None:
         return "the gradient is not finite"
-    return f"the norm of the gradient is {norm:.4g}, above train.limits.max_gradient_norm = {guard.max_gradient_norm:g}"
-
-
-def finite_or_none(value: float | None) -> float | None:
-    """A number for JSON, which has no name for the others."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def join_sample_names(names: Sequence[str]) -> str:
-    """Sample names for a sentence."""
-    return ", ".join(names[:MAX_SHOWN_SAMPLES]) + (
-        f" and {len(names) - MAX_SHOWN_SAMPLES} more" if len(names) > MAX_SHOWN_SAMPLES else ""
+    return (
+        f"the norm of the gradient is {gradient_norm:.4g}, above "
+        f"train.limits.max_gradient_norm = {limits.max_gradient_norm:g}"
     )
 
 
+def join_sample_names(names: Sequence[str]) -> str:
+    """Join sample keys for a sentence, at most `MAX_SHOWN_SAMPLES` of them."""
+    text = ", ".join(names[:MAX_SHOWN_SAMPLES])
+    hidden = len(names) - MAX_SHOWN_SAMPLES
+    return f"{text} and {hidden} more" if hidden > 0 else text
+
+
 class BadStepsLog:
-    """`bad-steps.jsonl` of a run: one line a skipped step, by rank."""
+    """The file `bad-steps.jsonl` of a run: one line a skipped step, with what each rank saw."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Go on after a step: lines of later ones, which are done again, are dropped."""
+        """Continue the file after a step, dropping lines of later steps that are done again."""
         self.path = folder / BAD_STEPS_FILE
         truncate_after_step(self.path, step)
 
-    def append_step(
-        self, step: int, reason: str, norm: float | None, ranks: Sequence[RankObservation]
-    ) -> None:
-        """Write a line."""
-        line: dict[str, Any] = {
+    def append_step(self, step: int, gradient_norm: float | None, skipped: SkippedStep) -> None:
+        """Append the line of a skipped step."""
+        line = {
             "step": step,
-            "reason": reason,
-            "grad_norm": finite_or_none(norm),
-            "ranks": list(ranks),
+            "reason": skipped.reason,
+            "grad_norm": finite_or_none(gradient_norm),
+            "ranks": [asdict(observation) for observation in skipped.observations],
         }
-        with self.path.open("a") as handle:
-            handle.write(json.dumps(line) + "\n")
+        append_json_line(self.path, line)

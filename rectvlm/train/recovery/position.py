@@ -1,8 +1,8 @@
-"""How far a run has come; with the configuration it decides all that follows.
+"""How far a run has come; together with the configuration it decides everything that follows.
 
-Everything random in a micro-batch is drawn after seeding with (seed, place of its first sample in the endless row of
-samples), so no random state is stored: a resumed run repeats an unbroken one, and one rank that takes two micro-batches
-a step draws what two ranks draw with one each.
+torch is seeded for every micro-batch with (seed, number of its first sample in the endless sequence
+of samples). So no random state is stored: a resumed run repeats an unbroken one, and one rank that
+takes two micro-batches a step draws what two ranks draw with one each.
 """
 
 from dataclasses import dataclass
@@ -13,18 +13,22 @@ import torch
 
 @dataclass
 class TrainingPosition:
-    """Where a run stands."""
+    """How far a run has come."""
 
     step: int
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
     samples_seen: int
-    """By all ranks together."""
-    bad_in_a_row: int = 0
-    """Steps skipped just before."""
+    """Number of samples that all ranks together have taken."""
+    skipped_in_a_row: int = 0
+    """Number of steps skipped since the last one that changed the weights."""
 
 
 def seed_micro_batch(seed: int, first_sample: int) -> None:
-    """Seed torch for the micro-batch that begins with a sample of the endless row, counted from 0."""
-    torch.manual_seed(
-        int(np.random.SeedSequence([seed, first_sample]).generate_state(1, np.uint64)[0] >> 1)
-    )
+    """Seed torch for a micro-batch.
+
+    Args:
+        seed: the run's seed.
+        first_sample: number of the micro-batch's first sample in the endless sequence, from 0.
+    """
+    state = np.random.SeedSequence([seed, first_sample]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> 1))

@@ -1,9 +1,9 @@
-"""A rank that hangs ends, and says where it was.
+"""The watchdog: a rank that hangs ends itself and says where it was.
 
-Ranks wait for each other in every collective: one that is stuck (a dead disk, a stopped process, a kernel that never
-returns) holds up all of them, for good. A thread on each rank looks whether a step, a checkpoint or a case of a
-validation began within the timeout. If none did, it prints what the rank was doing and the stacks of all threads, and
-ends the process; the launcher then ends the others.
+Ranks wait for each other in every collective: one that is stuck (a dead disk, a stopped process, a
+kernel that never returns) blocks all of them for ever. A thread on each rank checks whether a step,
+a checkpoint or a case of a validation began within the timeout. If none did, it prints what the
+rank was doing and the stacks of all threads, and ends the process; the launcher ends the others.
 """
 
 import faulthandler
@@ -20,13 +20,13 @@ from rectvlm.train.recovery.exit_codes import ExitCode, write_ending
 
 @dataclass
 class RankActivity:
-    """What a rank does just now."""
+    """What a rank is doing now."""
 
     step: int = 0
-    """That is under way; 1 is the first."""
+    """Current optimizer step, counted from 1."""
     operation: str = "start"
     sample_keys: list[str] = field(default_factory=list)
-    """Of the micro-batch at hand."""
+    """Keys of the samples in the current micro-batch."""
 
     def __str__(self) -> str:
         samples = f", samples {', '.join(self.sample_keys)}" if self.sample_keys else ""
@@ -34,36 +34,34 @@ class RankActivity:
 
 
 class Watchdog:
-    """Ends the process when `beat` is not called for longer than the timeout, while it is open."""
+    """Ends the process when no heartbeat comes within the timeout, while it is open."""
 
     def __init__(
         self, activity: RankActivity, rank: int, folder: Path, timeout_seconds: float
     ) -> None:
-        """Watch.
+        """Prepare the watchdog; it watches from `__enter__` on.
 
         Args:
-            doing: what to say.
-            rank: of this process.
-            folder: of the phase's run, for `ending.json`.
-            timeout: seconds.
+            activity: what the rank is doing, which the message of the end names.
+            rank: number of this process.
+            folder: the phase's run folder, for `ending.json`.
+            timeout_seconds: longest time between two heartbeats.
         """
-        self.activity, self.rank, self.folder, self.timeout_seconds = (
-            activity,
-            rank,
-            folder,
-            timeout_seconds,
-        )
-        self._beat = time.monotonic()
-        self._over = threading.Event()
+        self.activity = activity
+        self.rank = rank
+        self.folder = folder
+        self.timeout_seconds = timeout_seconds
+        self._last_heartbeat = time.monotonic()
+        self._closed = threading.Event()
 
     def record_heartbeat(self) -> None:
-        """Something new begins."""
-        self._beat = time.monotonic()
+        """Note that a new operation begins."""
+        self._last_heartbeat = time.monotonic()
 
     def __enter__(self) -> "Watchdog":
         self.record_heartbeat()
-        self._watcher = threading.Thread(target=self._watch_heartbeat, name="watchdog", daemon=True)
-        self._watcher.start()
+        self._thread = threading.Thread(target=self._watch_heartbeat, name="watchdog", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
@@ -72,26 +70,26 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._over.set()
-        self._watcher.join()
+        self._closed.set()
+        self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
     def _watch_heartbeat(self) -> None:
-        while not self._over.wait(
-            max(0.05, min(self.timeout_seconds / 4, self._compute_seconds_left()))
-        ):
+        while not self._closed.wait(self._choose_pause_seconds()):
             if self._compute_seconds_left() <= 0:
                 self._end_process()
-            # For a thread that hangs and holds the interpreter's lock, so that this one never runs again.
+            # For a thread that hangs with the interpreter's lock, so that this one never runs.
             faulthandler.dump_traceback_later(2 * self.timeout_seconds, exit=True)
 
+    def _choose_pause_seconds(self) -> float:
+        return max(0.05, min(self.timeout_seconds / 4, self._compute_seconds_left()))
+
     def _compute_seconds_left(self) -> float:
-        return self._beat + self.timeout_seconds - time.monotonic()
+        return self._last_heartbeat + self.timeout_seconds - time.monotonic()
 
     def _end_process(self) -> None:
-        reason = (
-            f"rank {self.rank} did not get on for {self.timeout_seconds:.0f} s: {self.activity}"
-        )
+        timeout = f"{self.timeout_seconds:.0f} s"
+        reason = f"rank {self.rank} made no progress for {timeout}: {self.activity}"
         sys.stderr.write(
             f"error: {reason}. The stacks of all threads follow; go on with --resume auto.\n"
         )

@@ -1,4 +1,5 @@
-"""CT-RATE downloads to cases: each trap of the data set, set by a tree of files that a reader could fall into."""
+"""CT-RATE downloads to cases: each trap of the data set, set by a tree of files that a reader could
+fall into."""
 
 import argparse
 import json
@@ -11,16 +12,13 @@ import numpy as np
 import pytest
 
 from data_pipeline.cases import Case, case_to_sample
-from data_pipeline.ct_rate.cases import (
-    CtRateCases,
-    CtRateOptions,
-    add_arguments,
-    ct_rate_cases,
-    options_from_arguments,
-)
+from data_pipeline.ct_rate.cases import CtRateCases, list_ct_rate_cases
+from data_pipeline.ct_rate.options import CtRateOptions, add_ct_rate_options
 from data_pipeline.ct_rate.series import choose_reconstruction, kernel_class, siemens_kernel_number
-from data_pipeline.ct_rate.tables import SeriesMetadata, VolumeName, parse_volume_name
+from data_pipeline.ct_rate.tables import SeriesMetadata
+from data_pipeline.ct_rate.volume_names import VolumeName, parse_volume_name
 from data_pipeline.masks.mask_folders import MaskFolders
+from rectvlm.cli_options import options_from_namespace
 from rectvlm.labels import FINDINGS
 from rectvlm.types import InputError, Sample, UserError
 from tests.ct_rate_tree import Tree, phantom
@@ -38,7 +36,7 @@ def tree(tmp_path: Path) -> Tree:
 
 
 def read(tree: Tree, **options: object) -> CtRateCases:
-    return ct_rate_cases(tree.write(), CtRateOptions(**options))  # type: ignore[arg-type]
+    return list_ct_rate_cases(tree.write(), CtRateOptions(**options))  # type: ignore[arg-type]
 
 
 def keys(result: CtRateCases) -> list[str]:
@@ -111,7 +109,7 @@ def test_a_table_may_bear_the_other_prefix(tree: Tree) -> None:
     tree.write()
     labels = tree.dataset / "multi_abnormality_labels"
     (labels / "valid_predicted_labels.csv").rename(labels / "validation_predicted_labels.csv")
-    assert ct_rate_cases(tree.root, CtRateOptions()).counts["cases without labels"] == 0
+    assert list_ct_rate_cases(tree.root, CtRateOptions()).counts["cases without labels"] == 0
 
 
 def test_numbers_sort_as_people_count(tree: Tree) -> None:
@@ -202,12 +200,12 @@ def test_a_row_twice_is_fine_only_when_it_says_the_same(tree: Tree) -> None:
     path = tree.write() / "dataset/multi_abnormality_labels/train_predicted_labels.csv"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines, lines[1]]) + "\n")
-    assert len(ct_rate_cases(tree.root, CtRateOptions()).cases) == 3
+    assert len(list_ct_rate_cases(tree.root, CtRateOptions()).cases) == 3
     path.write_text("\n".join([*lines, lines[1][:-1] + "1"]) + "\n")
     with pytest.raises(
         InputError, match=r"contradicts itself in row 3.*one content for train_1_a_1"
     ):
-        ct_rate_cases(tree.root, CtRateOptions())
+        list_ct_rate_cases(tree.root, CtRateOptions())
 
 
 # Reports
@@ -281,8 +279,8 @@ def test_a_missing_table_is_an_error_unless_it_is_allowed(
     with pytest.raises(
         InputError, match=f"lacks the {table} .*{Path(file).name}.*--without {table}"
     ):
-        ct_rate_cases(tree.root, CtRateOptions())
-    result = ct_rate_cases(tree.root, CtRateOptions(without=(table,)))  # type: ignore[arg-type]
+        list_ct_rate_cases(tree.root, CtRateOptions())
+    result = list_ct_rate_cases(tree.root, CtRateOptions(without=(table,)))  # type: ignore[arg-type]
     assert len(result.cases) == 3 and result.policy["without"] == table
 
 
@@ -291,7 +289,7 @@ def test_tables_of_a_part_that_was_not_downloaded_are_not_asked_for(tree: Tree) 
     for path in tree.dataset.rglob("*train*"):
         if path.is_file() and path.suffix in (".csv", ".txt", ".gz"):
             path.unlink()
-    assert keys(ct_rate_cases(tree.root, CtRateOptions())) == ["valid_1_a_1"]
+    assert keys(list_ct_rate_cases(tree.root, CtRateOptions())) == ["valid_1_a_1"]
 
 
 @pytest.mark.parametrize(
@@ -301,7 +299,7 @@ def test_a_damaged_table_is_an_error_that_names_it(tree: Tree, content: bytes) -
     path = tree.write() / "dataset/metadata/train_metadata.csv"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"train_metadata\.csv"):
-        ct_rate_cases(tree.root, CtRateOptions())
+        list_ct_rate_cases(tree.root, CtRateOptions())
 
 
 def test_a_name_that_is_none_is_an_error_with_its_place(tree: Tree) -> None:
@@ -315,12 +313,10 @@ def test_a_name_that_is_none_is_an_error_with_its_place(tree: Tree) -> None:
 
 def test_the_folder_may_be_given_with_or_without_dataset(tree: Tree) -> None:
     root = tree.write()
-    cases = [ct_rate_cases(path, CtRateOptions()).cases for path in (root, root / "dataset")]
+    cases = [list_ct_rate_cases(path, CtRateOptions()).cases for path in (root, root / "dataset")]
     assert [case.source for case in cases[0]] == [case.source for case in cases[1]]
     with pytest.raises(InputError, match=r"is no CT-RATE download.*metadata"):
-        ct_rate_cases(root / "dataset/train_fixed", CtRateOptions()) if False else ct_rate_cases(
-            _without_volumes(tree), CtRateOptions()
-        )
+        list_ct_rate_cases(_without_volumes(tree), CtRateOptions())
 
 
 def _without_volumes(tree: Tree) -> Path:
@@ -372,7 +368,7 @@ def test_no_volume_is_opened(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> Non
         return real(self, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Path, "open", watched)
-    assert len(ct_rate_cases(tree.root, CtRateOptions()).cases) == 3
+    assert len(list_ct_rate_cases(tree.root, CtRateOptions()).cases) == 3
 
 
 # What is left out
@@ -642,10 +638,10 @@ def test_what_a_worker_is_sent_is_small(tree: Tree) -> None:
 
 def test_what_goes_into_the_manifest_is_json(tree: Tree) -> None:
     tree.no_chest["train"] = ["train_1_b_1"]
-    found = read(tree)
-    assert len(found.cases) == 2
-    assert found.dropped["does not show the chest (no-chest list)"] == ("train_1_b_1",)
-    assert json.loads(json.dumps({**found.policy, "counts": found.counts}))["kernel"] == "soft"
+    result = read(tree)
+    assert len(result.cases) == 2
+    assert result.dropped["does not show the chest (no-chest list)"] == ("train_1_b_1",)
+    assert json.loads(json.dumps({**result.policy, "counts": result.counts}))["kernel"] == "soft"
 
 
 # Volumes
@@ -653,7 +649,8 @@ def test_what_goes_into_the_manifest_is_json(tree: Tree) -> None:
 
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    """Real volumes of one phantom: fixed, and as the first release has them with either intercept."""
+    """Real volumes of one phantom: fixed, and as the first release has them with either
+    intercept."""
     tree = Tree(tmp_path_factory.mktemp("volumes"))
     tree.add("train_1_a_1", 3)
     tree.add("train_2_a_1", 3, layout="v1", intercept=-1024)
@@ -664,7 +661,7 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Tree:
 
 
 def test_fixed_volumes_are_not_rescaled_again(volumes: Tree) -> None:
-    result = ct_rate_cases(volumes.root, CtRateOptions())
+    result = list_ct_rate_cases(volumes.root, CtRateOptions())
     assert by_key(result, "train_1_a_1").load.args[1].intercept == -1024  # type: ignore[attr-defined]
     made = sample(by_key(result, "train_1_a_1"))
     assert (made.meta.hu.slope, made.meta.hu.intercept) == (1, 0)
@@ -681,7 +678,7 @@ def test_fixed_volumes_are_not_rescaled_again(volumes: Tree) -> None:
 def test_the_first_release_gets_its_hu_and_its_place_from_the_metadata(
     volumes: Tree, key: str, slope: float, intercept: float
 ) -> None:
-    result = ct_rate_cases(volumes.root, CtRateOptions())
+    result = list_ct_rate_cases(volumes.root, CtRateOptions())
     fixed, first = sample(by_key(result, "train_1_a_1")), sample(by_key(result, key))
     assert (first.meta.hu.slope, first.meta.hu.intercept) == (slope, intercept)
     np.testing.assert_allclose(
@@ -698,7 +695,7 @@ def test_a_header_without_orientation_takes_it_from_the_metadata_too(volumes: Tr
     assert (int(blank.header["sform_code"]), int(blank.header["qform_code"])) == (0, 0)
     volumes.add("train_4_a_1", 3, layout="v1")
     nib.save(blank, volumes.path("train_4_a_1", "v1"))
-    result = ct_rate_cases(volumes.write(), CtRateOptions())
+    result = list_ct_rate_cases(volumes.write(), CtRateOptions())
     one, other = (
         by_key(result, key).load().volume.affine for key in ("train_4_a_1", "train_2_a_1")
     )
@@ -707,17 +704,18 @@ def test_a_header_without_orientation_takes_it_from_the_metadata_too(volumes: Tr
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_header_of_voxel_sizes_alone_tells_no_side(volumes: Tree, sign: int) -> None:
-    """Programs write it that know the spacing only; it claims an orientation, mostly the wrong one."""
+    """Programs write it that know the spacing only; it claims an orientation, mostly the wrong
+    one."""
     image = nib.load(volumes.path("train_1_a_1"))
     size = np.linalg.norm(image.affine[:3, :3], axis=0)
     volumes.add("train_5_a_1", 3, layout="v1")
     path = volumes.path("train_5_a_1", "v1")
     hu = np.asarray(image.dataobj)
     nib.save(nib.Nifti1Image(hu, np.diag([sign * size[0], sign * size[1], size[2], 1])), path)
-    case = by_key(ct_rate_cases(volumes.write(), CtRateOptions()), "train_5_a_1")
+    case = by_key(list_ct_rate_cases(volumes.write(), CtRateOptions()), "train_5_a_1")
     made, fixed = (
         sample(case),
-        sample(by_key(ct_rate_cases(volumes.root, CtRateOptions()), "train_1_a_1")),
+        sample(by_key(list_ct_rate_cases(volumes.root, CtRateOptions()), "train_1_a_1")),
     )
     assert np.abs(made.ct.astype(int) - fixed.ct).max() <= 1
     # Of another size than the metadata's, it is another volume.
@@ -739,10 +737,10 @@ def test_a_header_of_voxel_sizes_alone_tells_no_side(volumes: Tree, sign: int) -
     "column", ["ImagePositionPatient", "ImageOrientationPatient", "XYSpacing", "ZSpacing"]
 )
 def test_a_blank_header_without_metadata_is_refused(volumes: Tree, column: str) -> None:
-    kept = dict(volumes.metadata["train_2_a_1"])
+    metadata_row = dict(volumes.metadata["train_2_a_1"])
     volumes.metadata["train_2_a_1"][column] = "nan"
-    case = by_key(ct_rate_cases(volumes.write(), CtRateOptions()), "train_2_a_1")
-    volumes.metadata["train_2_a_1"] = kept
+    case = by_key(list_ct_rate_cases(volumes.write(), CtRateOptions()), "train_2_a_1")
+    volumes.metadata["train_2_a_1"] = metadata_row
     volumes.write()
     with pytest.raises(InputError, match=r"blank header.*left and right are unknown"):
         case.load()
@@ -750,7 +748,7 @@ def test_a_blank_header_without_metadata_is_refused(volumes: Tree, column: str) 
 
 def test_masks_come_with_their_volume(volumes: Tree) -> None:
     options = CtRateOptions(masks=MaskFolders(lesions=volumes.root / "masks"))
-    result = ct_rate_cases(volumes.root, options)
+    result = list_ct_rate_cases(volumes.root, options)
     made = sample(by_key(result, "train_1_a_1"))
     assert made.meta.lesions_annotated == phantom(3).lesions_annotated
     assert made.meta.lesions_source and made.lesions.any()
@@ -773,10 +771,12 @@ def test_the_downloads_own_totalsegmentator_masks_are_found(tree: Tree, tmp_path
 # Command line
 
 
-def test_options_come_from_the_command_line(tmp_path: Path) -> None:
+def test_options_come_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    assert options_from_arguments(parser.parse_args([])) == CtRateOptions()
+    add_ct_rate_options(parser)
+    assert options_from_namespace(CtRateOptions, parser.parse_args([])) == CtRateOptions()
     line = [
         "--ct-rate",
         "/x",
@@ -804,7 +804,8 @@ def test_options_come_from_the_command_line(tmp_path: Path) -> None:
     line += ["--without", "reports", "no-chest", "--require-all"]
     given = parser.parse_args(line)
     assert given.ct_rate == Path("/x")
-    assert options_from_arguments(given, 2.5) == CtRateOptions(
+    options = options_from_namespace(CtRateOptions, given, grid_spacing_mm=2.5)
+    assert options == CtRateOptions(
         splits=("valid",),
         layout="v1",
         reconstructions="all",
@@ -817,5 +818,6 @@ def test_options_come_from_the_command_line(tmp_path: Path) -> None:
         require_all=True,
         limit=3,
     )
-    with pytest.raises(UserError, match="--limit"):
-        options_from_arguments(parser.parse_args(["--limit", "0"]))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--limit", "0"])
+    assert "--limit: must be at least 1, not 0" in capsys.readouterr().err

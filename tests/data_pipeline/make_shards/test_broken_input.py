@@ -1,4 +1,5 @@
-"""Broken input: each kind is set aside with its file, reason, expectation and finding, and the rest is untouched."""
+"""Broken input: each kind is set aside with its file, reason, expectation and finding, and the rest
+is untouched."""
 
 import gzip
 import json
@@ -16,9 +17,10 @@ import pytest
 from numpy.typing import NDArray
 
 from data_pipeline.cases import Case
-from data_pipeline.ct_rate.cases import CtRateOptions, ct_rate_cases
+from data_pipeline.ct_rate.cases import list_ct_rate_cases
+from data_pipeline.ct_rate.options import CtRateOptions
+from data_pipeline.make_shards.shard_folder import PreprocessResult, preprocess
 from data_pipeline.masks.mask_folders import MaskFolders
-from data_pipeline.preprocess import PreprocessResult, preprocess
 from rectvlm.data.shards import read_index
 from rectvlm.data.store import ShardStore
 from rectvlm.data.volume import read_volume
@@ -114,7 +116,8 @@ def picture(low: float, high: float) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Broken:
-    """A kind of broken input, and what the quarantine list must say of it; `found` and `expected` are patterns."""
+    """A kind of broken input, and what the quarantine list must say of it; `found` and `expected`
+    are patterns."""
 
     name: str
     damage: Callable[[Files], object] | None
@@ -264,7 +267,8 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """All kinds between good cases, in one run as users start it; and the good ones in a run of their own."""
+    """All kinds between good cases, in one run as users start it; and the good ones in a run of
+    their own."""
     root = tmp_path_factory.mktemp("broken")
     kinds = dict(zip(_bad_places(), KINDS, strict=True))
     tree = small_tree(root / "ct", len(KINDS) + len(GOOD) + 1, 1)
@@ -285,7 +289,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     options = CtRateOptions(
         masks=MaskFolders(lesions=root / "ct/lesions", regions=root / "ct/regions")
     )
-    cases = ct_rate_cases(tree.write(), options).cases
+    cases = list_ct_rate_cases(tree.write(), options).cases
     assert [case.key for case in cases] == [*names, "valid_1_a_1"]
     # Files break after they were listed: then also what a listing would not show comes to a worker.
     cases = [_broken(case, kinds.get(n), files.get(case.key)) for n, case in enumerate(cases)]

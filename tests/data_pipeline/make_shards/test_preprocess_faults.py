@@ -1,7 +1,8 @@
-"""Preprocessing that is killed, stopped, or whose disk fails: the same command then ends as if nothing had been.
+"""Preprocessing that is killed, stopped, or whose disk fails: the same command then ends as if
+nothing had been.
 
-The quick tests start a run as a copy of a process that holds the libraries, which takes no time; the slow ones give
-the command as a user does.
+The quick tests start a run as a copy of a process that holds the libraries, which takes no time;
+the slow ones give the command as a user does.
 """
 
 import os
@@ -21,8 +22,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data_pipeline.make_shards.shard_folder import preprocess
 from data_pipeline.make_shards.workers import worker_context
-from data_pipeline.preprocess import main, preprocess
+from data_pipeline.preprocess import main
 from rectvlm.data.shards import read_index
 from rectvlm.types import UserError
 from tests.preprocess_run import preprocess_small
@@ -181,7 +183,8 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(
 def test_files_that_may_not_grow_stop_the_run(
     unbroken: Unbroken, tmp_path: Path, limit: int
 ) -> None:
-    """The system's limit as a full disk, which works on every machine: in a record, in a sample, at a shard's end."""
+    """The system's limit as a full disk, which works on every machine: in a record, in a sample, at
+    a shard's end."""
     out, log = tmp_path / "out", tmp_path / "log"
     process = start(out, log, limit=limit)
     process.join()

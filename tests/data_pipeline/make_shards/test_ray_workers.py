@@ -1,4 +1,5 @@
-"""Preprocessing on a real Ray cluster of two nodes on this machine: the same bytes, and no sample lost with a node."""
+"""Preprocessing on a real Ray cluster of two nodes on this machine: the same bytes, and no sample
+lost with a node."""
 
 import json
 import os
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 
 from data_pipeline.cases import Case
-from data_pipeline.ct_rate.cases import CtRateOptions, ct_rate_cases
+from data_pipeline.ct_rate.cases import list_ct_rate_cases
+from data_pipeline.ct_rate.options import CtRateOptions
 from data_pipeline.make_shards.ray_workers import RayRunner
+from data_pipeline.make_shards.shard_folder import preprocess
 from data_pipeline.masks.mask_folders import MaskFolders
-from data_pipeline.preprocess import preprocess
 from rectvlm.data.shards import read_index
 from rectvlm.types import UserError
 from tests.small_cases import (
@@ -69,7 +71,7 @@ def test_two_nodes_make_the_same_bytes_as_this_process(cluster: Any, tmp_path: P
     """The nodes get our code from the job: they were started where it cannot be found."""
     tree = small_tree(tmp_path / "ct", 6, 2)
     os.truncate(tree.path("train_2_a_1"), 3000)
-    cases = ct_rate_cases(
+    cases = list_ct_rate_cases(
         tree.root, CtRateOptions(masks=MaskFolders(lesions=tree.root / "lesions"))
     ).cases
     here = preprocess(cases, tmp_path / "here", GRID, SPACING, samples_per_shard=2)

@@ -1,4 +1,5 @@
-"""The coarse region map: lungs by side on phantoms and real CTs, and what must never happen, a swapped side."""
+"""The coarse region map: lungs by side on phantoms and real CTs, and what must never happen, a
+swapped side."""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -13,11 +14,13 @@ from numpy.typing import NDArray
 from data_pipeline.cases import Case, CaseData, case_to_sample
 from data_pipeline.masks.coarse_regions import estimate_coarse_regions
 from rectvlm.config import Config
-from rectvlm.data.loader import collate_samples
-from rectvlm.data.volume import Volume, canonical_affine, read_volume, resample_to_grid, to_hu
+from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
+from rectvlm.data.dataset import collate_samples
+from rectvlm.data.hounsfield import to_hu
+from rectvlm.data.volume import read_volume
 from rectvlm.labels import LESIONS, REGION_BY_NAME
 from rectvlm.phantom.phantom import make_phantom
-from rectvlm.types import COARSE_REGIONS_SOURCE
+from rectvlm.types import COARSE_REGIONS_SOURCE, Volume
 
 TINY = ((32, 64, 64), (8.0, 5.5, 5.5))
 FINE = ((64, 144, 144), (4.5, 2.5, 2.5))
@@ -146,7 +149,7 @@ def load_phantom(seed: int, with_map: bool) -> CaseData:
     made = make_phantom(seed)
     regions = Volume(made.regions, made.affine, "map") if with_map else None
     return CaseData(
-        Volume(made.hu, made.affine, "ct"),
+        volume=Volume(made.hu, made.affine, "ct"),
         regions=regions,
         regions_source="drawn" if with_map else None,
     )
@@ -169,7 +172,7 @@ def test_a_case_gets_a_coarse_map_only_on_request_and_only_without_one_of_its_ow
 def test_lobes_of_a_coarse_map_are_never_put_into_words(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rectvlm.models.rectvlm import RectVLM
+    from rectvlm.models.rectvlm import describe_batch_cues
 
     sample = case_to_sample(case(True), *TINY)
     nodule = next(lesion for lesion in LESIONS if lesion.key == "lung_nodule")
@@ -184,9 +187,7 @@ def test_lobes_of_a_coarse_map_are_never_put_into_words(
     batch = collate_samples([replace(sample, lesions=mask, meta=meta) for meta in metas])
     assert batch.regions_known.all()
     suggested = torch.ones_like(batch.labels)
-    told, coarse = RectVLM._describe_batch_cues(
-        None, batch, suggested, batch.lesions, batch.regions_known
-    )  # type: ignore[arg-type]
+    told, coarse = describe_batch_cues(batch, suggested, batch.lesions)
     assert (
         "right lower lobe" in told
         and "lobe" not in coarse

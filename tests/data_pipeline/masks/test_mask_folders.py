@@ -1,4 +1,5 @@
-"""Masks beside a data set, through real files: each lands on its side, and what no one outlined is never negative."""
+"""Masks beside a data set, through real files: each lands on its side, and what no one outlined is
+never negative."""
 
 import gzip
 import json
@@ -11,22 +12,24 @@ import pytest
 from numpy.typing import NDArray
 
 from data_pipeline.cases import Case, CaseData, case_to_sample
-from data_pipeline.masks.mask_folders import CaseMasks, MaskFolders
-from data_pipeline.preprocess import preprocess
+from data_pipeline.make_shards.shard_folder import preprocess
+from data_pipeline.masks.mask_files import CaseMaskFiles
+from data_pipeline.masks.mask_folders import MaskFolders
 from rectvlm.config import load_config
-from rectvlm.data.loader import collate_samples
-from rectvlm.data.volume import Volume, read_volume
+from rectvlm.data.dataset import collate_samples
+from rectvlm.data.volume import read_volume
 from rectvlm.labels import LESION_BY_KEY, LESIONS
 from rectvlm.models.localizer import LocalizerOutput
-from rectvlm.train.objectives import LesionPresence, LesionTargets, localization_loss
-from rectvlm.types import InputError, Sample, UserError
+from rectvlm.train.localization_loss import LesionPresence, LesionTargets, localization_loss
+from rectvlm.types import InputError, Sample, UserError, Volume
 from tests.ct_rate_tree import phantom
 from tests.grids import ORDERS, dice, grid_over, regrid, reorder, save
 
 GRID, SPACING = (32, 64, 64), (8.0, 5.5, 5.5)
 KEY = "train_1_a_1"
 DRAWN = ("pleural_effusion", "consolidation", "ground_glass_opacity")
-"""The lesions of phantom 0: right pleural effusion, left consolidation, right ground-glass opacity."""
+"""The lesions of phantom 0: right pleural effusion, left consolidation, right ground-glass
+opacity."""
 
 
 def bit(array: NDArray, key: str) -> NDArray:
@@ -34,21 +37,12 @@ def bit(array: NDArray, key: str) -> NDArray:
 
 
 def ct() -> Volume:
-    one = phantom(0)
-    return Volume(one.hu, one.affine, "ct.nii.gz")
+    chest = phantom(0)
+    return Volume(chest.hu, chest.affine, "ct.nii.gz")
 
 
-def loaded(masks: CaseMasks) -> CaseData:
-    found = masks.load(ct())
-    return CaseData(
-        ct(),
-        lesions=found.lesions,
-        lesions_annotated=found.lesions_annotated,
-        lesions_partial=found.lesions_partial,
-        lesions_source=found.lesions_source,
-        regions=found.regions,
-        regions_source=found.regions_source,
-    )
+def loaded(masks: CaseMaskFiles) -> CaseData:
+    return CaseData(**vars(masks.load(ct())), volume=ct())
 
 
 def sample(folders: MaskFolders) -> Sample:
@@ -59,10 +53,12 @@ def sample(folders: MaskFolders) -> Sample:
 
 
 def truth() -> Sample:
-    one = phantom(0)
+    chest = phantom(0)
     everything = dict.fromkeys(LESION_BY_KEY, True)
     whole = CaseData(
-        ct(), lesions=[Volume(one.lesions, one.affine, "truth")], lesions_annotated=everything
+        volume=ct(),
+        lesions=[Volume(chest.lesions, chest.affine, "truth")],
+        lesions_annotated=everything,
     )
     return case_to_sample(
         Case(KEY, "train", "train_1", "phantom", lambda: whole, ("a",)), GRID, SPACING
@@ -71,15 +67,15 @@ def truth() -> Sample:
 
 def turned(key: str, order: int, dtype: type = np.uint8, value: int = 1) -> tuple[NDArray, NDArray]:
     """A lesion of the phantom in one of the 48 axis orders."""
-    one = phantom(0)
-    return reorder((bit(one.lesions, key) * value).astype(dtype), one.affine, *ORDERS[order])
+    chest = phantom(0)
+    return reorder((bit(chest.lesions, key) * value).astype(dtype), chest.affine, *ORDERS[order])
 
 
 def on_its_side(made: Sample, key: str, least: float) -> None:
     """A mask lies where the phantom's lesion lies, and not on the mirrored place."""
-    found, wanted = bit(made.lesions, key), bit(truth().lesions, key)
-    assert dice(found, wanted) >= least
-    assert dice(found[:, :, ::-1], wanted) < 0.35
+    made_bits, wanted = bit(made.lesions, key), bit(truth().lesions, key)
+    assert dice(made_bits, wanted) >= least
+    assert dice(made_bits[:, :, ::-1], wanted) < 0.35
 
 
 # Places and sides
@@ -117,10 +113,10 @@ def test_a_mask_lands_on_the_same_voxels_from_every_axis_order(tmp_path: Path, o
 def test_a_mask_on_another_grid_lands_on_its_place(
     tmp_path: Path, angles: tuple, spacing: float
 ) -> None:
-    one = phantom(0)
+    chest = phantom(0)
     for number, key in enumerate(DRAWN):
-        grid, shape = grid_over(one.affine, one.hu.shape, spacing + number, angles)
-        drawn = regrid(bit(one.lesions, key), one.affine, grid, shape)
+        grid, shape = grid_over(chest.affine, chest.hu.shape, spacing + number, angles)
+        drawn = regrid(bit(chest.lesions, key), chest.affine, grid, shape)
         save(tmp_path / KEY / f"{key}.nii.gz", *reorder(drawn, grid, *ORDERS[11 * number + 3]))
     made = sample(MaskFolders(lesions=tmp_path))
     for key in DRAWN:
@@ -136,9 +132,9 @@ def test_files_of_one_lesion_and_of_several_sources_unite(tmp_path: Path) -> Non
     assert half.any() and (array - half).any()
     on_its_side(sample(MaskFolders(lesions=tmp_path)), "consolidation", 1)
     # A nodule map on a coarser grid of its own, united with them.
-    one = phantom(0)
-    grid, shape = grid_over(one.affine, one.hu.shape, 5)
-    nodule = regrid(bit(one.lesions, "ground_glass_opacity"), one.affine, grid, shape) * 2
+    chest = phantom(0)
+    grid, shape = grid_over(chest.affine, chest.hu.shape, 5)
+    nodule = regrid(bit(chest.lesions, "ground_glass_opacity"), chest.affine, grid, shape) * 2
     save(tmp_path / "ts/ts_lung_nodules" / f"{KEY}.nii.gz", nodule.astype(np.uint8), grid)
     both = sample(MaskFolders(lesions=tmp_path, ts_seg=tmp_path / "ts"))
     on_its_side(both, "consolidation", 1)
@@ -270,7 +266,8 @@ def test_an_empty_mask_says_absent_and_a_missing_one_says_nothing(tmp_path: Path
 
 
 def test_a_mask_of_a_part_of_the_volume_says_nothing_of_the_rest(tmp_path: Path) -> None:
-    """A box around a lesion, or the upper half of the chest: what is drawn is sure, what is empty is unknown."""
+    """A box around a lesion, or the upper half of the chest: what is drawn is sure, what is empty
+    is unknown."""
     array, affine = turned("consolidation", 0)
     where = np.argwhere(array)
     low, high = where.min(0) - 1, where.max(0) + 2
@@ -300,21 +297,22 @@ def test_a_mask_cut_to_the_body_still_says_what_is_absent(tmp_path: Path) -> Non
 
 
 def test_what_no_one_outlined_moves_no_loss(tmp_path: Path) -> None:
-    """From files to the loss: logits may be anything where a lesion is unknown, and nothing changes."""
+    """From files to the loss: logits may be anything where a lesion is unknown, and nothing
+    changes."""
     import torch
 
     array, affine = turned("consolidation", 0)
     save(tmp_path / KEY / "consolidation.nii.gz", array, affine)
     batch = collate_samples([sample(MaskFolders(lesions=tmp_path))])
     logits = torch.zeros(1, len(LESIONS), *batch.lesions.shape[1:], requires_grad=True)
-    found = LocalizerOutput(
+    localizer_output = LocalizerOutput(
         logits, logits[..., ::2], logits[..., ::4], logits.mean((2, 3, 4)), torch.zeros(())
     )
     outlines = LesionTargets(batch.lesions, batch.lesions_annotated, batch.lesions_partial & False)
     unlabelled = torch.zeros_like(batch.lesions_annotated)
     terms = load_config("tiny").train.localization_loss_weights
     localization_loss(
-        found, outlines, LesionPresence(unlabelled, unlabelled), terms
+        localizer_output, outlines, LesionPresence(unlabelled, unlabelled), terms
     ).value.backward()
     assert logits.grad is not None
     moved_by = {lesion.key for lesion in LESIONS if logits.grad[0, lesion.bit].any()}
@@ -327,13 +325,13 @@ def test_the_files_of_a_case_are_its_identity(tmp_path: Path) -> None:
     save(tmp_path / "t/ts_total/train_fixed/train_1/train_1_a" / f"{KEY}.nii.gz", array, affine)
     save(tmp_path / "t/ts_lung_nodules" / f"{KEY}.nii", array, affine)
     save(tmp_path / "r" / KEY / "heart.nii.gz", array, affine)
-    found = (
+    mask_paths = (
         MaskFolders(lesions=tmp_path / "l", ts_seg=tmp_path / "t", regions=tmp_path / "r")
         .find_masks(KEY)
         .paths
     )
-    assert {path.relative_to(tmp_path).parts[0] for path in found} == {"l", "t", "r"} and len(
-        found
+    assert {path.relative_to(tmp_path).parts[0] for path in mask_paths} == {"l", "t", "r"} and len(
+        mask_paths
     ) == 3
     assert (
         not MaskFolders(lesions=tmp_path / "l", ts_seg=tmp_path / "t")

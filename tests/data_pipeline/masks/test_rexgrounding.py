@@ -1,4 +1,5 @@
-"""ReXGroundingCT: which findings are a lesion, what its partial outlines say, and whom it keeps out of training."""
+"""ReXGroundingCT: which findings are a lesion, what its partial outlines say, and whom it keeps out
+of training."""
 
 import gzip
 import json
@@ -14,14 +15,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from data_pipeline.cases import case_to_sample
-from data_pipeline.ct_rate.cases import CtRateOptions, ct_rate_cases
+from data_pipeline.ct_rate.cases import list_ct_rate_cases
+from data_pipeline.ct_rate.options import CtRateOptions
 from data_pipeline.masks import rexgrounding
-from data_pipeline.masks.mask_folders import LoadedMasks, MaskFolders
+from data_pipeline.masks.loaded_masks import LoadedMasks
+from data_pipeline.masks.mask_folders import MaskFolders
 from data_pipeline.masks.rexgrounding import infer_lesions
-from rectvlm.data.loader import collate_samples
-from rectvlm.data.volume import Volume
+from rectvlm.data.dataset import collate_samples
 from rectvlm.labels import LESION_BY_KEY, LESIONS
-from rectvlm.types import InputError, UserError
+from rectvlm.types import InputError, UserError, Volume
 from tests.ct_rate_tree import Tree, _lps, phantom
 from tests.grids import dice, reorder
 
@@ -51,7 +53,8 @@ def truth() -> NDArray:
 
 
 def stack(findings: Sequence[tuple[str, str]] = FINDINGS, empty: Sequence[int] = ()) -> NDArray:
-    """(finding, i, j, k), instances by number; the mask of a finding that is none of ours covers a corner."""
+    """(finding, i, j, k), instances by number; the mask of a finding that is none of ours covers a
+    corner."""
     array = np.zeros((len(findings), *ct().array.shape), np.uint8)
     array[:, :20, :20, :20] = 1
     for number, key in SHOWN.items():
@@ -149,7 +152,7 @@ def test_partial_outlines_reach_the_batch_as_such(tmp_path: Path) -> None:
     options = CtRateOptions(
         masks=MaskFolders(rexgrounding=_with_a_held_out_case(write(tmp_path / "rex", stack())))
     )
-    result = ct_rate_cases(tree.write(), options)
+    result = list_ct_rate_cases(tree.write(), options)
     made = case_to_sample(result.cases[0], (32, 64, 64), (8.0, 5.5, 5.5))
     batch = collate_samples([made])
     drawn = [lesion.key in SHOWN.values() for lesion in LESIONS]
@@ -273,7 +276,8 @@ def test_blocks_types_and_packing_make_no_difference(
 
 
 def test_a_volume_in_another_voxel_order_is_refused(tmp_path: Path) -> None:
-    """The mask's own header is of no use, so its voxels are those of the released file or nobody knows whose."""
+    """The mask's own header is of no use, so its voxels are those of the released file or nobody
+    knows whose."""
     folder = write(tmp_path, stack())
     volume = ct()
     for order, flips in (((0, 1, 2), (True, False, False)), ((1, 0, 2), (False, False, False))):
@@ -385,7 +389,7 @@ def test_patients_of_its_other_parts_stay_out_of_training_by_its_own_tables(tmp_
     (rex / "MICCAI_challenge_dataset.json").write_text(
         json.dumps({"test": [row(name="train_3_a_1")]})
     )
-    result = ct_rate_cases(tree.write(), CtRateOptions(masks=MaskFolders(rexgrounding=rex)))
+    result = list_ct_rate_cases(tree.write(), CtRateOptions(masks=MaskFolders(rexgrounding=rex)))
     assert [case.key for case in result.cases] == ["train_2_a_1", "valid_1_a_1"]
     held = result.dropped["patient of the validation or test part of ReXGroundingCT"]
     assert held == (KEY, "train_1_b_1", "train_3_a_1")

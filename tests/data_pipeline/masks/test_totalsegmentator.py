@@ -1,4 +1,5 @@
-"""TotalSegmentator's outputs: each class goes to its region, in either numbering, and left never becomes right."""
+"""TotalSegmentator's outputs: each class goes to its region, in either numbering, and left never
+becomes right."""
 
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from data_pipeline.masks.totalsegmentator import (
     read_regions,
     region_of_class,
 )
-from rectvlm.data.volume import Volume, canonical_affine, resample_to_grid
+from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
 from rectvlm.labels import LESION_BY_KEY, REGION_BY_NAME, REGIONS
 from rectvlm.lesion_places import locate_lesions
-from rectvlm.types import InputError
+from rectvlm.types import InputError, Volume
 from tests.ct_rate_tree import phantom
 from tests.grids import ORDERS, dice, grid_over, regrid, reorder, save
 
@@ -90,8 +91,8 @@ def as_classes(regions: NDArray, numbers: dict[str, int] = TS) -> NDArray:
 
 
 def ct() -> Volume:
-    one = phantom(3)
-    return Volume(one.hu, one.affine, "ct.nii.gz")
+    chest = phantom(3)
+    return Volume(chest.hu, chest.affine, "ct.nii.gz")
 
 
 def named(path: Path, classes: dict[int, str]) -> Path:
@@ -199,9 +200,9 @@ def loaded(tmp_path: Path, **folders: Path) -> tuple[Volume | None, str | None]:
 
 
 def on_grid(regions: Volume) -> NDArray:
-    one = phantom(3)
+    chest = phantom(3)
     grid, spacing = (32, 64, 64), (8.0, 5.5, 5.5)
-    placed = canonical_affine(one.affine, one.hu.shape, one.hu, grid, spacing)
+    placed = canonical_affine(chest.affine, chest.hu.shape, chest.hu, grid, spacing)
     return resample_to_grid(regions.array, regions.affine, placed, grid, "labels")
 
 
@@ -214,16 +215,18 @@ def wanted() -> NDArray:
 def test_a_map_in_any_axis_order_keeps_its_sides(
     tmp_path_factory: pytest.TempPathFactory, order: tuple, old: bool, angle: float
 ) -> None:
-    one, folder = phantom(3), tmp_path_factory.mktemp("ts")
-    regions, affine = one.regions, one.affine
+    chest, folder = phantom(3), tmp_path_factory.mktemp("ts")
+    regions, affine = chest.regions, chest.affine
     if angle:
-        affine, shape = grid_over(one.affine, one.hu.shape, 4.0, (angle / 2, 0, angle))
-        regions = regrid(one.regions, one.affine, affine, shape)
+        affine, shape = grid_over(chest.affine, chest.hu.shape, 4.0, (angle / 2, 0, angle))
+        regions = regrid(chest.regions, chest.affine, affine, shape)
     array, turned = reorder(as_classes(regions, TS1 if old else TS), affine, *order)
     save(folder / "ts_total/train_fixed/train_1/train_1_a" / f"{KEY}.nii.gz", array, turned)
-    found, how = loaded(folder, ts_seg=folder)
-    assert found is not None and how == f"TotalSegmentator, version {1 if old else 2} classes"
-    got, truth = on_grid(found), wanted()
+    found_regions, how = loaded(folder, ts_seg=folder)
+    assert (
+        found_regions is not None and how == f"TotalSegmentator, version {1 if old else 2} classes"
+    )
+    got, truth = on_grid(found_regions), wanted()
     if not angle:
         both = np.isin(
             truth, [number for number, name in CLASS.items() if name in TS1] if old else range(21)
@@ -236,40 +239,42 @@ def test_a_map_in_any_axis_order_keeps_its_sides(
 
 
 def test_a_folder_with_one_file_a_class(tmp_path: Path) -> None:
-    one = phantom(3)
+    chest = phantom(3)
     for region in REGIONS:
         array, affine = reorder(
-            (one.regions == region.id).astype(np.float32), one.affine, *ORDERS[29]
+            (chest.regions == region.id).astype(np.float32), chest.affine, *ORDERS[29]
         )
         save(tmp_path / KEY / f"{CLASS[region.id]}.nii.gz", array, affine)
     save(
         tmp_path / KEY / "colon.nii.gz", np.ones((3, 3, 3), np.uint8), np.eye(4)
     )  # none of ours: never opened
-    found, how = loaded(tmp_path, regions=tmp_path)
-    assert found is not None and how == "one file a class"
-    np.testing.assert_array_equal(on_grid(found), wanted())
+    found_regions, how = loaded(tmp_path, regions=tmp_path)
+    assert found_regions is not None and how == "one file a class"
+    np.testing.assert_array_equal(on_grid(found_regions), wanted())
 
 
 def test_missing_classes_leave_nothing_and_move_no_other(tmp_path: Path) -> None:
-    one = phantom(3)
+    chest = phantom(3)
     for region in (1, 3, 4, 13):
         save(
             tmp_path / KEY / f"{CLASS[region]}.nii.gz",
-            (one.regions == region).astype(np.uint8),
-            one.affine,
+            (chest.regions == region).astype(np.uint8),
+            chest.affine,
         )
-    found, _ = loaded(tmp_path, regions=tmp_path)
-    assert found is not None
+    found_regions, _ = loaded(tmp_path, regions=tmp_path)
+    assert found_regions is not None
     truth = wanted()
-    np.testing.assert_array_equal(on_grid(found), np.where(np.isin(truth, (1, 3, 4, 13)), truth, 0))
+    np.testing.assert_array_equal(
+        on_grid(found_regions), np.where(np.isin(truth, (1, 3, 4, 13)), truth, 0)
+    )
 
 
 def test_a_lesion_beside_a_missing_lung_is_not_worded_by_the_other(tmp_path: Path) -> None:
     """The nearest lobe of a map without left lobes is a right one."""
-    one, spacing = phantom(3), (8.0, 5.5, 5.5)
+    chest, spacing = phantom(3), (8.0, 5.5, 5.5)
     truth = wanted()
-    placed = canonical_affine(one.affine, one.hu.shape, one.hu, truth.shape, spacing)
-    hu = resample_to_grid(one.hu, one.affine, placed, truth.shape, "ct")
+    placed = canonical_affine(chest.affine, chest.hu.shape, chest.hu, truth.shape, spacing)
+    hu = resample_to_grid(chest.hu, chest.affine, placed, truth.shape, "ct")
     for side, missing in (("left", (4, 5)), ("right", (1, 2, 3))):
         other = np.where(np.isin(truth, missing), 0, truth).astype(np.uint8)
         lesion = np.where(
@@ -280,25 +285,25 @@ def test_a_lesion_beside_a_missing_lung_is_not_worded_by_the_other(tmp_path: Pat
 
 
 def test_own_region_maps_count_before_the_downloads(tmp_path: Path) -> None:
-    one = phantom(3)
-    save(tmp_path / "ts/ts_total" / f"{KEY}.nii.gz", as_classes(one.regions), one.affine)
+    chest = phantom(3)
+    save(tmp_path / "ts/ts_total" / f"{KEY}.nii.gz", as_classes(chest.regions), chest.affine)
     save(
         tmp_path / "own" / f"{KEY}.nii",
-        as_classes(np.where(one.regions == 8, 0, one.regions)),
-        one.affine,
+        as_classes(np.where(chest.regions == 8, 0, chest.regions)),
+        chest.affine,
     )
     (tmp_path / "empty").mkdir()
-    found, _ = loaded(tmp_path, ts_seg=tmp_path / "ts", regions=tmp_path / "own")
-    assert found is not None and not (found.array == 8).any()
-    found, _ = loaded(tmp_path, ts_seg=tmp_path / "ts", regions=tmp_path / "empty")
-    assert found is not None and (found.array == 8).any()
+    found_regions, _ = loaded(tmp_path, ts_seg=tmp_path / "ts", regions=tmp_path / "own")
+    assert found_regions is not None and not (found_regions.array == 8).any()
+    found_regions, _ = loaded(tmp_path, ts_seg=tmp_path / "ts", regions=tmp_path / "empty")
+    assert found_regions is not None and (found_regions.array == 8).any()
     assert loaded(tmp_path, regions=tmp_path / "empty") == (None, None)
 
 
 def test_an_empty_map_is_no_map(tmp_path: Path) -> None:
     """Regions that no one outlined must not look like a chest without any."""
-    one = phantom(3)
-    save(tmp_path / f"{KEY}.nii.gz", np.zeros_like(one.regions), one.affine)
+    chest = phantom(3)
+    save(tmp_path / f"{KEY}.nii.gz", np.zeros_like(chest.regions), chest.affine)
     assert loaded(tmp_path, regions=tmp_path) == (None, None)
 
 
@@ -307,18 +312,19 @@ def test_an_empty_map_is_no_map(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [range(1, 21), (1, 2, 3, 13), (4, 5, 13), (14, 15), (13, 15)])
 def test_a_mirrored_map_is_refused(tmp_path: Path, kept: tuple[int, ...]) -> None:
-    """The array of an LPS file under an affine that says RAS: in the volume's box, on the wrong side."""
-    one = phantom(3)
-    regions = np.where(np.isin(one.regions, kept), one.regions, 0).astype(np.uint8)
-    axis = int(np.argmax(np.abs(one.affine[0, :3])))
+    """The array of an LPS file under an affine that says RAS: in the volume's box, on the wrong
+    side."""
+    chest = phantom(3)
+    regions = np.where(np.isin(chest.regions, kept), chest.regions, 0).astype(np.uint8)
+    axis = int(np.argmax(np.abs(chest.affine[0, :3])))
     path = named(
-        save(tmp_path / f"{KEY}.nii.gz", np.flip(as_classes(regions), axis), one.affine),
+        save(tmp_path / f"{KEY}.nii.gz", np.flip(as_classes(regions), axis), chest.affine),
         dict(TOTAL_V2),
     )
     with pytest.raises(InputError, match="has left and right exchanged") as error:
         loaded(tmp_path, regions=tmp_path)
     assert error.value.file == str(path) and "to the left of the" in error.value.expected
-    named(save(path, as_classes(regions), one.affine), dict(TOTAL_V2))
+    named(save(path, as_classes(regions), chest.affine), dict(TOTAL_V2))
     assert loaded(tmp_path, regions=tmp_path)[0] is not None
 
 
@@ -337,12 +343,12 @@ def test_a_mirrored_map_is_refused(tmp_path: Path, kept: tuple[int, ...]) -> Non
 def test_numbers_that_fit_both_versions_are_refused_unless_they_are_named(
     tmp_path: Path, kept: tuple[str, ...], numbers: dict[str, int]
 ) -> None:
-    one = phantom(3)
+    chest = phantom(3)
     ids = {region_of_class(name) for name in kept}
-    array = np.zeros_like(one.regions)
+    array = np.zeros_like(chest.regions)
     for name in kept:
-        array[one.regions == region_of_class(name)] = numbers.get(name, 0)
-    path = save(tmp_path / f"{KEY}.nii.gz", array, one.affine)
+        array[chest.regions == region_of_class(name)] = numbers.get(name, 0)
+    path = save(tmp_path / f"{KEY}.nii.gz", array, chest.affine)
     if numbers is TS and "lung_upper_lobe_left" in kept:
         # 10 and 11 of version 2: as large as a lung, so neither pancreas nor gland.
         assert set(np.unique(read_regions(path)[0].array)) == {0, *ids}
@@ -358,13 +364,13 @@ def test_numbers_that_fit_both_versions_are_refused_unless_they_are_named(
 
 
 def test_names_in_the_header_count_before_the_tables(tmp_path: Path) -> None:
-    one = phantom(3)
+    chest = phantom(3)
     mine = {1: "lung_upper_lobe_right", 2: "lung_lower_lobe_left", 3: "not_one_of_ours"}
-    array = np.zeros_like(one.regions)
-    array[one.regions == 1], array[one.regions == 5], array[one.regions == 7] = 1, 2, 3
-    found, _ = read_regions(named(save(tmp_path / "m.nii.gz", array, one.affine), mine))
+    array = np.zeros_like(chest.regions)
+    array[chest.regions == 1], array[chest.regions == 5], array[chest.regions == 7] = 1, 2, 3
+    found_regions, _ = read_regions(named(save(tmp_path / "m.nii.gz", array, chest.affine), mine))
     np.testing.assert_array_equal(
-        found.array, np.where(np.isin(one.regions, (1, 5)), one.regions, 0)
+        found_regions.array, np.where(np.isin(chest.regions, (1, 5)), chest.regions, 0)
     )
 
 
@@ -378,13 +384,13 @@ def test_numbers_that_are_no_class_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_class_or_on_two_grids_is_refused(tmp_path: Path) -> None:
-    one = phantom(3)
-    save(tmp_path / KEY / "Left_Lung.nii.gz", one.regions, one.affine)
+    chest = phantom(3)
+    save(tmp_path / KEY / "Left_Lung.nii.gz", chest.regions, chest.affine)
     with pytest.raises(InputError, match=r"has no anatomical class.*found Left_Lung"):
         loaded(tmp_path, regions=tmp_path)
-    save(tmp_path / KEY / "heart.nii.gz", (one.regions == 7).astype(np.uint8), one.affine)
+    save(tmp_path / KEY / "heart.nii.gz", (chest.regions == 7).astype(np.uint8), chest.affine)
     flipped, affine = reorder(
-        (one.regions == 8).astype(np.uint8), one.affine, (0, 1, 2), (True, False, False)
+        (chest.regions == 8).astype(np.uint8), chest.affine, (0, 1, 2), (True, False, False)
     )
     save(tmp_path / KEY / "aorta.nii.gz", flipped, affine)
     with pytest.raises(InputError, match="is on another grid than its neighbours"):
@@ -405,15 +411,15 @@ def lesions(tmp_path: Path) -> tuple[dict[str, bool], NDArray]:
 def test_lesion_tasks_say_present_or_absent_of_what_they_look_for_and_of_nothing_else(
     tmp_path: Path,
 ) -> None:
-    one = phantom(3)
-    effusion = one.lesions >> LESION_BY_KEY["pleural_effusion"].bit & 1
+    chest = phantom(3)
+    effusion = chest.lesions >> LESION_BY_KEY["pleural_effusion"].bit & 1
     fluid = np.where(
-        effusion > 0, np.uint8(2), (np.isin(one.regions, (1, 2, 3, 4, 5))).astype(np.uint8)
+        effusion > 0, np.uint8(2), (np.isin(chest.regions, (1, 2, 3, 4, 5))).astype(np.uint8)
     )
     save(
         tmp_path / "ts_pleural_pericard_effusion/train_fixed/train_1/train_1_a" / f"{KEY}.nii.gz",
         fluid,
-        one.affine,
+        chest.affine,
     )
     annotated, union = lesions(tmp_path)
     assert {key for key, value in annotated.items() if value} == {
@@ -421,8 +427,8 @@ def test_lesion_tasks_say_present_or_absent_of_what_they_look_for_and_of_nothing
         "pericardial_effusion",
     }
     np.testing.assert_array_equal(union, effusion << LESION_BY_KEY["pleural_effusion"].bit)
-    lung = np.isin(one.regions, (1, 2, 3, 4, 5)).astype(np.uint8)
-    save(tmp_path / "ts_lung_nodules" / f"{KEY}.nii.gz", lung, one.affine)
+    lung = np.isin(chest.regions, (1, 2, 3, 4, 5)).astype(np.uint8)
+    save(tmp_path / "ts_lung_nodules" / f"{KEY}.nii.gz", lung, chest.affine)
     annotated, union = lesions(tmp_path)
     assert (
         annotated["lung_nodule"]
@@ -434,8 +440,8 @@ def test_lesion_tasks_say_present_or_absent_of_what_they_look_for_and_of_nothing
 
 def test_a_file_of_another_task_says_nothing_of_the_lesions(tmp_path: Path) -> None:
     """Without nodules among its classes, it was never asked for nodules."""
-    one = phantom(3)
-    path = save(tmp_path / "m.nii.gz", as_classes(one.regions), one.affine)
+    chest = phantom(3)
+    path = save(tmp_path / "m.nii.gz", as_classes(chest.regions), chest.affine)
     with pytest.raises(InputError, match="numbers that are no class"):
         read_lesions(path, "ts_lung_nodules")
     with pytest.raises(
@@ -443,7 +449,7 @@ def test_a_file_of_another_task_says_nothing_of_the_lesions(tmp_path: Path) -> N
     ):
         read_lesions(named(path, dict(TOTAL_V2)), "ts_lung_nodules")
     few = named(
-        save(tmp_path / "n.nii.gz", (one.regions == 1).astype(np.uint8), one.affine),
+        save(tmp_path / "n.nii.gz", (chest.regions == 1).astype(np.uint8), chest.affine),
         {1: "pleural_effusion"},
     )
     assert read_lesions(few, "ts_pleural_pericard_effusion")[1] == {"pleural_effusion"}

@@ -13,18 +13,16 @@ import pytest
 from matplotlib.colors import to_rgb
 from rich.console import Console
 
+from data_pipeline.verify.contact_sheet import draw_contact_sheet, read_sheet_samples
 from data_pipeline.verify.statistics import (
     DatasetStatistics,
-    build_tables,
+    NativeSampling,
     count_hu,
     measure_native_sampling,
     pick_evenly,
 )
-from data_pipeline.verify.statistics_figures import (
-    _read_sheet_samples,
-    draw_contact_sheet,
-    write_statistics,
-)
+from data_pipeline.verify.statistics_figures import write_statistics
+from data_pipeline.verify.statistics_tables import build_tables
 from data_pipeline.verify.verify import main, verify_shards
 from rectvlm.data.shards import read_index, read_sample, write_shards
 from rectvlm.data.store import ShardStore
@@ -36,7 +34,8 @@ PICTURES = {"labels.png", "sampling.png", "hu.png", "lesions.png", "contact_shee
 
 @pytest.fixture(scope="module")
 def samples(phantom_shards: Path) -> list[Sample]:
-    """Phantoms; two share a scan, two lack labels, one its report; one was outlined in part and one not at all."""
+    """Phantoms; two share a scan, two lack labels, one its report; one was outlined in part and one
+    not at all."""
     made = [
         read_sample(phantom_shards, entry)
         for entry in read_index(phantom_shards).select_split(None)
@@ -152,10 +151,10 @@ def test_sampling_is_that_of_the_files(
         sizes = nib.affines.voxel_sizes(np.array(sample.meta.geometry.native_affine))
         # Phantoms have thick slices of many voxels: the axis with fewest voxels is the one between slices.
         along = int(np.argmin(sample.meta.geometry.native_shape))
-        assert facts.slice_count == min(sample.meta.geometry.native_shape)
-        assert facts.matrix_size == max(sample.meta.geometry.native_shape)
-        assert facts.native_spacing_mm[1] == pytest.approx(sizes[along])
-        assert facts.native_spacing_mm[0] == pytest.approx((sizes.sum() - sizes[along]) / 2)
+        assert facts.native_sampling.slice_count == min(sample.meta.geometry.native_shape)
+        assert facts.native_sampling.matrix_size == max(sample.meta.geometry.native_shape)
+        assert facts.native_sampling.slice_spacing_mm == pytest.approx(sizes[along])
+        assert facts.native_sampling.in_plane_mm == pytest.approx((sizes.sum() - sizes[along]) / 2)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
@@ -166,7 +165,9 @@ def test_slices_are_counted_from_feet_to_head_whatever_the_order_of_axes(
     affine = (turn @ np.diag([-0.7, 0.9, 3.0, 1.0]))[:, [*order, 3]]
     shape = tuple(np.array([512, 400, 90])[list(order)].tolist())
     geometry = GridGeometry(np.eye(4).tolist(), shape, affine.tolist())  # type: ignore[arg-type]
-    assert measure_native_sampling(geometry) == (pytest.approx(0.8), pytest.approx(3.0), 512, 90)
+    assert measure_native_sampling(geometry) == NativeSampling(
+        pytest.approx(0.8), pytest.approx(3.0), 512, 90
+    )
 
 
 def test_hu_is_counted_by_split(statistics: DatasetStatistics, samples: list[Sample]) -> None:
@@ -254,13 +255,14 @@ def test_pictures_of_one_split_and_of_a_sample_that_cannot_be_read(
         tmp_path / "some",
     )
     assert {path.name for path in written} == PICTURES | {"stats.json"}
-    assert _read_sheet_samples([gone], ShardStore(shards)) == []
+    assert read_sheet_samples([gone], ShardStore(shards)) == []
 
 
 def test_the_contact_sheet_has_right_at_the_left_and_each_outline_in_its_colour(
     shards: Path,
 ) -> None:
-    """A CT bright in the patient's left half alone, with a nodule there: both must be at the right of the picture."""
+    """A CT bright in the patient's left half alone, with a nodule there: both must be at the right
+    of the picture."""
     index = read_index(shards)
     sample = read_sample(shards, index.select_split("train")[0])
     middle = sample.ct.shape[2] // 2

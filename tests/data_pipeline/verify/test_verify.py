@@ -1,9 +1,12 @@
-"""Verify reads everything back: sound shards pass, and whatever is wrong is named with its place, once."""
+"""Verify reads everything back: sound shards pass, and whatever is wrong is named with its place,
+once."""
 
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,15 +22,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.preprocess import preprocess
-from data_pipeline.verify import verify as module
-from data_pipeline.verify.sample_checks import VerificationIssue
+from data_pipeline.make_shards.shard_folder import preprocess
+from data_pipeline.verify import verify as verify_module
+from data_pipeline.verify.issues import VerificationIssue
 from data_pipeline.verify.verify import VerificationResult, main, verify_shards
 from rectvlm.data.sample import preprocessing_versions
 from rectvlm.data.shard_manifest import (
     ShardManifest,
     dump_manifest,
-    find_lesion_bits,
     read_manifest,
     sum_counts,
 )
@@ -43,9 +45,11 @@ from rectvlm.data.shards import (
 )
 from rectvlm.data.volume_codec import encode_volume
 from rectvlm.labels import REGION_BY_NAME
+from rectvlm.lesion_bits import present_lesions
 from rectvlm.types import Sample, UserError
 from tests.small_cases import GRID, SPACING, small_cases
 
+CHECKOUT = Path(__file__).parents[3]
 SHARDS = ["train-000000.tar", "train-000001.tar", "valid-000000.tar"]
 Tree = dict[str, Any]
 
@@ -72,16 +76,18 @@ def faults(place: Path | str, **options: Any) -> list[VerificationIssue]:
 def close(folder: Path, written: Sequence[WrittenShard]) -> None:
     """Index and manifest as `write_index` makes them, of whatever it would refuse, too."""
     counts = {
-        split: sum_counts([one.counts for one in written if one.facts.split == split])
+        split: sum_counts([shard.counts for shard in written if shard.facts.split == split])
         for split in ("train", "valid")
     }
     old = read_manifest(folder)
     manifest = ShardManifest(
-        [one.facts for one in written], counts, preprocessing_versions(), old.provenance
+        [item.facts for item in written], counts, preprocessing_versions(), old.provenance
     )
     state(
         folder,
-        ShardIndex(GRID, SPACING, [IndexedShard(one.facts.name, one.samples) for one in written]),
+        ShardIndex(
+            GRID, SPACING, [IndexedShard(item.facts.name, item.samples) for item in written]
+        ),
         manifest,
     )
 
@@ -96,15 +102,16 @@ def state(folder: Path, index: ShardIndex, manifest: ShardManifest) -> None:
 
 
 def rewrite(folder: Path, change: Callable[[Sample], PackedSample]) -> None:
-    """Write all shards anew with the first sample changed; checksums, offsets and counts are those of the result."""
+    """Write all shards anew with the first sample changed; checksums, offsets and counts are those
+    of the result."""
     index = read_index(folder)
     written = []
     for shard in index.shards:
         samples = [read_sample(folder, entry) for entry in shard.samples]
-        packed = [change(one) if one.meta.key == "small_0" else packing(one) for one in samples]
-        one = write_shard(packed, folder, shard.name)
-        assert one is not None
-        written.append(one)
+        packed = [change(item) if item.meta.key == "small_0" else packing(item) for item in samples]
+        item = write_shard(packed, folder, shard.name)
+        assert item is not None
+        written.append(item)
     close(folder, written)
 
 
@@ -115,7 +122,7 @@ def packing(sample: Sample, tree: Tree | None = None, **members: bytes) -> Packe
     arrays = {name: encode_volume(getattr(sample, name)) for name in ("ct", "lesions", "regions")}
     data = json.dumps(tree, separators=(",", ":")).encode()
     return PackedSample(
-        sample.meta, {**arrays, "json": data, **members}, find_lesion_bits(sample.lesions)
+        sample.meta, {**arrays, "json": data, **members}, present_lesions(sample.lesions)
     )
 
 
@@ -152,10 +159,15 @@ def test_exit_codes(
         main([str(shards), "--sample", "0"])
 
 
+def test_the_module_run_as_a_command_exits_with_1_on_a_fault(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "data_pipeline.verify", str(tmp_path)]
+    assert subprocess.run(command, cwd=CHECKOUT, capture_output=True).returncode == 1
+
+
 def test_the_configuration_names_the_folder(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made.parent)
     assert main(["--config", "tiny"]) == 1  # none are there
-    shutil.copytree(made, made.parent / module.config.load_config("tiny").data.shards)
+    shutil.copytree(made, made.parent / verify_module.load_config("tiny").data.shards)
     assert main(["--config", "tiny"]) == 0
 
 
@@ -175,20 +187,22 @@ def flippable(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255)
 )
 def test_any_other_byte_is_found(flippable: Path, name: str, where: float, flip: int) -> None:
-    """Not one byte is harmless: tars have checksums in the manifest, the manifest has its own in the index, and all
-    that the index says is compared with the tars, its spelling included."""
+    """Not one byte is harmless: tars have checksums in the manifest, the manifest has its own in
+    the index, and all that the index says is compared with the tars, its spelling included."""
     path = flippable / name
     sound = path.read_bytes()
     data = bytearray(sound)
     data[int(where * len(data))] ^= flip
     try:
         path.write_bytes(data)
-        found = faults(flippable)
-        assert found and all(remark.expected and remark.found for remark in found)
+        found_issues = faults(flippable)
+        assert found_issues and all(issue.expected and issue.found for issue in found_issues)
         if name in SHARDS:
-            assert {remark.shard for remark in found} <= {name, "samples", "manifest.json"}
-            assert any(remark.shard == name and "SHA-256" in remark.expected for remark in found)
-        assert len(found) <= 12, [str(remark) for remark in found]
+            assert {issue.file_name for issue in found_issues} <= {name, "samples", "manifest.json"}
+            assert any(
+                issue.file_name == name and "SHA-256" in issue.expected for issue in found_issues
+            )
+        assert len(found_issues) <= 12, [str(issue) for issue in found_issues]
     finally:
         path.write_bytes(sound)
 
@@ -197,7 +211,7 @@ def test_any_other_byte_is_found(flippable: Path, name: str, where: float, flip:
 def test_other_spelling_of_the_same_json_is_found(shards: Path, name: str) -> None:
     path = shards / name
     path.write_bytes(path.read_bytes()[:-1] + b" ")
-    assert any("JSON as preprocessing writes it" in remark.expected for remark in faults(shards))
+    assert any("JSON as preprocessing writes it" in issue.expected for issue in faults(shards))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.0003, 0.1, 0.4, 0.7, 0.98])
@@ -205,16 +219,18 @@ def test_a_truncated_tar_is_a_few_faults_with_what_is_gone(shards: Path, share: 
     path = shards / SHARDS[0]
     sound = path.read_bytes()
     path.write_bytes(sound[: int(share * len(sound))])
-    found = faults(shards)
+    found_issues = faults(shards)
     assert (
         VerificationIssue(
             SHARDS[0], None, f"{len(sound)} bytes", f"{int(share * len(sound))} bytes"
         )
-        in found
+        in found_issues
     )
-    assert {remark.shard for remark in found} == {SHARDS[0]} and len(found) <= 5
+    assert {issue.file_name for issue in found_issues} == {SHARDS[0]} and len(found_issues) <= 5
     if share < 0.9:
-        lost = next(remark for remark in found if "samples that the index names" in remark.expected)
+        lost = next(
+            issue for issue in found_issues if "samples that the index names" in issue.expected
+        )
         assert "small_1" in lost.found and ("small_0" in lost.found) == (share < 0.5)
 
 
@@ -223,11 +239,11 @@ def test_files_that_are_missing_or_too_many(shards: Path) -> None:
     shutil.copy(shards / SHARDS[0], shards / "train-000002.tar")
     (shards / "notes.txt").write_text("mine")
     outcome = verify_shards(shards)
-    assert {(remark.shard, remark.found) for remark in outcome.issues.faults} == {
+    assert {(issue.file_name, issue.found) for issue in outcome.issues.faults} == {
         (SHARDS[2], "no such file"),
         ("train-000002.tar", "a file that the index does not name"),
     }
-    assert [remark.shard for remark in outcome.issues.notes] == ["notes.txt"]
+    assert [issue.file_name for issue in outcome.issues.notes] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("name", ["index.json", "manifest.json"])
@@ -236,27 +252,29 @@ def test_no_usable_index_or_manifest(shards: Path, name: str, content: bytes | N
     path = shards / name
     path.unlink() if content is None else path.write_bytes(content)
     (fault,) = faults(shards)
-    assert fault.shard == name and fault.sample_key is None and "make preprocess" in fault.found
+    assert fault.file_name == name and fault.sample_key is None and "make preprocess" in fault.found
 
 
-@pytest.mark.parametrize(("one", "other"), [(0, 1), (0, 2)])
-def test_swapped_tars_are_named_with_their_samples(shards: Path, one: int, other: int) -> None:
-    a, b = shards / SHARDS[one], shards / SHARDS[other]
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (0, 2)])
+def test_swapped_tars_are_named_with_their_samples(shards: Path, first: int, second: int) -> None:
+    a, b = shards / SHARDS[first], shards / SHARDS[second]
     a.rename(shards / "x")
     b.rename(a)
     (shards / "x").rename(b)
-    found = faults(shards)
+    found_issues = faults(shards)
     # Of each: checksum, too many, missing; sizes may agree.
-    assert {remark.shard for remark in found} == {a.name, b.name} and len(found) <= 8
+    assert {issue.file_name for issue in found_issues} == {a.name, b.name} and len(
+        found_issues
+    ) <= 8
     for name, key in (
         (a.name, "small_0"),
-        (b.name, read_index(shards).shards[other].samples[0].key),
+        (b.name, read_index(shards).shards[second].samples[0].key),
     ):
-        own = [remark for remark in found if remark.shard == name]
-        assert any("SHA-256" in remark.expected for remark in own)
+        own_issues = [issue for issue in found_issues if issue.file_name == name]
+        assert any("SHA-256" in issue.expected for issue in own_issues)
         assert any(
-            key in remark.found and "samples that the index names" in remark.expected
-            for remark in own
+            key in issue.found and "samples that the index names" in issue.expected
+            for issue in own_issues
         )
 
 
@@ -438,15 +456,17 @@ def test_wrong_content_under_right_checksums_is_one_fault(
 ) -> None:
     rewrite(shards, change)
     for options in ({}, {"sample_count": 5}):
-        found = [
-            remark for remark in faults(shards, **options) if "of the same" not in remark.expected
+        found_issues = [
+            issue for issue in faults(shards, **options) if "of the same" not in issue.expected
         ]
-        own = [remark for remark in found if remark.sample_key == "small_0"]
-        assert any(re.search(words, str(remark)) for remark in own), [
-            str(remark) for remark in found
+        own_issues = [issue for issue in found_issues if issue.sample_key == "small_0"]
+        assert any(re.search(words, str(issue)) for issue in own_issues), [
+            str(issue) for issue in found_issues
         ]
-        assert all(remark.shard == SHARDS[0] for remark in own) and own == found
-        assert len(own) <= 2, [str(remark) for remark in own]
+        assert (
+            all(issue.file_name == SHARDS[0] for issue in own_issues) and own_issues == found_issues
+        )
+        assert len(own_issues) <= 2, [str(issue) for issue in own_issues]
 
 
 def test_rewriting_alone_is_no_fault(shards: Path) -> None:
@@ -456,10 +476,10 @@ def test_rewriting_alone_is_no_fault(shards: Path) -> None:
 
 def test_a_lesion_in_a_case_labelled_without_is_a_note(shards: Path) -> None:
     def change(sample: Sample) -> PackedSample:
-        one = replace(
+        item = replace(
             sample, meta=replace(sample.meta, labels={**sample.meta.labels, "Lung nodule": 0})
         )
-        return packing(one)
+        return packing(item)
 
     rewrite(shards, change)
     outcome = verify_shards(shards)
@@ -474,14 +494,16 @@ def test_little_air_is_a_note_and_none_a_fault(shards: Path, share: float, is_fa
     def change(sample: Sample) -> PackedSample:
         dense = sample.ct.copy()
         air = np.flatnonzero((dense > -1024) & (dense <= -600))
-        kept = int(share * np.count_nonzero(dense > -1024))
-        dense.ravel()[air[kept:]] = np.random.default_rng(0).integers(-100, 100, len(air) - kept)
+        kept_sample = int(share * np.count_nonzero(dense > -1024))
+        dense.ravel()[air[kept_sample:]] = np.random.default_rng(0).integers(
+            -100, 100, len(air) - kept_sample
+        )
         return packing(replace(sample, ct=dense))
 
     rewrite(shards, change)
     outcome = verify_shards(shards)
-    (remark,) = outcome.issues.faults if is_fault else outcome.issues.notes
-    assert (remark.sample_key, remark.expected) == ("small_0", "plausible HU")
+    (issue,) = outcome.issues.faults if is_fault else outcome.issues.notes
+    assert (issue.sample_key, issue.expected) == ("small_0", "plausible HU")
     assert not (outcome.issues.notes if is_fault else outcome.issues.faults)
 
 
@@ -497,15 +519,15 @@ def test_a_patient_in_both_splits_and_a_key_twice(shards: Path) -> None:
         write_shard([stranger, twin], shards, SHARDS[2]),
     ]
     (shards / SHARDS[1]).unlink()
-    close(shards, [one for one in written if one is not None])
-    found = faults(shards)
-    assert {(one.shard, one.sample_key, one.expected) for one in found} >= {
+    close(shards, [item for item in written if item is not None])
+    found_issues = faults(shards)
+    assert {(item.file_name, item.sample_key, item.expected) for item in found_issues} >= {
         ("index.json", None, "patient small_0 in one split"),
         ("samples", None, "patient small_0 in one split"),
         ("index.json", "small_1", "each key once"),
         (SHARDS[2], "small_1", "each key once"),
     }
-    assert len(found) <= 6, [str(one) for one in found]
+    assert len(found_issues) <= 6, [str(item) for item in found_issues]
 
 
 # Index and manifest
@@ -661,7 +683,7 @@ def test_an_index_or_manifest_that_does_not_fit_is_found(
     most: int,
 ) -> None:
     state(shards, *edit(read_index(shards), read_manifest(shards)))
-    lines = [str(remark) for remark in faults(shards)]
+    lines = [str(issue) for issue in faults(shards)]
     assert any(re.search(words, line) for line in lines), lines
     assert len(lines) <= most, lines
 
@@ -672,7 +694,7 @@ def test_a_manifest_of_another_run_is_found(shards: Path) -> None:
     other = replace(manifest, provenance=replace(manifest.provenance, dropped={"no reason": 7}))
     (shards / "manifest.json").write_bytes(dump_manifest(other))
     (fault,) = faults(shards)
-    assert fault.shard == "manifest.json" and fault.expected.startswith("SHA-256")
+    assert fault.file_name == "manifest.json" and fault.expected.startswith("SHA-256")
 
 
 def test_other_versions_are_one_note(shards: Path) -> None:
@@ -705,15 +727,15 @@ def test_some_samples_only(shards: Path) -> None:
     assert {fact.split for fact in outcome.statistics.sample_summaries} == {"train", "valid"}
     path = shards / SHARDS[0]
     path.write_bytes(path.read_bytes()[:-20000])
-    assert [(one.shard, one.sample_key) for one in faults(shards, sample_count=99)] == [
+    assert [(item.file_name, item.sample_key) for item in faults(shards, sample_count=99)] == [
         (SHARDS[0], "small_1")
     ]
     index, manifest = offsets_wrong(read_index(shards), read_manifest(shards))
     index = edit_entry(index, members={**index.shards[0].samples[0].members, "ct": (0, 1 << 50)})
     state(shards, index, manifest)
     assert any(
-        "ct within the" in one.expected and one.sample_key == "small_0"
-        for one in faults(shards, sample_count=99)
+        "ct within the" in item.expected and item.sample_key == "small_0"
+        for item in faults(shards, sample_count=99)
     )
 
 
@@ -723,7 +745,7 @@ def test_workers_find_the_same(shards: Path, monkeypatch: pytest.MonkeyPatch) ->
     rewritten = shards / SHARDS[2]
     rewritten.write_bytes(rewritten.read_bytes()[:-1] + b"x")
     alone = verify_shards(shards)
-    monkeypatch.setattr(module, "_MAX_SERIAL_BYTES", 0)
+    monkeypatch.setattr(verify_module, "_MAX_SERIAL_BYTES", 0)
     together = verify_shards(shards, workers=2)
     assert together.issues == alone.issues and len(alone.issues.faults) >= 3
     assert (
@@ -736,10 +758,10 @@ def test_workers_find_the_same(shards: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_killed_worker_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MAX_SERIAL_BYTES", 0)
+    monkeypatch.setattr(verify_module, "_MAX_SERIAL_BYTES", 0)
     jobs = {partial(os._exit, number): 1 for number in (1, 2)}
     with pytest.raises(UserError, match="A worker was killed"):
-        list(module._run_checks(jobs, 2))  # type: ignore[arg-type]
+        list(verify_module._run_checks(jobs, 2))  # type: ignore[arg-type]
 
 
 class Ranged(SimpleHTTPRequestHandler):
@@ -806,11 +828,11 @@ def test_shards_at_a_url(shards: Path) -> None:
         path.write_bytes(data)
         (shards / SHARDS[2]).unlink()
         (shards / "train-000009.tar").write_bytes(b"")
-        found = faults(url)
-        assert found == faults(shards) and {one.shard for one in found} == {
+        found_issues = faults(url)
+        assert found_issues == faults(shards) and {item.file_name for item in found_issues} == {
             SHARDS[0],
             SHARDS[2],
             "train-000009.tar",
         }
     with served(shards, Whole) as url:
-        assert any("range requests" in one.found for one in faults(url, sample_count=1))
+        assert any("range requests" in item.found for item in faults(url, sample_count=1))

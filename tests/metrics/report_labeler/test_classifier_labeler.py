@@ -1,4 +1,4 @@
-"""A trained classifier as the labeler: its labels are found by name, its context is kept, and other models refused."""
+"""Classifier labeler: labels by name, the context length, and models that are refused."""
 
 import logging
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from rectvlm import metrics
 from rectvlm.labels import FINDINGS, N_FINDINGS
 from rectvlm.metrics.report_labeler.classifier_labeler import ClassifierLabeler
+from rectvlm.metrics.report_labeler.finding_states import FindingState
 from rectvlm.metrics.report_labeler.labeler import load_labeler
-from rectvlm.metrics.report_labeler.rule_labeler import FindingState
+from rectvlm.metrics.reports import score_reports
 from rectvlm.types import UserError
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -123,12 +123,12 @@ def test_roberta_counts_its_positions_from_its_padding(tmp_path: Path) -> None:
         RobertaConfig(**settings(FINDINGS), pad_token_id=0)
     ).save_pretrained(folder)
     labeler = ClassifierLabeler(folder, device="cpu")
-    assert labeler.context == CONTEXT - 1
+    assert labeler.max_tokens == CONTEXT - 1
     assert labeler.label_reports(["left nodule " * 40]).shape == (1, N_FINDINGS)
 
 
 def test_it_takes_the_rules_place_in_the_figures(plain: Path) -> None:
-    found = metrics.score_reports(TEXTS, TEXTS, labeler=plain)
+    found = score_reports(TEXTS, TEXTS, labeler=plain)
     assert found["clinical"]["reference_reports"]["micro"]["f1"] == 1
     assert (
         "sequence classifier plain, threshold 0.5, first 12 tokens"

@@ -2,7 +2,6 @@
 
 import pytest
 
-from rectvlm import metrics
 from rectvlm.metrics.report_labeler.laterality import (
     SIDE_OUTCOMES,
     SIDED_FINDINGS,
@@ -10,6 +9,7 @@ from rectvlm.metrics.report_labeler.laterality import (
     read_sides,
     score_laterality,
 )
+from rectvlm.metrics.reports import compute_report_statistics, headline_scores, score_reports
 
 LEFT, RIGHT, BOTH = {"left"}, {"right"}, {"left", "right"}
 REFERENCE = (
@@ -85,24 +85,22 @@ def test_sides_are_those_that_the_report_states(report: str, expected: dict[str,
 
 def test_kept_sides_score_one_and_swapped_ones_nothing() -> None:
     kept, swapped = (
-        metrics.score_reports([text], [REFERENCE])["laterality"] for text in (REFERENCE, SWAPPED)
+        score_reports([text], [REFERENCE])["laterality"] for text in (REFERENCE, SWAPPED)
     )
     assert (kept["accuracy"], kept["n"], kept["n_correct"]) == (1, 4, 4)
     assert (swapped["accuracy"], swapped["n"], swapped["n_opposite"]) == (0, 4, 4)
     assert swapped["all_findings"]["accuracy"] == 0
-    rows = metrics.compute_report_statistics([REFERENCE, SWAPPED], [REFERENCE, REFERENCE])
+    rows = compute_report_statistics([REFERENCE, SWAPPED], [REFERENCE, REFERENCE])
     assert (
-        metrics.headline_scores(rows)["laterality"]
-        == score_laterality(rows.side_counts)["accuracy"]
-        == 0.5
+        headline_scores(rows)["laterality"] == score_laterality(rows.side_counts)["accuracy"] == 0.5
     )
 
 
 def test_reports_without_sides_have_no_value() -> None:
     for reference in ("There is a nodule.", "No pleural effusion on the left.", "", None):
-        found = metrics.score_reports(
-            ["Left pleural effusion. Nodule in the right lung."], [reference]
-        )["laterality"]
+        found = score_reports(["Left pleural effusion. Nodule in the right lung."], [reference])[
+            "laterality"
+        ]
         assert found["accuracy"] is None and found["n"] == 0
         assert found["per_finding"]["Lung nodule"]["accuracy"] is None
 

@@ -29,6 +29,7 @@ from rectvlm.train.logging.console import (
     ProgressFigures,
     ProgressMeter,
 )
+from rectvlm.train.logging.git_state import GitState, read_git_state
 from rectvlm.train.logging.mfu import (
     DevicePeak,
     StepFlops,
@@ -36,24 +37,33 @@ from rectvlm.train.logging.mfu import (
     find_device_peak,
     find_peak_by_name,
 )
-from rectvlm.train.logging.run_metadata import SessionLog, read_git_state
+from rectvlm.train.logging.run_metadata import SessionLog
 from rectvlm.train.logging.trackers import choose_trackers, flatten_numbers
 from rectvlm.train.logging.validation_figures import write_validation_figures
 from rectvlm.train.phases import PHASES
-from rectvlm.train.validation import ValidationExample
+from rectvlm.train.step_result import StepResult
+from rectvlm.train.validation_cases import ValidationExample
 from rectvlm.types import UserError
 
 
-def line(step: int, total: float = 2.0, **changes: Any) -> dict[str, Any]:
-    """As in `metrics.jsonl`."""
-    return {
-        "step": step,
-        "loss": 3.0,
-        "losses": {"classification": 1.0, "report": None},
-        "tokens": 600,
-        "seconds": {"total": total, "data": 0.5},
-        "memory_bytes": 4e9,
-    } | changes
+def step_result(step: int, total_seconds: float = 2.0, **changes: Any) -> StepResult:
+    result = StepResult(
+        step=step,
+        loss=3.0,
+        losses_by_task={"classification": 1.0, "report": None},
+        learning_rates={"encoder": 1e-4},
+        gradient_norm=1.0,
+        skipped=None,
+        samples_seen=4 * step,
+        token_count=600,
+        total_seconds=total_seconds,
+        seconds_by_operation={"data": 0.5},
+        peak_memory_bytes=4e9,
+        task_weights=None,
+        sample_keys=["a", "b"],
+        stop_signal=0,
+    )
+    return replace(result, **changes)
 
 
 # Figures
@@ -61,51 +71,59 @@ def line(step: int, total: float = 2.0, **changes: Any) -> dict[str, Any]:
 
 def test_figures_are_those_of_the_last_steps_without_the_first() -> None:
     meter = ProgressMeter(100, None)
-    first = meter.add_step(line(1, total=50.0), 4, now=0.0)
+    first = meter.add_step(step_result(1, total_seconds=50.0), 4, now=0.0)
     assert (
         first.samples_per_second == 4 / 50 and first.seconds_left is None
     )  # nothing else is known yet
     for step in range(2, 2 + RECENT_STEPS):
-        found = meter.add_step(line(step), 4, now=2.0 * (step - 1))
-    assert found.samples_per_second == pytest.approx(4 / 2)
-    assert found.tokens_per_second == pytest.approx(600 / 2)
-    assert found.data_wait_share == pytest.approx(0.25)
-    assert found.seconds_left == pytest.approx((100 - found.step) * 2.0)
+        figures = meter.add_step(step_result(step), 4, now=2.0 * (step - 1))
+    assert figures.samples_per_second == pytest.approx(4 / 2)
+    assert figures.tokens_per_second == pytest.approx(600 / 2)
+    assert figures.data_wait_share == pytest.approx(0.25)
+    assert figures.seconds_left == pytest.approx((100 - figures.step) * 2.0)
     for step in range(2 + RECENT_STEPS, 2 + 2 * RECENT_STEPS):
-        found = meter.add_step(line(step, total=4.0, loss=1.0), 4, now=100.0 + 4 * step)
-    assert found.samples_per_second == pytest.approx(1.0)  # what lies further back counts no more
-    assert found.loss == pytest.approx(1.0)
+        figures = meter.add_step(
+            step_result(step, total_seconds=4.0, loss=1.0), 4, now=100.0 + 4 * step
+        )
+    assert figures.samples_per_second == pytest.approx(1.0)  # what lies further back counts no more
+    assert figures.loss == pytest.approx(1.0)
 
 
 def test_time_left_counts_what_lies_between_the_steps() -> None:
     meter = ProgressMeter(10, None)
-    meter.add_step(line(1), 4, now=7.0)
-    meter.add_step(line(2), 4, now=9.0)
-    found = meter.add_step(line(3), 4, now=14.0)  # a checkpoint took three seconds
-    assert found.seconds_left == pytest.approx(7 * (2.0 + 1.5))
-    assert ProgressMeter(3, None).add_step(line(3), 4, now=0.0).seconds_left == 0.0
+    meter.add_step(step_result(1), 4, now=7.0)
+    meter.add_step(step_result(2), 4, now=9.0)
+    figures = meter.add_step(step_result(3), 4, now=14.0)  # a checkpoint took three seconds
+    assert figures.seconds_left == pytest.approx(7 * (2.0 + 1.5))
+    assert ProgressMeter(3, None).add_step(step_result(3), 4, now=0.0).seconds_left == 0.0
 
 
 def test_a_spoilt_step_spoils_no_figure() -> None:
     meter = ProgressMeter(10, None)
-    meter.add_step(line(1), 4, 0.0)
-    meter.add_step(line(2, loss=None, losses={"classification": None, "report": None}), 4, 2.0)
-    found = meter.add_step(
-        line(3, loss=float("inf"), losses={"classification": 2.0, "report": float("nan")}), 4, 4.0
+    meter.add_step(step_result(1), 4, 0.0)
+    meter.add_step(
+        step_result(2, loss=None, losses_by_task={"classification": None, "report": None}), 4, 2.0
     )
-    assert found.loss is None and found.losses == {"classification": 2.0, "report": None}
-    assert "loss – (classification 2.000 report –)" in str(found)
+    figures = meter.add_step(
+        step_result(
+            3, loss=float("inf"), losses_by_task={"classification": 2.0, "report": float("nan")}
+        ),
+        4,
+        4.0,
+    )
+    assert figures.loss is None and figures.losses == {"classification": 2.0, "report": None}
+    assert "loss – (classification 2.000 report –)" in str(figures)
 
 
 def test_the_line_says_all_that_was_promised() -> None:
-    found = ProgressFigures(
+    figures = ProgressFigures(
         5, 10, 1.25, {"classification": 0.5}, 12.3, 45_600.0, None, 0.031, 61.2e9, 93_784.0
     )
-    assert str(found) == (
+    assert str(figures) == (
         "loss 1.250 (classification 0.500), 12.3 samples/s, 45.6k tokens/s, MFU –, data wait 3%, memory 61.2 GB, "
         "1 d 2:03:04 left"
     )
-    assert "MFU 41.5%" in str(replace(found, mfu=0.4149))
+    assert "MFU 41.5%" in str(replace(figures, mfu=0.4149))
 
 
 def test_a_log_gets_a_line_now_and_then(
@@ -116,14 +134,14 @@ def test_a_log_gets_a_line_now_and_then(
     figures = [
         ProgressFigures(step, 3, 1.0, {}, 1.0, 1.0, None, 0.0, 1e9, 1.0) for step in (1, 2, 3)
     ]
-    watch = ProgressDisplay("phase 1", 3, 0)
-    for one in figures:
-        watch.show_progress(one)
+    display = ProgressDisplay("phase 1", 3, 0)
+    for entry in figures:
+        display.show_progress(entry)
     assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
         "phase 1: step 3 of 3"
     ]
     monkeypatch.setattr(console, "LOG_INTERVAL_SECONDS", 0.0)
-    watch.show_progress(figures[0])
+    display.show_progress(figures[0])
     assert "step 1 of 3" in caplog.records[-1].getMessage()
 
 
@@ -134,10 +152,12 @@ def test_a_terminal_gets_a_bar_and_the_log_above_it(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         logging.getLogger(), "handlers", [handler]
     )  # tests before this one have left some
-    watch = ProgressDisplay("phase 2", 7, 3)
-    watch.show_progress(ProgressFigures(4, 7, 1.0, {"report": 2.5}, 1.0, 1.0, 0.5, 0.0, 1e9, 60.0))
+    display = ProgressDisplay("phase 2", 7, 3)
+    display.show_progress(
+        ProgressFigures(4, 7, 1.0, {"report": 2.5}, 1.0, 1.0, 0.5, 0.0, 1e9, 60.0)
+    )
     logging.getLogger("rectvlm").warning("saved")
-    watch.close()
+    display.close()
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
     assert "phase 2" in text and "4/7" in text and "MFU 50.0%" in text and "1:00 left" in text
     assert text.index("saved") < text.rindex("4/7")
@@ -236,28 +256,23 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_a_patch_restores_the_code_that_ran(checkout: Path, tmp_path: Path) -> None:
-    assert read_git_state(checkout) == (
-        {
-            "commit": git(checkout, "rev-parse", "HEAD").strip(),
-            "branch": "main",
-            "dirty": False,
-            "untracked": [],
-            "untracked_files": 0,
-        },
-        None,
-    )
+    clean = read_git_state(checkout)
+    assert not clean.patch
+    assert clean.to_json() == {
+        "commit": git(checkout, "rev-parse", "HEAD").strip(),
+        "branch": "main",
+        "dirty": False,
+        "untracked": [],
+        "untracked_files": 0,
+    }
     (checkout / "rectvlm/__init__.py").write_text("first = 2\n")
     (checkout / "picture.bin").write_bytes(bytes(reversed(range(256))))
     (checkout / "rectvlm/new ä.py").write_text("second = 3\n")
     (checkout / "volume.nii").write_bytes(b"\0" * 1000)
-    state, patch = read_git_state(checkout)
-    assert (
-        state["dirty"]
-        and state["untracked"] == ["rectvlm/new ä.py", "volume.nii"]
-        and patch is not None
-    )
+    state = read_git_state(checkout)
+    assert state.to_json()["dirty"] and state.untracked == ("rectvlm/new ä.py", "volume.nii")
     git(tmp_path, "clone", "-q", str(checkout), "again")
-    (tmp_path / "code.patch").write_bytes(patch)
+    (tmp_path / "code.patch").write_bytes(state.patch)
     git(tmp_path / "again", "apply", "../code.patch")
     for name in ("rectvlm/__init__.py", "picture.bin", "rectvlm/new ä.py"):
         assert (tmp_path / "again" / name).read_bytes() == (checkout / name).read_bytes()
@@ -271,13 +286,13 @@ def test_a_package_in_another_projects_checkout_has_no_commit(
     (installed / "rectvlm").mkdir(parents=True)
     (installed / "rectvlm/__init__.py").write_text("")
     for folder in (installed, tmp_path / "nowhere"):
-        state, patch = read_git_state(folder)
-        assert state["commit"] is None and state["reason"] and patch is None
+        state = read_git_state(folder)
+        assert state.commit is None and state.reason and not state.patch
 
 
 def test_sessions_are_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patches = iter([b"x" * 100, b"x" * 100, b"y" * 100])
-    monkeypatch.setattr(run_metadata, "read_git_state", lambda: ({"commit": "c"}, next(patches)))
+    monkeypatch.setattr(run_metadata, "read_git_state", lambda: GitState("c", patch=next(patches)))
     monkeypatch.setattr(run_metadata, "MAX_PATCH_BYTES", 60)
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("WANDB_API_KEY", "secret")

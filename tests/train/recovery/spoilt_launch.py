@@ -11,10 +11,10 @@ from pathlib import Path
 
 if __name__ == "__main__":
     from rectvlm.config import AugmentConfig
-    from rectvlm.train import loop, main
+    from rectvlm.train import main, train_step
     from rectvlm.types import Batch
 
-    augment, taken = loop.augment_batch, count(1)
+    augment, taken = train_step.augment_batch, count(1)
 
     def spoil(batch: Batch, config: AugmentConfig) -> Batch:
         changed = augment(batch, config)
@@ -22,5 +22,5 @@ if __name__ == "__main__":
             changed.ct[0].flatten()[changed.ct[0].numel() // 2] = float("nan")
         return changed
 
-    loop.augment_batch = spoil
+    train_step.augment_batch = spoil
     main(int(sys.argv[1]), Path(__file__).resolve().parents[3], sys.argv[2:])

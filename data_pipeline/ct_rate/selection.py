@@ -1,0 +1,171 @@
+"""Which volumes of a CT-RATE download are used: none without the chest, none held out, one a scan.
+
+No volume is dropped without a count and a reason.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from data_pipeline.ct_rate.download_folder import CtRateTables
+from data_pipeline.ct_rate.options import CtRateOptions
+from data_pipeline.ct_rate.series import choose_reconstruction
+from data_pipeline.ct_rate.volume_names import (
+    VolumeName,
+    read_held_out_volumes,
+    read_volume_list,
+)
+from data_pipeline.masks.rexgrounding import find_tables
+
+UNUSABLE_VOLUMES = {
+    "train_14384_a_2": "not in the data set",
+    "valid_251_a_2": "not in the data set",
+    "train_1267_a_4": "without slice spacing",
+    "train_11755_a_3": "without slice spacing",
+    "train_11755_a_4": "without slice spacing",
+}
+"""Volumes of CT-RATE that are known to be of no use, with the reason."""
+
+
+@dataclass(frozen=True)
+class SelectedVolume:
+    """A volume that is used."""
+
+    name: VolumeName
+    reason: str
+    """Why it was chosen among the reconstructions of its scan."""
+    scan_reconstructions: int
+    """Number of usable reconstructions of its scan."""
+
+
+@dataclass
+class VolumeSelection:
+    """The volumes that are used, and those that are not."""
+
+    volumes: list[SelectedVolume] = field(default_factory=list)
+    dropped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """Keys of the volumes that are not used, by reason."""
+
+
+def select_volumes(
+    on_disk: Collection[VolumeName],
+    tables: CtRateTables,
+    options: CtRateOptions,
+    counts: Counter[str],
+) -> VolumeSelection:
+    """Choose the volumes of a download that become cases.
+
+    Args:
+        on_disk: names of the volumes that have a file.
+        tables: of the download.
+        options: what the user wants of it.
+        counts: receives what a reader of the results should know.
+
+    Raises:
+        UserError: a list of volumes that cannot be read.
+    """
+    selection = VolumeSelection()
+    names = sorted({*on_disk, *tables.named_volumes}, key=lambda name: name.sort_key)
+    usable = _drop_unusable_volumes(names, tables, options, counts, selection)
+
+    available = set(on_disk)
+    if options.require_all:
+        available |= tables.named_volumes
+    absent_count = sum(name not in available for name in usable)
+    counts["volumes that the tables name and that are not on disk"] = absent_count
+    usable = [name for name in usable if name in available]
+
+    chosen = _choose_reconstructions(usable, tables, options, selection)
+    for split in options.splits:
+        split_volumes = [volume for volume in chosen if volume.name.split == split]
+        limit = len(split_volumes) if options.limit is None else options.limit
+        selection.volumes += split_volumes[:limit]
+        selection.dropped["beyond the limit"] += [
+            volume.name.key for volume in split_volumes[limit:]
+        ]
+    return selection
+
+
+def _drop_unusable_volumes(
+    names: Iterable[VolumeName],
+    tables: CtRateTables,
+    options: CtRateOptions,
+    counts: Counter[str],
+    selection: VolumeSelection,
+) -> list[VolumeName]:
+    """Return the names of usable volumes; the others go to `selection.dropped`."""
+    excluded_keys: set[str] = set()
+    for path in options.exclude:
+        excluded_keys |= {name.key for name in read_volume_list(path)}
+    held_out_patients = _read_held_out_patients(options)
+
+    usable = []
+    matched_keys: set[str] = set()
+    for name in names:
+        keys = {name.key, name.scan}
+        if keys & tables.no_chest_keys:
+            reason = "does not show the chest (no-chest list)"
+        elif name.key in UNUSABLE_VOLUMES:
+            reason = f"known to be unusable: {UNUSABLE_VOLUMES[name.key]}"
+        elif keys & excluded_keys:
+            reason = "kept out by a list"
+            matched_keys |= keys & excluded_keys
+        elif name.patient in held_out_patients:
+            reason = "patient of the validation or test part of ReXGroundingCT"
+        else:
+            usable.append(name)
+            continue
+        selection.dropped[reason].append(name.key)
+    counts["names in exclude lists that no volume bears"] = len(excluded_keys - matched_keys)
+    return usable
+
+
+def _read_held_out_patients(options: CtRateOptions) -> set[str]:
+    """Training patients that ReXGroundingCT holds out for validation or test."""
+    paths = [*options.hold_out]
+    if options.masks.rexgrounding is not None:
+        paths += find_tables(options.masks.rexgrounding)
+    patients = set()
+    for path in paths:
+        for name in read_held_out_volumes(path):
+            if name.split == "train":
+                patients.add(name.patient)
+    return patients
+
+
+def _choose_reconstructions(
+    names: Sequence[VolumeName],
+    tables: CtRateTables,
+    options: CtRateOptions,
+    selection: VolumeSelection,
+) -> list[SelectedVolume]:
+    """Choose one reconstruction of each scan, or all; the others go to `selection.dropped`."""
+    scans: dict[str, list[VolumeName]] = defaultdict(list)
+    for name in names:
+        scans[name.scan].append(name)
+
+    chosen = []
+    for scan_names in scans.values():
+        if options.reconstructions == "all":
+            chosen += [SelectedVolume(name, "all are used", len(scan_names)) for name in scan_names]
+            continue
+        best, reason = choose_reconstruction(
+            scan_names,
+            tables.series,
+            options.kernel,
+            options.grid_spacing_mm,
+            _find_outlined(scan_names, options),
+        )
+        chosen.append(SelectedVolume(best, reason, len(scan_names)))
+        selection.dropped["another reconstruction of the scan was chosen"] += [
+            name.key for name in scan_names if name != best
+        ]
+    return chosen
+
+
+def _find_outlined(scan_names: Sequence[VolumeName], options: CtRateOptions) -> list[VolumeName]:
+    """Names of a scan's volumes that have lesion masks; empty when there is no choice to make."""
+    if len(scan_names) == 1:
+        return []
+    lesion_folders = replace(options.masks, ts_seg=None, regions=None)
+    return [name for name in scan_names if lesion_folders.find_masks(name.key).paths]

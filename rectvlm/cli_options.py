@@ -1,0 +1,228 @@
+"""Command-line options declared once: a dataclass's fields are a command's arguments.
+
+    @dataclass(frozen=True)
+    class ScaleOptions:
+        gpus: int = field(default=2, metadata=argument(metavar="N", minimum=1))
+        \"""Number of GPUs.\"""
+
+    add_options(parser, ScaleOptions)  # --gpus N, help "number of GPUs (default: 2)"
+    options = options_from_namespace(ScaleOptions, parser.parse_args())
+
+A field's type decides how its argument is read: `str`, `int`, `float`, `Path` and `Literal` as one
+value, with or without `| None`; `tuple[X, ...]` as several values; `bool` as a flag, `--no-NAME`
+where the default is True; another dataclass as its own fields. A field without a default is
+required. The field's docstring is the help.
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, is_dataclass
+from itertools import pairwise
+from typing import Any, Literal, TypeVar
+
+OptionsT = TypeVar("OptionsT")
+_METADATA_KEY = "command_line"
+
+
+@dataclass(frozen=True)
+class ArgumentSettings:
+    """What the command line needs beyond a field's type, default and docstring."""
+
+    flag: str | None = None
+    """Name on the command line, `--NAME`; by default the field's name with hyphens."""
+    metavar: str | None = None
+    """Placeholder of the value in the help."""
+    help: str | None = None
+    """Help text in place of the field's docstring."""
+    minimum: float | None = None
+    """Smallest number that is accepted."""
+    is_positional: bool = False
+    """Whether the argument has no flag."""
+    is_repeated: bool = False
+    """Whether each value of a tuple has its own flag."""
+    exclusive_group: str | None = None
+    """Name of a group of arguments of which at most one may be given."""
+
+
+def argument(**settings: Any) -> dict[str, Any]:
+    """Metadata of a dataclass field that carries settings of its command-line argument.
+
+    Args:
+        settings: Fields of `ArgumentSettings`.
+    """
+    return {_METADATA_KEY: ArgumentSettings(**settings)}
+
+
+def add_options(
+    parser: "argparse.ArgumentParser | argparse._ArgumentGroup",
+    options_class: type,
+    exclude: Sequence[str] = (),
+) -> None:
+    """Add an argument for each field of a dataclass to a parser or to a group of its arguments.
+
+    Args:
+        parser: Receives the arguments.
+        options_class: A dataclass.
+        exclude: Names of fields that are no arguments.
+    """
+    field_types = typing.get_type_hints(options_class)
+    docstrings = _field_docstrings(options_class)
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(options_class):
+        if field.name in exclude:
+            continue
+        if is_dataclass(field_types[field.name]):
+            add_options(parser, field_types[field.name])
+            continue
+        settings = field.metadata.get(_METADATA_KEY, ArgumentSettings())
+        target: Any = parser
+        if settings.exclusive_group is not None:
+            if settings.exclusive_group not in groups:
+                groups[settings.exclusive_group] = parser.add_mutually_exclusive_group()
+            target = groups[settings.exclusive_group]
+        names, keywords = _add_argument_parameters(
+            field, field_types[field.name], settings, docstrings.get(field.name, "")
+        )
+        target.add_argument(*names, **keywords)
+
+
+def options_from_namespace(
+    options_class: type[OptionsT], namespace: argparse.Namespace, **values: Any
+) -> OptionsT:
+    """Build a dataclass from parsed arguments.
+
+    Args:
+        options_class: The dataclass that was given to `add_options`.
+        namespace: Parsed arguments.
+        values: Fields that do not come from the command line.
+    """
+    field_types = typing.get_type_hints(options_class)
+    for field in dataclasses.fields(options_class):  # type: ignore[arg-type]
+        if field.name in values:
+            continue
+        field_type = field_types[field.name]
+        if is_dataclass(field_type):
+            values[field.name] = options_from_namespace(typing.cast(type, field_type), namespace)
+        elif hasattr(namespace, field.name):
+            value = getattr(namespace, field.name)
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    return options_class(**values)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that adds its arguments when its command is chosen.
+
+    `rectvlm --help` then imports none of the modules in which options are declared.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+        **settings: Any,
+    ) -> None:
+        """Take the arguments of `argparse.ArgumentParser`.
+
+        Args:
+            args: Positional arguments of `argparse.ArgumentParser`.
+            add_arguments: Called once with this parser before it reads its arguments.
+            settings: Keyword arguments of `argparse.ArgumentParser`.
+        """
+        super().__init__(*args, **settings)
+        self._add_arguments = add_arguments
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Add the arguments, then parse as `argparse.ArgumentParser` does."""
+        add_arguments, self._add_arguments = self._add_arguments, None
+        if add_arguments is not None:
+            add_arguments(self)
+        return super().parse_known_args(args, namespace)
+
+
+def _add_argument_parameters(
+    field: "Field[Any]", field_type: Any, settings: ArgumentSettings, docstring: str
+) -> tuple[list[str], dict[str, Any]]:
+    """Names and keyword arguments of `add_argument` for one field."""
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    value_type, is_tuple = _value_type(field_type)
+    keywords: dict[str, Any] = {"help": settings.help or _as_help(docstring)}
+    flag = settings.flag or "--" + field.name.replace("_", "-")
+
+    if value_type is bool:
+        keywords |= {"dest": field.name, "default": default}
+        if default is True:
+            flag = settings.flag or "--no-" + field.name.replace("_", "-")
+        return [flag], keywords | {"action": "store_false" if default is True else "store_true"}
+
+    if typing.get_origin(value_type) is Literal:
+        keywords["choices"] = typing.get_args(value_type)
+        value_type = type(keywords["choices"][0])
+    keywords["type"] = _number_reader(value_type, settings.minimum)
+    if settings.metavar is not None:
+        keywords["metavar"] = settings.metavar
+    if is_tuple and settings.is_repeated:
+        keywords["action"] = "append"
+    elif is_tuple:
+        keywords["nargs"] = "+" if default is MISSING or not settings.is_positional else "*"
+
+    if default is not MISSING:
+        keywords["default"] = list(default) if is_tuple else default
+        if default not in (None, ()) and settings.help is None:
+            shown = " ".join(map(str, default)) if is_tuple else default
+            keywords["help"] = f"{keywords['help']} (default: {shown})".strip()
+    if settings.is_positional:
+        return [field.name], keywords
+    return [flag], keywords | {"dest": field.name, "required": default is MISSING}
+
+
+def _value_type(field_type: Any) -> tuple[Any, bool]:
+    """Type of one value of a field, and whether the field holds a tuple of them."""
+    members = [field_type]
+    if typing.get_origin(field_type) in (typing.Union, types.UnionType):
+        members = [member for member in typing.get_args(field_type) if member is not type(None)]
+    if len(members) != 1:
+        raise TypeError(f"{field_type} is no type of an option: expected one type, or it and None.")
+    if typing.get_origin(members[0]) is tuple:
+        return typing.get_args(members[0])[0], True
+    return members[0], False
+
+
+def _number_reader(value_type: Callable[[str], Any], minimum: float | None) -> Callable[[str], Any]:
+    """The function by which argparse reads a value."""
+    if minimum is None:
+        return value_type
+
+    def read_number(text: str) -> Any:
+        number = value_type(text)
+        if not minimum <= number < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
+        return number
+
+    read_number.__name__ = getattr(value_type, "__name__", "value")
+    return read_number
+
+
+def _field_docstrings(options_class: type) -> dict[str, str]:
+    """The string under each field of a dataclass and of its bases, read from their source."""
+    docstrings: dict[str, str] = {}
+    for base in reversed(options_class.__mro__):
+        if not is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+        for statement, following in pairwise(body):
+            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                docstrings[ast.unparse(statement.target)] = ast.literal_eval(following.value)
+    return docstrings
+
+
+def _as_help(docstring: str) -> str:
+    """A docstring as argparse's help: one line, a small first letter, no full stop, `%` doubled."""
+    text = " ".join(docstring.split()).removesuffix(".").replace("%", "%%")
+    starts_with_name = text[:2].isupper() or text[:1] == "`"
+    return text if starts_with_name else text[:1].lower() + text[1:]

@@ -1,0 +1,70 @@
+"""The command line of `launch/phaseN.py`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rectvlm.train.phases import STAGES, Phase
+
+
+def parse_arguments(phase: Phase, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a phase's command line, by default that of the process."""
+    parser = argparse.ArgumentParser(
+        prog=f"launch/phase{phase.number}.py",
+        description=f"Phase {phase.number}: {', '.join(phase.tasks)}. "
+        f"Trains {', '.join(phase.parts)}.",
+    )
+    parser.add_argument(
+        "--config", default="demo", help="name or path of a configuration (default: demo)"
+    )
+    stages = [stage for stage, row in STAGES.items() if row.number == phase.number]
+    stage_help = (
+        f"a stage of the phase, in a run folder of its own (phase {phase.number} has "
+        f"{', '.join(stages)})"
+    )
+    parser.add_argument("--stage", choices=stages, help=stage_help if stages else argparse.SUPPRESS)
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="PATH",
+        help="start from this run's phase folder or checkpoint, or from the best one of the phase "
+        "before (`best`)",
+    )
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
+        "--resume",
+        default="no",
+        choices=("yes", "auto"),
+        metavar="[auto]",
+        help="go on from this phase's newest intact checkpoint; with `auto`, begin where there is "
+        "none",
+    )
+    start.add_argument(
+        "--restart", action="store_true", help="delete this phase's earlier run and begin anew"
+    )
+    parser.add_argument(
+        "--ds-config",
+        type=Path,
+        metavar="JSON",
+        help=f"instead of ds_configs/phase{phase.number}.json",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="part.field=value",
+        help="change a value of the configuration",
+    )
+    words = sys.argv[1:] if argv is None else argv
+    return parser.parse_intermixed_args(_join_resume_value(words))
+
+
+def _join_resume_value(words: Sequence[str]) -> list[str]:
+    """Join `--resume` and its value to one word, so that it does not take an override for it."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] == "--resume=yes" and word == "auto":
+            joined[-1] = "--resume=auto"
+        else:
+            joined.append("--resume=yes" if word == "--resume" else word)
+    return joined

@@ -1,0 +1,50 @@
+"""The order of training samples: each once an epoch, on any number of ranks, from any point on."""
+
+from itertools import islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rectvlm.data.order import TrainOrder
+
+
+def global_order(
+    samples: int, micro_batch: int, world: int, seed: int, seen: int, count: int
+) -> list[int]:
+    """The first `count` samples after `seen`, of all ranks together in their order."""
+    steps = -(-count // (micro_batch * world))
+    ranks = []
+    for rank in range(world):
+        ranks.append(islice(TrainOrder(samples, micro_batch, rank, world, seed, seen), steps))
+    numbers: list[int] = []
+    for micro_batches in zip(*ranks, strict=True):
+        for micro_batch_numbers in micro_batches:
+            numbers += micro_batch_numbers
+    return numbers[:count]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_an_epoch_holds_each_sample_once(world: int, micro_batch: int) -> None:
+    order = global_order(7, micro_batch, world, seed=3, seen=0, count=3 * 7)
+    epochs = [order[k : k + 7] for k in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert order != global_order(7, micro_batch, world, seed=4, seen=0, count=3 * 7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    samples=st.integers(1, 20),
+    seed=st.integers(0, 2**31),
+    seen=st.integers(0, 60),
+    before=st.tuples(st.integers(1, 4), st.integers(1, 3)),
+    after=st.tuples(st.integers(1, 4), st.integers(1, 3)),
+)
+def test_resume_goes_on_exactly_on_another_number_of_ranks(
+    samples: int, seed: int, seen: int, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    unbroken = global_order(samples, before[1], before[0], seed, seen=0, count=seen + 30)
+    resumed = global_order(samples, after[1], after[0], seed, seen=seen, count=30)
+    assert resumed == unbroken[seen:]

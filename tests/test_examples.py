@@ -1,0 +1,34 @@
+"""The programs of docs/examples run."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+
+
+def load_example(name: str) -> ModuleType:
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_plain_training_trains_both_phases_and_scores_them(
+    phantom_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = tmp_path / "weights.safetensors"
+    arguments = ["--config", "tiny", "--steps", "4", "--out", str(weights)]
+    with caplog.at_level("INFO"):
+        scores = load_example("train_plain").main([*arguments, f"data.shards={phantom_shards}"])
+    assert scores["macro_auroc"] is not None and 0 <= scores["macro_auroc"] <= 1
+    assert scores["mean_dice"] is not None and 0 <= scores["mean_dice"] <= 1
+    parts = {name.partition(".")[0] for name in load_file(weights)}
+    assert parts == {"encoder", "classifier", "localizer", "prompts"}
+    for phase in (1, 2):
+        assert f"phase {phase} step 4 of 4" in caplog.text
