@@ -189,8 +189,11 @@ class RectVLM(nn.Module):
         return {name: tensors[name] for name in names}
 
     def checkpoint_tensor_names(self) -> list[str]:
-        """Names of the tensors in a checkpoint: every parameter but the language model's own, the adapter among them,
-        and the buffers that no configuration gives back, which are the prompts and the encoder's atlas."""
+        """Names of the tensors in a checkpoint.
+
+        These are all parameters but the language model's own, with its adapter, and the buffers that
+        no configuration gives back: the prompts and the encoder's atlas.
+        """
         names = []
         for name, _ in self.named_parameters():
             if not name.startswith(LANGUAGE_MODEL_PREFIX) or ".lora_" in name:
@@ -200,7 +203,7 @@ class RectVLM(nn.Module):
         return names
 
     def lora_config(self) -> LoraConfig | None:
-        """Settings of the language model's adapter, as a checkpoint holds them; None without a generator."""
+        """Settings of the language model's adapter for a checkpoint; None without a generator."""
         if self.generator is None:
             return None
         lora: LoraConfig = copy.deepcopy(self.generator.language_model.peft_config["default"])
@@ -308,7 +311,7 @@ def load_part(
     device: torch.device | str | None = None,
     revision: str | None = None,
 ) -> nn.Module:
-    """Load one part alone, such as the encoder, as a plain module in eval mode; the other parts are not read.
+    """Load one part alone, such as the encoder, as a plain module in eval mode.
 
     Args:
         reference: a checkpoint, a run's phase folder or an exported model, or a hub id.

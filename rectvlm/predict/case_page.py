@@ -28,7 +28,7 @@ LONGEST_SIDE_PIXELS = 448
 MAX_SLICES = 80
 """Largest number of slices on a page; more are thinned out, and the page says so."""
 MAX_OUTLINES = 150
-"""Largest number of outlines of a lesion in a slice; the shortest are left out, and the page says so."""
+"""Largest number of outlines of a lesion in a slice; the page says where some are left out."""
 JPEG_QUALITY = 85
 
 

@@ -43,8 +43,8 @@ def predict_cases(
 ) -> list[Path]:
     """Predict on one CT or on every CT below a folder.
 
-    Each case gets a folder in `out`, complete or not at all, with `findings.json`, `index.html` and,
-    where the model has the part for it, `lesions.nii.gz` and `report.txt`. In a folder of CTs, a
+    Each case gets a folder in `out`, complete or not at all, with `findings.json` and `index.html`,
+    and with `lesions.nii.gz` and `report.txt` if the model has these parts. In a folder of CTs, a
     file that cannot be used is logged and listed with its reason in `out/failed.jsonl`.
 
     Args:
@@ -127,14 +127,15 @@ def find_volumes(source: Path, leave_out: Path) -> list[Path]:
             files.append(path)
     if not files:
         raise UserError(
-            f"No .nii or .nii.gz in {source}: convert DICOM series to NIfTI first, for example with "
+            f"No .nii or .nii.gz in {source}: convert DICOM series to NIfTI first, for example "
+            "with "
             "dcm2niix."
         )
     return files
 
 
 def case_names(files: Sequence[Path]) -> list[str]:
-    """A folder name for each file: its own, with those of its folders in front where two are equal."""
+    """Name each case after its file, and after the file's folders too where names are equal."""
     short_names = [_strip_nifti_suffix(file) for file in files]
     counts = Counter(short_names)
     base = Path(os.path.commonpath([file.parent for file in files]))
