@@ -182,7 +182,8 @@ class RectVLM(nn.Module):
         empty = [name for name in names if hasattr(tensors[name], "ds_id") or tensors[name].is_meta]
         if empty:
             raise UserError(
-                f"{len(empty)} tensors of the model, such as {empty[0]}, are sharded or have no values: "
+                f"{len(empty)} tensors of the model, such as {empty[0]}, are sharded or have no "
+                "values: "
                 "give gathered ones as `state_dict`, or export the run's checkpoint with "
                 "`rectvlm export`."
             )
@@ -345,7 +346,8 @@ def _check_parts(parts: Sequence[ModelPart], checkpoint: Checkpoint) -> None:
     checkpoint.require_parts(parts)
     if not {"encoder", "classifier"} <= set(parts):
         raise UserError(
-            f"parts {tuple(parts)} make no model: the encoder and the classifier belong to every one; "
+            f"parts {tuple(parts)} make no model: the encoder and the classifier belong to every "
+            "one; "
             "rectvlm.models.load_part loads one part alone."
         )
     if "generator" in parts and "localizer" not in parts:
@@ -356,7 +358,8 @@ def _check_parts(parts: Sequence[ModelPart], checkpoint: Checkpoint) -> None:
     if leaves_out_localizer and checkpoint.config.localizer.volumes_to_findings:
         raise UserError(
             f"The localizer of {checkpoint.folder} is a summand of its findings "
-            "(localizer.volumes_to_findings), so without it the classifier would answer differently: "
+            "(localizer.volumes_to_findings), so without it the classifier would answer "
+            "differently: "
             "add the localizer to parts."
         )
 
