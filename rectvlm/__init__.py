@@ -10,7 +10,7 @@ __all__ = ["RectVLM", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: what a model needs takes seconds to import, which the command line and loader processes would pay.
+    # On first use: a model takes seconds to import, which `rectvlm --help` and loaders would pay.
     if name == "RectVLM":
         from rectvlm.models import RectVLM
 

@@ -1,7 +1,8 @@
-"""A stand-in of the Hugging Face Hub on this machine: what huggingface_hub asks for, and faults on demand.
+"""A stand-in for the Hugging Face Hub on this machine: what huggingface_hub asks for, and faults.
 
-Large files answer with a redirect to another path, as the Hub's do to its storage. Every byte of a file that is sent is
-counted, so that a test can tell whether a transfer went on or began again.
+Faults come on demand. Large files answer with a redirect to another path, as the Hub's do to its
+storage. Every byte of a file that is sent is counted, so that a test can tell whether a transfer
+went on or began again.
 """
 
 import base64
@@ -30,7 +31,10 @@ def sha256(data: bytes) -> str:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """Contents of the files of a folder by path, without the records that huggingface_hub keeps of its downloads."""
+    """Contents of the files of a folder by path.
+
+    The records that huggingface_hub keeps of its downloads are left out.
+    """
     contents = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -302,7 +306,8 @@ class _Handler(BaseHTTPRequestHandler):
             digest = sha256(data)
             self.hub.stored[digest] = data
             headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}
-            location = f"{self.hub.url.replace('127.0.0.1', 'localhost')}/storage/{digest}/{path.replace('/', '_')}"
+            storage = self.hub.url.replace("127.0.0.1", "localhost") + "/storage"
+            location = f"{storage}/{digest}/{path.replace('/', '_')}"
             self._send(302, headers={**headers, "Location": location})
         else:
             self._file(path, data, {**headers, "ETag": f'"{git_sha1(data)}"'})

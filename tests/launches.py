@@ -1,4 +1,7 @@
-"""Launches as users give them, at the tiny size: real processes on real shards, and what they leave on the disk."""
+"""Launches as users give them, at the tiny size.
+
+They are real processes on real shards; here is also how to read what they leave on the disk.
+"""
 
 import json
 import os

@@ -11,7 +11,10 @@ FILES = sorted((CHECKOUT / "rectvlm").rglob("*.py"))
 SHARED = {"config", "files", "labels", "lesion_bits", "lesion_places", "types"}
 """Modules that every room may import."""
 MAY_IMPORT = {"data": SHARED, "models": SHARED | {"checkpoint", "machine", "pretrained"}}
-"""What the two rooms at the bottom may import: a model can read its own weights, data knows no model."""
+"""What the two rooms at the bottom may import.
+
+A model can read its own weights; data knows no model.
+"""
 HEAVY = {"accelerate", "deepspeed"}
 
 
@@ -27,7 +30,10 @@ def room(module: str) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module that a file imports, anywhere in it, as absolute dotted names with what is taken from them."""
+    """Every module that a file imports, anywhere in it.
+
+    These are absolute dotted names, together with what is taken from each module.
+    """
     package = name(path).split(".") if path.name == "__init__.py" else name(path).split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

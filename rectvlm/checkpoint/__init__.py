@@ -1,4 +1,4 @@
-"""Checkpoints: one folder format for runs, exports and the Hub, its integrity and its model card."""
+"""Checkpoints: one folder format for runs, exports and the Hub."""
 
 from rectvlm.checkpoint.checkpoint import THRESHOLDS_FILE, Checkpoint, TrainingState
 from rectvlm.checkpoint.run_folder import find_checkpoint

@@ -1,5 +1,4 @@
-"""A checkpoint: one folder with a trained model, in the format that training saves, `rectvlm export` copies and the
-Hub holds.
+"""A checkpoint: one folder with a trained model. Runs, exports and the Hub share the format.
 
     config.json                         parts, configuration, labels, training state, versions
     encoder.safetensors                 one file per part, tensors by their names in the model
@@ -11,11 +10,11 @@ Hub holds.
     adapter/adapter_model.safetensors
     thresholds.json                     thresholds of the findings, from `rectvlm evaluate`
     README.md                           model card (`rectvlm.checkpoint.model_card`)
-    manifest.json                       size and SHA-256 of the files (`rectvlm.checkpoint.integrity`)
-    engine/                             runs only: 32-bit weights and optimizer state, to resume from
+    manifest.json                       sizes and SHA-256 (`rectvlm.checkpoint.integrity`)
+    engine/                             runs only: 32-bit weights and optimizer state, to resume
 
-The language model's own weights are in no checkpoint: `config.json` says which model it is. Only safetensors and JSON
-are read, never a pickle.
+The language model's own weights are in no checkpoint: `config.json` says which model it is. Only
+safetensors and JSON are read, never a pickle.
 """
 
 import re
@@ -147,8 +146,8 @@ class Checkpoint:
             remedy: what the user can do when there is none, as the end of a sentence.
 
         Raises:
-            UserError: there is no checkpoint, or `config.json` is damaged, of another kind of model,
-                or written for other labels than this version's.
+            UserError: there is no checkpoint, or `config.json` is damaged, describes another kind
+                of model, or lists other labels than this version.
         """
         folder = find_checkpoint(folder, remedy)
         path = folder / CONFIG_FILE
@@ -174,7 +173,9 @@ class Checkpoint:
             )
 
     def read_tensors(self, parts: Collection[ModelPart] | None = None) -> dict[str, Tensor]:
-        """Read tensors by their names in the model; their files must agree with the manifest, if there is one.
+        """Read tensors by their names in the model.
+
+        The files must agree with the manifest, if there is one.
 
         Args:
             parts: parts to read, with the prompts; by default all.
@@ -190,7 +191,8 @@ class Checkpoint:
             faults = find_faults(self.folder, files)
             if faults:
                 raise UserError(
-                    f"{self.folder} is damaged: {'; '.join(faults)}; use another checkpoint, or fetch "
+                    f"{self.folder} is damaged: {'; '.join(faults)}; use another checkpoint, or "
+                    "fetch "
                     "or export the model again."
                 )
         if "generator" in parts:
@@ -206,7 +208,7 @@ class Checkpoint:
         return tensors
 
     def count_parameters(self) -> dict[ModelPart, int]:
-        """Number of values that the checkpoint holds of each part, the adapter among the generator's."""
+        """Count the values of each part, those of the adapter among the generator's."""
         counts: dict[ModelPart, int] = {}
         for part in self.parts:
             names = [part_file(part)]
@@ -265,13 +267,15 @@ def _read_description(path: Path) -> ModelDescription:
     tree = read_json_object(path, _REMEDY)
     if tree.get("model_type") != MODEL_TYPE:
         raise UserError(
-            f"{path} describes a model of type {tree.get('model_type')!r}, not {MODEL_TYPE!r}: give a "
+            f"{path} describes a model of type {tree.get('model_type')!r}, not {MODEL_TYPE!r}: "
+            "give a "
             "folder of rectvlm."
         )
     version = tree.get("format")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(
-            f"{path} has format {version}, this version reads up to {FORMAT_VERSION}: update rectvlm."
+            f"{path} has format {version}, this version reads up to {FORMAT_VERSION}: update "
+            "rectvlm."
         )
     try:
         description = _DESCRIPTION_ADAPTER.validate_python(tree)
@@ -282,7 +286,8 @@ def _read_description(path: Path) -> ModelDescription:
     for name, labels in label_lists().items():
         if description.labels.get(name) != labels:
             raise UserError(
-                f"{path} lists other {name} than this version of rectvlm, or in another order, so that "
+                f"{path} lists other {name} than this version of rectvlm, or in another order, so "
+                "that "
                 "its weights would be read under wrong names; use the version that wrote it."
             )
     return description
@@ -331,7 +336,11 @@ def _count_values(path: Path) -> int:
 
 
 def _check_adapter_config(checkpoint: Checkpoint) -> None:
-    """The settings that PEFT reads must be those that the model is built with, or the two would answer differently."""
+    """Compare the settings that PEFT reads with those that the model is built with.
+
+    Raises:
+        UserError: they differ, so that PEFT and the model would answer differently.
+    """
     path = checkpoint.folder / ADAPTER_CONFIG_FILE
     stored = read_json_object(path, _REMEDY)
     generator = checkpoint.config.generator

@@ -1,10 +1,10 @@
-"""Publishable copies of a model: a run's checkpoint without its optimizer state, or a model in memory.
+"""Folders to publish: a run's checkpoint without its optimizer state, or a model in memory.
 
     rectvlm export --checkpoint runs/demo/phase3 --out folder
     model.save_pretrained("folder")
 
-Both write a checkpoint (`rectvlm.checkpoint.checkpoint`) with its model card and manifest. The folder appears complete
-or not at all.
+Both write a checkpoint (`rectvlm.checkpoint.checkpoint`) with its model card and manifest. The
+folder appears complete or not at all.
 """
 
 import logging
@@ -64,7 +64,7 @@ class ExportOptions:
 
 
 def export_checkpoint(checkpoint: str | Path, folder: str | Path, **options: Any) -> Path:
-    """Copy a checkpoint into a folder to publish, with the thresholds and metrics that lie beside it.
+    """Copy a checkpoint into a folder to publish, with its thresholds and metrics, if it has any.
 
     The language model is not loaded, so any machine can do it.
 
@@ -121,14 +121,15 @@ def write_model(
         differing = find_differing_tensors(Checkpoint.open(work).read_tensors(), tensors)
         if differing:
             raise UserError(
-                f"{work} does not hold what was written to it ({', '.join(differing[:8])}): check the "
+                f"{work} does not hold what was written to it ({', '.join(differing[:8])}): check "
+                "the "
                 "disk."
             )
     return target
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> dict[str, ManifestEntry]:
-    """Copy files of a checkpoint, and compare the copies with its manifest, or with the files where it has none.
+    """Copy files of a checkpoint, and compare the copies with its manifest or with the files.
 
     Returns:
         Manifest entries of the copies.
@@ -179,7 +180,7 @@ def _complete_folder(checkpoint: Checkpoint, name: str, options: ExportOptions) 
 
 
 def _rename_base_model(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    """Write another name of the language model into `config.json` and into the adapter's settings."""
+    """Rename the language model in `config.json` and in the adapter's settings."""
     generator = checkpoint.config.generator.model_copy(update={"model": name})
     config = checkpoint.config.model_copy(update={"generator": generator})
     renamed = replace(checkpoint, config=config)
@@ -192,7 +193,7 @@ def _rename_base_model(checkpoint: Checkpoint, name: str) -> Checkpoint:
 
 @contextmanager
 def _stage_folder(folder: Path, overwrite: bool) -> Iterator[tuple[Path, Path]]:
-    """An empty folder beside the target, and the target, whose place it takes when all is written."""
+    """Yield an empty folder beside the target and the target, which it replaces at the end."""
     target = folder.expanduser().resolve()  # "." has no name, and a link is not to be replaced
     is_taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if is_taken and not (overwrite and target.is_dir()):
@@ -219,7 +220,8 @@ def _stage_folder(folder: Path, overwrite: bool) -> Iterator[tuple[Path, Path]]:
 def _replace_model_files(work: Path, folder: Path) -> None:
     """Put the files of one model in the place of another's.
 
-    Without `config.json` a folder is no model, so it goes first and comes last: a kill leaves no mixture that loads.
+    Without `config.json` a folder is no model, so this file goes first and comes last: a kill
+    leaves no mixture that loads.
     """
     (folder / CONFIG_FILE).unlink(missing_ok=True)
     stale_files = [*folder.glob("*.safetensors"), folder / THRESHOLDS_FILE, folder / MANIFEST_FILE]

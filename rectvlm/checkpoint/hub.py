@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face Hub: a hub id as a local folder, and the Hub's errors in one sentence."""
+"""Checkpoints on the Hugging Face Hub: hub ids as local folders, and errors in one sentence."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ def find_model_folder(
     cache_dir: str | Path | None = None,
     token: str | None = None,
 ) -> Path:
-    """The local folder of a model; from the Hub only what `parts` need is fetched, and never a pickle.
+    """Find the local folder of a model, or fetch what `parts` need from the Hub, and no pickle.
 
     Args:
         reference: a checkpoint, a run's phase folder or an exported model, or a hub id OWNER/NAME.
@@ -49,7 +49,8 @@ def find_model_folder(
     if path.is_dir():
         if revision is not None:
             raise UserError(
-                f"{path} is a folder here, which has no revision {revision!r}: leave the revision out."
+                f"{path} is a folder here, which has no revision {revision!r}: leave the revision "
+                "out."
             )
         return find_checkpoint(path, "give a folder that has one of the two")
     if not HUB_ID_PATTERN.fullmatch(name):
@@ -94,7 +95,8 @@ def explain_hub_errors(
             else "then log in with `hf auth login` or set HF_TOKEN"
         )
         raise UserError(
-            f"{repository} is gated: accept its terms at {endpoint}/{repository}, {account}, and try "
+            f"{repository} is gated: accept its terms at {endpoint}/{repository}, {account}, and "
+            "try "
             "again."
         ) from None
     except RevisionNotFoundError:
@@ -120,7 +122,8 @@ def explain_hub_errors(
         raise UserError(_explain_status(error.response.status_code, repository, endpoint)) from None
     except HTTPError as error:
         raise UserError(
-            f"Could not reach {endpoint} for {repository} ({_one_line(error)}): check the network, or "
+            f"Could not reach {endpoint} for {repository} ({_one_line(error)}): check the network, "
+            "or "
             "give a mirror or a folder with --from; files that have arrived are kept."
         ) from None
     except OSError as error:
@@ -135,21 +138,27 @@ def _explain_status(status: int, repository: str, endpoint: str) -> str:
                 "`hf auth login`, or set HF_TOKEN."
             )
         return (
-            f"{endpoint} wants to know who asks for {repository}: log in with `hf auth login`, or set "
+            f"{endpoint} wants to know who asks for {repository}: log in with `hf auth login`, or "
+            "set "
             "HF_TOKEN."
         )
     if status == 403:
         return (
-            f"{endpoint} forbids {repository} to the account of this token: ask its owner, or use a "
+            f"{endpoint} forbids {repository} to the account of this token: ask its owner, or use "
+            "a "
             "token with more rights."
         )
-    return f"{endpoint} answers {status} for {repository}: try later; files that have arrived are kept."
+    return (
+        f"{endpoint} answers {status} for {repository}: try later; files that have arrived are "
+        "kept."
+    )
 
 
 def _explain_disk_error(error: OSError, repository: str) -> str:
     if is_disk_full(error):
         return (
-            f"The disk is full while {repository} is fetched: make room and try again; files that have "
+            f"The disk is full while {repository} is fetched: make room and try again; files that "
+            "have "
             "arrived are kept."
         )
     reason = error.strerror or _one_line(error)

@@ -1,7 +1,7 @@
-"""Whether a checkpoint is what was written: its manifest, and the renames that make it appear whole or not at all.
+"""Integrity of checkpoints: a manifest, and renames by which they appear complete or not at all.
 
-`manifest.json` lists the size and SHA-256 of every file. README.md and thresholds.json have no entry: people edit the
-first, and `rectvlm evaluate` writes the second later.
+`manifest.json` lists the size and SHA-256 of every file. README.md and thresholds.json have no
+entry: people edit the first, and `rectvlm evaluate` writes the second later.
 """
 
 import shutil
@@ -158,7 +158,7 @@ def list_manifest_files(folder: Path) -> list[str]:
 
 
 def finalize_checkpoint(work: Path, entries: Mapping[str, ManifestEntry], target: Path) -> None:
-    """Write the manifest of a folder whose files are on disk, and rename the folder to its final name.
+    """Write the manifest of a folder whose files are on disk, and give the folder its name.
 
     Raises:
         OSError: there is no room, the disk failed, or the name is taken: a checkpoint is never
@@ -174,7 +174,7 @@ def finalize_checkpoint(work: Path, entries: Mapping[str, ManifestEntry], target
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Rename a checkpoint to its partial name and delete it, so that a kill leaves no half checkpoint.
+    """Rename a checkpoint to its partial name and delete it: a kill leaves no half checkpoint.
 
     Raises:
         OSError: the disk failed, or another process holds its files (NFS).

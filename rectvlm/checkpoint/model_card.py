@@ -106,7 +106,7 @@ def _card_metadata(
     license_id: str | None,
     datasets: Sequence[str],
 ) -> ModelCardData:
-    """Metadata that the Hub searches by; a language model that is not on the Hub cannot be named there."""
+    """Metadata that the Hub searches by; it names the language model if that is on the Hub."""
     task = "image-classification"
     if base_model is not None:
         task = "image-to-text"

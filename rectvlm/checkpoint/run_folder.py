@@ -17,7 +17,7 @@ from rectvlm.types import UserError
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
-"""The file that makes a folder a checkpoint; a checkpoint is renamed to its name with all its files."""
+"""File by which a folder is a checkpoint: a folder gets its name when all its files are written."""
 BEST_CHECKPOINT = "best"
 
 
@@ -32,7 +32,7 @@ def step_folder(phase_folder: Path, step: int) -> Path:
 
 
 def list_step_folders(phase_folder: Path) -> list[Path]:
-    """Step folders of a phase, oldest first, whatever they hold; one with another name, such as a copy, is left out."""
+    """Step folders of a phase, intact or damaged, oldest first; copies have other names."""
     steps: dict[int, Path] = {}
     for path in phase_folder.glob("checkpoints/step-*"):
         number = path.name.removeprefix("step-")
@@ -84,7 +84,7 @@ def record_best_checkpoint(
 
 
 def find_checkpoint(folder: str | Path, remedy: str) -> Path:
-    """The checkpoint that a path means: itself, the newest of a phase folder, or the best (`PHASE/best`).
+    """Find the checkpoint that a path means: itself, a phase's newest, or its best (`PHASE/best`).
 
     Args:
         folder: of a checkpoint or of a phase, or `PHASE/best`.
@@ -107,7 +107,8 @@ def find_checkpoint(folder: str | Path, remedy: str) -> Path:
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         raise UserError(
-            f"No checkpoint in {folder}: expected {CONFIG_FILE}, or checkpoints/step-…/{CONFIG_FILE} "
+            f"No checkpoint in {folder}: expected {CONFIG_FILE}, or "
+            f"checkpoints/step-…/{CONFIG_FILE} "
             f"in a run's phase folder; {remedy}."
         )
     return checkpoints[-1]

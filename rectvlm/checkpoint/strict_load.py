@@ -1,4 +1,4 @@
-"""Copy tensors into a model strictly: what is missing, unexpected or of another shape is named, and nothing is loaded."""
+"""Strict loading: tensors fit the model, or every fault is named and nothing is loaded."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -62,7 +62,8 @@ def check_tensors(
     phrases = [f"{fault}: {_join_names(names)}" for fault, names in faults.items() if names]
     if phrases:
         raise UserError(
-            f"The weights in {where} do not fit the model: {'; '.join(phrases)}; use the configuration "
+            f"The weights in {where} do not fit the model: {'; '.join(phrases)}; use the "
+            "configuration "
             "they came from."
         )
 

@@ -182,15 +182,19 @@ class RectVLM(nn.Module):
         empty = [name for name in names if hasattr(tensors[name], "ds_id") or tensors[name].is_meta]
         if empty:
             raise UserError(
-                f"{len(empty)} tensors of the model, such as {empty[0]}, are sharded or have no values: "
+                f"{len(empty)} tensors of the model, such as {empty[0]}, are sharded or have no "
+                "values: "
                 "give gathered ones as `state_dict`, or export the run's checkpoint with "
                 "`rectvlm export`."
             )
         return {name: tensors[name] for name in names}
 
     def checkpoint_tensor_names(self) -> list[str]:
-        """Names of the tensors in a checkpoint: every parameter but the language model's own, the adapter among them,
-        and the buffers that no configuration gives back, which are the prompts and the encoder's atlas."""
+        """Names of the tensors in a checkpoint.
+
+        These are all parameters but the language model's own, with its adapter, and the buffers that
+        no configuration gives back: the prompts and the encoder's atlas.
+        """
         names = []
         for name, _ in self.named_parameters():
             if not name.startswith(LANGUAGE_MODEL_PREFIX) or ".lora_" in name:
@@ -200,7 +204,7 @@ class RectVLM(nn.Module):
         return names
 
     def lora_config(self) -> LoraConfig | None:
-        """Settings of the language model's adapter, as a checkpoint holds them; None without a generator."""
+        """Settings of the language model's adapter for a checkpoint; None without a generator."""
         if self.generator is None:
             return None
         lora: LoraConfig = copy.deepcopy(self.generator.language_model.peft_config["default"])
@@ -308,7 +312,7 @@ def load_part(
     device: torch.device | str | None = None,
     revision: str | None = None,
 ) -> nn.Module:
-    """Load one part alone, such as the encoder, as a plain module in eval mode; the other parts are not read.
+    """Load one part alone, such as the encoder, as a plain module in eval mode.
 
     Args:
         reference: a checkpoint, a run's phase folder or an exported model, or a hub id.
@@ -342,7 +346,8 @@ def _check_parts(parts: Sequence[ModelPart], checkpoint: Checkpoint) -> None:
     checkpoint.require_parts(parts)
     if not {"encoder", "classifier"} <= set(parts):
         raise UserError(
-            f"parts {tuple(parts)} make no model: the encoder and the classifier belong to every one; "
+            f"parts {tuple(parts)} make no model: the encoder and the classifier belong to every "
+            "one; "
             "rectvlm.models.load_part loads one part alone."
         )
     if "generator" in parts and "localizer" not in parts:
@@ -353,7 +358,8 @@ def _check_parts(parts: Sequence[ModelPart], checkpoint: Checkpoint) -> None:
     if leaves_out_localizer and checkpoint.config.localizer.volumes_to_findings:
         raise UserError(
             f"The localizer of {checkpoint.folder} is a summand of its findings "
-            "(localizer.volumes_to_findings), so without it the classifier would answer differently: "
+            "(localizer.volumes_to_findings), so without it the classifier would answer "
+            "differently: "
             "add the localizer to parts."
         )
 

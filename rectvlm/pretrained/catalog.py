@@ -1,26 +1,31 @@
-"""The names that `rectvlm weights` knows: our sizes, the models they build on, and the bundled ones."""
+"""The names that `rectvlm weights` knows: our sizes, models of others, and bundled models."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 SIZE_REPOSITORIES: dict[str, str] = {
     name: f"rectvlm/rectvlm-{name}" for name in ("small", "medium", "large")
 }
-"""Repository of each size. Another one is given with `--repo`, and a mirror keeps these names."""
+"""Repository of each size; `--repo` gives another one, and a mirror keeps these names."""
 
 PUBLISHED_SIZES: frozenset[str] = frozenset()
-"""Sizes whose weights are published under the name in `SIZES`. The name of an unpublished one could be taken by anyone
-on the public Hub, so it is not asked for there."""
+"""Sizes whose weights are published in `SIZE_REPOSITORIES`.
+
+The name of an unpublished one could be taken by anyone on the public Hub, so it is not asked for.
+"""
 
 
-class ExternalModel(NamedTuple):
+@dataclass(frozen=True)
+class ExternalModel:
     """A model of others that a configuration builds on."""
 
     repository: str
+    """Hub id OWNER/NAME."""
     role: str
+    """Use of the model in rectvlm, in words."""
     is_gated: bool
-    """Whether its owner wants terms accepted before it can be downloaded."""
+    """Whether its owner wants terms accepted before a download."""
     gigabytes: float
-    """Its weights, in the type in which they are published."""
+    """Size of its weights as published, GB."""
 
 
 EXTERNAL_MODELS: dict[str, ExternalModel] = {
@@ -59,4 +64,4 @@ MODEL_FILE_PATTERNS = (
     "chat_template.json",
     "chat_template.jinja",
 )
-"""What a model of others needs to load, in its top folder: no pickle, no weights of other frameworks."""
+"""Files in the top folder of a model of others that are needed to load it, and no pickle."""

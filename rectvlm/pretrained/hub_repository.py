@@ -1,6 +1,6 @@
 """A repository on a hub or a mirror: its files with their digests, downloaded and checked.
 
-huggingface_hub transfers the files; it compares sizes and not contents, so the digests are compared here.
+huggingface_hub transfers files and compares their sizes. Their digests are compared here.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ class HubRepository:
         return f"{self.endpoint}/{self.name}"
 
     def download_files(self, names: Collection[str], folder: Path | None = None) -> Path:
-        """Bring files here that are missing or differ from the hub's, and return the folder with them.
+        """Bring files here that are missing or differ from the hub's; return their folder.
 
         Args:
             names: files to download.
@@ -74,7 +74,8 @@ class HubRepository:
             damaged = self._find_damaged(damaged, target)
         if damaged:
             raise UserError(
-                f"{', '.join(damaged)} from {self.address} arrived with another digest than the hub "
+                f"{', '.join(damaged)} from {self.address} arrived with another digest than the "
+                "hub "
                 "states: try again, or use another mirror."
             )
         return target

@@ -1,4 +1,4 @@
-"""`rectvlm weights pull`: models from a hub, a mirror or a folder to this machine, checked file by file.
+"""`rectvlm weights pull`: models from a hub, a mirror or a folder, checked file by file.
 
 What is there already is checked, completed and repaired.
 """
@@ -76,7 +76,8 @@ def pull_model(
         has_own_source = repository or where or constants.ENDPOINT != PUBLIC_HUB
         if name not in PUBLISHED_SIZES and not has_own_source:
             raise UserError(
-                f"No weights of size {name} are published yet: name a repository that has some with "
+                f"No weights of size {name} are published yet: name a repository that has some "
+                "with "
                 "--repo OWNER/NAME, or a folder or mirror with --from."
             )
         folder = out or models_folder() / f"rectvlm-{name}"
@@ -111,7 +112,8 @@ def find_model_in(where: str, repository: str) -> Path:
         if (folder / CONFIG_FILE).is_file():
             return folder
     raise UserError(
-        f"No model in {root}: expected {repository}/{CONFIG_FILE} or {CONFIG_FILE} there; give --from a "
+        f"No model in {root}: expected {repository}/{CONFIG_FILE} or {CONFIG_FILE} there; give "
+        "--from a "
         "folder that has one of them, or the address of a mirror (http…)."
     )
 
@@ -144,7 +146,8 @@ def _pull_checkpoint(
     for name in (CONFIG_FILE, MANIFEST_FILE):
         if name not in repository.files:
             raise UserError(
-                f"{repository.address} holds no {name}, so it is no model that `rectvlm weights push` "
+                f"{repository.address} holds no {name}, so it is no model that `rectvlm weights "
+                "push` "
                 "has published."
             )
     former_files = _list_former_files(folder)
@@ -159,7 +162,8 @@ def _pull_checkpoint(
     faults = find_faults(folder, names)
     if faults:
         raise UserError(
-            f"{repository.address} contradicts its {MANIFEST_FILE}: {'; '.join(faults)}; push it again."
+            f"{repository.address} contradicts its {MANIFEST_FILE}: {'; '.join(faults)}; push it "
+            "again."
         )
     entries = read_manifest(folder)
     _finish_pull(folder, {name: entries[name] for name in names}, former_files)
@@ -228,7 +232,7 @@ def _existing_files(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 def _list_former_files(folder: Path) -> Collection[str]:
-    """Files that an earlier pull brought to a folder; none where its manifest is missing or damaged."""
+    """Files that an earlier pull brought to a folder; none without a readable manifest."""
     try:
         return read_manifest(folder).keys()
     except UserError:

@@ -1,4 +1,4 @@
-"""`rectvlm weights push`: a checkpoint to a repository, whole or by part, in one commit, private by default."""
+"""`rectvlm weights push`: a checkpoint, or parts of it, to a repository in one commit."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -94,7 +94,8 @@ def _refuse_loss(remote_files: Iterable[str], parts: Sequence[ModelPart], where:
     lost = [part for part in MODEL_PARTS if part_file(part) in names and part not in parts]
     if lost:
         raise UserError(
-            f"{where} holds {', '.join(lost)}, which this push would remove: push the whole model, or "
+            f"{where} holds {', '.join(lost)}, which this push would remove: push the whole model, "
+            "or "
             "the part to a repository of its own."
         )
 
@@ -144,7 +145,8 @@ def _prepare_repository(name: str, endpoint: str, public: bool) -> HubRepository
     repository = read_repository(name, None, endpoint)
     if not repository.is_private and not public:
         raise UserError(
-            f"{repository.address} is public: say --public to push there, or push to another repository."
+            f"{repository.address} is public: say --public to push there, or push to another "
+            "repository."
         )
     return repository
 

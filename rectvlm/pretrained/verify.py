@@ -1,4 +1,4 @@
-"""`rectvlm weights verify` and `rectvlm weights list`: which models are here, and whether they are intact."""
+"""`rectvlm weights verify` and `rectvlm weights list`: the models here, and their integrity."""
 
 import json
 from dataclasses import dataclass
@@ -40,7 +40,8 @@ def find_model_faults(target: str) -> tuple[Path, list[str]]:
         return folder, find_faults(folder)
     if target in BUNDLED_MODELS:
         raise UserError(
-            f"{target} is checked when it is prepared and has no {MANIFEST_FILE}: to prepare it again, "
+            f"{target} is checked when it is prepared and has no {MANIFEST_FILE}: to prepare it "
+            "again, "
             f"remove {models_folder() / target} and pull it."
         )
     folder = models_folder() / f"rectvlm-{target}"
@@ -53,7 +54,8 @@ def find_model_faults(target: str) -> tuple[Path, list[str]]:
     cached = _find_cached_repository(repository)
     if cached is None:
         raise UserError(
-            f"Nothing called {target!r} is here: give a folder, or `rectvlm weights pull {target}` first."
+            f"Nothing called {target!r} is here: give a folder, or `rectvlm weights pull {target}` "
+            "first."
         )
     return cached.repo_path, _find_cache_faults(cached)
 
@@ -70,7 +72,7 @@ def _find_cached_repository(repository: str) -> CachedRepoInfo | None:
 
 
 def _find_cache_faults(cached: CachedRepoInfo) -> list[str]:
-    """Compare contents with their names: in the cache, SHA-256 of large files and git's SHA-1 of small ones."""
+    """Compare contents with their names in the cache: SHA-256 if large, git's SHA-1 if small."""
     faults = set()
     for revision in cached.revisions:
         for file in revision.files:

@@ -18,7 +18,8 @@ from rectvlm.data.canonical_grid import canonical_affine, mask_to_native, resamp
 from rectvlm.labels import CT_WINDOWS, FINDINGS, LESION_BY_KEY, LESIONS
 from rectvlm.lesion_bits import pack_lesion
 from rectvlm.models import RectVLM
-from rectvlm.predict import case_page, run
+from rectvlm.predict import case_folder, case_page, run
+from rectvlm.predict.case import LoadedModel, PredictedCase
 from rectvlm.types import HuConversion, UserError, Volume
 
 ORIENTATIONS = [
@@ -121,7 +122,7 @@ def test_canonical_view_is_the_same_from_every_axis_order(code):
     canonical = np.arange(2 * 3 * 4).reshape(2, 3, 4)
     affine = np.array([[0, 0, -0.7, 9], [0, -0.8, 0, 8], [5, 0, 0, -700], [0, 0, 0, 1.0]])
     turned, native = in_orientation(canonical, affine, code)
-    view, view_affine = run.canonical_view(turned, native)
+    view, view_affine = case_folder.canonical_view(turned, native)
     assert np.array_equal(view, canonical)
     assert np.allclose(view_affine, affine)
 
@@ -133,7 +134,7 @@ def test_a_lesion_on_the_patients_left_is_on_the_right_of_the_picture(
     """A nodule drawn at negative world x, on the model's grid and back, then on the page and in words."""
     phantom = phantoms(1)
     hu, affine = in_orientation(phantom.hu, phantom.affine, code)
-    ct, view_affine = run.canonical_view(hu, affine)
+    ct, view_affine = case_folder.canonical_view(hu, affine)
     depth, height, width = ct.shape
     column = round(0.72 * width)
     world = view_affine @ [depth // 2, height // 2, column, 1]
@@ -151,12 +152,12 @@ def test_a_lesion_on_the_patients_left_is_on_the_right_of_the_picture(
     assert (back & (pack_lesion(ball, NODULE))).any()
 
     checkpoint = Checkpoint.open(tiny_run(2))
-    reader = run._LoadedModel(RectVLM.from_checkpoint(checkpoint, "cpu"), checkpoint, None)
+    reader = LoadedModel(RectVLM.from_checkpoint(checkpoint, "cpu"), checkpoint, None)
     volume, decision = Volume(hu, affine, "left.nii"), HuConversion(1, 0, "HU")
-    case = run._PredictedCase(
+    case = PredictedCase(
         "left", volume, hu, decision, grid_affine, dict.fromkeys(FINDINGS, 0.5), back, None
     )
-    folder = run._write_case(reader, case, tmp_path)
+    folder = case_folder.write_case_folder(reader, case, tmp_path)
 
     row = json.loads((folder / "findings.json").read_text())["lesions"][NODULE.bit]
     assert (
@@ -391,7 +392,7 @@ def test_thinning_keeps_slices_with_a_lesion():
 
 
 def test_a_full_size_page_is_below_8_mb(phantoms, view):
-    ct, _ = run.canonical_view(phantoms(1).hu, phantoms(1).affine)
+    ct, _ = case_folder.canonical_view(phantoms(1).hu, phantoms(1).affine)
     rng = np.random.default_rng(0)
     rows = np.linspace(0, ct.shape[1] - 1, 512).round().astype(int)
     columns = np.linspace(0, ct.shape[2] - 1, 512).round().astype(int)
