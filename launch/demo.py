@@ -303,7 +303,7 @@ class EvaluationFigures:
 
 
 @dataclass(frozen=True)
-class PredictedCase:
+class DemoPrediction:
     """A predicted case."""
 
     case: str
@@ -322,7 +322,7 @@ class DemoSummary:
     """What really ran in the last phase."""
     phases: list[PhaseSummary]
     evaluation: EvaluationFigures
-    predictions: list[PredictedCase]
+    predictions: list[DemoPrediction]
     machine: JsonObject
     versions: dict[str, str]
     stages: list[FinishedCommand]
@@ -348,11 +348,11 @@ def summarize_demo(
     for phase in phases:
         seconds = seconds_by_command[f"phase {phase}"]
         phase_summaries.append(summarize_phase(folder / f"phase{phase}", phase, seconds))
-    predictions: list[PredictedCase] = []
+    predictions: list[DemoPrediction] = []
     for findings_path in sorted((folder / "predictions").glob("*/findings.json")):
         case_folder = findings_path.parent
         page = case_folder / "index.html"
-        predictions.append(PredictedCase(case_folder.name, str(case_folder), str(page)))
+        predictions.append(DemoPrediction(case_folder.name, str(case_folder), str(page)))
     return DemoSummary(
         config=metrics["config"],
         engine={key: engine[key] for key in engine_keys},
