@@ -49,8 +49,8 @@ EVALUATION_FILE = "evaluation/metrics.json"
 """Metrics of the evaluation, in the run's folder."""
 SUMMARY_FILE = "summary.json"
 EVALUATION_BATCH_SIZE = "7"
-"""Number of cases that are evaluated at once. Reports are generated for the first batch only, twice:
-with the image and, as a control, without."""
+"""Number of cases that are evaluated at once. Reports are generated for the first batch only: with
+the image and, as a control, without."""
 FAILURE_LOG_LINES = 20
 """Number of last lines of a failed command's log that are shown."""
 POLL_SECONDS = 0.2
