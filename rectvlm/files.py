@@ -1,4 +1,4 @@
-"""Files that must survive a kill, a full disk or a second process: atomic writes, checksums, locks."""
+"""Files that must survive a kill, a full disk or a second process: atomic writes, hashes, locks."""
 
 import errno
 import hashlib

@@ -95,7 +95,7 @@ def find_newest_intact_checkpoint(folder: Path, resume: ResumeMode, engine: Engi
         engine.barrier()
     if checkpoints and resume == "yes":
         raise UserError(
-            f"None of the {len(checkpoints)} checkpoints in {folder} is intact; they are set aside: "
+            f"None of the {len(checkpoints)} checkpoints in {folder} is intact; all are set aside: "
             "begin anew with --restart, or without --resume."
         )
     return None
