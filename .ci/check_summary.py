@@ -25,9 +25,8 @@ def faults(summary: dict) -> list[str]:
         if missing:
             found.append(f"phase {row.get('phase')} has no {', '.join(sorted(missing))}")
         elif not row["loss_last"] < row["loss_first"]:
-            found.append(
-                f"the loss of phase {row['phase']} went from {row['loss_first']} to {row['loss_last']}"
-            )
+            change = f"from {row['loss_first']} to {row['loss_last']}"
+            found.append(f"the loss of phase {row['phase']} went {change}")
     if not summary.get("evaluation"):
         found.append("no evaluation")
     pages = [Path(row["dir"]) / "index.html" for row in summary.get("predictions", [])]

@@ -1,8 +1,9 @@
 """A pytest plugin for `.ci/run`: a third of the collected tests, and no new one after 25 minutes.
 
-Which third follows from the number of commits, so three landings in a row run all of them. Every third test is taken,
-not a third of the files, since one file has most of the minutes. A test that begins after the limit is skipped and
-named ("not reached"); one that has begun by then may end, which keeps the whole below 30 minutes.
+Which third follows from the number of commits, so three landings in a row run all of them. Every
+third test is taken, not a third of the files, since one file has most of the minutes. A test that
+begins after the limit is skipped and named ("not reached"); one that has begun by then may end,
+which keeps the whole below 30 minutes.
 """
 
 import os

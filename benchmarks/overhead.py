@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parse_arguments(arguments)
     prepare_engine_environment()
-    from rectvlm.checkpoint import run_checkpoint
+    from rectvlm.machine import package_versions
 
     start_seconds = time.monotonic()
     rows: list[JsonObject] = []
@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # A process holds one engine in its life.
             rows.append(run_in_new_process(measure_overhead, settings, Path(work)))
     facts = {
-        "versions": run_checkpoint.package_versions(),
+        "versions": package_versions(),
         "threads": torch.get_num_threads(),
         "rows": rows,
     }

@@ -242,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parse_arguments(arguments)
     prepare_engine_environment()
-    from rectvlm.checkpoint import run_checkpoint
+    from rectvlm.machine import package_versions
 
     start_seconds = time.monotonic()
     rows: list[JsonObject] = []
@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "Nothing fitted into the memory of the GPU: choose a smaller --config or --micro-batch."
         )
     facts = {
-        "versions": run_checkpoint.package_versions(),
+        "versions": package_versions(),
         "config": config.name,
         "geometry": config.generator.model,
         "rounds": options.rounds,

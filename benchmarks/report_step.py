@@ -39,9 +39,9 @@ from benchmarks.publishing import (
 )
 from benchmarks.timing import SectionTimer, default_device, synchronized_time
 from rectvlm import pretrained
-from rectvlm.checkpoint import run_checkpoint
 from rectvlm.config import Config, load_config
 from rectvlm.labels import N_REGIONS
+from rectvlm.machine import package_versions
 from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.language_model import (
     LanguageModel,
@@ -305,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = measure_generator(
         config, options.layers, options.micro_batch, options.cue_words, options.rounds
     )
-    versions = run_checkpoint.package_versions()
+    versions = package_versions()
     facts = {
         "versions": {name: versions[name] for name in versions if name in REPORTED_PACKAGES},
         "config": config.name,

@@ -3,16 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rectvlm.checkpoint.hub import RectVLM
+    from rectvlm.models import RectVLM
 
 __version__ = "0.1.0"
 __all__ = ["RectVLM", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: what a model needs takes seconds to import, which the command line and loader processes would pay.
+    # On first use: a model takes seconds to import, which `rectvlm --help` and loaders would pay.
     if name == "RectVLM":
-        from rectvlm.checkpoint.hub import RectVLM
+        from rectvlm.models import RectVLM
 
         return RectVLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

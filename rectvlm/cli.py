@@ -1,4 +1,4 @@
-"""The command `rectvlm`: predict, evaluate, export, weights, version.
+"""The command `rectvlm`: predict, evaluate, export, weights, plan, runs, version.
 
 Heavy modules are imported when a command needs them, so that `rectvlm --help` answers at once.
 """
@@ -66,7 +66,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
 
     export = commands.add_parser(
-        "export", help="a checkpoint as a folder in the layout of Hugging Face"
+        "export", help="a checkpoint as a folder to publish, without its optimizer state"
     )
     export.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder"
@@ -91,12 +91,6 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument(
         "--metrics", type=Path, metavar="FILE", help="by default those of `evaluate`, if it has run"
-    )
-    export.add_argument(
-        "--max-shard-size",
-        default="5GB",
-        metavar="SIZE",
-        help="split larger weights (default: 5GB)",
     )
     export.add_argument(
         "--overwrite", action="store_true", help="replace the model in a folder that is there"
@@ -197,7 +191,7 @@ def _add_weights_actions(parser: argparse.ArgumentParser) -> None:
     pull.set_defaults(run=_run_weights_pull, progress=True)
 
     push = actions.add_parser(
-        "push", help="publish a model that `save_pretrained` exported, privately by default"
+        "push", help="publish a checkpoint or an exported model, privately by default"
     )
     push.add_argument("folder", type=Path, metavar="FOLDER")
     push.add_argument("--repo", required=True, metavar="OWNER/NAME")
@@ -208,7 +202,7 @@ def _add_weights_actions(parser: argparse.ArgumentParser) -> None:
     push.set_defaults(run=_run_weights_push, progress=True)
 
     verify = actions.add_parser(
-        "verify", help="recompute all checksums; names what differs, is missing or is extra"
+        "verify", help="recompute all checksums; name what differs or is missing"
     )
     verify.add_argument("targets", nargs="+", metavar="NAME_OR_FOLDER")
     verify.set_defaults(run=_run_weights_verify)
@@ -231,8 +225,8 @@ def _start_logging(verbose: bool, progress: bool = False) -> None:
 
     handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
     # Libraries warn about kernels and layers that the user of a command cannot act upon.
-    others = logging.WARNING if verbose else logging.ERROR
-    logging.basicConfig(level=others, format="%(message)s", handlers=[handler], force=True)
+    library_level = logging.WARNING if verbose else logging.ERROR
+    logging.basicConfig(level=library_level, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("rectvlm").setLevel(logging.DEBUG if verbose else logging.INFO)
     if not verbose:
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -271,13 +265,12 @@ def _run_evaluate(namespace: argparse.Namespace) -> None:
 
 
 def _run_export(options: argparse.Namespace) -> None:
-    from rectvlm.checkpoint.hub import export_checkpoint
+    from rectvlm.checkpoint.export import export_checkpoint
 
     chosen = {
         "base_model": options.base_model,
         "license_id": options.license,
         "datasets": options.dataset,
-        "max_shard_size": options.max_shard_size,
         "overwrite": options.overwrite,
     }
     if options.metrics is not None:
@@ -300,22 +293,22 @@ def _check_device(name: str | None) -> None:
 
 
 def _run_weights_pull(options: argparse.Namespace) -> None:
-    from rectvlm.pretrained.pull import pull
+    from rectvlm.pretrained.pull import pull_model
     from rectvlm.types import UserError
 
     if len(options.names) > 1 and (options.out or options.repo):
         raise UserError("--out and --repo are for one name: pull the models one by one.")
     for name in options.names:
-        folder = pull(
+        folder = pull_model(
             name, options.part or (), options.where, options.repo, options.revision, options.out
         )
         sys.stdout.write(f"{folder}\n")
 
 
 def _run_weights_push(options: argparse.Namespace) -> None:
-    from rectvlm.pretrained.push import push
+    from rectvlm.pretrained.push import push_model
 
-    place = push(
+    place = push_model(
         options.folder,
         options.repo,
         options.part or (),
@@ -330,14 +323,15 @@ def _run_weights_verify(options: argparse.Namespace) -> None:
     from rectvlm.pretrained.verify import find_model_faults
     from rectvlm.types import UserError
 
-    wrong = 0
+    damaged_count = 0
     for target in options.targets:
-        folder, found = find_model_faults(target)
-        sys.stdout.writelines(f"{folder}: {fault}\n" for fault in found or ["whole"])
-        wrong += bool(found)
-    if wrong:
+        folder, faults = find_model_faults(target)
+        sys.stdout.writelines(f"{folder}: {fault}\n" for fault in faults or ["intact"])
+        damaged_count += bool(faults)
+    if damaged_count:
         raise UserError(
-            f"{wrong} of {len(options.targets)} do not verify: pull again to repair what was pulled."
+            f"{damaged_count} of {len(options.targets)} do not verify: pull again to repair what "
+            "was pulled."
         )
 
 
@@ -350,11 +344,12 @@ def _run_weights_list(options: argparse.Namespace) -> None:
 
     table = Table("name", "what", "repository", "state")
     for row in list_available_models(options.where):
-        table.add_row(*row)
+        table.add_row(row.name, row.kind, row.repository, row.availability)
     Console().print(table)
     if not PUBLISHED_SIZES:
         sys.stdout.write(
-            "No weights of rectvlm are published yet. Sizes can be pulled from a repository that you name (--repo), a "
+            "No weights of rectvlm are published yet. Sizes can be pulled from a repository that "
+            "you name (--repo), a "
             "mirror or a folder (--from).\n"
         )
 

@@ -1,13 +1,36 @@
-"""Description of the machine that a figure was measured on."""
+"""The machine and the package versions that a figure was measured with."""
 
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 import torch
 
 from rectvlm.types import JsonObject
+
+VERSIONED_PACKAGES = (
+    "rectvlm",
+    "torch",
+    "accelerate",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+)
+"""Packages that decide what a model computes."""
+
+
+def package_versions(*extra_packages: str) -> dict[str, str]:
+    """Versions of Python, of the packages that decide what a model computes, and of extra ones."""
+    versions = {"python": platform.python_version()}
+    for name in (*VERSIONED_PACKAGES, *extra_packages):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
 
 
 def describe_machine() -> JsonObject:

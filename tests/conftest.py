@@ -1,7 +1,7 @@
 """Fixtures that are made once a session: phantoms, samples, shards, checkpoints, trained phases."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,7 @@ def tiny_run(
 ) -> Callable[[int], Path]:
     """The phase folder of an untrained tiny model with the parts of a phase."""
     from rectvlm import pretrained
-    from rectvlm.checkpoint import run_checkpoint
+    from rectvlm.checkpoint import TrainingState, run_folder
     from rectvlm.models import RectVLM
     from rectvlm.models.language_model import load_language_model
     from rectvlm.models.prompt_embeddings import PromptEmbeddings
@@ -106,22 +106,9 @@ def tiny_run(
                     config.generator, pretrained.resolve_model(config.generator.model)
                 )
             model = RectVLM(config, parts[phase], prompts, language)
-            by_name = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-            tensors = {
-                name: by_name[name].detach()
-                for name in run_checkpoint.checkpoint_tensor_names(model)
-            }
             run = tmp_path_factory.mktemp("run") / f"phase{phase}"
-            folder = run_checkpoint.step_folder(run, 0)
-            folder.mkdir(parents=True)
-            run_checkpoint.write_checkpoint(
-                folder,
-                tensors,
-                config,
-                run_checkpoint.TrainingState(
-                    phase, parts[phase], 0, 0, 1, run_checkpoint.package_versions()
-                ),
-            )
+            folder = run_folder.step_folder(run, 0)
+            model.save_pretrained(folder, training=TrainingState(phase, 0, 0, 1))
             made[phase] = run
         return made[phase]
 
@@ -149,6 +136,12 @@ def trained(
         return folder / "tiny" / f"phase{phase}"
 
     return train
+
+
+def named(model: torch.nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a model by some of their names."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensors[name].detach() for name in names}
 
 
 def write_nifti(array: np.ndarray, affine: np.ndarray, path: Path) -> Path:

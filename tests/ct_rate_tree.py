@@ -15,13 +15,14 @@ from rectvlm.lesion_bits import lesion_mask
 from rectvlm.phantom.phantom import PhantomCase, make_phantom
 
 _COLUMNS = """
-VolumeName Manufacturer SeriesDescription ManufacturerModelName PatientSex PatientAge ReconstructionDiameter
-DistanceSourceToDetector DistanceSourceToPatient GantryDetectorTilt TableHeight RotationDirection ExposureTime
-XRayTubeCurrent Exposure FilterType GeneratorPower FocalSpots ConvolutionKernel PatientPosition RevolutionTime
-SingleCollimationWidth TotalCollimationWidth TableSpeed TableFeedPerRotation SpiralPitchFactor
-DataCollectionCenterPatient ReconstructionTargetCenterPatient ExposureModulationType CTDIvol ImagePositionPatient
-ImageOrientationPatient SliceLocation SamplesPerPixel PhotometricInterpretation Rows Columns XYSpacing
-RescaleIntercept RescaleSlope RescaleType NumberofSlices ZSpacing StudyDate
+VolumeName Manufacturer SeriesDescription ManufacturerModelName PatientSex PatientAge
+ReconstructionDiameter DistanceSourceToDetector DistanceSourceToPatient GantryDetectorTilt
+TableHeight RotationDirection ExposureTime XRayTubeCurrent Exposure FilterType GeneratorPower
+FocalSpots ConvolutionKernel PatientPosition RevolutionTime SingleCollimationWidth
+TotalCollimationWidth TableSpeed TableFeedPerRotation SpiralPitchFactor DataCollectionCenterPatient
+ReconstructionTargetCenterPatient ExposureModulationType CTDIvol ImagePositionPatient
+ImageOrientationPatient SliceLocation SamplesPerPixel PhotometricInterpretation Rows Columns
+XYSpacing RescaleIntercept RescaleSlope RescaleType NumberofSlices ZSpacing StudyDate
 """
 METADATA = _COLUMNS.split()
 REPORT = ["VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"]

@@ -1,7 +1,8 @@
-"""A stand-in of the Hugging Face Hub on this machine: what huggingface_hub asks for, and faults on demand.
+"""A stand-in for the Hugging Face Hub on this machine: what huggingface_hub asks for, and faults.
 
-Large files answer with a redirect to another path, as the Hub's do to its storage. Every byte of a file that is sent is
-counted, so that a test can tell whether a transfer went on or began again.
+Faults come on demand. Large files answer with a redirect to another path, as the Hub's do to its
+storage. Every byte of a file that is sent is counted, so that a test can tell whether a transfer
+went on or began again.
 """
 
 import base64
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -26,6 +28,19 @@ def git_sha1(data: bytes) -> str:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Contents of the files of a folder by path.
+
+    The records that huggingface_hub keeps of its downloads are left out.
+    """
+    contents = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not name.startswith(".cache/"):
+            contents[name] = path.read_bytes()
+    return contents
 
 
 @dataclass
@@ -196,15 +211,14 @@ class _Handler(BaseHTTPRequestHandler):
         verb = rest[0] if rest else "revision"
         revision = "/".join(rest[1:]) if rest[1:] else "main"
         if verb == "revision":
-            about = {
-                "id": name,
-                "sha": self._commit(repository, revision),
-                "tags": [],
-                "siblings": [],
-            }
+            commit = self._commit(repository, revision)
+            files = repository.commits[commit]
             self._json(
                 {
-                    **about,
+                    "id": name,
+                    "sha": commit,
+                    "tags": [],
+                    "siblings": [self._sibling(path, data) for path, data in files.items()],
                     "private": repository.private,
                     "gated": "manual" if repository.gated else False,
                 }
@@ -228,6 +242,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._take(name, repository)
         else:
             raise _Refused(404)
+
+    def _sibling(self, path: str, data: bytes) -> dict[str, Any]:
+        row = self._row(path, data)
+        sibling: dict[str, Any] = {"rfilename": path, "size": row["size"], "blobId": row["oid"]}
+        if "lfs" in row:
+            sibling["lfs"] = {"sha256": row["lfs"]["oid"], "size": row["size"], "pointerSize": 130}
+        return sibling
 
     def _row(self, path: str, data: bytes) -> dict[str, Any]:
         size = self.hub.faults.lie.get(path, len(data))
@@ -285,7 +306,8 @@ class _Handler(BaseHTTPRequestHandler):
             digest = sha256(data)
             self.hub.stored[digest] = data
             headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}
-            location = f"{self.hub.url.replace('127.0.0.1', 'localhost')}/storage/{digest}/{path.replace('/', '_')}"
+            storage = self.hub.url.replace("127.0.0.1", "localhost") + "/storage"
+            location = f"{storage}/{digest}/{path.replace('/', '_')}"
             self._send(302, headers={**headers, "Location": location})
         else:
             self._file(path, data, {**headers, "ETag": f'"{git_sha1(data)}"'})

@@ -1,4 +1,7 @@
-"""Launches as users give them, at the tiny size: real processes on real shards, and what they leave on the disk."""
+"""Launches as users give them, at the tiny size.
+
+They are real processes on real shards; here is also how to read what they leave on the disk.
+"""
 
 import json
 import os
@@ -12,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import Checkpoint
 
 CHECKOUT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY, WORLD, MICRO_BATCH = 12, 4, 2, 2
@@ -141,4 +144,4 @@ def ending(phase_folder: Path) -> dict[str, Any]:
 
 def weights_of(phase_folder: Path) -> dict[str, Any]:
     """Of the newest checkpoint."""
-    return run_checkpoint.read_weights(run_checkpoint.find_checkpoint(phase_folder, ""))
+    return Checkpoint.open(phase_folder).read_tensors()

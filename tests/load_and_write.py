@@ -1,6 +1,7 @@
-"""What each of two ranks does in `test_loading.py`: read a language model under ZeRO-3, write reports, train a step.
+"""What each of two ranks does in `test_loading.py`.
 
-Started by Accelerate as `tests.load_and_write MODEL OUT QUANTIZATION`; leaves OUT/rank-N.json, and OUT/alone.json with
+Each reads a language model under ZeRO-3, writes reports and trains a step. Accelerate starts it as
+`tests.load_and_write MODEL OUT QUANTIZATION`. It leaves OUT/rank-N.json, and OUT/alone.json with
 the reports that one process writes with the whole model.
 """
 

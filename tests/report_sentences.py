@@ -1,10 +1,13 @@
-"""Sentences of chest-CT reports with the labels that a reader would give them. All were written for this project.
+"""Sentences of chest-CT reports with the labels that a reader would give them.
 
-`HELD_OUT` was written, and committed, before the labeler had a rule. One rule was changed after a look at what the
-labeler says of it, "stent" in "consistent", and none since (docs/concepts/report-metrics.md). `TUNING` is what the rules were
-made with. A gold label is a sign and a code of `CODES`: `+` present, `?` uncertain, `-` stated to be absent; findings
-without one are not mentioned. Consolidation is a kind of lung opacity, so a present or uncertain consolidation implies
-the same of the opacity, here as in the labeler.
+All were written for this project.
+
+`HELD_OUT` was written, and committed, before the labeler had a rule. One rule was changed after a
+look at what the labeler says of it, "stent" in "consistent", and none since
+(docs/concepts/report-metrics.md). `TUNING` is what the rules were made with. A gold label is a sign
+and a code of `CODES`: `+` present, `?` uncertain, `-` stated to be absent; findings without one are
+not mentioned. Consolidation is a kind of lung opacity, so a present or uncertain consolidation
+implies the same of the opacity, here as in the labeler.
 """
 
 from rectvlm.labels import FINDINGS
@@ -16,24 +19,28 @@ HELD_OUT: tuple[tuple[str, str], ...] = (
     # In the manner of translated reports.
     ("Pericardial effusion and thickening were not detected.", "-PE"),
     (
-        "Calcific atheroma plaques are observed in the walls of the aortic arch and the coronary arteries.",
+        "Calcific atheroma plaques are observed in the walls of the aortic arch "
+        "and the coronary arteries.",
         "+AWC +CAC",
     ),
     ("Heart contour and size are natural.", "-CM"),
     (
-        "The heart is larger than normal and there is fluid reaching 14 mm between the pericardial leaves.",
+        "The heart is larger than normal and there is fluid reaching 14 mm "
+        "between the pericardial leaves.",
         "+CM +PE",
     ),
     ("The cardiothoracic index has increased in favor of the heart.", "+CM"),
     (
-        "No lymph node was detected in pathological size and appearance in the mediastinum and in both axillae.",
+        "No lymph node was detected in pathological size "
+        "and appearance in the mediastinum and in both axillae.",
         "-LAP",
     ),
     ("In the mediastinum, lymph nodes with a short diameter of up to 7 mm are observed.", "-LAP"),
     ("A lymph node measuring 22x16 mm is observed in the right lower paratracheal area.", "+LAP"),
     ("Sliding type hiatal hernia is observed at the distal end of the esophagus.", "+HH"),
     (
-        "When the lung parenchyma is examined, there are subsegmental atelectatic changes in the lingula "
+        "When the lung parenchyma is examined, "
+        "there are subsegmental atelectatic changes in the lingula "
         "and in the middle lobe.",
         "+AT",
     ),
@@ -41,11 +48,13 @@ HELD_OUT: tuple[tuple[str, str], ...] = (
     ("Aeration of both lungs is normal; no mass, nodule or infiltration was observed.", "-LN -LO"),
     ("Pleuroparenchymal sequelae density increases are observed in both lung apices.", "+FS +LO"),
     (
-        "Ground glass areas with interlobular septal thickening (crazy paving) are observed in both lungs.",
+        "Ground glass areas with interlobular septal thickening (crazy paving) "
+        "are observed in both lungs.",
         "+LO +IS",
     ),
     (
-        "There are patchy consolidations accompanied by ground glass densities in the right lower lobe.",
+        "There are patchy consolidations accompanied by ground glass densities "
+        "in the right lower lobe.",
         "+CO +LO",
     ),
     ("Mosaic attenuation pattern is observed in both lungs (small airway disease?).", "+MA"),
@@ -53,11 +62,13 @@ HELD_OUT: tuple[tuple[str, str], ...] = (
     ("Mild cylindrical bronchiectatic enlargements are observed in the lower lobes.", "+BR"),
     ("No pericardial or pleural effusion was observed.", "-PE -PLE"),
     (
-        "Bilateral pleural effusion was not observed, but there is minimal pleural thickening on the left.",
+        "Bilateral pleural effusion was not observed, "
+        "but there is minimal pleural thickening on the left.",
         "-PLE",
     ),
     (
-        "There is free fluid in the left pleural space with a depth of 3 cm and adjacent compression atelectasis.",
+        "There is free fluid in the left pleural space with a depth of 3 cm "
+        "and adjacent compression atelectasis.",
         "+PLE +AT",
     ),
     ("Central venous catheter ending in the superior vena cava is observed.", "+MM"),
@@ -67,33 +78,39 @@ HELD_OUT: tuple[tuple[str, str], ...] = (
     ),
     ("Suture materials secondary to the bypass operation are observed in the sternum.", "+MM"),
     (
-        "Paraseptal and centriacinar emphysematous changes are observed in the upper lobes of both lungs.",
+        "Paraseptal and centriacinar emphysematous changes are observed "
+        "in the upper lobes of both lungs.",
         "+EM",
     ),
     ("Thoracic aorta diameter is normal.", ""),
     ("A hypodense nodule of 12 mm is observed in the left lobe of the thyroid gland.", ""),
     (
-        "Degenerative changes are observed in the vertebrae, and there are sequelae of old fractures in the ribs.",
+        "Degenerative changes are observed in the vertebrae, "
+        "and there are sequelae of old fractures in the ribs.",
         "",
     ),
     ("Bilateral adrenal glands are normal, and no nodular lesion was detected in the liver.", ""),
     (
-        "In the current examination, the previously observed left pleural effusion has completely disappeared.",
+        "In the current examination, "
+        "the previously observed left pleural effusion has completely disappeared.",
         "-PLE",
     ),
     ("The nodule observed in the previous examination in the right upper lobe is stable.", "+LN"),
     (
-        "The consolidation area in the left lower lobe has regressed significantly but still continues.",
+        "The consolidation area in the left lower lobe has regressed significantly "
+        "but still continues.",
         "+CO",
     ),
     ("Linear fibroatelectatic changes are observed in the middle lobe.", "+FS +AT"),
     (
-        "No significant interval change was observed in the size of the nodules described in the right lung.",
+        "No significant interval change was observed in the size "
+        "of the nodules described in the right lung.",
         "+LN",
     ),
     ("Findings suspicious for early fibrosis are observed in the basal parts of the lungs.", "?FS"),
     (
-        "Nodular ground glass opacities are observed in the periphery of both lungs, in favor of viral pneumonia.",
+        "Nodular ground glass opacities are observed in the periphery of both lungs, "
+        "in favor of viral pneumonia.",
         "+LO",
     ),
     ("Trachea and both main bronchi are open and no obstructive pathology was detected.", ""),
@@ -126,12 +143,14 @@ HELD_OUT: tuple[tuple[str, str], ...] = (
     ("No suspicious pulmonary nodules.", "-LN"),
     ("No new or enlarging nodules; the 5 mm nodule in the lingula is unchanged.", "+LN"),
     (
-        "Patchy airspace opacities in the right middle lobe, which may represent atelectasis or early pneumonia.",
+        "Patchy airspace opacities in the right middle lobe, "
+        "which may represent atelectasis or early pneumonia.",
         "+LO ?AT",
     ),
     ("Biapical pleuroparenchymal scarring.", "+FS"),
     (
-        "Subpleural reticulation with traction bronchiectasis and honeycombing, compatible with fibrosis.",
+        "Subpleural reticulation with traction bronchiectasis and honeycombing, "
+        "compatible with fibrosis.",
         "+BR +FS",
     ),
     ("Small right pleural effusion cannot be excluded.", "?PLE"),
@@ -139,7 +158,8 @@ HELD_OUT: tuple[tuple[str, str], ...] = (
     ("Mosaic perfusion, likely due to small airways disease.", "+MA"),
     ("Diffuse bronchial wall thickening with scattered mucus plugging.", "+PT"),
     (
-        "Smooth interlobular septal thickening and bilateral effusions, consistent with pulmonary edema.",
+        "Smooth interlobular septal thickening and bilateral effusions, "
+        "consistent with pulmonary edema.",
         "+IS +PLE",
     ),
     ("No consolidation, but there is a subtle ground-glass opacity in the lingula.", "-CO +LO"),
@@ -158,12 +178,14 @@ HELD_OUT: tuple[tuple[str, str], ...] = (
     ("Consolidation is not present; emphysema is.", "-CO +EM"),
     # History, comparison, indication; sections.
     (
-        "Indication: shortness of breath, rule out pleural effusion. Findings: The lungs are clear.",
+        "Indication: shortness of breath, rule out pleural effusion. "
+        "Findings: The lungs are clear.",
         "-LO -CO -LN -AT",
     ),
     ("History of emphysema. No nodule is seen.", "-LN"),
     (
-        "Comparison: CT of March, which showed a pericardial effusion.\nFindings: Pericardial effusion has resolved.",
+        "Comparison: CT of March, which showed a pericardial effusion.\n"
+        "Findings: Pericardial effusion has resolved.",
         "-PE",
     ),
     (
@@ -173,7 +195,8 @@ HELD_OUT: tuple[tuple[str, str], ...] = (
     ),
     ("In the previous examination there was a consolidation in the left lower lobe.", ""),
     (
-        "Patient with a history of lymphoma; enlarged nodes in the left axilla measure up to 25 mm.",
+        "Patient with a history of lymphoma; "
+        "enlarged nodes in the left axilla measure up to 25 mm.",
         "+LAP",
     ),
     ("Follow-up of the nodule in the right upper lobe is recommended.", "+LN"),
@@ -215,12 +238,14 @@ TUNING: tuple[tuple[str, str], ...] = (
     ("Pneumomediastinum and mediastinal emphysema.", ""),
     ("Plate atelectasis is seen in both lower lobes.", "+AT"),
     (
-        "No mass or nodule was observed in both lungs, linear atelectasis is present in the lingula.",
+        "No mass or nodule was observed in both lungs, "
+        "linear atelectasis is present in the lingula.",
         "-LN +AT",
     ),
     ("Thyroid gland is heterogeneous with nodules.", ""),
     (
-        "A nodule with a diameter of 7 mm in the right lung and a nodule in the liver are observed.",
+        "A nodule with a diameter of 7 mm in the right lung "
+        "and a nodule in the liver are observed.",
         "+LN",
     ),
     ("No nodular or infiltrative lesion was detected in the lung parenchyma.", "-LN -LO"),
@@ -236,7 +261,8 @@ TUNING: tuple[tuple[str, str], ...] = (
     ("Bilateral pleural effusion has decreased compared with the previous examination.", "+PLE"),
     ("The pleural effusion seen in the previous CT was not observed in this examination.", "-PLE"),
     (
-        "Newly developed consolidation, not observed in the previous examination, is present in the lingula.",
+        "Newly developed consolidation, not observed in the previous examination, "
+        "is present in the lingula.",
         "+CO",
     ),
     (
@@ -272,7 +298,8 @@ TUNING: tuple[tuple[str, str], ...] = (
     ("No increase in the size of the nodule was detected.", "+LN"),
     ("Complete resolution of the consolidation.", "-CO"),
     (
-        "Consolidation in the right lower lobe, pleural effusion and pericardial effusion are not seen.",
+        "Consolidation in the right lower lobe, "
+        "pleural effusion and pericardial effusion are not seen.",
         "+CO -PLE -PE",
     ),
     ("Emphysema without nodules.", "+EM -LN"),
@@ -294,7 +321,8 @@ TUNING: tuple[tuple[str, str], ...] = (
     ("Without pleural effusion, pneumothorax or consolidation.", "-PLE -CO"),
     ("Without pleural effusion, consolidation or nodule was observed.", "-PLE -CO -LN"),
     (
-        "There are nodules, without effusion, pneumothorax or consolidation, and the heart is enlarged.",
+        "There are nodules, without effusion, pneumothorax or consolidation, "
+        "and the heart is enlarged.",
         "+LN -PLE -CO +CM",
     ),
     ("Without pleural effusion, consolidation is not seen.", "-PLE -CO"),

@@ -1,4 +1,7 @@
-"""Cases that are quick to make and real enough to be taken for CTs: a body with two lungs and a nodule, in noise."""
+"""Cases that are quick to make and real enough to be taken for CTs.
+
+Each is a body with two lungs and a nodule, in noise.
+"""
 
 import json
 import os
@@ -62,7 +65,10 @@ def small_cases(train: int, valid: int) -> list[Case]:
 
 
 def small_tree(root: Path, train: int, valid: int) -> "Tree":
-    """A CT-RATE download of small bodies, with a nodule's mask each in `root/lesions`; the tables are written."""
+    """A CT-RATE download of small bodies; the tables are written.
+
+    Each has the mask of a nodule in `root/lesions`.
+    """
     # Workers import this module for their cases, and it should take them no time.
     import nibabel as nib
 

@@ -10,8 +10,11 @@ CHECKOUT = Path(__file__).parents[1]
 FILES = sorted((CHECKOUT / "rectvlm").rglob("*.py"))
 SHARED = {"config", "files", "labels", "lesion_bits", "lesion_places", "types"}
 """Modules that every room may import."""
-MAY_IMPORT = {"data": SHARED, "models": SHARED | {"checkpoint", "pretrained"}}
-"""What the two rooms at the bottom may import: a model can read its own weights, data knows no model."""
+MAY_IMPORT = {"data": SHARED, "models": SHARED | {"checkpoint", "machine", "pretrained"}}
+"""What the two rooms at the bottom may import.
+
+A model can read its own weights; data knows no model.
+"""
 HEAVY = {"accelerate", "deepspeed"}
 
 
@@ -27,7 +30,10 @@ def room(module: str) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module that a file imports, anywhere in it, as absolute dotted names with what is taken from them."""
+    """Every module that a file imports, anywhere in it.
+
+    These are absolute dotted names, together with what is taken from each module.
+    """
     package = name(path).split(".") if path.name == "__init__.py" else name(path).split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -104,6 +110,32 @@ def test_only_training_and_its_plan_see_training() -> None:
     for path in FILES:
         if room(name(path)) not in ("train", "plan"):
             assert "train" not in ours(path), f"{name(path)} imports rectvlm.train"
+
+
+def test_imports_between_rooms_have_no_circle() -> None:
+    """Data flows one way: a room that imports another is never imported by it, directly or not."""
+    imported_rooms: dict[str, set[str]] = {}
+    for path in FILES:
+        importer = room(name(path))
+        if importer:  # `rectvlm` itself hands on what its rooms offer
+            imported_rooms.setdefault(importer, set()).update(ours(path) - {importer, ""})
+    while imported_rooms:
+        lowest = {key for key, below in imported_rooms.items() if not below & imported_rooms.keys()}
+        assert lowest, f"these rooms import each other: {sorted(imported_rooms)}"
+        for key in lowest:
+            del imported_rooms[key]
+
+
+def test_a_class_name_exists_once() -> None:
+    places: dict[str, list[str]] = {}
+    for folder in ("rectvlm", "data_pipeline", "launch", "benchmarks"):
+        for path in sorted((CHECKOUT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(f"{path}:{node.lineno}")
+    assert len(places) > 100
+    twice = {key: where for key, where in places.items() if len(where) > 1}
+    assert not twice, f"one name, one thing: {twice}"
 
 
 def test_the_package_stands_alone() -> None:

@@ -11,7 +11,8 @@ from rectvlm import cli
 
 def test_help_is_quick_because_nothing_heavy_is_imported():
     code = (
-        "import sys, rectvlm.cli; heavy = {'torch', 'transformers', 'numpy', 'sklearn'} & set(sys.modules); "
+        "import sys, rectvlm.cli; "
+        "heavy = {'torch', 'transformers', 'numpy', 'sklearn'} & set(sys.modules); "
         "sys.exit(str(heavy) if heavy else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

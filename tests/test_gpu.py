@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from attention_oracle import compute_outputs_and_gradients, make_attention
 from launches import CHECKOUT, LAUNCH, TIMEOUT, environment, metrics, settings
 
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import Checkpoint
 from rectvlm.models.memory_efficient import NormGelu, upsample_nearest
 
 pytestmark = [
@@ -128,7 +128,7 @@ def test_phases_train_and_go_on(runs: Path, phase: int) -> None:
         engine["ranks"][0]["device"].startswith("cuda")
         and engine["ranks"][0]["peak_memory_bytes"] > 0
     )
-    tensors = run_checkpoint.read_weights(run_checkpoint.find_checkpoint(folder, ""))
+    tensors = Checkpoint.open(folder).read_tensors()
     assert all(
         bool(torch.isfinite(tensor).all())
         for tensor in tensors.values()

@@ -1,6 +1,7 @@
-"""What each rank does in `test_phases.py`: train a toy under ZeRO beside the same arithmetic on whole tensors.
+"""What each rank does in `test_phases.py`.
 
-Started by Accelerate as `tests.train_by_hand OUT STAGE`; every rank raises where the two differ, and leaves OUT/rank-N.
+Each trains a toy under ZeRO beside the same arithmetic on whole tensors. Accelerate starts it as
+`tests.train_by_hand OUT STAGE`; every rank raises where the two differ, and leaves OUT/rank-N.
 """
 
 import json
@@ -27,7 +28,10 @@ from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
 WIDTH, DECAY, STEPS, SAVED = 16, 0.6, 9, 3
 LAST, WHOLE = 2, 5
 """Steps from which the encoder's last block, and all of it, train."""
-UNFREEZE = f"[{{part: encoder, last_blocks: 1, step: {LAST}}}, {{part: encoder, last_blocks: null, step: {WHOLE}}}]"
+UNFREEZE = (
+    f"[{{part: encoder, last_blocks: 1, step: {LAST}}}, "
+    f"{{part: encoder, last_blocks: null, step: {WHOLE}}}]"
+)
 
 
 class Encoder(nn.Module):
@@ -209,7 +213,8 @@ def main(out: Path, stage: int) -> None:
     assert all(torch.equal(resumed[name], final[name]) for name in resumed), (
         "resumed, the average differs"
     )
-    # Rank 0 has seen 1 case with a loss of 1, rank 1 three whose losses sum to 9; of another task nobody has seen one.
+    # Rank 0 has seen 1 case with a loss of 1, rank 1 three whose losses sum to 9; of another task
+    # nobody has seen one.
     sums, counts = (
         torch.tensor([share[run.engine.rank], 0.0]) for share in ((1.0, 9.0), (1.0, 3.0))
     )

@@ -1,18 +1,18 @@
-"""The model card of an exported model: `README.md`, with the metadata that the Hub reads."""
+"""The model card of a checkpoint: `README.md`, with the metadata that the Hub reads."""
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from torch import Tensor
 
-from rectvlm.checkpoint import model_folder
-from rectvlm.checkpoint.model_folder import ModelDescription
-from rectvlm.config import Config, phase_key
+from rectvlm.checkpoint.checkpoint import ADAPTER_FOLDER, CARD_FILE, Checkpoint
+from rectvlm.config import ModelPart, phase_key
+from rectvlm.files import atomic_file
 from rectvlm.labels import FINDINGS, LESIONS, REGIONS
 from rectvlm.types import UserError
 
@@ -20,149 +20,147 @@ TEMPLATE_FILE = Path(__file__).parent / "model_card.md.j2"
 HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CARD_FINDING_SCORES = ("auroc", "f1", "precision", "recall")
 CARD_REPORT_SCORES = ("bleu_1", "bleu_4", "rouge_l", "bertscore_f1")
+NO_VALUE = "–"
 
 
-def render_model_card(
+@dataclass(frozen=True)
+class CardPartRow:
+    """One row of the card's table of parts."""
+
+    name: str
+    parameters: str
+    """Number of parameters in the folder, with thousands separators."""
+    files: str
+    """Files of the part, in Markdown."""
+
+
+@dataclass(frozen=True)
+class CardEvaluation:
+    """Results of `rectvlm evaluate` for the card."""
+
+    n_cases: int
+    split: str
+    step: int
+    is_selected: bool | None
+    """Whether validation during training chose the checkpoint on the split; None where unknown."""
+    rows: list[list[str]]
+    """Rows of subject, metric, value and number of cases."""
+
+
+def write_model_card(
+    checkpoint: Checkpoint,
     name: str,
-    description: ModelDescription,
-    config: Config,
-    tensors: Mapping[str, Tensor],
-    license_id: str | None,
-    datasets: Sequence[str],
-    metrics: Path | None,
-) -> str:
-    """The text of the card.
+    license_id: str | None = None,
+    datasets: Sequence[str] = (),
+    metrics: Path | None = None,
+) -> None:
+    """Write the card into the folder of a checkpoint whose weights are there.
 
     Args:
+        checkpoint: what the card describes.
         name: heading.
-        description: what the folder holds.
-        config: its configuration.
-        tensors: to count parameters.
-        license_id: for the metadata, for example `apache-2.0`; None leaves it to whoever publishes.
-        datasets: hub ids or names of what it was trained on.
+        license_id: license for the metadata, for example `apache-2.0`; None states none.
+        datasets: hub ids or names of the training data.
         metrics: JSON of `rectvlm evaluate`.
 
     Raises:
+        OSError: the card could not be written.
         UserError: the metrics cannot be read.
     """
-    parts, training = description.parts, description.training
-    base = config.generator.model if "generator" in parts else None
-    schedule = config.train.phases.get(phase_key(training.phase, training.stage))
+    parts, config, training = checkpoint.parts, checkpoint.config, checkpoint.training
+    base_model = config.generator.model if "generator" in parts else None
+    versions = [f"{package} {number}" for package, number in checkpoint.versions.items()]
+    losses = [f"{task} {weight:g}" for task, weight in config.train.loss_weights]
+    is_quantized = config.generator.quantization == "nf4"
     values: dict[str, Any] = {
         "name": name,
         "size": config.name,
         "version": version("rectvlm"),
-        "gives": _describe_outputs(parts),
+        "outputs": _describe_outputs(parts),
         "grid": " × ".join(map(str, config.data.grid)),
         "spacing": " × ".join(f"{mm:g}" for mm in config.data.spacing),
         "findings": [finding.lower() for finding in FINDINGS],
         "lesions": [lesion.name for lesion in LESIONS] if "localizer" in parts else [],
         "regions": REGIONS,
-        "parts": _part_rows(description, tensors),
-        "language_model": base,
-        "quantization": "4-bit NF4, frozen"
-        if config.generator.quantization == "nf4"
-        else "bfloat16, frozen",
+        "parts": _part_rows(checkpoint),
+        "language_model": base_model,
+        "quantization": "4-bit NF4, frozen" if is_quantized else "bfloat16, frozen",
         "lora_rank": config.generator.lora_rank,
         "training": training,
-        "schedule": schedule,
-        "losses": ", ".join(f"{task} {weight:g}" for task, weight in config.train.loss_weights),
-        "versions": ", ".join(
-            f"{package} {number}" for package, number in description.versions.items()
-        ),
+        "schedule": config.train.phases.get(phase_key(training.phase, training.stage)),
+        "losses": ", ".join(losses),
+        "versions": ", ".join(versions),
         "datasets": datasets,
         "evaluation": None if metrics is None else _read_evaluation(metrics),
         "license": license_id,
     }
-    return str(
-        ModelCard.from_template(
-            _card_metadata(parts, base, license_id, datasets), str(TEMPLATE_FILE), **values
-        )
-    )
+    metadata = _card_metadata(parts, base_model, license_id, datasets)
+    text = str(ModelCard.from_template(metadata, str(TEMPLATE_FILE), **values))
+    with atomic_file(checkpoint.folder / CARD_FILE) as file:
+        file.write((text.rstrip() + "\n").encode())
 
 
 def _card_metadata(
-    parts: Sequence[str], base: str | None, license_id: str | None, datasets: Sequence[str]
+    parts: Sequence[ModelPart],
+    base_model: str | None,
+    license_id: str | None,
+    datasets: Sequence[str],
 ) -> ModelCardData:
-    """What the Hub searches by. A language model that is not on the Hub cannot be named there."""
-    task = (
-        "image-to-text"
-        if base
-        else "image-segmentation"
-        if "localizer" in parts
-        else "image-classification"
-    )
-    on_hub = base if base is not None and HUB_ID_PATTERN.fullmatch(base) else None
+    """Metadata that the Hub searches by; it names the language model if that is on the Hub."""
+    task = "image-classification"
+    if base_model is not None:
+        task = "image-to-text"
+    elif "localizer" in parts:
+        task = "image-segmentation"
+    is_on_hub = base_model is not None and HUB_ID_PATTERN.fullmatch(base_model) is not None
+    tags = ["medical", "radiology", "chest-ct", "3d", "vision-language"]
+    if base_model is not None:
+        tags += ["lora", "peft"]
+    hub_datasets = [dataset for dataset in datasets if HUB_ID_PATTERN.fullmatch(dataset)]
     return ModelCardData(
         language="en",
         license=license_id,
         library_name="rectvlm",
         pipeline_tag=task,
-        tags=[
-            "medical",
-            "radiology",
-            "chest-ct",
-            "3d",
-            "vision-language",
-            *(["lora", "peft"] if base else []),
-        ],
-        datasets=[dataset for dataset in datasets if HUB_ID_PATTERN.fullmatch(dataset)] or None,
-        base_model=on_hub,
-        base_model_relation="adapter" if on_hub else None,
+        tags=tags,
+        datasets=hub_datasets or None,
+        base_model=base_model if is_on_hub else None,
+        base_model_relation="adapter" if is_on_hub else None,
     )
 
 
-def _describe_outputs(parts: Sequence[str]) -> str:
-    said = [f"the probabilities of {len(FINDINGS)} findings"]
-    said += [f"masks of {len(LESIONS)} kinds of lesions"] if "localizer" in parts else []
-    said += ["a written report"] if "generator" in parts else []
-    return said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
+def _describe_outputs(parts: Sequence[ModelPart]) -> str:
+    outputs = [f"the probabilities of {len(FINDINGS)} findings"]
+    if "localizer" in parts:
+        outputs.append(f"masks of {len(LESIONS)} kinds of lesions")
+    if "generator" in parts:
+        outputs.append("a written report")
+    if len(outputs) == 1:
+        return outputs[0]
+    return f"{', '.join(outputs[:-1])} and {outputs[-1]}"
 
 
-def _part_rows(
-    description: ModelDescription, tensors: Mapping[str, Tensor]
-) -> list[dict[str, str]]:
+def _part_rows(checkpoint: Checkpoint) -> list[CardPartRow]:
     """Parameters of each part; the language model's own are not in the folder."""
     rows = []
-    for part in description.parts:
-        count = sum(
-            tensor.numel() for name, tensor in tensors.items() if name.startswith(f"{part}.")
-        )
-        names = (
-            f"`{part}.*`"
-            if part != "generator"
-            else f"`{part}.resampler.*`, and `{model_folder.ADAPTER_FOLDER}/`"
-        )
-        rows.append({"name": part, "parameters": f"{count:,}", "names": names})
+    for part, count in checkpoint.count_parameters().items():
+        files = f"`{part}.safetensors`"
+        if part == "generator":
+            files += f", `{ADAPTER_FOLDER}/`"
+        rows.append(CardPartRow(part, f"{count:,}", files))
     return rows
 
 
-def _read_evaluation(path: Path) -> dict[str, Any]:
-    """Figures of `rectvlm evaluate`, as rows of metric, value and n."""
+def _read_evaluation(path: Path) -> CardEvaluation:
     try:
-        found = json.loads(path.read_bytes())
-        mean = found["classification"]["macro"]
-        rows = [
-            [
-                "findings",
-                f"macro {score}",
-                _format_number(mean[score]),
-                f"{mean[f'n_findings_{score}']} of {len(FINDINGS)}",
-            ]
-            for score in CARD_FINDING_SCORES
-        ]
-        for key, row in (found["localization"] or {"per_lesion": {}})["per_lesion"].items():
-            cases = f"{row['n_cases']} cases, {row['n_present']} with it"
-            rows.append(
-                ["lesions", f"Dice, {key.replace('_', ' ')}", _format_number(row["dice"]), cases]
-            )
-        if found["reports"]:
-            image, air = found["reports"]["image"], found["reports"]["image_ablated"]
-            for score in (score for score in CARD_REPORT_SCORES if score in image):
-                value = f"{_format_number(image[score])} ({_format_number(air[score])} without the image)"
-                rows.append(["reports", score.replace("_", " "), value, f"{image['n']} cases"])
-        told = {name: found[name] for name in ("n_cases", "split", "step")}
-        return told | {"selected": found.get("selected_on_this_split"), "rows": rows}
+        metrics = json.loads(path.read_bytes())
+        return CardEvaluation(
+            metrics["n_cases"],
+            metrics["split"],
+            metrics["step"],
+            metrics.get("selected_on_this_split"),
+            [*_finding_rows(metrics), *_lesion_rows(metrics), *_report_rows(metrics)],
+        )
     except OSError as error:
         raise UserError(f"The metrics {path} cannot be read ({error.strerror}).") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -172,5 +170,38 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _format_number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _finding_rows(metrics: dict[str, Any]) -> list[list[str]]:
+    macro = metrics["classification"]["macro"]
+    rows = []
+    for score in CARD_FINDING_SCORES:
+        count = f"{macro[f'n_findings_{score}']} of {len(FINDINGS)}"
+        rows.append(["findings", f"macro {score}", _format_score(macro[score]), count])
+    return rows
+
+
+def _lesion_rows(metrics: dict[str, Any]) -> list[list[str]]:
+    if not metrics["localization"]:
+        return []
+    rows = []
+    for key, lesion in metrics["localization"]["per_lesion"].items():
+        cases = f"{lesion['n_cases']} cases, {lesion['n_present']} with it"
+        metric = f"Dice, {key.replace('_', ' ')}"
+        rows.append(["lesions", metric, _format_score(lesion["dice"]), cases])
+    return rows
+
+
+def _report_rows(metrics: dict[str, Any]) -> list[list[str]]:
+    if not metrics["reports"]:
+        return []
+    with_image, without_image = metrics["reports"]["image"], metrics["reports"]["image_ablated"]
+    rows = []
+    for score in CARD_REPORT_SCORES:
+        if score in with_image:
+            ablated = _format_score(without_image[score])
+            value = f"{_format_score(with_image[score])} ({ablated} without the image)"
+            rows.append(["reports", score.replace("_", " "), value, f"{with_image['n']} cases"])
+    return rows
+
+
+def _format_score(value: float | None) -> str:
+    return NO_VALUE if value is None else f"{value:.3f}"

@@ -6,18 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rectvlm import pretrained
-from rectvlm.checkpoint import run_checkpoint
-from rectvlm.checkpoint.manifest import UNLISTED_FILES
+from rectvlm.checkpoint.integrity import UNLISTED_FILES
 from rectvlm.code_fingerprint import find_imported_modules, hash_modules
 from rectvlm.config import Config
 from rectvlm.data.shards import SHARD_INDEX_FILE
 from rectvlm.data.store import ShardStore
 from rectvlm.evaluate.options import LESION_THRESHOLD, EvaluationOptions
 from rectvlm.files import file_sha256, json_sha256
+from rectvlm.machine import package_versions
 from rectvlm.types import JsonObject
 
 FINGERPRINTED_MODULES = (
-    "rectvlm.checkpoint.run_checkpoint",
+    "rectvlm.checkpoint.checkpoint",
     "rectvlm.data.loader",
     "rectvlm.evaluate.case_records",
 )
@@ -65,7 +65,7 @@ def compute_fingerprint(
         "truth": None if options.truth is None else _hash_file_stats(options.truth),
         "code": hash_modules(find_imported_modules(FINGERPRINTED_MODULES)),
         "device": device.partition(":")[0],
-        "versions": run_checkpoint.package_versions("numpy", "scipy", "monai"),
+        "versions": package_versions("numpy", "scipy", "monai"),
         "options": _select_options(options),
     }
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import Checkpoint, find_checkpoint
 from rectvlm.config import Config, DataConfig
 from rectvlm.data.dataset import ShardDataset
 from rectvlm.data.loader import BatchLoader
@@ -38,9 +38,10 @@ from rectvlm.evaluate.scans import ScanResults, group_by_scan
 from rectvlm.evaluate.selection import are_same_shards, was_selected_on
 from rectvlm.evaluate.thresholds import choose_thresholds
 from rectvlm.files import atomic_file, write_json
-from rectvlm.machine import describe_machine
+from rectvlm.machine import describe_machine, package_versions
 from rectvlm.metrics.finding_thresholds import FindingThresholds
 from rectvlm.metrics.report_labeler.labeler import ReportLabeler, load_labeler
+from rectvlm.models import RectVLM
 from rectvlm.types import JsonObject, Split
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def evaluate_checkpoint(
     ranks = read_ranks_from_environment()
     options = options or EvaluationOptions()
     require_truth_folder(options.truth)
-    folder = run_checkpoint.find_checkpoint(checkpoint, "train first, or give a run's phase folder")
+    folder = find_checkpoint(checkpoint, "train first, or give a run's phase folder")
     metrics_path = output_path(folder, options.split, out)
     run = _EvaluationRun(
         folder, shards, options, ranks, ranks.choose_device(device), metrics_path.parent
@@ -149,7 +150,7 @@ def output_path(checkpoint: str | Path, split: Split, out: str | Path | None) ->
     """JSON file of the metrics: `out`, or `evaluation-SPLIT/metrics.json` in the checkpoint."""
     if out is not None:
         return Path(out)
-    folder = run_checkpoint.find_checkpoint(checkpoint, "train first")
+    folder = find_checkpoint(checkpoint, "train first")
     return folder / f"evaluation-{split}" / "metrics.json"
 
 
@@ -166,14 +167,15 @@ class _EvaluationRun:
         out: Path,
     ) -> None:
         self.folder, self.options, self.ranks, self.device = folder, options, ranks, device
-        self.config: Config = run_checkpoint.read_config(folder)
-        self.state = run_checkpoint.read_training_state(folder)
+        self.checkpoint = Checkpoint.open(folder)
+        self.config: Config = self.checkpoint.config
+        self.state = self.checkpoint.training
         self.data: DataConfig = self.config.data
         if shards is not None:
             self.data = self.data.model_copy(update={"shards": str(shards)})
         self.datasets = self._open_datasets()
         self.batches = self._plan_batches()
-        self.has_reports = "generator" in self.state.parts and options.reports
+        self.has_reports = "generator" in self.checkpoint.parts and options.reports
         self.fingerprint = compute_fingerprint(
             folder, self.config, ShardStore(self.data.shards), device, options, self.has_reports
         )
@@ -196,7 +198,7 @@ class _EvaluationRun:
         if not missing:
             return
 
-        model, _ = run_checkpoint.load_model(self.folder, self.device)
+        model = RectVLM.from_checkpoint(self.checkpoint, self.device)
         n_left, last_log = len(missing), time.monotonic()
         for purpose, dataset in self.datasets.items():
             planned = [batch.positions for batch in missing if batch.purpose == purpose]
@@ -262,7 +264,7 @@ def _compute_metrics(
     options = run.options
     weights = summary.draw_resamples(scans.patients, options)
     lesions, reports = None, None
-    if "localizer" in run.state.parts:
+    if "localizer" in run.checkpoint.parts:
         lesions = summary.summarize_lesions(scans, weights, options)
     if labeler is not None:
         patients = [record.patient for record in scans.select_report_cases()[1]]
@@ -293,7 +295,7 @@ def _compute_metrics(
         machine=describe_machine(),
         device=run.device,
         processes=run.ranks.world_size,
-        versions=run_checkpoint.package_versions(*METRIC_PACKAGES),
+        versions=package_versions(*METRIC_PACKAGES),
         seconds=round(time.monotonic() - start_time, 1),
     )
 

@@ -5,8 +5,7 @@ Its figures are then better than on other cases.
 
 from pathlib import Path
 
-from rectvlm.checkpoint import run_checkpoint
-from rectvlm.checkpoint.run_checkpoint import TrainingState
+from rectvlm.checkpoint import TrainingState, run_folder
 from rectvlm.config import Config, phase_key
 from rectvlm.data.shards import SHARD_INDEX_FILE
 from rectvlm.data.store import ShardStore
@@ -62,11 +61,11 @@ def was_selected_on(
 
     folder = checkpoint.resolve()
     phase_folder = folder.parents[1]
-    is_in_run = folder == run_checkpoint.step_folder(phase_folder, state.step)
+    is_in_run = folder == run_folder.step_folder(phase_folder, state.step)
     if not is_in_run or not (phase_folder / VALIDATION_FILE).is_file():
         return None
 
-    is_chosen = run_checkpoint.best_checkpoint(phase_folder) == folder
+    is_chosen = run_folder.best_checkpoint(phase_folder) == folder
     if settings.patience and not is_chosen:
         is_chosen = _was_last_by_patience(phase_folder, state.step)
     return has_training_shards if is_chosen else False

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rectvlm.checkpoint.run_checkpoint import THRESHOLDS_FILE
+from rectvlm.checkpoint import THRESHOLDS_FILE
 from rectvlm.evaluate.region_maps import RegionMapUsage
 from rectvlm.labels import FINDINGS
 from rectvlm.metrics.finding_thresholds import FindingThresholds

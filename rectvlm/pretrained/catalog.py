@@ -1,28 +1,31 @@
-"""The names that `rectvlm weights` knows: our sizes, the models they build on, and the bundled ones."""
+"""The names that `rectvlm weights` knows: our sizes, models of others, and bundled models."""
 
-from typing import NamedTuple
-
-from rectvlm.config import MODEL_PARTS
+from dataclasses import dataclass
 
 SIZE_REPOSITORIES: dict[str, str] = {
     name: f"rectvlm/rectvlm-{name}" for name in ("small", "medium", "large")
 }
-"""Repository of each size. Another one is given with `--repo`, and a mirror keeps these names."""
+"""Repository of each size; `--repo` gives another one, and a mirror keeps these names."""
 
 PUBLISHED_SIZES: frozenset[str] = frozenset()
-"""Sizes whose weights are published under the name in `SIZES`. The name of an unpublished one could be taken by anyone
-on the public Hub, so it is not asked for there."""
+"""Sizes whose weights are published in `SIZE_REPOSITORIES`.
+
+The name of an unpublished one could be taken by anyone on the public Hub, so it is not asked for.
+"""
 
 
-class ExternalModel(NamedTuple):
+@dataclass(frozen=True)
+class ExternalModel:
     """A model of others that a configuration builds on."""
 
     repository: str
+    """Hub id OWNER/NAME."""
     role: str
+    """Use of the model in rectvlm, in words."""
     is_gated: bool
-    """Whether its owner wants terms accepted before it can be downloaded."""
+    """Whether its owner wants terms accepted before a download."""
     gigabytes: float
-    """Its weights, in the type in which they are published."""
+    """Size of its weights as published, GB."""
 
 
 EXTERNAL_MODELS: dict[str, ExternalModel] = {
@@ -61,21 +64,4 @@ MODEL_FILE_PATTERNS = (
     "chat_template.json",
     "chat_template.jinja",
 )
-"""What a model of others needs to load, in its top folder: no pickle, no weights of other frameworks."""
-
-ADAPTER = "adapter"
-"""Folder of the generator's LoRA weights in an exported model, as PEFT writes it."""
-
-WEIGHTS_FILE = "model.safetensors"
-
-
-def part_of(name: str) -> str | None:
-    """The part that a tensor or a file of an exported model belongs to; None for what every part needs.
-
-    Args:
-        name: a tensor (`encoder.blocks.0.…`) or a path (`adapter/adapter_config.json`).
-    """
-    if name.startswith(f"{ADAPTER}/"):
-        return "generator"
-    head = name.split(".")[0]
-    return head if head in MODEL_PARTS else None
+"""Files in the top folder of a model of others that are needed to load it, and no pickle."""

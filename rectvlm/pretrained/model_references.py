@@ -1,4 +1,4 @@
-"""Where a model reference leads: a folder, a hub id, or a bundled model that is fetched or built once."""
+"""Model references in configurations: a folder, a hub id, or `bundled:NAME`."""
 
 import json
 import os
@@ -16,15 +16,17 @@ MODEL_CONFIGS_FOLDER = Path(__file__).parent.parent / "configs" / "models"
 
 
 def models_folder() -> Path:
-    """Where models are kept that no cache of the hub holds: `$RECTVLM_MODELS`, or `data/models`."""
+    """Folder of models outside the Hub's cache: `$RECTVLM_MODELS`, or `data/models`."""
     return Path(os.environ.get("RECTVLM_MODELS", "data/models"))
 
 
 def resolve_model(reference: str) -> str:
-    """The folder or hub id of a model reference; a bundled model is fetched or built on first use.
+    """Resolve a reference to a folder or a hub id.
+
+    A bundled model is fetched or built on first use.
 
     Raises:
-        UserError: an unknown bundled name, or a path that does not exist.
+        UserError: the bundled name is unknown, or the path does not exist.
     """
     names = ", ".join(BUNDLED_SCHEME + name for name in BUNDLED_MODELS)
     if reference.startswith(BUNDLED_SCHEME):
@@ -44,13 +46,13 @@ def resolve_model(reference: str) -> str:
 
 
 def read_model_config(reference: str) -> "PretrainedConfig":
-    """Layers and widths of a text or language model, without its weights.
+    """Read the layers and widths of a text or language model, without its weights.
 
-    Those that the configurations name are kept in `rectvlm/configs/models`, so that planning needs no network and no
-    licence.
+    For the models that our configurations name they are kept in `rectvlm/configs/models`, so that
+    planning needs no network and no license.
 
     Raises:
-        UserError: a model that is neither known nor in a folder nor on the hub within reach.
+        UserError: the model is neither known nor in a folder nor on a hub within reach.
     """
     from transformers import AutoConfig
 

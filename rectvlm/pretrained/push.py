@@ -1,192 +1,160 @@
-"""From an exported folder to a repository: whole or by part, in one commit, private unless told otherwise."""
+"""`rectvlm weights push`: a checkpoint, or parts of it, to a repository in one commit."""
 
-import logging
-import tempfile
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import RepositoryNotFoundError
 
-from rectvlm.checkpoint import manifest
-from rectvlm.checkpoint.manifest import CheckpointManifest
-from rectvlm.pretrained import transfer
-from rectvlm.pretrained.catalog import WEIGHTS_FILE
-from rectvlm.pretrained.pull import pull_model, whole_file
-from rectvlm.pretrained.sources import Folder, Hub, RemoteFile, explain_hub_errors
+from rectvlm.checkpoint.checkpoint import (
+    CARD_FILE,
+    THRESHOLDS_FILE,
+    Checkpoint,
+    list_model_files,
+    part_file,
+)
+from rectvlm.checkpoint.hub import explain_hub_errors
+from rectvlm.checkpoint.integrity import (
+    MANIFEST_FILE,
+    CheckpointManifest,
+    find_faults,
+    has_manifest,
+    hash_files,
+    read_manifest,
+    write_manifest,
+)
+from rectvlm.config import MODEL_PARTS, ModelPart
+from rectvlm.pretrained.hub_repository import HubRepository, read_repository
+from rectvlm.pretrained.pull import copy_model, is_address
 from rectvlm.types import UserError
 
-log = logging.getLogger(__name__)
 
-
-def seal(folder: Path) -> CheckpointManifest:
-    """The manifest of an exported folder that is fit to be given away, written beside the files when there is none.
-
-    Raises:
-        UserError: no model of rectvlm, pickles, a damaged file, or files that differ from the manifest that is there.
-    """
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"No exported model in {folder}: expected config.json and {WEIGHTS_FILE} there."
-        )
-    if (folder / manifest.MANIFEST_FILE).is_file():
-        found = manifest.find_manifest_faults(folder)
-        if found:
-            raise UserError(f"{folder} does not verify, so it is not pushed: {'; '.join(found)}.")
-        return manifest.read_manifest(folder)
-    made = manifest.build_manifest(folder, tensors=True)
-    pickles = [
-        name
-        for name in made.files
-        if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
-    ]
-    if pickles:
-        raise UserError(
-            f"{folder} holds {', '.join(pickles)}, which are pickles: only safetensors are pushed."
-        )
-    if not made.parts:
-        raise UserError(
-            f"{folder} holds no weights of rectvlm: export a model with `save_pretrained` first."
-        )
-    manifest.write_manifest(folder, made)
-    return made
-
-
-def push(
+def push_model(
     folder: Path,
     repository: str,
-    parts: Sequence[str] = (),
+    parts: Sequence[ModelPart] = (),
     where: str | None = None,
     public: bool = False,
     message: str | None = None,
 ) -> str:
-    """Publish an exported folder.
+    """Publish a checkpoint without its optimizer state.
 
     Args:
-        folder: as `save_pretrained` writes it.
+        folder: of an exported model or a checkpoint.
         repository: `OWNER/NAME`; made if it is not there.
-        parts: these alone; by default all.
-        where: the address of another hub, or a folder that gets `OWNER/NAME`.
-        public: make the repository public; by default it is private.
-        message: of the commit.
+        parts: parts to publish; by default all.
+        where: address of another hub, or a folder that gets `OWNER/NAME`.
+        public: whether to make the repository public; by default it is private.
+        message: message of the commit.
 
     Returns:
         Where it went.
 
     Raises:
-        UserError: the folder does not verify, the repository is public or holds other parts, or no access.
+        UserError: the folder is damaged, the repository is public or holds other parts, or there is
+            no access.
     """
-    listed = seal(folder)
-    wrong = sorted(set(parts) - set(listed.parts))
-    if wrong:
-        raise UserError(f"{folder} holds no {', '.join(wrong)}: it has {', '.join(listed.parts)}.")
-    if parts and set(parts) != set(listed.parts):
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
-            pull_model(Folder(folder), Path(work), parts)
-            return push(
-                Path(work), repository, (), where, public, message or f"Weights: {', '.join(parts)}"
-            )
-    if where is not None and not where.startswith(("http://", "https://")):
-        return str(_push_to_folder(folder, Path(where).expanduser() / repository, listed))
-    return _push_to_hub(
-        folder, Hub(repository, endpoint=where), listed, public, message or "Weights"
-    )
+    checkpoint = Checkpoint.open(folder, "export a model with `rectvlm export` first")
+    checkpoint.require_parts(parts)
+    parts = parts or checkpoint.parts
+    _require_intact(checkpoint, parts)
+    if where is not None and not is_address(where):
+        target = Path(where).expanduser() / repository
+        if has_manifest(target):
+            _refuse_loss(read_manifest(target), parts, str(target))
+        return str(copy_model(checkpoint.folder, target, parts))
+    default_message = "Weights" if parts == checkpoint.parts else f"Weights: {', '.join(parts)}"
+    endpoint = (where or constants.ENDPOINT).rstrip("/")
+    return _push_to_hub(checkpoint, parts, repository, endpoint, public, message or default_message)
 
 
-def _push_to_folder(folder: Path, target: Path, listed: CheckpointManifest) -> Path:
-    _refuse_loss(target / manifest.MANIFEST_FILE, listed, str(target))
-    source = Folder(folder)
-    jobs = [whole_file(name, file, target / name) for name, file in source.files().items()]
-    transfer.run(jobs, source, target)
-    for fault in manifest.find_manifest_faults(target):
-        if fault.startswith("extra: ") and fault.endswith(
-            (".safetensors", ".safetensors.index.json")
-        ):
-            (target / fault.removeprefix("extra: ")).unlink()
-    return target
+def _require_intact(checkpoint: Checkpoint, parts: Sequence[ModelPart]) -> None:
+    """Check a checkpoint against its manifest, or write one where there is none.
+
+    Raises:
+        UserError: a file differs.
+    """
+    folder = checkpoint.folder
+    if not has_manifest(folder):
+        write_manifest(folder, hash_files(folder, list_model_files(checkpoint.parts)))
+    faults = find_faults(folder, list_model_files(parts))
+    if faults:
+        raise UserError(f"{folder} does not verify, so it is not pushed: {'; '.join(faults)}.")
 
 
-def _refuse_loss(path: Path, listed: CheckpointManifest, where: str) -> None:
-    if path.is_file():
-        _check_loss(manifest.parse_manifest(path.read_bytes(), str(path)), listed, where)
+def _refuse_loss(remote_files: Iterable[str], parts: Sequence[ModelPart], where: str) -> None:
+    """Stop a push that would remove parts that a repository holds.
 
-
-def _check_loss(there: CheckpointManifest, listed: CheckpointManifest, where: str) -> None:
-    lost = sorted(set(there.parts) - set(listed.parts))
+    Raises:
+        UserError: naming them.
+    """
+    names = set(remote_files)
+    lost = [part for part in MODEL_PARTS if part_file(part) in names and part not in parts]
     if lost:
         raise UserError(
-            f"{where} holds {', '.join(lost)}, which this push would remove: push the whole model, or the part to a "
-            "repository of its own."
+            f"{where} holds {', '.join(lost)}, which this push would remove: push the whole model, "
+            "or "
+            "the part to a repository of its own."
         )
 
 
 def _push_to_hub(
-    folder: Path, hub: Hub, listed: CheckpointManifest, public: bool, message: str
+    checkpoint: Checkpoint,
+    parts: Sequence[ModelPart],
+    repository_name: str,
+    endpoint: str,
+    public: bool,
+    message: str,
 ) -> str:
-    there = _prepare(hub, listed, public)
-    names = [
-        *listed.files,
-        manifest.MANIFEST_FILE,
-        *(name for name in ("README.md",) if (folder / name).is_file()),
+    remote = _prepare_repository(repository_name, endpoint, public)
+    _refuse_loss(remote.files, parts, remote.address)
+    entries = read_manifest(checkpoint.folder)
+    manifest = CheckpointManifest({name: entries[name] for name in list_model_files(parts)})
+    manifest_json = json.dumps(asdict(manifest), indent=2) + "\n"
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(MANIFEST_FILE, manifest_json.encode())
     ]
-    additions = [CommitOperationAdd(name, folder / name) for name in names]
-    stale = [name for name in there if name.endswith((".safetensors", ".safetensors.index.json"))]
-    removals = [CommitOperationDelete(name) for name in stale if name not in listed.files]
-    with explain_hub_errors(hub):
+    for name in (*manifest.files, CARD_FILE, THRESHOLDS_FILE):
+        path = checkpoint.folder / name
+        if path.is_file():
+            operations.append(CommitOperationAdd(name, path))
+    for name in remote.files:
+        if name.endswith(".safetensors") and name not in manifest.files:
+            operations.append(CommitOperationDelete(name))
+    api = HfApi(endpoint=endpoint, library_name="rectvlm")
+    with explain_hub_errors(repository_name, None, endpoint):
+        commit = api.create_commit(repository_name, operations, commit_message=message)
+    _check_arrival(read_repository(repository_name, commit.oid, endpoint), manifest)
+    return f"{remote.address}/tree/{commit.oid}"
+
+
+def _prepare_repository(name: str, endpoint: str, public: bool) -> HubRepository:
+    """Read a repository, which is made where there is none.
+
+    Raises:
+        UserError: it is public and `public` is not given, or there is no access.
+    """
+    api = HfApi(endpoint=endpoint, library_name="rectvlm")
+    with explain_hub_errors(name, None, endpoint):
         try:
-            commit = hub.api.create_commit(
-                hub.repository, [*additions, *removals], commit_message=message
-            )
-        except RuntimeError as error:  # an upload failed in a thread of the library
-            raise error.__cause__ or error from None
-        except ValueError as error:
-            if isinstance(error, HfHubHTTPError):
-                raise
-            raise UserError(f"{hub.name} does not take the push ({_line(error)}).") from None
-    _check_arrival(Hub(hub.repository, commit.oid, hub.endpoint), listed)
-    return f"{hub.name}/tree/{commit.oid}"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _prepare(hub: Hub, listed: CheckpointManifest, public: bool) -> dict[str, RemoteFile]:
-    """Make the repository where there is none; the files that it has."""
-    with explain_hub_errors(hub):
-        try:
-            found = hub.api.model_info(hub.repository)
+            api.model_info(name)
         except RepositoryNotFoundError:
-            hub.api.create_repo(hub.repository, private=not public, exist_ok=True)
-            return {}
-    if not found.private and not public:
+            api.create_repo(name, private=not public, exist_ok=True)
+    repository = read_repository(name, None, endpoint)
+    if not repository.is_private and not public:
         raise UserError(
-            f"{hub.name} is public: say --public to push there, or push to another repository."
+            f"{repository.address} is public: say --public to push there, or push to another "
+            "repository."
         )
-    there = hub.files()
-    if manifest.MANIFEST_FILE in there:
-        data = transfer.small(
-            whole_file(
-                manifest.MANIFEST_FILE, there[manifest.MANIFEST_FILE], Path(manifest.MANIFEST_FILE)
-            ),
-            hub,
-        )
-        _check_loss(
-            manifest.parse_manifest(data, f"{manifest.MANIFEST_FILE} of {hub.name}"),
-            listed,
-            hub.name,
-        )
-    return there
+    return repository
 
 
-def _check_arrival(hub: Hub, listed: CheckpointManifest) -> None:
-    """What the hub says that it holds, against what was sent."""
-    there = hub.files()
-    for name, entry in listed.files.items():
-        found = there.get(name)
-        if (
-            found is None
-            or found.size != entry.size
-            or (found.sha256 and found.sha256 != entry.sha256)
-        ):
-            raise UserError(f"{hub.name} did not get {name} as it was sent: push again.")
+def _check_arrival(remote: HubRepository, manifest: CheckpointManifest) -> None:
+    """Compare what the hub says that it holds with what was sent."""
+    for name, entry in manifest.files.items():
+        file = remote.files.get(name)
+        is_same = file is not None and file.size == entry.size
+        if file is None or not is_same or file.sha256 not in (None, entry.sha256):
+            raise UserError(f"{remote.address} did not get {name} as it was sent: push again.")

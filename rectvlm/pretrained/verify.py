@@ -1,159 +1,162 @@
-"""What is here, and whether it is whole: `rectvlm weights verify` and `rectvlm weights list`."""
+"""`rectvlm weights verify` and `rectvlm weights list`: the models here, and their integrity."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from huggingface_hub import CachedRepoInfo, constants, scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
-from rectvlm.checkpoint import manifest
+from rectvlm.checkpoint.integrity import MANIFEST_FILE, find_faults, has_manifest
+from rectvlm.files import file_sha256
 from rectvlm.pretrained.catalog import (
     BUNDLED_MODELS,
     EXTERNAL_MODELS,
     PUBLISHED_SIZES,
     SIZE_REPOSITORIES,
 )
+from rectvlm.pretrained.hub_repository import git_sha1, read_repository
 from rectvlm.pretrained.model_references import models_folder
-from rectvlm.pretrained.sources import open_source
+from rectvlm.pretrained.pull import find_model_in, is_address
 from rectvlm.types import UserError
+
+SHA256_DIGITS = 64
 
 
 def find_model_faults(target: str) -> tuple[Path, list[str]]:
     """Recompute every checksum of a model.
 
     Args:
-        target: a folder, or a name whose model was pulled to where `pull` puts it.
+        target: a folder, or a name whose model was pulled to where `pull_model` puts it.
 
     Returns:
-        The folder, and what differs, is missing or is extra, one line each.
+        The folder, and one phrase for each file that differs or is missing.
 
     Raises:
-        UserError: nothing there, or nothing that says what should be there.
+        UserError: there is no such model, or nothing that says what should be there.
     """
     folder = Path(target).expanduser()
     if folder.is_dir():
-        return folder, manifest.find_manifest_faults(folder)
+        return folder, find_faults(folder)
     if target in BUNDLED_MODELS:
         raise UserError(
-            f"{target} is checked when it is prepared and has no {manifest.MANIFEST_FILE}: to prepare it again, remove "
-            f"{models_folder() / target} and pull it."
+            f"{target} is checked when it is prepared and has no {MANIFEST_FILE}: to prepare it "
+            "again, "
+            f"remove {models_folder() / target} and pull it."
         )
-    if target in SIZE_REPOSITORIES:
-        folder = models_folder() / f"rectvlm-{target}"
-        if folder.is_dir():
-            return folder, manifest.find_manifest_faults(folder)
+    folder = models_folder() / f"rectvlm-{target}"
+    if target in SIZE_REPOSITORIES and folder.is_dir():
+        return folder, find_faults(folder)
     repository = EXTERNAL_MODELS[target].repository if target in EXTERNAL_MODELS else target
-    copy = models_folder() / repository.replace("/", "--")
-    if copy.is_dir():
-        return copy, manifest.find_manifest_faults(copy)
+    folder = models_folder() / repository.replace("/", "--")
+    if folder.is_dir():
+        return folder, find_faults(folder)
     cached = _find_cached_repository(repository)
     if cached is None:
         raise UserError(
-            f"Nothing called {target!r} is here: give a folder, or `rectvlm weights pull {target}` first."
+            f"Nothing called {target!r} is here: give a folder, or `rectvlm weights pull {target}` "
+            "first."
         )
     return cached.repo_path, _find_cache_faults(cached)
 
 
 def _find_cached_repository(repository: str) -> CachedRepoInfo | None:
     try:
-        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
+        cached_repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return None
-    return next(
-        (repo for repo in repositories if repo.repo_id == repository and repo.repo_type == "model"),
-        None,
-    )
+    for cached in cached_repositories:
+        if cached.repo_id == repository and cached.repo_type == "model":
+            return cached
+    return None
 
 
 def _find_cache_faults(cached: CachedRepoInfo) -> list[str]:
-    """In the hub's cache a content's name is its digest: SHA-256 of large files, git's SHA-1 of small ones."""
-    found = set()
+    """Compare contents with their names in the cache: SHA-256 if large, git's SHA-1 if small."""
+    faults = set()
     for revision in cached.revisions:
         for file in revision.files:
-            name, blob = (
-                file.file_path.relative_to(revision.snapshot_path).as_posix(),
-                Path(file.blob_path),
-            )
-            actual = (
-                manifest.compute_sha256(blob)
-                if len(blob.name) == 64
-                else manifest.compute_git_sha1(blob)
-            )
-            if actual != blob.name:
-                found.add(f"differs: {name} (its digest is {actual}, expected {blob.name})")
-        found |= {
-            f"missing: {name}" for name in manifest.find_missing_shards(revision.snapshot_path)
-        }
-    return sorted(found)
+            name = file.file_path.relative_to(revision.snapshot_path).as_posix()
+            blob = Path(file.blob_path)
+            digest = file_sha256(blob) if len(blob.name) == SHA256_DIGITS else git_sha1(blob)
+            if digest != blob.name:
+                faults.add(f"{name} has another checksum than the hub stated")
+        faults.update(f"{name} is missing" for name in _find_missing_shards(revision.snapshot_path))
+    return sorted(faults)
 
 
-class AvailableModel(NamedTuple):
-    """One line of the list."""
+def _find_missing_shards(folder: Path) -> list[str]:
+    """Files that a safetensors index of the folder names and that are not there."""
+    named: set[str] = set()
+    for path in folder.glob("*.safetensors.index.json"):
+        named.update(json.loads(path.read_text())["weight_map"].values())
+    return sorted(name for name in named if not (folder / name).is_file())
+
+
+@dataclass(frozen=True)
+class AvailableModel:
+    """One row of `rectvlm weights list`."""
 
     name: str
     kind: str
     repository: str
-    state: str
+    availability: str
 
 
 def list_available_models(where: str | None = None) -> list[AvailableModel]:
     """Every name, and what can be had of it now.
 
     Args:
-        where: a mirror or a folder that is asked; without one only this machine is looked at.
+        where: a mirror or a folder to ask; without one only this machine is looked at.
     """
-    listed = []
+    models = []
     for name, repository in SIZE_REPOSITORIES.items():
-        here = models_folder() / f"rectvlm-{name}"
-        state = (
-            f"here: {here}"
-            if (here / manifest.MANIFEST_FILE).is_file()
-            else "published"
-            if name in PUBLISHED_SIZES
-            else ""
-        )
-        listed.append(
+        folder = models_folder() / f"rectvlm-{name}"
+        state = "published" if name in PUBLISHED_SIZES else "not published"
+        if has_manifest(folder):
+            state = f"here: {folder}"
+        models.append(
             AvailableModel(
-                name,
-                "rectvlm",
-                repository,
-                _describe_availability(state or "not published", where, repository),
+                name, "rectvlm", repository, _describe_availability(state, where, repository)
             )
         )
-    for name, model in EXTERNAL_MODELS.items():
-        copy = models_folder() / model.repository.replace("/", "--")
-        cached = _find_cached_repository(model.repository)
-        terms = (
-            "not here; gated: accept its terms and log in first"
-            if model.is_gated
-            else "not here; open to all"
-        )
-        state = (
-            f"here: {copy}" if copy.is_dir() else f"here: {cached.repo_path}" if cached else terms
-        )
-        kind = f"{model.role}, {model.gigabytes:g} GB"
-        listed.append(
-            AvailableModel(
-                name, kind, model.repository, _describe_availability(state, where, model.repository)
-            )
-        )
+    for name, external in EXTERNAL_MODELS.items():
+        state = "not here; open to all"
+        if external.is_gated:
+            state = "not here; gated: accept its terms and log in first"
+        folder = models_folder() / external.repository.replace("/", "--")
+        cached = _find_cached_repository(external.repository)
+        if folder.is_dir():
+            state = f"here: {folder}"
+        elif cached is not None:
+            state = f"here: {cached.repo_path}"
+        kind = f"{external.role}, {external.gigabytes:g} GB"
+        state = _describe_availability(state, where, external.repository)
+        models.append(AvailableModel(name, kind, external.repository, state))
     for name, role in BUNDLED_MODELS.items():
         folder = models_folder() / name
-        built = (
-            "built on first use"
-            if name.startswith("tiny")
-            else "fetched from the package index on first use"
-        )
-        state = f"here: {folder}" if (folder / "config.json").is_file() else built
-        listed.append(AvailableModel(name, role, "", state))
-    return listed
+        state = "fetched from the package index on first use"
+        if name.startswith("tiny"):
+            state = "built on first use"
+        if (folder / "config.json").is_file():
+            state = f"here: {folder}"
+        models.append(AvailableModel(name, role, "", state))
+    return models
 
 
 def _describe_availability(state: str, where: str | None, repository: str) -> str:
+    """The state of a model, or, if it is not here, what a mirror or a folder has of it."""
     if where is None or state.startswith("here"):
         return state
+    if not is_address(where):
+        try:
+            folder = find_model_in(where, repository)
+        except UserError:
+            return f"not in {where}"
+        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+        return f"at {where}: {sum(sizes) / 1e6:.1f} MB"
     try:
-        files = open_source(where, repository).files()
+        files = read_repository(repository, None, where).files
     except UserError as error:
-        return f"not at {where} ({error})" if where.startswith("http") else f"not in {where}"
+        return f"not at {where} ({error})"
     return f"at {where}: {sum(file.size for file in files.values()) / 1e6:.1f} MB"

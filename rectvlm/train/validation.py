@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import run_folder
 from rectvlm.config import Config
 from rectvlm.data.dataset import ShardDataset
 from rectvlm.data.loader import BatchLoader
@@ -81,7 +81,7 @@ class Validator:
         engine.barrier()
         if engine.is_main and self.dataset is not None:
             best_step, best_value = self._best or (None, None)
-            run_checkpoint.record_best_checkpoint(
+            run_folder.record_best_checkpoint(
                 folder, best_step, self.settings.best_metric, best_value
             )
 
@@ -89,10 +89,8 @@ class Validator:
         """Step and value of the best checkpoint that exists."""
         candidates = []
         for entry in self._history:
-            state_file = (
-                run_checkpoint.step_folder(self.folder, entry.step) / run_checkpoint.STATE_FILE
-            )
-            if entry.value is not None and state_file.is_file():
+            folder = run_folder.step_folder(self.folder, entry.step)
+            if entry.value is not None and run_folder.is_checkpoint(folder):
                 candidates.append(entry)
         # Of equal values the first counts, as in a run that was not interrupted.
         return min(candidates, key=self._sort_key, default=None)
@@ -173,10 +171,10 @@ class Validator:
         assert result.best_value is not None
         self._best = MetricValue(result.step, result.best_value)
         if self.engine.is_main:
-            run_checkpoint.record_best_checkpoint(
+            run_folder.record_best_checkpoint(
                 self.folder, result.step, self.settings.best_metric, result.best_value
             )
-            run_checkpoint.prune_checkpoints(self.folder, self.config.train.keep_checkpoints)
+            run_folder.prune_checkpoints(self.folder, self.config.train.keep_checkpoints)
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:

@@ -240,8 +240,14 @@ def test_fetch_without_a_network_and_with_an_archive_at_hand(
     import zipfile
 
     monkeypatch.setenv("RECTVLM_ARCHIVES", str(tmp_path / "archives"))
-    for name, value in {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "", "PIP_RETRIES": "0",
-                        "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}.items():  # fmt: skip
+    unreachable_index = {
+        "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+        "PIP_EXTRA_INDEX_URL": "",
+        "PIP_RETRIES": "0",
+        "PIP_FIND_LINKS": "",
+        "PIP_CONFIG_FILE": os.devnull,
+    }
+    for name, value in unreachable_index.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "archives").mkdir()
     archive = tmp_path / "archives" / "some_data-1.0-py3-none-any.whl"

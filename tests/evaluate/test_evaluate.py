@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from conftest import phantom_sample, write_nifti
 
-from rectvlm.checkpoint import run_checkpoint
-from rectvlm.checkpoint.run_checkpoint import THRESHOLDS_FILE
+from rectvlm.checkpoint import THRESHOLDS_FILE, Checkpoint, run_folder
 from rectvlm.data.shard_manifest import read_manifest
 from rectvlm.data.shards import read_index, write_shards
 from rectvlm.evaluate import tables
@@ -38,7 +37,7 @@ def test_the_file_holds_what_is_returned_and_where_it_came_from(evaluated, tiny_
     result, out = evaluated
     assert json.loads(out.read_text()) == result
     assert result["n_cases"] == 3 and result["split"] == "valid" and result["config"] == "tiny"
-    assert result["checkpoint"] == str(run_checkpoint.find_checkpoint(tiny_run(3), ""))
+    assert result["checkpoint"] == str(run_folder.find_checkpoint(tiny_run(3), ""))
     assert (
         result["machine"]["cores"] >= 1
         and result["device"] == "cpu"
@@ -76,7 +75,7 @@ def test_thresholds_come_from_the_train_split_and_are_kept_for_prediction(evalua
         for name, value in thresholds["values"].items()
         if name not in thresholds["not_fitted"]
     }
-    assert read_thresholds(run_checkpoint.find_checkpoint(tiny_run(3), "")) == fitted
+    assert read_thresholds(run_folder.find_checkpoint(tiny_run(3), "")) == fitted
     used = {name: row["threshold"] for name, row in result["classification"]["per_finding"].items()}
     assert used == thresholds["values"] and len(set(used.values())) > 2
 
@@ -135,7 +134,7 @@ def test_without_a_train_split_thresholds_stay_at_one_half(tiny_run, tiny, tmp_p
     )
     write_shards([sample, replace(sample, meta=no_report)], tmp_path / "shards")
     folder = tmp_path / "checkpoint"
-    shutil.copytree(run_checkpoint.find_checkpoint(tiny_run(3), ""), folder)
+    shutil.copytree(run_folder.find_checkpoint(tiny_run(3), ""), folder)
     (folder / THRESHOLDS_FILE).unlink(missing_ok=True)
     result = evaluate_checkpoint(
         folder, tmp_path / "shards", tmp_path / "m.json", device="cpu"
@@ -153,15 +152,15 @@ def test_without_a_train_split_thresholds_stay_at_one_half(tiny_run, tiny, tmp_p
 
 
 def test_evaluation_leaves_the_weights_alone(tiny_run, tmp_path):
-    folder = run_checkpoint.find_checkpoint(tiny_run(1), "")
-    before = run_checkpoint.read_weights(folder)
+    folder = run_folder.find_checkpoint(tiny_run(1), "")
+    before = Checkpoint.open(folder).read_tensors()
     evaluate_checkpoint(
         folder,
         out=tmp_path / "m.json",
         device="cpu",
         options=EvaluationOptions(split="train", limit=1),
     )
-    after = run_checkpoint.read_weights(folder)
+    after = Checkpoint.open(folder).read_tensors()
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
@@ -181,7 +180,7 @@ def test_bad_inputs_give_one_clear_sentence(tiny_run, tmp_path):
         "it should be found out before the cases are predicted"
     )
     folder = tmp_path / "copy"
-    shutil.copytree(run_checkpoint.find_checkpoint(tiny_run(1), ""), folder)
+    shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
     (folder / THRESHOLDS_FILE).write_text("[]")
     with pytest.raises(UserError, match="damaged"):
         read_thresholds(folder)
@@ -246,7 +245,7 @@ def test_the_language_model_is_part_of_the_fingerprint_where_reports_are_written
 
 def test_stored_thresholds_serve_where_there_is_nothing_to_fit_on(tiny_run, tiny, tmp_path):
     folder = tmp_path / "checkpoint"
-    shutil.copytree(run_checkpoint.find_checkpoint(tiny_run(1), ""), folder)
+    shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
     write_shards([phantom_sample(8, tiny, "valid")], tmp_path / "shards")
     stored = {
         "source": "elsewhere",

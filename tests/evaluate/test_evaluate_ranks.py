@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import phantom_sample
 
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import run_folder
 from rectvlm.config import Config
 from rectvlm.data.shards import write_shards
 from rectvlm.evaluate.journal import EvaluationJournal
@@ -125,7 +125,7 @@ def test_what_is_known_is_not_done_again_and_never_mixed(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run(1), run)
-    folder = run_checkpoint.find_checkpoint(run, "")
+    folder = run_folder.find_checkpoint(run, "")
     data = tmp_path / "shards"
     write_shards((phantom_sample(seed, tiny, "valid") for seed in (8, 9)), data)
     out = tmp_path / "out" / "metrics.json"

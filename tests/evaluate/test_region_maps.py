@@ -12,8 +12,7 @@ import pytest
 from conftest import phantom_sample
 
 from rectvlm import cli
-from rectvlm.checkpoint import run_checkpoint
-from rectvlm.checkpoint.run_checkpoint import THRESHOLDS_FILE
+from rectvlm.checkpoint import THRESHOLDS_FILE, run_folder
 from rectvlm.config import Config
 from rectvlm.data.shards import write_shards
 from rectvlm.evaluate.options import EvaluationOptions
@@ -71,7 +70,7 @@ def evaluated(run: Path, samples: list[Sample], folder: Path, **options: Any) ->
         "regions": [row["regions"] for row in rows],
         "reports": reports.read_text() if reports.exists() else None,
         "thresholds": json.loads(
-            (run_checkpoint.find_checkpoint(run, "") / THRESHOLDS_FILE).read_text()
+            (run_folder.find_checkpoint(run, "") / THRESHOLDS_FILE).read_text()
         ),
     }
 

@@ -3,14 +3,14 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import phantom_sample
 
-from rectvlm.checkpoint import run_checkpoint
-from rectvlm.checkpoint.run_checkpoint import TrainingState
+from rectvlm.checkpoint import Checkpoint, TrainingState, run_folder
 from rectvlm.config import Config, load_config
 from rectvlm.data.shards import write_shards
 from rectvlm.evaluate.options import EvaluationOptions
@@ -26,7 +26,7 @@ EVERY = [
 
 
 def state_of(step: int) -> TrainingState:
-    return TrainingState(1, ("encoder", "classifier"), step, step, 1, {})
+    return TrainingState(phase=1, step=step, samples_seen=step, world_size=1)
 
 
 def a_run(
@@ -35,14 +35,14 @@ def a_run(
     """A phase's folder with a checkpoint every four steps, as training leaves it."""
     steps = range(4, last + 1, 4)
     for step in steps:
-        run_checkpoint.step_folder(folder, step).mkdir(parents=True)
-        (run_checkpoint.step_folder(folder, step) / run_checkpoint.STATE_FILE).write_text("{}")
+        run_folder.step_folder(folder, step).mkdir(parents=True)
+        (run_folder.step_folder(folder, step) / run_folder.CONFIG_FILE).write_text("{}")
     for name in ("metrics.jsonl", "validation.jsonl"):
         (folder / name).write_text(
             "".join(json.dumps({"step": step, "metrics": {}}) + "\n" for step in steps)
         )
     if best is not None:
-        run_checkpoint.record_best_checkpoint(folder, best, "loss", 0.5)
+        run_folder.record_best_checkpoint(folder, best, "loss", 0.5)
     (folder / "config.yaml").write_text(config.to_yaml())
     (folder / "run.json").write_text(json.dumps({"sessions": [{"state": state, "steps": PLANNED}]}))
     return folder
@@ -50,9 +50,7 @@ def a_run(
 
 def chosen(folder: Path, step: int, config: Config, **other: Any) -> bool | None:
     asked: dict[str, Any] = {"split": "valid", "has_training_shards": True} | other
-    return was_selected_on(
-        run_checkpoint.step_folder(folder, step), config, state_of(step), **asked
-    )
+    return was_selected_on(run_folder.step_folder(folder, step), config, state_of(step), **asked)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +90,7 @@ def test_without_validation_nothing_was_chosen_and_without_its_run_it_is_not_kno
     run = a_run(tmp_path / "phase1", PLANNED, best=8, config=validating)
     silent = load_config("tiny", [*EVERY, "train.phases.phase1.validation.every=0"])
     copy = tmp_path / "copy"
-    shutil.copytree(run_checkpoint.step_folder(run, 8), copy)
+    shutil.copytree(run_folder.step_folder(run, 8), copy)
     assert was_selected_on(copy, validating, state_of(8), "valid", True) is None
     assert was_selected_on(copy, silent, state_of(8), "valid", True) is False
     (run / "validation.jsonl").unlink()
@@ -103,7 +101,7 @@ def test_a_folder_named_from_within_is_the_same(
     validating: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = a_run(tmp_path / "phase1", PLANNED, best=8, config=validating)
-    monkeypatch.chdir(run_checkpoint.step_folder(run, 8))
+    monkeypatch.chdir(run_folder.step_folder(run, 8))
     assert was_selected_on(Path(), validating, state_of(8), "valid", True) is True
     monkeypatch.chdir(tmp_path)
     assert chosen(Path("phase1"), 8, validating) is True
@@ -130,13 +128,12 @@ def test_the_metrics_say_so(
 ) -> None:
     run = tmp_path / "phase1"
     shutil.copytree(tiny_run(1), run)
-    folder = run_checkpoint.find_checkpoint(run, "")
+    folder = run_folder.find_checkpoint(run, "")
     config = load_config("tiny", [*EVERY, f"data.shards={phantom_shards}"])
-    (folder / run_checkpoint.CONFIG_FILE).write_text(config.to_yaml())
+    replace(Checkpoint.open(folder), config=config).write_config()
+    (folder / "manifest.json").unlink()
     (run / "validation.jsonl").write_text("")
-    run_checkpoint.record_best_checkpoint(
-        run, run_checkpoint.read_training_state(folder).step, "loss", 0.5
-    )
+    run_folder.record_best_checkpoint(run, Checkpoint.open(folder).training.step, "loss", 0.5)
 
     def said(where: Path, **options: Any) -> tuple[Any, str]:
         result = evaluate_checkpoint(
@@ -152,7 +149,7 @@ def test_the_metrics_say_so(
         )
         return result.selected_on_this_split, render_markdown(result)
 
-    yes, page = said(run / run_checkpoint.BEST_CHECKPOINT)
+    yes, page = said(run / run_folder.BEST_CHECKPOINT)
     assert yes is True and "chose this checkpoint on cases of this split" in page
     no, page = said(run, split="train")
     assert no is False and "chose this checkpoint" not in page

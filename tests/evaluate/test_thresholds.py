@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rectvlm.checkpoint.run_checkpoint import THRESHOLDS_FILE
+from rectvlm.checkpoint import THRESHOLDS_FILE
 from rectvlm.evaluate.case_records import CaseRecord
 from rectvlm.evaluate.stored_thresholds import read_stored_thresholds, read_thresholds
 from rectvlm.evaluate.thresholds import choose_thresholds

@@ -25,7 +25,6 @@ from launch.learn import (
     to_markdown,
 )
 from rectvlm import pretrained
-from rectvlm.checkpoint.run_checkpoint import checkpoint_tensor_names
 from rectvlm.config import Config, load_config
 from rectvlm.data.dataset import collate_samples
 from rectvlm.labels import FINDINGS, LESION_FINDING_INDEXES, N_LESIONS
@@ -315,10 +314,9 @@ def test_the_atlas_is_the_mean_of_the_cases_and_travels_with_the_weights(
     )
     model.encoder.fit_atlas(volumes)
     assert torch.equal(model.encoder.atlas, torch.full((3, 8, 16, 16), 0.5))
-    assert "encoder.atlas" in checkpoint_tensor_names(model)
-    assert "encoder.atlas" not in checkpoint_tensor_names(
-        RectVLM(load_config("tiny"), ("encoder", "classifier"), prompts)
-    )
+    assert "encoder.atlas" in model.checkpoint_tensor_names()
+    plain = RectVLM(load_config("tiny"), ("encoder", "classifier"), prompts)
+    assert "encoder.atlas" not in plain.checkpoint_tensor_names()
 
 
 def test_the_tables_say_what_is_missing() -> None:

@@ -141,8 +141,13 @@ def test_empty_missed_and_false_positive_cases_are_counted_apart():
     assert row["iou"] == pytest.approx((0 + 0 + 2 / 4) / 3)
     assert row["dice_where_present"] == pytest.approx((0 + 2 / 3) / 2)
     assert {name: row[name] for name in row if name.startswith("n_")} == {
-        "n_annotated": 4, "n_cases": 3, "n_present": 2, "n_missed": 1, "n_false_positive": 1, "n_empty_agreed": 1,
-    }  # fmt: skip
+        "n_annotated": 4,
+        "n_cases": 3,
+        "n_present": 2,
+        "n_missed": 1,
+        "n_false_positive": 1,
+        "n_empty_agreed": 1,
+    }
     assert result["per_lesion"][LESIONS[1].key]["dice"] is None
     assert result["macro"]["n_lesions_dice"] == 1 and result["macro"]["dice"] == row["dice"]
 

@@ -246,9 +246,16 @@ def test_empty_missed_and_false_positive_cases_are_counted_apart() -> None:
         "instance_recall"
     ] == pytest.approx(2 / 3)
     assert {name: row[name] for name in row if name.startswith("n_")} == {
-        "n_annotated": 5, "n_cases": 4, "n_present": 3, "n_missed": 1, "n_false_positive": 1, "n_empty_agreed": 1,
-        "n_hd95": 2, "n_lesions": 3, "n_lesions_predicted": 3,
-    }  # fmt: skip
+        "n_annotated": 5,
+        "n_cases": 4,
+        "n_present": 3,
+        "n_missed": 1,
+        "n_false_positive": 1,
+        "n_empty_agreed": 1,
+        "n_hd95": 2,
+        "n_lesions": 3,
+        "n_lesions_predicted": 3,
+    }
     assert all(result["per_lesion"][LESIONS[1].key][score] is None for score in LESION_SCORES)
     assert result["macro"]["n_lesions_dice"] == 1 and result["macro"]["dice"] == row["dice"]
 

@@ -37,7 +37,10 @@ SHORT, LONG = (
     "Findings suggested: emphysema, lung nodule, atelectasis. " * 4,
 )
 REPORT = "Findings: The heart is enlarged. Impression: cardiomegaly."
-OTHER = "Findings: There is a nodule in the right upper lobe, and the lungs are clear. Impression: lung nodule."
+OTHER = (
+    "Findings: There is a nodule in the right upper lobe, and the lungs are clear. "
+    "Impression: lung nodule."
+)
 ROUNDING = 0.02
 """What bfloat16 may do to a loss of about 7."""
 
@@ -320,8 +323,12 @@ def test_a_template_that_knows_no_system_role_keeps_the_instruction(
 ) -> None:
     """Gemma 2's template raises at a system turn."""
     template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-        "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+        "{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}"
+        "{% endif %}"
+        "{% for message in messages %}"
+        "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+        "{% endfor %}"
     )
     generator = build(tiny, copied(llama, tmp_path / "gemma", template), quantization="none")
     before, after = (generator.tokenizer.decode(part) for part in generator.encode_prompt(SHORT))
@@ -331,13 +338,21 @@ def test_a_template_that_knows_no_system_role_keeps_the_instruction(
         assert generator(features(1), [SHORT], [REPORT]).per_sample[0] > 1
 
 
+OF_PARTS = "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}"
+"""A turn's content as multimodal templates expect it: a list of parts."""
+
+
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for m in messages %}{{ m['content']",  # does not parse
-        "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}",  # no lists
-        "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}{% endfor %}<|end|>",  # drops the turn
-        "{% for m in messages %}{{ m['content'] | e }}{% endfor %}",  # the marker escaped
+        # Does not parse.
+        "{% for m in messages %}{{ m['content']",
+        # Expects lists, and there are none.
+        "{% for m in messages %}" + OF_PARTS + "{% endfor %}",
+        # Drops the turn.
+        "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}{% endfor %}<|end|>",
+        # Escapes the marker.
+        "{% for m in messages %}{{ m['content'] | e }}{% endfor %}",
     ],
 )
 def test_a_template_that_cannot_make_the_prompt_is_one_sentence(

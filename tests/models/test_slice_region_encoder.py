@@ -276,7 +276,8 @@ def test_attention_maps_are_shares(
     assert torch.equal(
         encoder.attention_map(*inputs, KNOWN, 1), encoder.attention_map(*inputs, KNOWN)
     )
-    # The last block's query and keys decide it: a patch whose key is the query's own direction draws it all.
+    # The last block's query and keys decide it: a patch whose key is the query's own direction
+    # draws it all.
     attention = encoder.blocks[0].attention
     tokens, regions = torch.randn(1, 5, 48), torch.randn(1, 20, 48)
     q = attention.q(tokens[:, :1]).unflatten(-1, (3, 16)).transpose(1, 2)

@@ -10,7 +10,7 @@ from conftest import phantom_sample
 from launches import LAUNCH, TWO, run, settings
 
 from rectvlm import pretrained
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import run_folder
 from rectvlm.config import CONFIG_FOLDER, load_config
 from rectvlm.data.shards import write_shards
 from rectvlm.plan.planner import ResourcePlanner
@@ -69,7 +69,7 @@ def agree(config_path: str, overrides: list[str], phase: int, described: Path) -
                 f"{kind} on rank {rank['rank']}"
             )
         assert sum(rank["bytes"].values()) > 0
-    saved = run_checkpoint.find_checkpoint(described.parent, "")
+    saved = run_folder.find_checkpoint(described.parent, "")
     size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
     assert plan.checkpoint_gb * 1e9 == pytest.approx(size, rel=0.02)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from launches import TWO, run, settings
 
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import Checkpoint, run_folder
 from rectvlm.config import load_config
 from rectvlm.models.meta_model import build_meta_model
 from rectvlm.plan.planner import ResourcePlanner
@@ -63,11 +63,9 @@ def test_what_no_row_of_unfreeze_covers_is_planned_as_frozen() -> None:
 
 def agrees_on_disk(phase_folder: Path, phase: int) -> None:
     """The newest checkpoint of a real run has the planned size; what is not weights is about 1% of a tiny one."""
-    folder = run_checkpoint.find_checkpoint(phase_folder, "")
-    gpus = run_checkpoint.read_training_state(folder).world_size
-    plan = ResourcePlanner(run_checkpoint.read_config(folder), phase, DS_CONFIGS).make_plan(
-        gpus, 1.0
-    )
+    folder = run_folder.find_checkpoint(phase_folder, "")
+    gpus = Checkpoint.open(folder).training.world_size
+    plan = ResourcePlanner(Checkpoint.open(folder).config, phase, DS_CONFIGS).make_plan(gpus, 1.0)
     found = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert plan.checkpoint_gb * 1e9 == pytest.approx(found, rel=0.02)
 
@@ -106,13 +104,13 @@ def test_there_is_room_for_as_many_checkpoints_as_there_are_at_once(
     """As training saves: the next one is written, then older ones go. The best comes early and is never beaten."""
     most = 0
     for step in range(1, 8):
-        folder = run_checkpoint.step_folder(tmp_path, step)
+        folder = run_folder.step_folder(tmp_path, step)
         folder.mkdir(parents=True)
-        (folder / run_checkpoint.STATE_FILE).write_text("{}")
-        most = max(most, len(run_checkpoint.list_checkpoints(tmp_path)))
+        (folder / run_folder.CONFIG_FILE).write_text("{}")
+        most = max(most, len(run_folder.list_checkpoints(tmp_path)))
         if every and step == 1:
-            run_checkpoint.record_best_checkpoint(tmp_path, step, "loss", 0.5)
-        run_checkpoint.prune_checkpoints(tmp_path, keep)
+            run_folder.record_best_checkpoint(tmp_path, step, "loss", 0.5)
+        run_folder.prune_checkpoints(tmp_path, keep)
     plan = planner(
         f"train.keep_checkpoints={keep}", f"train.phases.phase1.validation.every={every}"
     ).make_plan(1, 1.0)

@@ -13,12 +13,13 @@ import torch
 from conftest import write_nifti
 from PIL import Image
 
-from rectvlm.checkpoint import run_checkpoint
-from rectvlm.checkpoint.run_checkpoint import THRESHOLDS_FILE
+from rectvlm.checkpoint import THRESHOLDS_FILE, Checkpoint, run_folder
 from rectvlm.data.canonical_grid import canonical_affine, mask_to_native, resample_to_grid
 from rectvlm.labels import CT_WINDOWS, FINDINGS, LESION_BY_KEY, LESIONS
 from rectvlm.lesion_bits import pack_lesion
-from rectvlm.predict import case_page, run
+from rectvlm.models import RectVLM
+from rectvlm.predict import case_folder, case_page, run
+from rectvlm.predict.case import LoadedModel, PredictedCase
 from rectvlm.types import HuConversion, UserError, Volume
 
 ORIENTATIONS = [
@@ -82,17 +83,12 @@ def test_masks_lie_on_the_grid_of_the_file(predicted):
 )
 def test_a_model_that_gives_no_numbers_is_one_sentence(tiny_run, predicted, tmp_path, part, what):
     """It would read as a CT without lesions."""
-    whole = run_checkpoint.find_checkpoint(tiny_run(2), "")
-    tensors = run_checkpoint.read_weights(whole)
+    source = Checkpoint.open(tiny_run(2))
+    tensors = source.read_tensors()
     tensors[part] = torch.full_like(tensors[part], torch.nan)
-    spoilt = run_checkpoint.step_folder(tmp_path / "phase2", 1)
+    spoilt = run_folder.step_folder(tmp_path / "phase2", 1)
     spoilt.mkdir(parents=True)
-    run_checkpoint.write_checkpoint(
-        spoilt,
-        tensors,
-        run_checkpoint.read_config(whole),
-        run_checkpoint.read_training_state(whole),
-    )
+    replace(source, folder=spoilt).write_files(tensors, None)
     with pytest.raises(UserError, match=f"probabilities of {what} for chest are not finite"):
         run.predict_cases(predicted[0], spoilt, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out" / "chest").exists()
@@ -126,7 +122,7 @@ def test_canonical_view_is_the_same_from_every_axis_order(code):
     canonical = np.arange(2 * 3 * 4).reshape(2, 3, 4)
     affine = np.array([[0, 0, -0.7, 9], [0, -0.8, 0, 8], [5, 0, 0, -700], [0, 0, 0, 1.0]])
     turned, native = in_orientation(canonical, affine, code)
-    view, view_affine = run.canonical_view(turned, native)
+    view, view_affine = case_folder.canonical_view(turned, native)
     assert np.array_equal(view, canonical)
     assert np.allclose(view_affine, affine)
 
@@ -138,7 +134,7 @@ def test_a_lesion_on_the_patients_left_is_on_the_right_of_the_picture(
     """A nodule drawn at negative world x, on the model's grid and back, then on the page and in words."""
     phantom = phantoms(1)
     hu, affine = in_orientation(phantom.hu, phantom.affine, code)
-    ct, view_affine = run.canonical_view(hu, affine)
+    ct, view_affine = case_folder.canonical_view(hu, affine)
     depth, height, width = ct.shape
     column = round(0.72 * width)
     world = view_affine @ [depth // 2, height // 2, column, 1]
@@ -155,13 +151,13 @@ def test_a_lesion_on_the_patients_left_is_on_the_right_of_the_picture(
     back = mask_to_native(on_grid, grid_affine, hu.shape, affine)
     assert (back & (pack_lesion(ball, NODULE))).any()
 
-    model, config = run_checkpoint.load_model(tiny_run(2), "cpu")
-    reader = run._LoadedModel(model, config, tiny_run(2), 0, None)
+    checkpoint = Checkpoint.open(tiny_run(2))
+    reader = LoadedModel(RectVLM.from_checkpoint(checkpoint, "cpu"), checkpoint, None)
     volume, decision = Volume(hu, affine, "left.nii"), HuConversion(1, 0, "HU")
-    case = run._PredictedCase(
+    case = PredictedCase(
         "left", volume, hu, decision, grid_affine, dict.fromkeys(FINDINGS, 0.5), back, None
     )
-    folder = run._write_case(reader, case, tmp_path)
+    folder = case_folder.write_case_folder(reader, case, tmp_path)
 
     row = json.loads((folder / "findings.json").read_text())["lesions"][NODULE.bit]
     assert (
@@ -201,7 +197,7 @@ def test_a_checkpoint_without_localizer_and_generator_says_so(tiny_run, phantoms
 
 def test_stored_thresholds_decide_what_is_present(tiny_run, phantoms, tmp_path):
     folder = tmp_path / "checkpoint"
-    shutil.copytree(run_checkpoint.find_checkpoint(tiny_run(1), ""), folder)
+    shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
     file = write_nifti(phantoms(1).hu, phantoms(1).affine, tmp_path / "chest.nii")
     cuts = dict.fromkeys(FINDINGS, 0.999) | {FINDINGS[0]: 0.001}
     (folder / THRESHOLDS_FILE).write_text(json.dumps({"values": cuts}))
@@ -213,7 +209,7 @@ def test_stored_thresholds_decide_what_is_present(tiny_run, phantoms, tmp_path):
 
 def test_a_finding_whose_threshold_was_not_fitted_is_not_called(tiny_run, phantoms, tmp_path):
     folder = tmp_path / "checkpoint"
-    shutil.copytree(run_checkpoint.find_checkpoint(tiny_run(1), ""), folder)
+    shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
     file = write_nifti(phantoms(1).hu, phantoms(1).affine, tmp_path / "chest.nii")
     cuts = {"values": dict.fromkeys(FINDINGS, 0.001), "not_fitted": [FINDINGS[1]]}
     (folder / THRESHOLDS_FILE).write_text(json.dumps(cuts))
@@ -396,7 +392,7 @@ def test_thinning_keeps_slices_with_a_lesion():
 
 
 def test_a_full_size_page_is_below_8_mb(phantoms, view):
-    ct, _ = run.canonical_view(phantoms(1).hu, phantoms(1).affine)
+    ct, _ = case_folder.canonical_view(phantoms(1).hu, phantoms(1).affine)
     rng = np.random.default_rng(0)
     rows = np.linspace(0, ct.shape[1] - 1, 512).round().astype(int)
     columns = np.linspace(0, ct.shape[2] - 1, 512).round().astype(int)

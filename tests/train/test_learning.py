@@ -11,7 +11,7 @@ from launches import TWO, run
 from torch import Tensor, nn
 
 from rectvlm import pretrained
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import Checkpoint, run_folder
 from rectvlm.config import Config, load_config
 from rectvlm.data.dataset import collate_samples
 from rectvlm.labels import LESION_BY_KEY, N_FINDINGS, N_LESIONS, N_REGIONS
@@ -330,9 +330,9 @@ def test_every_trainable_tensor_moves_under_zero3(
         [*TWO, "launch/phase3.py", *shared, *(f"train.phases.phase3.{value}" for value in plan)],
         tmp_path,
     )
-    saved = run_checkpoint.list_checkpoints(tmp_path / "tiny" / "phase3")
+    saved = run_folder.list_checkpoints(tmp_path / "tiny" / "phase3")
     assert [path.name for path in saved] == ["step-000001", "step-000002", "step-000003"]
-    first, last = (run_checkpoint.read_weights(path) for path in (saved[0], saved[-1]))
+    first, last = (Checkpoint.open(path).read_tensors() for path in (saved[0], saved[-1]))
     still = [
         name
         for name in first

@@ -36,7 +36,7 @@ from launches import (
 )
 from launches import start as start_here
 
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import Checkpoint
 from rectvlm.train.recovery.exit_codes import ExitCode
 
 SCRIPTS = ("launch/slurm/train.sbatch", "launch/slurm/node.sh")
@@ -292,10 +292,7 @@ def test_two_machines_train_as_one_with_two_processes(
     folders = [runs / "tiny/phase3" for runs in (apart, together)]
     assert steps_done(folders[0]) == 3
     assert comparable(folders[0]) == comparable(folders[1])
-    ours, theirs = (
-        run_checkpoint.read_weights(run_checkpoint.find_checkpoint(folder, ""))
-        for folder in folders
-    )
+    ours, theirs = (Checkpoint.open(folder).read_tensors() for folder in folders)
     assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
     from rectvlm.runs.read_runs import read_run
 
@@ -317,7 +314,7 @@ def test_a_machine_is_lost_and_comes_back(
     assert code != 0 and "--resume auto" in stderr
     assert ending(folder)["code"] == ExitCode.RANK_LOST
     done = steps_done(folder)
-    kept = run_checkpoint.read_training_state(run_checkpoint.find_checkpoint(folder, "")).step
+    kept = Checkpoint.open(folder).training.step
     assert 2 <= kept <= done < 60
     again = [argument.replace(".steps=60", f".steps={done + 2}") for argument in arguments]
     for process in on_both(29613, *again, "--resume", "auto"):
@@ -460,8 +457,7 @@ def test_a_job_saves_before_its_time_is_over_and_goes_on(slurm: Slurm) -> None:
     done = steps_done(slurm.run)
     assert done < 400 and ending(slurm.run)["code"] == ExitCode.STOPPED_BY_SIGNAL
     assert (
-        run_checkpoint.read_training_state(run_checkpoint.find_checkpoint(slurm.run, "")).step
-        == done
+        Checkpoint.open(slurm.run).training.step == done
     )  # saved at once, not at the last 4th step
     code, said = result(slurm.start(done + 3, 1))
     assert code == 0, said

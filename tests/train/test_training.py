@@ -32,7 +32,9 @@ from launches import (
     weights_of,
 )
 
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import Checkpoint, TrainingState, run_folder
+from rectvlm.checkpoint.export import export_checkpoint
+from rectvlm.checkpoint.strict_load import find_differing_tensors, named_tensors
 from rectvlm.config import Config, load_config, phase_key
 from rectvlm.data.loader import build_eval_loader
 from rectvlm.data.shards import read_index
@@ -117,13 +119,13 @@ def test_ranks_share_each_epoch(
 @EACH_PHASE
 def test_checkpoints_hold_what_trained(trained: Callable[[int], Path], phase: int) -> None:
     folder = trained(phase)
-    kept = run_checkpoint.list_checkpoints(folder)
+    kept = run_folder.list_checkpoints(folder)
     assert [path.name for path in kept] == ["step-000008", "step-000012"]
-    state = run_checkpoint.read_training_state(kept[-1])
+    state = Checkpoint.open(kept[-1]).training
     assert (state.phase, state.step, state.world_size) == (phase, STEPS, WORLD)
     assert state.samples_seen == STEPS * WORLD * MICRO_BATCH
-    assert run_checkpoint.read_config(kept[-1]).train.phases[phase_key(phase)].steps == STEPS
-    earlier, last = (run_checkpoint.read_weights(path) for path in kept)
+    assert Checkpoint.open(kept[-1]).config.train.phases[phase_key(phase)].steps == STEPS
+    earlier, last = (Checkpoint.open(path).read_tensors() for path in kept)
     assert earlier.keys() == last.keys()
     assert not any("base_layer" in name for name in last)  # frozen weights stay where they are
     assert all(tensor.isfinite().all() for tensor in last.values())
@@ -147,12 +149,13 @@ def test_a_phase_starts_from_the_weights_of_the_one_before(
 
 
 def test_the_loaded_model_is_the_checkpoint(trained: Callable[[int], Path]) -> None:
-    newest = run_checkpoint.find_checkpoint(trained(3), "")
-    model, config = run_checkpoint.load_model(newest, "cpu")
+    newest = run_folder.find_checkpoint(trained(3), "")
+    model = RectVLM.from_pretrained(newest, "cpu")
+    config = model.config
     assert config.data.grid == load_config("tiny").data.grid
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    saved = run_checkpoint.read_weights(newest)
-    assert set(run_checkpoint.checkpoint_tensor_names(model)) == set(saved)
+    saved = Checkpoint.open(newest).read_tensors()
+    assert set(model.checkpoint_tensor_names()) == set(saved)
     for name, tensor in saved.items():
         assert torch.equal(own[name].to(tensor.dtype), tensor), name
 
@@ -161,31 +164,22 @@ def test_a_checkpoint_of_two_processes_exports_and_reloads(
     trained: Callable[[int], Path], tmp_path: Path
 ) -> None:
     """What ZeRO-3 held in shards and the engine gathered is in the exported folder to the last bit."""
-    from rectvlm import RectVLM as Exported
-    from rectvlm.checkpoint import hub, model_folder
-
-    source = run_checkpoint.read_weights(run_checkpoint.find_checkpoint(trained(3), ""))
-    folder = hub.export_checkpoint(trained(3), tmp_path / "model")
-    assert model_folder.find_differing_tensors(run_checkpoint.read_weights(folder), source) == []
-    assert run_checkpoint.read_training_state(folder).world_size == WORLD
-    model = Exported.from_pretrained(folder, "cpu")
-    whole, _ = run_checkpoint.load_model(trained(3), "cpu")
-    names = run_checkpoint.checkpoint_tensor_names(whole)
-    ours, theirs = (
-        {**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (model, whole)
-    )
-    assert (
-        model_folder.find_differing_tensors(
-            {n: ours[n] for n in names}, {n: theirs[n] for n in names}
-        )
-        == []
-    )
+    source = Checkpoint.open(trained(3)).read_tensors()
+    folder = export_checkpoint(trained(3), tmp_path / "model")
+    assert find_differing_tensors(Checkpoint.open(folder).read_tensors(), source) == []
+    assert Checkpoint.open(folder).training.world_size == WORLD
+    model = RectVLM.from_pretrained(folder, "cpu")
+    whole = RectVLM.from_pretrained(trained(3), "cpu")
+    names = whole.checkpoint_tensor_names()
+    ours, theirs = named_tensors(model), named_tensors(whole)
+    assert find_differing_tensors({n: ours[n] for n in names}, {n: theirs[n] for n in names}) == []
 
 
 @pytest.fixture(scope="session")
 def final(trained: Callable[[int], Path]) -> tuple[RectVLM, Batch]:
     """The model after phase 3 and two samples that it has not seen."""
-    model, config = run_checkpoint.load_model(trained(3), "cpu")
+    model = RectVLM.from_pretrained(trained(3), "cpu")
+    config = model.config
     batch: Any = next(iter(build_eval_loader(config.data, "valid", 2)))
     return model, batch
 
@@ -236,7 +230,7 @@ def test_a_killed_run_resumes_to_the_last_digit(
     kill(process)
     with (cut / "metrics.jsonl").open("a") as handle:
         handle.write('{"step": 6, "lo')  # what a kill within a write leaves
-    spoilt = run_checkpoint.list_checkpoints(cut)[-1]
+    spoilt = run_folder.list_checkpoints(cut)[-1]
     assert spoilt.name == "step-000008"
     victim = spoilt / "engine" / "rank-00001-of-00002.safetensors"
     size = random.randrange(victim.stat().st_size)
@@ -274,7 +268,7 @@ def test_a_plain_launch_trains_on_one_process(phantom_shards: Path, tmp_path: Pa
         1,
     )
     assert [line["samples_seen"] for line in metrics(folder)] == [MICRO_BATCH, 2 * MICRO_BATCH]
-    model, _ = run_checkpoint.load_model(folder, "cpu")
+    model = RectVLM.from_pretrained(folder, "cpu")
     assert model.parts == ("encoder", "classifier")
 
 
@@ -282,14 +276,10 @@ def test_a_plain_launch_trains_on_one_process(phantom_shards: Path, tmp_path: Pa
 def test_mistakes_end_in_one_sentence(phantom_shards: Path, tmp_path: Path) -> None:
     """Run beside each other, since most of their time is Python's imports."""
     unfinished = tmp_path / "unfinished"
-    folder = run_checkpoint.step_folder(unfinished / "tiny" / "phase1", 1)
+    folder = run_folder.step_folder(unfinished / "tiny" / "phase1", 1)
     folder.mkdir(parents=True)
-    run_checkpoint.write_checkpoint(
-        folder,
-        {},
-        load_config("tiny"),
-        run_checkpoint.TrainingState(1, PHASES[1].parts, 1, 4, 2, {}),
-    )
+    state = TrainingState(phase=1, step=1, samples_seen=4, world_size=2)
+    Checkpoint(folder, PHASES[1].parts, load_config("tiny"), state, {}).write_files({}, None)
     mistakes = {
         "index.json": ["launch/phase1.py", *settings(1, tmp_path / "nowhere", tmp_path / "a")],
         "phase1": ["launch/phase2.py", *settings(2, phantom_shards, tmp_path / "b")],

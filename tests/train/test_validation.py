@@ -26,11 +26,12 @@ from launches import (
     wait_for,
 )
 
-from rectvlm.checkpoint import run_checkpoint
+from rectvlm.checkpoint import Checkpoint, TrainingState, run_folder
 from rectvlm.config import Config, ValidationConfig, load_config
 from rectvlm.data.dataset import ShardDataset
 from rectvlm.data.loader import build_eval_loader
 from rectvlm.labels import N_FINDINGS, N_LESIONS
+from rectvlm.models import RectVLM
 from rectvlm.train import loop
 from rectvlm.train.early_stopping import has_stopped_early
 from rectvlm.train.objectives import compute_losses
@@ -83,14 +84,10 @@ def test_patience(
 
 def make_checkpoints(folder: Path, steps: list[int]) -> None:
     for step in steps:
-        path = run_checkpoint.step_folder(folder, step)
+        path = run_folder.step_folder(folder, step)
         path.mkdir(parents=True)
-        run_checkpoint.write_checkpoint(
-            path,
-            {},
-            load_config("tiny"),
-            run_checkpoint.TrainingState(1, PHASES[1].parts, step, 4 * step, 1, {}),
-        )
+        state = TrainingState(phase=1, step=step, samples_seen=4 * step, world_size=1)
+        Checkpoint(path, PHASES[1].parts, load_config("tiny"), state, {}).write_files({}, None)
 
 
 def test_one_case_that_gives_no_number_leaves_a_validation_without_figures(tiny: Config) -> None:
@@ -122,27 +119,27 @@ def test_one_case_that_gives_no_number_leaves_a_validation_without_figures(tiny:
 
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
     make_checkpoints(tmp_path, [2, 4, 6, 8])
-    assert run_checkpoint.best_checkpoint(tmp_path) is None
+    assert run_folder.best_checkpoint(tmp_path) is None
     with pytest.raises(UserError, match=r"best\.json.*train more") as caught:
-        run_checkpoint.find_checkpoint(tmp_path / "best", "train more")
+        run_folder.find_checkpoint(tmp_path / "best", "train more")
     assert "\n" not in str(caught.value)
-    run_checkpoint.record_best_checkpoint(tmp_path, 4, "loss", 1.5)
-    run_checkpoint.prune_checkpoints(tmp_path, 1)
-    assert [path.name for path in run_checkpoint.list_checkpoints(tmp_path)] == [
+    run_folder.record_best_checkpoint(tmp_path, 4, "loss", 1.5)
+    run_folder.prune_checkpoints(tmp_path, 1)
+    assert [path.name for path in run_folder.list_checkpoints(tmp_path)] == [
         "step-000004",
         "step-000008",
     ]
-    assert run_checkpoint.find_checkpoint(tmp_path, "").name == "step-000008"
+    assert run_folder.find_checkpoint(tmp_path, "").name == "step-000008"
     assert (
-        run_checkpoint.find_checkpoint(tmp_path / "best", "")
-        == run_checkpoint.best_checkpoint(tmp_path)
-        == run_checkpoint.step_folder(tmp_path, 4)
+        run_folder.find_checkpoint(tmp_path / "best", "")
+        == run_folder.best_checkpoint(tmp_path)
+        == run_folder.step_folder(tmp_path, 4)
     )
-    run_checkpoint.record_best_checkpoint(tmp_path, None, "loss", None)
-    assert run_checkpoint.best_checkpoint(tmp_path) is None
+    run_folder.record_best_checkpoint(tmp_path, None, "loss", None)
+    assert run_folder.best_checkpoint(tmp_path) is None
     for damage in ("", "{", "[]", '{"step": "x"}', '{"step": 7}'):
         (tmp_path / "best.json").write_text(damage)
-        assert run_checkpoint.best_checkpoint(tmp_path) is None
+        assert run_folder.best_checkpoint(tmp_path) is None
 
 
 def test_a_copy_is_no_checkpoint_and_what_cannot_be_removed_stays(
@@ -150,11 +147,11 @@ def test_a_copy_is_no_checkpoint_and_what_cannot_be_removed_stays(
 ) -> None:
     make_checkpoints(tmp_path, [2, 4, 6])
     shutil.copytree(
-        run_checkpoint.step_folder(tmp_path, 4), tmp_path / "checkpoints" / "step-000004-copy"
+        run_folder.step_folder(tmp_path, 4), tmp_path / "checkpoints" / "step-000004-copy"
     )
     (tmp_path / "checkpoints" / ".step-000002.partial" / "held").mkdir(parents=True)
-    run_checkpoint.prune_checkpoints(tmp_path, 1)
-    assert [path.name for path in run_checkpoint.list_checkpoints(tmp_path)] == [
+    run_folder.prune_checkpoints(tmp_path, 1)
+    assert [path.name for path in run_folder.list_checkpoints(tmp_path)] == [
         "step-000002",
         "step-000006",
     ]
@@ -284,20 +281,18 @@ def test_validation_leaves_the_training_alone(
     best = min(found, key=lambda line: line["metrics"]["loss"])
     noted = json.loads((folder / "best.json").read_text())
     assert noted == {"step": best["step"], "metric": "loss", "value": best["metrics"]["loss"]}
-    assert {path.name for path in run_checkpoint.list_checkpoints(folder)} == {
+    assert {path.name for path in run_folder.list_checkpoints(folder)} == {
         f"step-{best['step']:06d}",
         "step-000006",
     }
-    ours, plain = (
-        run_checkpoint.read_weights(run_checkpoint.find_checkpoint(f, ""))
-        for f in (folder, launched_phase1)
-    )
+    ours, plain = (Checkpoint.open(f).read_tensors() for f in (folder, launched_phase1))
     assert any(
         not torch.equal(ours[name], plain[name]) for name in ours
     )  # the average, not the last weights
 
     # The last line is what the saved weights say.
-    model, config = run_checkpoint.load_model(folder, "cpu")
+    model = RectVLM.from_pretrained(folder, "cpu")
+    config = model.config
     each = []
     with torch.no_grad():
         for batch in build_eval_loader(config.data, "valid", 1):
@@ -325,9 +320,9 @@ def test_a_validation_that_was_left_out_is_made_up(phantom_shards: Path, tmp_pat
     folder = tmp_path / "tiny" / "phase1"
     unbroken = lines(folder / "validation.jsonl")
     before = comparable(folder)
-    shutil.rmtree(run_checkpoint.step_folder(folder, 8))
+    shutil.rmtree(run_folder.step_folder(folder, 8))
     (folder / "validation.jsonl").write_text("")
-    kept = run_checkpoint.step_folder(folder, 4)
+    kept = run_folder.step_folder(folder, 4)
     inodes = {path: path.stat().st_ino for path in kept.rglob("*")}
     run([*command, "--resume"], tmp_path)
     assert {path: path.stat().st_ino for path in kept.rglob("*")} == inodes  # never written over
@@ -345,7 +340,7 @@ def test_patience_ends_a_run_and_the_next_begins_anew(phantom_shards: Path, tmp_
     run(command, tmp_path)
     folder = tmp_path / "tiny" / "phase1"
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
-    assert run_checkpoint.find_checkpoint(folder, "").name == "step-000004"
+    assert run_folder.find_checkpoint(folder, "").name == "step-000004"
     assert not (folder / "best.json").exists()
     run([*command, "--resume"], tmp_path)  # it has ended, and stays so
     assert len(metrics(folder)) == 4
@@ -423,10 +418,7 @@ def test_everything_at_once_resumes_to_the_last_digit(
     ]
     assert set(lines(cut / "validation.jsonl")[0]["metrics"]) == {*names, "mean_dice"}
     assert (cut / "best.json").read_text() == (folders["whole"] / "best.json").read_text()
-    weights = [
-        run_checkpoint.read_weights(run_checkpoint.find_checkpoint(folder, ""))
-        for folder in folders.values()
-    ]
+    weights = [Checkpoint.open(folder).read_tensors() for folder in folders.values()]
     assert not any("weighting" in name for name in weights[0])
     for other in weights[1:]:
         assert other.keys() == weights[0].keys()
@@ -434,9 +426,7 @@ def test_everything_at_once_resumes_to_the_last_digit(
 
     factors = [line["task_weights"] for line in whole]
     assert factors[0] != factors[-1]
-    before = run_checkpoint.read_weights(
-        run_checkpoint.find_checkpoint(folders["whole"].with_name("phase2"), "")
-    )
+    before = Checkpoint.open(folders["whole"].with_name("phase2")).read_tensors()
     moved = {name for name in before if not torch.equal(before[name], weights[0][name])}
     assert not any(name.startswith("encoder.blocks.0.") for name in moved)
     assert any(name.startswith("encoder.blocks.1.") for name in moved)
@@ -460,10 +450,7 @@ def test_sub_steps_train_their_part_alone_and_the_joint_phases_start_from_them(
         return folder / key
 
     def changed(before: Path, after: Path) -> set[str]:
-        old, new = (
-            run_checkpoint.read_weights(run_checkpoint.find_checkpoint(path, ""))
-            for path in (before, after)
-        )
+        old, new = (Checkpoint.open(path).read_tensors() for path in (before, after))
         return {name.partition(".")[0] for name in old if not torch.equal(old[name], new[name])}
 
     localize = go(2, "phase2-localize", "--stage", "localize")
@@ -475,7 +462,7 @@ def test_sub_steps_train_their_part_alone_and_the_joint_phases_start_from_them(
     align = go(3, "phase3-align", "--stage", "align", "--from", "best")
     assert changed(joint, align) == set()
     assert list(metrics(align)[0]["losses"]) == ["report"]
-    state = run_checkpoint.read_training_state(run_checkpoint.find_checkpoint(align, ""))
+    state = Checkpoint.open(align).training
     assert (state.phase, state.stage, state.parts) == (3, "align", PHASES[3].parts)
     last = go(3, "phase3", "--from", str(align / "best"))
     assert changed(align, last) == {"encoder", "classifier", "localizer", "generator"}

@@ -24,8 +24,8 @@ from typing import Any
 import psutil
 import torch
 
-from rectvlm.checkpoint.run_checkpoint import package_versions
 from rectvlm.files import atomic_file
+from rectvlm.machine import package_versions
 from rectvlm.runs.run_files import SESSIONS_FILE
 from rectvlm.train.logging.git_state import read_git_state
 

@@ -6,7 +6,7 @@ from itertools import count
 from pathlib import Path
 from typing import Literal
 
-from rectvlm.checkpoint import integrity, run_checkpoint
+from rectvlm.checkpoint import Checkpoint, integrity, run_folder
 from rectvlm.config import Config
 from rectvlm.train.early_stopping import has_stopped_early
 from rectvlm.train.engine.engine import Engine
@@ -15,9 +15,6 @@ from rectvlm.train.recovery.position import TrainingPosition
 from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
-
-_DEEPSPEED_STATE_FOLDER = "state"
-"""Folder of DeepSpeed's own files, which earlier versions wrote."""
 
 ResumeMode = Literal["no", "yes", "auto"]
 """Whether to resume an earlier run; `auto` starts anew where there is none."""
@@ -29,8 +26,8 @@ def find_source_checkpoint(phase: Phase, config: Config, requested: str | None) 
     Raises:
         UserError: there is none.
     """
-    if requested not in (None, run_checkpoint.BEST_CHECKPOINT):
-        return run_checkpoint.find_checkpoint(
+    if requested not in (None, run_folder.BEST_CHECKPOINT):
+        return run_folder.find_checkpoint(
             requested,
             "give --from a run's phase folder, one checkpoint in it, or an exported model",
         )
@@ -43,17 +40,17 @@ def find_source_checkpoint(phase: Phase, config: Config, requested: str | None) 
         return None
     folder = Path(config.train.runs) / config.name / f"phase{phase.previous_phase}"
     if requested is not None:
-        folder /= run_checkpoint.BEST_CHECKPOINT
+        folder /= run_folder.BEST_CHECKPOINT
     remedy = (
         f"phase {phase.number} starts from phase {phase.previous_phase}'s, so run "
         f"`accelerate launch launch/phase{phase.previous_phase}.py --config {config.name}` first"
     )
-    return run_checkpoint.find_checkpoint(folder, remedy)
+    return run_folder.find_checkpoint(folder, remedy)
 
 
 def has_checkpoints(folder: Path) -> bool:
     """Whether there is a checkpoint, intact or not."""
-    return bool(run_checkpoint.list_step_folders(folder))
+    return bool(run_folder.list_step_folders(folder))
 
 
 def require_checkpoint_to_resume(folder: Path, phase: Phase) -> None:
@@ -83,33 +80,22 @@ def find_newest_intact_checkpoint(folder: Path, resume: ResumeMode, engine: Engi
         for unfinished in folder.glob("checkpoints/.step-*.partial"):
             log.warning("%s was being written or removed when the run ended: removed", unfinished)
             shutil.rmtree(unfinished, ignore_errors=True)
-    found: list[Path] = engine.all_gather_object(run_checkpoint.list_step_folders(folder))[0]
-    for path in reversed(found):
-        if (path / run_checkpoint.ENGINE_FOLDER / _DEEPSPEED_STATE_FOLDER).is_dir():
-            raise UserError(
-                f"{path} was written by an earlier version of rectvlm, whose runs can be used but not resumed: begin "
-                "anew with --restart, or write elsewhere with name=NEW."
-            )
-        faults = sorted(
-            {
-                fault
-                for share in engine.all_gather_object(_find_faults(path, engine))
-                for fault in share
-            }
-        )
+    # Rank 0 decides what is there: a file system may show the ranks different folders.
+    checkpoints: list[Path] = engine.all_gather_object(run_folder.list_step_folders(folder))[0]
+    for path in reversed(checkpoints):
+        faults: set[str] = set()
+        for faults_of_rank in engine.all_gather_object(_find_faults(path, engine)):
+            faults.update(faults_of_rank)
         if not faults:
             return path
         if engine.is_main:
-            log.warning(
-                "%s is damaged: %s; it is now %s",
-                path,
-                "; ".join(faults),
-                integrity.set_damaged_aside(path).name,
-            )
+            new_path = integrity.set_damaged_aside(path)
+            message = "; ".join(sorted(faults))
+            log.warning("%s is damaged: %s; it is now %s", path, message, new_path.name)
         engine.barrier()
-    if found and resume == "yes":
+    if checkpoints and resume == "yes":
         raise UserError(
-            f"None of the {len(found)} checkpoints in {folder} is intact, and they are set aside: "
+            f"None of the {len(checkpoints)} checkpoints in {folder} is intact; all are set aside: "
             "begin anew with --restart, or without --resume."
         )
     return None
@@ -119,7 +105,7 @@ def read_position(resumed_from: Path | None) -> TrainingPosition:
     """Position that a checkpoint was saved at; the beginning without one."""
     if resumed_from is None:
         return TrainingPosition(step=0, samples_seen=0)
-    state = run_checkpoint.read_training_state(resumed_from)
+    state = Checkpoint.open(resumed_from).training
     return TrainingPosition(state.step, state.samples_seen, state.bad_in_a_row)
 
 
@@ -141,47 +127,47 @@ def prepare_run_folder(
     Raises:
         UserError: an unfinished run is there, and `restart` is not given.
     """
-    earlier = run_checkpoint.list_checkpoints(folder)
+    earlier = run_folder.list_checkpoints(folder)
     damaged = list(folder.glob("checkpoints/damaged-*"))
     engine.barrier()  # all ranks have looked before any removes
     finished = False
     if earlier:
         # Its samples count, not its steps: it may have had another number of ranks.
-        done = run_checkpoint.read_training_state(earlier[-1])
-        settings = phase.get_settings(
-            with_step_count(
-                config, phase, sample_count, engine.world_size, done.step, done.samples_seen
-            )
+        done = Checkpoint.open(earlier[-1]).training
+        counted_config = with_step_count(
+            config, phase, sample_count, engine.world_size, done.step, done.samples_seen
         )
+        settings = phase.get_settings(counted_config)
         finished = done.step >= settings.steps or has_stopped_early(folder, settings.validation)
         if not finished and not restart:
             raise UserError(
                 f"{folder} already holds an unfinished run (up to {earlier[-1].name} of "
-                f"{settings.steps} steps): go on with --resume, begin anew with --restart, or write "
-                "elsewhere with name=NEW."
+                f"{settings.steps} steps): go on with --resume, begin anew with --restart, or "
+                "write elsewhere with name=NEW."
             )
     engine.barrier()  # all have read what moves now
     if engine.is_main:
         if (finished or damaged) and not restart:
-            aside = next(
-                path
-                for n in count(1)
-                if not (path := folder.with_name(f"{folder.name}.earlier-{n}")).exists()
-            )
-            folder.rename(aside)
-            log.info(
-                "the earlier run of phase %s is now in %s", folder.name.removeprefix("phase"), aside
-            )
+            _move_run_aside(folder)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     engine.barrier()
 
 
+def _move_run_aside(folder: Path) -> None:
+    for number in count(1):
+        new_folder = folder.with_name(f"{folder.name}.earlier-{number}")
+        if not new_folder.exists():
+            break
+    folder.rename(new_folder)
+    phase_name = folder.name.removeprefix("phase")
+    log.info("the earlier run of phase %s is now in %s", phase_name, new_folder)
+
+
 def _find_faults(path: Path, engine: Engine) -> list[str]:
     """Faults of this rank's share of a checkpoint's files, in words."""
     try:
-        return integrity.find_faults(
-            path, integrity.list_manifest_files(path)[engine.rank :: engine.world_size]
-        )
+        names = integrity.list_manifest_files(path)
+        return integrity.find_faults(path, names[engine.rank :: engine.world_size])
     except UserError as error:
         return [str(error)]

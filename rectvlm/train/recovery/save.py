@@ -7,9 +7,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from rectvlm.checkpoint import integrity, run_checkpoint
-from rectvlm.checkpoint.manifest import ManifestEntry
+from rectvlm.checkpoint import Checkpoint, TrainingState, integrity, run_folder
+from rectvlm.checkpoint.checkpoint import ENGINE_FOLDER
+from rectvlm.checkpoint.integrity import ManifestEntry
+from rectvlm.checkpoint.model_card import write_model_card
 from rectvlm.config import Config
+from rectvlm.machine import package_versions
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.phases import Phase
 from rectvlm.train.recovery.position import TrainingPosition
@@ -35,7 +38,7 @@ def save_checkpoint(
         a warning says why.
     """
     begin = time.monotonic()
-    target = run_checkpoint.step_folder(folder, position.step)
+    target = run_folder.step_folder(folder, position.step)
     work = integrity.partial_folder(target)
     if engine.is_main:
         shutil.rmtree(work, ignore_errors=True)
@@ -60,7 +63,8 @@ def save_checkpoint(
             shutil.rmtree(work, ignore_errors=True)
             log.warning(
                 "The checkpoint of step %d could not be written to %s (%s): the checkpoints before "
-                "it are untouched, and saving is tried again after %d steps; make room on the disk.",
+                "it are untouched, and saving is tried again after %d steps; make room on the "
+                "disk.",
                 position.step,
                 target.parent,
                 "; ".join(faults),
@@ -68,7 +72,7 @@ def save_checkpoint(
             )
         return False
     if engine.is_main:
-        run_checkpoint.prune_checkpoints(folder, config.train.keep_checkpoints)
+        run_folder.prune_checkpoints(folder, config.train.keep_checkpoints)
         log.info("saved %s in %.1f s", target, time.monotonic() - begin)
     engine.barrier()
     return True
@@ -89,22 +93,23 @@ def _write_rank_files(
     with engine.use_ema_weights():
         tensors = engine.gather_tensors(saved_names)
     try:
-        (work / run_checkpoint.ENGINE_FOLDER).mkdir(parents=True, exist_ok=True)
-        files = [engine.save_optimizer_shard(work / run_checkpoint.ENGINE_FOLDER)]
+        (work / ENGINE_FOLDER).mkdir(parents=True, exist_ok=True)
+        files = [engine.save_optimizer_shard(work / ENGINE_FOLDER)]
         if engine.is_main:
-            state = run_checkpoint.TrainingState(
+            training = TrainingState(
                 phase=phase.number,
-                parts=phase.parts,
                 step=position.step,
                 samples_seen=position.samples_seen,
                 world_size=engine.world_size,
-                versions=run_checkpoint.package_versions(),
                 stage=phase.stage,
                 bad_in_a_row=position.skipped_in_a_row,
             )
-            files += run_checkpoint.write_checkpoint(work, tensors, config, state)
-        return {
-            path.relative_to(work).as_posix(): integrity.fsync_file(path) for path in files
-        }, None
+            checkpoint = Checkpoint(work, phase.parts, config, training, package_versions())
+            files += checkpoint.write_files(tensors, engine.model.module.lora_config())
+            write_model_card(checkpoint, f"{config.name}, phase {phase.key}, step {position.step}")
+        entries = {}
+        for path in files:
+            entries[path.relative_to(work).as_posix()] = integrity.flush_and_hash(path)
+        return entries, None
     except (OSError, SafetensorError) as error:
         return {}, str(error)

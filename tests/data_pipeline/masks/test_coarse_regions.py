@@ -112,7 +112,8 @@ def test_an_opaque_lung_is_left_out_and_the_other_keeps_its_side(name: str) -> N
 def test_a_body_at_the_edge_of_the_field_of_view_keeps_its_sides() -> None:
     ct, truth, spacing = phantom(3)
     found = estimate_coarse_regions(np.ascontiguousarray(ct[:, :, 20:]), spacing)
-    # Where both lungs run together in a slice, the one that stays goes with the one that is cut: 0.35 is left here.
+    # Where both lungs run together in a slice, the one that stays goes with the one that is cut:
+    # 0.35 is left here.
     assert left(found).sum() > 0.3 * left(truth).sum()
     assert (
         dice(left(found), right(truth[:, :, 20:])) < 0.02
@@ -138,7 +139,8 @@ def test_real_cts(name: str) -> None:
     ml = np.prod(spacing) / 1000
     assert 1000 < right(found).sum() * ml < 3500 and 800 < left(found).sum() * ml < 3000
     assert np.median(ct[right(found) | left(found)]) < -700
-    # The heart lies more to the left, the liver lifts the right base: true of both patients, and false of a mirror.
+    # The heart lies more to the left, and the liver lifts the right base: true of both patients,
+    # and false of a mirror image.
     columns = np.arange(ct.shape[2])
     spine = np.median(np.nonzero(found == ID["spine"])[2])
     assert (found == ID["heart"]).sum((0, 1)) @ columns / (found == ID["heart"]).sum() > spine

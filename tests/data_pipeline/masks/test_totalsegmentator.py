@@ -101,8 +101,9 @@ def named(path: Path, classes: dict[int, str]) -> Path:
         f'<Label Key="{number}" Red="1" Green="2" Blue="3" Alpha="1"><![CDATA[{name}]]></Label>'
         for number, name in classes.items()
     )
-    text = f'<?xml version="1.0" encoding="UTF-8"?><CaretExtension><VolumeInformation Index="0"><LabelTable>{rows}'
-    text += "</LabelTable></VolumeInformation></CaretExtension>"
+    table = f"<LabelTable>{rows}</LabelTable>"
+    volume = f'<VolumeInformation Index="0">{table}</VolumeInformation>'
+    text = f'<?xml version="1.0" encoding="UTF-8"?><CaretExtension>{volume}</CaretExtension>'
     image = nib.load(path)
     image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", text.encode()))
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine, image.header), path)

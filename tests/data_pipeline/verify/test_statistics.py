@@ -149,7 +149,8 @@ def test_sampling_is_that_of_the_files(
         (one, {f.key: f for f in statistics.sample_summaries}[one.meta.key]) for one in samples
     ):
         sizes = nib.affines.voxel_sizes(np.array(sample.meta.geometry.native_affine))
-        # Phantoms have thick slices of many voxels: the axis with fewest voxels is the one between slices.
+        # Phantoms have thick slices of many voxels: the axis with the fewest voxels is the one
+        # between slices.
         along = int(np.argmin(sample.meta.geometry.native_shape))
         assert facts.native_sampling.slice_count == min(sample.meta.geometry.native_shape)
         assert facts.native_sampling.matrix_size == max(sample.meta.geometry.native_shape)

@@ -417,7 +417,8 @@ CHANGES: list[tuple[Callable[[Sample], PackedSample], str]] = [
     (region_without_source, r"expected no regions, since they have no source, found 36864 voxels"),
     (
         regions_mirrored,
-        r"right upper lobe .* further right than the left upper lobe .* as if the volume were flipped",
+        r"right upper lobe .* further right than the left upper lobe .* "
+        r"as if the volume were flipped",
     ),
     (hu_beyond, r"expected HU from -1024 to 3071, found -\d+ to 5000"),
     (windowed, r"expected plausible HU"),
@@ -639,7 +640,8 @@ EDITS: list[
     ),
     (
         order_wrong,
-        rf"{SHARDS[0]}: expected samples in the index's order small_1, small_0, found small_0, small_1",
+        rf"{SHARDS[0]}: expected samples in the index's order small_1, small_0, "
+        r"found small_0, small_1",
         1,
     ),
     (entry_too_many, rf"{SHARDS[0]}: expected 3 samples .*, found ghost not, or not whole", 1),
@@ -651,12 +653,14 @@ EDITS: list[
     (shard_twice, rf"index.json: expected each shard once, found {SHARDS[0]} 2 times", 5),
     (
         grid_wrong,
-        rf"{SHARDS[0]}, sample small_0: expected volumes of \(16, 48, 49\) voxels, found \(16, 48, 48\)",
+        rf"{SHARDS[0]}, sample small_0: expected volumes of \(16, 48, 49\) voxels, "
+        r"found \(16, 48, 48\)",
         5,
     ),
     (
         counts_wrong,
-        r"manifest.json: expected train lesions, lung_nodule: .*'present': 3.* as counted, found .*2",
+        r"manifest.json: expected train lesions, lung_nodule: "
+        r".*'present': 3.* as counted, found .*2",
         1,
     ),
     (

@@ -13,7 +13,8 @@ from rectvlm.metrics.reports import compute_report_statistics, headline_scores, 
 
 LEFT, RIGHT, BOTH = {"left"}, {"right"}, {"left", "right"}
 REFERENCE = (
-    "Findings: There is a small left pleural effusion. A 6 mm nodule is observed in the right upper lobe. "
+    "Findings: There is a small left pleural effusion. "
+    "A 6 mm nodule is observed in the right upper lobe. "
     "Consolidation and ground-glass opacity in the left lower lobe."
 )
 SWAPPED = REFERENCE.replace("left", "RIGHT").replace("right", "left").replace("RIGHT", "right")

@@ -44,7 +44,7 @@ from launches import (
 )
 from torch.utils import cpp_extension
 
-from rectvlm.checkpoint import integrity, run_checkpoint
+from rectvlm.checkpoint import Checkpoint, integrity, run_folder
 from rectvlm.config import TrainingLimitsConfig
 from rectvlm.train.logging.jsonl import truncate_after_step
 from rectvlm.train.recovery.bad_steps import (
@@ -247,8 +247,8 @@ def interrupted(
 
 def check_it_stopped_in_order(folder: Path, stderr: str, name: str) -> int:
     """After a signal: the step at which it was saved."""
-    newest = run_checkpoint.list_checkpoints(folder)[-1]
-    step = run_checkpoint.read_training_state(newest).step
+    newest = run_folder.list_checkpoints(folder)[-1]
+    step = Checkpoint.open(newest).training.step
     assert ending(folder)["code"] == ExitCode.STOPPED_BY_SIGNAL, stderr[-3000:]
     assert ending(folder)["step"] == step == steps_done(folder) < ENOUGH
     assert f"{name}: saved after step {step}" in stderr
@@ -314,7 +314,7 @@ def test_signals_as_they_come(interrupted: Any, whom: str, number: signal.Signal
     _, stderr = process.communicate(timeout=120)
     psutil.wait_procs(everyone, timeout=60)
     assert not [member for member in everyone if member.is_running()]
-    done = run_checkpoint.read_training_state(run_checkpoint.list_checkpoints(folder)[-1]).step
+    done = Checkpoint.open(run_folder.list_checkpoints(folder)[-1]).training.step
     assert ending(folder)["code"] == ExitCode.STOPPED_BY_SIGNAL, stderr[-3000:]
     assert done == steps_done(folder)
     # Ranks of a launcher that is gone receive SIGTERM, whatever it died of.
@@ -373,7 +373,7 @@ def test_a_damaged_checkpoint_sends_a_run_back_to_the_one_before(
     unbroken = trained(3)
     shutil.copytree(unbroken.parent, tmp_path / "tiny")
     folder = tmp_path / "tiny" / "phase3"
-    before, newest = run_checkpoint.list_checkpoints(folder)[-2:]
+    before, newest = run_folder.list_checkpoints(folder)[-2:]
     if damage == "without a rank's file":
         victim = newest / "engine" / "rank-00001-of-00002.safetensors"
         victim.unlink()
@@ -430,7 +430,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     run(command(before), tmp_path)
     unbroken = tmp_path / "unbroken"
     shutil.copytree(folder, unbroken)
-    shutil.rmtree(run_checkpoint.step_folder(folder, STEPS))
+    shutil.rmtree(run_folder.step_folder(folder, STEPS))
     run([*command(after), "--resume"], tmp_path)
     assert json.loads((folder / "engine.json").read_text())["world_size"] == after
     found, expected = metrics(folder), metrics(unbroken)
@@ -493,11 +493,11 @@ def test_nonsense_in_the_images_is_skipped(
             assert line["grad_norm"] > 0
         assert line["samples_seen"] == line["step"] * WORLD * MICRO_BATCH
     for step in range(2, STEPS + 1):
-        ours, before = (run_checkpoint.step_folder(folder, number) for number in (step, step - 1))
+        ours, before = (run_folder.step_folder(folder, number) for number in (step, step - 1))
         same = [
             (ours / name).read_bytes() == (before / name).read_bytes()
             for name in [
-                run_checkpoint.WEIGHTS_FILE,
+                "encoder.safetensors",
                 *(f"engine/rank-0000{rank}-of-00002.safetensors" for rank in range(2)),
             ]
         ]
@@ -553,7 +553,7 @@ def test_a_rank_that_stops_ends_the_run(interrupted: Any, monkeypatch: pytest.Mo
 def test_a_full_disk_leaves_the_checkpoints_before(interrupted: Any) -> None:
     """Files may not grow beyond a size that the log fits into and a checkpoint does not, as on a full disk."""
     process, folder, command = interrupted(2, f"train.phases.phase2.steps={3 * STEPS}")
-    wait_for(lambda: run_checkpoint.list_checkpoints(folder), process)
+    wait_for(lambda: run_folder.list_checkpoints(folder), process)
     for rank in ranks(process):
         rank.rlimit(psutil.RLIMIT_FSIZE, (60_000, 60_000))
     code, stderr = finish(process)
@@ -563,11 +563,11 @@ def test_a_full_disk_leaves_the_checkpoints_before(interrupted: Any) -> None:
     assert ending(folder)["code"] == ExitCode.WRITE_FAILED
     assert steps_done(folder) == 3 * STEPS  # training itself went on
     assert not list(folder.glob("checkpoints/.*"))
-    left = run_checkpoint.list_checkpoints(folder)
+    left = run_folder.list_checkpoints(folder)
     assert left
     for path in left:
         assert integrity.find_faults(path, integrity.list_manifest_files(path)) == []
-    assert run_checkpoint.read_training_state(left[-1]).step < 3 * STEPS
+    assert Checkpoint.open(left[-1]).training.step < 3 * STEPS
     run([*command, "--resume", "auto"], folder)
     assert steps_done(folder) == 3 * STEPS
     assert ending(folder)["code"] == ExitCode.FINISHED
@@ -576,7 +576,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(interrupted: Any) -> None:
 @pytest.mark.slow
 def test_a_full_disk_ends_a_run_whose_log_cannot_grow(interrupted: Any) -> None:
     process, folder, _ = interrupted(1)
-    wait_for(lambda: run_checkpoint.list_checkpoints(folder), process)
+    wait_for(lambda: run_folder.list_checkpoints(folder), process)
     for rank in ranks(process):
         rank.rlimit(psutil.RLIMIT_FSIZE, (4096, 4096))
     code, stderr = finish(process)
@@ -585,7 +585,7 @@ def test_a_full_disk_ends_a_run_whose_log_cannot_grow(interrupted: Any) -> None:
     assert (
         ending(folder)["code"] == ExitCode.WRITE_FAILED
     )  # whatever the rank that was left alone made of it
-    newest = run_checkpoint.list_checkpoints(folder)[-1]
+    newest = run_folder.list_checkpoints(folder)[-1]
     assert integrity.find_faults(newest, integrity.list_manifest_files(newest)) == []
 
 
@@ -606,7 +606,7 @@ def test_auto_begins_where_there_is_nothing_and_ends_where_all_is_done(
     run(command, tmp_path)
     assert comparable(folder) == before
     assert not (tmp_path / "tiny" / "phase1.earlier-1").exists()
-    (run_checkpoint.find_checkpoint(folder, "") / "manifest.json").unlink()
+    (run_folder.find_checkpoint(folder, "") / "manifest.json").unlink()
     code, stderr = finish(start(command[:-1], tmp_path))
     assert code == 1
     assert "None of the 1 checkpoints" in stderr

@@ -1,0 +1,113 @@
+"""Prediction on one CT: the file on the model's grid, and the results on the grid of the file.
+
+Index order: (i, j, k) as in the file, (z, y, x) canonical.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rectvlm.checkpoint import Checkpoint
+from rectvlm.config import Config
+from rectvlm.data.canonical_grid import canonical_affine, mask_to_native, resample_to_grid
+from rectvlm.data.dataset import collate_samples
+from rectvlm.data.hounsfield import to_hu
+from rectvlm.data.volume import read_volume
+from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.models import RectVLM
+from rectvlm.types import (
+    Affine,
+    GridGeometry,
+    HuConversion,
+    Int16Volume,
+    MaskVolume,
+    Sample,
+    SampleMeta,
+    Volume,
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its checkpoint and thresholds."""
+
+    model: RectVLM
+    checkpoint: Checkpoint
+    thresholds: dict[str, float] | None
+    """Thresholds of the findings for which one was fitted; None without any."""
+
+
+@dataclass(frozen=True)
+class PredictedCase:
+    """One CT and the predictions for it."""
+
+    name: str
+    volume: Volume
+    hu: Int16Volume
+    """HU (i, j, k)."""
+    hu_decision: HuConversion
+    grid_affine: Affine
+    """4 × 4, index (z, y, x, 1) of the model's grid to world, mm."""
+    finding_probabilities: dict[str, float]
+    lesion_bits: MaskVolume | None
+    """Lesion bits (i, j, k); None when the model has no localizer."""
+    report: str | None
+    """Generated text; None when the model has no report generator."""
+
+
+def predict_case(loaded: LoadedModel, name: str, file: Path) -> PredictedCase:
+    """Predict on one CT.
+
+    Raises:
+        UserError: the file is no chest CT in HU, or the model's probabilities are not finite.
+    """
+    volume = read_volume(file)
+    hu, decision = to_hu(volume)
+    sample = _make_sample(name, volume, hu, decision, loaded.checkpoint.config)
+    device = next(loaded.model.parameters()).device
+    prediction = loaded.model.predict_batch(collate_samples([sample]).to(device))
+    prediction.require_finite([name])
+
+    grid_affine = np.array(sample.meta.geometry.grid_affine)
+    lesion_bits = None
+    if loaded.model.localizer is not None:
+        probabilities = prediction.lesion_probabilities[0].cpu().numpy()
+        lesion_bits = mask_to_native(probabilities, grid_affine, volume.array.shape, volume.affine)
+    finding_probabilities = prediction.finding_probabilities[0].tolist()
+    return PredictedCase(
+        name,
+        volume,
+        hu,
+        decision,
+        grid_affine,
+        dict(zip(FINDINGS, finding_probabilities, strict=True)),
+        lesion_bits,
+        None if prediction.reports is None else prediction.reports[0],
+    )
+
+
+def _make_sample(
+    name: str, volume: Volume, hu: Int16Volume, decision: HuConversion, config: Config
+) -> Sample:
+    """The CT on the model's grid, without labels, masks and regions."""
+    shape = (volume.array.shape[0], volume.array.shape[1], volume.array.shape[2])
+    data = config.data
+    grid_affine = canonical_affine(volume.affine, shape, hu, data.grid, data.spacing)
+    meta = SampleMeta(
+        key=name,
+        split="valid",
+        source=volume.where,
+        patient=name,
+        scan=name,
+        labels=dict.fromkeys(FINDINGS),
+        findings=None,
+        impression=None,
+        spacing=data.spacing,
+        geometry=GridGeometry(grid_affine.tolist(), shape, volume.affine.tolist()),
+        hu=decision,
+        lesions_annotated=dict.fromkeys((lesion.key for lesion in LESIONS), False),
+        regions_source=None,
+    )
+    ct = resample_to_grid(hu, volume.affine, grid_affine, data.grid, "ct")
+    return Sample(ct, np.zeros(data.grid, np.uint8), np.zeros(data.grid, np.uint8), meta)
