@@ -49,8 +49,8 @@ EVALUATION_FILE = "evaluation/metrics.json"
 """Metrics of the evaluation, in the run's folder."""
 SUMMARY_FILE = "summary.json"
 EVALUATION_BATCH_SIZE = "7"
-"""Number of cases that are evaluated at once. Reports are generated for the first batch only, twice:
-with the image and, as a control, without."""
+"""Number of cases that are evaluated at once. Reports are generated for the first batch only: with
+the image and, as a control, without."""
 FAILURE_LOG_LINES = 20
 """Number of last lines of a failed command's log that are shown."""
 POLL_SECONDS = 0.2
@@ -303,7 +303,7 @@ class EvaluationFigures:
 
 
 @dataclass(frozen=True)
-class PredictedCase:
+class DemoPrediction:
     """A predicted case."""
 
     case: str
@@ -322,7 +322,7 @@ class DemoSummary:
     """What really ran in the last phase."""
     phases: list[PhaseSummary]
     evaluation: EvaluationFigures
-    predictions: list[PredictedCase]
+    predictions: list[DemoPrediction]
     machine: JsonObject
     versions: dict[str, str]
     stages: list[FinishedCommand]
@@ -348,11 +348,11 @@ def summarize_demo(
     for phase in phases:
         seconds = seconds_by_command[f"phase {phase}"]
         phase_summaries.append(summarize_phase(folder / f"phase{phase}", phase, seconds))
-    predictions: list[PredictedCase] = []
+    predictions: list[DemoPrediction] = []
     for findings_path in sorted((folder / "predictions").glob("*/findings.json")):
         case_folder = findings_path.parent
         page = case_folder / "index.html"
-        predictions.append(PredictedCase(case_folder.name, str(case_folder), str(page)))
+        predictions.append(DemoPrediction(case_folder.name, str(case_folder), str(page)))
     return DemoSummary(
         config=metrics["config"],
         engine={key: engine[key] for key in engine_keys},

@@ -1,6 +1,7 @@
 """A proof that the system learns: three phases on synthetic CTs with known truth.
 
-    python -m launch.learn [--config learn] [--phantoms 480] [--valid-phantoms 96] [part.field=value …]
+    python -m launch.learn [--config learn] [--phantoms 480] [--valid-phantoms 96]
+        [part.field=value …]
 
 It is measured on cases of other seeds. The commands are a user's own, each a process whose output
 goes to RUN/logs/. The targets, the measured figures and whether they are enough are written to

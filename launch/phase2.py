@@ -1,7 +1,7 @@
 """Phase 2: the localizer joins.
 
-accelerate launch launch/phase2.py [--config demo] [--stage localize] [--from PATH] [--resume [auto] | --restart]
-[part.field=value …]
+accelerate launch launch/phase2.py [--config demo] [--stage localize] [--from PATH]
+    [--resume [auto] | --restart] [part.field=value …]
 """
 
 from pathlib import Path

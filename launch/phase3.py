@@ -1,7 +1,7 @@
 """Phase 3: the report generator joins: ZeRO-3 and a 4-bit language model.
 
-accelerate launch launch/phase3.py [--config demo] [--stage align] [--from PATH] [--resume [auto] | --restart]
-[part.field=value …]
+accelerate launch launch/phase3.py [--config demo] [--stage align] [--from PATH]
+    [--resume [auto] | --restart] [part.field=value …]
 """
 
 from pathlib import Path

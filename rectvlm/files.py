@@ -1,4 +1,4 @@
-"""Files that must survive a kill, a full disk or a second process: atomic writes, checksums, locks, JSON."""
+"""Files that must survive a kill, a full disk or a second process: atomic writes, hashes, locks."""
 
 import errno
 import hashlib
@@ -54,7 +54,7 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
         remedy: what the user can do when it is missing or damaged, as the end of a sentence.
 
     Raises:
-        UserError: it is missing, cannot be read, is not JSON or holds something else than an object.
+        UserError: it is missing, cannot be read, is not JSON or holds no object.
     """
     try:
         tree = json.loads(path.read_bytes())
@@ -109,7 +109,9 @@ def is_disk_full(error: OSError) -> bool:
 
 
 def exclusive_lock(path: Path, timeout_seconds: float = -1) -> FileLock:
-    """A lock between processes, held in a `with` statement and dropped by the system when its holder dies.
+    """Make a lock between processes, for a `with` statement.
+
+    The system drops it when its holder dies.
 
     Args:
         path: of the lock file, whose folder is made.

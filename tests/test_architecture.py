@@ -112,6 +112,32 @@ def test_only_training_and_its_plan_see_training() -> None:
             assert "train" not in ours(path), f"{name(path)} imports rectvlm.train"
 
 
+def test_imports_between_rooms_have_no_circle() -> None:
+    """Data flows one way: a room that imports another is never imported by it, directly or not."""
+    imported_rooms: dict[str, set[str]] = {}
+    for path in FILES:
+        importer = room(name(path))
+        if importer:  # `rectvlm` itself hands on what its rooms offer
+            imported_rooms.setdefault(importer, set()).update(ours(path) - {importer, ""})
+    while imported_rooms:
+        lowest = {key for key, below in imported_rooms.items() if not below & imported_rooms.keys()}
+        assert lowest, f"these rooms import each other: {sorted(imported_rooms)}"
+        for key in lowest:
+            del imported_rooms[key]
+
+
+def test_a_class_name_exists_once() -> None:
+    places: dict[str, list[str]] = {}
+    for folder in ("rectvlm", "data_pipeline", "launch", "benchmarks"):
+        for path in sorted((CHECKOUT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(f"{path}:{node.lineno}")
+    assert len(places) > 100
+    twice = {key: where for key, where in places.items() if len(where) > 1}
+    assert not twice, f"one name, one thing: {twice}"
+
+
 def test_the_package_stands_alone() -> None:
     outside = {path.name for path in CHECKOUT.iterdir() if path.is_dir()} - {"rectvlm"}
     assert {"data_pipeline", "launch", "tests"} <= outside

@@ -192,8 +192,8 @@ class RectVLM(nn.Module):
     def checkpoint_tensor_names(self) -> list[str]:
         """Names of the tensors in a checkpoint.
 
-        These are all parameters but the language model's own, with its adapter, and the buffers that
-        no configuration gives back: the prompts and the encoder's atlas.
+        These are all parameters but the language model's own, with its adapter, and the buffers
+        that no configuration gives back: the prompts and the encoder's atlas.
         """
         names = []
         for name, _ in self.named_parameters():

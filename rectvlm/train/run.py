@@ -18,7 +18,7 @@ import torch
 from rectvlm import pretrained
 from rectvlm.checkpoint import Checkpoint
 from rectvlm.checkpoint.strict_load import load_tensors
-from rectvlm.config import Config, load_config
+from rectvlm.config import Config, PhaseConfig, load_config
 from rectvlm.data.loader import build_train_loader
 from rectvlm.models import RectVLM
 from rectvlm.models.language_model import load_language_model
@@ -120,18 +120,8 @@ def train_phase(
     if resume == "yes":
         require_checkpoint_to_resume(folder, phase)
     _fetch_frozen_models(phase, config)
-    work = count_step_flops(phase, config)
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints which op it has built
-        # The watchdog, which says more, comes before the timeout of a collective.
-        timeout = 60 * config.train.limits.timeout_minutes + COLLECTIVE_GRACE_SECONDS
-        engine = Engine(
-            ds_config,
-            settings,
-            config.train.gradient_clipping,
-            folder,
-            choose_trackers(config),
-            timeout,
-        )
+    step_flops = count_step_flops(phase, config)
+    engine = _start_engine(ds_config, settings, config, folder)
     if not engine.is_main:
         logging.getLogger("rectvlm").setLevel(logging.WARNING)
     start = find_newest_intact_checkpoint(folder, resume, engine)
@@ -147,37 +137,26 @@ def train_phase(
         samples_seen=position.samples_seen,
         pin_memory=engine.device.type == "cuda",
     )
-    samples = len(loader.dataset)
+    sample_count = len(loader.dataset)
     if start is None:
-        prepare_run_folder(folder, phase, config, samples, restart, engine)
+        prepare_run_folder(folder, phase, config, sample_count, restart, engine)
     elif engine.is_main:
         clear_ending(folder)
     config = with_step_count(
-        config, phase, samples, engine.world_size, position.step, position.samples_seen
+        config, phase, sample_count, engine.world_size, position.step, position.samples_seen
     )
 
     torch.manual_seed(config.train.seed)
     # A run that resumes has all weights in its own checkpoint, whatever became of the phase before.
     model = build_model(phase, config, start or source, engine)
     if start is None and source is None and config.encoder.atlas_cases:
-        cases = range(min(config.encoder.atlas_cases, samples))  # the same on every rank
-        model.encoder.fit_atlas(torch.from_numpy(loader.dataset[number].ct) for number in cases)
+        atlas_cases = range(min(config.encoder.atlas_cases, sample_count))  # the same on every rank
+        volumes = (torch.from_numpy(loader.dataset[number].ct) for number in atlas_cases)
+        model.encoder.fit_atlas(volumes)
     # Before freezing: a part without a learning rate belongs to the checkpoint too.
-    names = model.checkpoint_tensor_names()
-    if config.train.weighting == "uncertainty":
-        model.weighting = UncertaintyWeighting(len(phase.tasks))
-    freeze_all_but(model, settings.lr, settings.unfreeze, extra_modules=["weighting"])
-    optimizer = build_optimizer(model, config.train, settings)
-    engine.prepare(model, optimizer)
-    set_training_modes(model, settings)
-    if start is not None:
-        resumed = Checkpoint.open(start)
-        engine.load_optimizer_shards(
-            resumed.engine_folder,
-            resumed.training.world_size,
-            keeps_ema=settings.ema_decay > 0,
-        )
-        log.info("resumed from %s", start)
+    tensor_names = model.checkpoint_tensor_names()
+    _prepare_training(model, phase, settings, config, engine, start)
+
     try:
         if engine.all_reduce_max(signals.received_signal)[0]:
             # Nothing has been done yet that could be lost.
@@ -185,7 +164,9 @@ def train_phase(
                 ExitCode.STOPPED_BY_SIGNAL,
                 f"asked to end before step {position.step + 1}: go on with --resume auto",
             )
-        run_training_loop(engine, loader, phase, config, folder, names, position, signals, work)
+        run_training_loop(
+            engine, loader, phase, config, folder, tensor_names, position, signals, step_flops
+        )
     except RunEnded as ended:
         if engine.is_main or not ended.on_all_ranks:
             kind = "stopped" if ended.exit_code == ExitCode.STOPPED_BY_SIGNAL else "error"
@@ -198,6 +179,46 @@ def train_phase(
     if engine.is_main:
         write_ending(folder, ExitCode.FINISHED, "finished", position.step)
     engine.close()
+
+
+def _start_engine(ds_config: Path, settings: PhaseConfig, config: Config, folder: Path) -> Engine:
+    # The watchdog, which says more, comes before the timeout of a collective.
+    timeout_seconds = 60 * config.train.limits.timeout_minutes + COLLECTIVE_GRACE_SECONDS
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints which op it has built
+        return Engine(
+            ds_config,
+            settings,
+            config.train.gradient_clipping,
+            folder,
+            choose_trackers(config),
+            timeout_seconds,
+        )
+
+
+def _prepare_training(
+    model: RectVLM,
+    phase: Phase,
+    settings: PhaseConfig,
+    config: Config,
+    engine: Engine,
+    resumed_from: Path | None,
+) -> None:
+    """Freeze what does not train, hand model and optimizer to the engine, and load the optimizer's
+    state of a run that resumes."""
+    if config.train.weighting == "uncertainty":
+        model.weighting = UncertaintyWeighting(len(phase.tasks))
+    freeze_all_but(model, settings.lr, settings.unfreeze, extra_modules=["weighting"])
+    engine.prepare(model, build_optimizer(model, config.train, settings))
+    set_training_modes(model, settings)
+    if resumed_from is None:
+        return
+    checkpoint = Checkpoint.open(resumed_from)
+    engine.load_optimizer_shards(
+        checkpoint.engine_folder,
+        checkpoint.training.world_size,
+        keeps_ema=settings.ema_decay > 0,
+    )
+    log.info("resumed from %s", resumed_from)
 
 
 def _fetch_frozen_models(phase: Phase, config: Config) -> None:

@@ -479,7 +479,7 @@ ZERO = {"zero_optimization": {"stage": 3}}
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ([], "must say zero_optimization.stage"),
+        ([], "holds a list, not an object"),
         ({"zero_optimization": {"stage": "3"}}, "found '3'"),
         ({"zero_optimization": {"stage": 0}}, "found 0"),
         (
@@ -503,7 +503,7 @@ def test_deepspeed_settings_that_training_would_not_follow_are_one_sentence(
     with pytest.raises(UserError, match=said) as caught:
         read_ds_config(path, tiny.train.phases["phase3"], 1.0)
     assert str(path) in str(caught.value)
-    with pytest.raises(UserError, match="can be read at"):
+    with pytest.raises(UserError, match=r"cannot be read .*: give a DeepSpeed JSON"):
         read_ds_config(tmp_path, tiny.train.phases["phase3"], 1.0)
 
 

@@ -31,7 +31,7 @@ def read_ds_config(path: Path, phase: PhaseConfig, max_gradient_norm: float) -> 
     Raises:
         UserError: the file is missing or not JSON, or has settings that training would not follow.
     """
-    settings = read_json_object(path, "expected one JSON file a phase, as in ds_configs/")
+    settings = read_json_object(path, "give a DeepSpeed JSON, such as those in ds_configs/")
     _check_zero_settings(path, settings.get("zero_optimization"))
     values_by_key = {
         "train_micro_batch_size_per_gpu": (phase.micro_batch, "train.phases.phaseN.micro_batch"),

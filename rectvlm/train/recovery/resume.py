@@ -95,7 +95,7 @@ def find_newest_intact_checkpoint(folder: Path, resume: ResumeMode, engine: Engi
         engine.barrier()
     if checkpoints and resume == "yes":
         raise UserError(
-            f"None of the {len(checkpoints)} checkpoints in {folder} is intact, and they are set aside: "
+            f"None of the {len(checkpoints)} checkpoints in {folder} is intact; all are set aside: "
             "begin anew with --restart, or without --resume."
         )
     return None
@@ -142,8 +142,8 @@ def prepare_run_folder(
         if not finished and not restart:
             raise UserError(
                 f"{folder} already holds an unfinished run (up to {earlier[-1].name} of "
-                f"{settings.steps} steps): go on with --resume, begin anew with --restart, or write "
-                "elsewhere with name=NEW."
+                f"{settings.steps} steps): go on with --resume, begin anew with --restart, or "
+                "write elsewhere with name=NEW."
             )
     engine.barrier()  # all have read what moves now
     if engine.is_main:
