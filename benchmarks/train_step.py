@@ -31,6 +31,7 @@ from benchmarks.publishing import (
     publish_result,
     quiet_main,
 )
+from rectvlm.checkpoint import Checkpoint
 from rectvlm.config import load_config
 
 TIMED_SECTIONS = ("data", "forward", "backward", "optimizer")
@@ -214,8 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     folder, options.warmup
                 )
                 rows.append(row)
-                state = next(folder.glob("checkpoints/*/state.json"))
-                versions = json.loads(state.read_text())["versions"]
+                versions = Checkpoint.open(folder).versions
                 console.print(
                     f"{size}, phase {phase}, {processes} process{'es' if processes > 1 else ''}: "
                     f"{row['samples_per_second']:.2f} samples/s, {row['peak_memory_bytes'] / 1e9:.2f} GB",
