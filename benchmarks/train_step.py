@@ -12,7 +12,6 @@ benchmarks/results/train-step-MACHINE-DATE.json and .md.
 
 import argparse
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from benchmarks.publishing import (
     publish_result,
     quiet_main,
 )
+from rectvlm.checkpoint import Checkpoint
 from rectvlm.config import load_config
 from rectvlm.machine import count_cores
 from rectvlm.runs.read_runs import read_run
@@ -175,8 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     continue  # it was needed for its checkpoint
                 row = {"size": size, "phase": phase, "processes": processes}
                 rows.append(row | read_run_speed(folder, options.warmup))
-                state_path = next(folder.glob("checkpoints/*/state.json"))
-                versions = json.loads(state_path.read_text())["versions"]
+                versions = Checkpoint.open(folder).versions
                 _print_row(rows[-1])
     facts = {
         "versions": versions,

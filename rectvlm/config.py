@@ -197,7 +197,7 @@ class UnfreezeConfig(_ConfigSection):
     """A part, or the end of the encoder, that begins to train late."""
 
     part: ModelPart
-    """Part with a learning rate. Parameters of it that no entry covers stay frozen."""
+    """Part that starts late. Those of its parameters that no entry covers stay frozen."""
     last_blocks: PositiveInt | None
     """Number of the encoder's last blocks that train, with the layers that follow them; null is the
     whole part."""
@@ -287,8 +287,8 @@ class LocalizationLossWeightsConfig(_ConfigSection):
     consistency: NonNegativeFloat
     """Weight of the squared differences between the predictions at the three resolutions."""
     alignment: NonNegativeFloat
-    """Weight of the cross-entropy of the match of image and lesion prompt, also where only a label
-    tells of the lesion."""
+    """Weight of the cross-entropy of the match of image and lesion prompt, also for lesions that
+    are known only from a label."""
 
 
 class TrainingLimitsConfig(_ConfigSection):

@@ -46,7 +46,7 @@ class CategoryRule:
     sure_pattern: str = ""
     """Words that make the mask this lesion."""
     unless_pattern: str = _NO_MATCH
-    """Words by which the mask may hold something else besides, whatever else matches."""
+    """Words that mean the mask may also hold something else, even where `sure_pattern` matches."""
     never_pattern: str = _NO_MATCH
     """Words that exclude the lesion, unless `sure_pattern` matches too."""
 

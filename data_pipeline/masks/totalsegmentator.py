@@ -107,7 +107,7 @@ _MIN_STRUCTURE_SAMPLES = 50
 
 
 class _BodyStructure(NamedTuple):
-    """Regions whose common place tells a side."""
+    """Regions whose mean position shows whether a map is mirrored."""
 
     name: str
     region_ids: tuple[int, ...]

@@ -27,9 +27,9 @@ def choose_thresholds(
 ) -> FindingThresholds:
     """Choose fitted thresholds, else the stored ones, else 0.5.
 
-    Thresholds are fitted where there are cases to fit on and these decide any threshold. Fitted
-    thresholds are written into the checkpoint's folder, if it can be written to and holds none that
-    are better founded.
+    Thresholds are fitted for findings with a known positive and a known negative case. They are
+    written into the checkpoint's folder, if it can be written to and holds none that were fitted on
+    more cases.
 
     Args:
         folder: Folder of the checkpoint.
@@ -114,5 +114,5 @@ def _is_better(
 ) -> bool:
     """Whether stored thresholds must not be replaced by newly fitted ones."""
     cases_needed = stored.n_cases + (0 if has_training_shards else 1)
-    loses_prediction_mode = stored.is_without_region_maps and not fitted.is_without_region_maps
-    return fitted.n_cases < cases_needed or loses_prediction_mode
+    would_need_region_maps = stored.is_without_region_maps and not fitted.is_without_region_maps
+    return fitted.n_cases < cases_needed or would_need_region_maps

@@ -72,9 +72,8 @@ class SafetensorsCheckpoint:
     def from_reference(cls, reference: str) -> "SafetensorsCheckpoint | None":
         """Open a folder or hub id; None where it has no safetensors.
 
-        Where there are an index and a single file, the index says which files are read.
-        Repositories of the Hub hold both: an index that names the single file alone, or a variant
-        of the weights beside the shards.
+        Where there are an index and a single file, the index says which files are read: Hub
+        repositories may hold both, and the index may name the single file alone.
 
         Raises:
             UserError: a file cannot be read, or one that the index names cannot be fetched.

@@ -47,7 +47,7 @@ class LocalizerOutput(NamedTuple):
     patch_logits: Tensor
     """(B, L, z, y, x), for each patch: it holds the lesion."""
     alignment_logits: Tensor
-    """(B, L): the patches that `patch_logits` point at match the lesion's prompt."""
+    """(B, L), that the patches marked by `patch_logits` match the lesion's prompt."""
     denoising_loss: Tensor
     """Mean squared error of the denoised patch features, a scalar; 0 outside training."""
     finding_logits: Tensor | None = None

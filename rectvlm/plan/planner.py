@@ -94,13 +94,13 @@ class ResourcePlan:
     """Name of the configuration."""
     phase: int
     stage: str | None
-    """Sub-step of the phase; None is the joint phase."""
+    """Sub-step of the phase; None is the phase itself."""
     gpus: int
     zero_stage: int
     parameters: ParameterCounts
     gpu_memory_gb: dict[str, float]
-    """Memory of a GPU by kind, GB. `allocated` is the sum of all that torch allocates, as its peak
-    reports it; `total` adds the CUDA context and the allocator's waste."""
+    """Memory of a GPU by kind, GB. `allocated` is the sum of all that torch allocates, which
+    `max_memory_allocated` reports; `total` adds the CUDA context and the allocator's waste."""
     activations_gb: dict[str, float]
     """Activations by part at the moment when most are alive, GB."""
     loading_peak_gb: float
@@ -156,7 +156,7 @@ class ResourcePlanner:
         self.workspace_meter = workspace_meter
         self.ds_configs = ds_configs
         self.phase = PHASES[phase] if stage is None else STAGES[stage]
-        assert self.phase.number == phase, f"{stage} is no step of phase {phase}"
+        assert self.phase.number == phase, f"{stage} is no stage of phase {phase}"
         self.settings = self.phase.get_settings(config)
         ds_config = ds_configs
         if ds_configs.suffix != ".json":

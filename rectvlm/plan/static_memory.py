@@ -3,12 +3,12 @@
 N trainable and F frozen bf16 parameters, P bytes of 4-bit weights, W GPUs. ZeRO (Rajbhandari et
 al., 2020):
 
-    stage   bf16 weights      gradients   master and Adam, fp32
+    ZeRO    bf16 weights      gradients   master and Adam, fp32
     1       2 N               2 N         12 N / W
     2       2 N               2 N / W     12 N / W
     3       2 N / W           2 N / W     12 N / W
 
-Under stage 3 the frozen and the 4-bit weights are sharded too, and parameters up to the persistence
+Under ZeRO-3 the frozen and the 4-bit weights are sharded too, and parameters up to the persistence
 threshold stay complete beside their shards. Scales of 4-bit weights are no parameters: every GPU
 holds all of them.
 """

@@ -108,14 +108,14 @@ class TrainingLoop:
     """Step of the newest checkpoint, which is never overwritten."""
 
     @property
-    def is_last_step(self) -> bool:
+    def is_last_step_done(self) -> bool:
         """Whether the phase's last step is done."""
         return self.position.step >= self.phase.get_settings(self.config).steps
 
     @property
     def should_stop(self) -> bool:
         """Whether the last step is done, or validation got no better for too long."""
-        return self.is_last_step or self.validator.should_stop
+        return self.is_last_step_done or self.validator.should_stop
 
     def run(self, batches: Iterator[Batch]) -> None:
         """Train until the loop should stop.
@@ -172,7 +172,7 @@ class TrainingLoop:
         """
         step = self.position.step
         save_every = self.phase.get_settings(self.config).save_every
-        if step % save_every == 0 or self.is_last_step or stop_signal:
+        if step % save_every == 0 or self.is_last_step_done or stop_signal:
             self._save()
         if not stop_signal:
             self._validate()

@@ -11,7 +11,7 @@ does so if the section gives it a learning rate; every other part is frozen.
 | 3 align    | phase 2     | generator                      | report                               |
 | 3          | phase 2     | all four                       | classification, localization, report |
 
-A stage has a run folder of its own; the joint phase starts from it where `--from` says so.
+A stage has a run folder of its own; the phase itself starts from it where `--from` says so.
 """
 
 import math

@@ -15,7 +15,7 @@ class StepResult:
     loss: float | None
     """Weighted sum of the tasks' losses; None if a rank's loss was not finite."""
     losses_by_task: dict[str, float | None]
-    """Mean loss of each task over the samples that say something of it; None if there are none."""
+    """Mean loss of each task over the samples with targets for it; None if there are none."""
     learning_rates: dict[str, float]
     """Learning rate of each part of the model that trains."""
     gradient_norm: float | None

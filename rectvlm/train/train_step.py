@@ -54,7 +54,7 @@ class _RankTotals:
     """What one rank adds up over the micro-batches of a step. T tasks."""
 
     loss_sums: Tensor
-    """(T, 2) float32: the sum of each task's losses over the micro-batches that say something of
+    """(T, 2) float32: the sum of each task's losses over the micro-batches with targets for
     the task, and the number of these micro-batches."""
     loss_values: list[float] = field(default_factory=list)
     """Combined loss of each micro-batch."""
@@ -107,7 +107,7 @@ class StepTrainer:
             optimizer_step = self._train_micro_batch(batches, totals, timer, is_last)
         assert optimizer_step is not None
 
-        self.activity.operation = "agreeing"
+        self.activity.operation = "gathering results"
         skipped = None
         if not optimizer_step.is_applied:
             skipped = self._gather_skipped_step(totals, optimizer_step.gradient_norm)
@@ -195,7 +195,7 @@ class StepTrainer:
         return SkippedStep(reason, self.position.skipped_in_a_row + 1, observations)
 
     def _average_losses(self, totals: _RankTotals) -> dict[str, float | None]:
-        """Mean loss of each task over all micro-batches of all ranks that say something of it."""
+        """Mean loss of each task over all micro-batches of all ranks with targets for it."""
         sums, counts = totals.loss_sums.unbind(1)
         means = self.engine.all_reduce_mean(sums, counts).tolist()
         pairs = zip(self.phase.tasks, means, strict=True)

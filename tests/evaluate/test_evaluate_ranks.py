@@ -159,7 +159,8 @@ def test_what_is_known_is_not_done_again_and_never_mixed(
         name: value for name, value in json.loads(begun.splitlines()[1]).items() if name in rows[1]
     }
     assert second["fingerprint"] == first["fingerprint"] and journals() == 1
-    weights = folder / "weights.safetensors"
+    (folder / "manifest.json").unlink()  # which would refuse other weights
+    weights = folder / "encoder.safetensors"
     hidden = weights.read_bytes()
     assert evaluated()["classification"] == second["classification"]
     # Other weights, other shards, other options: nothing of what is there counts.

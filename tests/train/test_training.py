@@ -241,7 +241,7 @@ def test_a_killed_run_resumes_to_the_last_digit(
     assert code == 0, stderr[-4000:]
     assert f"engine/{victim.name} has {size} of" in stderr
     assert f"resumed from {cut / 'checkpoints' / 'step-000004'}" in stderr
-    assert (cut / "checkpoints" / "damaged-step-000008" / "state.json").is_file()
+    assert (cut / "checkpoints" / "damaged-step-000008" / "config.json").is_file()
     assert comparable(cut) == comparable(whole)
     assert traces(cut) == traces(whole)
     ours, theirs = weights_of(cut), weights_of(whole)

@@ -32,8 +32,7 @@ class FindingTerm:
     """Vessel that must be named with it.
 
     It must be on the same side of a "without", or anywhere in the clause where no vessel is named
-    on
-    that side."""
+    on that side."""
     excluded_in_phrase: re.Pattern[str] | None = None
     """Words that must not be in the same phrase (see `clauses`)."""
     excluded_organs: re.Pattern[str] | None = None

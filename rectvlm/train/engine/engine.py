@@ -184,7 +184,7 @@ class Engine:
         """Under ZeRO-3, keep only this rank's share of a module's own parameters.
 
         A model that is loaded module by module is never entire on any rank. Every rank must call it
-        in the same order. In other stages nothing happens.
+        in the same order. Under ZeRO-1 and ZeRO-2 nothing happens.
         """
         fresh = [p for p in module.parameters(recurse=False) if not hasattr(p, "ds_id")]
         if not fresh or self._zero_settings["stage"] != 3:

@@ -1,4 +1,8 @@
-"""Where a run starts: from the previous phase, its own newest intact checkpoint, or anew."""
+"""Where a run starts: from the previous phase, its own newest intact checkpoint, or anew.
+
+`rectvlm.train.run.train_phase` loads what these functions find: weights, optimizer shards, and the
+loader's place in the data.
+"""
 
 import logging
 import shutil
@@ -112,7 +116,7 @@ def read_position(resumed_from: Path | None) -> TrainingPosition:
 def prepare_run_folder(
     folder: Path, phase: Phase, config: Config, sample_count: int, restart: bool, engine: Engine
 ) -> None:
-    """Make the run folder empty, without ever overwriting an earlier run unasked.
+    """Empty the run folder; an earlier run is deleted only with `restart`.
 
     A run that is finished or damaged is moved aside; one that was cut off can be resumed.
 
@@ -132,7 +136,7 @@ def prepare_run_folder(
     engine.barrier()  # all ranks have looked before any removes
     finished = False
     if earlier:
-        # Its samples count, not its steps: it may have had another number of ranks.
+        # Progress is measured in samples: the run may have had another number of ranks.
         done = Checkpoint.open(earlier[-1]).training
         counted_config = with_step_count(
             config, phase, sample_count, engine.world_size, done.step, done.samples_seen
