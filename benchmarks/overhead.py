@@ -14,7 +14,8 @@ trainer   all that `rectvlm.train.loop.run_training_loop` does from one batch to
           rates, seeds, the guard against bad steps, agreeing with other ranks, the clock of each
           part, memory, metrics.jsonl, the trace, the watchdog.
 
-Checkpoints and validation are not part of a step and take none. Results go to
+Checkpoints and validation are not part of a step: the only checkpoint follows the last step, which
+does not count. Results go to
 benchmarks/results/overhead-MACHINE-DATE.json and .md.
 """
 
@@ -141,6 +142,7 @@ def measure_overhead(settings: OverheadSettings, work: Path) -> JsonObject:
     trainable = [parameter for parameter in bare_model.parameters() if parameter.requires_grad]
     bare_optimizer = MasterWeightAdamW(trainable, clipping)
     model = build_model(phase, config, None, engine)
+    saved_names = model.checkpoint_tensor_names()
     freeze_all_but(model, phase_settings.lr)
     engine.prepare(model, build_optimizer(model, config.train, phase_settings))
 
@@ -165,7 +167,7 @@ def measure_overhead(settings: OverheadSettings, work: Path) -> JsonObject:
     interleaved = InterleavedBatches(batches, other_steps, engine.device, seed_step)
     start = TrainingPosition(0, 0)
     with StopSignals() as signals:
-        run_training_loop(engine, interleaved, phase, config, folder, [], start, signals)
+        run_training_loop(engine, interleaved, phase, config, folder, saved_names, start, signals)
     engine.close()
     counted = slice(settings.warmup, settings.warmup + settings.steps)
     seconds = {name: times[counted] for name, times in interleaved.seconds.items()}
