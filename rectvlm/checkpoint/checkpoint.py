@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rectvlm.checkpoint.integrity import find_faults, has_manifest
-from rectvlm.checkpoint.run_folder import CONFIG_FILE, find_checkpoint
+from rectvlm.checkpoint.run_folder import MODEL_CONFIG_FILE, find_checkpoint
 from rectvlm.config import MODEL_PARTS, Config, ModelPart, parse_config
 from rectvlm.files import read_json_object, write_json
 from rectvlm.labels import FINDINGS, LESIONS, REGIONS
@@ -114,7 +114,7 @@ def part_file(part: str) -> str:
 
 def list_model_files(parts: Collection[str]) -> list[str]:
     """Files that a model with these parts is loaded from, without the optional ones."""
-    files = [CONFIG_FILE, PROMPTS_FILE]
+    files = [MODEL_CONFIG_FILE, PROMPTS_FILE]
     files += [part_file(part) for part in MODEL_PARTS if part in parts]
     if "generator" in parts:
         files += [ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE]
@@ -150,7 +150,7 @@ class Checkpoint:
                 of model, or lists other labels than this version.
         """
         folder = find_checkpoint(folder, remedy)
-        path = folder / CONFIG_FILE
+        path = folder / MODEL_CONFIG_FILE
         description = _read_description(path)
         config = parse_config(description.config, where=str(path))
         return cls(folder, description.parts, config, description.training, description.versions)
@@ -234,7 +234,7 @@ class Checkpoint:
             file_name, stored_name = _place_tensor(name)
             by_file.setdefault(file_name, {})[stored_name] = tensor
         self.write_config()
-        paths = [self.folder / CONFIG_FILE]
+        paths = [self.folder / MODEL_CONFIG_FILE]
         if "generator" in self.parts:
             assert lora is not None, "an adapter needs its settings"
             lora.save_pretrained(str(self.folder / ADAPTER_FOLDER))
@@ -242,7 +242,7 @@ class Checkpoint:
         for file_name, content in by_file.items():
             _save_tensors(content, self.folder / file_name)
             # safetensors lets only the owner read its files.
-            shutil.copymode(self.folder / CONFIG_FILE, self.folder / file_name)
+            shutil.copymode(self.folder / MODEL_CONFIG_FILE, self.folder / file_name)
             paths.append(self.folder / file_name)
         return paths
 
@@ -259,7 +259,8 @@ class Checkpoint:
             self.versions,
         )
         write_json(
-            self.folder / CONFIG_FILE, _DESCRIPTION_ADAPTER.dump_python(description, mode="json")
+            self.folder / MODEL_CONFIG_FILE,
+            _DESCRIPTION_ADAPTER.dump_python(description, mode="json"),
         )
 
 
@@ -357,7 +358,7 @@ def _check_adapter_config(checkpoint: Checkpoint) -> None:
         if stored.get(key):
             faults.append(f"{key} = {stored[key]!r}")
     if faults:
-        raise UserError(f"{path} does not fit {CONFIG_FILE}: {', '.join(faults)}; {_REMEDY}.")
+        raise UserError(f"{path} does not fit {MODEL_CONFIG_FILE}: {', '.join(faults)}; {_REMEDY}.")
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

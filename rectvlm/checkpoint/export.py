@@ -37,7 +37,7 @@ from rectvlm.checkpoint.integrity import (
     write_manifest,
 )
 from rectvlm.checkpoint.model_card import write_model_card
-from rectvlm.checkpoint.run_folder import CONFIG_FILE
+from rectvlm.checkpoint.run_folder import MODEL_CONFIG_FILE
 from rectvlm.checkpoint.strict_load import find_differing_tensors
 from rectvlm.files import fsync_file, read_json_object, write_json
 from rectvlm.types import UserError
@@ -223,10 +223,10 @@ def _replace_model_files(work: Path, folder: Path) -> None:
     Without `config.json` a folder is no model, so this file goes first and comes last: a kill
     leaves no mixture that loads.
     """
-    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    (folder / MODEL_CONFIG_FILE).unlink(missing_ok=True)
     stale_files = [*folder.glob("*.safetensors"), folder / THRESHOLDS_FILE, folder / MANIFEST_FILE]
     for path in stale_files:
         path.unlink(missing_ok=True)
     shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)
-    for path in sorted(work.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+    for path in sorted(work.iterdir(), key=lambda path: path.name == MODEL_CONFIG_FILE):
         path.replace(folder / path.name)

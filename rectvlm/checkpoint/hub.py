@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from rectvlm.checkpoint.checkpoint import THRESHOLDS_FILE, list_model_files
 from rectvlm.checkpoint.integrity import MANIFEST_FILE
 from rectvlm.checkpoint.model_card import HUB_ID_PATTERN
-from rectvlm.checkpoint.run_folder import CONFIG_FILE, find_checkpoint, is_checkpoint
+from rectvlm.checkpoint.run_folder import MODEL_CONFIG_FILE, find_checkpoint, is_checkpoint
 from rectvlm.config import MODEL_PARTS, ModelPart
 from rectvlm.files import is_disk_full
 from rectvlm.types import UserError
@@ -75,7 +75,7 @@ def find_model_folder(
             )
         )
     if not is_checkpoint(folder):
-        raise UserError(f"{name} on the Hub is no model of rectvlm: it has no {CONFIG_FILE}.")
+        raise UserError(f"{name} on the Hub is no model of rectvlm: it has no {MODEL_CONFIG_FILE}.")
     return folder
 
 

@@ -16,14 +16,14 @@ from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
+MODEL_CONFIG_FILE = "config.json"
 """File by which a folder is a checkpoint: a folder gets its name when all its files are written."""
 BEST_CHECKPOINT = "best"
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint, intact or damaged."""
-    return (folder / CONFIG_FILE).is_file()
+    return (folder / MODEL_CONFIG_FILE).is_file()
 
 
 def step_folder(phase_folder: Path, step: int) -> Path:
@@ -107,8 +107,8 @@ def find_checkpoint(folder: str | Path, remedy: str) -> Path:
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         raise UserError(
-            f"No checkpoint in {folder}: expected {CONFIG_FILE}, or "
-            f"checkpoints/step-…/{CONFIG_FILE} "
+            f"No checkpoint in {folder}: expected {MODEL_CONFIG_FILE}, or "
+            f"checkpoints/step-…/{MODEL_CONFIG_FILE} "
             f"in a run's phase folder; {remedy}."
         )
     return checkpoints[-1]

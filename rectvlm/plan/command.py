@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,9 @@ def run(namespace: argparse.Namespace) -> None:
     hardware = options_from_namespace(HardwareRates, namespace)
     _check_numbers(options, hardware)
     gpu_counts = _parse_gpu_counts(options, hardware.gpus_per_node)
+    if not torch.cuda.is_available():
+        # DeepSpeed warns on stdout, where the JSON goes, when it finds the CPU by itself.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
     def load_with_overrides(overrides: Sequence[str]) -> Config:
         return load_config(options.config, [*options.overrides, *overrides])

@@ -25,7 +25,7 @@ from rectvlm.checkpoint.integrity import (
     read_manifest,
     write_manifest,
 )
-from rectvlm.checkpoint.run_folder import CONFIG_FILE
+from rectvlm.checkpoint.run_folder import MODEL_CONFIG_FILE
 from rectvlm.config import ModelPart
 from rectvlm.pretrained.catalog import (
     BUNDLED_MODELS,
@@ -109,10 +109,10 @@ def find_model_in(where: str, repository: str) -> Path:
     """
     root = Path(where).expanduser()
     for folder in (root / repository, root):
-        if (folder / CONFIG_FILE).is_file():
+        if (folder / MODEL_CONFIG_FILE).is_file():
             return folder
     raise UserError(
-        f"No model in {root}: expected {repository}/{CONFIG_FILE} or {CONFIG_FILE} there; give "
+        f"No model in {root}: expected {repository}/{MODEL_CONFIG_FILE} or {MODEL_CONFIG_FILE} there; give "
         "--from a "
         "folder that has one of them, or the address of a mirror (http…)."
     )
@@ -143,7 +143,7 @@ def _pull_checkpoint(
     if where is not None and not is_address(where):
         return copy_model(find_model_in(where, repository_name), folder, parts)
     repository = read_repository(repository_name, revision, where)
-    for name in (CONFIG_FILE, MANIFEST_FILE):
+    for name in (MODEL_CONFIG_FILE, MANIFEST_FILE):
         if name not in repository.files:
             raise UserError(
                 f"{repository.address} holds no {name}, so it is no model that `rectvlm weights "
@@ -152,7 +152,7 @@ def _pull_checkpoint(
             )
     former_files = _list_former_files(folder)
     # Until all files are here, the new manifest keeps the folder from being read.
-    repository.download_files([CONFIG_FILE, MANIFEST_FILE], folder)
+    repository.download_files([MODEL_CONFIG_FILE, MANIFEST_FILE], folder)
     checkpoint = Checkpoint.open(folder)
     checkpoint.require_parts(parts)
     names = list_model_files(parts or checkpoint.parts)
@@ -204,9 +204,9 @@ def _choose_external_files(names: Iterable[str], where: str) -> list[str]:
             pickles.append(name)
         if "/" not in name and _matches_any(name, MODEL_FILE_PATTERNS):
             needed.append(name)
-    if CONFIG_FILE not in needed:
+    if MODEL_CONFIG_FILE not in needed:
         raise UserError(
-            f"{where} holds no {CONFIG_FILE}, so it is no model that Transformers loads."
+            f"{where} holds no {MODEL_CONFIG_FILE}, so it is no model that Transformers loads."
         )
     if not _matches_any("\n".join(needed), ("*.safetensors*",)):
         raise UserError(

@@ -20,9 +20,9 @@ import yaml
 
 from rectvlm.runs.run_files import (
     BEST_FILE,
-    CONFIG_FILE,
     ENDING_FILE,
     METRICS_FILE,
+    RUN_CONFIG_FILE,
     SESSIONS_FILE,
     VALIDATION_FILE,
 )
@@ -265,7 +265,7 @@ def read_run(folder: Path) -> TrainingRun:
         metrics_lines=metrics_lines,
         validation_lines=validation_lines,
         sessions=[session for session in sessions if isinstance(session, dict)],
-        config=_read_yaml(folder / CONFIG_FILE, faults),
+        config=_read_yaml(folder / RUN_CONFIG_FILE, faults),
         faults=faults,
     )
     state, reason = _infer_state(run, _read_json(folder / ENDING_FILE, faults))

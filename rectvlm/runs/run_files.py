@@ -1,6 +1,6 @@
 """Names of the files in a run's folder, one folder a phase, such as `runs/demo/phase3`."""
 
-CONFIG_FILE = "config.yaml"
+RUN_CONFIG_FILE = "config.yaml"
 """The resolved configuration."""
 METRICS_FILE = "metrics.jsonl"
 """One line for each optimizer step."""

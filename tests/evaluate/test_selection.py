@@ -36,7 +36,7 @@ def a_run(
     steps = range(4, last + 1, 4)
     for step in steps:
         run_folder.step_folder(folder, step).mkdir(parents=True)
-        (run_folder.step_folder(folder, step) / run_folder.CONFIG_FILE).write_text("{}")
+        (run_folder.step_folder(folder, step) / run_folder.MODEL_CONFIG_FILE).write_text("{}")
     for name in ("metrics.jsonl", "validation.jsonl"):
         (folder / name).write_text(
             "".join(json.dumps({"step": step, "metrics": {}}) + "\n" for step in steps)

@@ -1,9 +1,12 @@
 """What a plan says of a whole run: steps where it gives epochs, what of it trains, and checkpoints on the disk."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from launches import TWO, run, settings
+from launches import TWO, environment, run, settings
 
 from rectvlm.checkpoint import Checkpoint, run_folder
 from rectvlm.config import load_config
@@ -106,7 +109,7 @@ def test_there_is_room_for_as_many_checkpoints_as_there_are_at_once(
     for step in range(1, 8):
         folder = run_folder.step_folder(tmp_path, step)
         folder.mkdir(parents=True)
-        (folder / run_folder.CONFIG_FILE).write_text("{}")
+        (folder / run_folder.MODEL_CONFIG_FILE).write_text("{}")
         most = max(most, len(run_folder.list_checkpoints(tmp_path)))
         if every and step == 1:
             run_folder.record_best_checkpoint(tmp_path, step, "loss", 0.5)
@@ -115,3 +118,17 @@ def test_there_is_room_for_as_many_checkpoints_as_there_are_at_once(
         f"train.keep_checkpoints={keep}", f"train.phases.phase1.validation.every={every}"
     ).make_plan(1, 1.0)
     assert plan.checkpoint_disk_gb == pytest.approx(most * plan.checkpoint_gb)
+
+
+def test_json_stands_alone_where_a_bundled_model_is_prepared_first(tmp_path: Path) -> None:
+    """Libraries that are imported on the way write to stdout when they find no GPU."""
+    command = [sys.executable, "-m", "rectvlm", "plan", "--config", "tiny", "--phase", "3"]
+    done = subprocess.run(
+        [*command, "--gpus", "1", "--gpu-memory", "80", "--json"],
+        cwd=DS_CONFIGS.parent,
+        env=environment(tmp_path) | {"RECTVLM_MODELS": str(tmp_path / "models")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["config"] == "tiny"

@@ -21,7 +21,7 @@ from typing import Any
 
 from rectvlm.config import Config
 from rectvlm.files import append_json_line, fsync_file
-from rectvlm.runs.run_files import CONFIG_FILE, ENGINE_FILE, METRICS_FILE, VALIDATION_FILE
+from rectvlm.runs.run_files import ENGINE_FILE, METRICS_FILE, RUN_CONFIG_FILE, VALIDATION_FILE
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.logging.console import ProgressDisplay, ProgressMeter
 from rectvlm.train.logging.jsonl import truncate_after_step
@@ -72,7 +72,7 @@ class RunLog:
             path.touch()
         if engine.is_main:
             self._truncate_files_of_former_ranks()
-            (folder / CONFIG_FILE).write_text(config.to_yaml())
+            (folder / RUN_CONFIG_FILE).write_text(config.to_yaml())
             self._start_session(config, step_flops)
 
     def _truncate_files_of_former_ranks(self) -> None:
