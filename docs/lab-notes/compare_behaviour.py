@@ -2,11 +2,11 @@
 
     python docs/lab-notes/compare_behaviour.py BEFORE AFTER
 
-Each argument is a checkout in which `make demo` has run. Compared are the arrays and records in the
-demo's shards, every line of `metrics.jsonl` and `validation.jsonl` of the three phases (two processes,
-ZeRO-3, NF4), the figures of the evaluation, and the prediction of a real CT. What no two runs share
-(seconds, memory, times, versions, fingerprints of code) is left out. The exit status is the number of
-things that differ.
+Each argument is a checkout in which `make demo` has run. Compared are the arrays and records in
+the demo's shards, every line of `metrics.jsonl` and `validation.jsonl` of the three phases (two
+processes, ZeRO-3, NF4), the figures of the evaluation, and the prediction of a real CT. What no two
+runs share (seconds, memory, times, versions, fingerprints of code) is left out. The exit status is
+the number of things that differ.
 """
 
 import gzip

@@ -1,4 +1,7 @@
-"""The benchmark of a whole step of phase 3, small: the engine's own step, timed, and two plans beside its memory."""
+"""The phase 3 step benchmark at a small size.
+
+It times a whole step of the engine and puts two plans beside the memory it took.
+"""
 
 import json
 from pathlib import Path

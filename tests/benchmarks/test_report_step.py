@@ -1,4 +1,7 @@
-"""The benchmark of the report step, small: true layers in their true order, packed as they are made, timed and told."""
+"""The report step benchmark at a small size.
+
+Real layers in their real order, packed as they are made, timed and reported.
+"""
 
 import json
 from pathlib import Path

@@ -91,7 +91,7 @@ def test_peft_loads_the_adapter_alone_with_the_same_logits(
 def save_altered_model(
     source: Path, parts: tuple[ModelPart, ...], setting: str, folder: Path
 ) -> RectVLM:
-    """A model with another setting than `tiny` and the prompts of `source`, saved as a checkpoint."""
+    """A model with one setting unlike `tiny` and the prompts of `source`, saved as a checkpoint."""
     config = load_config("tiny", [setting])
     tensors = Checkpoint.open(source).read_tensors()
     model = RectVLM(config, parts, PromptEmbeddings.from_tensors(tensors, source))

@@ -1,4 +1,4 @@
-"""What makes a checkpoint whole, and how its optimizer state finds its way to another number of ranks."""
+"""What makes a checkpoint whole, and how optimizer state moves to another number of ranks."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""What a newcomer types: make's targets, the demo's stages, and its summary from the files of a real run."""
+"""What a newcomer types: make's targets, the demo's stages, and its summary of a real run."""
 
 import importlib.util
 import io

@@ -1,4 +1,7 @@
-"""`make learn` in small: its phantoms, its commands and its verdict; and that held-out cases are learnt."""
+"""`make learn` in small: its phantoms, commands and verdict, and that it generalizes.
+
+"Generalizes" means that held-out cases are learned too.
+"""
 
 import json
 from functools import cache
@@ -188,8 +191,10 @@ def aurocs(probabilities: torch.Tensor, batch: Batch) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def learnt() -> tuple[RectVLM, BatchPrediction, list[Batch], Batch]:
-    """Phases 1 and 2 in four minutes, of the half hour of two cores that `make learn` computes: the model, what it
-    predicted before, cases to learn from and the held-out ones."""
+    """The model, what it predicted before training, its training cases and the held-out ones.
+
+    Phases 1 and 2 in four minutes, of the half hour that `make learn` takes on two cores.
+    """
     config = load_config("learn")
     torch.manual_seed(0)
     train, held_out = cases(config, 96, 32)
@@ -235,7 +240,10 @@ def test_findings_and_outlines_of_held_out_cases_are_learnt(learnt: tuple) -> No
 
 @pytest.mark.slow
 def test_reports_of_held_out_cases_say_what_the_image_shows(learnt: tuple) -> None:
-    """Phase 3 in three minutes: findings and sides in the reports, and what is left of them without the image."""
+    """Phase 3 in three minutes: findings and sides in the reports.
+
+    And what is left of them without the image.
+    """
     vision, _, train, held_out = learnt
     config = vision.config
     language = load_language_model(
@@ -263,7 +271,7 @@ def test_reports_of_held_out_cases_say_what_the_image_shows(learnt: tuple) -> No
 
 
 def test_masks_inform_the_findings_that_they_imply(prompts: PromptEmbeddings) -> None:
-    """More of a lesion speaks for its finding, for no other one; and the finding's loss reaches the masks."""
+    """More of a lesion supports its finding and no other; the finding's loss reaches the masks."""
     config = load_config("tiny", ["data.grid=[8, 16, 16]", "localizer.volumes_to_findings=true"])
     torch.manual_seed(0)
     model = RectVLM(config, ("encoder", "classifier", "localizer"), prompts)

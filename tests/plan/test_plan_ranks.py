@@ -1,4 +1,4 @@
-"""The plan against two real processes: what each rank holds, by kind, at sizes that a CPU can run."""
+"""The plan against two real processes: what each rank holds, by kind, at CPU-sized scale."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,10 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 def scaled_large(folder: Path) -> Path:
-    """`large` with an eighth of every width and of the language model's layers, all other layers, on a small grid."""
+    """`large` on a small grid, with an eighth of every width.
+
+    The language model has an eighth of its layers, too; every other part has all of them.
+    """
     tree = yaml.safe_load((CONFIG_FOLDER / "large.yaml").read_text())
     tree["name"] = "large-eighth"
     tree["data"] |= {"grid": [16, 64, 64], "spacing": [16.0, 5.5, 5.5], "workers": 0}
@@ -39,7 +42,7 @@ def scaled_large(folder: Path) -> Path:
 
 
 def _language_model(folder: Path) -> Path:
-    """Llama-3.1-70B by ratio: an eighth of the widths, heads and layers, the tokenizer of the tiny model."""
+    """An eighth of Llama-3.1-70B's widths, heads and layers, with the tiny model's tokenizer."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(pretrained.resolve_model("bundled:tiny-llama"))
@@ -57,7 +60,7 @@ def _language_model(folder: Path) -> Path:
 
 
 def agree(config_path: str, overrides: list[str], phase: int, described: Path) -> None:
-    """Every kind that a rank reports is the plan's within 1%, and the checkpoint on the disk within 2%."""
+    """Every kind that a rank reports is within 1% of the plan, the checkpoint on disk within 2%."""
     found = json.loads(described.read_text())
     plan = ResourcePlanner(
         load_config(config_path, overrides), phase, CHECKOUT / "ds_configs"

@@ -1,4 +1,7 @@
-"""What a plan says of a whole run: steps where it gives epochs, what of it trains, and checkpoints on the disk."""
+"""What a plan says of a whole run.
+
+Steps where the run is given in epochs, what of it trains, and checkpoints on the disk.
+"""
 
 import json
 import subprocess
@@ -65,7 +68,10 @@ def test_what_no_row_of_unfreeze_covers_is_planned_as_frozen() -> None:
 
 
 def agrees_on_disk(phase_folder: Path, phase: int) -> None:
-    """The newest checkpoint of a real run has the planned size; what is not weights is about 1% of a tiny one."""
+    """The newest checkpoint of a real run has the planned size.
+
+    What is not weights makes up about 1% of a tiny one.
+    """
     folder = run_folder.find_checkpoint(phase_folder, "")
     gpus = Checkpoint.open(folder).training.world_size
     plan = ResourcePlanner(Checkpoint.open(folder).config, phase, DS_CONFIGS).make_plan(gpus, 1.0)
@@ -81,7 +87,10 @@ def test_a_checkpoint_is_as_large_as_planned(launched_phase1: Path) -> None:
 def test_a_checkpoint_with_an_average_is_as_large_as_planned(
     phantom_shards: Path, tmp_path: Path
 ) -> None:
-    """Of two ranks, with a part of the encoder that never learns; wider, so that names and layouts stay about 1%."""
+    """Of two ranks, with a part of the encoder that never learns.
+
+    The encoder is wider, so that names and layouts stay about 1%.
+    """
     more = [LATE, "train.phases.phase1.ema_decay=0.9", "encoder.width=96"]
     run(
         [*TWO, "launch/phase1.py", *settings(1, phantom_shards, tmp_path, steps=5), *more], tmp_path
@@ -104,7 +113,10 @@ def test_parts_that_do_not_learn_are_in_a_checkpoint_without_a_state() -> None:
 def test_there_is_room_for_as_many_checkpoints_as_there_are_at_once(
     keep: int, every: int, tmp_path: Path
 ) -> None:
-    """As training saves: the next one is written, then older ones go. The best comes early and is never beaten."""
+    """As training saves: the next one is written, then older ones are deleted.
+
+    The best comes early and is never beaten.
+    """
     most = 0
     for step in range(1, 8):
         folder = run_folder.step_folder(tmp_path, step)

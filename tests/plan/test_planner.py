@@ -1,4 +1,7 @@
-"""The planner against what runs: the operations of a real step, the allocator's own record, and arithmetic by hand."""
+"""The planner against what runs.
+
+The operations of a real step, the allocator's own record, and arithmetic by hand.
+"""
 
 import copy
 import json
@@ -56,7 +59,7 @@ def large_plan(large: ResourcePlanner) -> ResourcePlan:
 
 
 def real(config: Config, phase: int) -> tuple[RectVLM, Batch]:
-    """A model with weights, in bf16 as the engine runs it, and a batch with reports of the greatest length."""
+    """A model with weights, in bf16 as the engine runs it, and a batch with the longest reports."""
     torch.manual_seed(0)
     row = PHASES[phase]
     language = None
@@ -69,7 +72,7 @@ def real(config: Config, phase: int) -> tuple[RectVLM, Batch]:
     )
     model = RectVLM(config, row.parts, prompts, language).train()
     if model.generator is not None:
-        # Cues of an untrained model are a matter of luck, and so is their length: it is the plan's here.
+        # The cues of an untrained model are random, and so is their length: use the plan's here.
         model.generator.encode_prompt = lambda cues: (
             [1] * (PROMPT_TOKENS // 2),
             [1] * (PROMPT_TOKENS // 2),
@@ -102,7 +105,7 @@ def step(model: RectVLM, batch: Batch, config: Config, phase: int) -> None:
 
 
 def measured_peak(model: RectVLM, batch: Batch, config: Config, phase: int) -> int:
-    """Bytes that torch's CPU allocator held at most in a step, by its own record, with the batch."""
+    """The most bytes torch's CPU allocator held in a step, by its own record, with the batch."""
     step(model, batch, config, phase)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step(model, batch, config, phase)
@@ -127,7 +130,7 @@ def test_the_peak_is_the_allocators(phase: int) -> None:
 
 SIZES = [
     pytest.param("demo", 2, [], id="demo-2"),
-    # Convolutions of 4 channels are padded in scratch that is larger than what checkpointing leaves.
+    # Convolutions of 4 channels are padded in scratch memory: more than checkpointing leaves.
     pytest.param("tiny", 3, CHECKPOINTED, id="tiny-3-checkpointed"),
     pytest.param("tiny", 3, [*CHECKPOINTED, "localizer.channels=[16,32,32]"], id="tiny-3-wider"),
     pytest.param("demo", 3, [], id="demo-3"),
@@ -273,7 +276,7 @@ def test_large_fits_two_h200s(large: ResourcePlanner, large_plan: ResourcePlan) 
 
 @pytest.mark.slow
 def test_flops_are_those_of_the_formula(large_plan: ResourcePlan, large: ResourcePlanner) -> None:
-    """LoRA: 2 N a token forward and 2 N backward; nothing is spent on the gradient of frozen weights."""
+    """LoRA: 2 N a token forward and 2 N backward; frozen weights need no gradient of their own."""
     flops = large_plan.flops_per_step
     language = [w for (part, _), w in large.dry_run.costs.items() if part == "language model"]
     done = {
@@ -318,7 +321,10 @@ def test_between_nodes_the_adapters_set_the_pace() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["phase3", "phase3_zero2"])
 def test_a_step_is_planned_about_as_long_as_it_took(stage: str) -> None:
-    """On one H200, at the size that was measured: the rates were taken from this run, so it holds them together."""
+    """On one H200, at the size that was measured.
+
+    The rates were taken from this run, so this keeps the two consistent.
+    """
     results = json.loads((RESULTS / "phase3-step-1x-nvidia-h200-2026-11-27.json").read_text())
     (row,) = (row for row in results["rows"] if row["ds_config"] == f"{stage}.json")
     config = load_config(
@@ -387,7 +393,7 @@ def test_work_areas_are_measured_once_and_where_they_are_asked_for() -> None:
     assert areas.measure_peak(convolution, asked, {}) >= shapes[0].nbytes
 
 
-def test_rehearsing_leaves_torch_as_it_was() -> None:
+def test_a_dry_run_leaves_torch_as_it_was() -> None:
     import torch.nn.functional as F
 
     before = copy.copy((F.linear, F.dropout, F.scaled_dot_product_attention))
@@ -415,7 +421,7 @@ def test_the_command_speaks_json_and_tables(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_comes_with_knobs_that_were_planned(
+def test_what_does_not_fit_comes_with_memory_savings_that_were_planned(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = [
@@ -430,7 +436,7 @@ def test_what_does_not_fit_comes_with_knobs_that_were_planned(
     assert cli.main(arguments) == 0
     tree = json.loads(capsys.readouterr().out)
     assert tree["fits"] is False
-    found = {knob["change"]: knob for knob in tree["knobs"]}
+    found = {saving["change"]: saving for saving in tree["knobs"]}
     assert "localizer.activation_checkpointing=true" in found
     change = found["localizer.activation_checkpointing=true"]
     assert cli.main([*arguments, "localizer.activation_checkpointing=true"]) == 0
@@ -520,7 +526,7 @@ def test_values_that_agree_may_be_written_out(tmp_path: Path, tiny: Config) -> N
 
 
 def test_a_frozen_language_model_is_planned_as_it_trains() -> None:
-    """Gradients pass through it to the encoder: recomputed or not, what it keeps is what training keeps."""
+    """Gradients pass through it to the encoder: recomputed or not, it keeps what training keeps."""
     rates = "train.phases.phase3.lr={encoder: 1.0e-5, classifier: 1.0e-5, localizer: 1.0e-5}"
     learns, frozen = planner("tiny"), planner("tiny", 3, rates)
     kept = [one.dry_run.saved_bytes_by_part["language model"] for one in (learns, frozen)]
@@ -532,7 +538,10 @@ def test_a_frozen_language_model_is_planned_as_it_trains() -> None:
 
 
 def test_gathers_are_as_many_as_passes(tmp_path: Path) -> None:
-    """Forward, backward, and forward again where activations are recomputed; packed or not, one call a matrix."""
+    """Forward, backward, and forward again where activations are recomputed.
+
+    Packed or not, there is one call per matrix.
+    """
     ds = tmp_path / "phase3.json"
     ds.write_text(
         json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1000}})
@@ -580,8 +589,11 @@ def test_a_sub_step_has_a_plan_of_its_own(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.slow
-def test_knobs_are_for_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    """The first number of GPUs that does not, in the unit of the question; a smaller grid sees as much of the body."""
+def test_memory_savings_are_for_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first number of GPUs that does not fit gets them, in the unit of the question.
+
+    A smaller grid sees as much of the body.
+    """
     sizes = [planner("tiny").make_plan(gpus, 1.0).gpu_memory_gb["total"] for gpus in (8, 1)]
     between = f"{sum(sizes) / 2:.9f}"
     assert (
@@ -591,12 +603,14 @@ def test_knobs_are_for_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> 
     fits, short = json.loads(capsys.readouterr().out)
     assert fits["fits"] and fits["knobs"] == []
     assert not short["fits"] and short["knobs"]
-    for knob in short["knobs"]:
-        assert knob["saved_gb"] + knob["total_gb"] == pytest.approx(short["gpu_memory_gb"]["total"])
+    for saving in short["knobs"]:
+        assert saving["saved_gb"] + saving["total_gb"] == pytest.approx(
+            short["gpu_memory_gb"]["total"]
+        )
     assert (
         cli.main(["plan", "--config", "tiny", "--nodes", "1", "--gpu-memory", "1", "--json"]) == 0
     )
-    changes = [knob["change"] for knob in json.loads(capsys.readouterr().out)["knobs"]]
+    changes = [saving["change"] for saving in json.loads(capsys.readouterr().out)["knobs"]]
     assert not any("--gpus" in change for change in changes)
     (grid,) = (change.split() for change in changes if "data.grid" in change)
     before, after = load_config("tiny").data, load_config("tiny", grid).data
@@ -606,6 +620,9 @@ def test_knobs_are_for_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_command_does_not_load_the_engine() -> None:
-    code = "import sys, rectvlm.plan.command; sys.exit('deepspeed' in sys.modules or 'wandb' in sys.modules)"
+    code = (
+        "import sys, rectvlm.plan.command; "
+        "sys.exit('deepspeed' in sys.modules or 'wandb' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-500:]

@@ -131,7 +131,7 @@ def test_canonical_view_is_the_same_from_every_axis_order(code):
 def test_a_lesion_on_the_patients_left_is_on_the_right_of_the_picture(
     code, tiny_run, tiny, phantoms, tmp_path
 ):
-    """A nodule drawn at negative world x, on the model's grid and back, then on the page and in words."""
+    """A nodule at negative world x: on the model's grid and back, then on the page and in words."""
     phantom = phantoms(1)
     hu, affine = in_orientation(phantom.hu, phantom.affine, code)
     ct, view_affine = case_folder.canonical_view(hu, affine)
@@ -274,7 +274,7 @@ def test_bad_inputs_give_one_clear_sentence(tiny_run, phantoms, tmp_path):
 
 
 def test_no_input_is_replaced_by_its_result(tiny_run, phantoms, tmp_path):
-    """The folder of a case may be the very one that its CT lies in, or that of another's DICOM files."""
+    """A case's folder may be the one its CT is in, or the one of another case's DICOM files."""
     phantom = phantoms(1)
     (tmp_path / "P001").mkdir()
     file = write_nifti(phantom.hu, phantom.affine, tmp_path / "P001" / "P001.nii.gz")

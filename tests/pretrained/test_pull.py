@@ -1,4 +1,4 @@
-"""Models arrive over HTTP from a stand-in of the Hub or from a folder: bit for bit, or not at all."""
+"""Models come from a folder or, over HTTP, a stand-in for the Hub: bit for bit, or not at all."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Checkpoints go to a stand-in of the Hub or to a folder, and nothing is lost or published unasked."""
+"""Checkpoints go to a stand-in for the Hub or a folder; nothing is lost or published unasked."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Runs read back from their folders: figures against computations of their own, kills, damage, and pictures."""
+"""Runs read back from their folders.
+
+Figures against independent computations, killed and damaged runs, and pictures.
+"""
 
 import json
 import os
@@ -346,7 +349,8 @@ def test_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["runs", "plot", str(first), str(second), "--out", str(out)]) == 0
     with Image.open(out) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
-    # Loss, its two tasks, two validation metrics, rate, norm, samples, waiting, memory: ten panels, three a row.
+    # Ten panels, three to a row: loss, its two tasks, two validation metrics, rate, norm, samples,
+    # waiting, memory.
     rows = np.array_split(pixels, 4, axis=0)
     panels = [panel for row in rows for panel in np.array_split(row, 3, axis=1)][:10]
     blue, orange = np.array([0x00, 0x72, 0xB2]), np.array([0xD5, 0x5E, 0x00])

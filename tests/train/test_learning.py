@@ -1,4 +1,7 @@
-"""Each part learns alone: one batch is learnt to near-zero loss, and the gradient reaches every trainable parameter."""
+"""Each part learns alone.
+
+One batch is learned to near-zero loss, and the gradient reaches every trainable parameter.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -43,7 +46,10 @@ def prompts(tiny: Config) -> PromptEmbeddings:
 
 @pytest.fixture(scope="module")
 def batch(tiny: Config) -> Batch:
-    """Two phantoms, all known of the first; the second has no region map, and labels where it has no outlines."""
+    """Two phantoms, everything known of the first.
+
+    The second has no region map, and labels where it has no outlines.
+    """
     made = collate_samples([phantom_sample(seed, tiny) for seed in (0, 3)])
     made.regions_known[1] = False
     made.lesions_annotated[1] = False
@@ -89,7 +95,10 @@ def test_encoder_and_classifier_learn_one_batch(tiny: Config, prompts: PromptEmb
 def small_case(
     grid: tuple[int, int, int], centre: tuple[int, int, int], other: tuple[int, int, int]
 ) -> Batch:
-    """A lung of noise with a nodule of 3 × 3 × 3 voxels, and a vessel's cross-section beside it that is as bright."""
+    """A lung of noise with a nodule of 3 × 3 × 3 voxels.
+
+    Beside it is a vessel's cross-section that is as bright.
+    """
     torch.manual_seed(0)
     ct = -850 + 40 * torch.randn(1, *grid)
     bits = torch.zeros(1, *grid, dtype=torch.uint8)
@@ -156,7 +165,10 @@ def test_encoder_and_localizer_learn_one_batch(tiny: Config, prompts: PromptEmbe
 
 
 def test_generator_learns_one_batch(tiny: Config) -> None:
-    """In NF4: resampler and LoRA alone make a frozen language model write two reports, told apart by the image."""
+    """In NF4: resampler and LoRA alone make a frozen language model write two reports.
+
+    They are told apart by the image.
+    """
     torch.manual_seed(0)
     settings = tiny.generator.model_copy(update={"lora_rank": 32, "lora_targets": "all-linear"})
     language = load_language_model(settings, pretrained.resolve_model(settings.model))
@@ -165,7 +177,8 @@ def test_generator_learns_one_batch(tiny: Config) -> None:
     image = ImageFeatures(whole, patches, regions, (3, 2, 2), patches)
     trained = [p for p in generator.parameters() if p.requires_grad]
     with torch.no_grad():
-        # No hidden state makes the head of a random language model sure of a word: widen what it reads.
+        # No hidden state makes the head of a random language model sure of a word: widen what it
+        # reads.
         last = [
             p
             for name, p in generator.language_model.named_parameters()
@@ -247,8 +260,11 @@ def test_a_batch_in_which_nothing_is_known_reaches_them_too(
 
 @pytest.mark.slow
 def test_labels_alone_teach_where_a_lesion_is(prompts: PromptEmbeddings) -> None:
-    """Weak supervision: of ever new patients half have one patch that is unlike the rest, and the label; no one drew
-    it. The localizer comes to point at it, and draws there sooner than elsewhere."""
+    """Weak supervision: half of the patients, always new ones, have one patch unlike the rest.
+
+    They have the label, too, but no one drew the patch. The localizer comes to point at it, and
+    draws there sooner than elsewhere.
+    """
     torch.manual_seed(0)
     config = load_config("tiny", ["data.grid=[8, 16, 32]", "localizer.noise=0"])
     localizer = LesionLocalizer(
@@ -301,8 +317,11 @@ def test_labels_alone_teach_where_a_lesion_is(prompts: PromptEmbeddings) -> None
 def test_every_trainable_tensor_moves_under_zero3(
     checkpointing: bool, phantom_shards: Path, tmp_path: Path
 ) -> None:
-    """Two real processes. Without weight decay Adam moves what has a gradient and nothing else, by about its rate: by
-    more than bfloat16 rounds away."""
+    """Two real processes.
+
+    Without weight decay Adam moves what has a gradient and nothing else, by about its rate: by more
+    than bfloat16 rounds away.
+    """
     recompute = str(checkpointing).lower()
     shared = [
         *(

@@ -31,7 +31,7 @@ GRID, HALF, COARSE = (8, 16, 16), (8, 8, 8), (2, 2, 2)
 
 
 def boxes() -> Tensor:
-    """Bits of two samples: every lesion of the first fills a box of its own, the second has only lesion 2."""
+    """Bits of two samples: in the first each lesion fills its own box, the second has lesion 2."""
     bits = torch.zeros(2, *GRID, dtype=torch.uint8)
     for k in range(N_LESIONS):
         bits[0, k : k + 2, 2 * k : 2 * k + 6, 3:9] |= 1 << k
@@ -205,7 +205,8 @@ def test_a_partly_outlined_lesion_teaches_where_it_is_drawn_and_nowhere_else() -
         known = cells * partial[:, :, None, None, None]
         assert logits.grad is not None
         assert torch.equal(logits.grad != 0, known.bool())
-        # Cross-entropy against 1: the mean over a lesion's drawn voxels, then over the two lesions. No Dice.
+        # Cross-entropy against 1, no Dice: the mean over a lesion's drawn voxels, then over the two
+        # lesions.
         share = weight * known / known.flatten(2).sum(2).clamp_min(1)[:, :, None, None, None] / 2
         torch.testing.assert_close(logits.grad, (logits.detach().sigmoid() - 1) * share)
         expected = expected - (logits.detach().sigmoid().log() * share).sum()
@@ -333,7 +334,7 @@ def presence(present: Tensor, known: Tensor) -> LesionPresence:
 
 
 def test_alignment_reads_labels_where_no_one_outlined() -> None:
-    """By hand: the outline where there is one, the label else, and nothing where neither is known."""
+    """By hand: the outline where there is one, else the label, and nothing if neither is known."""
     bits, annotated = boxes(), NONE.clone()
     annotated[0, :2], annotated[1, 0] = True, True  # outlined; looked for and absent
     labelled = presence(
@@ -406,7 +407,7 @@ def test_consistency_carries_labels_to_masks_and_leaves_partial_outlines_alone()
 
 @pytest.mark.parametrize("size", [HALF, COARSE])
 def test_pooled_probabilities(size: tuple[int, int, int]) -> None:
-    """1 where a voxel of the cell is sure, p where all are p, between mean and largest elsewhere."""
+    """1 where a voxel of the cell is sure, p where all are p, else between mean and largest."""
     torch.manual_seed(0)
     shape = torch.Size(size)
     masks = masks_of(boxes()).flatten(0, 1)

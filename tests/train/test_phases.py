@@ -1,4 +1,7 @@
-"""The table of phases and its choices: sub-steps, schedules, epochs, averages, late parts, learned task weights."""
+"""The table of phases and its choices.
+
+Sub-steps, schedules, epochs, averages, late parts, learned task weights.
+"""
 
 import math
 import subprocess
@@ -255,7 +258,10 @@ def by_hand(tmp_path: Path, stage: int, launcher: list[str], ranks: int) -> None
     "stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
 )
 def test_two_ranks_train_as_by_hand(tmp_path: Path, stage: int) -> None:
-    """Averages, late parts and learned weights, sharded, saved and resumed (see `tests/train_by_hand.py`)."""
+    """Averages, late parts and learned weights, sharded, saved and resumed.
+
+    See `tests/train_by_hand.py`.
+    """
     by_hand(tmp_path, stage, TWO, 2)
 
 

@@ -1,7 +1,8 @@
 """Launch files: read by the launcher that they are for, run as far as one machine goes.
 
-Two machines are two network namespaces joined by a cable where the system allows that, else two addresses of one. Slurm
-is played by two small programs of its names; what it starts, signals and sends back to the queue is real.
+Two machines are two network namespaces joined by a cable where the system allows that, else two
+addresses of one. Slurm is played by two small programs of its names; what it starts, signals and
+sends back to the queue is real.
 """
 
 import os
@@ -99,13 +100,13 @@ def test_the_job_for_slurm_asks_to_be_told_in_time() -> None:
         and options["ntasks-per-node"] == "1"
     )
     assert (
-        f"FINISHED={ExitCode.FINISHED:d} LOST={ExitCode.RANK_LOST:d} RESUME={ExitCode.STOPPED_BY_SIGNAL:d} "
-        in text
+        f"FINISHED={ExitCode.FINISHED:d} LOST={ExitCode.RANK_LOST:d} "
+        f"RESUME={ExitCode.STOPPED_BY_SIGNAL:d} " in text
     )
 
 
 def test_the_job_for_skypilot() -> None:
-    """SkyPilot itself has read it (docs/how-to/train-on-many-machines.md); here its parts are checked."""
+    """Its parts; SkyPilot itself has read it (docs/how-to/train-on-many-machines.md)."""
     job = yaml.safe_load((CHECKOUT / "launch/sky/train.yaml").read_text())
     recovery = job["resources"]["job_recovery"]
     assert job["resources"]["use_spot"] is True and job["envs"]["BUCKET"] is None
@@ -126,12 +127,13 @@ def stand_in(folder: Path, name: str, text: str) -> None:
 
 
 def test_a_spot_machine_goes_on_after_a_phase_that_ended_as_it_was_asked_to(tmp_path: Path) -> None:
-    """A launcher that received a signal fails, whatever its ranks came to; their own word counts."""
+    """A launcher that received a signal fails, however its ranks ended; what they say counts."""
     (tmp_path / "rectvlm/bin").mkdir(parents=True)
     (tmp_path / "rectvlm/bin/activate").touch()
     endings = {1: ExitCode.FINISHED, 2: ExitCode.STOPPED_BY_SIGNAL}
     told = "\n".join(
-        f'case "$*" in *phase{phase}.py*) echo \'{{"code": {code:d}}}\' >"$RUNS/tiny/phase{phase}/ending.json" ;; esac'
+        f'case "$*" in *phase{phase}.py*) echo \'{{"code": {code:d}}}\' '
+        f'>"$RUNS/tiny/phase{phase}/ending.json" ;; esac'
         for phase, code in endings.items()
     )
     stand_in(tmp_path, "accelerate", f'#!/bin/sh\necho "$*" >>"$RUNS/launched"\n{told}\nexit 1\n')
@@ -171,7 +173,7 @@ def test_a_spot_machine_goes_on_after_a_phase_that_ended_as_it_was_asked_to(tmp_
 
 @dataclass
 class Network:
-    """Two machines on this one: what to put before a command on each, and the first one's address."""
+    """Two machines on this one: what goes before a command on each, and the first one's address."""
 
     before: list[list[str]]
     first: str
@@ -211,7 +213,8 @@ def network() -> Iterator[Network]:
         _remove(names)
         yield Network([[], []], "127.0.0.1", {"GLOO_SOCKET_IFNAME": "lo"})
         return
-    # The name of this machine stands for its own loopback address in both: gloo is told which way out.
+    # This machine's name stands for its own loopback address in both: tell gloo which interface to
+    # use.
     before = [
         ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={cable}"]
         for name, cable in zip(names, cables, strict=True)
@@ -304,7 +307,10 @@ def test_two_machines_train_as_one_with_two_processes(
 def test_a_machine_is_lost_and_comes_back(
     on_both: Machines, tiny_run: Callable[[int], Path], phantom_shards: Path, tmp_path: Path
 ) -> None:
-    """The other one does not wait for it: it ends, says so, and both go on from the last whole checkpoint."""
+    """The other one does not wait for it: it ends and says so.
+
+    Both go on from the last whole checkpoint.
+    """
     arguments = phase_3(phantom_shards, tmp_path, tiny_run(2), 60)
     folder = tmp_path / "tiny/phase3"
     first, second = on_both(29612, *arguments)
@@ -327,22 +333,29 @@ def test_a_machine_is_lost_and_comes_back(
 # Slurm
 
 SRUN = """#!{python}
-# Stands in for Slurm's srun: the command once for each node, all here; what is sent to it is sent to each.
+# Stands in for Slurm's srun: the command once for each node, all here.
+# What is sent to it is sent to each.
 import os, signal, subprocess, sys
 
 words = sys.argv[1:]
 while words[0].startswith("-"):
     words.pop(0)
 nodes = [
-    subprocess.Popen(words, env=os.environ | {{"SLURM_NODEID": str(number)}}, start_new_session=True)
+    subprocess.Popen(
+        words, env=os.environ | {{"SLURM_NODEID": str(number)}}, start_new_session=True
+    )
     for number in range(int(os.environ["SLURM_NNODES"]))
 ]
 for number in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(number, lambda number, _: [node.send_signal(number) for node in nodes if node.poll() is None])
+    signal.signal(
+        number,
+        lambda number, _: [node.send_signal(number) for node in nodes if node.poll() is None],
+    )
 sys.exit(max(abs(node.wait()) for node in nodes))
 """
 SCONTROL = """#!/bin/sh
-# Stands in for Slurm's scontrol: both "nodes" are this machine, and a job that goes back to the queue is written down.
+# Stands in for Slurm's scontrol: both "nodes" are this machine.
+# A job that goes back to the queue is written down.
 case "$1" in
   show) echo 127.0.0.1; echo 127.0.0.1 ;;
   requeue) echo "$2" >>"$QUEUE" ;;

@@ -140,7 +140,7 @@ def test_checkpoints_hold_what_trained(trained: Callable[[int], Path], phase: in
 def test_a_phase_starts_from_the_weights_of_the_one_before(
     trained: Callable[[int], Path], phase: int
 ) -> None:
-    """The first loss of a task that was learnt before is near its last, not near that of random weights."""
+    """The first loss of a task learned before is near its last, not near that of random weights."""
     trained(phase)
     before, after = metrics(trained(phase - 1)), metrics(trained(phase))
     task = PHASES[phase - 1].tasks[-1]
@@ -163,7 +163,7 @@ def test_the_loaded_model_is_the_checkpoint(trained: Callable[[int], Path]) -> N
 def test_a_checkpoint_of_two_processes_exports_and_reloads(
     trained: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    """What ZeRO-3 held in shards and the engine gathered is in the exported folder to the last bit."""
+    """The exported folder has, to the last bit, what ZeRO-3 sharded and the engine gathered."""
     source = Checkpoint.open(trained(3)).read_tensors()
     folder = export_checkpoint(trained(3), tmp_path / "model")
     assert find_differing_tensors(Checkpoint.open(folder).read_tensors(), source) == []
@@ -219,8 +219,10 @@ def test_the_trained_model_writes_the_same_report_twice(final: tuple[RectVLM, Ba
 def test_a_killed_run_resumes_to_the_last_digit(
     trained: Callable[[int], Path], phantom_shards: Path, tmp_path: Path
 ) -> None:
-    """Phase 3, ZeRO-3 with NF4, killed after two checkpoints; then the disk spoils the newer one. `test_survive` kills
-    every phase many times."""
+    """Phase 3, ZeRO-3 with NF4, killed after two checkpoints; then the disk spoils the newer one.
+
+    `test_recovery` kills every phase many times.
+    """
     whole = trained(3)
     shutil.copytree(trained(2), tmp_path / "tiny" / "phase2")
     command = [*TWO, "launch/phase3.py", *settings(3, phantom_shards, tmp_path)]

@@ -1,4 +1,7 @@
-"""Validation while training: what it measures, what it leaves alone, the best checkpoint, and ending early."""
+"""Validation while training.
+
+What it measures, what it leaves alone, the best checkpoint, and ending early.
+"""
 
 import json
 import math
@@ -91,7 +94,10 @@ def make_checkpoints(folder: Path, steps: list[int]) -> None:
 
 
 def test_one_case_that_gives_no_number_leaves_a_validation_without_figures(tiny: Config) -> None:
-    """The others' mean would look better than the model is; and nothing is better than the best so far."""
+    """The others' mean would look better than the model is.
+
+    And such a validation never beats the best so far.
+    """
 
     def make_case(case_index: int, loss: float, probability: float) -> ScoredCase:
         labels = np.zeros(N_FINDINGS, np.float32)
@@ -258,7 +264,10 @@ def test_weights_are_saved_before_they_are_validated(
 def test_validation_leaves_the_training_alone(
     launched_phase1: Path, phantom_shards: Path, tmp_path: Path
 ) -> None:
-    """The run of the fixture again, with validation and an average of the weights, keeping one checkpoint."""
+    """The run of the fixture again, with validation and an average of the weights.
+
+    It keeps one checkpoint.
+    """
     short = [
         "train.phases.phase1.steps=6",
         "train.phases.phase1.save_every=6",
@@ -309,7 +318,7 @@ def test_validation_leaves_the_training_alone(
 
 @pytest.mark.slow
 def test_a_validation_that_was_left_out_is_made_up(phantom_shards: Path, tmp_path: Path) -> None:
-    """A run that was asked to end after step 4 saved first; whoever goes on validates before step 5."""
+    """A run asked to end after step 4 saved first; the one that goes on validates before step 5."""
     command = [
         *ONE,
         "launch/phase1.py",
@@ -373,7 +382,10 @@ CHOICES = [
 def test_everything_at_once_resumes_to_the_last_digit(
     outlined: Path, phantom_shards: Path, tmp_path: Path
 ) -> None:
-    """ZeRO-3 and NF4 on two ranks: average, learned weights, late parts, validation; unbroken, cut off, unvalidated."""
+    """ZeRO-3 and NF4 on two ranks: average, learned weights, late parts, validation.
+
+    Unbroken, cut off, and unvalidated.
+    """
     folders = {}
     for name in ("whole", "cut", "blind"):
         folders[name] = tmp_path / name / "tiny" / "phase3"

@@ -6,7 +6,10 @@ from pathlib import Path
 
 from rectvlm.train.engine.build_lock import remove_stale_lock
 
-HOLD = "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('held', flush=True); sys.stdin.read()"
+HOLD = (
+    "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); "
+    "print('held', flush=True); sys.stdin.read()"
+)
 """As torch's FileBaton takes it."""
 
 

@@ -1,4 +1,4 @@
-"""Figures of a run against computations of their own, where a run came from, and pictures of what it validated."""
+"""Figures of a run against independent computations, its origin, and validation pictures."""
 
 import io
 import json
@@ -120,8 +120,8 @@ def test_the_line_says_all_that_was_promised() -> None:
         5, 10, 1.25, {"classification": 0.5}, 12.3, 45_600.0, None, 0.031, 61.2e9, 93_784.0
     )
     assert str(figures) == (
-        "loss 1.250 (classification 0.500), 12.3 samples/s, 45.6k tokens/s, MFU –, data wait 3%, memory 61.2 GB, "
-        "1 d 2:03:04 left"
+        "loss 1.250 (classification 0.500), 12.3 samples/s, 45.6k tokens/s, MFU –, "
+        "data wait 3%, memory 61.2 GB, 1 d 2:03:04 left"
     )
     assert "MFU 41.5%" in str(replace(figures, mfu=0.4149))
 
@@ -197,8 +197,11 @@ def test_rates_are_known_by_name_or_not_at_all(monkeypatch: pytest.MonkeyPatch) 
 def test_the_work_of_a_step_is_that_of_its_matrices(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For each position a frozen language model multiplies every matrix once forward and once backward, with two FLOPs
-    an entry, and attends to all others: two products forward, four backward."""
+    """The FLOPs of a frozen language model, position by position.
+
+    Each position multiplies every matrix once forward and once backward, with two FLOPs an entry,
+    and attends to all others: two products forward, four backward.
+    """
     monkeypatch.setenv(mfu.PEAK_TFLOPS_VARIABLE, "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     work = count_step_flops(PHASES[3], tiny)
@@ -210,9 +213,8 @@ def test_the_work_of_a_step_is_that_of_its_matrices(
     rank = tiny.generator.lora_rank
     entries = layers * (2 * d * d + 2 * d * keys + 3 * d * f) + d * geometry.vocab_size
     adapters = layers * rank * (2 * (d + d) + 2 * (d + keys))  # these learn: three products
-    length = (
-        192 + tiny.generator.queries + tiny.generator.max_report_tokens
-    )  # as the rehearsal assumes
+    # As the dry run assumes
+    length = 192 + tiny.generator.queries + tiny.generator.max_report_tokens
     expected = 4 * entries + 6 * adapters + layers * 6 * 2 * length * d
     assert work.flops_per_position == pytest.approx(expected, rel=0.15)
     positions = 100
@@ -389,7 +391,10 @@ def coloured(picture: np.ndarray, lesion: str) -> np.ndarray:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_patients_right_is_at_the_left(tiny: Config, tmp_path: Path, side: str) -> None:
-    """The truth on one side, what the model found on the other: both in the same slices, x growing to the left."""
+    """The truth on one side, what the model found on the other.
+
+    Both are in the same slices, with x growing to the left.
+    """
     true, found = (np.zeros(tiny.data.grid, dtype=np.uint8) for _ in range(2))
     towards_left, towards_right = slice(32, 40), slice(8, 16)
     here, there = (towards_left, towards_right) if side == "left" else (towards_right, towards_left)

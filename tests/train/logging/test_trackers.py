@@ -1,4 +1,7 @@
-"""What a training tells others: W&B's and TensorBoard's own files read back, pictures, and where the run came from."""
+"""What a training run reports to others.
+
+W&B's and TensorBoard's own files read back, pictures, and where the run came from.
+"""
 
 import json
 import os
@@ -58,7 +61,8 @@ def test_the_last_line_says_it_all(seen: tuple[Path, str]) -> None:
     (line,) = (line for line in said.splitlines() if "step 4 of 4" in line)
     number = r"\d+(\.\d+)?(e[+-]\d+)?"
     assert re.search(
-        rf"phase 1: step 4 of 4, loss {number} \(classification {number}\), {number} samples/s, {number}k? tokens/s, "
+        rf"phase 1: step 4 of 4, loss {number} \(classification {number}\), "
+        rf"{number} samples/s, {number}k? tokens/s, "
         rf"MFU {number}%, data wait {number}%, memory {number} GB, 0:00 left",
         line,
     )
@@ -101,7 +105,10 @@ def test_tensorboard_reads_its_file(seen: tuple[Path, str]) -> None:
 
 
 def records(path: Path) -> Iterator[Any]:
-    """Records of W&B's own file: LevelDB's log format (blocks of 32 KiB, each record in one piece or several)."""
+    """Records of W&B's own file, in LevelDB's log format.
+
+    Blocks of 32 KiB, each record in one piece or several.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     data = path.read_bytes()

@@ -1,7 +1,8 @@
-"""A phase whose CTs now and then hold a voxel that is not a number, as a faulty device or a broken decoder gives them.
+"""A phase whose CTs now and then hold a voxel that is not a number.
 
-Started like `launch/phaseN.py`, with the phase's number first. Every third micro-batch of rank 1 is spoilt, after the
-augmentation: shards hold whole numbers, so nothing before that can be NaN.
+A faulty device or a broken decoder produces such CTs. Started like `launch/phaseN.py`, with the
+phase's number first. Every third micro-batch of rank 1 is spoilt, after the augmentation: shards
+hold whole numbers, so nothing before that can be NaN.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""Runs that are killed, stopped, starved of disk, or fed with nonsense: what they leave, and how they go on.
+"""Runs that are killed, stopped, starved of disk, or fed with nonsense.
 
-`test_training` has the kill of phase 3 that always runs; here are the small parts by themselves and, marked slow,
-everything else that can happen to a run.
+What they leave, and how they go on. `test_training` has the kill of phase 3 that always runs; here
+are the small parts by themselves and, marked slow, everything else that can happen to a run.
 """
 
 import json
@@ -59,7 +59,7 @@ from rectvlm.train.recovery.exit_codes import ExitCode, write_ending
 from rectvlm.train.recovery.position import seed_micro_batch
 from rectvlm.train.recovery.signals import StopSignals
 
-GUARD = TrainingLimitsConfig(
+LIMITS = TrainingLimitsConfig(
     max_loss=10.0, max_gradient_norm=5.0, max_bad_steps=3, timeout_minutes=1.0
 )
 ENOUGH = 400
@@ -97,10 +97,10 @@ def test_who_lost_the_others_does_not_hide_why_they_went(tmp_path: Path) -> None
 
 
 def test_a_loss_is_judged_by_its_size() -> None:
-    assert judge_losses([0.1, -9.9], GUARD) is LossVerdict.NORMAL
-    assert judge_losses([0.1, -10.1], GUARD) is LossVerdict.TOO_LARGE
-    assert judge_losses([11.0, float("nan")], GUARD) is LossVerdict.NOT_FINITE
-    assert judge_losses([float("inf")], GUARD) is LossVerdict.NOT_FINITE
+    assert judge_losses([0.1, -9.9], LIMITS) is LossVerdict.NORMAL
+    assert judge_losses([0.1, -10.1], LIMITS) is LossVerdict.TOO_LARGE
+    assert judge_losses([11.0, float("nan")], LIMITS) is LossVerdict.NOT_FINITE
+    assert judge_losses([float("inf")], LIMITS) is LossVerdict.NOT_FINITE
 
 
 def test_reasons_name_the_rank_and_the_limit() -> None:
@@ -108,18 +108,18 @@ def test_reasons_name_the_rank_and_the_limit() -> None:
     large = RankObservation(1, [1.0, 12.5], ["b"])
     spoilt = RankObservation(2, [None], ["c"])
     assert (
-        explain_skipped_step([fine, large, spoilt], None, GUARD)
+        explain_skipped_step([fine, large, spoilt], None, LIMITS)
         == "the loss of rank 2 is not finite"
     )
     assert (
-        explain_skipped_step([fine, large], 1.0, GUARD)
+        explain_skipped_step([fine, large], 1.0, LIMITS)
         == "the loss of rank 1 is 12.5, above train.limits.max_loss = 10"
     )
     assert (
-        explain_skipped_step([fine], 7.0, GUARD)
+        explain_skipped_step([fine], 7.0, LIMITS)
         == "the norm of the gradient is 7, above train.limits.max_gradient_norm = 5"
     )
-    assert explain_skipped_step([fine], None, GUARD) == "the gradient is not finite"
+    assert explain_skipped_step([fine], None, LIMITS) == "the gradient is not finite"
 
 
 def test_bad_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
@@ -297,7 +297,10 @@ def test_one_rank_is_asked_to_end_and_all_save(
 @pytest.mark.parametrize("whom", ["launcher", "everyone", "launcher is killed", "one process"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_as_they_come(interrupted: Any, whom: str, number: signal.Signals) -> None:
-    """To the launcher as a scheduler sends it, to every process at once as a terminal does, or a launcher that dies."""
+    """To the launcher, as a scheduler sends it, or to every process at once, as a terminal does.
+
+    Or the launcher dies.
+    """
     workers = "data.workers=1"
     process, folder, command = interrupted(
         1, workers, launcher=ONE if whom == "one process" else TWO
@@ -332,8 +335,10 @@ def test_signals_as_they_come(interrupted: Any, whom: str, number: signal.Signal
 def test_a_run_that_is_killed_again_and_again_equals_one_that_is_not(
     trained: Callable[[int], Path], phase: int, phantom_shards: Path, tmp_path: Path
 ) -> None:
-    """Kill −9 at ten random steps, of the whole run and of one rank in turn, with ZeRO-3 over two ranks (and NF4 in
-    phase 3)."""
+    """Kill −9 at ten random steps, of the whole run and of one rank in turn.
+
+    With ZeRO-3 over two ranks, and NF4 in phase 3.
+    """
     steps = 24
     if phase > 1:
         shutil.copytree(trained(phase - 1), tmp_path / "tiny" / f"phase{phase - 1}")
@@ -369,7 +374,7 @@ def test_a_run_that_is_killed_again_and_again_equals_one_that_is_not(
 def test_a_damaged_checkpoint_sends_a_run_back_to_the_one_before(
     trained: Callable[[int], Path], damage: str, tmp_path: Path, phantom_shards: Path
 ) -> None:
-    """A finished run whose newest checkpoint is not whole does the last steps again, and says why."""
+    """A finished run whose newest checkpoint is not whole repeats the last steps and says why."""
     unbroken = trained(3)
     shutil.copytree(unbroken.parent, tmp_path / "tiny")
     folder = tmp_path / "tiny" / "phase3"
@@ -405,7 +410,10 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     phantom_shards: Path,
     tmp_path: Path,
 ) -> None:
-    """With as many samples a step: the moving average, learned weights and a part that begins late come along."""
+    """With as many samples a step.
+
+    The moving average, learned weights and a part that begins late come along.
+    """
     if phase > 1:
         shutil.copytree(trained(phase - 1), tmp_path / "tiny" / f"phase{phase - 1}")
     late = "classifier" if phase == 1 else "localizer"
@@ -457,7 +465,10 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 def test_nonsense_in_the_images_is_skipped(
     trained: Callable[[int], Path], phase: int, phantom_shards: Path, tmp_path: Path
 ) -> None:
-    """One voxel that is not a number spoils the step of both ranks: its weights and optimizer stay as they were."""
+    """One voxel that is not a number spoils the step of both ranks.
+
+    Weights and optimizer stay as they were.
+    """
     if phase > 1:
         shutil.copytree(trained(phase - 1), tmp_path / "tiny" / f"phase{phase - 1}")
     more = ["train.keep_checkpoints=100", f"train.phases.phase{phase}.save_every=1"]
@@ -551,7 +562,7 @@ def test_a_rank_that_stops_ends_the_run(interrupted: Any, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoints_before(interrupted: Any) -> None:
-    """Files may not grow beyond a size that the log fits into and a checkpoint does not, as on a full disk."""
+    """As on a full disk: no file may exceed a size that fits the log but not a checkpoint."""
     process, folder, command = interrupted(2, f"train.phases.phase2.steps={3 * STEPS}")
     wait_for(lambda: run_folder.list_checkpoints(folder), process)
     for rank in ranks(process):
