@@ -56,13 +56,12 @@ def _number_classes(names: str) -> dict[int, str]:
 TOTAL_V2: ClassNames = _number_classes(
     "spleen kidney_right kidney_left gallbladder liver stomach pancreas adrenal_gland_right "
     f"adrenal_gland_left {_LOBES} esophagus trachea thyroid_gland small_bowel duodenum colon "
-    "urinary_bladder prostate kidney_cyst_left kidney_cyst_right sacrum vertebrae_S1 "
-    f"{_VERTEBRAE} heart aorta pulmonary_vein brachiocephalic_trunk subclavian_artery_right "
+    f"urinary_bladder prostate kidney_cyst_left kidney_cyst_right sacrum vertebrae_S1 {_VERTEBRAE} "
+    "heart aorta pulmonary_vein brachiocephalic_trunk subclavian_artery_right "
     "subclavian_artery_left common_carotid_artery_right common_carotid_artery_left "
-    "brachiocephalic_vein_left brachiocephalic_vein_right atrial_appendage_left "
-    "superior_vena_cava inferior_vena_cava portal_vein_and_splenic_vein "
-    f"{_ILIAC} {_LIMBS} hip_left hip_right spinal_cord {_GLUTEI} {_BACK} brain skull "
-    f"{_RIBS} sternum costal_cartilages"
+    "brachiocephalic_vein_left brachiocephalic_vein_right atrial_appendage_left superior_vena_cava "
+    f"inferior_vena_cava portal_vein_and_splenic_vein {_ILIAC} {_LIMBS} hip_left hip_right "
+    f"spinal_cord {_GLUTEI} {_BACK} brain skull {_RIBS} sternum costal_cartilages"
 )
 """Task `total` of version 2, 117 classes."""
 

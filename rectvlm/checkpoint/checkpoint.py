@@ -192,8 +192,7 @@ class Checkpoint:
             if faults:
                 raise UserError(
                     f"{self.folder} is damaged: {'; '.join(faults)}; use another checkpoint, or "
-                    "fetch "
-                    "or export the model again."
+                    "fetch or export the model again."
                 )
         if "generator" in parts:
             _check_adapter_config(self)
@@ -269,8 +268,7 @@ def _read_description(path: Path) -> ModelDescription:
     if tree.get("model_type") != MODEL_TYPE:
         raise UserError(
             f"{path} describes a model of type {tree.get('model_type')!r}, not {MODEL_TYPE!r}: "
-            "give a "
-            "folder of rectvlm."
+            "give a folder of rectvlm."
         )
     version = tree.get("format")
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -288,8 +286,7 @@ def _read_description(path: Path) -> ModelDescription:
         if description.labels.get(name) != labels:
             raise UserError(
                 f"{path} lists other {name} than this version of rectvlm, or in another order, so "
-                "that "
-                "its weights would be read under wrong names; use the version that wrote it."
+                "that its weights would be read under wrong names; use the version that wrote it."
             )
     return description
 

@@ -122,8 +122,7 @@ def write_model(
         if differing:
             raise UserError(
                 f"{work} does not hold what was written to it ({', '.join(differing[:8])}): check "
-                "the "
-                "disk."
+                "the disk."
             )
     return target
 

@@ -96,8 +96,7 @@ def explain_hub_errors(
         )
         raise UserError(
             f"{repository} is gated: accept its terms at {endpoint}/{repository}, {account}, and "
-            "try "
-            "again."
+            "try again."
         ) from None
     except RevisionNotFoundError:
         raise UserError(f"{repository} has no revision {revision!r} at {endpoint}.") from None
@@ -123,8 +122,7 @@ def explain_hub_errors(
     except HTTPError as error:
         raise UserError(
             f"Could not reach {endpoint} for {repository} ({_one_line(error)}): check the network, "
-            "or "
-            "give a mirror or a folder with --from; files that have arrived are kept."
+            "or give a mirror or a folder with --from; files that have arrived are kept."
         ) from None
     except OSError as error:
         raise UserError(_explain_disk_error(error, repository)) from None
@@ -139,14 +137,12 @@ def _explain_status(status: int, repository: str, endpoint: str) -> str:
             )
         return (
             f"{endpoint} wants to know who asks for {repository}: log in with `hf auth login`, or "
-            "set "
-            "HF_TOKEN."
+            "set HF_TOKEN."
         )
     if status == 403:
         return (
             f"{endpoint} forbids {repository} to the account of this token: ask its owner, or use "
-            "a "
-            "token with more rights."
+            "a token with more rights."
         )
     return (
         f"{endpoint} answers {status} for {repository}: try later; files that have arrived are "
@@ -158,8 +154,7 @@ def _explain_disk_error(error: OSError, repository: str) -> str:
     if is_disk_full(error):
         return (
             f"The disk is full while {repository} is fetched: make room and try again; files that "
-            "have "
-            "arrived are kept."
+            "have arrived are kept."
         )
     reason = error.strerror or _one_line(error)
     return f"{repository} could not be transferred ({reason}): try again."

@@ -108,7 +108,6 @@ def find_checkpoint(folder: str | Path, remedy: str) -> Path:
     if not checkpoints:
         raise UserError(
             f"No checkpoint in {folder}: expected {MODEL_CONFIG_FILE}, or "
-            f"checkpoints/step-…/{MODEL_CONFIG_FILE} "
-            f"in a run's phase folder; {remedy}."
+            f"checkpoints/step-…/{MODEL_CONFIG_FILE} in a run's phase folder; {remedy}."
         )
     return checkpoints[-1]

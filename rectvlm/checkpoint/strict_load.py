@@ -63,8 +63,7 @@ def check_tensors(
     if phrases:
         raise UserError(
             f"The weights in {where} do not fit the model: {'; '.join(phrases)}; use the "
-            "configuration "
-            "they came from."
+            "configuration they came from."
         )
 
 

@@ -183,8 +183,7 @@ class RectVLM(nn.Module):
         if empty:
             raise UserError(
                 f"{len(empty)} tensors of the model, such as {empty[0]}, are sharded or have no "
-                "values: "
-                "give gathered ones as `state_dict`, or export the run's checkpoint with "
+                "values: give gathered ones as `state_dict`, or export the run's checkpoint with "
                 "`rectvlm export`."
             )
         return {name: tensors[name] for name in names}
@@ -347,8 +346,7 @@ def _check_parts(parts: Sequence[ModelPart], checkpoint: Checkpoint) -> None:
     if not {"encoder", "classifier"} <= set(parts):
         raise UserError(
             f"parts {tuple(parts)} make no model: the encoder and the classifier belong to every "
-            "one; "
-            "rectvlm.models.load_part loads one part alone."
+            "one; rectvlm.models.load_part loads one part alone."
         )
     if "generator" in parts and "localizer" not in parts:
         raise UserError(
@@ -359,8 +357,7 @@ def _check_parts(parts: Sequence[ModelPart], checkpoint: Checkpoint) -> None:
         raise UserError(
             f"The localizer of {checkpoint.folder} is a summand of its findings "
             "(localizer.volumes_to_findings), so without it the classifier would answer "
-            "differently: "
-            "add the localizer to parts."
+            "differently: add the localizer to parts."
         )
 
 

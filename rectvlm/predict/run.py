@@ -128,8 +128,7 @@ def find_volumes(source: Path, leave_out: Path) -> list[Path]:
     if not files:
         raise UserError(
             f"No .nii or .nii.gz in {source}: convert DICOM series to NIfTI first, for example "
-            "with "
-            "dcm2niix."
+            "with dcm2niix."
         )
     return files
 

@@ -75,8 +75,7 @@ class HubRepository:
         if damaged:
             raise UserError(
                 f"{', '.join(damaged)} from {self.address} arrived with another digest than the "
-                "hub "
-                "states: try again, or use another mirror."
+                "hub states: try again, or use another mirror."
             )
         return target
 

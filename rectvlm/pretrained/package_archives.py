@@ -96,8 +96,7 @@ def _download_archive(
     if "DO NOT MATCH THE HASHES" in download.stderr:
         raise UserError(
             f"The package index gave another archive of {package} {version} than the one with "
-            "SHA-256 "
-            f"{sha256}: it was not opened; check the index that pip is set to."
+            f"SHA-256 {sha256}: it was not opened; check the index that pip is set to."
         )
     if download.returncode or len(archives) != 1:
         reason = "no reason"

@@ -77,8 +77,7 @@ def pull_model(
         if name not in PUBLISHED_SIZES and not has_own_source:
             raise UserError(
                 f"No weights of size {name} are published yet: name a repository that has some "
-                "with "
-                "--repo OWNER/NAME, or a folder or mirror with --from."
+                "with --repo OWNER/NAME, or a folder or mirror with --from."
             )
         folder = out or models_folder() / f"rectvlm-{name}"
         return _pull_checkpoint(
@@ -112,9 +111,8 @@ def find_model_in(where: str, repository: str) -> Path:
         if (folder / MODEL_CONFIG_FILE).is_file():
             return folder
     raise UserError(
-        f"No model in {root}: expected {repository}/{MODEL_CONFIG_FILE} or {MODEL_CONFIG_FILE} there; give "
-        "--from a "
-        "folder that has one of them, or the address of a mirror (http…)."
+        f"No model in {root}: expected {repository}/{MODEL_CONFIG_FILE} or {MODEL_CONFIG_FILE} "
+        "there; give --from a folder that has one of them, or the address of a mirror (http…)."
     )
 
 
@@ -147,8 +145,7 @@ def _pull_checkpoint(
         if name not in repository.files:
             raise UserError(
                 f"{repository.address} holds no {name}, so it is no model that `rectvlm weights "
-                "push` "
-                "has published."
+                "push` has published."
             )
     former_files = _list_former_files(folder)
     # Until all files are here, the new manifest keeps the folder from being read.

@@ -95,8 +95,7 @@ def _refuse_loss(remote_files: Iterable[str], parts: Sequence[ModelPart], where:
     if lost:
         raise UserError(
             f"{where} holds {', '.join(lost)}, which this push would remove: push the whole model, "
-            "or "
-            "the part to a repository of its own."
+            "or the part to a repository of its own."
         )
 
 

@@ -41,8 +41,7 @@ def find_model_faults(target: str) -> tuple[Path, list[str]]:
     if target in BUNDLED_MODELS:
         raise UserError(
             f"{target} is checked when it is prepared and has no {MANIFEST_FILE}: to prepare it "
-            "again, "
-            f"remove {models_folder() / target} and pull it."
+            f"again, remove {models_folder() / target} and pull it."
         )
     folder = models_folder() / f"rectvlm-{target}"
     if target in SIZE_REPOSITORIES and folder.is_dir():

@@ -54,9 +54,8 @@ class ProgressFigures:
         mfu = "–" if self.mfu is None else f"{self.mfu:.1%}"
         return (
             f"loss {_format_number(self.loss)} ({tasks}), {self.samples_per_second:.3g} samples/s, "
-            f"{_format_thousands(self.tokens_per_second)} tokens/s, MFU {mfu}, "
-            f"data wait {self.data_wait_share:.0%}, "
-            f"memory {self.peak_memory_bytes / 1e9:.3g} GB, "
+            f"{_format_thousands(self.tokens_per_second)} tokens/s, MFU {mfu}, data wait "
+            f"{self.data_wait_share:.0%}, memory {self.peak_memory_bytes / 1e9:.3g} GB, "
             f"{_format_duration(self.seconds_left)} left"
         )
 
