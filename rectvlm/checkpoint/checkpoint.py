@@ -75,7 +75,7 @@ class TrainingState:
     """Number of ranks."""
     stage: str | None = None
     """Sub-step of the phase; None for the phase itself."""
-    bad_in_a_row: int = 0
+    skipped_in_a_row: int = 0
     """Skipped steps immediately before this one."""
 
 

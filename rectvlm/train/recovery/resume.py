@@ -110,7 +110,7 @@ def read_position(resumed_from: Path | None) -> TrainingPosition:
     if resumed_from is None:
         return TrainingPosition(step=0, samples_seen=0)
     state = Checkpoint.open(resumed_from).training
-    return TrainingPosition(state.step, state.samples_seen, state.bad_in_a_row)
+    return TrainingPosition(state.step, state.samples_seen, state.skipped_in_a_row)
 
 
 def prepare_run_folder(

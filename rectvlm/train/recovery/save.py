@@ -102,7 +102,7 @@ def _write_rank_files(
                 samples_seen=position.samples_seen,
                 world_size=engine.world_size,
                 stage=phase.stage,
-                bad_in_a_row=position.skipped_in_a_row,
+                skipped_in_a_row=position.skipped_in_a_row,
             )
             checkpoint = Checkpoint(work, phase.parts, config, training, package_versions())
             files += checkpoint.write_files(tensors, engine.model.module.lora_config())
