@@ -54,7 +54,7 @@ def argument(**settings: Any) -> dict[str, Any]:
     """Metadata of a dataclass field that carries settings of its command-line argument.
 
     Args:
-        settings: Fields of `ArgumentSettings`.
+        settings: fields of `ArgumentSettings`.
     """
     return {_METADATA_KEY: ArgumentSettings(**settings)}
 
@@ -67,9 +67,9 @@ def add_options(
     """Add an argument for each field of a dataclass to a parser or to a group of its arguments.
 
     Args:
-        parser: Receives the arguments.
-        options_class: A dataclass.
-        exclude: Names of fields that are no arguments.
+        parser: receives the arguments.
+        options_class: a dataclass.
+        exclude: names of fields that are no arguments.
     """
     field_types = typing.get_type_hints(options_class)
     docstrings = _field_docstrings(options_class)
@@ -98,9 +98,9 @@ def options_from_namespace(
     """Build a dataclass from parsed arguments.
 
     Args:
-        options_class: The dataclass that was given to `add_options`.
-        namespace: Parsed arguments.
-        values: Fields that do not come from the command line.
+        options_class: the dataclass that was given to `add_options`.
+        namespace: parsed arguments.
+        values: fields that do not come from the command line.
     """
     field_types = typing.get_type_hints(options_class)
     for field in dataclasses.fields(options_class):  # type: ignore[arg-type]
@@ -130,9 +130,9 @@ class CommandParser(argparse.ArgumentParser):
         """Take the arguments of `argparse.ArgumentParser`.
 
         Args:
-            args: Positional arguments of `argparse.ArgumentParser`.
-            add_arguments: Called once with this parser before it reads its arguments.
-            settings: Keyword arguments of `argparse.ArgumentParser`.
+            args: positional arguments of `argparse.ArgumentParser`.
+            add_arguments: called once with this parser before it reads its arguments.
+            settings: keyword arguments of `argparse.ArgumentParser`.
         """
         super().__init__(*args, **settings)
         self._add_arguments = add_arguments

@@ -21,8 +21,8 @@ def find_imported_modules(
     The `__init__` of a package counts where a name is imported from the package itself.
 
     Args:
-        roots: Dotted names of modules.
-        packages: Top-level packages whose modules are followed; others are left out.
+        roots: dotted names of modules.
+        packages: top-level packages whose modules are followed; others are left out.
     """
     waiting = set(roots)
     modules: set[str] = set()

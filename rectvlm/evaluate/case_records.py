@@ -76,11 +76,11 @@ def evaluate_batch(
     """Predict a batch and compare it with the truth.
 
     Args:
-        model: In eval mode, on its device.
-        batch: On the CPU.
-        positions: Number of each of its samples in the split.
-        purpose: With `fit`, lesions and reports are left out.
-        options: Options of the evaluation.
+        model: in eval mode, on its device.
+        batch: on the CPU.
+        positions: number of each of its samples in the split.
+        purpose: with `fit`, lesions and reports are left out.
+        options: options of the evaluation.
 
     Raises:
         UserError: The model's output is not finite, or a file of outlines cannot be used.

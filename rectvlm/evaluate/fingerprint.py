@@ -45,12 +45,12 @@ def compute_fingerprint(
     checksums of the tars.
 
     Args:
-        checkpoint: Folder of the checkpoint.
-        config: Configuration of the checkpoint.
-        shards: Shards that are evaluated.
-        device: Device of the model.
-        options: Options of the evaluation.
-        has_reports: Whether reports are generated, so that the frozen language model counts too.
+        checkpoint: folder of the checkpoint.
+        config: configuration of the checkpoint.
+        shards: shards that are evaluated.
+        device: device of the model.
+        options: options of the evaluation.
+        has_reports: whether reports are generated, so that the frozen language model counts too.
 
     Raises:
         OSError: The index of the shards cannot be read.
@@ -84,7 +84,7 @@ def identify_language_model(reference: str) -> dict[str, str | None]:
     the commit that it leads to and another may not.
 
     Args:
-        reference: A folder, a hub id, or `bundled:NAME`.
+        reference: a folder, a hub id, or `bundled:NAME`.
 
     Raises:
         UserError: The bundled name is unknown, or the path does not exist.

@@ -39,9 +39,9 @@ class EvaluationJournal:
         """Name the folder of the records, without writing yet.
 
         Args:
-            out: Folder of the evaluation.
-            fingerprint: Fingerprint that the records have in common.
-            rank: Number of this process.
+            out: folder of the evaluation.
+            fingerprint: fingerprint that the records have in common.
+            rank: number of this process.
         """
         self.folder = out / "cases" / hash_fingerprint(fingerprint)
         self.fingerprint = fingerprint
@@ -81,8 +81,8 @@ class EvaluationJournal:
         """Wait until other processes have written theirs, and return the records.
 
         Args:
-            expected: Cases that must have a record.
-            timeout_seconds: Silence of all processes that counts as an end.
+            expected: cases that must have a record.
+            timeout_seconds: silence of all processes that counts as an end.
 
         Raises:
             UserError: No process wrote a record for `timeout_seconds`.

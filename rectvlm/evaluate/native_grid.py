@@ -56,11 +56,11 @@ def lesions_to_native_grid(
     """Bring a case's lesions to its native grid.
 
     Args:
-        probabilities: Predicted probabilities on the model's grid, (5, z, y, x).
-        truth: True lesion bits of the shard, (z, y, x).
-        meta: Metadata of the sample.
-        annotated: Lesions that count; the others stay empty.
-        outline_folder: Folder of outlines as they were drawn.
+        probabilities: predicted probabilities on the model's grid, (5, z, y, x).
+        truth: true lesion bits of the shard, (z, y, x).
+        meta: metadata of the sample.
+        annotated: lesions that count; the others stay empty.
+        outline_folder: folder of outlines as they were drawn.
 
     Raises:
         UserError: A file of outlines cannot be read or lies elsewhere than its CT.

@@ -51,9 +51,9 @@ def write_plots(folder: Path, result: EvaluationResult, scans: ScanResults) -> l
     """Write all plots to a folder.
 
     Args:
-        folder: Folder of the evaluation.
-        result: Metrics of `evaluate_checkpoint`.
-        scans: Results by scan.
+        folder: folder of the evaluation.
+        result: metrics of `evaluate_checkpoint`.
+        scans: results by scan.
 
     Returns:
         The files that were written.

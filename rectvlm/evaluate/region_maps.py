@@ -26,8 +26,8 @@ class RegionMapUsage:
         """Count the maps of case records.
 
         Args:
-            records: One record for each volume.
-            hidden: Whether the maps were kept from the model.
+            records: one record for each volume.
+            hidden: whether the maps were kept from the model.
         """
         sources = [record.regions for record in records if record.regions is not None]
         return cls(len(sources), sources.count(COARSE_REGIONS_SOURCE), hidden)

@@ -31,10 +31,10 @@ def evaluate_reports(
     The difference is image minus control, on the same resamples of the patients.
 
     Args:
-        scans: Results of the evaluation by scan.
-        config: Configuration that names the encoder of BERTScore.
-        labeler: Labeler that reads findings in the texts.
-        weights: Resamples of the N scans with a generated report, (R, N); None for no intervals.
+        scans: results of the evaluation by scan.
+        config: configuration that names the encoder of BERTScore.
+        labeler: labeler that reads findings in the texts.
+        weights: resamples of the N scans with a generated report, (R, N); None for no intervals.
     """
     numbers, records = scans.select_report_cases()
     references = [record.reference for record in records]
@@ -70,8 +70,8 @@ def resample_report_scores(
     of cases.
 
     Args:
-        statistics: Statistics of N cases.
-        weights: How often each case counts in each resample, (R, N).
+        statistics: statistics of N cases.
+        weights: how often each case counts in each resample, (R, N).
     """
     counts, values = _split_columns(statistics)
     has_reference = statistics.has_reference

@@ -99,12 +99,12 @@ def evaluate_checkpoint(
     others and writes.
 
     Args:
-        checkpoint: A run's phase folder, or one checkpoint in it.
-        shards: Folder or URL of shards; by default those of the checkpoint's configuration.
+        checkpoint: a run's phase folder, or one checkpoint in it.
+        shards: folder or URL of shards; by default those of the checkpoint's configuration.
         out: JSON file of the metrics; by default `evaluation-SPLIT/metrics.json` in the
             checkpoint's folder. All other files lie beside it.
-        device: Device of the model; by default a GPU for each process if there is one.
-        options: What is evaluated and how.
+        device: device of the model; by default a GPU for each process if there is one.
+        options: what is evaluated and how.
 
     Returns:
         The metrics; None on all processes but the first.

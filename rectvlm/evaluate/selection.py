@@ -44,11 +44,11 @@ def was_selected_on(
     a choice too, but of where to begin.
 
     Args:
-        checkpoint: Folder of the checkpoint.
-        config: Configuration that it was trained with.
-        state: Training state of the checkpoint.
-        split: Split that is evaluated.
-        has_training_shards: Whether the evaluated shards are those of the training; None where
+        checkpoint: folder of the checkpoint.
+        config: configuration that it was trained with.
+        state: training state of the checkpoint.
+        split: split that is evaluated.
+        has_training_shards: whether the evaluated shards are those of the training; None where
             that is not known.
 
     Returns:

@@ -35,7 +35,7 @@ def read_thresholds(folder: Path) -> dict[str, float] | None:
     """Read the fitted thresholds of a checkpoint by finding; None when none was fitted.
 
     Args:
-        folder: Folder of the checkpoint.
+        folder: folder of the checkpoint.
 
     Raises:
         UserError: The file is damaged.
@@ -54,7 +54,7 @@ def read_stored_thresholds(folder: Path) -> FittedThresholds | None:
     """Read the thresholds of a checkpoint with their origin; None when none is fitted.
 
     Args:
-        folder: Folder of the checkpoint.
+        folder: folder of the checkpoint.
 
     Raises:
         UserError: The file is damaged.

@@ -78,7 +78,7 @@ def render_markdown(result: EvaluationResult) -> str:
     """Render all figures that a report on a model needs, as one page.
 
     Args:
-        result: Metrics of `evaluate_checkpoint`.
+        result: metrics of `evaluate_checkpoint`.
     """
     sections = [
         _render_title(result),
@@ -98,7 +98,7 @@ def terminal_table(result: EvaluationResult) -> Table:
     """Table of the main figures; the column `air` is the control without the image.
 
     Args:
-        result: Metrics of `evaluate_checkpoint`.
+        result: metrics of `evaluate_checkpoint`.
     """
     title = f"{result.config}, {result.split} split, {result.n_scans} scans"
     table = Table(title=title, title_justify="left")

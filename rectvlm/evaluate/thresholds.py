@@ -32,12 +32,12 @@ def choose_thresholds(
     more cases.
 
     Args:
-        folder: Folder of the checkpoint.
-        fit_records: Records of the cases to fit on.
-        shards: Name of the shards that these cases come from.
-        stored_only: Whether stored thresholds are required.
-        has_training_shards: Whether the shards are those that the checkpoint was trained with.
-        regions_hidden: Whether region maps were kept from the model.
+        folder: folder of the checkpoint.
+        fit_records: records of the cases to fit on.
+        shards: name of the shards that these cases come from.
+        stored_only: whether stored thresholds are required.
+        has_training_shards: whether the shards are those that the checkpoint was trained with.
+        regions_hidden: whether region maps were kept from the model.
 
     Raises:
         UserError: Stored thresholds are needed and are damaged, or are required and missing.

@@ -31,9 +31,9 @@ def draw_patient_weights(patients: Sequence[str], n: int, seed: int = 0) -> Resa
     """Draw n resamples of the patients.
 
     Args:
-        patients: Patient of each case, (N,).
-        n: Number of resamples.
-        seed: Seed of the draw.
+        patients: patient of each case, (N,).
+        n: number of resamples.
+        seed: seed of the draw.
 
     Returns:
         How often each case counts, (n, N); the same for the same patients, n and seed.
@@ -62,8 +62,8 @@ def percentile_interval(samples: FloatArray, level: float = CONFIDENCE_LEVEL) ->
     patient.
 
     Args:
-        samples: Value of each resample, (R,); NaN where it has none.
-        level: Share of the values between the bounds.
+        samples: value of each resample, (R,); NaN where it has none.
+        level: share of the values between the bounds.
     """
     known = samples[np.isfinite(samples)]
     if len(known) < max(1, (len(samples) + 1) // 2):
@@ -82,9 +82,9 @@ def weighted_ratio(
     the ratio of true positives to calls.
 
     Args:
-        weights: How often each case counts, (R, N).
-        numerator: Summand of each case, (N,) or (N, K).
-        denominator: Summand of each case, of the same shape.
+        weights: how often each case counts, (R, N).
+        numerator: summand of each case, (N,) or (N, K).
+        denominator: summand of each case, of the same shape.
     """
     return divide_or_nan(weights @ numerator, weights @ denominator)
 
@@ -96,9 +96,9 @@ def auroc(weights: FloatArray, scores: FloatArray, truth: BoolArray) -> FloatArr
     class only. Equal to scikit-learn's with `sample_weight`.
 
     Args:
-        weights: How often each case counts, (R, N).
-        scores: Predicted scores, (N,).
-        truth: Whether each case is positive, (N,).
+        weights: how often each case counts, (R, N).
+        scores: predicted scores, (N,).
+        truth: whether each case is positive, (N,).
     """
     positives, negatives = _weights_by_score(weights, scores, truth)
     # From the highest score down: a negative is in order with the positives above it, and half

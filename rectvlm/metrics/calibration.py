@@ -44,10 +44,10 @@ def compute_reliability(
     one 1 as well.
 
     Args:
-        weights: How often each case counts in each resample, (R, N).
-        probabilities: Predicted probabilities, (N,).
-        truth: Whether each case has the finding, (N,).
-        n_bins: Number of bins, K.
+        weights: how often each case counts in each resample, (R, N).
+        probabilities: predicted probabilities, (N,).
+        truth: whether each case has the finding, (N,).
+        n_bins: number of bins, K.
     """
     edges = np.linspace(0, 1, n_bins + 1)
     bin_of_case = np.clip(np.searchsorted(edges, probabilities, side="right") - 1, 0, n_bins - 1)

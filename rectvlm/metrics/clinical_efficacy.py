@@ -20,9 +20,9 @@ def count_confusions(called: BoolArray, truth: BoolArray, known: BoolArray) -> C
     """Count the outcomes of each case.
 
     Args:
-        called: Findings that the generated report states, (N, 18).
-        truth: True findings, (N, 18), read only where known.
-        known: Whether each true finding is known, (N, 18).
+        called: findings that the generated report states, (N, 18).
+        truth: true findings, (N, 18), read only where known.
+        known: whether each true finding is known, (N, 18).
 
     Returns:
         True positives, false positives, false negatives and known labels, (N, 18, 4), 0 or 1.
@@ -42,7 +42,7 @@ def score_clinical_efficacy(counts: CountArray) -> JsonObject:
     has no F1. Precision is 0 where nothing was called.
 
     Args:
-        counts: Counts of `count_confusions`, (N, 18, 4).
+        counts: counts of `count_confusions`, (N, 18, 4).
     """
     totals = counts.sum(axis=0)
     scores = _precision_recall_f1(totals)
@@ -85,7 +85,7 @@ def crg_score(totals: CountArray) -> float | None:
     label is positive, or all are.
 
     Args:
-        totals: True positives, false positives, false negatives, known labels, (4,).
+        totals: true positives, false positives, false negatives, known labels, (4,).
     """
     positives, known = int(totals[TP] + totals[FN]), int(totals[KNOWN])
     if positives in (0, known):

@@ -43,10 +43,10 @@ def fit_thresholds(
     not fitted.
 
     Args:
-        probabilities: Predicted probabilities, (N, 18).
-        labels: Labels, (N, 18), 0 or 1; read only where known.
-        known: Whether each label is known, (N, 18).
-        source: Description of these cases.
+        probabilities: predicted probabilities, (N, 18).
+        labels: labels, (N, 18), 0 or 1; read only where known.
+        known: whether each label is known, (N, 18).
+        source: description of these cases.
     """
     _check_arrays(probabilities, labels, known)
     values = np.full(N_FINDINGS, DEFAULT_THRESHOLD)
@@ -80,11 +80,11 @@ def score_findings(
     positives.
 
     Args:
-        probabilities: Predicted probabilities, (N, 18).
-        labels: Labels, (N, 18), 0 or 1; read only where known.
-        known: Whether each label is known, (N, 18).
-        thresholds: Thresholds, (18,); a finding is called where `probability >= threshold`.
-        weights: Resamples of `bootstrap.draw_patient_weights`, (R, N), which add 95% intervals,
+        probabilities: predicted probabilities, (N, 18).
+        labels: labels, (N, 18), 0 or 1; read only where known.
+        known: whether each label is known, (N, 18).
+        thresholds: thresholds, (18,); a finding is called where `probability >= threshold`.
+        weights: resamples of `bootstrap.draw_patient_weights`, (R, N), which add 95% intervals,
             `ci95`, to each finding and each mean.
 
     Returns:

@@ -17,8 +17,8 @@ def count_lesion_voxels(predicted: BoolArray, truth: MaskVolume) -> CountArray:
     """Count the voxels of each lesion, which are all that Dice and IoU need of a case.
 
     Args:
-        predicted: Predicted masks, (5, Z, Y, X), bool.
-        truth: True lesion bits, (Z, Y, X).
+        predicted: predicted masks, (5, Z, Y, X), bool.
+        truth: true lesion bits, (Z, Y, X).
 
     Returns:
         Voxels in the intersection, the prediction and the truth, (5, 3).
@@ -44,8 +44,8 @@ def score_lesion_overlap(counts: CountArray, annotated: BoolArray) -> JsonObject
     only.
 
     Args:
-        counts: Voxel counts of `count_lesion_voxels`, (N, 5, 3).
-        annotated: Whether each lesion was annotated, (N, 5).
+        counts: voxel counts of `count_lesion_voxels`, (N, 5, 3).
+        annotated: whether each lesion was annotated, (N, 5).
     """
     assert counts.shape == (*annotated.shape, 3), (counts.shape, annotated.shape)
     assert annotated.shape[1:] == (N_LESIONS,), annotated.shape

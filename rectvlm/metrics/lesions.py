@@ -89,10 +89,10 @@ def compare_lesion_masks(
     Work and memory follow the box around both masks, not the volume.
 
     Args:
-        predicted: Predicted mask, (I, J, K), bool.
-        truth: True mask, (I, J, K), bool.
-        spacing_mm: Voxel spacing along each axis, mm.
-        tolerance_mm: Tolerance of the surface Dice, mm.
+        predicted: predicted mask, (I, J, K), bool.
+        truth: true mask, (I, J, K), bool.
+        spacing_mm: voxel spacing along each axis, mm.
+        tolerance_mm: tolerance of the surface Dice, mm.
     """
     assert predicted.shape == truth.shape and predicted.dtype == truth.dtype == np.bool_
     boxes = ndimage.find_objects((predicted | truth).view(np.uint8))
@@ -155,8 +155,8 @@ def score_lesions(
     in `n_missed`. The other scores are defined in `docs/concepts/evaluation.md`.
 
     Args:
-        cases: Five lesions of each case, None where a lesion was not annotated.
-        weights: Resamples of `bootstrap.draw_patient_weights`, (R, N), which add 95% intervals,
+        cases: five lesions of each case, None where a lesion was not annotated.
+        weights: resamples of `bootstrap.draw_patient_weights`, (R, N), which add 95% intervals,
             `ci95`.
 
     Returns:

@@ -141,14 +141,14 @@ def score_reports(
     tokens.
 
     Args:
-        generated: Generated report of each case, (N,).
-        references: True report of each case, (N,); None where there is none.
-        bertscore_model: Folder or hub id of an encoder; BERTScore is left out, with its reason,
+        generated: generated report of each case, (N,).
+        references: true report of each case, (N,); None where there is none.
+        bertscore_model: folder or hub id of an encoder; BERTScore is left out, with its reason,
             without one that loads.
-        labels: Labels, (N, 18), 0 or 1; read only where known.
-        known: Whether each label is known, (N, 18); by default all are.
+        labels: labels, (N, 18), 0 or 1; read only where known.
+        known: whether each label is known, (N, 18); by default all are.
         labeler: `rules`, the folder or hub id of a classifier, or a `ReportLabeler`.
-        uncertain_is_present: Whether an uncertain finding counts as present.
+        uncertain_is_present: whether an uncertain finding counts as present.
 
     Raises:
         UserError: The labeler cannot be loaded, or has other labels.

@@ -22,9 +22,9 @@ def hd95(predicted: BoolArray, truth: BoolArray, spacing_mm: Sequence[float]) ->
     and the larger one is the result.
 
     Args:
-        predicted: Predicted mask, (I, J, K).
-        truth: True mask, (I, J, K).
-        spacing_mm: Voxel spacing along each axis, mm.
+        predicted: predicted mask, (I, J, K).
+        truth: true mask, (I, J, K).
+        spacing_mm: voxel spacing along each axis, mm.
     """
     # Seconds to import, and a first phase has no masks.
     from monai.metrics import compute_hausdorff_distance
@@ -60,10 +60,10 @@ def surface_dice(
     float32, which takes several GB for a whole CT.
 
     Args:
-        predicted: Predicted mask, (I, J, K).
-        truth: True mask, (I, J, K).
-        spacing_mm: Voxel spacing along each axis, mm.
-        tolerance_mm: Largest distance that counts as right, mm.
+        predicted: predicted mask, (I, J, K).
+        truth: true mask, (I, J, K).
+        spacing_mm: voxel spacing along each axis, mm.
+        tolerance_mm: largest distance that counts as right, mm.
     """
     if not predicted.any() or not truth.any():
         return 0.0 if predicted.any() or truth.any() else None

@@ -72,8 +72,8 @@ def bleu(counts: CountArray, order: int) -> float:
     """Corpus BLEU, 0 to 1, with exponential smoothing.
 
     Args:
-        counts: Sum over cases of `bleu_counts`, (10,).
-        order: Length of the longest n-grams, words.
+        counts: sum over cases of `bleu_counts`, (10,).
+        order: length of the longest n-grams, words.
     """
     text_length, reference_length = int(counts[0]), int(counts[1])
     matches, totals = counts[2 : 2 + MAX_NGRAM], counts[2 + MAX_NGRAM :]
@@ -202,9 +202,9 @@ def _cider_d_score(
     """CIDEr-D of one text.
 
     Args:
-        ngrams: Counts of the text's n-grams.
-        true_ngrams: Counts of the reference's n-grams.
-        weights: Inverse document frequency of every n-gram.
+        ngrams: counts of the text's n-grams.
+        true_ngrams: counts of the reference's n-grams.
+        weights: inverse document frequency of every n-gram.
     """
     products, squares, true_squares = (np.zeros(MAX_NGRAM) for _ in range(3))
     for ngram, count in ngrams.items():
@@ -235,9 +235,9 @@ def bertscore_by_case(
     on one with Transformers 5.
 
     Args:
-        generated: Generated reports.
-        references: Reference reports.
-        model: Folder or hub id of the encoder.
+        generated: generated reports.
+        references: reference reports.
+        model: folder or hub id of the encoder.
 
     Raises:
         OSError: The encoder cannot be loaded.

@@ -34,9 +34,9 @@ class ClassifierLabeler:
         """Load a classifier.
 
         Args:
-            model: Folder or hub id.
-            batch_size: Number of reports that are read together.
-            device: Device of the classifier; by default the GPU if there is one.
+            model: folder or hub id.
+            batch_size: number of reports that are read together.
+            device: device of the classifier; by default the GPU if there is one.
 
         Raises:
             UserError: It cannot be loaded, or its labels are not the 18 findings.

@@ -18,8 +18,8 @@ def split_clauses(text: str, names: Sequence[Span]) -> list[Span]:
     """Split a sentence where one statement ends and another begins.
 
     Args:
-        text: The sentence.
-        names: Spans of the findings' names.
+        text: the sentence.
+        names: spans of the findings' names.
     """
     cuts = {0, len(text)}
     cuts.update(match.end() for match in modifiers.CLAUSE_END.finditer(text))
@@ -78,9 +78,9 @@ def _find_subject_after(text: str, start: int, cuts: Collection[int]) -> int | N
     between: a list of what is denied, as after "no".
 
     Args:
-        text: The sentence.
-        start: Position after the words that begin the phrase.
-        cuts: Positions where clauses begin and end.
+        text: the sentence.
+        start: position after the words that begin the phrase.
+        cuts: positions where clauses begin and end.
     """
     verb = modifiers.VERB.search(text, start)
     if verb is None or any(start < cut <= verb.start() for cut in cuts):

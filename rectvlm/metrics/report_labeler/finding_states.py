@@ -27,10 +27,10 @@ def classify_mention(clause: str, start: int, end: int, following: str) -> Findi
     """Classify the mention of a finding.
 
     Args:
-        clause: Text of the clause.
-        start: First character of the finding's name in the clause.
-        end: Last character + 1 of the name.
-        following: Text of the sentence after the name.
+        clause: text of the clause.
+        start: first character of the finding's name in the clause.
+        end: last character + 1 of the name.
+        following: text of the sentence after the name.
     """
     if _is_in_forward_scope(modifiers.HISTORY_BEFORE, clause, start):
         return FindingState.NOT_MENTIONED
@@ -79,12 +79,12 @@ def classify_by_size(
     """Present or absent by the short axis that is stated with a name; not mentioned without one.
 
     Args:
-        text: The sentence.
-        clause_start: First character of the name's clause.
-        name: Span of the name.
-        other_names: First characters of the names of other findings, whose measurements do not
+        text: the sentence.
+        clause_start: first character of the name's clause.
+        name: span of the name.
+        other_names: first characters of the names of other findings, whose measurements do not
             count.
-        min_short_axis_mm: Shortest axis of a finding that is present, mm.
+        min_short_axis_mm: shortest axis of a finding that is present, mm.
     """
     start, end = name
     next_name = min((other for other in other_names if other >= end), default=len(text))

@@ -93,8 +93,8 @@ def count_side_outcomes(generated: Sequence[str], references: Sequence[str | Non
     the finding is there without a side; not_mentioned: the finding is not there.
 
     Args:
-        generated: Generated report of each case, (N,).
-        references: True report of each case, (N,); None where there is none.
+        generated: generated report of each case, (N,).
+        references: true report of each case, (N,); None where there is none.
 
     Returns:
         Counts by finding of `SIDED_FINDINGS` and by `SIDE_OUTCOMES`, (N, 11, 5), 0 or 1; all 0
@@ -130,7 +130,7 @@ def score_laterality(counts: CountArray) -> JsonObject:
     n counts findings whose side the reference states and which the generated report names.
 
     Args:
-        counts: Counts of `count_side_outcomes`, (N, 11, 5).
+        counts: counts of `count_side_outcomes`, (N, 11, 5).
     """
     per_finding = {}
     for i, finding in enumerate(SIDED_FINDINGS):
@@ -145,7 +145,7 @@ def score_lesion_laterality(counts: CountArray) -> JsonObject:
     """Accuracy of sides over the lesions' findings.
 
     Args:
-        counts: Counts of `count_side_outcomes`, (N, 11, 5).
+        counts: counts of `count_side_outcomes`, (N, 11, 5).
     """
     lesion_rows = [SIDED_FINDINGS.index(finding) for finding in SIDED_LESION_FINDINGS]
     return _side_accuracy(counts[:, lesion_rows].sum(axis=(0, 1)))

@@ -198,9 +198,9 @@ def _classify_named_term(named: _NamedTerm, text: str, other_names: Sequence[int
     """State of a name by the modifiers in its clause and by its size.
 
     Args:
-        named: The name with its clause.
-        text: The sentence.
-        other_names: First characters of the names of other findings.
+        named: the name with its clause.
+        text: the sentence.
+        other_names: first characters of the names of other findings.
     """
     term, (start, end), (clause_start, clause_end) = named.term, named.name, named.clause
     clause = text[clause_start:clause_end]
