@@ -9,7 +9,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -106,7 +106,6 @@ class Engine:
         phase: PhaseConfig,
         max_gradient_norm: float,
         run_folder: Path,
-        trackers: Sequence[str] = (),
         timeout_seconds: float = 1800.0,
     ) -> None:
         """Start the engine.
@@ -115,8 +114,7 @@ class Engine:
             ds_config: DeepSpeed JSON; `auto` is filled in from the configuration.
             phase: the phase's settings, for the batch sizes.
             max_gradient_norm: norm to which gradients are clipped.
-            run_folder: where trackers write.
-            trackers: names of Accelerate's trackers.
+            run_folder: Accelerate's project folder.
             timeout_seconds: how long a rank waits for the others.
 
         Raises:
@@ -134,7 +132,6 @@ class Engine:
             mixed_precision="bf16",
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
             kwargs_handlers=[process_group],
-            log_with=list(trackers) or None,
             project_dir=str(run_folder),
         )
         # `shard_module` alone shards; what Transformers loads, such as the prompts' text encoder,
@@ -383,7 +380,7 @@ class Engine:
         dist.barrier()
 
     def close(self) -> None:
-        """End the trackers and leave the process group."""
+        """Leave the process group."""
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
