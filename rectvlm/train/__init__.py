@@ -16,6 +16,9 @@ def main(phase_number: int, checkout: Path, argv: Sequence[str] | None = None) -
         checkout: folder that holds `ds_configs/`.
         argv: arguments; by default the process's.
     """
+    from rectvlm.train.engine.launcher_settings import follow_use_cpu
+
+    follow_use_cpu()
     from rectvlm.train.logging.logging_setup import configure_logging
 
     configure_logging()
