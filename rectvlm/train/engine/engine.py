@@ -5,6 +5,7 @@ started, and checks that what runs is what was asked for: Accelerate can fall ba
 or drop DeepSpeed, without a word.
 """
 
+import logging
 import math
 import os
 import socket
@@ -35,6 +36,11 @@ from rectvlm.train.engine.engine_memory import (
     count_bytes_by_kind,
     count_packed_bytes,
 )
+from rectvlm.train.engine.launcher_settings import (
+    check_process_count,
+    lacks_processes,
+    take_launcher_settings,
+)
 from rectvlm.train.engine.optimizer_shards import (
     OptimizerShardReader,
     shard_file_name,
@@ -42,10 +48,8 @@ from rectvlm.train.engine.optimizer_shards import (
 )
 from rectvlm.train.engine.peak_memory import peak_memory_bytes
 from rectvlm.train.engine.zero_optimizer import ZeroOptimizer
-from rectvlm.types import UserError
 
-LAUNCHER_SETTINGS = ("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_")
-"""Prefixes of the variables in which a launcher passes DeepSpeed settings of its own."""
+log = logging.getLogger(__name__)
 
 
 def _set_single_process_environment() -> None:
@@ -66,13 +70,6 @@ def _set_single_process_environment() -> None:
         }
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def _remove_launcher_settings() -> None:
-    """Remove a launcher's DeepSpeed settings, which would win over the phase's JSON."""
-    for name in list(os.environ):
-        if name.startswith(LAUNCHER_SETTINGS):
-            del os.environ[name]
 
 
 def _load_shared_memory_extension() -> None:
@@ -118,11 +115,13 @@ class Engine:
             timeout_seconds: how long a rank waits for the others.
 
         Raises:
-            UserError: the JSON is missing, or Accelerate was told to run without DeepSpeed.
+            UserError: the JSON is missing, or the launcher started processes that cannot join.
         """
         settings = read_ds_config(ds_config, phase, max_gradient_norm)
+        check_process_count(torch.cuda.device_count())
+        is_alone_by_mistake = lacks_processes()
         _set_single_process_environment()
-        _remove_launcher_settings()
+        self.launcher_settings = take_launcher_settings()
         _load_shared_memory_extension()
         process_group = InitProcessGroupKwargs(
             backend="nccl" if torch.cuda.is_available() else "gloo",
@@ -138,6 +137,8 @@ class Engine:
         # stays entire.
         unset_hf_deepspeed_config()
         self._check_launch(ds_config)
+        if self.is_main:
+            self._log_ignored_settings(ds_config, is_alone_by_mistake)
         self._first_sharded: Any = None
         self._packed_numels: dict[str, int] = {}
         self.zero_optimizer: ZeroOptimizer
@@ -146,16 +147,25 @@ class Engine:
 
     def _check_launch(self, ds_config: Path) -> None:
         kind = self.accelerator.distributed_type
-        if kind != DistributedType.DEEPSPEED:
-            raise UserError(
-                f"Accelerate started as {kind.value}, not with DeepSpeed as {ds_config} asks; "
-                "unset ACCELERATE_USE_CPU and drop `--cpu` from `accelerate launch`."
-            )
+        assert kind == DistributedType.DEEPSPEED, f"{ds_config} was started as {kind.value}"
         started = int(os.environ["WORLD_SIZE"])
         joined = (self.accelerator.num_processes, dist.get_world_size())
         assert joined == (started, started), (
             f"{started} processes started, Accelerate and torch see {joined}"
         )
+
+    def _log_ignored_settings(self, ds_config: Path, is_alone_by_mistake: bool) -> None:
+        if ignored := self.launcher_settings.describe_ignored():
+            log.warning(
+                "the launcher's settings %s are not followed: %s and the configuration decide",
+                ignored,
+                ds_config,
+            )
+        if is_alone_by_mistake:
+            log.warning(
+                "the launcher was told of several processes and started one; `rectvlm train N "
+                "--processes COUNT` starts more"
+            )
 
     @property
     def rank(self) -> int:
@@ -315,6 +325,9 @@ class Engine:
             distributed_type=self.accelerator.distributed_type.value,
             zero_stage=self.model.zero_optimization_stage(),
             world_size=self.world_size,
+            mixed_precision=self.accelerator.mixed_precision,
+            dynamo_backend=self.accelerator.state.dynamo_plugin.backend.value,
+            launcher=self.launcher_settings,
             ranks=self.all_gather_object(this_rank),
         )
 
