@@ -21,6 +21,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from accelerate.accelerator import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
 from bitsandbytes.nn import Linear4bit
 from deepspeed.accelerator import get_accelerator
@@ -92,6 +93,13 @@ class OptimizerStepResult:
 def is_lost_peer_error(error: RuntimeError) -> bool:
     """Whether an error of a collective means that other ranks went away or did not answer."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def start_tracker(name: str, project: str, **settings: Any) -> GeneralTracker:
+    """Start one of Accelerate's trackers."""
+    tracker: GeneralTracker = LOGGER_TYPE_TO_CLASS[name](project, **settings)
+    tracker.start()
+    return tracker
 
 
 class Engine:

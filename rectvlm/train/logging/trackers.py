@@ -18,10 +18,10 @@ from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import numpy as np
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from numpy.typing import NDArray
 
 from rectvlm.config import Config, TrackerName
+from rectvlm.train.engine.engine import start_tracker
 from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class ExperimentTrackers:
             first_start: time at which this run first started. W&B's id of the run is derived from
                 it, so that a resumed run continues its curves.
         """
-        self._trackers: list[GeneralTracker] = []
+        self._trackers: list[Any] = []
         for name in names:
             try:
                 if name == "wandb":
@@ -149,14 +149,18 @@ def flatten_numbers(tree: Mapping[str, Any], prefix: str = "") -> dict[str, floa
     return numbers
 
 
-def _start_tensorboard(config: Config, folder: Path, step: int) -> GeneralTracker:
-    tracker = TensorBoardTracker(PROJECT_NAME, str(folder / "tensorboard"), purge_step=step + 1)
-    tracker.start()
+def _start_tensorboard(config: Config, folder: Path, step: int) -> Any:
+    tracker = start_tracker(
+        "tensorboard",
+        PROJECT_NAME,
+        logging_dir=str(folder / "tensorboard"),
+        purge_step=step + 1,
+    )
     tracker.log({"config": f"```\n{config.to_yaml()}\n```"}, step)
     return tracker
 
 
-def _start_wandb(config: Config, folder: Path, first_start: str) -> GeneralTracker:
+def _start_wandb(config: Config, folder: Path, first_start: str) -> Any:
     """Start W&B: online when the user is logged in and the server answers, else offline.
 
     `WANDB_MODE` decides when it is set.
@@ -183,7 +187,7 @@ def _start_wandb(config: Config, folder: Path, first_start: str) -> GeneralTrack
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         if mode == "online":
             _require_answer(wandb.setup().settings.base_url)
-        tracker = _init_wandb(settings, mode)
+        tracker = start_tracker("wandb", PROJECT_NAME, mode=mode, **settings)
     except Exception as error:
         if mode == "offline":
             raise
@@ -192,14 +196,8 @@ def _start_wandb(config: Config, folder: Path, first_start: str) -> GeneralTrack
             _first_line(error),
             folder / "wandb",
         )
-        tracker = _init_wandb(settings, "offline")
+        tracker = start_tracker("wandb", PROJECT_NAME, mode="offline", **settings)
     tracker.store_init_configuration(config.model_dump(mode="json"))
-    return tracker
-
-
-def _init_wandb(settings: Mapping[str, Any], mode: str) -> GeneralTracker:
-    tracker = WandBTracker(PROJECT_NAME, mode=mode, **settings)
-    tracker.start()
     return tracker
 
 
