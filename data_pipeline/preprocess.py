@@ -145,7 +145,7 @@ def _list_own_selection(
         assert own_data.cases is not None
         cases = list_function_cases(own_data.cases)
         return CaseSelection(cases + phantoms, {"cases": {"function": own_data.cases}})
-    own = list_table_cases(own_data.table, own_data.mapping, masks)
+    own = list_table_cases(own_data.table.expanduser(), own_data.mapping, masks)
     for subject, count in own.counts.items():
         log.info("%s: %d", subject, count)
     policy = {"table": {"name": own_data.table.name, "counts": own.counts}}

@@ -211,6 +211,9 @@ def check_overrides(arguments: Sequence[str]) -> None:
 def check_rectvlm(arguments: Sequence[str]) -> None:
     from rectvlm.cli import main
 
+    if arguments[0] == "preprocess":
+        check_module("data_pipeline.preprocess", arguments[1:])
+        return
     parse_with(main, arguments)
     if arguments[0] == "plan":
         check_overrides(arguments)

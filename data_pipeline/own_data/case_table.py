@@ -184,9 +184,9 @@ def read_cases(
 
 def resolve_path(text: str, folder: Path) -> Path:
     """The file that a cell names: relative to a folder, `~` for the home, Windows' backslashes."""
-    path = folder / os.path.expanduser(text)
+    path = os.path.join(folder, os.path.expanduser(text))
     if "\\" in text and not os.path.exists(path):
-        path = folder / os.path.expanduser(text.replace("\\", "/"))
+        path = os.path.join(folder, os.path.expanduser(text.replace("\\", "/")))
     return Path(os.path.normpath(path))
 
 

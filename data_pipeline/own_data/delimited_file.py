@@ -1,5 +1,6 @@
 """A table of text as spreadsheets save it: CSV with any common separator, encoding and line end."""
 
+import codecs
 import csv
 import io
 import re
@@ -108,7 +109,7 @@ def _read_text(path: Path) -> tuple[str, str]:
             found=f"the system's answer {error.strerror or error!r}",
             remedy="correct the path",
         ) from None
-    if not content.strip():
+    if not content.removeprefix(codecs.BOM_UTF8).strip():
         raise InputError(
             path, "is empty", expected=wanted, found="no text", remedy="save the table again"
         )
