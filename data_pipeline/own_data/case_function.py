@@ -1,6 +1,27 @@
 """Cases from a function of the user's own, for data that no table can describe.
 
-python -m data_pipeline.preprocess --cases my_hospital:list_cases --out shards
+    python -m data_pipeline.preprocess --cases my_hospital:list_cases --out shards
+
+`my_hospital.py`, in the current folder, holds for example:
+
+    def load_case(path: Path) -> CaseData:
+        labels = {**dict.fromkeys(FINDINGS), "Cardiomegaly": 1}
+        return CaseData(volume=read_volume(path), labels=labels, findings="The heart is enlarged.")
+
+    def list_cases() -> Iterator[Case]:
+        for path in sorted(Path("scans").glob("*.nii.gz")):
+            yield Case(
+                key=path.name.removesuffix(".nii.gz"),
+                split="train",
+                patient=path.name,
+                source=f"my hospital {path.name}",
+                load=partial(load_case, path),
+                identity=file_identity(path),
+            )
+
+A finding that nobody looked for stays None, and a lesion kind is not annotated because a mask is
+empty. `load` runs in a worker process, so it is a module's function or a `functools.partial` of
+one. `data_pipeline/demo_cases.py` is the smallest real example.
 """
 
 import importlib
