@@ -24,6 +24,7 @@ from rectvlm.models import RectVLM
 from rectvlm.models.language_model import load_language_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.train.arguments import parse_arguments
+from rectvlm.train.engine.ds_config import find_ds_config
 from rectvlm.train.engine.engine import Engine, is_lost_peer_error
 from rectvlm.train.logging.mfu import StepFlops, count_step_flops
 from rectvlm.train.logging.trackers import choose_trackers
@@ -52,7 +53,7 @@ COLLECTIVE_GRACE_SECONDS = 60.0
 """Time after the watchdog's timeout after which a collective gives up, seconds."""
 
 
-def main(phase_number: int, checkout: Path, argv: Sequence[str] | None = None) -> None:
+def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
     """Run a phase as a command; a mistake of the user ends it with code 2 and one sentence."""
     phase = PHASES[phase_number]
     args = parse_arguments(phase, argv)
@@ -61,7 +62,7 @@ def main(phase_number: int, checkout: Path, argv: Sequence[str] | None = None) -
     try:
         with StopSignals() as signals:
             terminate_with_launcher()
-            ds_config = args.ds_config or checkout / "ds_configs" / f"phase{phase.number}.json"
+            ds_config = find_ds_config(phase.number, args.ds_config)
             config = load_config(args.config, args.overrides)
             train_phase(phase, config, ds_config, args.resume, args.restart, signals, args.source)
     except UserError as error:
