@@ -14,6 +14,9 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
         phase_number: number of the phase.
         argv: arguments; by default the process's.
     """
+    from rectvlm.train.engine.launcher_settings import follow_use_cpu
+
+    follow_use_cpu()
     from rectvlm.train.logging.logging_setup import configure_logging
 
     configure_logging()
