@@ -24,6 +24,7 @@ from rectvlm.models import RectVLM
 from rectvlm.models.language_model import load_language_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.train.arguments import parse_arguments
+from rectvlm.train.engine.ds_config import find_ds_config
 from rectvlm.train.engine.engine import Engine, is_lost_peer_error
 from rectvlm.train.logging.mfu import count_step_flops
 from rectvlm.train.logging.trackers import choose_trackers
@@ -50,7 +51,7 @@ COLLECTIVE_GRACE_SECONDS = 60.0
 """Time after the watchdog's timeout after which a collective gives up, seconds."""
 
 
-def main(phase_number: int, checkout: Path, argv: Sequence[str] | None = None) -> None:
+def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
     """Run a phase as a command; a mistake of the user ends it with code 2 and one sentence."""
     phase = PHASES[phase_number]
     args = parse_arguments(phase, argv)
@@ -60,7 +61,7 @@ def main(phase_number: int, checkout: Path, argv: Sequence[str] | None = None) -
     try:
         with StopSignals() as signals:
             terminate_with_launcher()
-            ds_config = args.ds_config or checkout / "ds_configs" / f"phase{phase.number}.json"
+            ds_config = find_ds_config(phase.number, args.ds_config)
             config = load_config(args.config, args.overrides)
             folder = get_run_folder(phase, config)
             train_phase(phase, config, ds_config, args.resume, args.restart, signals, args.source)
@@ -109,6 +110,7 @@ def train_phase(
             or an earlier run is in the way.
     """
     settings = phase.get_settings(config)
+    choose_trackers(config)  # a name that is no tracker's ends the run before it begins
     folder = get_run_folder(phase, config)
     # A missing checkpoint is reported before anything is loaded; a run that resumes needs none of
     # the previous phase.
@@ -190,7 +192,6 @@ def _start_engine(ds_config: Path, settings: PhaseConfig, config: Config, folder
             settings,
             config.train.gradient_clipping,
             folder,
-            choose_trackers(config),
             timeout_seconds,
         )
 
