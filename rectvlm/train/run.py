@@ -110,6 +110,7 @@ def train_phase(
             or an earlier run is in the way.
     """
     settings = phase.get_settings(config)
+    choose_trackers(config)  # a name that is no tracker's ends the run before it begins
     folder = get_run_folder(phase, config)
     # A missing checkpoint is reported before anything is loaded; a run that resumes needs none of
     # the previous phase.
@@ -191,7 +192,6 @@ def _start_engine(ds_config: Path, settings: PhaseConfig, config: Config, folder
             settings,
             config.train.gradient_clipping,
             folder,
-            choose_trackers(config),
             timeout_seconds,
         )
 
