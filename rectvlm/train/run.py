@@ -256,15 +256,15 @@ def _prepare_training(
 
 
 def _fetch_frozen_models(phase: Phase, config: Config) -> None:
-    """Fetch or build bundled models before the processes join.
+    """Fetch or build bundled models before the processes join, and see that others are in reach.
 
     From then on Transformers saves on rank 0 only, whichever rank prepares a model, and under
     ZeRO-3 it builds every model in shards.
     """
     if phase.previous_phase is None:
-        pretrained.resolve_model(config.text.model)
+        pretrained.require_model(config.text.model)
     if "generator" in phase.parts:
-        pretrained.resolve_model(config.generator.model)
+        pretrained.require_model(config.generator.model)
 
 
 def build_model(phase: Phase, config: Config, source: Path | None, engine: Engine) -> RectVLM:
