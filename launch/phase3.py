@@ -4,9 +4,7 @@ accelerate launch launch/phase3.py [--config demo] [--stage align] [--from PATH]
     [--resume [auto] | --restart] [part.field=value …]
 """
 
-from pathlib import Path
-
 if __name__ == "__main__":
     from rectvlm.train import main  # here, so that loader processes do not import the engine
 
-    main(3, checkout=Path(__file__).resolve().parents[1])
+    main(3)

@@ -223,7 +223,7 @@ def check_phase(script: str, arguments: Sequence[str]) -> None:
     from rectvlm.train import main
 
     number = int(script.removeprefix("launch/phase").removesuffix(".py"))
-    parse_with(lambda words: main(number, CHECKOUT, words), arguments)
+    parse_with(lambda words: main(number, words), arguments)
     check_overrides(arguments)
 
 

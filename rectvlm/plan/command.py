@@ -6,7 +6,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -21,8 +20,6 @@ from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 from rectvlm.train.phases import STAGES
 from rectvlm.types import UserError
-
-CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def run(namespace: argparse.Namespace) -> None:
@@ -46,7 +43,7 @@ def run(namespace: argparse.Namespace) -> None:
     planner = ResourcePlanner(
         load_with_overrides([]),
         phase=options.phase if options.stage is None else STAGES[options.stage].number,
-        ds_configs=options.ds_configs or CHECKOUT / "ds_configs",
+        ds_configs=options.ds_configs,
         hardware=hardware,
         workspace_meter=_make_workspace_meter(options.work_areas),
         stage=options.stage,

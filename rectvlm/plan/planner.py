@@ -27,7 +27,7 @@ from rectvlm.plan.step_time import EngineCalls, StepTime, estimate_step_time
 from rectvlm.train.dry_run.dry_run import DryRunResult, apply_phase_settings, dry_run_micro_batch
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 from rectvlm.train.dry_run.memory_tracker import WORKSPACE_KIND
-from rectvlm.train.engine.ds_config import read_ds_config
+from rectvlm.train.engine.ds_config import find_ds_config, read_ds_config
 from rectvlm.train.phases import PHASES, STAGES, Stage, with_step_count
 
 GB = 1e9
@@ -131,7 +131,7 @@ class ResourcePlanner:
         self,
         config: Config,
         phase: int,
-        ds_configs: Path,
+        ds_configs: Path | None = None,
         hardware: HardwareRates | None = None,
         workspace_meter: KernelWorkspaceMeter | None = None,
         stage: Stage | None = None,
@@ -141,7 +141,8 @@ class ResourcePlanner:
         Args:
             config: the configuration to plan.
             phase: number of the phase, 1 to 3.
-            ds_configs: folder of the phases' DeepSpeed JSON, or one such file.
+            ds_configs: folder of the phases' DeepSpeed JSON, or one such file; by default the
+                suite's own.
             hardware: rates for the estimate of time.
             workspace_meter: measures what kernels allocate for themselves on the device that is
                 planned for.
@@ -158,10 +159,9 @@ class ResourcePlanner:
         self.phase = PHASES[phase] if stage is None else STAGES[stage]
         assert self.phase.number == phase, f"{stage} is no stage of phase {phase}"
         self.settings = self.phase.get_settings(config)
-        ds_config = ds_configs
-        if ds_configs.suffix != ".json":
-            ds_config = ds_configs / f"phase{phase}.json"
-        self.ds_settings = read_ds_config(ds_config, self.settings, config.train.gradient_clipping)
+        self.ds_settings = read_ds_config(
+            find_ds_config(phase, ds_configs), self.settings, config.train.gradient_clipping
+        )
 
         text_width = pretrained.read_model_config(config.text.model).hidden_size
         language_config = None

@@ -25,6 +25,22 @@ SIZE_SETTINGS = (
 in, which is not used here."""
 
 
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+"""Folder of the phases' DeepSpeed JSON: a link to `ds_configs/` in the checkout, installed with the
+package."""
+
+
+def find_ds_config(phase_number: int, chosen: Path | None = None) -> Path:
+    """Return the path of a phase's DeepSpeed JSON.
+
+    Args:
+        phase_number: number of the phase.
+        chosen: a JSON file, or a folder with one for each phase; by default the suite's own.
+    """
+    folder = DS_CONFIGS if chosen is None else chosen
+    return folder if folder.suffix == ".json" else folder / f"phase{phase_number}.json"
+
+
 def read_ds_config(path: Path, phase: PhaseConfig, max_gradient_norm: float) -> dict[str, Any]:
     """Read a DeepSpeed JSON and fill in batch sizes and gradient clipping.
 
