@@ -364,13 +364,15 @@ def test_missing_and_broken_cts_are_listed_and_set_aside(
     (folder / "broken.nii.gz").write_bytes(b"no")
     (folder / "series").mkdir()
     text = "ct\na.nii.gz\nmissing.nii.gz\nbroken.nii.gz\nseries\n" + "x" * 300 + "\n"
+    text = text.replace("\n", ",\n").replace("ct,", "ct,lung_nodule_mask") + "b.nii.gz,no.nii.gz\n"
     caplog.set_level("INFO")
     assert preprocess(write_table(folder, text)) == 0
     assert set(read_samples(folder)) == {"a"}
-    assert any("2 of 5 CTs do not exist" in line for line in caplog.messages)
+    assert any("2 of 6 CTs do not exist" in line for line in caplog.messages)
+    assert any("1 of 1 masks do not exist" in line for line in caplog.messages)
     lines = (folder / "out/quarantine.jsonl").read_text().splitlines()
     reasons = {json.loads(line)["key"]: json.loads(line)["reason"] for line in lines}
-    assert len(reasons) == 4 and reasons["missing"] == "does not exist"
+    assert len(reasons) == 5 and reasons["missing"] == "does not exist"
     assert reasons["series"] == "is a folder"
 
 
