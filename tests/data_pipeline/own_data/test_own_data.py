@@ -17,6 +17,8 @@ from data_pipeline import preprocess as pipeline
 from data_pipeline.own_data.case_table import split_by_hash
 from data_pipeline.own_data.table_cases import list_table_cases
 from data_pipeline.verify.verify import main as verify_main
+from rectvlm.config import load_config
+from rectvlm.data.dataset import SampleDataset
 from rectvlm.data.shards import read_index, read_sample
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
 from rectvlm.types import Sample, UserError
@@ -286,6 +288,16 @@ def test_a_case_without_a_split_follows_its_patient(folder: Path) -> None:
         "valid",
         "valid",
     ]
+
+
+def test_a_split_without_cases_is_said_before_training_stops_at_it(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert preprocess(write_table(folder, "ct,split\na.nii.gz,train\n")) == 0
+    assert "no case is in valid: name one in a column 'split'" in caplog.messages
+    data = load_config("tiny", [f"data.shards={folder / 'out'}"]).data
+    with pytest.raises(UserError, match=r"no sample of the split 'valid'.*validation\.every=0"):
+        SampleDataset(data, "valid")
 
 
 # What is refused
