@@ -18,7 +18,7 @@ from data_pipeline.own_data.case_table import split_by_hash
 from data_pipeline.own_data.table_cases import list_table_cases
 from data_pipeline.verify.verify import main as verify_main
 from rectvlm.config import load_config
-from rectvlm.data.dataset import SampleDataset
+from rectvlm.data.dataset import ShardDataset
 from rectvlm.data.shards import read_index, read_sample
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
 from rectvlm.types import Sample, UserError
@@ -297,7 +297,7 @@ def test_a_split_without_cases_is_said_before_training_stops_at_it(
     assert "no case is in valid: name one in a column 'split'" in caplog.messages
     data = load_config("tiny", [f"data.shards={folder / 'out'}"]).data
     with pytest.raises(UserError, match=r"no sample of the split 'valid'.*validation\.every=0"):
-        SampleDataset(data, "valid")
+        ShardDataset(data, "valid")
 
 
 # What is refused
