@@ -30,16 +30,15 @@ from rectvlm.train.logging.mfu import count_step_flops
 from rectvlm.train.logging.trackers import choose_trackers
 from rectvlm.train.loop import run_training_loop
 from rectvlm.train.optimizer import build_optimizer, freeze_all_but, set_training_modes
-from rectvlm.train.phases import PHASES, STAGES, Phase, with_step_count
+from rectvlm.train.phases import PHASES, STAGES, Phase, get_run_folder, with_step_count
+from rectvlm.train.preflight import check_start
 from rectvlm.train.recovery.exit_codes import ExitCode, RunEnded, clear_ending, write_ending
 from rectvlm.train.recovery.resume import (
     ResumeMode,
     find_newest_intact_checkpoint,
     find_source_checkpoint,
-    has_checkpoints,
     prepare_run_folder,
     read_position,
-    require_checkpoint_to_resume,
 )
 from rectvlm.train.recovery.signals import StopSignals, terminate_with_launcher
 from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
@@ -79,11 +78,6 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
         raise
 
 
-def get_run_folder(phase: Phase, config: Config) -> Path:
-    """Run folder of a phase."""
-    return Path(config.train.runs) / config.name / phase.key
-
-
 def _exit_after_losing_ranks(folder: Path | None, reason: str) -> NoReturn:
     """End a rank that has lost the others at once; its threads would wait for them for ever."""
     sys.stderr.write(f"error: {reason}; go on with --resume auto.\n")
@@ -111,15 +105,7 @@ def train_phase(
     """
     settings = phase.get_settings(config)
     folder = get_run_folder(phase, config)
-    # A missing checkpoint is reported before anything is loaded; a run that resumes needs none of
-    # the previous phase.
-    source = (
-        None
-        if resume != "no" and has_checkpoints(folder)
-        else find_source_checkpoint(phase, config, requested_source)
-    )
-    if resume == "yes":
-        require_checkpoint_to_resume(folder, phase)
+    source = check_start(phase, config, resume, requested_source)  # before anything is loaded
     _fetch_frozen_models(phase, config)
     step_flops = count_step_flops(phase, config)
     engine = _start_engine(ds_config, settings, config, folder)

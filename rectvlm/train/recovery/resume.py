@@ -4,19 +4,23 @@
 loader's place in the data.
 """
 
+from __future__ import annotations
+
 import logging
 import shutil
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rectvlm.checkpoint import Checkpoint, integrity, run_folder
 from rectvlm.config import Config
 from rectvlm.train.early_stopping import has_stopped_early
-from rectvlm.train.engine.engine import Engine
 from rectvlm.train.phases import Phase, with_step_count
 from rectvlm.train.recovery.position import TrainingPosition
 from rectvlm.types import UserError
+
+if TYPE_CHECKING:
+    from rectvlm.train.engine.engine import Engine
 
 log = logging.getLogger(__name__)
 
