@@ -18,9 +18,11 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
         phase_number: number of the phase.
         argv: arguments; by default the process's.
     """
+    from rectvlm.train.engine.launcher_settings import follow_use_cpu
     from rectvlm.train.logging.logging_setup import choose_deepspeed_device, configure_logging
     from rectvlm.train.preflight import check_launch
 
+    follow_use_cpu()
     check_launch(phase_number, argv)
     configure_logging()
     if os.environ.get("RANK", "0") == "0":

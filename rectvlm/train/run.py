@@ -104,6 +104,7 @@ def train_phase(
             or an earlier run is in the way.
     """
     settings = phase.get_settings(config)
+    choose_trackers(config)  # a name that is no tracker's ends the run before it begins
     folder = get_run_folder(phase, config)
     source = check_start(phase, config, resume, requested_source)  # before anything is loaded
     _fetch_frozen_models(phase, config)
@@ -177,7 +178,6 @@ def _start_engine(ds_config: Path, settings: PhaseConfig, config: Config, folder
             settings,
             config.train.gradient_clipping,
             folder,
-            choose_trackers(config),
             timeout_seconds,
         )
 

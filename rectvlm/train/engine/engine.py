@@ -5,11 +5,12 @@ started, and checks that what runs is what was asked for: Accelerate can fall ba
 or drop DeepSpeed, without a word.
 """
 
+import logging
 import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +21,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from accelerate.accelerator import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
 from bitsandbytes.nn import Linear4bit
 from deepspeed.accelerator import get_accelerator
@@ -35,6 +37,11 @@ from rectvlm.train.engine.engine_memory import (
     count_bytes_by_kind,
     count_packed_bytes,
 )
+from rectvlm.train.engine.launcher_settings import (
+    check_process_count,
+    lacks_processes,
+    take_launcher_settings,
+)
 from rectvlm.train.engine.optimizer_shards import (
     OptimizerShardReader,
     shard_file_name,
@@ -42,10 +49,8 @@ from rectvlm.train.engine.optimizer_shards import (
 )
 from rectvlm.train.engine.peak_memory import peak_memory_bytes
 from rectvlm.train.engine.zero_optimizer import ZeroOptimizer
-from rectvlm.types import UserError
 
-LAUNCHER_SETTINGS = ("ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_")
-"""Prefixes of the variables in which a launcher passes DeepSpeed settings of its own."""
+log = logging.getLogger(__name__)
 
 
 def _set_single_process_environment() -> None:
@@ -66,13 +71,6 @@ def _set_single_process_environment() -> None:
         }
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def _remove_launcher_settings() -> None:
-    """Remove a launcher's DeepSpeed settings, which would win over the phase's JSON."""
-    for name in list(os.environ):
-        if name.startswith(LAUNCHER_SETTINGS):
-            del os.environ[name]
 
 
 def _load_shared_memory_extension() -> None:
@@ -97,6 +95,13 @@ def is_lost_peer_error(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
+def start_tracker(name: str, project: str, /, **settings: Any) -> GeneralTracker:
+    """Start one of Accelerate's trackers."""
+    tracker: GeneralTracker = LOGGER_TYPE_TO_CLASS[name](project, **settings)
+    tracker.start()
+    return tracker
+
+
 class Engine:
     """Processes, sharding, backward pass, optimizer step, and the state of all that."""
 
@@ -106,7 +111,6 @@ class Engine:
         phase: PhaseConfig,
         max_gradient_norm: float,
         run_folder: Path,
-        trackers: Sequence[str] = (),
         timeout_seconds: float = 1800.0,
     ) -> None:
         """Start the engine.
@@ -115,16 +119,17 @@ class Engine:
             ds_config: DeepSpeed JSON; `auto` is filled in from the configuration.
             phase: the phase's settings, for the batch sizes.
             max_gradient_norm: norm to which gradients are clipped.
-            run_folder: where trackers write.
-            trackers: names of Accelerate's trackers.
+            run_folder: Accelerate's project folder.
             timeout_seconds: how long a rank waits for the others.
 
         Raises:
-            UserError: the JSON is missing, or Accelerate was told to run without DeepSpeed.
+            UserError: the JSON is missing, or the launcher started processes that cannot join.
         """
         settings = read_ds_config(ds_config, phase, max_gradient_norm)
+        check_process_count(torch.cuda.device_count())
+        is_alone_by_mistake = lacks_processes()
         _set_single_process_environment()
-        _remove_launcher_settings()
+        self.launcher_settings = take_launcher_settings()
         _load_shared_memory_extension()
         process_group = InitProcessGroupKwargs(
             backend="nccl" if torch.cuda.is_available() else "gloo",
@@ -134,13 +139,14 @@ class Engine:
             mixed_precision="bf16",
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
             kwargs_handlers=[process_group],
-            log_with=list(trackers) or None,
             project_dir=str(run_folder),
         )
         # `shard_module` alone shards; what Transformers loads, such as the prompts' text encoder,
         # stays entire.
         unset_hf_deepspeed_config()
         self._check_launch(ds_config)
+        if self.is_main:
+            self._log_ignored_settings(ds_config, is_alone_by_mistake)
         self._first_sharded: Any = None
         self._packed_numels: dict[str, int] = {}
         self.zero_optimizer: ZeroOptimizer
@@ -149,16 +155,25 @@ class Engine:
 
     def _check_launch(self, ds_config: Path) -> None:
         kind = self.accelerator.distributed_type
-        if kind != DistributedType.DEEPSPEED:
-            raise UserError(
-                f"Accelerate started as {kind.value}, not with DeepSpeed as {ds_config} asks; "
-                "unset ACCELERATE_USE_CPU and drop `--cpu` from `accelerate launch`."
-            )
+        assert kind == DistributedType.DEEPSPEED, f"{ds_config} was started as {kind.value}"
         started = int(os.environ["WORLD_SIZE"])
         joined = (self.accelerator.num_processes, dist.get_world_size())
         assert joined == (started, started), (
             f"{started} processes started, Accelerate and torch see {joined}"
         )
+
+    def _log_ignored_settings(self, ds_config: Path, is_alone_by_mistake: bool) -> None:
+        if ignored := self.launcher_settings.describe_ignored():
+            log.warning(
+                "the launcher's settings %s are not followed: %s and the configuration decide",
+                ignored,
+                ds_config,
+            )
+        if is_alone_by_mistake:
+            log.warning(
+                "the launcher was told of several processes and started one; `rectvlm train N "
+                "--processes COUNT` starts more"
+            )
 
     @property
     def rank(self) -> int:
@@ -318,6 +333,9 @@ class Engine:
             distributed_type=self.accelerator.distributed_type.value,
             zero_stage=self.model.zero_optimization_stage(),
             world_size=self.world_size,
+            mixed_precision=self.accelerator.mixed_precision,
+            dynamo_backend=self.accelerator.state.dynamo_plugin.backend.value,
+            launcher=self.launcher_settings,
             ranks=self.all_gather_object(this_rank),
         )
 
@@ -383,7 +401,7 @@ class Engine:
         dist.barrier()
 
     def close(self) -> None:
-        """End the trackers and leave the process group."""
+        """Leave the process group."""
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -7,6 +7,8 @@ from typing import Any
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
+from rectvlm.train.engine.launcher_settings import LauncherSettings
+
 
 @dataclass(frozen=True)
 class RankDescription:
@@ -32,6 +34,12 @@ class EngineDescription:
     """Name that Accelerate gives to the kind of training."""
     zero_stage: int
     world_size: int
+    mixed_precision: str
+    """Precision in which Accelerate and DeepSpeed compute."""
+    dynamo_backend: str
+    """Compiler of the model; `NO` for none."""
+    launcher: LauncherSettings
+    """What the launcher asked for, and which of it training follows."""
     ranks: list[RankDescription]
 
 

@@ -27,7 +27,7 @@ from rectvlm.train.logging.console import ProgressDisplay, ProgressMeter
 from rectvlm.train.logging.jsonl import truncate_after_step
 from rectvlm.train.logging.mfu import StepFlops
 from rectvlm.train.logging.run_metadata import SessionLog
-from rectvlm.train.logging.trackers import ExperimentTrackers
+from rectvlm.train.logging.trackers import ExperimentTrackers, choose_trackers
 from rectvlm.train.phases import Phase
 from rectvlm.train.recovery.exit_codes import ExitCode, RunEnded
 from rectvlm.train.step_result import StepResult
@@ -88,7 +88,7 @@ class RunLog:
         self._sessions.start_session(self._step, total_steps, facts)
         first_start = self._sessions.first_start
         self._trackers = ExperimentTrackers(
-            self.engine, config, self.folder, self._step, first_start
+            choose_trackers(config), config, self.folder, self._step, first_start
         )
         self._meter = ProgressMeter(total_steps, step_flops)
         name = f"phase {self.phase.number}"
