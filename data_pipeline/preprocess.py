@@ -29,7 +29,7 @@ from data_pipeline.make_shards.shard_folder import preprocess
 from data_pipeline.make_shards.shard_plan import estimate_samples_per_shard
 from data_pipeline.make_shards.workers import TaskRunner
 from data_pipeline.sample_cts import SAMPLE_CT_FOLDER
-from rectvlm.cli_options import add_options, argument, options_from_namespace
+from rectvlm.cli_options import CommandParser, add_options, argument, options_from_namespace
 from rectvlm.config import load_config
 from rectvlm.phantom.patient_plan import PHANTOM_STYLES, VARIED_STYLE
 from rectvlm.types import UserError
@@ -143,7 +143,7 @@ def _connect_to_ray(address: str | None) -> TaskRunner | None:
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m data_pipeline.preprocess", description="Make shards from cases."
     )
     add_options(parser, PreprocessOptions, exclude=["phantom_style", "coarse_regions"])
