@@ -29,8 +29,8 @@ def parse_arguments(phase: Phase, argv: Sequence[str] | None) -> argparse.Namesp
         "--from",
         dest="source",
         metavar="PATH",
-        help="start from this run's phase folder or checkpoint, or from the best one of the phase "
-        "before (`best`)",
+        help="start from this run's phase folder, checkpoint, exported or pulled model, or hub id; "
+        "`best` is the best checkpoint of the phase before",
     )
     start = parser.add_mutually_exclusive_group()
     start.add_argument(

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rectvlm.checkpoint import Checkpoint, integrity, run_folder
+from rectvlm.checkpoint.hub import find_model_folder
+from rectvlm.checkpoint.model_card import HUB_ID_PATTERN
 from rectvlm.config import Config
 from rectvlm.runs.run_files import (
     CHECKPOINTS_FOLDER,
@@ -46,10 +48,7 @@ def find_source_checkpoint(phase: Phase, config: Config, requested: str | None) 
         UserError: there is none.
     """
     if requested not in (None, run_folder.BEST_CHECKPOINT):
-        return run_folder.find_checkpoint(
-            requested,
-            "give --from a run's phase folder, one checkpoint in it, or an exported model",
-        )
+        return _find_requested_checkpoint(requested, phase)
     if phase.previous_phase is None:
         if requested is not None:
             raise UserError(
@@ -65,6 +64,23 @@ def find_source_checkpoint(phase: Phase, config: Config, requested: str | None) 
         f"launch/phase{phase.previous_phase}.py first, with the same --config, name and train.runs"
     )
     return run_folder.find_checkpoint(folder, remedy)
+
+
+def _find_requested_checkpoint(requested: str, phase: Phase) -> Path:
+    """Find the model that `--from` names: a folder here, or a hub id.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(requested).expanduser()
+    is_in_folder = path.parent != Path() and path.parent.is_dir()
+    if HUB_ID_PATTERN.fullmatch(requested) and not path.exists() and not is_in_folder:
+        return find_model_folder(requested, parts=phase.parts)
+    return run_folder.find_checkpoint(
+        path,
+        "give --from a run's phase folder, one checkpoint in it, an exported or pulled model, or a "
+        "hub id OWNER/NAME",
+    )
 
 
 def has_checkpoints(folder: Path) -> bool:
