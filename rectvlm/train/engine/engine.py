@@ -95,7 +95,7 @@ def is_lost_peer_error(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def start_tracker(name: str, project: str, **settings: Any) -> GeneralTracker:
+def start_tracker(name: str, project: str, /, **settings: Any) -> GeneralTracker:
     """Start one of Accelerate's trackers."""
     tracker: GeneralTracker = LOGGER_TYPE_TO_CLASS[name](project, **settings)
     tracker.start()
