@@ -1,18 +1,28 @@
 """Places of lesions in words: by lobes where a region map exists, by geometry where none does.
 
+A lesion where its kind cannot lie (a nodule in the breast) has that place in words too.
+
 Arrays are canonical, (z, y, x) = (inferior → superior, anterior → posterior, patient right → left),
 so the patient's left is at large x. Prompts, reports and pages take all wordings from this module.
 """
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from rectvlm.labels import LESION_BY_KEY, LESIONS, LOBES, REGION_BY_NAME, Lesion
+from rectvlm.chest_geometry import (
+    CAVITY_MARGIN_MM,
+    MAX_LUNG_HU,
+    ChestGeometry,
+    Compartment,
+    find_midline,
+)
+from rectvlm.labels import LESION_BY_KEY, LESIONS, LOBES, REGION_BY_NAME, REGIONS, Lesion
 from rectvlm.lesion_bits import lesion_mask
 from rectvlm.types import Int16Volume, MaskVolume
 
@@ -24,15 +34,35 @@ MIN_NAMED_SHARE = 0.15
 """Least share of a lesion in a lobe, side or zone that is named."""
 MIN_LUNG_SHARE = 0.02
 """Least share of the lobes' voxels in a lung; a region map with less lacks this lung."""
-MIN_BODY_HU = -300
-MAX_LUNG_HU = -500
-MIN_BONE_HU = 150
-_SPINE_WIDTH_MM, _MIN_SPINE_AREA_MM2 = 50.0, 150.0
-"""Width of a vertebra with its processes, and its least area of bone in a slice on average."""
-_SPINE_REACH_MM = 40.0
-"""Distance above and below a lesion in which the spine is searched."""
-_MAX_MIDLINE_OFFSET_MM = 25.0
-"""Largest distance from the spine to the middle of the body; beyond it, the body is cut off."""
+MIN_MAIN_SHARE = 0.5
+"""Least share of a lesion that is named where the border is vague: mediastinum, aerated lung."""
+_MAX_LOBE_DISTANCE_MM = 15.0
+"""Distance from a lobe at which the place of a voxel is still a lobe's."""
+_MAX_EFFUSION_BELOW_MM = 80.0
+"""Depth below the aerated lungs to which a pleural effusion reaches; it fills the recesses."""
+_PLEURA_MARGIN_MM = 16.0
+"""Distance beyond lungs and ribs in which a pleural effusion lies: it pushes the lungs away."""
+_HEART_REACH_MM = 25.0
+"""Distance from the heart of a region map in which a pericardial effusion lies."""
+_PLACE_WORDS = {
+    Compartment.OUTSIDE: "space outside the body",
+    Compartment.CHEST_WALL: "chest wall or breast",
+    Compartment.NECK: "neck or shoulder above the lungs",
+    Compartment.ABDOMEN: "abdomen below the lungs",
+    Compartment.MEDIASTINUM: "mediastinum",
+    Compartment.LOWER_MEDIASTINUM: "lower mediastinum or upper abdomen",
+}
+_LUNG, _LUNG_OR_PLEURA = "lung", "lung or pleural space"
+_AIRLESS = "chest or upper abdomen, away from aerated lung"
+"""Place of a lung lesion that may as well lie in the liver, for all that a CT alone tells."""
+_MIN_AIR_SHARE = 0.05
+"""Least share of a lung lesion beside aerated lung; the border of a consolidated lobe has more."""
+_FAR_PLACES = [words for words in _PLACE_WORDS.values() if "mediastinum" not in words]
+"""Places that none of the five lesions reaches: a small share there is named."""
+_SIDED_PLACES = {_PLACE_WORDS[Compartment.CHEST_WALL], _LUNG, _LUNG_OR_PLEURA, _AIRLESS}
+"""Places whose side is worded."""
+_EXPECTED, _UNKNOWN = "", "?"
+"""Stand for the places where a kind of lesion can lie, and for those not yet named."""
 _MAX_VOTING_VOXELS = 2000
 """Number of voxels that vote for their nearest lobe: enough for a share, and quick."""
 
@@ -53,6 +83,8 @@ class LesionPlace:
     """Source of the place: a region map, or the CT alone."""
     wording: str
     """Place in words, to follow "in" or "in the"."""
+    is_plausible: bool | None = True
+    """Whether a lesion of this kind can lie there; None where the CT alone does not tell."""
 
 
 def describe_lobes(lobes: Sequence[str]) -> str:
@@ -128,29 +160,17 @@ def locate_lesions(
         "one grid for all volumes"
     )
     lesion_voxels = np.flatnonzero(lesions)
+    if not lesion_voxels.size:
+        return []
     bits = lesions.reshape(-1)[lesion_voxels]
     voxel_ml = float(np.prod(spacing)) / 1000.0
-    lobes = _LobeIndex(regions, spacing) if regions is not None and lesion_voxels.size else None
-    if lobes is not None and not lobes.has_both_lungs:
-        lobes = None
-    basis: Literal["regions", "geometry"] = "geometry" if lobes is None else "regions"
-
+    locator = _LesionLocator(ct, regions, spacing)
     places = []
     for lesion in LESIONS:
         voxels = lesion_voxels[lesion_mask(bits, lesion)]
         volume_ml = voxels.size * voxel_ml
-        if volume_ml < MIN_LESION_ML:
-            continue
-        side: PlaceSide | None = None
-        names: tuple[str, ...] = ()
-        wording = describe_side(lesion, None)
-        if lesion.site != "pericardium":
-            if lobes is not None:
-                shares = lobes.lobe_shares(voxels, nearest_only=lesion.site == "pleura")
-                side, names, wording = _place_by_lobes(lesion, shares)
-            else:
-                side, wording = _place_by_geometry(lesion, voxels, ct, spacing)
-        places.append(LesionPlace(lesion.key, volume_ml, side, names, basis, wording))
+        if volume_ml >= MIN_LESION_ML:
+            places.append(locator.locate(lesion, voxels, volume_ml))
     return places
 
 
@@ -183,13 +203,15 @@ class _LobeIndex:
         step = max(1, round((regions.size / 300_000) ** (1 / 3)))
         steps = (1 if spacing[0] > 2 * spacing[1] else step, step, step)
         coarse = regions[:: steps[0], :: steps[1], :: steps[2]]
-        points = np.argwhere((coarse > 0) & (coarse <= len(LOBES)))
-        self.ids = coarse[tuple(points.T)]
+        indexes = np.argwhere(coarse > 0)
+        self.region_ids = coarse[tuple(indexes.T)]
+        self.region_points = indexes * np.asarray(steps) * self.spacing
+        is_lobe = self.region_ids <= len(LOBES)
+        self.ids, self.points = self.region_ids[is_lobe], self.region_points[is_lobe]
         is_left = np.isin(self.ids, [lobe.id for lobe in LOBES if lobe.side == "left"])
         self.has_both_lungs = (
-            len(points) > 0 and MIN_LUNG_SHARE <= is_left.mean() <= 1 - MIN_LUNG_SHARE
+            self.ids.size > 0 and MIN_LUNG_SHARE <= is_left.mean() <= 1 - MIN_LUNG_SHARE
         )
-        self.points = points * np.asarray(steps) * self.spacing
         self._tree: cKDTree | None = None
 
     def lobe_shares(self, voxels: NDArray[np.intp], nearest_only: bool) -> dict[str, float]:
@@ -204,14 +226,192 @@ class _LobeIndex:
         outside = voxels[~inside]
         if outside.size and (nearest_only or outside.size > inside.sum()):
             sample = outside[:: max(1, outside.size // _MAX_VOTING_VOXELS)]
-            if self._tree is None:
-                self._tree = cKDTree(self.points, balanced_tree=False, compact_nodes=False)
-            points = np.stack(np.unravel_index(sample, self.shape), axis=1) * self.spacing
-            nearest = self.ids[self._tree.query(points)[1]]
+            nearest = self.nearest_lobes(sample)[1]
             votes += np.bincount(nearest, minlength=len(LOBES) + 1) * (outside.size / sample.size)
         total = votes.sum()
         order = sorted(LOBES, key=lambda lobe: -votes[lobe.id])
         return {lobe.name: votes[lobe.id] / total for lobe in order if votes[lobe.id] > 0}
+
+    def nearest_lobes(
+        self, voxels: NDArray[np.intp]
+    ) -> tuple[NDArray[np.floating], NDArray[np.uint8]]:
+        """Distance (mm) and id of the lobe nearest to each voxel (flat indexes)."""
+        if self._tree is None:
+            self._tree = cKDTree(self.points, balanced_tree=False, compact_nodes=False)
+        distance_mm, index = self._tree.query(self._to_mm(voxels))
+        return distance_mm, self.ids[index]
+
+    def heart_distances_mm(self, voxels: NDArray[np.intp]) -> NDArray[np.floating] | None:
+        """Distance of each voxel (flat indexes) from the heart; None where the map has none."""
+        heart = self.region_points[self.region_ids == REGION_BY_NAME["heart"].id]
+        if not len(heart):
+            return None
+        tree = cKDTree(heart, balanced_tree=False, compact_nodes=False)
+        return np.asarray(tree.query(self._to_mm(voxels))[0])
+
+    def _to_mm(self, voxels: NDArray[np.intp]) -> NDArray[np.floating]:
+        return np.stack(np.unravel_index(voxels, self.shape), axis=1) * self.spacing
+
+
+class _LesionLocator:
+    """Finds the places of lesions in one case."""
+
+    def __init__(
+        self, ct: Int16Volume, regions: MaskVolume | None, spacing: tuple[float, float, float]
+    ) -> None:
+        self.ct, self.spacing = ct, spacing
+        lobes = None if regions is None else _LobeIndex(regions, spacing)
+        self.lobes = lobes if lobes is not None and lobes.has_both_lungs else None
+
+    @cached_property
+    def geometry(self) -> ChestGeometry:
+        """Compartments of the CT, which a complete region map spares."""
+        return ChestGeometry(self.ct, self.spacing)
+
+    def locate(self, lesion: Lesion, voxels: NDArray[np.intp], volume_ml: float) -> LesionPlace:
+        """Place of one kind of lesion, whose voxels are flat indexes of the CT."""
+        basis: Literal["regions", "geometry"] = "geometry" if self.lobes is None else "regions"
+        step = max(1, voxels.size // _MAX_VOTING_VOXELS)
+        sample = voxels[step // 2 :: step]
+        if self.lobes is None and self.geometry.lung_slices is None:
+            side = self._find_side(sample)
+            wording = "both sides of the body" if side == "both" else f"{side} side of the body"
+            return LesionPlace(lesion.key, volume_ml, side, (), basis, wording, None)
+
+        elsewhere = self._name_elsewhere(lesion, sample)
+        names: tuple[str, ...] = ()
+        place_side: PlaceSide | None = None
+        parts = []
+        if (elsewhere == _EXPECTED).any():
+            # Lobes are counted in all voxels, as a sample may miss a small share.
+            expected = sample[elsewhere == _EXPECTED]
+            is_all = expected.size == sample.size
+            place_side, names, wording = self._word_expected(lesion, voxels if is_all else expected)
+            parts.append(wording)
+        kinds, counts = np.unique(elsewhere[elsewhere != _EXPECTED], return_counts=True)
+        for kind in kinds[np.argsort(-counts)]:
+            part_side = self._find_side(sample[elsewhere == kind])
+            parts.append(_word_elsewhere(str(kind), part_side))
+        if kinds.size:
+            place_side = self._find_side(sample)
+        is_plausible = None if _AIRLESS in kinds else not kinds.size
+        return LesionPlace(
+            lesion.key, volume_ml, place_side, names, basis, join_words(parts), is_plausible
+        )
+
+    def _name_elsewhere(self, lesion: Lesion, sample: NDArray[np.intp]) -> NDArray[np.str_]:
+        """Name of the place of each voxel where this kind of lesion cannot lie, (N,).
+
+        `_EXPECTED` stands for the others, and for places that hold only a small share.
+        """
+        names = np.full(sample.size, _UNKNOWN, dtype="U40")
+        if self.lobes is not None:
+            self._name_by_regions(lesion, sample, names)
+        is_unknown = names == _UNKNOWN
+        if is_unknown.any():
+            names[is_unknown] = self._name_by_geometry(lesion, sample[is_unknown])
+        is_vague = ~np.isin(names, [_EXPECTED, *_FAR_PLACES])
+        if is_vague.mean() < MIN_MAIN_SHARE:
+            names[is_vague] = _EXPECTED
+        for name, count in zip(*np.unique(names, return_counts=True), strict=True):
+            if count < MIN_NAMED_SHARE * names.size:
+                main, counts = np.unique(names, return_counts=True)
+                names[names == name] = main[counts.argmax()]
+        return names
+
+    def _name_by_geometry(self, lesion: Lesion, sample: NDArray[np.intp]) -> NDArray[np.str_]:
+        names = np.full(sample.size, _EXPECTED, dtype="U40")
+        if self.geometry.lung_slices is None:
+            return names
+        margin_mm = _PLEURA_MARGIN_MM if lesion.site == "pleura" else CAVITY_MARGIN_MM
+        votes = self.geometry.classify(sample, margin_mm)
+        for compartment, words in _PLACE_WORDS.items():
+            names[votes.compartments == compartment] = words
+        has_air = votes.compartments == Compartment.AERATED_LUNG
+        is_middle = (votes.compartments == Compartment.MEDIASTINUM) | (
+            votes.compartments == Compartment.LOWER_MEDIASTINUM
+        )
+        if lesion.site == "lung" and votes.touches_air.mean() < _MIN_AIR_SHARE:
+            names[names == _EXPECTED] = _AIRLESS
+        if lesion.site == "pleura":
+            names[has_air] = _LUNG
+            names[is_middle] = _EXPECTED
+            is_recess = votes.mm_below_lungs <= _MAX_EFFUSION_BELOW_MM
+            names[(votes.compartments == Compartment.ABDOMEN) & is_recess] = _EXPECTED
+        elif lesion.site == "pericardium":
+            names[has_air] = _LUNG
+            names[votes.compartments == Compartment.CHEST_CAVITY] = _LUNG_OR_PLEURA
+            names[votes.is_near_heart] = _EXPECTED
+        return names
+
+    def _name_by_regions(
+        self, lesion: Lesion, sample: NDArray[np.intp], names: NDArray[np.str_]
+    ) -> None:
+        """Set the names that a region map gives; voxels in no region stay unknown."""
+        assert self.lobes is not None
+        ids = self.lobes.flat[sample]
+        is_lobe = (ids > 0) & (ids <= len(LOBES))
+        has_air = self.ct.reshape(-1)[sample] < MAX_LUNG_HU
+        for region in REGIONS[len(LOBES) :]:
+            names[ids == region.id] = region.name
+        if lesion.site == "pericardium":
+            names[is_lobe] = _LUNG
+            distance_mm = self.lobes.heart_distances_mm(sample)
+            if distance_mm is not None:
+                is_near = (distance_mm <= _HEART_REACH_MM) & ~(is_lobe & has_air)
+                names[is_near] = _EXPECTED
+            return
+        names[is_lobe] = _EXPECTED
+        if lesion.site == "pleura":
+            names[is_lobe & has_air] = _LUNG
+            return
+        outside = np.flatnonzero(ids == 0)
+        distance_mm = self.lobes.nearest_lobes(sample[outside])[0]
+        names[outside[distance_mm <= _MAX_LOBE_DISTANCE_MM]] = _EXPECTED
+
+    def _word_expected(
+        self, lesion: Lesion, voxels: NDArray[np.intp]
+    ) -> tuple[PlaceSide | None, tuple[str, ...], str]:
+        """Side, lobes and wording of voxels that lie where this kind of lesion can."""
+        if lesion.site == "pericardium":
+            return None, (), describe_side(lesion, None)
+        if self.lobes is not None:
+            shares = self.lobes.lobe_shares(voxels, nearest_only=lesion.site == "pleura")
+            return _place_by_lobes(lesion, shares)
+        side = self._find_side(voxels)
+        return side, (), self._word_zones(lesion, voxels, side)
+
+    def _find_side(self, voxels: NDArray[np.intp]) -> PlaceSide:
+        z, _, x = np.unravel_index(voxels, self.ct.shape)
+        midline = find_midline(self.ct, np.unique(z), self.spacing)
+        return _side_of_share(float(np.mean(x > midline)))
+
+    def _word_zones(self, lesion: Lesion, voxels: NDArray[np.intp], side: PlaceSide) -> str:
+        """Side and thirds of the lungs."""
+        words = describe_side(lesion, side)
+        if lesion.site != "lung" or self.geometry.lung_slices is None:
+            return words
+        low, high = self.geometry.lung_slices
+        z = np.unravel_index(voxels, self.ct.shape)[0]
+        third = np.clip(((z - low) * 3) // max(high - low + 1, 1), 0, 2)
+        shares = np.bincount(third, minlength=3) / third.size
+        zones = []
+        for name, share in (("upper", shares[2]), ("middle", shares[1]), ("lower", shares[0])):
+            if share >= MIN_NAMED_SHARE:
+                zones.append(name)
+        if len(zones) == 3:
+            return words
+        plural = "s" if len(zones) == 2 or side == "both" else ""
+        return f"{words}, {join_words(zones)} zone{plural}"
+
+
+def _word_elsewhere(name: str, side: PlaceSide) -> str:
+    """Word a place where a lesion of its kind cannot lie."""
+    if name not in _SIDED_PLACES:
+        return name
+    if side != "both":
+        return f"{side} {name}"
+    return "both lungs" if name == _LUNG else f"{name} on both sides"
 
 
 def _place_by_lobes(
@@ -231,108 +431,3 @@ def _side_of_share(left_share: float) -> PlaceSide:
     if min(left_share, 1 - left_share) >= MIN_NAMED_SHARE:
         return "both"
     return "left" if left_share > 0.5 else "right"
-
-
-def _place_by_geometry(
-    lesion: Lesion, voxels: NDArray[np.intp], ct: Int16Volume, spacing: tuple[float, float, float]
-) -> tuple[PlaceSide, str]:
-    """Side and wording from the body's midline and the thirds of the lungs."""
-    z, _, x = np.unravel_index(voxels, ct.shape)
-    side = _side_of_share(float(np.mean(x > _find_midline(ct, np.unique(z), spacing))))
-    if lesion.site == "pleura":
-        return side, describe_side(lesion, side)
-    extent = _find_lung_slices(ct)
-    if extent is None:
-        return side, describe_side(lesion, side)
-    low, high = extent
-    third = np.clip(((z - low) * 3) // max(high - low + 1, 1), 0, 2)
-    shares = np.bincount(third, minlength=3) / third.size
-    zones = []
-    for name, share in (("upper", shares[2]), ("middle", shares[1]), ("lower", shares[0])):
-        if share >= MIN_NAMED_SHARE:
-            zones.append(name)
-    lungs = describe_side(lesion, side)
-    if len(zones) == 3:
-        return side, lungs
-    plural = "s" if len(zones) == 2 or side == "both" else ""
-    return side, f"{lungs}, {join_words(zones)} zone{plural}"
-
-
-def _subsample_in_plane(ct: Int16Volume) -> tuple[Int16Volume, int]:
-    """Leave out rows and columns until a slice has about 128 × 128; return the step too."""
-    step = max(1, max(ct.shape[1:]) // 128)
-    return ct[:, ::step, ::step], step
-
-
-def _find_midline(
-    ct: Int16Volume, slices: NDArray[np.intp], spacing: tuple[float, float, float]
-) -> float:
-    """Column of the body's midline in the given slices: the median middle of its outermost columns.
-
-    Columns with little tissue (table, lines, sheets) do not count. Where the spine lies elsewhere,
-    the body is cut off at a side, and the spine decides.
-    """
-    thin, step = _subsample_in_plane(ct)
-    chosen = slices[:: max(1, slices.size // 16)]
-    body = _find_body_middle(thin[chosen])
-    middle = body * step if body is not None else (ct.shape[2] - 1) / 2
-    reach = round(_SPINE_REACH_MM / spacing[0])
-    around = slice(max(0, int(slices[0]) - reach), int(slices[-1]) + reach + 1)
-    column_mm = spacing[2] * step
-    spine = _find_spine_column(thin[around], column_mm, spacing[1] * step)
-    if spine is not None and abs(spine * step - middle) * spacing[2] > _MAX_MIDLINE_OFFSET_MM:
-        return spine * step
-    return middle
-
-
-def _find_body_middle(slices: Int16Volume) -> float | None:
-    columns = (slices > MIN_BODY_HU).sum(axis=1)
-    middles = []
-    for column in columns:
-        wide = np.flatnonzero(column > max(2, 0.15 * column.max()))
-        if wide.size:
-            middles.append((wide[0] + wide[-1]) / 2)
-    return float(np.median(middles)) if middles else None
-
-
-def _find_spine_column(slices: Int16Volume, column_mm: float, row_mm: float) -> float | None:
-    """Column with most bone of the back: ribs are thin and spread, the spine is in every slice."""
-    body: NDArray[np.bool_] = np.asarray((slices > MIN_BODY_HU).any(axis=2))
-    rows = np.arange(slices.shape[1])
-    first = body.argmax(axis=1)[:, None]
-    last = slices.shape[1] - 1 - body[:, ::-1].argmax(axis=1)[:, None]
-    back = rows >= first + 0.5 * (last - first)
-    bone = ((slices > MIN_BONE_HU) & back[:, :, None]).sum(axis=(0, 1)).astype(float)
-    width = max(1, round(_SPINE_WIDTH_MM / column_mm))
-    bone_in_width = np.convolve(bone, np.ones(width), mode="same")
-    best = int(bone_in_width.argmax())
-    if bone_in_width[best] * column_mm * row_mm / len(slices) < _MIN_SPINE_AREA_MM2:
-        return None
-    columns = np.arange(bone.size)
-    near = np.abs(columns - best) <= width / 2
-    return float(np.average(columns[near], weights=bone[near]))
-
-
-def _find_lung_slices(ct: Int16Volume) -> tuple[int, int] | None:
-    """First and last slice with at least 5% of the lung area of the widest slice."""
-    thin, _ = _subsample_in_plane(ct)
-    body = thin > MIN_BODY_HU
-    # Air between the first and the last tissue of its row and of its column lies inside the chest
-    # (or between body and table, which is little).
-    inside_body = _fill_between(body, 2) & _fill_between(body, 1)
-    area = (inside_body & (thin < MAX_LUNG_HU)).sum(axis=(1, 2))
-    if area.max() < 20:
-        return None
-    inside = np.flatnonzero(area > 0.05 * area.max())
-    return int(inside[0]), int(inside[-1])
-
-
-def _fill_between(body: NDArray[np.bool_], axis: int) -> NDArray[np.bool_]:
-    """True from the first to the last true voxel along an axis."""
-    size = body.shape[axis]
-    first = np.expand_dims(np.where(body.any(axis), body.argmax(axis), size), axis)
-    last = size - 1 - np.expand_dims(np.flip(body, axis).argmax(axis), axis)
-    along = np.arange(size, dtype=np.int32).reshape(
-        [-1 if n == axis else 1 for n in range(body.ndim)]
-    )
-    return np.asarray((along >= first) & (along <= last))

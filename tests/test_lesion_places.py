@@ -1,4 +1,6 @@
+import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from rectvlm.config import load_config
 from rectvlm.labels import FINDINGS, LESION_BY_KEY, REGION_BY_NAME
 from rectvlm.lesion_places import LesionPlace, describe_lobes, describe_places, locate_lesions
 from rectvlm.models.rectvlm import describe_cues
+from rectvlm.types import Sample
 from tests.conftest import phantom_sample
 
 SPACING = (8.0, 3.6, 3.6)
@@ -169,11 +172,11 @@ def test_nothing_outlined() -> None:
     assert locate_lesions(one, ct, regions, (1.0, 1.0, 1.0)) == []
 
 
-def test_no_lungs_in_the_field_leaves_the_zone_out() -> None:
+def test_no_lungs_in_the_field_leaves_the_side_alone() -> None:
     ct, _ = chest()
     ct[ct == -850] = 30
     (place,) = locate_lesions(lesion("consolidation", RIGHT_LOW), ct, None, SPACING)
-    assert place.wording == "right lung"
+    assert (place.wording, place.is_plausible) == ("right side of the body", None)
 
 
 def test_it_is_quick() -> None:
@@ -181,7 +184,7 @@ def test_it_is_quick() -> None:
     mask = lesion("pleural_effusion", LEFT_LOW) | lesion("consolidation", RIGHT_LOW)
     for regions_or_none in (regions, None):
         fastest = min(_seconds(mask, ct, regions_or_none) for _ in range(5))
-        assert fastest < 0.1  # about 0.01 on an idle core
+        assert fastest < 0.3  # about 0.05 on an idle core
 
 
 def _seconds(mask: np.ndarray, ct: np.ndarray, regions: np.ndarray | None) -> float:
@@ -233,3 +236,82 @@ def test_an_outline_without_its_finding_is_not_told() -> None:
     )
     assert told("Emphysema") == "Findings suggested: emphysema. No lesions outlined."
     assert told() == "No findings suggested. No lesions outlined."
+
+
+def painted(sample: Sample, key: str, centre: np.ndarray, radius_mm: float = 14) -> np.ndarray:
+    """A ball of one lesion around a voxel of a sample."""
+    index = np.stack(np.indices(sample.ct.shape), axis=-1)
+    mm = (index - centre) * np.asarray(sample.meta.spacing)
+    return np.where(np.linalg.norm(mm, axis=-1) < radius_mm, bit(key), np.uint8(0))
+
+
+def middle_of(sample: Sample, region: str) -> np.ndarray:
+    return np.argwhere(sample.regions == REGION_BY_NAME[region].id).mean(axis=0).round()
+
+
+BREAST = np.array([21, 7, 43])
+"""Voxel in the left breast of `patient`."""
+
+
+@pytest.fixture(scope="module")
+def patient() -> Sample:
+    """A phantom with breasts in front of the ribs."""
+    sample = phantom_sample(2, load_config("demo"))
+    ct = np.array(sample.ct)
+    index = np.stack(np.indices(ct.shape), axis=-1)
+    for column in (20, 43):
+        mm = (index - (21, 10, column)) * np.asarray(sample.meta.spacing)
+        ct[
+            (np.linalg.norm(mm / (50, 45, 50), axis=-1) < 1) & (ct < -300) & (index[..., 1] < 14)
+        ] = 0
+    return replace(sample, ct=ct)
+
+
+@pytest.mark.parametrize("with_map", [True, False])
+@pytest.mark.parametrize("key", ["pericardial_effusion", "lung_nodule", "pleural_effusion"])
+def test_an_outline_in_the_breast_is_not_worded_as_heart_or_lung(
+    patient: Sample, key: str, with_map: bool
+) -> None:
+    mask = painted(patient, key, BREAST, 10)
+    mask[patient.regions > 0] = 0
+    regions = patient.regions if with_map else None
+    (place,) = locate_lesions(mask, patient.ct, regions, patient.meta.spacing)
+    assert "left chest wall or breast" in place.wording and place.is_plausible is False
+    assert not re.search("heart|both lungs", place.wording) and place.side == "left"
+    assert "in the left chest wall or breast" in describe_places([place])
+
+
+@pytest.mark.parametrize("with_map", [True, False])
+@pytest.mark.parametrize(
+    ("key", "region", "words", "words_with_map"),
+    [
+        ("lung_nodule", "esophagus", "mediastinum", "esophagus"),
+        ("lung_nodule", "liver", "upper abdomen", "liver"),
+        ("lung_nodule", "heart", "mediastinum", "heart"),
+        ("consolidation", "spine", "mediastinum", "spine"),
+        ("pericardial_effusion", "right lower lobe", "right lung", "right lung"),
+        ("pleural_effusion", "left upper lobe", "left lung", "left lung"),
+    ],
+)
+def test_a_place_where_no_such_lesion_lies_is_named(
+    patient: Sample, key: str, region: str, words: str, words_with_map: str, with_map: bool
+) -> None:
+    mask = painted(patient, key, middle_of(patient, region), 9)
+    regions = patient.regions if with_map else None
+    (place,) = locate_lesions(mask, patient.ct, regions, patient.meta.spacing)
+    assert (words_with_map if with_map else words) in place.wording
+    assert not place.is_plausible
+
+
+def test_an_outline_beside_the_body_is_outside(patient: Sample) -> None:
+    mask = painted(patient, "consolidation", np.array([12, 2, 4]), 12)
+    (place,) = locate_lesions(mask, patient.ct, patient.regions, patient.meta.spacing)
+    assert (place.wording, place.is_plausible) == ("space outside the body", False)
+
+
+def test_a_part_of_a_lesion_elsewhere_is_named_beside_the_rest(patient: Sample) -> None:
+    in_lung = painted(patient, "lung_nodule", middle_of(patient, "right upper lobe"))
+    in_breast = painted(patient, "lung_nodule", BREAST, 12)
+    (place,) = locate_lesions(in_lung | in_breast, patient.ct, None, patient.meta.spacing)
+    assert re.match("right lung, .*and left chest wall or breast", place.wording)
+    assert (place.side, place.is_plausible) == ("both", False)

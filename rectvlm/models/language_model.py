@@ -35,6 +35,7 @@ from rectvlm.models.load_quantized import (
     replace_linear_with_4bit,
 )
 from rectvlm.models.report_prompt import check_tokenizer
+from rectvlm.pretrained import explain_model_errors
 from rectvlm.types import UserError
 
 EMBEDDING_CHUNK_ROWS = 2048
@@ -72,8 +73,19 @@ def load_language_model(
     Raises:
         UserError: Transformers does not know the architecture, the model reads more than text, it
             has no chat template or one that cannot render the report prompt, it has no attention
-            layers for LoRA, or its weights are packed in another way than the configuration says.
+            layers for LoRA, its weights are packed in another way than the configuration says, or
+            a file is missing or damaged.
     """
+    with explain_model_errors(str(folder)):
+        return _load_and_adapt(config, folder, device, shard_module)
+
+
+def _load_and_adapt(
+    config: GeneratorConfig,
+    folder: str | Path,
+    device: torch.device | None,
+    shard_module: ShardModule | None,
+) -> LanguageModel:
     model_config = _read_model_config(folder)
     tokenizer = load_tokenizer(folder)
     checkpoint = SafetensorsCheckpoint.from_reference(str(folder))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from rectvlm.labels import FINDINGS, LESIONS, finding_prompts, lesion_prompt
+from rectvlm.pretrained import explain_model_errors
 from rectvlm.types import UserError
 
 
@@ -30,8 +31,9 @@ def embed_texts(model: str | Path, texts: list[str], max_tokens: int) -> Tensor:
     Returns:
         (len(texts), width of the text encoder) float32.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    encoder = AutoModel.from_pretrained(model, dtype=torch.float32).eval()
+    with explain_model_errors(str(model)):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        encoder = AutoModel.from_pretrained(model, dtype=torch.float32).eval()
     tokens = tokenizer(
         texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
     )

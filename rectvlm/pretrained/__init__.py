@@ -6,9 +6,18 @@
 
 from rectvlm.pretrained.model_references import (
     BUNDLED_SCHEME,
+    explain_model_errors,
     models_folder,
     read_model_config,
+    require_model,
     resolve_model,
 )
 
-__all__ = ["BUNDLED_SCHEME", "models_folder", "read_model_config", "resolve_model"]
+__all__ = [
+    "BUNDLED_SCHEME",
+    "explain_model_errors",
+    "models_folder",
+    "read_model_config",
+    "require_model",
+    "resolve_model",
+]

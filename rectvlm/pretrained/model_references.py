@@ -2,8 +2,12 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
 
 from rectvlm.pretrained.catalog import BUNDLED_MODELS
 from rectvlm.types import UserError
@@ -12,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 BUNDLED_SCHEME = "bundled:"
+CONFIG_FILE = "config.json"
+MODEL_ERRORS = (OSError, ValueError, ImportError, KeyError)
+"""Errors that Transformers raises for files that are missing, damaged or of an unknown kind."""
 MODEL_CONFIGS_FOLDER = Path(__file__).parent.parent / "configs" / "models"
 
 
@@ -38,7 +45,7 @@ def resolve_model(reference: str) -> str:
         return str(bundled.prepare_bundled_model(name, models_folder()))
     looks_like_path = reference.startswith((".", "/", "~")) or reference.count("/") > 1
     path = Path(reference).expanduser()
-    if looks_like_path and not (path / "config.json").is_file():
+    if looks_like_path and not (path / CONFIG_FILE).is_file():
         raise UserError(
             f"No model at {path}: expected a folder with config.json, a hub id, or one of {names}."
         )
@@ -60,10 +67,53 @@ def read_model_config(reference: str) -> "PretrainedConfig":
         tree = json.loads(path.read_text())
         if tree.pop("_source") == reference:
             return AutoConfig.for_model(**tree)
+    where = _fetch_config_file(reference)
+    with explain_model_errors(reference):
+        return AutoConfig.from_pretrained(where)
+
+
+def require_model(reference: str) -> str:
+    """Resolve a reference as `resolve_model` does, and see that the model is within reach.
+
+    Of a model on a hub its configuration file is fetched: that finds a wrong name, a missing login
+    and a missing network before anything is loaded.
+
+    Raises:
+        UserError: the model is not within reach, or Transformers does not know its kind.
+    """
+    from transformers import AutoConfig
+
+    where = _fetch_config_file(reference)
+    with explain_model_errors(reference):
+        AutoConfig.from_pretrained(where)
+    return where
+
+
+def _fetch_config_file(reference: str) -> str:
+    where = resolve_model(reference)
+    if not Path(where).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        from rectvlm.checkpoint.hub import explain_hub_errors
+
+        with explain_hub_errors(where):
+            hf_hub_download(where, CONFIG_FILE)
+    return where
+
+
+@contextmanager
+def explain_model_errors(reference: str) -> Iterator[None]:
+    """Turn what Transformers raises for a damaged or unknown model into one sentence."""
     try:
-        return AutoConfig.from_pretrained(resolve_model(reference))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # tokenizers raises bare `Exception`.
+        if not isinstance(error, (*MODEL_ERRORS, SafetensorError)) and type(error) is not Exception:
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
         raise UserError(
-            f"The configuration of the model {reference!r} cannot be read ({reason})."
-        ) from None
+            f"The model {reference} cannot be loaded ({reason}): fetch it again, or choose one "
+            "that this Transformers knows."
+        ) from error

@@ -260,9 +260,7 @@ def test_in_a_folder_bad_files_are_set_aside_and_the_rest_goes_on(
     assert not (out / "failed.jsonl").exists()
 
 
-def test_a_made_up_affine_is_set_aside_and_a_ct_in_metres_is_measured(
-    tiny_run, phantoms, tmp_path
-):
+def test_a_made_up_affine_is_set_aside_and_a_ct_in_metres_is_measured(tiny_run, phantoms, tmp_path):
     phantom, source = phantoms(1), tmp_path / "in"
     source.mkdir()
     reference = write_nifti(phantom.hu, phantom.affine, source / "reference.nii.gz")

@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +21,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from accelerate.accelerator import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
 from bitsandbytes.nn import Linear4bit
 from deepspeed.accelerator import get_accelerator
@@ -94,6 +95,13 @@ def is_lost_peer_error(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
+def start_tracker(name: str, project: str, /, **settings: Any) -> GeneralTracker:
+    """Start one of Accelerate's trackers."""
+    tracker: GeneralTracker = LOGGER_TYPE_TO_CLASS[name](project, **settings)
+    tracker.start()
+    return tracker
+
+
 class Engine:
     """Processes, sharding, backward pass, optimizer step, and the state of all that."""
 
@@ -103,7 +111,6 @@ class Engine:
         phase: PhaseConfig,
         max_gradient_norm: float,
         run_folder: Path,
-        trackers: Sequence[str] = (),
         timeout_seconds: float = 1800.0,
     ) -> None:
         """Start the engine.
@@ -112,8 +119,7 @@ class Engine:
             ds_config: DeepSpeed JSON; `auto` is filled in from the configuration.
             phase: the phase's settings, for the batch sizes.
             max_gradient_norm: norm to which gradients are clipped.
-            run_folder: where trackers write.
-            trackers: names of Accelerate's trackers.
+            run_folder: Accelerate's project folder.
             timeout_seconds: how long a rank waits for the others.
 
         Raises:
@@ -133,7 +139,6 @@ class Engine:
             mixed_precision="bf16",
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
             kwargs_handlers=[process_group],
-            log_with=list(trackers) or None,
             project_dir=str(run_folder),
         )
         # `shard_module` alone shards; what Transformers loads, such as the prompts' text encoder,
@@ -396,7 +401,7 @@ class Engine:
         dist.barrier()
 
     def close(self) -> None:
-        """End the trackers and leave the process group."""
+        """Leave the process group."""
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()

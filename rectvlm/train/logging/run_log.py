@@ -21,13 +21,19 @@ from typing import Any
 
 from rectvlm.config import Config
 from rectvlm.files import append_json_line, fsync_file
-from rectvlm.runs.run_files import ENGINE_FILE, METRICS_FILE, RUN_CONFIG_FILE, VALIDATION_FILE
+from rectvlm.runs.run_files import (
+    ENGINE_FILE,
+    METRICS_FILE,
+    RANKS_FOLDER,
+    RUN_CONFIG_FILE,
+    VALIDATION_FILE,
+)
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.logging.console import ProgressDisplay, ProgressMeter
 from rectvlm.train.logging.jsonl import truncate_after_step
 from rectvlm.train.logging.mfu import StepFlops
 from rectvlm.train.logging.run_metadata import SessionLog
-from rectvlm.train.logging.trackers import ExperimentTrackers
+from rectvlm.train.logging.trackers import ExperimentTrackers, choose_trackers
 from rectvlm.train.phases import Phase
 from rectvlm.train.recovery.exit_codes import ExitCode, RunEnded
 from rectvlm.train.step_result import StepResult
@@ -60,7 +66,7 @@ class RunLog:
         self._step = step
         self._quantization = config.generator.quantization if "generator" in phase.parts else None
         self._has_described_engine = False
-        self._rank_path = folder / "ranks" / f"rank-{engine.rank:04d}.jsonl"
+        self._rank_path = folder / RANKS_FOLDER / f"rank-{engine.rank:04d}.jsonl"
         self._rank_path.parent.mkdir(parents=True, exist_ok=True)
         self._paths = [self._rank_path]
         self._metrics_path = folder / METRICS_FILE
@@ -77,7 +83,7 @@ class RunLog:
 
     def _truncate_files_of_former_ranks(self) -> None:
         """Drop later steps of ranks that exist no more, since there were more ranks before."""
-        for path in (self.folder / "ranks").glob("rank-*.jsonl"):
+        for path in (self.folder / RANKS_FOLDER).glob("rank-*.jsonl"):
             if int(path.stem.removeprefix("rank-")) >= self.engine.world_size:
                 truncate_after_step(path, self._step)
 
@@ -88,7 +94,7 @@ class RunLog:
         self._sessions.start_session(self._step, total_steps, facts)
         first_start = self._sessions.first_start
         self._trackers = ExperimentTrackers(
-            self.engine, config, self.folder, self._step, first_start
+            choose_trackers(config), config, self.folder, self._step, first_start
         )
         self._meter = ProgressMeter(total_steps, step_flops)
         name = f"phase {self.phase.number}"
