@@ -145,7 +145,8 @@ def _list_own_selection(
         assert own_data.cases is not None
         cases = list_function_cases(own_data.cases)
         return CaseSelection(cases + phantoms, {"cases": {"function": own_data.cases}})
-    own = list_table_cases(own_data.table.expanduser(), own_data.mapping, masks)
+    mapping = own_data.mapping and own_data.mapping.expanduser()
+    own = list_table_cases(own_data.table.expanduser(), mapping, masks)
     for subject, count in own.counts.items():
         log.info("%s: %d", subject, count)
     policy = {"table": {"name": own_data.table.name, "counts": own.counts}}
