@@ -22,14 +22,11 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from rectvlm.checkpoint.integrity import find_faults, has_manifest, read_manifest
 from rectvlm.checkpoint.run_folder import MODEL_CONFIG_FILE, find_checkpoint
@@ -37,6 +34,10 @@ from rectvlm.config import MODEL_PARTS, Config, ModelPart, parse_config
 from rectvlm.files import read_json_object, write_json
 from rectvlm.labels import FINDINGS, LESIONS, REGIONS
 from rectvlm.types import UserError
+
+if TYPE_CHECKING:  # a command that refuses a wrong path does not spend seconds on libraries
+    from peft import LoraConfig
+    from torch import Tensor
 
 THRESHOLDS_FILE = "thresholds.json"
 CARD_FILE = "README.md"
@@ -183,7 +184,7 @@ class Checkpoint:
                 f"{self.folder} has no {', '.join(missing)}: it holds {', '.join(self.parts)}."
             )
 
-    def read_tensors(self, parts: Collection[ModelPart] | None = None) -> dict[str, Tensor]:
+    def read_tensors(self, parts: Collection[ModelPart] | None = None) -> dict[str, "Tensor"]:
         """Read tensors by their names in the model.
 
         The files must agree with the manifest, if there is one.
@@ -227,7 +228,7 @@ class Checkpoint:
             counts[part] = sum(_count_values(self.folder / name) for name in names)
         return counts
 
-    def write_files(self, tensors: Mapping[str, Tensor], lora: LoraConfig | None) -> list[Path]:
+    def write_files(self, tensors: Mapping[str, "Tensor"], lora: "LoraConfig | None") -> list[Path]:
         """Write `config.json` and the weights into the folder, which exists; return the files.
 
         Args:
@@ -382,5 +383,7 @@ def _check_adapter_config(checkpoint: Checkpoint) -> None:
         raise UserError(f"{path} does not fit {MODEL_CONFIG_FILE}: {', '.join(faults)}; {_REMEDY}.")
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def _save_tensors(tensors: dict[str, "Tensor"], path: Path) -> None:
+    from safetensors.torch import save_file
+
     save_file(tensors, path, metadata={"format": "pt"})

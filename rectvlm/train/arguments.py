@@ -5,12 +5,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rectvlm.cli_options import CommandParser
 from rectvlm.train.phases import STAGES, Phase
 
 
 def parse_arguments(phase: Phase, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse a phase's command line, by default that of the process."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"launch/phase{phase.number}.py",
         description=f"Phase {phase.number}: {', '.join(phase.tasks)}. "
         f"Trains {', '.join(phase.parts)}.",

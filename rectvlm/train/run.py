@@ -30,17 +30,16 @@ from rectvlm.train.logging.mfu import StepFlops, count_step_flops
 from rectvlm.train.logging.trackers import choose_trackers
 from rectvlm.train.loop import run_training_loop
 from rectvlm.train.optimizer import build_optimizer, freeze_all_but, set_training_modes
-from rectvlm.train.phases import PHASES, STAGES, Phase, with_step_count
+from rectvlm.train.phases import PHASES, STAGES, Phase, get_run_folder, with_step_count
+from rectvlm.train.preflight import check_start
 from rectvlm.train.recovery.exit_codes import ExitCode, RunEnded, clear_ending, write_ending
 from rectvlm.train.recovery.position import TrainingPosition
 from rectvlm.train.recovery.resume import (
     ResumeMode,
     find_newest_intact_checkpoint,
     find_source_checkpoint,
-    has_checkpoints,
     prepare_run_folder,
     read_position,
-    require_checkpoint_to_resume,
 )
 from rectvlm.train.recovery.run_session import first_line, lock_run_folder, record_failure
 from rectvlm.train.recovery.signals import StopSignals, terminate_with_launcher
@@ -81,11 +80,6 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
         raise
 
 
-def get_run_folder(phase: Phase, config: Config) -> Path:
-    """Run folder of a phase."""
-    return Path(config.train.runs) / config.name / phase.key
-
-
 def _exit_after_losing_ranks(error: RuntimeError) -> NoReturn:
     """End a rank that has lost the others at once; its threads would wait for them for ever."""
     reason = f"a rank lost the others ({first_line(error)})"
@@ -113,15 +107,7 @@ def train_phase(
     settings = phase.get_settings(config)
     choose_trackers(config)  # a name that is no tracker's ends the run before it begins
     folder = get_run_folder(phase, config)
-    # A missing checkpoint is reported before anything is loaded; a run that resumes needs none of
-    # the previous phase.
-    source = (
-        None
-        if resume != "no" and has_checkpoints(folder)
-        else find_source_checkpoint(phase, config, requested_source)
-    )
-    if resume == "yes":
-        require_checkpoint_to_resume(folder, phase)
+    source = check_start(phase, config, resume, requested_source)  # before anything is loaded
     _fetch_frozen_models(phase, config)
     step_flops = count_step_flops(phase, config)
     engine = _start_engine(ds_config, settings, config, folder)

@@ -4,11 +4,13 @@
 loader's place in the data.
 """
 
+from __future__ import annotations
+
 import logging
 import shutil
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rectvlm.checkpoint import Checkpoint, integrity, run_folder
 from rectvlm.checkpoint.hub import find_model_folder
@@ -22,11 +24,13 @@ from rectvlm.runs.run_files import (
     SESSIONS_FILE,
 )
 from rectvlm.train.early_stopping import has_stopped_early
-from rectvlm.train.engine.engine import Engine
 from rectvlm.train.phases import Phase, with_step_count
 from rectvlm.train.recovery.position import TrainingPosition
 from rectvlm.train.recovery.run_session import on_main_rank
 from rectvlm.types import UserError
+
+if TYPE_CHECKING:
+    from rectvlm.train.engine.engine import Engine
 
 log = logging.getLogger(__name__)
 
