@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rectvlm.files import require_writable_file
 from rectvlm.runs.read_runs import TrainingRun, find_runs
 from rectvlm.runs.run_tables import (
     compare_runs,
@@ -62,5 +63,6 @@ def _save_plot(runs: list[TrainingRun], options: argparse.Namespace) -> None:
     from rectvlm.runs.curves import plot_runs
 
     path = options.out or default_figure_path(runs)
+    require_writable_file(path)
     plot_runs(runs, path)
     sys.stdout.write(f"{path}\n")
