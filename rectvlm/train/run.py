@@ -44,6 +44,7 @@ from rectvlm.train.recovery.resume import (
 )
 from rectvlm.train.recovery.run_session import first_line, lock_run_folder, record_failure
 from rectvlm.train.recovery.signals import StopSignals, terminate_with_launcher
+from rectvlm.train.task_samples import require_something_to_learn
 from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
 from rectvlm.types import UserError
 
@@ -100,8 +101,8 @@ def train_phase(
 
     Raises:
         RunEnded: the run ends early and in order.
-        UserError: shards are missing, the previous phase's checkpoint is missing or does not fit,
-            or an earlier run is in the way.
+        UserError: shards are missing or teach the phase nothing, the previous phase's checkpoint is
+            missing or does not fit, or an earlier run is in the way.
     """
     settings = phase.get_settings(config)
     choose_trackers(config)  # a name that is no tracker's ends the run before it begins
@@ -115,6 +116,7 @@ def train_phase(
     )
     if resume == "yes":
         require_checkpoint_to_resume(folder, phase)
+    require_something_to_learn(phase, config)
     _fetch_frozen_models(phase, config)
     step_flops = count_step_flops(phase, config)
     engine = _start_engine(ds_config, settings, config, folder)
