@@ -135,7 +135,7 @@ class RectVLM(nn.Module):
         config = checkpoint.config
         language = None
         if "generator" in parts:
-            folder = resolve_model(language_model or config.generator.model)
+            folder = resolve_model(language_model or config.generator.model, checkpoint.folder)
             language = load_language_model(config.generator, folder, device)
         model = cls(config, parts, prompts, language)
         load_tensors(model, tensors, model.checkpoint_tensor_names(), checkpoint.folder)
