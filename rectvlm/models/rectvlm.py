@@ -329,7 +329,8 @@ def load_part(
     language = None
     if part == "generator":
         generator = checkpoint.config.generator
-        language = load_language_model(generator, resolve_model(generator.model), device)
+        folder = resolve_model(generator.model, checkpoint.folder)
+        language = load_language_model(generator, folder, device)
     built_parts = [name for name in MODEL_PARTS if name in ("encoder", "classifier", part)]
     model = RectVLM(checkpoint.config, built_parts, prompts, language)
     expected = []
