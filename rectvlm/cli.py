@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import rectvlm
-from rectvlm.cli_options import CommandParser, add_options, options_from_namespace
+from rectvlm.cli_options import (
+    CommandParser,
+    add_options,
+    options_from_namespace,
+    print_names_as_bytes,
+)
 
 log = logging.getLogger("rectvlm.cli")  # also where the module is run as `__main__`
 
@@ -24,14 +29,22 @@ DEVICE_PATTERN = r"(cpu|cuda|mps|xpu)(:\d+)?"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. A user's error is one sentence on stderr and exit code 2."""
+    print_names_as_bytes()
     options = _build_parser().parse_args(arguments)
     _start_logging(options.verbose, getattr(options, "progress", False))
+    from rectvlm.files import explain_os_error, printable_text
     from rectvlm.types import UserError
 
     try:
         options.run(options)
     except UserError as error:
-        sys.stderr.write(f"rectvlm: {error}\n")
+        sys.stderr.write(f"rectvlm: {printable_text(error)}\n")
+        return 2
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        sys.stderr.write(f"rectvlm: {printable_text(explain_os_error(error))}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("rectvlm: stopped\n")
@@ -283,10 +296,10 @@ def _run_evaluate(namespace: argparse.Namespace) -> None:
     if namespace.shards is not None:
         read_index(namespace.shards)
     _check_device(namespace.device)
-    from rich.console import Console
 
     from rectvlm.evaluate.run import evaluate_checkpoint, output_path
     from rectvlm.evaluate.tables import terminal_table
+    from rectvlm.terminal_tables import make_stdout_console
 
     result = evaluate_checkpoint(
         namespace.checkpoint,
@@ -296,7 +309,7 @@ def _run_evaluate(namespace: argparse.Namespace) -> None:
         options=options,
     )
     if result is not None:  # the first of several processes
-        Console().print(terminal_table(result))
+        make_stdout_console().print(terminal_table(result))
         sys.stdout.write(f"{output_path(namespace.checkpoint, options.split, namespace.out)}\n")
 
 
@@ -385,16 +398,15 @@ def _run_weights_verify(options: argparse.Namespace) -> None:
 
 
 def _run_weights_list(options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
 
     from rectvlm.pretrained.catalog import PUBLISHED_SIZES
     from rectvlm.pretrained.verify import list_available_models
+    from rectvlm.terminal_tables import FoldingTable, make_stdout_console
 
-    table = Table("name", "what", "repository", "state")
+    table = FoldingTable("name", "what", "repository", "state")
     for row in list_available_models(options.where):
         table.add_row(row.name, row.kind, row.repository, row.availability)
-    Console().print(table)
+    make_stdout_console().print(table)
     if not PUBLISHED_SIZES:
         sys.stdout.write(
             "No weights of rectvlm are published yet. Sizes can be pulled from a repository that "
