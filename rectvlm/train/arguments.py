@@ -5,12 +5,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rectvlm.cli_options import CommandParser
 from rectvlm.train.phases import STAGES, Phase
 
 
 def parse_arguments(phase: Phase, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse a phase's command line, by default that of the process."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"launch/phase{phase.number}.py",
         description=f"Phase {phase.number}: {', '.join(phase.tasks)}. "
         f"Trains {', '.join(phase.parts)}.",
@@ -28,8 +29,8 @@ def parse_arguments(phase: Phase, argv: Sequence[str] | None) -> argparse.Namesp
         "--from",
         dest="source",
         metavar="PATH",
-        help="start from this run's phase folder or checkpoint, or from the best one of the phase "
-        "before (`best`)",
+        help="start from this run's phase folder, checkpoint, exported or pulled model, or hub id; "
+        "`best` is the best checkpoint of the phase before",
     )
     start = parser.add_mutually_exclusive_group()
     start.add_argument(

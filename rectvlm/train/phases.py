@@ -16,6 +16,7 @@ A stage has a run folder of its own; the phase itself starts from it where `--fr
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from rectvlm.config import Config, ModelPart, PhaseConfig, PhaseKey, phase_key
@@ -59,7 +60,8 @@ class Phase:
         section = config.train.phases.get(self.key)
         if section is None:
             raise UserError(
-                f"Configuration {config.name} has no train.phases.{self.key}: add the section."
+                f"The configuration of run {config.name} has no train.phases.{self.key}: add the "
+                "section."
             )
         trainable = self.parts if self.may_train is None else self.may_train
         unexpected = sorted(set(section.lr) - set(trainable))
@@ -87,6 +89,11 @@ PHASE_TABLE: tuple[Phase, ...] = (
 )
 PHASES: dict[int, Phase] = {row.number: row for row in PHASE_TABLE if row.stage is None}
 STAGES: dict[Stage, Phase] = {row.stage: row for row in PHASE_TABLE if row.stage is not None}
+
+
+def get_run_folder(phase: Phase, config: Config) -> Path:
+    """Run folder of a phase."""
+    return Path(config.train.runs) / config.name / phase.key
 
 
 def with_step_count(
