@@ -139,8 +139,8 @@ def _find_wrong_places(outlines: Sequence[_Outline]) -> Iterator[Contradiction]:
         lesion, place = outline.lesion, outline.place
         if place is not None and place.is_plausible is False:
             words = (
-                f"{lesion.name.capitalize()} is outlined where it cannot lie, or not with all of "
-                f"it: {place.wording}."
+                f"{lesion.name.capitalize()} is outlined, at least in part, where it cannot lie: "
+                f"{place.wording}."
             )
             yield Contradiction("place", lesion.finding, lesion.key, words)
 
@@ -259,4 +259,5 @@ def measure_extent(
     points -= points.mean(axis=0)
     axis = np.linalg.eigh(points.T @ points)[1][:, -1]
     along = points @ axis
-    return thickness, float(np.ptp(along) + np.abs(axis) @ spacing)
+    length = float(np.ptp(along) + np.abs(axis) @ spacing)
+    return min(thickness, length), length
