@@ -30,13 +30,14 @@ from rectvlm.lesion_bits import lesion_mask
 from rectvlm.lesion_places import LesionPlace, locate_lesions
 from rectvlm.predict.case import LoadedModel, PredictedCase
 from rectvlm.predict.case_page import DISCLAIMER, CaseView, render_page
+from rectvlm.predict.lesion_files import LESION_FILES, save_lesion_files
 from rectvlm.types import Affine, HuConversion, Int16Volume, MaskVolume, UserError, Volume
 
 SUMMARY_FILE = "findings.json"
 PAGE_FILE = "index.html"
 MASK_FILE = "lesions.nii.gz"
 REPORT_FILE = "report.txt"
-CASE_FILES = frozenset({SUMMARY_FILE, PAGE_FILE, MASK_FILE, REPORT_FILE})
+CASE_FILES = frozenset({SUMMARY_FILE, PAGE_FILE, MASK_FILE, REPORT_FILE, *LESION_FILES.values()})
 """Files of a case's folder, which holds no others."""
 MASK_BITS_NOTE = "bits: " + ", ".join(f"{lesion.mask_value} {lesion.key}" for lesion in LESIONS)
 
@@ -155,6 +156,7 @@ def save_mask(bits: MaskVolume, volume: Volume, path: Path) -> None:
     image.header["descrip"] = "rectvlm lesion bits, see findings.json"
     image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", MASK_BITS_NOTE.encode()))
     nib.save(image, path)
+    save_lesion_files(bits, image, path.parent)
 
 
 def canonical_view(array: NDArray[Any], affine: Affine) -> tuple[NDArray[Any], Affine]:
