@@ -1,5 +1,6 @@
 """Training: three phases as rows of a table over one loop."""
 
+import sys
 from collections.abc import Sequence
 
 from rectvlm.train.phases import PHASES, Phase
@@ -10,12 +11,20 @@ __all__ = ["PHASES", "Phase", "main"]
 def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
     """Run a phase as a command, with the log set up before libraries are imported.
 
+    Without a launcher it starts the phase's processes itself, where there are several.
+
     Args:
         phase_number: number of the phase.
         argv: arguments; by default the process's.
     """
-    from rectvlm.train.engine.launcher_settings import follow_use_cpu
+    from rectvlm.train.engine.launcher_settings import follow_use_cpu, is_started_by_launcher
 
+    if not is_started_by_launcher():
+        from rectvlm.train.launch import launch_phase
+
+        exit_code = launch_phase(phase_number, sys.argv[1:] if argv is None else argv)
+        if exit_code is not None:
+            sys.exit(exit_code)
     follow_use_cpu()
     from rectvlm.train.logging.logging_setup import configure_logging
 

@@ -11,7 +11,7 @@ from rectvlm.train.phases import STAGES, Phase
 def parse_arguments(phase: Phase, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse a phase's command line, by default that of the process."""
     parser = argparse.ArgumentParser(
-        prog=f"launch/phase{phase.number}.py",
+        prog=name_command(phase.number),
         description=f"Phase {phase.number}: {', '.join(phase.tasks)}. "
         f"Trains {', '.join(phase.parts)}.",
     )
@@ -49,6 +49,7 @@ def parse_arguments(phase: Phase, argv: Sequence[str] | None) -> argparse.Namesp
         metavar="JSON",
         help=f"instead of ds_configs/phase{phase.number}.json",
     )
+    _add_process_options(parser)
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -57,6 +58,35 @@ def parse_arguments(phase: Phase, argv: Sequence[str] | None) -> argparse.Namesp
     )
     words = sys.argv[1:] if argv is None else argv
     return parser.parse_intermixed_args(_join_resume_value(words))
+
+
+def name_command(phase_number: int) -> str:
+    """How a phase was started: `launch/phaseN.py` or `rectvlm train N`."""
+    script = f"phase{phase_number}.py"
+    if Path(sys.argv[0]).name == script:
+        return f"launch/{script}"
+    return f"rectvlm train {phase_number}"
+
+
+def _add_process_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `rectvlm.train.launch`; a rank that a launcher started skips them."""
+    group = parser.add_argument_group("processes", "not under `accelerate launch`")
+    group.add_argument(
+        "--processes",
+        type=int,
+        metavar="COUNT",
+        help="on this machine (default: one a GPU, or one)",
+    )
+    group.add_argument(
+        "--accelerate-config",
+        type=Path,
+        metavar="YAML",
+        help="an Accelerate config file, for the numbers that are not given here",
+    )
+    group.add_argument("--machines", type=int, metavar="COUNT", help="of a run on several")
+    group.add_argument("--machine-rank", type=int, metavar="NUMBER", help="this one's, from 0")
+    group.add_argument("--main-address", metavar="HOST", help="of machine 0")
+    group.add_argument("--main-port", type=int, metavar="PORT", help="of machine 0")
 
 
 def _join_resume_value(words: Sequence[str]) -> list[str]:
