@@ -8,6 +8,7 @@ PHANTOMS ?=
 ARGS ?=
 JOBS ?= 2
 CT_RATE ?=
+TABLE ?=
 BENCH ?= preprocess loader train_step
 
 VENV := .venv
@@ -36,8 +37,9 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[dev]" "$(TORCH)"
 	@touch $@
 
-preprocess: $(STAMP) ## shards of a CT-RATE download [CT_RATE=folder], or of two real CTs and phantoms [PHANTOMS=48]
+preprocess: $(STAMP) ## shards of your own cases [TABLE=cases.csv], of a CT-RATE download [CT_RATE=folder], or of two real CTs and phantoms [PHANTOMS=48]
 	@$(BIN)/python -m data_pipeline.preprocess --config $(CONFIG) $(if $(CT_RATE),--ct-rate "$(CT_RATE)") \
+		$(if $(TABLE),--table "$(TABLE)") \
 		$(if $(OUT),--out "$(OUT)") $(if $(PHANTOMS),--phantoms $(PHANTOMS)) $(ARGS)
 
 verify: $(STAMP) ## read shards back and check every byte of them; OUT=folder or URL; STATS=folder for tables and pictures

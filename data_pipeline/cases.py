@@ -4,6 +4,7 @@ A data set plugs in as a function that lists `Case`s. Each of them knows how to 
 `CaseData`, in a worker process, when its turn comes.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,10 +70,13 @@ class Case:
 
 
 def file_identity(*paths: Path) -> tuple[str, ...]:
-    """Name, size and modification time of each file, for `Case.identity`; a file may be missing."""
+    """Name, size and modification time of each file, for `Case.identity`.
+
+    A file may be missing, and a path may be none that the system takes.
+    """
     identity = []
     for path in paths:
-        if path.is_file():
+        if os.path.isfile(path):
             stat = path.stat()
             identity.append(f"{path}:{stat.st_size}:{stat.st_mtime_ns}")
         else:

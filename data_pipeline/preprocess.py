@@ -2,6 +2,7 @@
 
     python -m data_pipeline.preprocess [--config demo] [--out DIR_OR_URL] [part.field=value …]
     python -m data_pipeline.preprocess --config large --ct-rate /data/CT-RATE --out /data/shards
+    python -m data_pipeline.preprocess --table cases.csv --out shards
 
 With no arguments it takes two real chest CTs and seeded phantoms to the grid and the folder of the
 `demo` configuration. Shards are made in parallel, each by one process. A finished shard is recorded
@@ -16,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ from data_pipeline.make_shards.progress import print_run_summary
 from data_pipeline.make_shards.shard_folder import preprocess
 from data_pipeline.make_shards.shard_plan import estimate_samples_per_shard
 from data_pipeline.make_shards.workers import TaskRunner
+from data_pipeline.masks.mask_folders import MaskFolders
+from data_pipeline.own_data.case_function import list_function_cases
+from data_pipeline.own_data.options import OwnDataOptions, add_own_data_options
+from data_pipeline.own_data.table_cases import list_table_cases
 from data_pipeline.sample_cts import SAMPLE_CT_FOLDER
 from rectvlm.cli_options import add_options, argument, options_from_namespace
 from rectvlm.config import load_config
@@ -55,9 +60,9 @@ class PreprocessOptions:
     out: str | None = None
     """Folder or fsspec URL of the shards; by default data.shards of the configuration."""
     phantoms: int | None = field(default=None, metadata=argument(minimum=0))
-    """Number of synthetic training cases; by default 48, or none with --ct-rate."""
+    """Number of synthetic training cases; by default 48, or none with other cases."""
     valid_phantoms: int | None = field(default=None, metadata=argument(minimum=0))
-    """Number of synthetic validation cases; by default 12, or none with --ct-rate."""
+    """Number of synthetic validation cases; by default 12, or none with other cases."""
     phantom_style: str = VARIED_STYLE.name
     """Look of the phantoms."""
     sample_cts: bool = field(
@@ -127,11 +132,76 @@ def _list_ct_rate_selection(
     for subject, count in ct_rate.counts.items():
         if count:
             log.info("%s: %d", subject, count)
-    phantoms = list_demo_cases(
+    policy = {"CT-RATE": {**ct_rate.policy, "counts": ct_rate.counts}}
+    return CaseSelection(ct_rate.cases + _list_extra_phantoms(options), policy, dropped)
+
+
+def _list_own_selection(
+    own_data: OwnDataOptions, masks: MaskFolders, options: PreprocessOptions
+) -> CaseSelection:
+    """List the cases of a table or of a function and the phantoms that are asked for."""
+    phantoms = _list_extra_phantoms(options)
+    if own_data.table is None:
+        assert own_data.cases is not None
+        cases = list_function_cases(own_data.cases)
+        return CaseSelection(cases + phantoms, {"cases": {"function": own_data.cases}})
+    own = list_table_cases(own_data.table.expanduser(), own_data.mapping, masks)
+    for subject, count in own.counts.items():
+        log.info("%s: %d", subject, count)
+    policy = {"table": {"name": own_data.table.name, "counts": own.counts}}
+    return CaseSelection(own.cases + phantoms, policy)
+
+
+def _list_extra_phantoms(options: PreprocessOptions) -> list[Case]:
+    """List the phantoms that are asked for beside other cases."""
+    return list_demo_cases(
         options.phantoms or 0, options.valid_phantoms or 0, None, options.phantom_style
     )
-    policy = {"CT-RATE": {**ct_rate.policy, "counts": ct_rate.counts}}
-    return CaseSelection(ct_rate.cases + phantoms, policy, dropped)
+
+
+def _list_selection(
+    namespace: argparse.Namespace, options: PreprocessOptions, grid_spacing_mm: float
+) -> CaseSelection:
+    """List the cases of the data set that the command names.
+
+    Raises:
+        UserError: two data sets, options of another one, or cases that cannot be listed.
+    """
+    own_data = options_from_namespace(OwnDataOptions, namespace)
+    ct_rate = options_from_namespace(CtRateOptions, namespace)
+    data_sets = {"--ct-rate": namespace.ct_rate, "--table": own_data.table}
+    data_sets["--cases"] = own_data.cases
+    named = [flag for flag, value in data_sets.items() if value is not None]
+    if len(named) > 1:
+        raise UserError(
+            f"{' and '.join(named)} name two data sets: expected one; make shards of each."
+        )
+    if "--ct-rate" not in named:
+        _require_defaults(ct_rate, "--ct-rate", [] if "--table" not in named else ["masks"])
+    if "--table" not in named:
+        _require_defaults(replace(own_data, cases=None), "--table", [])
+    if "--ct-rate" in named:
+        ct_rate = replace(ct_rate, grid_spacing_mm=grid_spacing_mm)
+        return _list_ct_rate_selection(namespace.ct_rate, ct_rate, options)
+    if named:
+        return _list_own_selection(own_data, ct_rate.masks, options)
+    return _list_demo_selection(options)
+
+
+def _require_defaults(data_set_options: Any, flag: str, shared: Sequence[str]) -> None:
+    """Refuse options of a data set that is not used: without a word they would do nothing."""
+    defaults = type(data_set_options)()
+    for option in fields(data_set_options):
+        value = getattr(data_set_options, option.name)
+        if option.name in shared or value == getattr(defaults, option.name):
+            continue
+        given = option.name
+        if is_dataclass(value):
+            given = next(part.name for part in fields(value) if getattr(value, part.name))
+        raise UserError(
+            f"--{given.replace('_', '-')} belongs to {flag}, which is not given: expected both or "
+            f"neither; correct the command."
+        )
 
 
 def _connect_to_ray(address: str | None) -> TaskRunner | None:
@@ -159,6 +229,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=VARIED_STYLE.name,
         help="look of the phantoms (default: %(default)s)",
     )
+    add_own_data_options(parser)
     add_ct_rate_options(parser)
     return parser.parse_intermixed_args(arguments)
 
@@ -172,13 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         data_config = load_config(options.config, options.overrides).data
         folder = options.out or str(data_config.shards)
-        if namespace.ct_rate is None:
-            selection = _list_demo_selection(options)
-        else:
-            ct_rate_options = options_from_namespace(
-                CtRateOptions, namespace, grid_spacing_mm=data_config.spacing[0]
-            )
-            selection = _list_ct_rate_selection(namespace.ct_rate, ct_rate_options, options)
+        selection = _list_selection(namespace, options, data_config.spacing[0])
         samples_per_shard = options.samples_per_shard
         if options.shard_mb is not None:
             samples_per_shard = estimate_samples_per_shard(options.shard_mb, data_config.grid)

@@ -123,7 +123,8 @@ def plan_commands(
         key = phase_key(phase)
         if key not in config.train.phases:
             raise UserError(
-                f"Configuration {config.name} has no train.phases.{key}: add the section."
+                f"The configuration of run {config.name} has no train.phases.{key}: add the "
+                "section."
             )
         commands.append(
             DemoCommand(

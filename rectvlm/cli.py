@@ -1,4 +1,4 @@
-"""The command `rectvlm`: predict, evaluate, export, weights, plan, runs, version.
+"""The command `rectvlm`: preprocess, predict, evaluate, export, weights, plan, runs, version.
 
 Heavy modules are imported when a command needs them, so that `rectvlm --help` answers at once.
 """
@@ -60,6 +60,16 @@ def _build_parser() -> argparse.ArgumentParser:
         help="metrics of a checkpoint on shards: JSON, tables and plots",
         add_arguments=_add_evaluate_arguments,
     )
+
+    # Every word is the program's, also `--help`: no prefix makes an option here.
+    preprocess = commands.add_parser(
+        "preprocess",
+        help="shards of your own cases (--table), of CT-RATE or of phantoms",
+        add_help=False,
+        prefix_chars="\0",
+    )
+    preprocess.add_argument("arguments", nargs=argparse.REMAINDER)
+    preprocess.set_defaults(run=_run_preprocess)
 
     _add_weights_actions(
         commands.add_parser("weights", help="fetch, publish, check and list weights")
@@ -233,6 +243,12 @@ def _start_logging(verbose: bool, progress: bool = False) -> None:
         # Progress bars of weights that load in a second are noise between two log lines.
         if not (progress and sys.stderr.isatty()):
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _run_preprocess(options: argparse.Namespace) -> None:
+    from rectvlm.checkout_program import run_preprocessing
+
+    sys.exit(run_preprocessing(options.arguments))
 
 
 def _run_predict(options: argparse.Namespace) -> None:

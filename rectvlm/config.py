@@ -7,6 +7,7 @@ that name the key.
 """
 
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from rectvlm.types import UserError
@@ -45,8 +46,42 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 ELASTIC_LATTICE_MM = 60.0
 """Distance between the control points of the elastic augmentation, mm."""
+MAX_NAME_BYTES = 200
+"""Largest length of a run's name; file systems allow 255 bytes for a name and what is added."""
 NORM_GROUPS = 4
 """Groups of each group norm in the localizer, in levels that have at least as many channels."""
+
+
+def _check_run_name(name: str) -> str:
+    """Return a run's name if it can be that of one folder in the folder of runs.
+
+    Raises:
+        ValueError: it is empty or too long, would lead elsewhere, or begins like a hidden file or
+            an option.
+    """
+    is_plain = name.isprintable() and name == name.strip()
+    if not is_plain or not name or name[0] in ".-" or "/" in name or "\\" in name:
+        raise ValueError(
+            "a run's name is one folder's name: expected printable characters without / and \\, "
+            "no '.', '-' or space first (train.runs says where the folder lies)"
+        )
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"a run's name has at most {MAX_NAME_BYTES} bytes")
+    return name
+
+
+def _expand_user_path(path: str) -> str:
+    """Return a path with its `~` replaced.
+
+    Raises:
+        ValueError: it is empty, or no system takes it.
+    """
+    if not path or "\0" in path:
+        raise ValueError("expected a path")
+    return os.path.expanduser(path)
+
+
+UserPath = Annotated[str, AfterValidator(_expand_user_path)]
 
 
 class _ConfigSection(BaseModel):
@@ -92,8 +127,8 @@ class AugmentConfig(_ConfigSection):
 class DataConfig(_ConfigSection):
     """The shards and the grid of their volumes."""
 
-    shards: str
-    """Folder of the shards, with `index.json`."""
+    shards: UserPath
+    """Folder or URL of the shards, with `index.json`."""
     grid: tuple[PositiveInt, PositiveInt, PositiveInt]
     """Voxels (z, y, x) of a volume."""
     spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
@@ -248,7 +283,7 @@ class PhaseConfig(_ConfigSection):
     next phase starts from it."""
     save_every: PositiveInt
     """Optimizer steps between checkpoints. The last step is always saved."""
-    lr: dict[ModelPart, float]
+    lr: dict[ModelPart, NonNegativeFloat]
     """Peak learning rate of each part that trains."""
     unfreeze: tuple[UnfreezeConfig, ...]
     """Parts that begin to train late. All others train from the first step."""
@@ -269,9 +304,9 @@ class PhaseConfig(_ConfigSection):
 class LossWeightsConfig(_ConfigSection):
     """Weight of each task's loss in the total."""
 
-    classification: float
-    localization: float
-    report: float
+    classification: NonNegativeFloat
+    localization: NonNegativeFloat
+    report: NonNegativeFloat
 
 
 class LocalizationLossWeightsConfig(_ConfigSection):
@@ -309,7 +344,7 @@ class TrainingLimitsConfig(_ConfigSection):
 class TrainConfig(_ConfigSection):
     """Settings that all phases share, and the phases."""
 
-    runs: str
+    runs: UserPath
     """Folder of all runs. Phase N writes to `RUNS/NAME/phaseN`, a stage to
     `RUNS/NAME/phaseN-STAGE`."""
     seed: int
@@ -336,7 +371,7 @@ class TrainConfig(_ConfigSection):
 class Config(_ConfigSection):
     """Every value that decides a run."""
 
-    name: str
+    name: Annotated[str, AfterValidator(_check_run_name)]
     """Name of the run, and of its folder."""
     data: DataConfig
     encoder: EncoderConfig

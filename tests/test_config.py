@@ -42,6 +42,18 @@ def test_overrides_change_their_value_alone() -> None:
     assert tree == plain
 
 
+OUTSIDE = ["../x", "a/b", "/x", "..", ".", ".x", "-x", "a\\\\b", "''", "' x'", '"a\\nb"', '"a\\0b"']
+"""Names that would lead out of the folder of runs, hide there, or look like an option."""
+
+
+def test_names_and_paths_as_users_write_them() -> None:
+    overrides = ["name=Büro 2.1_x", "train.runs=~/runs", "data.shards=s3://bucket/shards"]
+    config = load_config("tiny", overrides)
+    assert config.name == "Büro 2.1_x"
+    assert config.train.runs == str(Path.home() / "runs")
+    assert config.data.shards == "s3://bucket/shards"
+
+
 @pytest.mark.parametrize(
     ("override", "fragment"),
     [
@@ -73,6 +85,11 @@ def test_overrides_change_their_value_alone() -> None:
         ("localizer.channels=[4, 8]", "localizer.channels"),
         ("encoder.patch=[4, 6, 6]", "power"),
         ("encoder.patch=[2, 2, 2]", "localizer.channels"),
+        *((f"name={name}", "a run's name is one folder's name") for name in OUTSIDE),
+        (f"name={'x' * 300}", "at most 200 bytes"),
+        ("train.runs=''", "train.runs = '': expected a path"),
+        ("train.loss_weights.report=-1", "train.loss_weights.report"),
+        ("train.phases.phase1.lr.encoder=-1", "train.phases.phase1.lr.encoder"),
     ],
 )
 def test_mistakes_are_one_sentence(override: str, fragment: str) -> None:

@@ -211,6 +211,9 @@ def check_overrides(arguments: Sequence[str]) -> None:
 def check_rectvlm(arguments: Sequence[str]) -> None:
     from rectvlm.cli import main
 
+    if arguments[0] == "preprocess":
+        check_module("data_pipeline.preprocess", arguments[1:])
+        return
     parse_with(main, arguments)
     if arguments[0] == "plan":
         check_overrides(arguments)
@@ -307,6 +310,7 @@ def test_commands_are_accepted(page: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @every_current_page
 @pytest.mark.usefixtures("stop_after_parsing")
 def test_commands_in_the_text_exist(page: Path) -> None:
+    from data_pipeline.preprocess import main as preprocess_main
     from rectvlm.cli import main
 
     for code in read_inline_code(page):
@@ -316,6 +320,8 @@ def test_commands_in_the_text_exist(page: Path) -> None:
         elif words[0] == "rectvlm" and len(words) > 1 and words[1].isalpha() and words[1].islower():
             depth = 3 if words[1] in ("runs", "weights") and len(words) > 2 else 2
             with pytest.raises(SystemExit) as end:
+                if words[1] == "preprocess":
+                    preprocess_main(["--help"])
                 main([*words[1:depth], "--help"])
             assert end.value.code == 0, f"{page_id(page)}: {code}"
 

@@ -94,7 +94,7 @@ def read_reports(path: Path) -> dict[VolumeName, ReportSections]:
     """
 
     def parse_report(cells: Mapping[str, str], row_number: int) -> ReportSections:
-        findings, impression = (_parse_report_section(cells[column]) for column in _REPORT_COLUMNS)
+        findings, impression = (parse_report_section(cells[column]) for column in _REPORT_COLUMNS)
         return ReportSections(findings, impression)
 
     return _read_table(path, _REPORT_COLUMNS, parse_report)
@@ -254,7 +254,7 @@ def _parse_label(text: str, path: Path, row_number: int, finding: str) -> int | 
     )
 
 
-def _parse_report_section(text: str) -> str | None:
+def parse_report_section(text: str) -> str | None:
     """Read a section of a report; None for an empty one and for CT-RATE's `Not given.`"""
     section = text.strip()
     value = section.lower().rstrip(".").strip()

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
 from pydantic import TypeAdapter
 
 from data_pipeline.cases import Case
@@ -43,7 +42,8 @@ from rectvlm.data.shard_manifest import (
 )
 from rectvlm.data.shards import SHARD_INDEX_FILE, ShardIndex, WrittenShard, read_index, write_index
 from rectvlm.data.store import ShardStore
-from rectvlm.files import exclusive_lock, json_sha256
+from rectvlm.files import json_sha256
+from rectvlm.folder_lock import FolderLock
 from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
@@ -252,17 +252,13 @@ def _lock_folder(store: ShardStore) -> Iterator[None]:
     if store.local_folder is None:
         yield
         return
+    lock = FolderLock(
+        store.local_folder / _LOCK_FILE,
+        in_use=f"Another run is writing to {store}, started",
+        remedy="wait for its end, stop it, or name another folder with --out",
+    )
     with explain_write_errors(store):
-        lock = exclusive_lock(store.local_folder / _LOCK_FILE, timeout_seconds=3)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise UserError(
-                f"Another run is writing to {store}: wait for its end, stop it, or name another "
-                f"folder with --out."
-            ) from None
-        except NotImplementedError:
-            log.warning("%s cannot be locked on its file system: start no second run on it.", store)
+        lock.acquire()
     try:
         yield
     finally:

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.cases import Case
 from rectvlm.code_fingerprint import find_imported_modules, hash_modules
-from rectvlm.data.sample import preprocessing_versions
+from rectvlm.data.sample import SAMPLE_KEY_PATTERN, preprocessing_versions
 from rectvlm.data.shards import WrittenShard
 from rectvlm.data.store import ShardStore
 from rectvlm.files import json_sha256
@@ -143,8 +144,10 @@ def plan_shards(
     """Divide the cases of each split into shards of `samples_per_shard`, in the order of the list.
 
     Raises:
-        UserError: a key twice, or a patient in both splits.
+        UserError: a key that is not valid or given twice, an unknown split, or a patient in both.
     """
+    _require_known_splits(cases)
+    _require_valid_keys(cases)
     _require_unique_keys(cases)
     _require_one_split_per_patient(cases)
     modules = _find_modules(cases)
@@ -167,6 +170,24 @@ def plan_shards(
             )
             tasks.append(task)
     return tasks
+
+
+def _require_known_splits(cases: Sequence[Case]) -> None:
+    for case in cases:
+        if case.split not in get_args(Split):
+            raise UserError(
+                f"The case {case.key} has the split {case.split!r}: expected "
+                f"{' or '.join(get_args(Split))}; correct it."
+            )
+
+
+def _require_valid_keys(cases: Sequence[Case]) -> None:
+    for case in cases:
+        if not SAMPLE_KEY_PATTERN.fullmatch(case.key):
+            raise UserError(
+                f"The key {case.key!r} of {case.source} is not valid: expected 1 to 80 letters, "
+                f"digits, '_' or '-'; rename the case."
+            )
 
 
 def _require_unique_keys(cases: Sequence[Case]) -> None:

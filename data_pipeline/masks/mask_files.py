@@ -4,6 +4,7 @@ Each mask keeps its own grid and affine; `rectvlm.data.canonical_grid` brings it
 grid. What the numbers in a file mean is the subject of `totalsegmentator` and `rexgrounding`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ class CaseMaskFiles:
 
     lesion_files: tuple[tuple[str, Path], ...] = ()
     """Pairs of a lesion's key and a file with its mask."""
+    absent_lesions: tuple[str, ...] = ()
+    """Keys of the lesions that were looked for in all of the volume and are not there."""
     stray_files: tuple[Path, ...] = ()
     """Files beside the lesion files that bear the name of no lesion and of no anatomical class."""
     task_files: tuple[tuple[str, Path], ...] = ()
@@ -81,6 +84,7 @@ class CaseMaskFiles:
             mask = read_mask(path)
             bits = pack_lesion(mask.array > 0, LESION_BY_KEY[key])
             outlines.add_mask(Volume(bits, mask.affine, mask.where), {key}, "lesion files")
+        outlines.add_absent(self.absent_lesions, "case table")
         for task, path in self.task_files:
             mask, looked_for = totalsegmentator.read_lesions(path, task)
             outlines.add_mask(mask, looked_for, "TotalSegmentator")
@@ -137,6 +141,12 @@ class _OutlineUnion:
         else:
             self.partial |= looked_for
         self._add_source(source)
+
+    def add_absent(self, lesions: Iterable[str], source: str) -> None:
+        """Note lesions that were looked for in all of the volume and are not there."""
+        for lesion in lesions:
+            self.annotated.add(lesion)
+            self._add_source(source)
 
     def add_rexgrounding(self, outlines: rexgrounding.RexLesionOutlines) -> None:
         """Add the outlines of a ReXGroundingCT file."""

@@ -74,7 +74,6 @@ def write_model_card(
     is_quantized = config.generator.quantization == "nf4"
     values: dict[str, Any] = {
         "name": name,
-        "size": config.name,
         "version": version("rectvlm"),
         "outputs": _describe_outputs(parts),
         "grid": " × ".join(map(str, config.data.grid)),

@@ -26,7 +26,8 @@ VOLUME_DTYPES: dict[str, np.dtype[Any]] = {
     "regions": np.dtype("u1"),
 }
 """Type of each volume of a sample, in a shard and in memory."""
-_KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
+SAMPLE_KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
+"""Key that WebDataset keeps whole."""
 _META_ADAPTER = TypeAdapter(SampleMeta)
 
 
@@ -37,7 +38,7 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
         UserError: WebDataset would cut the key, or labels, flags or values are outside the schema.
     """
     meta = sample.meta
-    if not _KEY_PATTERN.fullmatch(meta.key):
+    if not SAMPLE_KEY_PATTERN.fullmatch(meta.key):
         raise UserError(
             f"Sample key {meta.key!r} must be 1 to 80 letters, digits, '_' or '-' (WebDataset cuts "
             f"a name at its first dot): rename the case from {meta.source}."

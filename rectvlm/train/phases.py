@@ -59,7 +59,8 @@ class Phase:
         section = config.train.phases.get(self.key)
         if section is None:
             raise UserError(
-                f"Configuration {config.name} has no train.phases.{self.key}: add the section."
+                f"The configuration of run {config.name} has no train.phases.{self.key}: add the "
+                "section."
             )
         trainable = self.parts if self.may_train is None else self.may_train
         unexpected = sorted(set(section.lr) - set(trainable))

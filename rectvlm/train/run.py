@@ -19,19 +19,20 @@ from rectvlm import pretrained
 from rectvlm.checkpoint import Checkpoint
 from rectvlm.checkpoint.strict_load import load_tensors
 from rectvlm.config import Config, PhaseConfig, load_config
-from rectvlm.data.loader import build_train_loader
+from rectvlm.data.loader import BatchLoader, build_train_loader
 from rectvlm.models import RectVLM
 from rectvlm.models.language_model import load_language_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.train.arguments import parse_arguments
 from rectvlm.train.engine.ds_config import find_ds_config
 from rectvlm.train.engine.engine import Engine, is_lost_peer_error
-from rectvlm.train.logging.mfu import count_step_flops
+from rectvlm.train.logging.mfu import StepFlops, count_step_flops
 from rectvlm.train.logging.trackers import choose_trackers
 from rectvlm.train.loop import run_training_loop
 from rectvlm.train.optimizer import build_optimizer, freeze_all_but, set_training_modes
 from rectvlm.train.phases import PHASES, STAGES, Phase, with_step_count
 from rectvlm.train.recovery.exit_codes import ExitCode, RunEnded, clear_ending, write_ending
+from rectvlm.train.recovery.position import TrainingPosition
 from rectvlm.train.recovery.resume import (
     ResumeMode,
     find_newest_intact_checkpoint,
@@ -41,6 +42,7 @@ from rectvlm.train.recovery.resume import (
     read_position,
     require_checkpoint_to_resume,
 )
+from rectvlm.train.recovery.run_session import first_line, lock_run_folder, record_failure
 from rectvlm.train.recovery.signals import StopSignals, terminate_with_launcher
 from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
 from rectvlm.types import UserError
@@ -57,25 +59,18 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(phase, argv)
     if args.stage is not None:
         phase = STAGES[args.stage]
-    folder = None
     try:
         with StopSignals() as signals:
             terminate_with_launcher()
             ds_config = find_ds_config(phase.number, args.ds_config)
             config = load_config(args.config, args.overrides)
-            folder = get_run_folder(phase, config)
             train_phase(phase, config, ds_config, args.resume, args.restart, signals, args.source)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        if folder is not None:
-            write_ending(folder, ExitCode.USER_ERROR, str(error), None)
         sys.exit(ExitCode.USER_ERROR)
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0][:300]
         if isinstance(error, RuntimeError) and is_lost_peer_error(error):
-            _exit_after_losing_ranks(folder, f"a rank lost the others ({reason})")
-        if folder is not None:
-            write_ending(folder, ExitCode.FAILED, f"{type(error).__name__}: {reason}", None)
+            _exit_after_losing_ranks(error)
         raise
 
 
@@ -84,12 +79,11 @@ def get_run_folder(phase: Phase, config: Config) -> Path:
     return Path(config.train.runs) / config.name / phase.key
 
 
-def _exit_after_losing_ranks(folder: Path | None, reason: str) -> NoReturn:
+def _exit_after_losing_ranks(error: RuntimeError) -> NoReturn:
     """End a rank that has lost the others at once; its threads would wait for them for ever."""
+    reason = f"a rank lost the others ({first_line(error)})"
     sys.stderr.write(f"error: {reason}; go on with --resume auto.\n")
     sys.stderr.flush()
-    if folder is not None:
-        write_ending(folder, ExitCode.RANK_LOST, reason, None)
     os._exit(ExitCode.RANK_LOST)
 
 
@@ -126,24 +120,63 @@ def train_phase(
     engine = _start_engine(ds_config, settings, config, folder)
     if not engine.is_main:
         logging.getLogger("rectvlm").setLevel(logging.WARNING)
-    start = find_newest_intact_checkpoint(folder, resume, engine)
-    if start is None and source is None:
-        source = find_source_checkpoint(phase, config, requested_source)
-    position = read_position(start)
-    loader = build_train_loader(
-        config.data,
-        settings.micro_batch,
-        engine.rank,
-        engine.world_size,
-        config.train.seed,
-        samples_seen=position.samples_seen,
-        pin_memory=engine.device.type == "cuda",
-    )
+    with lock_run_folder(folder, engine):
+        start = find_newest_intact_checkpoint(folder, resume, engine)
+        if start is None and source is None:
+            source = find_source_checkpoint(phase, config, requested_source)
+        position = read_position(start)
+        loader = build_train_loader(
+            config.data,
+            settings.micro_batch,
+            engine.rank,
+            engine.world_size,
+            config.train.seed,
+            samples_seen=position.samples_seen,
+            pin_memory=engine.device.type == "cuda",
+        )
+        if start is None:
+            sample_count = len(loader.dataset)
+            prepare_run_folder(folder, phase, config, sample_count, restart, engine)
+        elif engine.is_main:
+            clear_ending(folder)
+        with record_failure(folder):
+            _train_in_run_folder(
+                phase, config, folder, engine, loader, start, source, position, signals, step_flops
+            )
+
+
+def _train_in_run_folder(
+    phase: Phase,
+    config: Config,
+    folder: Path,
+    engine: Engine,
+    loader: BatchLoader,
+    start: Path | None,
+    source: Path | None,
+    position: TrainingPosition,
+    signals: StopSignals,
+    step_flops: StepFlops | None,
+) -> None:
+    """Train in a folder that this session holds.
+
+    Args:
+        phase: the phase that trains.
+        config: the configuration as given.
+        folder: the phase's run folder.
+        engine: the engine.
+        loader: endless micro-batches of this rank, from the position on.
+        start: checkpoint to resume from; None begins anew.
+        source: checkpoint whose weights a run begins with; None begins with random ones.
+        position: where to begin.
+        signals: open; a signal that has arrived ends the run.
+        step_flops: FLOPs of a step, for the MFU.
+
+    Raises:
+        RunEnded: the run ends early and in order.
+        UserError: weights do not fit, or a sample cannot be read.
+    """
     sample_count = len(loader.dataset)
-    if start is None:
-        prepare_run_folder(folder, phase, config, sample_count, restart, engine)
-    elif engine.is_main:
-        clear_ending(folder)
+    settings = phase.get_settings(config)
     config = with_step_count(
         config, phase, sample_count, engine.world_size, position.step, position.samples_seen
     )

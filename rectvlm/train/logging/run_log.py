@@ -21,7 +21,13 @@ from typing import Any
 
 from rectvlm.config import Config
 from rectvlm.files import append_json_line, fsync_file
-from rectvlm.runs.run_files import ENGINE_FILE, METRICS_FILE, RUN_CONFIG_FILE, VALIDATION_FILE
+from rectvlm.runs.run_files import (
+    ENGINE_FILE,
+    METRICS_FILE,
+    RANKS_FOLDER,
+    RUN_CONFIG_FILE,
+    VALIDATION_FILE,
+)
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.logging.console import ProgressDisplay, ProgressMeter
 from rectvlm.train.logging.jsonl import truncate_after_step
@@ -60,7 +66,7 @@ class RunLog:
         self._step = step
         self._quantization = config.generator.quantization if "generator" in phase.parts else None
         self._has_described_engine = False
-        self._rank_path = folder / "ranks" / f"rank-{engine.rank:04d}.jsonl"
+        self._rank_path = folder / RANKS_FOLDER / f"rank-{engine.rank:04d}.jsonl"
         self._rank_path.parent.mkdir(parents=True, exist_ok=True)
         self._paths = [self._rank_path]
         self._metrics_path = folder / METRICS_FILE
@@ -77,7 +83,7 @@ class RunLog:
 
     def _truncate_files_of_former_ranks(self) -> None:
         """Drop later steps of ranks that exist no more, since there were more ranks before."""
-        for path in (self.folder / "ranks").glob("rank-*.jsonl"):
+        for path in (self.folder / RANKS_FOLDER).glob("rank-*.jsonl"):
             if int(path.stem.removeprefix("rank-")) >= self.engine.world_size:
                 truncate_after_step(path, self._step)
 

@@ -12,13 +12,24 @@ from typing import Literal
 
 from rectvlm.checkpoint import Checkpoint, integrity, run_folder
 from rectvlm.config import Config
+from rectvlm.runs.run_files import (
+    CHECKPOINTS_FOLDER,
+    ENDING_FILE,
+    METRICS_FILE,
+    RANKS_FOLDER,
+    SESSIONS_FILE,
+)
 from rectvlm.train.early_stopping import has_stopped_early
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.phases import Phase, with_step_count
 from rectvlm.train.recovery.position import TrainingPosition
+from rectvlm.train.recovery.run_session import on_main_rank
 from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
+
+RUN_FOLDER_MARKS = (METRICS_FILE, SESSIONS_FILE, ENDING_FILE, CHECKPOINTS_FOLDER, RANKS_FOLDER)
+"""Files and folders by one of which a folder is a run's; a run makes one of them first."""
 
 ResumeMode = Literal["no", "yes", "auto"]
 """Whether to resume an earlier run; `auto` starts anew where there is none."""
@@ -47,7 +58,7 @@ def find_source_checkpoint(phase: Phase, config: Config, requested: str | None) 
         folder /= run_folder.BEST_CHECKPOINT
     remedy = (
         f"phase {phase.number} starts from phase {phase.previous_phase}'s, so run "
-        f"`accelerate launch launch/phase{phase.previous_phase}.py --config {config.name}` first"
+        f"launch/phase{phase.previous_phase}.py first, with the same --config, name and train.runs"
     )
     return run_folder.find_checkpoint(folder, remedy)
 
@@ -118,7 +129,8 @@ def prepare_run_folder(
 ) -> None:
     """Empty the run folder; an earlier run is deleted only with `restart`.
 
-    A run that is finished or damaged is moved aside; one that was cut off can be resumed.
+    A run that is finished, damaged, or ended between its first step and its first checkpoint is
+    moved aside; one that was cut off later can be resumed. Every rank must call it.
 
     Args:
         folder: the phase's run folder.
@@ -129,42 +141,84 @@ def prepare_run_folder(
         engine: the engine, for the ranks to agree.
 
     Raises:
-        UserError: an unfinished run is there, and `restart` is not given.
+        UserError: an unfinished run is there, and `restart` is not given; or the folder cannot be
+            emptied, or holds something that is no run.
     """
-    earlier = run_folder.list_checkpoints(folder)
-    damaged = list(folder.glob("checkpoints/damaged-*"))
-    engine.barrier()  # all ranks have looked before any removes
-    finished = False
-    if earlier:
-        # Progress is measured in samples: the run may have had another number of ranks.
-        done = Checkpoint.open(earlier[-1]).training
-        counted_config = with_step_count(
-            config, phase, sample_count, engine.world_size, done.step, done.samples_seen
-        )
-        settings = phase.get_settings(counted_config)
-        finished = done.step >= settings.steps or has_stopped_early(folder, settings.validation)
-        if not finished and not restart:
-            raise UserError(
-                f"{folder} already holds an unfinished run (up to {earlier[-1].name} of "
-                f"{settings.steps} steps): go on with --resume, begin anew with --restart, or "
-                "write elsewhere with name=NEW."
+
+    def prepare() -> None:
+        _require_run_folder(folder)
+        if not restart:
+            unfinished = _describe_unfinished_run(
+                folder, phase, config, sample_count, engine.world_size
             )
-    engine.barrier()  # all have read what moves now
-    if engine.is_main:
-        if (finished or damaged) and not restart:
-            _move_run_aside(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    engine.barrier()
+            if unfinished is not None:
+                raise UserError(
+                    f"{folder} already holds an unfinished run ({unfinished}): go on with "
+                    "--resume, begin anew with --restart, or write elsewhere with name=NEW."
+                )
+        place = folder.resolve()  # a link to another disk stays
+        try:
+            if not restart and _has_records(folder):
+                _move_run_aside(place, folder.name)
+            if place.exists():
+                shutil.rmtree(place)
+            place.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be emptied ({error.strerror}: {error.filename}): make it "
+                "writable, or write elsewhere with name=NEW."
+            ) from None
+
+    on_main_rank(engine, prepare)
 
 
-def _move_run_aside(folder: Path) -> None:
+def _require_run_folder(folder: Path) -> None:
+    """Refuse to empty a folder that is no run's.
+
+    Raises:
+        UserError: there is a file, or a folder that holds files and no run.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not any((folder / name).exists() for name in RUN_FOLDER_MARKS):
+        raise UserError(
+            f"{folder} is no run's folder: expected {' or '.join(RUN_FOLDER_MARKS)} in it, so it "
+            "is not emptied; move it away, or write elsewhere with name=NEW."
+        )
+
+
+def _describe_unfinished_run(
+    folder: Path, phase: Phase, config: Config, sample_count: int, world_size: int
+) -> str | None:
+    """How far a run came that can go on; None where none can, or it is finished."""
+    checkpoints = run_folder.list_checkpoints(folder)
+    if not checkpoints:
+        return None
+    # Progress is measured in samples: the run may have had another number of ranks.
+    done = Checkpoint.open(checkpoints[-1]).training
+    counted_config = with_step_count(
+        config, phase, sample_count, world_size, done.step, done.samples_seen
+    )
+    settings = phase.get_settings(counted_config)
+    if done.step >= settings.steps or has_stopped_early(folder, settings.validation):
+        return None
+    return f"up to {checkpoints[-1].name} of {settings.steps} steps"
+
+
+def _has_records(folder: Path) -> bool:
+    """Whether a run left anything to keep: a checkpoint, intact or not, or the record of a step."""
+    metrics = folder / METRICS_FILE
+    has_steps = metrics.is_file() and metrics.stat().st_size > 0
+    return has_steps or any(folder.glob(f"{CHECKPOINTS_FOLDER}/*step-*"))
+
+
+def _move_run_aside(place: Path, phase_key: str) -> None:
     for number in count(1):
-        new_folder = folder.with_name(f"{folder.name}.earlier-{number}")
+        new_folder = place.with_name(f"{place.name}.earlier-{number}")
         if not new_folder.exists():
             break
-    folder.rename(new_folder)
-    phase_name = folder.name.removeprefix("phase")
+    place.rename(new_folder)
+    phase_name = phase_key.removeprefix("phase")
     log.info("the earlier run of phase %s is now in %s", phase_name, new_folder)
 
 

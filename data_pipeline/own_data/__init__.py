@@ -1,0 +1,1 @@
+"""Cases of the user's own data: a table of them, or a function that lists them."""

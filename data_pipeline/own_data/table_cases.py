@@ -1,0 +1,182 @@
+"""A table of the user's own cases to `Case`s.
+
+    python -m data_pipeline.preprocess --table cases.csv --out shards
+
+One row is one CT. A column that is not there, and a cell that is empty, is unknown: an unlabelled
+finding is not absent, and a lesion without a mask was not annotated.
+"""
+
+import logging
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from data_pipeline.cases import Case, CaseData, file_identity
+from data_pipeline.ct_rate.tables import parse_report_section
+from data_pipeline.masks.mask_files import CaseMaskFiles
+from data_pipeline.masks.mask_folders import MaskFolders
+from data_pipeline.masks.mask_placement import is_blank_affine
+from data_pipeline.own_data.case_table import TableCase, count_cases, read_cases, resolve_path
+from data_pipeline.own_data.delimited_file import decode_text, read_delimited_file
+from data_pipeline.own_data.table_columns import recognise_columns
+from data_pipeline.own_data.table_mapping import TableMapping, read_table_mapping
+from rectvlm.data.report_text import split_report_sections
+from rectvlm.data.volume import read_volume
+from rectvlm.files import json_sha256
+from rectvlm.types import InputError
+
+log = logging.getLogger(__name__)
+
+_TEXT_FILE = re.compile(r"[^\n]{1,1000}\.txt", re.IGNORECASE)
+"""Cell that names the file of a report in place of its text."""
+
+ReportCell = str | Path
+"""Text of a report or of its part, or the file that holds it."""
+
+
+@dataclass(frozen=True)
+class OwnCases:
+    """The cases of a table, and what was counted in it."""
+
+    cases: list[Case]
+    counts: dict[str, int]
+
+
+def list_table_cases(
+    path: Path, mapping_file: Path | None = None, mask_folders: MaskFolders | None = None
+) -> OwnCases:
+    """List the cases of a table.
+
+    Args:
+        path: CSV with a row for each CT.
+        mapping_file: what the table's own column names and words stand for.
+        mask_folders: masks beside those that the table names.
+
+    Raises:
+        InputError: a table or mapping that cannot be read or meant, or none of its CTs exists.
+    """
+    mapping = read_table_mapping(mapping_file) if mapping_file is not None else TableMapping()
+    table = read_delimited_file(path)
+    if table.encoding == "Windows-1252":
+        log.info("%s is not UTF-8: read as Windows-1252", path)
+    columns = recognise_columns(table.columns, path, mapping)
+    table_cases = read_cases(table, path, columns, mapping)
+    _report_missing_cts(table_cases, path)
+    cases = [_build_case(case, path, mask_folders or MaskFolders()) for case in table_cases]
+    return OwnCases(cases, count_cases(table_cases))
+
+
+def _report_missing_cts(cases: Sequence[TableCase], path: Path) -> None:
+    """Say how many CTs are missing; they end in the quarantine list."""
+    missing = [case for case in cases if not os.path.exists(case.ct)]
+    if len(missing) == len(cases):
+        raise InputError(
+            path,
+            "names only CTs that do not exist",
+            expected="paths relative to the table's folder",
+            found=f"no file {missing[0].ct} (row {missing[0].row})",
+            remedy="correct the paths",
+        )
+    if missing:
+        log.warning(
+            "%d of %d CTs do not exist and will be set aside, such as %s (row %d)",
+            len(missing),
+            len(cases),
+            missing[0].ct,
+            missing[0].row,
+        )
+
+
+def _build_case(case: TableCase, path: Path, mask_folders: MaskFolders) -> Case:
+    masks = mask_folders.find_masks(case.key)
+    masks = replace(
+        masks,
+        lesion_files=(*masks.lesion_files, *case.masks.items()),
+        absent_lesions=tuple(case.absent_lesions),
+    )
+    report: dict[str, ReportCell] = {}
+    for name, text in case.texts.items():
+        is_file = _TEXT_FILE.fullmatch(text) is not None
+        report[name] = resolve_path(text, path.absolute().parent) if is_file else text
+    report_files = [cell for cell in report.values() if isinstance(cell, Path)]
+    assert case.split is not None
+    row_digest = json_sha256([case.labels, case.texts, case.absent_lesions, case.split])
+    return Case(
+        key=case.key,
+        split=case.split,
+        patient=case.patient,
+        source=f"{path.name} {case.ct_text}",
+        load=partial(load_table_case, case.ct, case.labels, report, masks),
+        identity=(*file_identity(case.ct, *masks.paths, *report_files), row_digest),
+    )
+
+
+# What a worker does
+
+
+def load_table_case(
+    path: Path,
+    labels: dict[str, int | None],
+    report: dict[str, ReportCell],
+    masks: CaseMaskFiles,
+) -> CaseData:
+    """Read a case from its files.
+
+    Args:
+        path: of the CT.
+        labels: of all 18 findings.
+        report: cells of the report, by name of the column.
+        masks: mask files of the CT.
+
+    Raises:
+        UserError: a file that cannot be used, or a CT whose header tells nothing about sides.
+    """
+    volume = read_volume(path)
+    if is_blank_affine(volume.affine):
+        raise InputError(
+            path,
+            "has a blank header, so left and right are unknown",
+            expected="an affine of the scanner",
+            found="voxels along the world's axes, at the origin",
+            remedy="convert the DICOM series again, for example with dcm2niix",
+        )
+    findings = impression = None
+    if "report" in report:
+        whole = _read_report_cell(report["report"])
+        findings, impression = split_report_sections(whole) if whole else (None, None)
+    else:
+        findings = _read_report_cell(report.get("findings_text", ""))
+        impression = _read_report_cell(report.get("impression", ""))
+    return CaseData(
+        **vars(masks.load(volume)),
+        volume=volume,
+        labels=labels,
+        findings=findings,
+        impression=impression,
+    )
+
+
+def _read_report_cell(cell: ReportCell) -> str | None:
+    """Text of a report with plain line ends and without control characters; None for none."""
+    text = cell
+    if isinstance(cell, Path):
+        try:
+            text = decode_text(cell.read_bytes())[0]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                cell,
+                "cannot be read",
+                expected="the text of a report",
+                found=str(error),
+                remedy="correct the path in the table, or the file",
+            ) from None
+    lines = re.sub(r"\r\n?|\v|\f", "\n", str(text))
+    plain = "".join(
+        " " if unicodedata.category(letter) == "Cc" and letter not in "\n\t" else letter
+        for letter in lines
+    )
+    return parse_report_section(plain)
