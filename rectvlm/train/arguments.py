@@ -1,11 +1,14 @@
 """The command line of `launch/phaseN.py`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rectvlm.train.phases import STAGES, Phase
+from rectvlm.train.recovery.signals import LAUNCHER_VARIABLE
+from rectvlm.types import UserError
 
 
 def parse_arguments(phase: Phase, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -87,6 +90,22 @@ def _add_process_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--machine-rank", type=int, metavar="NUMBER", help="this one's, from 0")
     group.add_argument("--main-address", metavar="HOST", help="of machine 0")
     group.add_argument("--main-port", type=int, metavar="PORT", help="of machine 0")
+
+
+def require_own_launcher(args: argparse.Namespace) -> None:
+    """Refuse the options of processes where another launcher has started them.
+
+    Raises:
+        UserError: there are some.
+    """
+    options = ("processes", "accelerate_config", "machines", "machine_rank")
+    given = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name) is not None]
+    if given and LAUNCHER_VARIABLE not in os.environ:
+        raise UserError(
+            f"{' and '.join(given)} cannot be followed, since another launcher has started this "
+            "process: give its own options (--num_processes of `accelerate launch`), or start "
+            "with `rectvlm train N`."
+        )
 
 
 def _join_resume_value(words: Sequence[str]) -> list[str]:

@@ -83,7 +83,7 @@ def launch_phase(phase_number: int, argv: Sequence[str]) -> int | None:
         sys.stderr.write(f"error: {error}\n")
         return ExitCode.USER_ERROR
     if plan.world_size == 1:
-        os.environ |= plan.environment
+        os.environ |= plan.environment | {LAUNCHER_VARIABLE: str(os.getpid())}
         return None
     command = [sys.executable, "-m", "rectvlm", "train", str(phase_number), *argv]
     return run_processes(command, plan)
