@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from rectvlm.cli_options import CommandParser
 from rectvlm.files import write_json
 from rectvlm.types import JsonObject, UserError
 
@@ -89,7 +90,7 @@ def machine_slug(machine: JsonObject) -> str:
 
 def make_parser(name: str, description: str) -> argparse.ArgumentParser:
     """Make the parser of a benchmark's command line, with the folder of its results."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser = CommandParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--out", type=Path, default=RESULTS_FOLDER, metavar="DIR")
     return parser
 

@@ -34,7 +34,7 @@ from data_pipeline.own_data.case_function import list_function_cases
 from data_pipeline.own_data.options import OwnDataOptions, add_own_data_options
 from data_pipeline.own_data.table_cases import list_table_cases
 from data_pipeline.sample_cts import SAMPLE_CT_FOLDER
-from rectvlm.cli_options import add_options, argument, options_from_namespace
+from rectvlm.cli_options import CommandParser, add_options, argument, options_from_namespace
 from rectvlm.config import load_config
 from rectvlm.phantom.patient_plan import PHANTOM_STYLES, VARIED_STYLE
 from rectvlm.types import UserError
@@ -145,7 +145,8 @@ def _list_own_selection(
         assert own_data.cases is not None
         cases = list_function_cases(own_data.cases)
         return CaseSelection(cases + phantoms, {"cases": {"function": own_data.cases}})
-    own = list_table_cases(own_data.table.expanduser(), own_data.mapping, masks)
+    mapping = own_data.mapping and own_data.mapping.expanduser()
+    own = list_table_cases(own_data.table.expanduser(), mapping, masks)
     for subject, count in own.counts.items():
         log.info("%s: %d", subject, count)
     policy = {"table": {"name": own_data.table.name, "counts": own.counts}}
@@ -213,7 +214,7 @@ def _connect_to_ray(address: str | None) -> TaskRunner | None:
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m data_pipeline.preprocess", description="Make shards from cases."
     )
     add_options(parser, PreprocessOptions, exclude=["phantom_style", "coarse_regions"])

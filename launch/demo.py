@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from rectvlm.cli_options import CommandParser
 from rectvlm.config import load_config, phase_key
 from rectvlm.files import read_json_object, write_json
 from rectvlm.machine import count_cores
@@ -454,9 +455,7 @@ def _run_demo(options: argparse.Namespace, console: Console) -> int:
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="launch/demo.py", description="The whole system in small."
-    )
+    parser = CommandParser(prog="launch/demo.py", description="The whole system in small.")
     parser.add_argument(
         "--config", default="demo", help="name or path of a configuration (default: demo)"
     )

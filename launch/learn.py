@@ -38,6 +38,7 @@ from launch.demo import (
     run_commands,
     run_guarded,
 )
+from rectvlm.cli_options import CommandParser
 from rectvlm.config import load_config
 from rectvlm.data.shards import read_index
 from rectvlm.files import read_json_object, write_json
@@ -318,7 +319,7 @@ def _run_learning(options: argparse.Namespace, console: Console) -> int:
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m launch.learn", description="A proof that the system learns."
     )
     parser.add_argument(

@@ -6,6 +6,7 @@ Heavy modules are imported when a command needs them, so that `rectvlm --help` a
 import argparse
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,7 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import rectvlm
 from rectvlm.cli_options import CommandParser, add_options, options_from_namespace
+
+log = logging.getLogger("rectvlm.cli")  # also where the module is run as `__main__`
+
+DEVICE_PATTERN = r"(cpu|cuda|mps|xpu)(:\d+)?"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="rectvlm", description="3D chest-CT vision-language models.")
     parser.add_argument("--verbose", action="store_true", help="log details")
+    parser.add_argument("--version", action="version", version=f"rectvlm {rectvlm.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     predict = commands.add_parser(
@@ -267,22 +274,35 @@ def _run_train(options: argparse.Namespace) -> None:
 
 
 def _run_predict(options: argparse.Namespace) -> None:
+    from rectvlm.types import UserError
+
+    if not options.source.exists():
+        raise UserError(
+            f"{options.source} does not exist: give a CT (.nii or .nii.gz) or a folder of them."
+        )
+    _check_checkpoint(options.checkpoint)
+    _check_device(options.device)
     from rectvlm.predict.run import predict_cases
 
-    _check_device(options.device)
     for folder in predict_cases(options.source, options.checkpoint, options.out, options.device):
         sys.stdout.write(f"{folder / 'index.html'}\n")
 
 
 def _run_evaluate(namespace: argparse.Namespace) -> None:
+    from rectvlm.data.shards import read_index
+    from rectvlm.evaluate.options import EvaluationOptions, require_truth_folder
+
+    options = options_from_namespace(EvaluationOptions, namespace)
+    require_truth_folder(options.truth)
+    _check_checkpoint(namespace.checkpoint)
+    if namespace.shards is not None:
+        read_index(namespace.shards)
+    _check_device(namespace.device)
     from rich.console import Console
 
-    from rectvlm.evaluate.options import EvaluationOptions
     from rectvlm.evaluate.run import evaluate_checkpoint, output_path
     from rectvlm.evaluate.tables import terminal_table
 
-    _check_device(namespace.device)
-    options = options_from_namespace(EvaluationOptions, namespace)
     result = evaluate_checkpoint(
         namespace.checkpoint,
         namespace.shards,
@@ -298,6 +318,7 @@ def _run_evaluate(namespace: argparse.Namespace) -> None:
 def _run_export(options: argparse.Namespace) -> None:
     from rectvlm.checkpoint.export import export_checkpoint
 
+    _check_checkpoint(options.checkpoint)
     chosen = {
         "base_model": options.base_model,
         "license_id": options.license,
@@ -309,10 +330,22 @@ def _run_export(options: argparse.Namespace) -> None:
     sys.stdout.write(f"{export_checkpoint(options.checkpoint, options.out, **chosen)}\n")
 
 
-def _check_device(name: str | None) -> None:
-    import torch
+def _check_checkpoint(folder: Path) -> None:
+    """Find a checkpoint and read its `config.json` before seconds go into imports."""
+    from rectvlm.checkpoint import Checkpoint
 
+    Checkpoint.open(folder)
+
+
+def _check_device(name: str | None) -> None:
+    """Import torch and try a device; from here on a command is known to be right."""
     from rectvlm.types import UserError
+
+    if name is not None and not re.fullmatch(DEVICE_PATTERN, name):
+        raise UserError(f"Device {name!r} is unknown: give cpu, cuda, cuda:1, or leave it out.")
+    if os.environ.get("RANK", "0") == "0":
+        log.info("loading torch, transformers and the model")
+    import torch
 
     try:
         torch.empty(0, device=name)

@@ -17,14 +17,17 @@ required. The field's docstring is the help.
 import argparse
 import ast
 import dataclasses
+import difflib
+import functools
 import inspect
+import sys
 import textwrap
 import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, is_dataclass
 from itertools import pairwise
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 OptionsT = TypeVar("OptionsT")
 _METADATA_KEY = "command_line"
@@ -116,15 +119,17 @@ def options_from_namespace(
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that adds its arguments when its command is chosen.
+    """A parser that adds its arguments when its command is chosen, and guesses what was meant.
 
-    `rectvlm --help` then imports none of the modules in which options are declared.
+    `rectvlm --help` then imports none of the modules in which options are declared. A word that is
+    no command, option or choice is answered with the nearest one that is.
     """
 
     def __init__(
         self,
         *args: Any,
         add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+        is_command: bool = False,
         **settings: Any,
     ) -> None:
         """Take the arguments of `argparse.ArgumentParser`.
@@ -132,17 +137,66 @@ class CommandParser(argparse.ArgumentParser):
         Args:
             args: positional arguments of `argparse.ArgumentParser`.
             add_arguments: called once with this parser before it reads its arguments.
+            is_command: whether this is the parser of a command of another parser.
             settings: keyword arguments of `argparse.ArgumentParser`.
         """
         super().__init__(*args, **settings)
+        self._is_command = is_command
+        self._words: list[str] = []
         self._add_arguments = add_arguments
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Add the arguments, then parse as `argparse.ArgumentParser` does."""
+        """Add the arguments, then parse as `argparse.ArgumentParser` does.
+
+        Without any argument a command that has commands below it prints its help.
+        """
         add_arguments, self._add_arguments = self._add_arguments, None
         if add_arguments is not None:
             add_arguments(self)
-        return super().parse_known_args(args, namespace)
+        self._words = sys.argv[1:] if args is None else list(args)
+        if self._subparsers is not None and not self._words:
+            self.print_help(sys.stderr)
+            self.exit(2)
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if self._is_command and unknown:  # here its options are known, in the parser above not
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+    def add_subparsers(self, **settings: Any) -> Any:
+        """Add commands as `argparse.ArgumentParser` does."""
+        command_parser = functools.partial(type(self), is_command=True)
+        return super().add_subparsers(**({"parser_class": command_parser} | settings))
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage, error and the options that were probably meant; exit with code 2."""
+        super().error(message + "".join(map(self._suggest_option, self._own_options())))
+
+    def _own_options(self) -> list[str]:
+        """Options among the words, without those that belong to a command below this one."""
+        options: list[str] = []
+        for word in self._words:
+            if word == "--" or (self._subparsers is not None and not word.startswith("-")):
+                break
+            if word.startswith("--"):
+                options.append(word.partition("=")[0])
+        return options
+
+    def _suggest_option(self, option: str) -> str:
+        known_options = list(self._option_string_actions)
+        if any(known.startswith(option) for known in known_options):
+            return ""
+        near_options = difflib.get_close_matches(option, known_options, n=1)
+        return f"; did you mean {near_options[0]} instead of {option}?" if near_options else ""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            choices = list(map(str, action.choices or ()))
+            near_choices = difflib.get_close_matches(str(value), choices, n=1)
+            if near_choices:
+                error.message += f"; did you mean {near_choices[0]}?"
+            raise
 
 
 def _add_argument_parameters(

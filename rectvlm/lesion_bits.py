@@ -4,16 +4,17 @@ Every function takes a NumPy array or a torch tensor and returns the same kind.
 """
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from rectvlm.labels import LESIONS, Lesion
 
-Array = TypeVar("Array", NDArray[Any], Tensor)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = TypeVar("Array", NDArray[Any], "Tensor")
 
 
 def lesion_mask(bits: Array, lesion: Lesion) -> Array:
@@ -23,20 +24,28 @@ def lesion_mask(bits: Array, lesion: Lesion) -> Array:
 
 def pack_lesion(mask: Array, lesion: Lesion) -> Array:
     """Lesion bits (uint8) of one lesion's mask, which holds False and True or 0 and 1."""
-    mask = mask.to(torch.uint8) if isinstance(mask, Tensor) else mask.astype(np.uint8)
-    return mask << lesion.bit
+    if isinstance(mask, np.ndarray):
+        return mask.astype(np.uint8) << lesion.bit
+    return mask.byte() << lesion.bit
 
 
 def unpack_lesions(bits: Array, axis: int = 0) -> Array:
     """Masks of all lesions: bool, stacked along a new axis in the order of `labels.LESIONS`."""
     masks = [lesion_mask(bits, lesion) for lesion in LESIONS]
-    return torch.stack(masks, axis) if isinstance(bits, Tensor) else np.stack(masks, axis)
+    if isinstance(bits, np.ndarray):
+        return np.stack(masks, axis)
+    import torch
+
+    return torch.stack(masks, axis)
 
 
 def pack_lesions(masks: Array, axis: int = 0) -> Array:
     """Lesion bits (uint8) of the masks of all lesions, which are stacked along `axis`."""
     assert masks.shape[axis] == len(LESIONS), masks.shape
-    by_lesion = masks.movedim(axis, 0) if isinstance(masks, Tensor) else np.moveaxis(masks, axis, 0)
+    if isinstance(masks, np.ndarray):
+        by_lesion = np.moveaxis(masks, axis, 0)
+    else:
+        by_lesion = masks.movedim(axis, 0)
     bits = pack_lesion(by_lesion[0], LESIONS[0])
     for lesion in LESIONS[1:]:
         bits |= pack_lesion(by_lesion[lesion.bit], lesion)
@@ -45,10 +54,10 @@ def pack_lesions(masks: Array, axis: int = 0) -> Array:
 
 def present_lesions(bits: Array) -> tuple[Lesion, ...]:
     """Lesions that at least one voxel carries."""
-    if isinstance(bits, Tensor):
-        return tuple(lesion for lesion in LESIONS if lesion_mask(bits, lesion).any())
-    union = int(np.bitwise_or.reduce(bits, axis=None))
-    return tuple(lesion for lesion in LESIONS if union & lesion.mask_value)
+    if isinstance(bits, np.ndarray):
+        union = int(np.bitwise_or.reduce(bits, axis=None))
+        return tuple(lesion for lesion in LESIONS if union & lesion.mask_value)
+    return tuple(lesion for lesion in LESIONS if lesion_mask(bits, lesion).any())
 
 
 def combined_mask_value(lesions: Iterable[Lesion]) -> int:

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from rectvlm.labels import LESION_BY_KEY
+
+if TYPE_CHECKING:
+    import torch  # takes seconds, which a command would spend before it refuses a wrong path
 
 Int16Volume = NDArray[np.int16]
 """HU, indexed (z, y, x) on the canonical grid or (i, j, k) on the native grid of a file."""
@@ -172,22 +174,22 @@ class Batch:
     """B stacked samples on one grid of Z × Y × X voxels."""
 
     keys: list[str]
-    ct: torch.Tensor
+    ct: "torch.Tensor"
     """(B, Z, Y, X) int16, HU."""
-    lesions: torch.Tensor
+    lesions: "torch.Tensor"
     """(B, Z, Y, X) uint8, lesion bits."""
-    regions: torch.Tensor
+    regions: "torch.Tensor"
     """(B, Z, Y, X) uint8, region ids."""
-    regions_known: torch.Tensor
+    regions_known: "torch.Tensor"
     """(B,) bool: False where no region map exists."""
-    lesions_annotated: torch.Tensor
+    lesions_annotated: "torch.Tensor"
     """(B, 5) bool: True where every lesion of a kind was outlined."""
-    lesions_partial: torch.Tensor
+    lesions_partial: "torch.Tensor"
     """(B, 5) bool: True where some lesions of a kind were outlined and others may be missing; never
     together with `lesions_annotated`."""
-    labels: torch.Tensor
+    labels: "torch.Tensor"
     """(B, 18) float32: 1 present, 0 absent or unknown; always read with `labels_known`."""
-    labels_known: torch.Tensor
+    labels_known: "torch.Tensor"
     """(B, 18) bool."""
     reports: list[str | None]
     """Target text of each sample, sections included; None without a report."""
@@ -196,15 +198,17 @@ class Batch:
     metas: list[SampleMeta]
     """Metadata of each sample."""
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: "torch.device | str") -> "Batch":
         """Copy the tensors to a device, asynchronously from pinned memory."""
         return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """Copy the tensors to page-locked memory; torch's DataLoader calls this."""
-        return self._map_tensors(torch.Tensor.pin_memory)
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
 
-    def _map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+    def _map_tensors(self, function: "Callable[[torch.Tensor], torch.Tensor]") -> "Batch":
+        import torch
+
         changed = {}
         for batch_field in fields(self):
             value = getattr(self, batch_field.name)
@@ -217,9 +221,9 @@ class Batch:
 class BatchPrediction:
     """Outputs of the model for a batch of B samples on a grid of Z × Y × X voxels."""
 
-    finding_probabilities: torch.Tensor
+    finding_probabilities: "torch.Tensor"
     """(B, 18) float32."""
-    lesion_probabilities: torch.Tensor
+    lesion_probabilities: "torch.Tensor"
     """(B, 5, Z, Y, X) float32, in the order of `labels.LESIONS`."""
     reports: list[str] | None
     """Generated reports, sections included; None when none was asked for or the model has no

@@ -22,6 +22,8 @@ STEPS, SAVE_EVERY, WORLD, MICRO_BATCH = 12, 4, 2, 2
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 TWO = [*LAUNCH, "--config_file", "launch/accelerate/cpu2.yaml"]
 TIMEOUT = 600.0
+HEAVY_LIBRARIES = {"torch", "transformers", "accelerate", "deepspeed", "sklearn", "matplotlib"}
+"""Libraries that a command imports only once its arguments are known to be right."""
 VOLATILE = ("seconds", "memory_bytes")
 """Fields of `metrics.jsonl` that no two runs share."""
 
@@ -63,6 +65,19 @@ def start(command: Sequence[str], folder: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def imported_libraries(command: Sequence[str], folder: Path) -> tuple[int, str, set[str]]:
+    """Exit code, output, and names of the libraries that `python -X importtime …` imported."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    output, libraries = [done.stdout], set()
+    for line in done.stderr.splitlines():
+        if line.startswith("import time:"):
+            libraries.add(line.rpartition("|")[2].strip().partition(".")[0])
+        else:
+            output.append(line)
+    assert "argparse" in libraries
+    return done.returncode, "\n".join(output), libraries
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:

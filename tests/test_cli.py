@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from conftest import write_nifti
+from launches import CHECKOUT, HEAVY_LIBRARIES, imported_libraries
 
+import rectvlm
 from rectvlm import cli
 
 
@@ -101,3 +103,58 @@ def test_weights_pull_builds_a_bundled_model(capsys):
     assert (Path(capsys.readouterr().out.strip()) / "config.json").is_file()
     assert cli.main(["weights", "pull", "nothing"]) == 2
     assert "nothing" in capsys.readouterr().err
+
+
+MISTAKES = {
+    "predict {0}/gone.nii --checkpoint {0} --out {0}/out": "gone.nii does not exist",
+    "predict {0} --checkpoint {0}/gone --out {0}/out": "No checkpoint in",
+    "predict {0} --checkpont {0} --out {0}/out": "did you mean --checkpoint",
+    "evaluate --checkpoint {0}/gone": "No checkpoint in",
+    "evaluate --checkpoint {0} --truth {0}/gone": "is not a folder",
+    "evaluate --checkpoint {0} --split vald": "did you mean valid?",
+    "plan --config dmo": "No configuration 'dmo'",
+    "plan --config tiny encoder.dpth=3": "did you mean 'depth'",
+    "plan --config tiny --gpus none": "--gpus takes a number",
+    "plan --config tiny --ds-configs {0}/gone": "cannot be read",
+    "export --checkpoint {0}/gone --out {0}/out": "No checkpoint in",
+    "weights verify {0}/gone": "gone",
+    "weights vrify {0}/gone": "did you mean verify?",
+    "predct": "did you mean predict?",
+    "--versoin": "did you mean --version",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_told_before_anything_heavy_is_imported(words, tmp_path):
+    command = [sys.executable, "-X", "importtime", "-m", "rectvlm", *words.format(tmp_path).split()]
+    code, output, libraries = imported_libraries(command, CHECKOUT)
+    assert code == 2 and MISTAKES[words] in output
+    assert not libraries & HEAVY_LIBRARIES
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words", ["--help", "--version", "predict --help", "evaluate --help", "plan --help"]
+)
+def test_help_imports_nothing_heavy(words):
+    command = [sys.executable, "-X", "importtime", "-m", "rectvlm", *words.split()]
+    code, output, libraries = imported_libraries(command, CHECKOUT)
+    assert code == 0 and "rectvlm" in output
+    assert not libraries & HEAVY_LIBRARIES
+
+
+@pytest.mark.parametrize(
+    ("group", "action"), [("", "predict"), ("weights", "pull"), ("runs", "list")]
+)
+def test_a_command_without_its_action_prints_its_help(group, action, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(group.split())
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and f"usage: rectvlm {group}".strip() in printed
+    assert action in printed and "--help" in printed
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"rectvlm {rectvlm.__version__}\n"

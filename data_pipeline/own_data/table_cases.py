@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from data_pipeline.cases import Case, CaseData, file_identity
 from data_pipeline.ct_rate.tables import parse_report_section
@@ -27,7 +28,7 @@ from data_pipeline.own_data.table_mapping import TableMapping, read_table_mappin
 from rectvlm.data.report_text import split_report_sections
 from rectvlm.data.volume import read_volume
 from rectvlm.files import json_sha256
-from rectvlm.types import InputError
+from rectvlm.types import InputError, Split
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +66,16 @@ def list_table_cases(
         log.info("%s is not UTF-8: read as Windows-1252", path)
     columns = recognise_columns(table.columns, path, mapping)
     table_cases = read_cases(table, path, columns, mapping)
-    _report_missing_cts(table_cases, path)
+    _report_missing_files(table_cases, path)
+    for split in get_args(Split):
+        if all(case.split != split for case in table_cases):
+            log.warning("no case is in %s: name one in a column 'split'", split)
     cases = [_build_case(case, path, mask_folders or MaskFolders()) for case in table_cases]
     return OwnCases(cases, count_cases(table_cases))
 
 
-def _report_missing_cts(cases: Sequence[TableCase], path: Path) -> None:
-    """Say how many CTs are missing; they end in the quarantine list."""
+def _report_missing_files(cases: Sequence[TableCase], path: Path) -> None:
+    """Say how many CTs and masks are missing; their cases end in the quarantine list."""
     missing = [case for case in cases if not os.path.exists(case.ct)]
     if len(missing) == len(cases):
         raise InputError(
@@ -88,6 +92,15 @@ def _report_missing_cts(cases: Sequence[TableCase], path: Path) -> None:
             len(cases),
             missing[0].ct,
             missing[0].row,
+        )
+    masks = [(mask, case.row) for case in cases for mask in case.masks.values()]
+    missing_masks = [(mask, row) for mask, row in masks if not os.path.exists(mask)]
+    if missing_masks:
+        log.warning(
+            "%d of %d masks do not exist, so their cases will be set aside, such as %s (row %d)",
+            len(missing_masks),
+            len(masks),
+            *missing_masks[0],
         )
 
 

@@ -10,7 +10,6 @@ over the shards, by their offsets, without checksums and counts. `--stats OUT` p
 what was read and writes them to OUT with figures.
 """
 
-import argparse
 import logging
 import multiprocessing
 import sys
@@ -50,7 +49,7 @@ from data_pipeline.verify.shard_checks import (
 )
 from data_pipeline.verify.statistics import DatasetStatistics, add_histogram, pick_evenly
 from data_pipeline.verify.statistics_tables import build_tables
-from rectvlm.cli_options import add_options, argument, options_from_namespace
+from rectvlm.cli_options import CommandParser, add_options, argument, options_from_namespace
 from rectvlm.config import load_config
 from rectvlm.data.shard_manifest import SHARD_MANIFEST_FILE, ShardManifest, read_manifest
 from rectvlm.data.shards import SHARD_INDEX_FILE, SampleLocation, ShardIndex, read_index
@@ -228,7 +227,7 @@ class VerifyOptions:
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> VerifyOptions:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m data_pipeline.verify", description="Read shards back and check them."
     )
     parser.add_argument(

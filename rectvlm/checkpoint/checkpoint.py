@@ -19,24 +19,25 @@ safetensors and JSON are read, never a pickle.
 
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from rectvlm.checkpoint.integrity import find_faults, has_manifest
+from rectvlm.checkpoint.integrity import find_faults, has_manifest, read_manifest
 from rectvlm.checkpoint.run_folder import MODEL_CONFIG_FILE, find_checkpoint
 from rectvlm.config import MODEL_PARTS, Config, ModelPart, parse_config
 from rectvlm.files import read_json_object, write_json
 from rectvlm.labels import FINDINGS, LESIONS, REGIONS
 from rectvlm.types import UserError
+
+if TYPE_CHECKING:  # a command that refuses a wrong path does not spend seconds on libraries
+    from peft import LoraConfig
+    from torch import Tensor
 
 THRESHOLDS_FILE = "thresholds.json"
 CARD_FILE = "README.md"
@@ -160,6 +161,17 @@ class Checkpoint:
         """The folder of the optimizer's shards."""
         return self.folder / ENGINE_FOLDER
 
+    def list_available_parts(self) -> tuple[ModelPart, ...]:
+        """List the parts whose files are there: all, unless only some were pulled.
+
+        Raises:
+            UserError: the manifest is damaged.
+        """
+        if not has_manifest(self.folder):
+            return self.parts
+        listed = read_manifest(self.folder).keys()
+        return tuple(part for part in self.parts if listed >= set(list_model_files([part])))
+
     def require_parts(self, parts: Collection[str]) -> None:
         """Stop unless the checkpoint holds some parts.
 
@@ -172,7 +184,7 @@ class Checkpoint:
                 f"{self.folder} has no {', '.join(missing)}: it holds {', '.join(self.parts)}."
             )
 
-    def read_tensors(self, parts: Collection[ModelPart] | None = None) -> dict[str, Tensor]:
+    def read_tensors(self, parts: Collection[ModelPart] | None = None) -> dict[str, "Tensor"]:
         """Read tensors by their names in the model.
 
         The files must agree with the manifest, if there is one.
@@ -216,7 +228,7 @@ class Checkpoint:
             counts[part] = sum(_count_values(self.folder / name) for name in names)
         return counts
 
-    def write_files(self, tensors: Mapping[str, Tensor], lora: LoraConfig | None) -> list[Path]:
+    def write_files(self, tensors: Mapping[str, "Tensor"], lora: "LoraConfig | None") -> list[Path]:
         """Write `config.json` and the weights into the folder, which exists; return the files.
 
         Args:
@@ -283,12 +295,25 @@ def _read_description(path: Path) -> ModelDescription:
         location = ".".join(map(str, fault["loc"]))
         raise UserError(f"{path} is damaged: {location}: {fault['msg']}; {_REMEDY}.") from None
     for name, labels in label_lists().items():
-        if description.labels.get(name) != labels:
+        stored_labels = description.labels.get(name, [])
+        if stored_labels != labels:
+            difference = _describe_label_difference(stored_labels, labels)
             raise UserError(
-                f"{path} lists other {name} than this version of rectvlm, or in another order, so "
-                "that its weights would be read under wrong names; use the version that wrote it."
+                f"{path} lists other {name} than this version of rectvlm ({difference}), so that "
+                "its weights would be read under wrong names; use the version that wrote it."
             )
     return description
+
+
+def _describe_label_difference(stored: Sequence[str], known: Sequence[str]) -> str:
+    added = [label for label in stored if label not in known]
+    missing = [label for label in known if label not in stored]
+    phrases = []
+    if added:
+        phrases.append(f"also {', '.join(added)}")
+    if missing:
+        phrases.append(f"not {', '.join(missing)}")
+    return "; ".join(phrases) or "the same in another order"
 
 
 def _place_tensor(name: str) -> tuple[str, str]:
@@ -358,5 +383,7 @@ def _check_adapter_config(checkpoint: Checkpoint) -> None:
         raise UserError(f"{path} does not fit {MODEL_CONFIG_FILE}: {', '.join(faults)}; {_REMEDY}.")
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def _save_tensors(tensors: dict[str, "Tensor"], path: Path) -> None:
+    from safetensors.torch import save_file
+
     save_file(tensors, path, metadata={"format": "pt"})

@@ -14,10 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from peft import LoraConfig
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from rectvlm.checkpoint.checkpoint import (
     ADAPTER_CONFIG_FILE,
@@ -38,9 +35,12 @@ from rectvlm.checkpoint.integrity import (
 )
 from rectvlm.checkpoint.model_card import write_model_card
 from rectvlm.checkpoint.run_folder import MODEL_CONFIG_FILE
-from rectvlm.checkpoint.strict_load import find_differing_tensors
 from rectvlm.files import fsync_file, read_json_object, write_json
 from rectvlm.types import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +95,9 @@ def export_checkpoint(checkpoint: str | Path, folder: str | Path, **options: Any
 
 
 def write_model(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, "Tensor"],
     description: Checkpoint,
-    lora: LoraConfig | None,
+    lora: "LoraConfig | None",
     options: ExportOptions,
 ) -> Path:
     """Write a model into a folder, read it again and compare every bit.
@@ -114,6 +114,8 @@ def write_model(
     Raises:
         UserError: the folder exists, or the disk does not hold what was written.
     """
+    from rectvlm.checkpoint.strict_load import find_differing_tensors
+
     with _stage_folder(description.folder, options.overwrite) as (work, target):
         written = replace(description, folder=work)
         written.write_files(tensors, lora)

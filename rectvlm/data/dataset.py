@@ -44,7 +44,13 @@ class ShardDataset(Dataset[Sample]):
         self.grid = config.grid
         self.locations: list[SampleLocation] = index.select_split(split)
         if not self.locations:
-            raise UserError(f"Shards in {self.store} hold no sample of the split {split!r}.")
+            remedy = "put a patient into it and preprocess again"
+            if split == "valid":
+                remedy += ", or train without it (train.phases.KEY.validation.every=0)"
+            raise UserError(
+                f"Shards in {self.store} hold no sample of the split {split!r}: expected at least "
+                f"one; {remedy}."
+            )
 
     def __len__(self) -> int:
         return len(self.locations)

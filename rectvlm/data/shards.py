@@ -15,7 +15,6 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-import webdataset
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
@@ -145,6 +144,8 @@ def write_shard(
         UserError: two samples have one key, or a sample is refused by `encode_sample`.
         OSError: the folder cannot be written to.
     """
+    import webdataset  # takes seconds, as it imports torch
+
     stream = _pack_samples(samples)
     first = next(stream, None)
     if first is None:

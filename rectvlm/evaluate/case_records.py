@@ -1,7 +1,6 @@
 """Case records: prediction and truth of one volume, reduced to what the metrics need."""
 
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,7 +14,7 @@ from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.metrics.lesion_overlap import count_lesion_voxels
 from rectvlm.metrics.lesions import LesionComparison, compare_lesion_masks
 from rectvlm.models import RectVLM
-from rectvlm.types import Batch, JsonObject, MaskVolume, SampleMeta, UserError
+from rectvlm.types import Batch, JsonObject, MaskVolume, SampleMeta
 
 CasePurpose = Literal["fit", "evaluate"]
 """Use of a case: `fit` is a case of the train split on which thresholds are fitted."""
@@ -154,16 +153,3 @@ def _compare_lesions(
         source = native.truth_sources[lesion.key]
         records[lesion.bit] = LesionRecord(comparison, (both, predicted, true), source)
     return records
-
-
-def require_truth_folder(folder: Path | None) -> None:
-    """Check the folder of outlines.
-
-    Raises:
-        UserError: It is given and does not exist.
-    """
-    if folder is not None and not folder.is_dir():
-        raise UserError(
-            f"{folder} is not a folder: --truth expects KEY/LESION.nii.gz in one, as --lesions of "
-            "preprocessing."
-        )

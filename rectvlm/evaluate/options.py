@@ -6,7 +6,7 @@ from typing import Literal
 
 from rectvlm.cli_options import argument
 from rectvlm.metrics.surface_distances import SURFACE_TOLERANCE_MM
-from rectvlm.types import Split
+from rectvlm.types import Split, UserError
 
 LESION_THRESHOLD = 0.5
 """Smallest probability of a voxel that belongs to a lesion, as in prediction."""
@@ -48,3 +48,16 @@ class EvaluationOptions:
     """Seed of the bootstrap resamples."""
     plots: bool = field(default=True, metadata=argument(help="write tables only"))
     """Whether plots are written."""
+
+
+def require_truth_folder(folder: Path | None) -> None:
+    """Check the folder of outlines.
+
+    Raises:
+        UserError: It is given and does not exist.
+    """
+    if folder is not None and not folder.is_dir():
+        raise UserError(
+            f"{folder} is not a folder: --truth expects KEY/LESION.nii.gz in one, as --lesions of "
+            "preprocessing."
+        )

@@ -25,11 +25,10 @@ from rectvlm.evaluate.case_records import (
     CasePurpose,
     CaseRecord,
     evaluate_batch,
-    require_truth_folder,
 )
 from rectvlm.evaluate.fingerprint import compute_fingerprint
 from rectvlm.evaluate.journal import CaseId, EvaluationJournal
-from rectvlm.evaluate.options import EvaluationOptions
+from rectvlm.evaluate.options import EvaluationOptions, require_truth_folder
 from rectvlm.evaluate.process_ranks import ProcessRanks, read_ranks_from_environment
 from rectvlm.evaluate.region_maps import RegionMapUsage
 from rectvlm.evaluate.report_figures import evaluate_reports

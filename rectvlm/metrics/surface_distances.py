@@ -2,13 +2,16 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
 from rectvlm.metrics.arrays import BoolArray
+
+if TYPE_CHECKING:
+    import torch
 
 SURFACE_TOLERANCE_MM = 2.0
 """Largest distance of a surface from the true one that counts as right, mm."""
@@ -102,6 +105,8 @@ def _surface_elements(
     return positions, areas
 
 
-def _as_monai_tensor(mask: BoolArray) -> torch.Tensor:
+def _as_monai_tensor(mask: BoolArray) -> "torch.Tensor":
     """One sample of one class: (1, 1, I, J, K)."""
+    import torch
+
     return torch.from_numpy(np.ascontiguousarray(mask))[None, None]

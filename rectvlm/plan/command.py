@@ -2,24 +2,27 @@
 
 import argparse
 import json
+import logging
 import math
 import os
 import sys
 from collections.abc import Sequence
-
-import torch
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from rectvlm.cli_options import options_from_namespace
 from rectvlm.config import Config, load_config
 from rectvlm.plan.hardware import HardwareRates
-from rectvlm.plan.memory_savings import MemorySaving, find_memory_savings
 from rectvlm.plan.options import PlanOptions
-from rectvlm.plan.plan_tables import print_memory_savings, print_plan, print_scaling
-from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
-from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
-from rectvlm.train.phases import STAGES
+from rectvlm.train.engine.ds_config import find_ds_config, read_ds_config
+from rectvlm.train.phases import PHASES, STAGES
 from rectvlm.types import UserError
+
+if TYPE_CHECKING:
+    from rectvlm.plan.memory_savings import MemorySaving
+    from rectvlm.plan.planner import ResourcePlan
+    from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
+
+log = logging.getLogger(__name__)
 
 
 def run(namespace: argparse.Namespace) -> None:
@@ -33,27 +36,35 @@ def run(namespace: argparse.Namespace) -> None:
     hardware = options_from_namespace(HardwareRates, namespace)
     _check_numbers(options, hardware)
     gpu_counts = _parse_gpu_counts(options, hardware.gpus_per_node)
-    if not torch.cuda.is_available():
-        # DeepSpeed warns on stdout, where the JSON goes, when it finds the CPU by itself.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
     def load_with_overrides(overrides: Sequence[str]) -> Config:
         return load_config(options.config, [*options.overrides, *overrides])
 
+    phase = PHASES[options.phase] if options.stage is None else STAGES[options.stage]
+    config = load_with_overrides([])
+    # Read here too: a wrong path need not wait for torch and transformers to be imported.
+    ds_config = find_ds_config(phase.number, options.ds_configs)
+    read_ds_config(ds_config, phase.get_settings(config), config.train.gradient_clipping)
+
+    log.info("loading torch and transformers")
+    _choose_deepspeed_device()
+    from rectvlm.plan.memory_savings import find_memory_savings
+    from rectvlm.plan.planner import ResourcePlanner
+
+    log.info("planning %s of %s: a micro-batch without values", phase.key, config.name)
     planner = ResourcePlanner(
-        load_with_overrides([]),
-        phase=options.phase if options.stage is None else STAGES[options.stage].number,
+        config,
+        phase=phase.number,
         ds_configs=options.ds_configs,
         hardware=hardware,
         workspace_meter=_make_workspace_meter(options.work_areas),
         stage=options.stage,
     )
-    plans: list[ResourcePlan] = []
-    for gpus in gpu_counts:
-        plans.append(planner.make_plan(gpus, options.gpu_memory, options.samples))
+    plans = [planner.make_plan(gpus, options.gpu_memory, options.samples) for gpus in gpu_counts]
     plan_too_large = next((plan for plan in plans if not plan.fits), None)
     savings: list[MemorySaving] = []
     if plan_too_large is not None:
+        log.info("planning changes that save memory")
         gpus_per_node = None if options.nodes is None else hardware.gpus_per_node
         savings = find_memory_savings(
             planner, plan_too_large.gpus, options.gpu_memory, load_with_overrides, gpus_per_node
@@ -62,6 +73,26 @@ def run(namespace: argparse.Namespace) -> None:
     if options.as_json:
         _write_json(plans, plan_too_large, savings)
         return
+    _print_tables(plans, plan_too_large, savings)
+
+
+def _choose_deepspeed_device() -> None:
+    """Tell DeepSpeed of a machine without a GPU: it warns on stdout, where the JSON goes."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _print_tables(
+    plans: Sequence["ResourcePlan"],
+    plan_too_large: "ResourcePlan | None",
+    savings: Sequence["MemorySaving"],
+) -> None:
+    from rich.console import Console
+
+    from rectvlm.plan.plan_tables import print_memory_savings, print_plan, print_scaling
+
     console = Console()
     print_plan(plans[0], console)
     if len(plans) > 1:
@@ -71,9 +102,9 @@ def run(namespace: argparse.Namespace) -> None:
 
 
 def _write_json(
-    plans: Sequence[ResourcePlan],
-    plan_too_large: ResourcePlan | None,
-    savings: Sequence[MemorySaving],
+    plans: Sequence["ResourcePlan"],
+    plan_too_large: "ResourcePlan | None",
+    savings: Sequence["MemorySaving"],
 ) -> None:
     """Write one plan as an object, or several as a list; savings stand in the one they are for."""
     trees = []
@@ -101,7 +132,11 @@ def _check_numbers(options: PlanOptions, hardware: HardwareRates) -> None:
         raise UserError(f"--efficiency is a share above 0 and up to 1, not {hardware.efficiency}.")
 
 
-def _make_workspace_meter(device: str | None) -> KernelWorkspaceMeter | None:
+def _make_workspace_meter(device: str | None) -> "KernelWorkspaceMeter | None":
+    import torch
+
+    from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
+
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "--work-areas cuda measures kernels on a GPU and torch finds none: leave it out, or "

@@ -1,11 +1,15 @@
 """Training: three phases as rows of a table over one loop."""
 
+import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from rectvlm.train.phases import PHASES, Phase
 
 __all__ = ["PHASES", "Phase", "main"]
+
+log = logging.getLogger(__name__)
 
 
 def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
@@ -18,17 +22,22 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
         argv: arguments; by default the process's.
     """
     from rectvlm.train.engine.launcher_settings import follow_use_cpu, is_started_by_launcher
+    from rectvlm.train.logging.logging_setup import choose_deepspeed_device, configure_logging
+    from rectvlm.train.preflight import check_launch
 
+    follow_use_cpu()
+    check_launch(phase_number, argv)
     if not is_started_by_launcher():
         from rectvlm.train.launch import launch_phase
 
         exit_code = launch_phase(phase_number, sys.argv[1:] if argv is None else argv)
         if exit_code is not None:
             sys.exit(exit_code)
-    follow_use_cpu()
-    from rectvlm.train.logging.logging_setup import configure_logging
-
+        follow_use_cpu()  # as an Accelerate config file may ask
     configure_logging()
+    if os.environ.get("RANK", "0") == "0":
+        log.info("phase %d: loading torch, transformers and DeepSpeed", phase_number)
+    choose_deepspeed_device()
     # Imported here: libraries that the engine imports log messages unless they are silenced.
     from rectvlm.train import run
 

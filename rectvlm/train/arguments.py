@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rectvlm.cli_options import CommandParser
 from rectvlm.train.phases import STAGES, Phase
 from rectvlm.train.recovery.signals import LAUNCHER_VARIABLE
 from rectvlm.types import UserError
@@ -13,7 +14,7 @@ from rectvlm.types import UserError
 
 def parse_arguments(phase: Phase, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse a phase's command line, by default that of the process."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=name_command(phase.number),
         description=f"Phase {phase.number}: {', '.join(phase.tasks)}. "
         f"Trains {', '.join(phase.parts)}.",
@@ -31,8 +32,8 @@ def parse_arguments(phase: Phase, argv: Sequence[str] | None) -> argparse.Namesp
         "--from",
         dest="source",
         metavar="PATH",
-        help="start from this run's phase folder or checkpoint, or from the best one of the phase "
-        "before (`best`)",
+        help="start from this run's phase folder, checkpoint, exported or pulled model, or hub id; "
+        "`best` is the best checkpoint of the phase before",
     )
     start = parser.add_mutually_exclusive_group()
     start.add_argument(

@@ -21,11 +21,9 @@ from typing import Any
 
 import yaml
 
-from rectvlm.config import load_config
 from rectvlm.machine import count_cores
 from rectvlm.train.arguments import parse_arguments
-from rectvlm.train.engine.ds_config import find_ds_config, read_ds_config
-from rectvlm.train.phases import PHASES, STAGES
+from rectvlm.train.phases import PHASES
 from rectvlm.train.recovery.exit_codes import ExitCode
 from rectvlm.train.recovery.signals import CAUGHT_SIGNALS, LAUNCHER_VARIABLE
 from rectvlm.types import UserError
@@ -77,8 +75,6 @@ def launch_phase(phase_number: int, argv: Sequence[str]) -> int | None:
     args = parse_arguments(PHASES[phase_number], argv)
     try:
         plan = plan_processes(args)
-        if plan.world_size > 1:
-            _check_settings(phase_number, args)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return ExitCode.USER_ERROR
@@ -87,15 +83,6 @@ def launch_phase(phase_number: int, argv: Sequence[str]) -> int | None:
         return None
     command = [sys.executable, "-m", "rectvlm", "train", str(phase_number), *argv]
     return run_processes(command, plan)
-
-
-def _check_settings(phase_number: int, args: Namespace) -> None:
-    """Find mistakes in settings once, before every rank finds them."""
-    phase = PHASES[phase_number] if args.stage is None else STAGES[args.stage]
-    config = load_config(args.config, args.overrides)
-    settings = phase.get_settings(config)
-    ds_config = find_ds_config(phase.number, args.ds_config)
-    read_ds_config(ds_config, settings, config.train.gradient_clipping)
 
 
 def plan_processes(args: Namespace) -> LaunchPlan:

@@ -16,6 +16,7 @@ A stage has a run folder of its own; the phase itself starts from it where `--fr
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from rectvlm.config import Config, ModelPart, PhaseConfig, PhaseKey, phase_key
@@ -88,6 +89,11 @@ PHASE_TABLE: tuple[Phase, ...] = (
 )
 PHASES: dict[int, Phase] = {row.number: row for row in PHASE_TABLE if row.stage is None}
 STAGES: dict[Stage, Phase] = {row.stage: row for row in PHASE_TABLE if row.stage is not None}
+
+
+def get_run_folder(phase: Phase, config: Config) -> Path:
+    """Run folder of a phase."""
+    return Path(config.train.runs) / config.name / phase.key
 
 
 def with_step_count(

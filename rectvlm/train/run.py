@@ -21,7 +21,7 @@ from rectvlm.checkpoint.strict_load import load_tensors
 from rectvlm.config import Config, PhaseConfig, load_config
 from rectvlm.data.loader import BatchLoader, build_train_loader
 from rectvlm.models import RectVLM
-from rectvlm.models.language_model import load_language_model
+from rectvlm.models.language_model import LanguageModel, load_language_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.train.arguments import parse_arguments, require_own_launcher
 from rectvlm.train.engine.ds_config import find_ds_config
@@ -30,20 +30,26 @@ from rectvlm.train.logging.mfu import StepFlops, count_step_flops
 from rectvlm.train.logging.trackers import choose_trackers
 from rectvlm.train.loop import run_training_loop
 from rectvlm.train.optimizer import build_optimizer, freeze_all_but, set_training_modes
-from rectvlm.train.phases import PHASES, STAGES, Phase, with_step_count
+from rectvlm.train.phases import PHASES, STAGES, Phase, get_run_folder, with_step_count
+from rectvlm.train.preflight import check_start
 from rectvlm.train.recovery.exit_codes import ExitCode, RunEnded, clear_ending, write_ending
 from rectvlm.train.recovery.position import TrainingPosition
 from rectvlm.train.recovery.resume import (
     ResumeMode,
     find_newest_intact_checkpoint,
     find_source_checkpoint,
-    has_checkpoints,
     prepare_run_folder,
     read_position,
-    require_checkpoint_to_resume,
 )
 from rectvlm.train.recovery.run_session import first_line, lock_run_folder, record_failure
 from rectvlm.train.recovery.signals import StopSignals, terminate_with_launcher
+from rectvlm.train.starting_weights import (
+    check_image_parts,
+    choose_parts,
+    explain_misfit,
+    log_parts,
+    select_names,
+)
 from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
 from rectvlm.types import UserError
 
@@ -75,11 +81,6 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
         raise
 
 
-def get_run_folder(phase: Phase, config: Config) -> Path:
-    """Run folder of a phase."""
-    return Path(config.train.runs) / config.name / phase.key
-
-
 def _exit_after_losing_ranks(error: RuntimeError) -> NoReturn:
     """End a rank that has lost the others at once; its threads would wait for them for ever."""
     reason = f"a rank lost the others ({first_line(error)})"
@@ -107,15 +108,7 @@ def train_phase(
     settings = phase.get_settings(config)
     choose_trackers(config)  # a name that is no tracker's ends the run before it begins
     folder = get_run_folder(phase, config)
-    # A missing checkpoint is reported before anything is loaded; a run that resumes needs none of
-    # the previous phase.
-    source = (
-        None
-        if resume != "no" and has_checkpoints(folder)
-        else find_source_checkpoint(phase, config, requested_source)
-    )
-    if resume == "yes":
-        require_checkpoint_to_resume(folder, phase)
+    source = check_start(phase, config, resume, requested_source)  # before anything is loaded
     _fetch_frozen_models(phase, config)
     step_flops = count_step_flops(phase, config)
     engine = _start_engine(ds_config, settings, config, folder)
@@ -185,7 +178,8 @@ def _train_in_run_folder(
     torch.manual_seed(config.train.seed)
     # A run that resumes has all weights in its own checkpoint, whatever became of the phase before.
     model = build_model(phase, config, start or source, engine)
-    if start is None and source is None and config.encoder.atlas_cases:
+    has_encoder = source is not None and "encoder" in choose_parts(phase, Checkpoint.open(source))
+    if start is None and not has_encoder and config.encoder.atlas_cases:
         atlas_cases = range(min(config.encoder.atlas_cases, sample_count))  # the same on every rank
         volumes = (torch.from_numpy(loader.dataset[number].ct) for number in atlas_cases)
         model.encoder.fit_atlas(volumes)
@@ -274,30 +268,28 @@ def build_model(phase: Phase, config: Config, source: Path | None, engine: Engin
     The engine shards the language model while it is read.
 
     Raises:
-        UserError: the weights do not fit, naming what is missing or unexpected.
+        UserError: the checkpoint has nothing that the phase needs, or its weights do not fit.
     """
-    language = None
-    if "generator" in phase.parts:
-        folder = pretrained.resolve_model(config.generator.model)
-        language = load_language_model(config.generator, folder, engine.device, engine.shard_module)
     if source is None:
         prompts = PromptEmbeddings.from_text_encoder(
             pretrained.resolve_model(config.text.model), config.text.max_tokens
         )
-        return RectVLM(config, phase.parts, prompts, language)
+        return RectVLM(config, phase.parts, prompts, _load_language_model(phase, config, engine))
     checkpoint = Checkpoint.open(source)
-    tensors = checkpoint.read_tensors()
+    parts = choose_parts(phase, checkpoint)
+    tensors = checkpoint.read_tensors(parts)
     prompts = PromptEmbeddings.from_tensors(tensors, source)
-    model = RectVLM(config, phase.parts, prompts, language)
-    before = checkpoint.parts
-    absent = [part for part in phase.parts if part not in before and part != phase.parts[-1]]
-    if absent:
-        log.warning("%s has no %s: it begins with random weights", source, " and no ".join(absent))
-    expected = [
-        name
-        for name in model.checkpoint_tensor_names()
-        if name.partition(".")[0] in (*before, "prompts")
-    ]
-    load_tensors(model, tensors, expected, source)
-    log.info("starting from %s", source)
+    check_image_parts(config, checkpoint, tensors)
+    model = RectVLM(config, phase.parts, prompts, _load_language_model(phase, config, engine))
+    with explain_misfit(config, checkpoint):
+        load_tensors(model, tensors, select_names(model, parts), source)
+    if engine.is_main:
+        log_parts(phase, checkpoint, parts)
     return model
+
+
+def _load_language_model(phase: Phase, config: Config, engine: Engine) -> LanguageModel | None:
+    if "generator" not in phase.parts:
+        return None
+    folder = pretrained.resolve_model(config.generator.model)
+    return load_language_model(config.generator, folder, engine.device, engine.shard_module)

@@ -8,7 +8,6 @@ import os
 import sys
 import warnings
 
-import torch
 from rich.logging import RichHandler
 
 NOISY_LIBRARIES = (
@@ -49,6 +48,14 @@ def _silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def choose_deepspeed_device() -> None:
+    """Tell DeepSpeed of a machine without a GPU: it warns when it finds the CPU by itself.
+
+    To be called before DeepSpeed is imported.
+    """
+    import torch
+
     if not torch.cuda.is_available():
-        # DeepSpeed warns when it finds the CPU by itself.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -8,7 +8,6 @@ takes two micro-batches a step draws what two ranks draw with one each.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 
 @dataclass
@@ -30,5 +29,7 @@ def seed_micro_batch(seed: int, first_sample: int) -> None:
         seed: the run's seed.
         first_sample: number of the micro-batch's first sample in the endless sequence, from 0.
     """
+    import torch
+
     state = np.random.SeedSequence([seed, first_sample]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> 1))

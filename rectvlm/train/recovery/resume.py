@@ -4,13 +4,17 @@
 loader's place in the data.
 """
 
+from __future__ import annotations
+
 import logging
 import shutil
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rectvlm.checkpoint import Checkpoint, integrity, run_folder
+from rectvlm.checkpoint.hub import find_model_folder
+from rectvlm.checkpoint.model_card import HUB_ID_PATTERN
 from rectvlm.config import Config
 from rectvlm.runs.run_files import (
     CHECKPOINTS_FOLDER,
@@ -20,11 +24,13 @@ from rectvlm.runs.run_files import (
     SESSIONS_FILE,
 )
 from rectvlm.train.early_stopping import has_stopped_early
-from rectvlm.train.engine.engine import Engine
 from rectvlm.train.phases import Phase, with_step_count
 from rectvlm.train.recovery.position import TrainingPosition
 from rectvlm.train.recovery.run_session import on_main_rank
 from rectvlm.types import UserError
+
+if TYPE_CHECKING:
+    from rectvlm.train.engine.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +48,7 @@ def find_source_checkpoint(phase: Phase, config: Config, requested: str | None) 
         UserError: there is none.
     """
     if requested not in (None, run_folder.BEST_CHECKPOINT):
-        return run_folder.find_checkpoint(
-            requested,
-            "give --from a run's phase folder, one checkpoint in it, or an exported model",
-        )
+        return _find_requested_checkpoint(requested, phase)
     if phase.previous_phase is None:
         if requested is not None:
             raise UserError(
@@ -61,6 +64,23 @@ def find_source_checkpoint(phase: Phase, config: Config, requested: str | None) 
         f"launch/phase{phase.previous_phase}.py first, with the same --config, name and train.runs"
     )
     return run_folder.find_checkpoint(folder, remedy)
+
+
+def _find_requested_checkpoint(requested: str, phase: Phase) -> Path:
+    """Find the model that `--from` names: a folder here, or a hub id.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(requested).expanduser()
+    is_in_folder = path.parent != Path() and path.parent.is_dir()
+    if HUB_ID_PATTERN.fullmatch(requested) and not path.exists() and not is_in_folder:
+        return find_model_folder(requested, parts=phase.parts)
+    return run_folder.find_checkpoint(
+        path,
+        "give --from a run's phase folder, one checkpoint in it, an exported or pulled model, or a "
+        "hub id OWNER/NAME",
+    )
 
 
 def has_checkpoints(folder: Path) -> bool:

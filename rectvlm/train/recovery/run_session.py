@@ -4,17 +4,21 @@ Only a session writes to the folder. A start that is refused, because another se
 an unfinished run is in the way, leaves all files there as they are.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from rectvlm.folder_lock import FolderLock
-from rectvlm.train.engine.engine import Engine, is_lost_peer_error
 from rectvlm.train.recovery.exit_codes import ExitCode, RunEnded, write_ending
 from rectvlm.types import UserError
+
+if TYPE_CHECKING:
+    from rectvlm.train.engine.engine import Engine
 
 _T = TypeVar("_T")
 
@@ -81,6 +85,8 @@ def on_main_rank(engine: Engine, action: Callable[[], _T]) -> _T:
 @contextmanager
 def record_failure(folder: Path) -> Iterator[None]:
     """Write `ending.json` when an error ends the block; `RunEnded` has its own words."""
+    from rectvlm.train.engine.engine import is_lost_peer_error
+
     try:
         yield
     except UserError as error:

@@ -17,6 +17,8 @@ from data_pipeline import preprocess as pipeline
 from data_pipeline.own_data.case_table import split_by_hash
 from data_pipeline.own_data.table_cases import list_table_cases
 from data_pipeline.verify.verify import main as verify_main
+from rectvlm.config import load_config
+from rectvlm.data.dataset import ShardDataset
 from rectvlm.data.shards import read_index, read_sample
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
 from rectvlm.types import Sample, UserError
@@ -288,6 +290,16 @@ def test_a_case_without_a_split_follows_its_patient(folder: Path) -> None:
     ]
 
 
+def test_a_split_without_cases_is_said_before_training_stops_at_it(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert preprocess(write_table(folder, "ct,split\na.nii.gz,train\n")) == 0
+    assert "no case is in valid: name one in a column 'split'" in caplog.messages
+    data = load_config("tiny", [f"data.shards={folder / 'out'}"]).data
+    with pytest.raises(UserError, match=r"no sample of the split 'valid'.*validation\.every=0"):
+        ShardDataset(data, "valid")
+
+
 # What is refused
 
 REFUSED = {
@@ -364,13 +376,15 @@ def test_missing_and_broken_cts_are_listed_and_set_aside(
     (folder / "broken.nii.gz").write_bytes(b"no")
     (folder / "series").mkdir()
     text = "ct\na.nii.gz\nmissing.nii.gz\nbroken.nii.gz\nseries\n" + "x" * 300 + "\n"
+    text = text.replace("\n", ",\n").replace("ct,", "ct,lung_nodule_mask") + "b.nii.gz,no.nii.gz\n"
     caplog.set_level("INFO")
     assert preprocess(write_table(folder, text)) == 0
     assert set(read_samples(folder)) == {"a"}
-    assert any("2 of 5 CTs do not exist" in line for line in caplog.messages)
+    assert any("2 of 6 CTs do not exist" in line for line in caplog.messages)
+    assert any("1 of 1 masks do not exist" in line for line in caplog.messages)
     lines = (folder / "out/quarantine.jsonl").read_text().splitlines()
     reasons = {json.loads(line)["key"]: json.loads(line)["reason"] for line in lines}
-    assert len(reasons) == 4 and reasons["missing"] == "does not exist"
+    assert len(reasons) == 5 and reasons["missing"] == "does not exist"
     assert reasons["series"] == "is a folder"
 
 

@@ -8,7 +8,6 @@ hold whole numbers, so nothing before that can be NaN.
 import os
 import sys
 from itertools import count
-from pathlib import Path
 
 if __name__ == "__main__":
     from rectvlm.config import AugmentConfig
@@ -24,4 +23,4 @@ if __name__ == "__main__":
         return changed
 
     train_step.augment_batch = spoil
-    main(int(sys.argv[1]), Path(__file__).resolve().parents[3], sys.argv[2:])
+    main(int(sys.argv[1]), sys.argv[2:])
