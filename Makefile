@@ -12,10 +12,11 @@ TABLE ?=
 BENCH ?= preprocess loader train_step
 
 VENV := .venv
-BIN := $(CURDIR)/$(VENV)/bin
+# Relative: the checkout's own path may hold spaces, quotes or dollars.
+BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # DeepSpeed looks for ninja on the path; tools of the environment come first.
-export PATH := $(BIN):$(PATH)
+export PATH := $(value CURDIR)/$(BIN):$(value PATH)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup preprocess verify demo learn test test-slow bench clean
@@ -38,23 +39,23 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 preprocess: $(STAMP) ## shards of your own cases [TABLE=cases.csv], of a CT-RATE download [CT_RATE=folder], or of two real CTs and phantoms [PHANTOMS=48]
-	@$(BIN)/python -m data_pipeline.preprocess --config $(CONFIG) $(if $(CT_RATE),--ct-rate "$(CT_RATE)") \
+	@$(BIN)/python -m data_pipeline.preprocess --config "$(CONFIG)" $(if $(CT_RATE),--ct-rate "$(CT_RATE)") \
 		$(if $(TABLE),--table "$(TABLE)") \
 		$(if $(OUT),--out "$(OUT)") $(if $(PHANTOMS),--phantoms $(PHANTOMS)) $(ARGS)
 
 verify: $(STAMP) ## read shards back and check every byte of them; OUT=folder or URL; STATS=folder for tables and pictures
-	@$(BIN)/python -m data_pipeline.verify $(if $(OUT),"$(OUT)") --config $(CONFIG) $(if $(STATS),--stats "$(STATS)") $(ARGS)
+	@$(BIN)/python -m data_pipeline.verify $(if $(OUT),"$(OUT)") --config "$(CONFIG)" $(if $(STATS),--stats "$(STATS)") $(ARGS)
 
 demo: $(STAMP) ## all of it in small: shards, three phases on two processes, evaluation, a predicted CT
-	@$(BIN)/python launch/demo.py --config $(CONFIG) $(ARGS)
+	@$(BIN)/python launch/demo.py --config "$(CONFIG)" $(ARGS)
 
 learn: $(STAMP) ## a proof of learning on phantoms of other seeds: twenty minutes, targets and figures in runs/learn
 	@$(BIN)/python -m launch.learn $(ARGS)
 
 test: $(STAMP) ## lint, types and the quick tests, JOBS=2 files of them at a time
-	@$(BIN)/ruff check
-	@$(BIN)/ruff format --check --quiet || { echo "Some files are not formatted: run $(VENV)/bin/ruff format." >&2; exit 1; }
-	@$(BIN)/mypy
+	@$(BIN)/python -m ruff check
+	@$(BIN)/python -m ruff format --check --quiet || { echo "Some files are not formatted: run $(BIN)/python -m ruff format." >&2; exit 1; }
+	@$(BIN)/python -m mypy
 	@$(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP) ## the tests that take minutes, JOBS=2 files of them at a time

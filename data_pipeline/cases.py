@@ -13,8 +13,9 @@ import numpy as np
 
 from data_pipeline.masks.coarse_regions import estimate_coarse_regions
 from data_pipeline.masks.loaded_masks import LoadedMasks
-from rectvlm.data.canonical_grid import canonical_affine, require_overlap, resample_to_grid
+from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
 from rectvlm.data.hounsfield import to_hu
+from rectvlm.data.mask_placement import require_on_volume
 from rectvlm.data.sample import preprocessing_versions
 from rectvlm.labels import FINDINGS
 from rectvlm.lesion_bits import present_lesions
@@ -109,7 +110,7 @@ def case_to_sample(
     affine = canonical_affine(native.affine, hu.shape, hu, grid, spacing)
     for mask in (*data.lesions, data.regions):
         if mask is not None:
-            require_overlap(mask.affine, mask.array.shape, native.affine, hu.shape, mask.where)
+            require_on_volume(mask, native.affine, hu.shape, native.where)
 
     lesions = np.zeros(grid, np.uint8)
     for mask in data.lesions:

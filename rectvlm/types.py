@@ -81,6 +81,8 @@ class Volume:
     """Index (i, j, k, 1) to world."""
     where: str
     """Name of the file or case in messages."""
+    nifti_header: bytes | None = None
+    """Header of the file that the affine was read from; None for an affine from elsewhere."""
 
 
 @dataclass(frozen=True)

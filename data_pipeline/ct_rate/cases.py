@@ -30,11 +30,9 @@ from data_pipeline.ct_rate.series import kernel_class, series_affine
 from data_pipeline.ct_rate.tables import FindingLabels, ReportSections, SeriesMetadata
 from data_pipeline.ct_rate.volume_names import VolumeName
 from data_pipeline.masks.mask_files import CaseMaskFiles
-from data_pipeline.masks.mask_placement import is_blank_affine
 from rectvlm.data.volume import read_volume
 from rectvlm.files import json_sha256
 from rectvlm.labels import FINDINGS
-from rectvlm.types import Affine, InputError, Volume
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ def load_case(path: Path, metadata: CaseMetadata, masks: CaseMaskFiles) -> CaseD
             metadata tells.
     """
     affine = np.array(metadata.affine) if metadata.affine is not None else None
-    volume = _with_known_affine(read_volume(path, default_affine=affine), affine)
+    volume = read_volume(path, default_affine=affine)
     return CaseData(
         **vars(masks.load(volume)),
         volume=volume,
@@ -181,29 +179,4 @@ def load_case(path: Path, metadata: CaseMetadata, masks: CaseMaskFiles) -> CaseD
         impression=metadata.report.impression,
         slope=metadata.slope,
         intercept=metadata.intercept,
-    )
-
-
-def _with_known_affine(volume: Volume, affine: Affine | None) -> Volume:
-    """Give a volume with a blank header, as the first release has them, the metadata's affine.
-
-    Raises:
-        InputError: the header is blank, and there is no metadata or it has another voxel size.
-    """
-    if not is_blank_affine(volume.affine):
-        return volume
-    voxel_size = np.abs(np.diag(volume.affine)[:3])
-    if affine is not None:
-        metadata_size = np.linalg.norm(affine[:3, :3], axis=0)
-        is_size_missing = (voxel_size == 1).all()
-        if is_size_missing or np.allclose(voxel_size, metadata_size, rtol=0.01):
-            return replace(volume, affine=affine)
-    size_text = ", ".join(f"{size:g}" for size in voxel_size)
-    raise InputError(
-        volume.where,
-        "has a blank header (voxels along the world's axes, at the origin) and no metadata that "
-        "fits",
-        expected="an affine, or position, orientation and spacing in the metadata",
-        found=f"voxels of {size_text} mm, so left and right are unknown",
-        remedy="take the volume of the fixed tree",
     )

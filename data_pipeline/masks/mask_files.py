@@ -12,8 +12,8 @@ import numpy as np
 
 from data_pipeline.masks import rexgrounding, totalsegmentator
 from data_pipeline.masks.loaded_masks import LoadedMasks
-from data_pipeline.masks.mask_placement import covers_volume, require_on_volume
 from data_pipeline.masks.rexgrounding import RexVolumeRecord
+from rectvlm.data.mask_placement import covers_volume, require_on_volume
 from rectvlm.data.volume import read_mask
 from rectvlm.labels import LESION_BY_KEY
 from rectvlm.lesion_bits import pack_lesion
@@ -113,7 +113,8 @@ class CaseMaskFiles:
             source = "one file a class"
         else:
             regions, source = totalsegmentator.read_regions(self.region_map)
-        totalsegmentator.require_sides(require_on_volume(regions, volume))
+        require_on_volume(regions, volume.affine, volume.array.shape, volume.where)
+        totalsegmentator.require_sides(regions)
         # Every chest has regions: a map without any is no map.
         return (regions, source) if regions.array.any() else (None, None)
 
@@ -134,7 +135,7 @@ class _OutlineUnion:
         Raises:
             InputError: the mask does not lie on the volume.
         """
-        require_on_volume(mask, self.volume)
+        require_on_volume(mask, self.volume.affine, self.volume.array.shape, self.volume.where)
         self._unite(mask)
         if covers_volume(mask, self.volume):
             self.annotated |= looked_for

@@ -20,7 +20,6 @@ from data_pipeline.cases import Case, CaseData, file_identity
 from data_pipeline.ct_rate.tables import parse_report_section
 from data_pipeline.masks.mask_files import CaseMaskFiles
 from data_pipeline.masks.mask_folders import MaskFolders
-from data_pipeline.masks.mask_placement import is_blank_affine
 from data_pipeline.own_data.case_table import TableCase, count_cases, read_cases, resolve_path
 from data_pipeline.own_data.delimited_file import decode_text, read_delimited_file
 from data_pipeline.own_data.table_columns import recognise_columns
@@ -146,17 +145,9 @@ def load_table_case(
         masks: mask files of the CT.
 
     Raises:
-        UserError: a file that cannot be used, or a CT whose header tells nothing about sides.
+        UserError: a file that cannot be used.
     """
     volume = read_volume(path)
-    if is_blank_affine(volume.affine):
-        raise InputError(
-            path,
-            "has a blank header, so left and right are unknown",
-            expected="an affine of the scanner",
-            found="voxels along the world's axes, at the origin",
-            remedy="convert the DICOM series again, for example with dcm2niix",
-        )
     findings = impression = None
     if "report" in report:
         whole = _read_report_cell(report["report"])

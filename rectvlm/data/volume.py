@@ -1,12 +1,14 @@
 """Reading of CT and mask files (NIfTI), with a clear error for every file that cannot be used.
 
-`hounsfield` converts the numbers to HU, `canonical_grid` brings them to the grid of a sample.
+`nifti_affine` reads their position, `hounsfield` converts the numbers to HU, `canonical_grid`
+brings them to the grid of a sample.
 """
 
 import gzip
 import stat
 import threading
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import psutil
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
+from rectvlm.data.nifti_affine import read_affine
 from rectvlm.types import Affine, InputError, Volume
 
 _MAX_VOLUME_BYTES = 16 << 30
@@ -31,14 +34,13 @@ def read_volume(path: Path, default_affine: Affine | None = None) -> Volume:
 
     Args:
         path: `.nii` or `.nii.gz` file.
-        default_affine: index to world for a file whose header has no orientation, when it is known
-            from elsewhere.
+        default_affine: index to world for a file whose header is blank, when it is known from
+            elsewhere.
 
     Raises:
         InputError: the file does not exist, is not NIfTI, is shorter or longer than its header
-            says, is not 3-D, is a single slice, does not fit in memory, has no orientation, has a
-            spacing that is zero or not finite, holds voxels that are not finite, or holds one
-            value throughout.
+            says, is not 3-D, is a single slice, does not fit in memory, has no affine that
+            `read_affine` believes, holds voxels that are not finite, or holds one value throughout.
     """
     volume = _read_nifti(path, default_affine)
     if min(volume.array.shape) == 1:
@@ -79,14 +81,14 @@ def read_mask(path: Path) -> Volume:
             found=f"values from {low} to {high}",
             remedy="give the file of the mask",
         )
-    return Volume(array, volume.affine, volume.where)
+    return replace(volume, array=array)
 
 
 def _read_nifti(path: Path, default_affine: Affine | None = None) -> Volume:
     is_gzip = _is_gzip(path)
     header = _read_header(path, is_gzip)
     shape = _read_shape(header, path, is_gzip)
-    affine = _read_affine(header, path, default_affine)
+    affine, is_of_header = read_affine(header, shape, path, default_affine)
     slope, intercept = _read_scaling(header, path)
     array = _read_voxels(header, shape, path, is_gzip)
     if slope is not None and (slope, intercept) != (1, 0):
@@ -102,7 +104,24 @@ def _read_nifti(path: Path, default_affine: Affine | None = None) -> Volume:
             found=f"{bad} voxels that are NaN or infinite",
             remedy="export the series again",
         )
-    return Volume(array, affine, str(path))
+    return Volume(array, affine, str(path), header.binaryblock if is_of_header else None)
+
+
+def parse_header(block: bytes) -> nib.Nifti1Header:
+    """Parse the first bytes of a NIfTI file, unchecked, in their byte order.
+
+    nibabel's check would turn a spacing of 0 into 1 mm with only a log line.
+
+    Raises:
+        HeaderDataError: the bytes are no header, or too few.
+    """
+    little, big = int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")
+    kind = _HEADER_CLASSES.get(little) or _HEADER_CLASSES.get(big)
+    if kind is None:
+        raise HeaderDataError("a file that starts with something else")
+    if len(block) < kind.template_dtype.itemsize:
+        raise HeaderDataError(f"an end after {len(block)} bytes, inside the header")
+    return kind(block[: kind.template_dtype.itemsize], check=False)
 
 
 def _is_gzip(path: Path) -> bool:
@@ -159,17 +178,10 @@ def _read_header(path: Path, is_gzip: bool) -> nib.Nifti1Header:
     try:
         with gzip.open(path, "rb") if is_gzip else path.open("rb") as file:
             block = file.read(_HEADER_BYTES)
-        little, big = int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")
-        kind = _HEADER_CLASSES.get(little) or _HEADER_CLASSES.get(big)
-        if kind is None:
-            raise HeaderDataError("a file that starts with something else")
-        if len(block) < kind.template_dtype.itemsize:
-            raise HeaderDataError(f"an end after {len(block)} bytes, inside the header")
-        # Unchecked: nibabel's check would turn a spacing of 0 into 1 mm with only a log line.
-        header = kind(block[: kind.template_dtype.itemsize], check=False)
+        header = parse_header(block)
         if int(header["datatype"]) not in nib.nifti1.data_type_codes.dtype:
             raise HeaderDataError(f"the unknown voxel type {int(header['datatype'])}")
-        if not kind.template_dtype.itemsize + 4 <= header["vox_offset"] < 1 << 20:
+        if not int(header["sizeof_hdr"]) + 4 <= header["vox_offset"] < 1 << 20:
             raise HeaderDataError(
                 f"voxels that would start at byte {float(header['vox_offset']):g}"
             )
@@ -272,75 +284,6 @@ def _read_scaling(header: nib.Nifti1Header, path: Path) -> tuple[float | None, f
             remedy="export the series again",
         ) from None
     return slope, intercept
-
-
-def _read_affine(header: nib.Nifti1Header, path: Path, default_affine: Affine | None) -> Affine:
-    """Affine of the header; `default_affine` for a header without orientation."""
-    zooms = header["pixdim"][1:4].astype(float)
-    codes = int(header["sform_code"]), int(header["qform_code"])
-    if not (np.isfinite(zooms).all() and (zooms > 0).all()):
-        raise _bad_spacing_error(path, f"{zooms.tolist()} mm")
-    if not any(codes):
-        if default_affine is not None:
-            return default_affine
-        raise InputError(
-            path,
-            "has no orientation, so left and right are unknown",
-            expected="an sform or a qform",
-            found="codes 0 for both",
-            remedy="convert the DICOM series again, with its orientation",
-        )
-    try:
-        affines = []
-        for get_form, code in zip((header.get_sform, header.get_qform), codes, strict=True):
-            if code:
-                affines.append(np.asarray(get_form(), np.float64))
-    except (HeaderDataError, ValueError, np.linalg.LinAlgError) as error:
-        raise InputError(
-            path,
-            "has no valid orientation",
-            expected="a rotation",
-            found=str(error),
-            remedy="convert the DICOM series again",
-        ) from None
-    for affine in affines:
-        _check_affine(affine, path)
-    names = ["".join(nib.aff2axcodes(affine)) for affine in affines]
-    if len(set(names)) > 1:
-        raise InputError(
-            path,
-            "names two orientations, so left and right are unknown",
-            expected="one",
-            found=f"{names[0]} (sform) and {names[1]} (qform)",
-            remedy="convert the DICOM series again",
-        )
-    # As everywhere in NIfTI, the sform takes precedence over the qform.
-    return affines[0]
-
-
-def _check_affine(affine: Affine, path: Path) -> None:
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not (np.isfinite(affine).all() and ((spacing > 1e-3) & (spacing < 1e3)).all()):
-        raise _bad_spacing_error(path, f"{spacing.round(4).tolist()} mm in its affine")
-    determinant = abs(np.linalg.det(affine[:3, :3] / spacing))
-    if determinant < 0.5:
-        raise InputError(
-            path,
-            "has axes that are not at right angles",
-            expected="a straight grid",
-            found=f"a determinant of {determinant:.2g} instead of 1",
-            remedy="resample it to a straight grid",
-        )
-
-
-def _bad_spacing_error(path: Path, found: str) -> InputError:
-    return InputError(
-        path,
-        "has an impossible voxel size",
-        expected="positive numbers",
-        found=found,
-        remedy="write the series' spacing into it",
-    )
 
 
 def _read_voxels(

@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rectvlm.data.canonical_grid import mask_to_native, require_overlap, resample_to_grid
+from rectvlm.data.canonical_grid import mask_to_native, resample_to_grid
+from rectvlm.data.mask_placement import require_on_volume
 from rectvlm.data.volume import read_mask
 from rectvlm.labels import LESIONS, N_LESIONS, Lesion
 from rectvlm.lesion_bits import combined_mask_value, lesion_mask, pack_lesion
@@ -131,7 +132,7 @@ def _read_outline(
     mask = (volume.array > 0).astype(np.uint8)
     if mask.shape == native_shape and np.allclose(volume.affine, native_affine, atol=1e-3):
         return mask
-    require_overlap(volume.affine, mask.shape, native_affine, native_shape, str(path))
+    require_on_volume(volume, native_affine, native_shape, "its CT")
     resampled: MaskVolume = resample_to_grid(
         mask, volume.affine, native_affine, native_shape, "bits"
     )

@@ -12,6 +12,7 @@ from huggingface_hub import constants
 
 from rectvlm.checkpoint.checkpoint import (
     CARD_FILE,
+    PROMPTS_FILE,
     THRESHOLDS_FILE,
     Checkpoint,
     list_model_files,
@@ -56,12 +57,12 @@ def pull_model(
 
     Args:
         name: a size, a bundled model, or a model of others by its short name or hub id.
-        parts: parts of a size to bring; by default all.
+        parts: parts of a model of rectvlm to bring; by default all.
         where: address of a mirror, or a folder, instead of the hub.
         repository: `OWNER/NAME` instead of the one that the name stands for.
         revision: branch, tag or commit.
-        out: folder for the files; by default a size goes to `data/models`, and a model of others to
-            the hub's cache, where Transformers finds it.
+        out: folder for the files; by default a model of rectvlm goes to `data/models`, and a model
+            of others to the hub's cache, where Transformers finds it.
 
     Returns:
         The folder with the model.
@@ -88,10 +89,13 @@ def pull_model(
         raise UserError(
             f"No weights called {name!r}: choose one of {names}, or give a hub id OWNER/NAME."
         )
-    if parts:
-        raise UserError(f"{name} has no parts: --part is for {', '.join(SIZE_REPOSITORIES)}.")
     if repository is None:
         repository = EXTERNAL_MODELS[name].repository if name in EXTERNAL_MODELS else name
+    if _is_ours(repository, where, revision):
+        folder = out or models_folder() / repository.replace("/", "--")
+        return _pull_checkpoint(repository, where, revision, folder, parts)
+    if parts:
+        raise UserError(f"{name} has no parts: --part is for models of rectvlm.")
     return _pull_external_model(repository, where, revision, out)
 
 
@@ -129,6 +133,13 @@ def copy_model(source: Path, target: Path, parts: Sequence[ModelPart] = ()) -> P
     copy_files(checkpoint.folder, target, _existing_files(checkpoint.folder, OPTIONAL_FILES))
     _finish_pull(target, entries, former_files)
     return target
+
+
+def _is_ours(repository_name: str, where: str | None, revision: str | None) -> bool:
+    """Whether a repository holds a model of rectvlm: no other has embeddings of its prompts."""
+    if where is not None and not is_address(where):
+        return (find_model_in(where, repository_name) / PROMPTS_FILE).is_file()
+    return PROMPTS_FILE in read_repository(repository_name, revision, where).files
 
 
 def _pull_checkpoint(

@@ -7,7 +7,9 @@ from pathlib import Path
 from huggingface_hub import CachedRepoInfo, constants, scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
+from rectvlm.checkpoint.checkpoint import PROMPTS_FILE, list_model_files, part_file
 from rectvlm.checkpoint.integrity import MANIFEST_FILE, find_faults, has_manifest
+from rectvlm.config import MODEL_PARTS
 from rectvlm.files import file_sha256
 from rectvlm.pretrained.catalog import (
     BUNDLED_MODELS,
@@ -37,7 +39,7 @@ def find_model_faults(target: str) -> tuple[Path, list[str]]:
     """
     folder = Path(target).expanduser()
     if folder.is_dir():
-        return folder, find_faults(folder)
+        return folder, _find_folder_faults(folder)
     if target in BUNDLED_MODELS:
         raise UserError(
             f"{target} is checked when it is prepared and has no {MANIFEST_FILE}: to prepare it "
@@ -45,11 +47,11 @@ def find_model_faults(target: str) -> tuple[Path, list[str]]:
         )
     folder = models_folder() / f"rectvlm-{target}"
     if target in SIZE_REPOSITORIES and folder.is_dir():
-        return folder, find_faults(folder)
+        return folder, _find_folder_faults(folder)
     repository = EXTERNAL_MODELS[target].repository if target in EXTERNAL_MODELS else target
     folder = models_folder() / repository.replace("/", "--")
     if folder.is_dir():
-        return folder, find_faults(folder)
+        return folder, _find_folder_faults(folder)
     cached = _find_cached_repository(repository)
     if cached is None:
         raise UserError(
@@ -57,6 +59,24 @@ def find_model_faults(target: str) -> tuple[Path, list[str]]:
             "first."
         )
     return cached.repo_path, _find_cache_faults(cached)
+
+
+def _find_folder_faults(folder: Path) -> list[str]:
+    faults = find_faults(folder)
+    known_missing = {fault for fault in faults if fault.endswith(" is missing")}
+    missing = {f"{name} is missing" for name in _find_missing_files(folder)}
+    return faults + sorted(missing - known_missing)
+
+
+def _find_missing_files(folder: Path) -> list[str]:
+    """Files without which others of the folder do not load, whatever a manifest lists."""
+    missing = set(_find_missing_shards(folder))
+    for part in MODEL_PARTS:
+        if (folder / PROMPTS_FILE).is_file() and (folder / part_file(part)).is_file():
+            missing.update(
+                name for name in list_model_files([part]) if not (folder / name).is_file()
+            )
+    return sorted(missing)
 
 
 def _find_cached_repository(repository: str) -> CachedRepoInfo | None:
@@ -80,7 +100,7 @@ def _find_cache_faults(cached: CachedRepoInfo) -> list[str]:
             digest = file_sha256(blob) if len(blob.name) == SHA256_DIGITS else git_sha1(blob)
             if digest != blob.name:
                 faults.add(f"{name} has another checksum than the hub stated")
-        faults.update(f"{name} is missing" for name in _find_missing_shards(revision.snapshot_path))
+        faults.update(f"{name} is missing" for name in _find_missing_files(revision.snapshot_path))
     return sorted(faults)
 
 

@@ -108,11 +108,15 @@ BROKEN = {
     "flat": (lambda p, hu: save(p, hu[:, :, 0]), "shape"),
     "nan": (_nan, "2 voxels that are NaN or infinite"),
     "zero_spacing": (
-        lambda p, hu: edit(save(p, hu), pixdim=[1, 0, 8, 8, 0, 0, 0, 0]),
+        lambda p, hu: edit(
+            save(p, hu), sform_code=0, qform_code=1, pixdim=[1, 0, 8, 8, 0, 0, 0, 0]
+        ),
         "voxel size",
     ),
     "nan_spacing": (
-        lambda p, hu: edit(save(p, hu), pixdim=[1, np.nan, 8, 8, 0, 0, 0, 0]),
+        lambda p, hu: edit(
+            save(p, hu), sform_code=0, qform_code=1, pixdim=[1, np.nan, 8, 8, 0, 0, 0, 0]
+        ),
         "voxel size",
     ),
     "nan_affine": (lambda p, hu: edit(save(p, hu), srow_x=[np.nan, 0, 0, 0]), "voxel size"),

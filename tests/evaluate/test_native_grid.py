@@ -160,14 +160,20 @@ def test_outlines_from_files_are_the_truth_where_they_are_at_hand(
     assert compare_lesion_masks(predicted, truth, found.spacing_mm).both > 0
 
 
-def test_a_file_that_lies_elsewhere_is_refused(sample: Sample, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shift", "words"),
+    [(3000, "does not lie on its volume"), (160, "hardly lies on its volume"), (None, "blank")],
+)
+def test_a_file_that_lies_elsewhere_or_nowhere_is_refused(
+    sample: Sample, tmp_path: Path, shift: float | None, words: str
+) -> None:
     phantom = make_phantom(SEED)
-    affine = phantom.affine.copy()
-    affine[:3, 3] += 3000
+    affine = np.eye(4) if shift is None else phantom.affine.copy()
+    affine[:3, 3] += shift or 0
     (tmp_path / sample.meta.key).mkdir()
     path = tmp_path / sample.meta.key / "lung_nodule.nii.gz"
     write_nifti((phantom.lesions >> 4 & 1).astype(np.uint8), affine, path)
-    with pytest.raises(UserError, match="does not lie on its volume"):
+    with pytest.raises(UserError, match=words):
         lesions_to_native_grid(
             soft(sample.lesions), sample.lesions, sample.meta, ANNOTATED, tmp_path
         )

@@ -260,6 +260,42 @@ def test_in_a_folder_bad_files_are_set_aside_and_the_rest_goes_on(
     assert not (out / "failed.jsonl").exists()
 
 
+def test_a_made_up_affine_is_set_aside_and_a_ct_in_metres_is_measured(tiny_run, phantoms, tmp_path):
+    phantom, source = phantoms(1), tmp_path / "in"
+    source.mkdir()
+    reference = write_nifti(phantom.hu, phantom.affine, source / "reference.nii.gz")
+    for name, affine in {
+        "identity": np.eye(4),
+        "mirrored": np.diag([-1.0, 1, 1, 1]),
+        "micrometres": phantom.affine * [[1000], [1000], [1000], [1]],
+    }.items():
+        write_nifti(phantom.hu, affine, source / f"{name}.nii.gz")
+    image = nib.Nifti1Image(phantom.hu, phantom.affine)
+    metres = phantom.affine * [[0.001], [0.001], [0.001], [1]]
+    image.set_sform(metres, 1)
+    image.header["pixdim"][1:4] = np.linalg.norm(metres[:3, :3], axis=0)
+    image.header.set_xyzt_units("meter")
+    nib.save(image, source / "metres.nii.gz")
+
+    out = tmp_path / "out"
+    cases = run.predict_cases(source, tiny_run(1), out, device="cpu")
+
+    assert {case.name for case in cases} == {"reference", "metres"}
+    rows = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
+    reasons = {row["file"].rsplit("/", 1)[1].split(".")[0]: row["reason"] for row in rows}
+    assert "left and right are unknown" in reasons["identity"]
+    assert "left and right are unknown" in reasons["mirrored"]
+    assert "impossible voxel size" in reasons["micrometres"]
+    one, other = (
+        json.loads((out / name / "findings.json").read_text()) for name in ("reference", "metres")
+    )
+    assert one["spacing_zyx_mm"] == other["spacing_zyx_mm"]
+    assert one["findings"] == other["findings"]
+    assert nib.load(reference).header["qform_code"] == 1
+    assert nib.load(out / "metres" / "lesions.nii.gz").header["qform_code"] == 0
+    assert nib.load(out / "metres" / "lesions.nii.gz").header.get_xyzt_units()[0] == "meter"
+
+
 def test_bad_inputs_give_one_clear_sentence(tiny_run, phantoms, tmp_path):
     mask = write_nifti(phantoms(1).lesions, phantoms(1).affine, tmp_path / "mask.nii.gz")
     with pytest.raises(UserError, match="windowed picture"):

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from transformers import AutoModel
 
-from rectvlm import RectVLM
+from rectvlm import RectVLM, cli
 from rectvlm.checkpoint.integrity import UNLISTED_FILES, read_manifest
 from rectvlm.config import ModelPart
 from rectvlm.models.load_quantized import SafetensorsCheckpoint
@@ -40,6 +40,37 @@ def test_a_whole_model_arrives_bit_for_bit(
     hub.sent.clear()
     pull(hub)
     assert not hub.sent["encoder.safetensors"], "what is here and right is not sent again"
+
+
+@pytest.mark.parametrize("from_folder", [False, True])
+def test_our_model_arrives_whole_by_its_hub_id(
+    from_folder: bool, hub: hub_server.Hub, exported: Path, tmp_path: Path
+) -> None:
+    (exported / "thresholds.json").write_text("{}")
+    hub.add(REPOSITORY, read_files(exported))
+    where = str(exported) if from_folder else hub.url
+    assert cli.main(["weights", "pull", REPOSITORY, "--from", where]) == 0
+    pulled = tmp_path / "models" / "lab--chest"
+    assert read_files(pulled) == read_files(exported)
+    assert find_model_faults(REPOSITORY) == (pulled, [])
+    RectVLM.from_pretrained(pulled, "cpu")
+    part = pull_model(REPOSITORY, ["encoder"], where, out=tmp_path / "part")
+    assert {path.name for path in part.glob("*.safetensors")} == {
+        "encoder.safetensors",
+        "prompts.safetensors",
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+)
+def test_a_model_without_its_adapter_is_not_called_whole(name: str, exported: Path) -> None:
+    (exported / name).unlink()
+    manifest = exported / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    del tree["files"][name]
+    manifest.write_text(json.dumps(tree))
+    assert find_model_faults(str(exported)) == (exported, [f"{name} is missing"])
 
 
 @pytest.mark.parametrize("parts", [("encoder",), ("localizer", "classifier"), ("generator",)])

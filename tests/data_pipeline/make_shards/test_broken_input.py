@@ -134,7 +134,7 @@ class Broken:
 NIFTI = r"a NIfTI file \(\.nii or \.nii\.gz\)"
 PICTURE = "is a windowed picture, not CT numbers"
 DAMAGED = "is cut short or damaged"
-SPACING_ROW = ("has an impossible voxel size", "positive numbers")
+SPACING_ROW = ("has an impossible voxel size", "0.1 to 50 mm")
 
 KINDS = [
     # First, and so in another shard than the case that kills, which is tried more than once.
@@ -311,19 +311,17 @@ KINDS = [
     # Where it lies
     Broken(
         "NaN spacing",
-        lambda f: edit(f.ct, pixdim=[1, np.nan, 14, 20, 0, 0, 0, 0]),
+        lambda f: edit(f.ct, sform_code=0, qform_code=1, pixdim=[1, np.nan, 14, 20, 0, 0, 0, 0]),
         *SPACING_ROW,
         "nan",
     ),
     Broken(
         "zero spacing",
-        lambda f: edit(f.ct, pixdim=[1, 14, 14, 0, 0, 0, 0, 0]),
+        lambda f: edit(f.ct, sform_code=0, qform_code=1, pixdim=[1, 14, 14, 0, 0, 0, 0, 0]),
         *SPACING_ROW,
-        r"0\.0\] mm",
+        r"14 × 0 mm \(pixdim\)",
     ),
-    Broken(
-        "affine with a zero axis", lambda f: edit(f.ct, srow_z=0), *SPACING_ROW, "in its affine"
-    ),
+    Broken("affine with a zero axis", lambda f: edit(f.ct, srow_z=0), *SPACING_ROW, "by its sform"),
     Broken(
         "singular affine",
         lambda f: save(HU, f.ct, tilted()),
@@ -335,7 +333,7 @@ KINDS = [
         "NaN in the affine",
         lambda f: edit(f.ct, srow_x=[np.nan, 0, 0, 0]),
         *SPACING_ROW,
-        "in its affine",
+        "by its sform",
     ),
     Broken(
         "no orientation",
@@ -348,10 +346,10 @@ KINDS = [
     Broken(
         "blank header",
         lambda f: save(HU, f.ct, np.eye(4)),
-        "has a blank header (voxels along the world's axes, at the origin) "
-        "and no metadata that fits",
-        "an affine",
-        "left and right are unknown",
+        "has a blank header (voxels along the world's axes, at the origin), so left and right are "
+        "unknown",
+        "the affine of the scan",
+        "voxels of 1 × 1 × 1 mm",
         series={"ImageOrientationPatient": "", "ImagePositionPatient": ""},
     ),
     # The numbers
@@ -425,9 +423,10 @@ KINDS = [
     Broken(
         "mask without a place",
         lambda f: save(MASK, f.lesion, np.eye(4)),
-        "has an affine that says nothing about its place or which side is left",
-        "the affine of the grid",
-        "voxels of 1, 1, 1 mm at the origin",
+        "has a blank header (voxels along the world's axes, at the origin), so left and right are "
+        "unknown",
+        "the affine of the scan",
+        "voxels of 1 × 1 × 1 mm",
         file="lesion",
     ),
     Broken(

@@ -187,7 +187,8 @@ def test_a_mask_of_another_patients_grid_is_refused(
 )
 def test_an_affine_that_says_nothing_is_refused(tmp_path: Path, affine: NDArray) -> None:
     save(tmp_path / f"{KEY}_consolidation.nii.gz", turned("consolidation", 0)[0], affine)
-    refused(tmp_path, "says nothing about its place or which side is left")
+    error = refused(tmp_path, "blank header .*so left and right are unknown")
+    assert "write the affine of its CT into a mask" in str(error)
 
 
 def test_a_mask_without_orientation_is_refused(tmp_path: Path) -> None:

@@ -19,34 +19,16 @@ mean that there is nothing. A box around the body or the lungs spans it; in a sm
 knows whether the rest was looked at."""
 
 
-def is_blank_affine(affine: Affine) -> bool:
-    """Whether an affine holds a voxel size at most: axes along the world's, origin at exactly 0.
-
-    Programs that know no better write it so. No scanner puts its first voxel there.
-    """
-    has_origin = affine[:3, 3].any()
-    is_diagonal = np.count_nonzero(affine[:3, :3]) == 3 and bool(np.diag(affine).all())
-    return is_diagonal and not has_origin
-
-
-def require_on_volume(mask: Volume, volume: Volume) -> Volume:
-    """Return the mask if its affine places it on the volume.
+def require_on_volume(
+    mask: Volume, volume_affine: Affine, volume_shape: Sequence[int], volume_name: str
+) -> None:
+    """Refuse a mask that its affine places elsewhere than on the volume.
 
     Raises:
-        InputError: the affine tells nothing about sides, or its box hardly overlaps the volume's.
+        InputError: its box hardly overlaps the volume's.
     """
-    if is_blank_affine(mask.affine) and not np.allclose(mask.affine, volume.affine):
-        voxel_size = ", ".join(f"{size:g}" for size in np.diag(mask.affine)[:3])
-        raise InputError(
-            mask.where,
-            "has an affine that says nothing about its place or which side is left",
-            expected="the affine of the grid that it was drawn on",
-            found=f"voxels of {voxel_size} mm at the origin",
-            remedy="write that affine into it (the masks of RadGenome-ChestCT need it), or leave "
-            "it out",
-        )
-    require_overlap(mask.affine, mask.array.shape, volume.affine, volume.array.shape, mask.where)
-    overlap_mm, mask_size_mm, volume_size_mm = _measure_overlap(mask, volume)
+    require_overlap(mask.affine, mask.array.shape, volume_affine, volume_shape, mask.where)
+    overlap_mm, mask_size_mm, volume_size_mm = _measure_overlap(mask, volume_affine, volume_shape)
     share = (overlap_mm / np.minimum(mask_size_mm, volume_size_mm)).min()
     if share < MIN_OVERLAP_SHARE:
         raise InputError(
@@ -54,24 +36,23 @@ def require_on_volume(mask: Volume, volume: Volume) -> Volume:
             "hardly lies on its volume",
             expected=f"at least {MIN_OVERLAP_SHARE:.0%} of the shorter of the two boxes in common "
             f"along each axis",
-            found=f"{share:.0%} with {volume.where}",
+            found=f"{share:.0%} with {volume_name}",
             remedy="check that it belongs to this scan",
         )
-    return mask
 
 
 def covers_volume(mask: Volume, volume: Volume) -> bool:
     """Whether a mask spans enough of its volume for its empty voxels to mean absence."""
-    overlap_mm, _, volume_size_mm = _measure_overlap(mask, volume)
+    overlap_mm, _, volume_size_mm = _measure_overlap(mask, volume.affine, volume.array.shape)
     return bool((overlap_mm / volume_size_mm).min() >= MIN_COVERED_SHARE)
 
 
 def _measure_overlap(
-    mask: Volume, volume: Volume
+    mask: Volume, volume_affine: Affine, volume_shape: Sequence[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Sizes (x, y, z) of the overlap of two boxes, of the mask's and of the volume's box, mm."""
     mask_low, mask_high = _bounding_box_mm(mask.affine, mask.array.shape)
-    low, high = _bounding_box_mm(volume.affine, volume.array.shape)
+    low, high = _bounding_box_mm(volume_affine, volume_shape)
     overlap = np.minimum(mask_high, high) - np.maximum(mask_low, low)
     return np.clip(overlap, 0, None), mask_high - mask_low, high - low
 
