@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import rectvlm
-from rectvlm.cli_options import CommandParser, add_options, options_from_namespace
+from rectvlm.cli_options import (
+    CommandParser,
+    add_options,
+    options_from_namespace,
+    print_names_as_bytes,
+)
 
 log = logging.getLogger("rectvlm.cli")  # also where the module is run as `__main__`
 
@@ -24,15 +29,23 @@ DEVICE_PATTERN = r"(cpu|cuda|mps|xpu)(:\d+)?"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. A user's error is one sentence on stderr and exit code 2."""
+    print_names_as_bytes()
     options = _build_parser().parse_args(arguments)
     if options.run is not _run_train:  # a phase has a log of its own
         _start_logging(options.verbose, getattr(options, "progress", False))
+    from rectvlm.files import explain_os_error, printable_text
     from rectvlm.types import UserError
 
     try:
         options.run(options)
     except UserError as error:
-        sys.stderr.write(f"rectvlm: {error}\n")
+        sys.stderr.write(f"rectvlm: {printable_text(error)}\n")
+        return 2
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        sys.stderr.write(f"rectvlm: {printable_text(explain_os_error(error))}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("rectvlm: stopped\n")

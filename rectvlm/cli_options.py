@@ -20,6 +20,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import io
 import sys
 import textwrap
 import types
@@ -27,6 +28,7 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, is_dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 OptionsT = TypeVar("OptionsT")
@@ -118,11 +120,35 @@ def options_from_namespace(
     return options_class(**values)
 
 
+def read_path(text: str) -> Path:
+    """Read an argument that is a path; `~` is the home folder, also in `--out=~/x`.
+
+    Raises:
+        ArgumentTypeError: the path is empty, or begins with the `~name` of an unknown user.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, found nothing")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(
+            f"{text}: no home folder is known of that user; write ./{text} for a folder of that "
+            "name"
+        ) from None
+
+
+def print_names_as_bytes() -> None:
+    """Let standard output take file names that are no UTF-8: they are printed as they are."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser that adds its arguments when its command is chosen, and guesses what was meant.
 
     `rectvlm --help` then imports none of the modules in which options are declared. A word that is
-    no command, option or choice is answered with the nearest one that is.
+    no command, option or choice is answered with the nearest one that is. Arguments of the type
+    `Path` are read by `read_path`.
     """
 
     def __init__(
@@ -141,6 +167,7 @@ class CommandParser(argparse.ArgumentParser):
             settings: keyword arguments of `argparse.ArgumentParser`.
         """
         super().__init__(*args, **settings)
+        self.register("type", Path, read_path)
         self._is_command = is_command
         self._words: list[str] = []
         self._add_arguments = add_arguments

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,10 @@ def atomic_file(path: Path) -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:  # a full disk says nothing of the file
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -43,7 +48,65 @@ def write_json(path: Path, tree: Any) -> None:
     """
     text = json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_file(path) as file:
-        file.write(text.encode())
+        file.write(encode_json_text(text))
+
+
+def encode_json_text(text: str) -> bytes:
+    r"""Encode JSON as UTF-8; a byte of a file's name that is no UTF-8 becomes an escape.
+
+    Python reads `"\udce9"` back as the name under which it opens the file.
+    """
+    return text.encode("utf-8", "backslashreplace")
+
+
+def printable_text(text: object) -> str:
+    r"""Text or a path with every byte that is no UTF-8 written as `\xe9`.
+
+    File names are bytes, and Python's strings keep those that cannot be decoded as surrogates,
+    which no UTF-8 file, page or terminal takes.
+    """
+    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def require_writable_folder(folder: Path) -> None:
+    """Make a folder, and write a file in it and remove it: a long command asks before its work.
+
+    Raises:
+        UserError: the folder cannot be made or written to, or its disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".rectvlm-", suffix=".tmp") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(explain_write_error(folder, error)) from None
+
+
+def require_writable_file(path: Path) -> None:
+    """Ask before the work of a command whether it will be able to write a file.
+
+    Raises:
+        UserError: the file is a folder, its folder cannot be made or written to, or the disk is
+            full.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} cannot be written: expected a file, found a folder; name a file.")
+    require_writable_folder(path.parent)
+
+
+def explain_write_error(path: Path, error: OSError) -> str:
+    """One sentence about an output that cannot be written, and what to do."""
+    reason = error.strerror or str(error)
+    blocker = next((parent for parent in (path, *path.parents) if os.path.lexists(parent)), None)
+    if blocker is not None and not blocker.is_dir():
+        reason, remedy = f"{blocker} is no folder", "move it away, or name another place"
+    elif is_disk_full(error):
+        remedy = "make room there, or name another place"
+    else:
+        remedy = "check the place and your access to it, or name another"
+    return f"{path} cannot be written to ({reason}): {remedy}."
 
 
 def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
@@ -65,6 +128,17 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}, not an object: {remedy}.")
     return tree
+
+
+def explain_os_error(error: OSError) -> str:
+    """One sentence about a system's answer that no part of a command has explained."""
+    reason = error.strerror or str(error)
+    if error.filename is None:
+        return f"The system answered: {reason}; check the disk and your access to it."
+    path = Path(os.fsdecode(error.filename))
+    if is_disk_full(error) or error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EROFS):
+        return explain_write_error(path, error)
+    return f"{path} cannot be used ({reason}): check the path and your access to it."
 
 
 def append_json_line(path: Path, tree: Any) -> None:

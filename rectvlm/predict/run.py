@@ -3,39 +3,93 @@
 Command: `rectvlm predict FILE_OR_FOLDER --checkpoint runs/demo/phase3 --out predictions`
 """
 
+import errno
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rectvlm.checkpoint import Checkpoint
 from rectvlm.evaluate.stored_thresholds import read_thresholds
-from rectvlm.files import atomic_file
+from rectvlm.file_search import SkippedPath
+from rectvlm.files import (
+    atomic_file,
+    encode_json_text,
+    explain_write_error,
+    printable_text,
+    require_writable_folder,
+    write_json,
+)
 from rectvlm.models import RectVLM
 from rectvlm.predict.case import LoadedModel, predict_case
 from rectvlm.predict.case_folder import (
     PAGE_FILE,
-    is_case_folder,
     refuse_to_replace,
     write_case_folder,
 )
-from rectvlm.types import UserError
+from rectvlm.predict.find_volumes import (
+    FAILED_FILE,
+    RUN_SUMMARY_FILE,
+    case_names,
+    find_volumes,
+)
+from rectvlm.types import InputError, UserError
 
 log = logging.getLogger(__name__)
 
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
-FAILED_FILE = "failed.jsonl"
+MAX_LOGGED_PATHS = 10
+"""Skipped paths that the log names; the summary has them all."""
+_CASE_ERRNOS = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
+"""Answers of a file system to the name of one case. Any other means that no case can be written."""
+
+
+@dataclass(frozen=True)
+class PredictedFile:
+    """One CT in `predict-summary.json`."""
+
+    name: str
+    """Name of the case's folder."""
+    file: str
 
 
 @dataclass(frozen=True)
 class FailedFile:
-    """One line of `failed.jsonl`."""
+    """One line of `failed.jsonl`, and one CT in `predict-summary.json`."""
 
     file: str
     reason: str
+    kind: str
+    """Kind of fault, in the same words for every file that has it."""
+
+    @classmethod
+    def from_error(cls, file: Path, error: Exception) -> "FailedFile":
+        """Describe a file by the exception that it raised."""
+        if isinstance(error, InputError):
+            return cls(str(file), str(error), error.reason)
+        if isinstance(error, UserError):
+            return cls(str(file), str(error), "cannot be used")
+        message = " ".join(str(error).split()).removesuffix(".") or "no message"
+        if isinstance(error, MemoryError):
+            kind, remedy = "needs too much memory", "look at its size and its header"
+        else:
+            kind = f"met an unexpected {type(error).__name__}"
+            remedy = "--verbose shows where; report it if the file is sound"
+        return cls(str(file), f"{file} {kind} ({message}): {remedy}.", kind)
+
+
+@dataclass
+class PredictSummary:
+    """Content of `predict-summary.json`: what became of every file of a folder."""
+
+    source: str
+    checkpoint: str
+    files: int
+    """Number of CTs that were found."""
+    predicted: list[PredictedFile] = field(default_factory=list)
+    failed: list[FailedFile] = field(default_factory=list)
+    skipped: list[SkippedPath] = field(default_factory=list)
 
 
 def predict_cases(
@@ -44,8 +98,9 @@ def predict_cases(
     """Predict on one CT or on every CT below a folder.
 
     Each case gets a folder in `out`, complete or not at all, with `findings.json` and `index.html`,
-    and with `lesions.nii.gz` and `report.txt` if the model has these parts. In a folder of CTs, a
-    file that cannot be used is logged and listed with its reason in `out/failed.jsonl`.
+    and with `lesions.nii.gz` and `report.txt` if the model has these parts. In a folder of CTs,
+    whatever a file raises is logged and listed in `out/failed.jsonl`, and the rest goes on;
+    `out/predict-summary.json` names the predicted, failed and skipped files.
 
     Args:
         source: a .nii or .nii.gz, or a folder that is searched through.
@@ -57,105 +112,116 @@ def predict_cases(
         The folders of the cases.
 
     Raises:
-        UserError: there is nothing to read or no such checkpoint, a single file cannot be used, no
-            file of a folder can be used, or a case's folder exists and holds something else.
+        UserError: there is nothing to read or no such checkpoint, `out` cannot be written to, a
+            single file cannot be used, no file of a folder can be used, or a case's folder exists
+            and holds something else.
     """
     source, out = Path(source), Path(out)
-    files = find_volumes(source, leave_out=out)
-    names = case_names(files)
+    content = find_volumes(source, out)
+    _log_skipped_paths(content.skipped, out)
+    names = case_names(content.files)
     for name in names:
         refuse_to_replace(out / name)
     opened = Checkpoint.open(checkpoint)
+    require_writable_folder(out)
     model = RectVLM.from_checkpoint(opened, device)
     loaded = LoadedModel(model, opened, read_thresholds(opened.folder))
+    if source.is_file():
+        return [_predict_single_file(loaded, names[0], source, out)]
 
-    case_folders: list[Path] = []
-    failed: list[FailedFile] = []
-    out.mkdir(parents=True, exist_ok=True)
-    for name, file in zip(names, files, strict=True):
-        try:
-            case = predict_case(loaded, name, file)
-        except UserError as error:
-            if source.is_file():
-                raise
-            log.error("%s", error)
-            failed.append(FailedFile(str(file), str(error)))
-            _write_failed(out, failed)
-            continue
-        case_folders.append(write_case_folder(loaded, case, out))
-        number = len(case_folders) + len(failed)
-        log.info("%d of %d: %s", number, len(files), case_folders[-1] / PAGE_FILE)
-
-    if not failed:
-        (out / FAILED_FILE).unlink(missing_ok=True)
+    summary = PredictSummary(str(source), str(opened.folder), len(content.files))
+    summary.skipped = content.skipped
+    try:
+        case_folders = _predict_folder(loaded, content.files, names, out, summary)
+        write_json(out / RUN_SUMMARY_FILE, asdict(summary))
+    except OSError as error:
+        raise UserError(
+            f"{explain_write_error(out, error)} The results of {len(summary.predicted)} of "
+            f"{summary.files} files are complete."
+        ) from error
+    _log_summary(summary, out)
     if not case_folders:
         raise UserError(
-            f"None of the {len(files)} files in {source} is a chest CT in HU: see "
+            f"None of the {summary.files} files in {source} is a chest CT in HU: see "
             f"{out / FAILED_FILE} for why."
         )
     return case_folders
 
 
-def find_volumes(source: Path, leave_out: Path) -> list[Path]:
-    """Find the NIfTI files that a path means, sorted.
+def _predict_single_file(loaded: LoadedModel, name: str, file: Path, out: Path) -> Path:
+    try:
+        case = predict_case(loaded, name, file)
+    except UserError:
+        raise
+    except Exception as error:
+        log.debug("%s failed", file, exc_info=True)
+        raise UserError(FailedFile.from_error(file, error).reason) from error
+    try:
+        return write_case_folder(loaded, case, out)
+    except OSError as error:
+        raise UserError(explain_write_error(out, error)) from error
 
-    Args:
-        source: a file, or a folder that is searched through.
-        leave_out: folder of earlier results, whose files are left out; where it is the source
-            itself, those in the folder of a case are.
+
+def _predict_folder(
+    loaded: LoadedModel,
+    files: Sequence[Path],
+    names: Sequence[str],
+    out: Path,
+    summary: PredictSummary,
+) -> list[Path]:
+    """Predict on each file, and note in the summary what became of it.
 
     Raises:
-        UserError: there is no such path, or a folder without a NIfTI file.
+        OSError: nothing more can be written to `out`.
     """
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise UserError(
-            f"{source} does not exist: give a CT (.nii or .nii.gz) or a folder of them."
-        )
-    results = leave_out.resolve()
-    is_among_results = results == source.resolve()
-    files = []
-    for path in sorted(source.rglob("*")):
-        if not path.name.lower().endswith(NIFTI_SUFFIXES) or not path.is_file():
-            continue
-        if is_among_results:
-            is_result = is_case_folder(path.parent)
+    for former_file in (FAILED_FILE, RUN_SUMMARY_FILE):
+        (out / former_file).unlink(missing_ok=True)
+    case_folders: list[Path] = []
+    for number, (name, file) in enumerate(zip(names, files, strict=True), start=1):
+        is_predicted = False
+        try:
+            case = predict_case(loaded, name, file)
+            is_predicted = True
+            case_folders.append(write_case_folder(loaded, case, out))
+        except Exception as error:
+            is_output_error = isinstance(error, OSError) and error.errno not in _CASE_ERRNOS
+            if is_predicted and is_output_error:
+                raise
+            failure = FailedFile.from_error(file, error)
+            log.error("%d of %d: %s", number, len(files), printable_text(failure.reason))
+            log.debug("%s failed", file, exc_info=True)
+            summary.failed.append(failure)
+            _write_failed(out, summary.failed)
         else:
-            is_result = results in path.resolve().parents
-        if not is_result:
-            files.append(path)
-    if not files:
-        raise UserError(
-            f"No .nii or .nii.gz in {source}: convert DICOM series to NIfTI first, for example "
-            "with dcm2niix."
-        )
-    return files
+            summary.predicted.append(PredictedFile(name, str(file)))
+            page = printable_text(case_folders[-1] / PAGE_FILE)
+            log.info("%d of %d: %s", number, len(files), page)
+    return case_folders
 
 
-def case_names(files: Sequence[Path]) -> list[str]:
-    """Name each case after its file, and after the file's folders too where names are equal."""
-    short_names = [_strip_nifti_suffix(file) for file in files]
-    counts = Counter(short_names)
-    base = Path(os.path.commonpath([file.parent for file in files]))
-    used: Counter[str] = Counter()
-    names = []
-    for file, name in zip(files, short_names, strict=True):
-        if counts[name] > 1:
-            name = "_".join([*file.parent.relative_to(base).parts, name])
-        used[name] += 1
-        names.append(name if used[name] == 1 else f"{name}-{used[name]}")
-    return names
+def _log_skipped_paths(skipped: Sequence[SkippedPath], out: Path) -> None:
+    for path in skipped[:MAX_LOGGED_PATHS]:
+        log.warning("skipped: %s %s", printable_text(path.path), printable_text(path.reason))
+    n_more = len(skipped) - MAX_LOGGED_PATHS
+    if n_more > 0:
+        log.warning("skipped: %d more, all listed in %s", n_more, out / RUN_SUMMARY_FILE)
 
 
-def _strip_nifti_suffix(file: Path) -> str:
-    for suffix in NIFTI_SUFFIXES:
-        if file.name.lower().endswith(suffix):
-            return file.name[: -len(suffix)] or file.parent.name
-    return file.name
+def _log_summary(summary: PredictSummary, out: Path) -> None:
+    counts = Counter(failure.kind for failure in summary.failed)
+    for kind, count in counts.most_common():
+        log.warning("%6d: %s", count, printable_text(kind))
+    log.info(
+        "%d of %d files predicted, %d failed, %d paths skipped: see %s",
+        len(summary.predicted),
+        summary.files,
+        len(summary.failed),
+        len(summary.skipped),
+        printable_text(out / RUN_SUMMARY_FILE),
+    )
 
 
 def _write_failed(out: Path, failed: Sequence[FailedFile]) -> None:
     lines = [json.dumps(asdict(failure), ensure_ascii=False) + "\n" for failure in failed]
     with atomic_file(out / FAILED_FILE) as file:
-        file.write("".join(lines).encode())
+        file.write(encode_json_text("".join(lines)))

@@ -337,16 +337,6 @@ def test_no_input_is_replaced_by_its_result(tiny_run, phantoms, tmp_path):
     assert beside.read_bytes() == before
 
 
-def test_equal_file_names_get_different_folders(tmp_path):
-    files = [
-        tmp_path / "a" / "ct.nii.gz",
-        tmp_path / "b" / "ct.nii",
-        tmp_path / "b" / "other.nii",
-        tmp_path / "a_ct.nii",
-    ]
-    assert run.case_names(files) == ["a_ct", "b_ct", "other", "a_ct-2"]
-
-
 # The page
 
 
