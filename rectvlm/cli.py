@@ -311,10 +311,10 @@ def _run_evaluate(namespace: argparse.Namespace) -> None:
     if namespace.shards is not None:
         read_index(namespace.shards)
     _check_device(namespace.device)
-    from rich.console import Console
 
     from rectvlm.evaluate.run import evaluate_checkpoint, output_path
     from rectvlm.evaluate.tables import terminal_table
+    from rectvlm.terminal_tables import make_stdout_console
 
     result = evaluate_checkpoint(
         namespace.checkpoint,
@@ -324,7 +324,7 @@ def _run_evaluate(namespace: argparse.Namespace) -> None:
         options=options,
     )
     if result is not None:  # the first of several processes
-        Console().print(terminal_table(result))
+        make_stdout_console().print(terminal_table(result))
         sys.stdout.write(f"{output_path(namespace.checkpoint, options.split, namespace.out)}\n")
 
 
@@ -413,16 +413,15 @@ def _run_weights_verify(options: argparse.Namespace) -> None:
 
 
 def _run_weights_list(options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
 
     from rectvlm.pretrained.catalog import PUBLISHED_SIZES
     from rectvlm.pretrained.verify import list_available_models
+    from rectvlm.terminal_tables import FoldingTable, make_stdout_console
 
-    table = Table("name", "what", "repository", "state")
+    table = FoldingTable("name", "what", "repository", "state")
     for row in list_available_models(options.where):
         table.add_row(row.name, row.kind, row.repository, row.availability)
-    Console().print(table)
+    make_stdout_console().print(table)
     if not PUBLISHED_SIZES:
         sys.stdout.write(
             "No weights of rectvlm are published yet. Sizes can be pulled from a repository that "
