@@ -103,7 +103,7 @@ def test_a_file_without_orientation_is_refused_also_once_nibabel_saved_it_again(
         read_volume(path)
     image = nib.load(path)
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine), tmp_path / "again.nii")
-    with pytest.raises(InputError, match="around the origin.*left and right are unknown"):
+    with pytest.raises(InputError, match=r"around the origin.*left and right are unknown"):
         read_volume(tmp_path / "again.nii")
 
 
