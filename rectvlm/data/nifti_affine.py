@@ -189,9 +189,7 @@ def _is_made_up(affine: Affine, shape: Sequence[int]) -> bool:
     return is_blank_affine(affine) or bool(is_centred)
 
 
-def _require_possible_affine(
-    affine: Affine, shape: Sequence[int], path: Path, source: str
-) -> None:
+def _require_possible_affine(affine: Affine, shape: Sequence[int], path: Path, source: str) -> None:
     """Refuse voxels and volumes of sizes that no CT has, before anything is allocated for them.
 
     Raises:
