@@ -279,7 +279,7 @@ def test_a_made_up_affine_is_set_aside_and_a_ct_in_metres_is_measured(tiny_run, 
     nib.save(image, source / "metres.nii.gz")
 
     out = tmp_path / "out"
-    cases = run.predict_cases(source, tiny_run(1), out, device="cpu")
+    cases = run.predict_cases(source, tiny_run(3), out, device="cpu")
 
     assert {case.name for case in cases} == {"reference", "metres"}
     rows = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
