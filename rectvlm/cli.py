@@ -1,4 +1,4 @@
-"""The command `rectvlm`: preprocess, predict, evaluate, export, weights, plan, runs, version.
+"""The command `rectvlm`: its subcommands, from `preprocess` and `train` to `version`.
 
 Heavy modules are imported when a command needs them, so that `rectvlm --help` answers at once.
 """
@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. A user's error is one sentence on stderr and exit code 2."""
     print_names_as_bytes()
     options = _build_parser().parse_args(arguments)
-    _start_logging(options.verbose, getattr(options, "progress", False))
+    if options.run is not _run_train:  # a phase has a log of its own
+        _start_logging(options.verbose, getattr(options, "progress", False))
     from rectvlm.files import explain_os_error, printable_text
     from rectvlm.types import UserError
 
@@ -90,6 +91,14 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     preprocess.add_argument("arguments", nargs=argparse.REMAINDER)
     preprocess.set_defaults(run=_run_preprocess)
+
+    train = commands.add_parser(
+        "train",
+        help="train a phase, on one process or several; `rectvlm train N --help` has its options",
+    )
+    train.add_argument("phase", type=int, choices=(1, 2, 3), metavar="N", help="1, 2 or 3")
+    train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="of the phase")
+    train.set_defaults(run=_run_train)
 
     _add_weights_actions(
         commands.add_parser("weights", help="fetch, publish, check and list weights")
@@ -269,6 +278,12 @@ def _run_preprocess(options: argparse.Namespace) -> None:
     from rectvlm.checkout_program import run_preprocessing
 
     sys.exit(run_preprocessing(options.arguments))
+
+
+def _run_train(options: argparse.Namespace) -> None:
+    from rectvlm.train import main as train_phase
+
+    train_phase(options.phase, options.arguments)
 
 
 def _run_predict(options: argparse.Namespace) -> None:

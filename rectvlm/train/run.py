@@ -23,7 +23,7 @@ from rectvlm.data.loader import BatchLoader, build_train_loader
 from rectvlm.models import RectVLM
 from rectvlm.models.language_model import LanguageModel, load_language_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
-from rectvlm.train.arguments import parse_arguments
+from rectvlm.train.arguments import parse_arguments, require_own_launcher
 from rectvlm.train.engine.ds_config import find_ds_config
 from rectvlm.train.engine.engine import Engine, is_lost_peer_error
 from rectvlm.train.logging.mfu import StepFlops, count_step_flops
@@ -69,6 +69,7 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
     try:
         with StopSignals() as signals:
             terminate_with_launcher()
+            require_own_launcher(args)
             ds_config = find_ds_config(phase.number, args.ds_config)
             config = load_config(args.config, args.overrides)
             train_phase(phase, config, ds_config, args.resume, args.restart, signals, args.source)
