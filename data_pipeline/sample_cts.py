@@ -9,6 +9,7 @@ annotated and there is no report: all other labels are unknown.
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from rectvlm.cli_options import CommandParser
 from rectvlm.pretrained import package_archives
 from rectvlm.types import Affine, Split, UserError
 
@@ -113,8 +115,13 @@ def _write_nifti(array: NDArray[Any], affine: Affine, path: Path) -> None:
     unfinished.replace(path)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Fetch the CTs and log where they are."""
+    parser = CommandParser(
+        prog="python -m data_pipeline.sample_cts",
+        description="Fetch two public chest CTs and their lung outlines into data/samples.",
+    )
+    parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for path in fetch_sample_cts():
         log.info("%s", path)

@@ -41,6 +41,7 @@ from rectvlm.machine import count_cores
 from rectvlm.runs.phase_summary import PhaseSummary, summarize_phase
 from rectvlm.runs.run_files import ENGINE_FILE, METRICS_FILE
 from rectvlm.runs.run_tables import format_number
+from rectvlm.terminal_tables import FoldingTable
 from rectvlm.types import JsonObject, UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -400,7 +401,7 @@ def _make_training_table(summary: DemoSummary) -> Table:
     )
     if engine["llm_quantization"]:
         title += f", language model in {engine['llm_quantization']}"
-    table = Table(title=title, title_justify="left")
+    table = FoldingTable(title=title, title_justify="left")
     for column in ("phase", "steps", "loss, first", "loss, last", "seconds"):
         table.add_column(column, justify="right")
     for phase in summary.phases:
@@ -425,7 +426,7 @@ def _make_evaluation_table(evaluation: EvaluationFigures) -> Table:
         figures["reports, BLEU-1"] = evaluation.reports["image"]["bleu_1"]
         figures["the same without the image"] = evaluation.reports["image_ablated"]["bleu_1"]
     title = f"{evaluation.n_cases} cases of the {evaluation.split} split"
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = FoldingTable(title=title, title_justify="left", show_header=False)
     for name, value in figures.items():
         table.add_row(name, format_number(value, 3))
     return table

@@ -46,6 +46,7 @@ from rectvlm.finite import mean_of_finite
 from rectvlm.phantom.patient_plan import PLAIN_STYLE
 from rectvlm.runs.phase_summary import PhaseSummary, summarize_phase
 from rectvlm.runs.run_tables import format_number
+from rectvlm.terminal_tables import FoldingTable
 from rectvlm.types import JsonObject
 
 PHASES = (1, 2, 3)
@@ -283,7 +284,7 @@ def _figure_rows(figures: dict[str, float | None]) -> list[str]:
 def make_target_table(summary: LearningSummary) -> Table:
     """Make a table of the targets, for the terminal."""
     title = f"{summary.cases.valid} held-out cases, {summary.cases.train} to learn from"
-    table = Table(title=title, title_justify="left")
+    table = FoldingTable(title=title, title_justify="left")
     table.add_column("target")
     for column in ("wanted", "found", "met"):
         table.add_column(column, justify="right")

@@ -1,4 +1,4 @@
-"""The command `rectvlm`: preprocess, predict, evaluate, export, weights, plan, runs, version.
+"""The command `rectvlm`: its subcommands, from `preprocess` and `train` to `version`.
 
 Heavy modules are imported when a command needs them, so that `rectvlm --help` answers at once.
 """
@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. A user's error is one sentence on stderr and exit code 2."""
     print_names_as_bytes()
     options = _build_parser().parse_args(arguments)
-    _start_logging(options.verbose, getattr(options, "progress", False))
+    if options.run is not _run_train:  # a phase has a log of its own
+        _start_logging(options.verbose, getattr(options, "progress", False))
     from rectvlm.files import explain_os_error, printable_text
     from rectvlm.types import UserError
 
@@ -90,6 +91,14 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     preprocess.add_argument("arguments", nargs=argparse.REMAINDER)
     preprocess.set_defaults(run=_run_preprocess)
+
+    train = commands.add_parser(
+        "train",
+        help="train a phase, on one process or several; `rectvlm train N --help` has its options",
+    )
+    train.add_argument("phase", type=int, choices=(1, 2, 3), metavar="N", help="1, 2 or 3")
+    train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="of the phase")
+    train.set_defaults(run=_run_train)
 
     _add_weights_actions(
         commands.add_parser("weights", help="fetch, publish, check and list weights")
@@ -271,6 +280,12 @@ def _run_preprocess(options: argparse.Namespace) -> None:
     sys.exit(run_preprocessing(options.arguments))
 
 
+def _run_train(options: argparse.Namespace) -> None:
+    from rectvlm.train import main as train_phase
+
+    train_phase(options.phase, options.arguments)
+
+
 def _run_predict(options: argparse.Namespace) -> None:
     from rectvlm.types import UserError
 
@@ -296,10 +311,10 @@ def _run_evaluate(namespace: argparse.Namespace) -> None:
     if namespace.shards is not None:
         read_index(namespace.shards)
     _check_device(namespace.device)
-    from rich.console import Console
 
     from rectvlm.evaluate.run import evaluate_checkpoint, output_path
     from rectvlm.evaluate.tables import terminal_table
+    from rectvlm.terminal_tables import make_stdout_console
 
     result = evaluate_checkpoint(
         namespace.checkpoint,
@@ -309,7 +324,7 @@ def _run_evaluate(namespace: argparse.Namespace) -> None:
         options=options,
     )
     if result is not None:  # the first of several processes
-        Console().print(terminal_table(result))
+        make_stdout_console().print(terminal_table(result))
         sys.stdout.write(f"{output_path(namespace.checkpoint, options.split, namespace.out)}\n")
 
 
@@ -398,16 +413,15 @@ def _run_weights_verify(options: argparse.Namespace) -> None:
 
 
 def _run_weights_list(options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
 
     from rectvlm.pretrained.catalog import PUBLISHED_SIZES
     from rectvlm.pretrained.verify import list_available_models
+    from rectvlm.terminal_tables import FoldingTable, make_stdout_console
 
-    table = Table("name", "what", "repository", "state")
+    table = FoldingTable("name", "what", "repository", "state")
     for row in list_available_models(options.where):
         table.add_row(row.name, row.kind, row.repository, row.availability)
-    Console().print(table)
+    make_stdout_console().print(table)
     if not PUBLISHED_SIZES:
         sys.stdout.write(
             "No weights of rectvlm are published yet. Sizes can be pulled from a repository that "

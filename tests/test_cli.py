@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -158,3 +159,36 @@ def test_the_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
     assert stop.value.code == 0 and capsys.readouterr().out == f"rectvlm {rectvlm.__version__}\n"
+
+
+PROGRAMS = sorted(
+    ".".join(path.relative_to(CHECKOUT).with_suffix("").parts).removesuffix(".__main__")
+    for folder in ("data_pipeline", "launch", "benchmarks")
+    for path in (CHECKOUT / folder).rglob("*.py")
+    if 'if __name__ == "__main__"' in path.read_text()
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_has_a_help_and_refuses_what_it_does_not_know(program):
+    command = [sys.executable, "-m", program]
+    shown = subprocess.run([*command, "--help"], cwd=CHECKOUT, capture_output=True, text=True)
+    assert shown.returncode == 0 and shown.stdout.startswith("usage: ")
+    refused = subprocess.run([*command, "--hlep"], cwd=CHECKOUT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "did you mean --help" in refused.stderr
+
+
+def test_the_sample_cts_are_not_fetched_for_a_help(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    for option, code in (("--help", 0), ("--hlep", 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "data_pipeline.sample_cts", option],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code and "usage: " in done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())

@@ -230,8 +230,6 @@ def check_phase(script: str, arguments: Sequence[str]) -> None:
 def check_module(name: str, arguments: Sequence[str]) -> None:
     if name == "rectvlm":
         check_rectvlm(arguments)
-    elif name == "data_pipeline.sample_cts":
-        assert not arguments
     elif name == "data_pipeline.verify":
         from data_pipeline.verify.verify import main
 

@@ -16,6 +16,7 @@ from data_pipeline.make_shards.shard_plan import QUARANTINE_FILE, RejectedCase
 from rectvlm.data.shard_manifest import ShardManifest
 from rectvlm.data.store import ShardStore
 from rectvlm.labels import LESIONS
+from rectvlm.terminal_tables import FoldingTable
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ def _summary_table(manifest: ShardManifest) -> Table:
             cells.append(f"{counts['present']} / {counts['annotated']}")
         columns.append(cells)
 
-    table = Table()
+    table = FoldingTable()
     table.add_column("")
     table.add_column("train", justify="right")
     table.add_column("valid", justify="right")

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from data_pipeline.verify.statistics import LABEL_WORDS, DatasetStatistics, SplitStatistics
 from rectvlm.labels import FINDINGS, LESIONS
+from rectvlm.terminal_tables import FoldingTable
 
 
 def build_tables(statistics: DatasetStatistics) -> list[Table]:
@@ -16,11 +17,11 @@ def build_tables(statistics: DatasetStatistics) -> list[Table]:
 
 
 def _new_table(title: str, *columns: str) -> Table:
-    table = Table(
+    table = FoldingTable(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
     for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        table.add_column(name, justify="left" if number == 0 else "right")
     return table
 
 

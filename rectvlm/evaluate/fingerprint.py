@@ -57,9 +57,12 @@ def compute_fingerprint(
         UserError: The language model is not there.
     """
     weights = sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("adapter/*.safetensors")])
+    language_model = None
+    if has_reports:
+        language_model = identify_language_model(config.generator.model, checkpoint)
     return {
         "weights": _hash_files(weights, checkpoint),
-        "language_model": identify_language_model(config.generator.model) if has_reports else None,
+        "language_model": language_model,
         "config": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
         "shards": hashlib.sha256(shards.read_file(SHARD_INDEX_FILE)).hexdigest(),
         "truth": None if options.truth is None else _hash_file_stats(options.truth),
@@ -75,7 +78,7 @@ def hash_fingerprint(fingerprint: JsonObject) -> str:
     return json_sha256(fingerprint)[:16]
 
 
-def identify_language_model(reference: str) -> dict[str, str | None]:
+def identify_language_model(reference: str, near: Path | None = None) -> dict[str, str | None]:
     """Describe a frozen language model, which no checkpoint holds.
 
     A folder is described by its contents. Files are told apart by their sizes and by blocks spread
@@ -85,11 +88,12 @@ def identify_language_model(reference: str) -> dict[str, str | None]:
 
     Args:
         reference: a folder, a hub id, or `bundled:NAME`.
+        near: folder of the checkpoint that names it.
 
     Raises:
         UserError: The bundled name is unknown, or the path does not exist.
     """
-    folder = Path(pretrained.resolve_model(reference))
+    folder = Path(pretrained.resolve_model(reference, near))
     if not folder.is_dir():
         return {"reference": reference, "contents": None}
 

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from rectvlm.evaluate.result import EvaluationResult
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
+from rectvlm.terminal_tables import FoldingTable
 
 FINDING_SCORE_NAMES = {
     "auroc": "AUROC",
@@ -101,11 +102,11 @@ def terminal_table(result: EvaluationResult) -> Table:
         result: metrics of `evaluate_checkpoint`.
     """
     title = f"{result.config}, {result.split} split, {result.n_scans} scans"
-    table = Table(title=title, title_justify="left")
-    table.add_column("metric", justify="left", no_wrap=True)
+    table = FoldingTable(title=title, title_justify="left")
+    table.add_column("metric", justify="left")
     for column in ("value", "95%", "air"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("n", justify="left", no_wrap=True)
+        table.add_column(column, justify="right")
+    table.add_column("n", justify="left")
 
     for kind in ("macro", "weighted"):
         mean = result.classification[kind]

@@ -135,7 +135,7 @@ class RectVLM(nn.Module):
         config = checkpoint.config
         language = None
         if "generator" in parts:
-            folder = resolve_model(language_model or config.generator.model)
+            folder = resolve_model(language_model or config.generator.model, checkpoint.folder)
             language = load_language_model(config.generator, folder, device)
         model = cls(config, parts, prompts, language)
         load_tensors(model, tensors, model.checkpoint_tensor_names(), checkpoint.folder)
@@ -329,7 +329,8 @@ def load_part(
     language = None
     if part == "generator":
         generator = checkpoint.config.generator
-        language = load_language_model(generator, resolve_model(generator.model), device)
+        folder = resolve_model(generator.model, checkpoint.folder)
+        language = load_language_model(generator, folder, device)
     built_parts = [name for name in MODEL_PARTS if name in ("encoder", "classifier", part)]
     model = RectVLM(checkpoint.config, built_parts, prompts, language)
     expected = []

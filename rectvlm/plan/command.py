@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rectvlm.cli_options import options_from_namespace
 from rectvlm.config import Config, load_config
-from rectvlm.plan.hardware import HardwareRates
+from rectvlm.plan.hardware import HardwareRates, describe_assumed_rates
 from rectvlm.plan.options import PlanOptions
 from rectvlm.train.engine.ds_config import find_ds_config, read_ds_config
 from rectvlm.train.phases import PHASES, STAGES
@@ -70,7 +70,10 @@ def run(namespace: argparse.Namespace) -> None:
             planner, plan_too_large.gpus, options.gpu_memory, load_with_overrides, gpus_per_node
         )
 
+    assumed = describe_assumed_rates(hardware, max(gpu_counts), options.gpu_memory)
     if options.as_json:
+        if assumed is not None:
+            log.warning("%s", assumed)
         _write_json(plans, plan_too_large, savings)
         return
     _print_tables(plans, plan_too_large, savings)
@@ -89,11 +92,10 @@ def _print_tables(
     plan_too_large: "ResourcePlan | None",
     savings: Sequence["MemorySaving"],
 ) -> None:
-    from rich.console import Console
-
     from rectvlm.plan.plan_tables import print_memory_savings, print_plan, print_scaling
+    from rectvlm.terminal_tables import make_stdout_console
 
-    console = Console()
+    console = make_stdout_console()
     print_plan(plans[0], console)
     if len(plans) > 1:
         print_scaling(plans, console)

@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 from rectvlm.cli_options import argument
 
+H200_MEMORY_GB = 141.0
+"""Memory of an H200, GB."""
+
 
 @dataclass(frozen=True)
 class HardwareRates:
@@ -52,3 +55,28 @@ MEASURED_RATES = (
     "tensor",
 )
 """Fields of `HardwareRates` that are no options of `rectvlm plan`."""
+
+
+def describe_assumed_rates(rates: HardwareRates, gpus: int, memory_gb: float) -> str | None:
+    """Say which rates are an H200's though the machine is another; None where nothing is assumed.
+
+    Args:
+        rates: rates of the plan.
+        gpus: number of GPUs; rates of a network that they do not use are left out.
+        memory_gb: memory of each GPU, GB.
+    """
+    names = ["tflops", "bandwidth"]
+    if gpus > 1:
+        names.append("intra")
+    if gpus > rates.gpus_per_node:
+        names.append("inter")
+    default_rates = HardwareRates()
+    assumed = [name for name in names if getattr(rates, name) == getattr(default_rates, name)]
+    is_h200 = memory_gb == H200_MEMORY_GB and assumed == names
+    if is_h200 or not assumed:
+        return None
+    options = ", ".join(f"--{name} {getattr(rates, name):g}" for name in assumed)
+    return (
+        f"{options} are an H200's, and this plan is for another machine (GPUs of {memory_gb:g} GB):"
+        " give its rates, or take the times for those of an H200."
+    )

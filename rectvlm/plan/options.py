@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from rectvlm.cli_options import argument
+from rectvlm.plan.hardware import H200_MEMORY_GB
 from rectvlm.train.phases import PhaseNumber, Stage
 
 CT_RATE_SCANS = 24_128
@@ -25,7 +26,7 @@ class PlanOptions:
     """Number of GPUs; several numbers give a row each."""
     nodes: int | None = field(default=None, metadata=argument(exclusive_group="gpus", metavar="N"))
     """Number of full nodes, instead of --gpus."""
-    gpu_memory: float = field(default=141.0, metadata=argument(metavar="GB"))
+    gpu_memory: float = field(default=H200_MEMORY_GB, metadata=argument(metavar="GB"))
     """Memory of each GPU, GB."""
     work_areas: Literal["cpu", "cuda"] | None = None
     """Device on which each kind of product and convolution runs once, to count what kernels

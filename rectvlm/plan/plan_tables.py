@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from rectvlm.plan.hardware import HardwareRates, describe_assumed_rates
 from rectvlm.plan.memory_savings import MemorySaving
 from rectvlm.plan.planner import ResourcePlan
+from rectvlm.terminal_tables import FoldingTable
 
 MEMORY_KIND_LABELS = {
     "weights_4bit": "4-bit weights",
@@ -33,7 +35,7 @@ MIN_SHOWN_GB = 0.0005
 def print_plan(plan: ResourcePlan, console: Console) -> None:
     """Print a plan's memory, parameters and time."""
     console.print(_make_memory_table(plan))
-    figures = Table(show_header=False)
+    figures = FoldingTable(show_header=False)
     figures.add_column()
     figures.add_column(justify="right")
     for label, figure in _list_figures(plan):
@@ -49,7 +51,9 @@ def _describe_phase(plan: ResourcePlan) -> str:
 def _make_memory_table(plan: ResourcePlan) -> Table:
     verdict = "fits" if plan.fits else "does not fit"
     machines = f"ZeRO-{plan.zero_stage}, {plan.gpus} GPUs of {plan.capacity_gb:g} GB"
-    table = Table(title=f"{_describe_phase(plan)}, {machines}: {verdict}", title_justify="left")
+    table = FoldingTable(
+        title=f"{_describe_phase(plan)}, {machines}: {verdict}", title_justify="left"
+    )
     table.add_column("memory of a GPU")
     table.add_column("GB", justify="right")
     for kind, size_gb in plan.gpu_memory_gb.items():
@@ -89,12 +93,15 @@ def _list_figures(plan: ResourcePlan) -> list[tuple[str, str]]:
 
 def _describe_hardware(plan: ResourcePlan) -> str:
     rates = plan.hardware
-    return (
-        f"Time is an estimate: {rates.tflops:g} TFLOP/s × {rates.efficiency:g} (convolutions "
-        f"{rates.convolution_efficiency:g}), memory "
+    assumed = describe_assumed_rates(rates, plan.gpus, plan.capacity_gb)
+    card = "on an H200 SXM" if rates == HardwareRates() else "at these rates"
+    text = (
+        f"Time is an estimate {card}: {rates.tflops:g} TFLOP/s × {rates.efficiency:g} "
+        f"(convolutions {rates.convolution_efficiency:g}), memory "
         f"{rates.bandwidth:g} TB/s × {rates.bandwidth_efficiency:g}, {rates.gpus_per_node:g} GPUs "
         f"a node, {rates.intra:g} GB/s within and {rates.inter:g} GB/s a GPU between nodes."
     )
+    return text if assumed is None else f"{text} {assumed}"
 
 
 def print_memory_savings(
@@ -102,7 +109,7 @@ def print_memory_savings(
 ) -> None:
     """Print what can be changed where a plan does not fit."""
     title = f"{plan.gpus} GPUs: what to change, each by itself"
-    table = Table(title=title, title_justify="left")
+    table = FoldingTable(title=title, title_justify="left")
     table.add_column("change")
     for name in ("saves GB", "total GB", "fits"):
         table.add_column(name, justify="right")
@@ -119,7 +126,7 @@ def print_memory_savings(
 
 def print_scaling(plans: Sequence[ResourcePlan], console: Console) -> None:
     """Print one row for each number of GPUs."""
-    table = Table(title=_describe_phase(plans[0]), title_justify="left")
+    table = FoldingTable(title=_describe_phase(plans[0]), title_justify="left")
     for name in ("GPUs", "GB a GPU", "fits", "step s", "tokens/s"):
         table.add_column(name, justify="right")
     for name in ("a GPU", "samples/step", "days", "epochs"):

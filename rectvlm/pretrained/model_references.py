@@ -19,18 +19,46 @@ BUNDLED_SCHEME = "bundled:"
 CONFIG_FILE = "config.json"
 MODEL_ERRORS = (OSError, ValueError, ImportError, KeyError)
 """Errors that Transformers raises for files that are missing, damaged or of an unknown kind."""
+DATA_MODELS = Path("data/models")
+CHECKOUT = Path(__file__).parents[2]
 MODEL_CONFIGS_FOLDER = Path(__file__).parent.parent / "configs" / "models"
 
 
 def models_folder() -> Path:
-    """Folder of models outside the Hub's cache: `$RECTVLM_MODELS`, or `data/models`."""
-    return Path(os.environ.get("RECTVLM_MODELS", "data/models"))
+    """Folder that models are fetched to, outside the Hub's cache.
+
+    It is `$RECTVLM_MODELS`, or `data/models` in the checkout or where it is there already, or else
+    the user's cache: nothing is written into a folder that a command happens to be called from.
+    """
+    named = os.environ.get("RECTVLM_MODELS")
+    if named:
+        return Path(named)
+    if DATA_MODELS.is_dir() or CHECKOUT.samefile(Path.cwd()):
+        return DATA_MODELS
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "rectvlm" / "models"
 
 
-def resolve_model(reference: str) -> str:
+def _find_prepared_model(name: str, near: Path | None) -> Path | None:
+    """Find a bundled model that is prepared: beside a run, unless `$RECTVLM_MODELS` is set."""
+    if near is None or os.environ.get("RECTVLM_MODELS"):
+        return None
+    for folder in near.resolve().parents:
+        model = folder / DATA_MODELS / name
+        if (model / "config.json").is_file():
+            return model
+    return None
+
+
+def resolve_model(reference: str, near: Path | None = None) -> str:
     """Resolve a reference to a folder or a hub id.
 
     A bundled model is fetched or built on first use.
+
+    Args:
+        reference: a folder, a hub id, or `bundled:NAME`.
+        near: folder of the checkpoint that names it; `data/models` beside or above it is looked
+            at first.
 
     Raises:
         UserError: the bundled name is unknown, or the path does not exist.
@@ -40,6 +68,9 @@ def resolve_model(reference: str) -> str:
         name = reference.removeprefix(BUNDLED_SCHEME)
         if name not in BUNDLED_MODELS:
             raise UserError(f"No bundled model {name!r}: choose one of {names}.")
+        prepared = _find_prepared_model(name, near)
+        if prepared is not None:
+            return str(prepared)
         from rectvlm.pretrained import bundled
 
         return str(bundled.prepare_bundled_model(name, models_folder()))

@@ -6,8 +6,6 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
-
 from rectvlm.files import require_writable_file
 from rectvlm.runs.read_runs import TrainingRun, find_runs
 from rectvlm.runs.run_tables import (
@@ -17,9 +15,7 @@ from rectvlm.runs.run_tables import (
     make_run_table,
     summarize_run,
 )
-
-PIPE_WIDTH = 200
-"""Columns of a table that goes to a pipe or a file, where there is no width to keep to."""
+from rectvlm.terminal_tables import make_stdout_console
 
 
 def run(options: argparse.Namespace) -> None:
@@ -36,10 +32,6 @@ def run(options: argparse.Namespace) -> None:
             sys.stderr.write(f"{training_run.name}: {fault}\n")
 
 
-def _make_console() -> Console:
-    return Console(soft_wrap=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-
-
 def _write_json(tree: Any) -> None:
     sys.stdout.write(json.dumps(tree, indent=2) + "\n")
 
@@ -48,7 +40,7 @@ def _print_list(runs: list[TrainingRun], options: argparse.Namespace) -> None:
     if options.json:
         _write_json([summarize_run(training_run) for training_run in runs])
     else:
-        _make_console().print(make_run_table(runs))
+        make_stdout_console().print(make_run_table(runs))
 
 
 def _print_comparison(runs: list[TrainingRun], options: argparse.Namespace) -> None:
@@ -56,7 +48,7 @@ def _print_comparison(runs: list[TrainingRun], options: argparse.Namespace) -> N
         _write_json(asdict(compare_runs(runs)))
         return
     for table in make_comparison_tables(runs):
-        _make_console().print(table)
+        make_stdout_console().print(table)
 
 
 def _save_plot(runs: list[TrainingRun], options: argparse.Namespace) -> None:

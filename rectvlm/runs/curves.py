@@ -83,7 +83,7 @@ def plot_runs(runs: Sequence[TrainingRun], path: Path) -> None:
 
 def _make_panels(runs: Sequence[TrainingRun]) -> list[CurvePanel]:
     """Make the panels that have a point in any run."""
-    panels = [CurvePanel("loss", _line_reader(lambda line: line.get("loss")))]
+    panels = [CurvePanel("loss", lambda run: {"": read_total_losses(run)})]
     tasks = list_tasks(runs)
     if len(tasks) > 1:
         for task in tasks:
@@ -128,6 +128,28 @@ def _read_curve(run: TrainingRun, read_value: Callable[[MetricsLine], Any]) -> C
         value = read_number(read_value(line))
         if value is not None:
             curve.append((line["step"], value))
+    return curve
+
+
+def read_total_losses(run: TrainingRun) -> Curve:
+    """Read the total loss of the steps that have targets.
+
+    A task without targets in a step counts with what lies between its values before and after.
+    """
+    losses_by_task = [run.read_task_losses(line) for line in run.metrics_lines]
+    fillings: dict[str, np.ndarray] = {}
+    for task in run.tasks:
+        values = np.array([losses.get(task) for losses in losses_by_task], dtype=float)
+        known = np.flatnonzero(np.isfinite(values))
+        if len(known):
+            weight = run.loss_weights.get(task, 1.0)
+            fillings[task] = weight * np.interp(np.arange(len(values)), known, values[known])
+    curve: Curve = []
+    for index, (line, losses) in enumerate(zip(run.metrics_lines, losses_by_task, strict=True)):
+        missing = [task for task in fillings if losses.get(task) is None]
+        total = read_number(line.get("loss"))
+        if total is not None and (len(missing) < len(fillings) or not losses):
+            curve.append((line["step"], total + sum(float(fillings[t][index]) for t in missing)))
     return curve
 
 

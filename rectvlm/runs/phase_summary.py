@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from rectvlm.runs.read_runs import mean_finite, read_run, task_loss
+from rectvlm.runs.read_runs import read_run
 
 LOSS_WINDOW_STEPS = 20
 """Number of steps that the first and the last loss are averaged over."""
@@ -52,16 +52,16 @@ def summarize_phase(folder: Path, number: int, seconds: float) -> PhaseSummary:
     window = max(1, min(LOSS_WINDOW_STEPS, len(lines) // 2))
     first_lines, last_lines = lines[:window], lines[-window:]
     losses: dict[str, LossChange] = {}
-    for task in run.last_line["losses"]:
+    for task in run.tasks:
         losses[task] = LossChange(
-            first=mean_finite([task_loss(line, task) for line in first_lines]),
-            last=mean_finite([task_loss(line, task) for line in last_lines]),
+            first=run.mean_loss(first_lines, task),
+            last=run.mean_loss(last_lines, task),
         )
     return PhaseSummary(
         phase=number,
         steps=run.last_step,
-        loss_first=mean_finite([line["loss"] for line in first_lines]),
-        loss_last=mean_finite([line["loss"] for line in last_lines]),
+        loss_first=run.mean_loss(first_lines),
+        loss_last=run.mean_loss(last_lines),
         loss_over=window,
         losses=losses,
         seconds=seconds,

@@ -15,9 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
+from rectvlm.finite import mean_total_loss
+from rectvlm.folder_lock import is_process_running
 from rectvlm.runs.run_files import (
     BEST_FILE,
     ENDING_FILE,
@@ -132,10 +133,32 @@ class TrainingRun:
 
     def final_loss(self, task: str | None = None) -> float | None:
         """Average the loss of the last steps: the total loss, or that of a task."""
-        last_lines = self.metrics_lines[-FINAL_STEPS:]
-        if task is None:
-            return mean_finite([line.get("loss") for line in last_lines])
-        return mean_finite([task_loss(line, task) for line in last_lines])
+        return self.mean_loss(self.metrics_lines[-FINAL_STEPS:], task)
+
+    def mean_loss(self, lines: Sequence[MetricsLine], task: str | None = None) -> float | None:
+        """Average the total loss or that of a task over the steps that have targets for it."""
+        if task is not None:
+            return mean_finite([task_loss(line, task) for line in lines])
+        return mean_total_loss(
+            [read_number(line.get("loss")) for line in lines],
+            [self.read_task_losses(line) for line in lines],
+            self.loss_weights,
+        )
+
+    def read_task_losses(self, line: MetricsLine) -> dict[str, float | None]:
+        """Read the loss of each task in one step; None where it has no targets."""
+        return {task: read_number(loss) for task, loss in (line.get("losses") or {}).items()}
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each task's loss in the total."""
+        section = (self.config.get("train") or {}).get("loss_weights")
+        weights: dict[str, float] = {}
+        for task, value in (section if isinstance(section, dict) else {}).items():
+            weight = read_number(value)
+            if weight is not None:
+                weights[task] = weight
+        return weights
 
     def is_first_step(self, step: int) -> bool:
         """Tell whether a step is the first of a session, which builds and tunes."""
@@ -353,11 +376,8 @@ def _is_running(run: TrainingRun, session: JsonObject) -> bool:
     """
     if (session.get("machine") or {}).get("host") == socket.gethostname():
         try:
-            process = psutil.Process(session["pid"])
-            # A process id is given out again; the time of the start is not.
-            is_same_process = abs(process.create_time() - session["process_start"]) < 1
-            return is_same_process and process.status() != psutil.STATUS_ZOMBIE
-        except (psutil.Error, KeyError, TypeError, ValueError):
+            return is_process_running(session["pid"], session["process_start"])
+        except (KeyError, TypeError):
             return False
     times: list[float] = []
     if session.get("start"):

@@ -15,6 +15,7 @@ from rectvlm.runs.read_runs import (
     read_number,
 )
 from rectvlm.runs.run_files import CURVES_FILE
+from rectvlm.terminal_tables import FoldingTable
 from rectvlm.types import JsonObject, UserError
 
 _STATE_COLOURS = {
@@ -66,7 +67,7 @@ def summarize_run(run: TrainingRun) -> JsonObject:
 
 def make_run_table(runs: Sequence[TrainingRun]) -> Table:
     """Make a table with one row for each run."""
-    table = Table("run", "state")
+    table = FoldingTable("run", "state")
     for column in ("step", "loss"):
         table.add_column(column, justify="right")
     table.add_column("best validation")
@@ -140,7 +141,7 @@ def make_comparison_tables(runs: Sequence[TrainingRun]) -> list[Table]:
     comparison = compare_runs(runs)
     tables: list[Table] = []
     for title, rows in (comparison.differences | {"results": comparison.results}).items():
-        table = Table("", *comparison.runs, title=title, title_justify="left")
+        table = FoldingTable("", *comparison.runs, title=title, title_justify="left")
         for name, values in rows.items():
             table.add_row(name, *map(_format_cell, values))
         if not rows:

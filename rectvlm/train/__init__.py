@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 
 from rectvlm.train.phases import PHASES, Phase
@@ -14,16 +15,25 @@ log = logging.getLogger(__name__)
 def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
     """Run a phase as a command, with the log set up before libraries are imported.
 
+    Without a launcher it starts the phase's processes itself, where there are several.
+
     Args:
         phase_number: number of the phase.
         argv: arguments; by default the process's.
     """
-    from rectvlm.train.engine.launcher_settings import follow_use_cpu
+    from rectvlm.train.engine.launcher_settings import follow_use_cpu, is_started_by_launcher
     from rectvlm.train.logging.logging_setup import choose_deepspeed_device, configure_logging
     from rectvlm.train.preflight import check_launch
 
     follow_use_cpu()
     check_launch(phase_number, argv)
+    if not is_started_by_launcher():
+        from rectvlm.train.launch import launch_phase
+
+        exit_code = launch_phase(phase_number, sys.argv[1:] if argv is None else argv)
+        if exit_code is not None:
+            sys.exit(exit_code)
+        follow_use_cpu()  # as an Accelerate config file may ask
     configure_logging()
     if os.environ.get("RANK", "0") == "0":
         log.info("phase %d: loading torch, transformers and DeepSpeed", phase_number)

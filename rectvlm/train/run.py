@@ -23,7 +23,7 @@ from rectvlm.data.loader import BatchLoader, build_train_loader
 from rectvlm.models import RectVLM
 from rectvlm.models.language_model import LanguageModel, load_language_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
-from rectvlm.train.arguments import parse_arguments
+from rectvlm.train.arguments import parse_arguments, require_own_launcher
 from rectvlm.train.engine.ds_config import find_ds_config
 from rectvlm.train.engine.engine import Engine, is_lost_peer_error
 from rectvlm.train.logging.mfu import StepFlops, count_step_flops
@@ -50,6 +50,7 @@ from rectvlm.train.starting_weights import (
     log_parts,
     select_names,
 )
+from rectvlm.train.task_samples import require_something_to_learn
 from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
 from rectvlm.types import UserError
 
@@ -68,6 +69,7 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
     try:
         with StopSignals() as signals:
             terminate_with_launcher()
+            require_own_launcher(args)
             ds_config = find_ds_config(phase.number, args.ds_config)
             config = load_config(args.config, args.overrides)
             train_phase(phase, config, ds_config, args.resume, args.restart, signals, args.source)
@@ -101,13 +103,14 @@ def train_phase(
 
     Raises:
         RunEnded: the run ends early and in order.
-        UserError: shards are missing, the previous phase's checkpoint is missing or does not fit,
-            or an earlier run is in the way.
+        UserError: shards are missing or teach the phase nothing, the previous phase's checkpoint is
+            missing or does not fit, or an earlier run is in the way.
     """
     settings = phase.get_settings(config)
     choose_trackers(config)  # a name that is no tracker's ends the run before it begins
     folder = get_run_folder(phase, config)
     source = check_start(phase, config, resume, requested_source)  # before anything is loaded
+    require_something_to_learn(phase, config)
     _fetch_frozen_models(phase, config)
     step_flops = count_step_flops(phase, config)
     engine = _start_engine(ds_config, settings, config, folder)

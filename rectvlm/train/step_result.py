@@ -13,7 +13,8 @@ class StepResult:
     step: int
     """Number of the step, counted from 1."""
     loss: float | None
-    """Weighted sum of the tasks' losses; None if a rank's loss was not finite."""
+    """Weighted sum of the losses of the tasks that have targets; None if no task has any, or if a
+    rank's loss was not finite."""
     losses_by_task: dict[str, float | None]
     """Mean loss of each task over the samples with targets for it; None if there are none."""
     learning_rates: dict[str, float]

@@ -204,8 +204,10 @@ class StepTrainer:
     def _combine_mean_losses(
         self, losses_by_task: dict[str, float | None], skipped: SkippedStep | None
     ) -> float | None:
-        """Weighted sum of the mean losses; None if a rank's loss was not finite."""
+        """Weighted sum of the mean losses; None without targets or if one was not finite."""
         if skipped is not None and skipped.has_non_finite_loss:
+            return None
+        if all(loss is None for loss in losses_by_task.values()):
             return None
         weights = self.config.train.loss_weights
         return sum(getattr(weights, task) * (loss or 0.0) for task, loss in losses_by_task.items())

@@ -23,7 +23,7 @@ from rectvlm.models import RectVLM
 from rectvlm.models.language_model import load_language_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.models.rectvlm import describe_batch_cues
-from rectvlm.plan.hardware import HardwareRates
+from rectvlm.plan.hardware import HardwareRates, describe_assumed_rates
 from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
 from rectvlm.plan.step_time import RingCollective
 from rectvlm.train.dry_run.dry_run import PROMPT_TOKENS
@@ -627,3 +627,23 @@ def test_the_command_does_not_load_the_engine() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+@pytest.mark.parametrize(
+    ("rates", "gpus", "memory_gb", "assumed"),
+    [
+        ({}, 64, 141.0, None),
+        ({}, 1, 24.0, "--tflops 989, --bandwidth 4.8 are an H200's"),
+        ({}, 2, 24.0, "--intra 450 are"),
+        ({"tflops": 165.0, "bandwidth": 1.0}, 1, 24.0, None),
+        ({"tflops": 165.0}, 1, 24.0, "--bandwidth 4.8 are"),
+        ({"tflops": 165.0, "bandwidth": 1.0, "intra": 16.0}, 16, 24.0, "--inter 50 are"),
+        ({"bandwidth": 3.35}, 1, 141.0, "--tflops 989 are"),
+    ],
+)
+def test_rates_of_another_card_are_named(
+    rates: dict[str, float], gpus: int, memory_gb: float, assumed: str | None
+) -> None:
+    sentence = describe_assumed_rates(HardwareRates(**rates), gpus, memory_gb)
+    assert (sentence is None) == (assumed is None)
+    assert assumed is None or assumed in str(sentence)

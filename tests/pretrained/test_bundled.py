@@ -99,3 +99,24 @@ def test_folders_and_hub_ids_pass_through(tmp_path: Path) -> None:
 
 def test_every_bundled_name_has_a_builder() -> None:
     assert catalog.BUNDLED_MODELS.keys() == bundled.BUILDERS.keys()
+
+
+def test_a_model_beside_the_run_is_used_from_any_folder(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = Path(pretrained.resolve_model("bundled:tiny-llama"))
+    beside = tmp_path / "work/data/models/tiny-llama"
+    beside.parent.mkdir(parents=True)
+    prepared.rename(beside)
+    checkpoint = tmp_path / "work/runs/tiny/phase3/checkpoints/step-000001"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.delenv("RECTVLM_MODELS")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(elsewhere)
+    assert pretrained.resolve_model("bundled:tiny-llama", checkpoint) == str(beside)
+    built = pretrained.resolve_model("bundled:tiny-bert", checkpoint)
+    assert built == str(tmp_path / "cache/rectvlm/models/tiny-bert")
+    assert list(elsewhere.iterdir()) == []
+    (elsewhere / "data/models").mkdir(parents=True)
+    assert pretrained.resolve_model("bundled:tiny-bert") == "data/models/tiny-bert"

@@ -17,6 +17,8 @@ from PIL import Image
 
 from rectvlm import cli
 from rectvlm.config import load_config
+from rectvlm.runs.curves import read_total_losses
+from rectvlm.runs.phase_summary import summarize_phase
 from rectvlm.runs.read_runs import (
     CUT_OFF_AFTER_SECONDS,
     BestValidation,
@@ -365,3 +367,45 @@ def test_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         False,
         *[True] * 7,
     ]  # phase 1 has no localization
+
+
+def test_steps_without_targets_count_in_no_mean(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "demo/phase2")
+    weights = one(folder).loss_weights
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    known: dict[str, list[float]] = {"classification": [], "localization": []}
+    for line in lines:
+        line["losses"] = {"classification": 0.5 + line["step"] / 100, "localization": 2.0}
+        if line["step"] % 2:
+            line["losses"]["classification"] = None
+        if line["step"] % 3 == 0:
+            line["losses"]["localization"] = None
+        line["loss"] = sum(weights[t] * (loss or 0.0) for t, loss in line["losses"].items())
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    window = lines[-10:]
+    for line in window:
+        for task, loss in line["losses"].items():
+            if loss is not None:
+                known[task].append(loss)
+    run = one(folder)
+    expected = sum(weights[task] * np.mean(losses) for task, losses in known.items())
+    steps_without_targets = [line for line in window if not any(line["losses"].values())]
+    assert steps_without_targets and run.final_loss("classification") == pytest.approx(
+        np.mean(known["classification"])
+    )
+    assert run.final_loss() == pytest.approx(expected, rel=0.02)
+    summary = summarize_phase(folder, 2, 1.0)
+    assert summary.loss_last is not None and summary.loss_last > 2 * weights["localization"]
+    steps, totals = zip(*read_total_losses(run), strict=True)
+    assert not {line["step"] for line in lines if not any(line["losses"].values())} & set(steps)
+    assert min(totals) > 2 * weights["localization"] + 0.5 * weights["classification"]
+
+
+def test_a_run_without_labels_has_the_loss_of_its_labelled_steps(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "demo/phase1")
+    lines = [{"step": s, "loss": 0.0, "losses": {"classification": None}} for s in (1, 3, 5)]
+    lines += [{"step": s, "loss": 0.6, "losses": {"classification": 0.6}} for s in (2, 4)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = one(folder)
+    assert run.final_loss() == pytest.approx(0.6)
+    assert read_total_losses(run) == [(2, 0.6), (4, 0.6)]

@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from rectvlm.finite import mean_of_finite
+from rectvlm.finite import mean_of_finite, mean_total_loss
 from rectvlm.train.logging.mfu import StepFlops
 from rectvlm.train.step_result import StepResult
 
@@ -63,14 +63,21 @@ class ProgressFigures:
 class ProgressMeter:
     """Computes figures over the last steps of this session."""
 
-    def __init__(self, total_steps: int, step_flops: StepFlops | None) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        step_flops: StepFlops | None,
+        loss_weights: Mapping[str, float],
+    ) -> None:
         """Begin with no steps.
 
         Args:
             total_steps: number of the phase's last step.
             step_flops: FLOPs of a step; None where the device's peak rate is not known.
+            loss_weights: weight of each task's loss in the total.
         """
         self._total_steps, self._step_flops = total_steps, step_flops
+        self._loss_weights = loss_weights
         self._recent: deque[tuple[StepResult, int]] = deque(maxlen=RECENT_STEPS)
         self._step_count = 0
         self._first_end = 0.0
@@ -107,7 +114,11 @@ class ProgressMeter:
         return ProgressFigures(
             step=result.step,
             total_steps=self._total_steps,
-            loss=mean_of_finite(recent.loss for recent in results),
+            loss=mean_total_loss(
+                [recent.loss for recent in results],
+                [recent.losses_by_task for recent in results],
+                self._loss_weights,
+            ),
             losses=losses,
             samples_per_second=samples / seconds,
             tokens_per_second=tokens / seconds,

@@ -96,7 +96,8 @@ class RunLog:
         self._trackers = ExperimentTrackers(
             choose_trackers(config), config, self.folder, self._step, first_start
         )
-        self._meter = ProgressMeter(total_steps, step_flops)
+        loss_weights = config.train.loss_weights.model_dump()
+        self._meter = ProgressMeter(total_steps, step_flops, loss_weights)
         name = f"phase {self.phase.number}"
         if self.phase.stage:
             name += f" {self.phase.stage}"

@@ -28,6 +28,7 @@ from rectvlm.files import atomic_file
 from rectvlm.machine import package_versions
 from rectvlm.runs.run_files import SESSIONS_FILE
 from rectvlm.train.logging.git_state import read_git_state
+from rectvlm.train.recovery.signals import LAUNCHER_VARIABLE
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +199,8 @@ def _find_launcher(process: psutil.Process) -> str | None:
     for parent in process.parents():
         command_line = parent.cmdline()
         first_words = " ".join(command_line[:4])
-        if any(name in first_words for name in LAUNCHER_NAMES):
+        is_ours = os.environ.get(LAUNCHER_VARIABLE) == str(parent.pid)
+        if is_ours or any(name in first_words for name in LAUNCHER_NAMES):
             return shlex.join(command_line)
     return None
 

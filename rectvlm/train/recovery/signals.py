@@ -27,6 +27,8 @@ REPEAT_AFTER_SECONDS = 2.0
 """Time within which a further signal is taken for the same request, seconds."""
 LAUNCHER_NAMES = ("accelerate", "torchrun", "torch.distributed")
 """Words by which a launcher is known in the command line of the parent process."""
+LAUNCHER_VARIABLE = "RECTVLM_LAUNCHER"
+"""Variable with the process id of `rectvlm train`, in the processes that it starts."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -103,7 +105,9 @@ def terminate_with_launcher() -> None:
 
 
 def _is_launcher(process: int) -> bool:
-    """Whether a launcher is named in the process's interpreter, options or program."""
+    """Whether a process is `rectvlm train`, or its interpreter, options or program name one."""
+    if os.environ.get(LAUNCHER_VARIABLE) == str(process):
+        return True
     command_line = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace")
     first_words = " ".join(command_line.split("\0")[:4])
     return any(name in first_words for name in LAUNCHER_NAMES)

@@ -70,7 +70,7 @@ def step_result(step: int, total_seconds: float = 2.0, **changes: Any) -> StepRe
 
 
 def test_figures_are_those_of_the_last_steps_without_the_first() -> None:
-    meter = ProgressMeter(100, None)
+    meter = ProgressMeter(100, None, {})
     first = meter.add_step(step_result(1, total_seconds=50.0), 4, now=0.0)
     assert (
         first.samples_per_second == 4 / 50 and first.seconds_left is None
@@ -90,16 +90,31 @@ def test_figures_are_those_of_the_last_steps_without_the_first() -> None:
 
 
 def test_time_left_counts_what_lies_between_the_steps() -> None:
-    meter = ProgressMeter(10, None)
+    meter = ProgressMeter(10, None, {})
     meter.add_step(step_result(1), 4, now=7.0)
     meter.add_step(step_result(2), 4, now=9.0)
     figures = meter.add_step(step_result(3), 4, now=14.0)  # a checkpoint took three seconds
     assert figures.seconds_left == pytest.approx(7 * (2.0 + 1.5))
-    assert ProgressMeter(3, None).add_step(step_result(3), 4, now=0.0).seconds_left == 0.0
+    assert ProgressMeter(3, None, {}).add_step(step_result(3), 4, now=0.0).seconds_left == 0.0
+
+
+def test_a_step_without_targets_counts_in_no_mean() -> None:
+    meter = ProgressMeter(10, None, {"classification": 1.0, "report": 2.0})
+    meter.add_step(step_result(1), 4, 0.0)
+    for step, classification, report, loss in (
+        (2, 1.0, 3.0, 7.0),
+        (3, None, None, None),
+        (4, 2.0, None, 2.0),
+        (5, None, 5.0, 10.0),
+    ):
+        losses = {"classification": classification, "report": report}
+        figures = meter.add_step(step_result(step, loss=loss, losses_by_task=losses), 4, 2.0 * step)
+    assert figures.losses == {"classification": 1.5, "report": 4.0}
+    assert figures.loss == pytest.approx(1.5 + 2 * 4.0)
 
 
 def test_a_spoilt_step_spoils_no_figure() -> None:
-    meter = ProgressMeter(10, None)
+    meter = ProgressMeter(10, None, {})
     meter.add_step(step_result(1), 4, 0.0)
     meter.add_step(
         step_result(2, loss=None, losses_by_task={"classification": None, "report": None}), 4, 2.0
