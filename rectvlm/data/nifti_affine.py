@@ -196,7 +196,7 @@ def _require_possible_affine(affine: Affine, shape: Sequence[int], path: Path, s
         InputError: numbers that are not finite, an impossible voxel size, extent or position, or
             axes far from right angles.
     """
-    is_finite = np.isfinite(affine).all() and np.abs(affine).max() < 1e30
+    is_finite = np.isfinite(affine).all() and np.abs(affine).max() < 1e150
     sizes = _voxel_size(affine) if is_finite else np.full(3, np.nan)
     if not ((sizes >= _MIN_SPACING_MM) & (sizes <= _MAX_SPACING_MM)).all():
         raise _size_error(path, f"{_format_sizes(sizes)} {source}")

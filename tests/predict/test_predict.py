@@ -17,6 +17,7 @@ from rectvlm.checkpoint import THRESHOLDS_FILE, Checkpoint, run_folder
 from rectvlm.data.canonical_grid import canonical_affine, mask_to_native, resample_to_grid
 from rectvlm.labels import CT_WINDOWS, FINDINGS, LESION_BY_KEY, LESIONS
 from rectvlm.lesion_bits import pack_lesion
+from rectvlm.lesion_places import LesionPlace
 from rectvlm.models import RectVLM
 from rectvlm.predict import case_folder, case_page, run
 from rectvlm.predict.case import LoadedModel, PredictedCase
@@ -278,7 +279,7 @@ def test_a_made_up_affine_is_set_aside_and_a_ct_in_metres_is_measured(tiny_run, 
     nib.save(image, source / "metres.nii.gz")
 
     out = tmp_path / "out"
-    cases = run.predict_cases(source, tiny_run(1), out, device="cpu")
+    cases = run.predict_cases(source, tiny_run(3), out, device="cpu")
 
     assert {case.name for case in cases} == {"reference", "metres"}
     rows = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
@@ -355,7 +356,8 @@ def view():
         finding_probabilities=dict.fromkeys(FINDINGS, 0.25),
         thresholds=None,
         volumes_ml={NODULE.key: 0.06},
-        places={NODULE.key: "left lung"},
+        places={NODULE.key: LesionPlace(NODULE.key, 0.06, "left", (), "geometry", "left lung")},
+        contradictions=[],
         report_sections=[("Findings", "</script><img src=x>\x01")],
         facts=[("File", "a & b")],
     )
