@@ -78,12 +78,21 @@ def decode_sample(
     for name, dtype in VOLUME_DTYPES.items():
         out = None if into is None else into[name]
         arrays[name] = decode_volume(members[name], dtype, f"{where}, member {name}", out)
-    sample = Sample(**arrays, meta=_parse_meta(bytes(members["json"]), where))
+    sample = Sample(**arrays, meta=parse_meta(bytes(members["json"]), where))
     _check_sample(sample, where)
     return sample
 
 
-def _parse_meta(data: bytes, where: str) -> SampleMeta:
+def parse_meta(data: bytes, where: str) -> SampleMeta:
+    """Read the metadata of a sample.
+
+    Args:
+        data: member `json` of the sample.
+        where: name of the sample in messages.
+
+    Raises:
+        UserError: it is damaged or not of this schema.
+    """
     try:
         tree = json.loads(data)
         meta = _META_ADAPTER.validate_json(data, strict=True)

@@ -18,7 +18,13 @@ from typing import IO, Any
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from rectvlm.data.sample import SAMPLE_MEMBERS, decode_sample, encode_sample, preprocessing_versions
+from rectvlm.data.sample import (
+    SAMPLE_MEMBERS,
+    decode_sample,
+    encode_sample,
+    parse_meta,
+    preprocessing_versions,
+)
 from rectvlm.data.shard_manifest import (
     SHARD_MANIFEST_FILE,
     LabelCounts,
@@ -335,6 +341,24 @@ def read_index(folder: str | Path | ShardStore) -> ShardIndex:
             f"{store / SHARD_INDEX_FILE} is damaged at {field}: {reason}; run `make preprocess` "
             "again."
         ) from None
+
+
+def read_sample_meta(folder: str | Path | ShardStore, location: SampleLocation) -> SampleMeta:
+    """Read the metadata of one sample by its offsets, without its volumes.
+
+    Raises:
+        UserError: the shard is missing, cut short or damaged.
+    """
+    store = ShardStore(folder)
+    path = store / location.shard
+    try:
+        data = store.read_range(location.shard, *location.members["json"])
+    except OSError as error:
+        raise UserError(
+            f"Shard {path} cannot be read ({error.strerror or error}): copy it again or run "
+            "`make preprocess`."
+        ) from None
+    return parse_meta(data, f"Shard {path}, sample {location.key}")
 
 
 def read_sample(

@@ -37,6 +37,7 @@ from rectvlm.evaluate.scans import ScanResults, group_by_scan
 from rectvlm.evaluate.selection import are_same_shards, was_selected_on
 from rectvlm.evaluate.thresholds import choose_thresholds
 from rectvlm.files import atomic_file, write_json
+from rectvlm.folder_lock import FolderLock
 from rectvlm.machine import describe_machine, package_versions
 from rectvlm.metrics.finding_thresholds import FindingThresholds
 from rectvlm.metrics.report_labeler.labeler import ReportLabeler, load_labeler
@@ -110,7 +111,8 @@ def evaluate_checkpoint(
 
     Raises:
         UserError: There is no such checkpoint or shards, the shards have another grid, the split
-            has no sample, the labeler does not load, or a process has stopped.
+            has no sample, the labeler does not load, a process has stopped, or another evaluation
+            writes to the same folder.
     """
     start_time = time.monotonic()
     ranks = read_ranks_from_environment()
@@ -121,7 +123,24 @@ def evaluate_checkpoint(
     run = _EvaluationRun(
         folder, shards, options, ranks, ranks.choose_device(device), metrics_path.parent
     )
+    with _lock_output(metrics_path.parent, ranks):
+        return _evaluate_cases(run, metrics_path, start_time)
 
+
+def _lock_output(out: Path, ranks: ProcessRanks) -> FolderLock:
+    """Lock of one process's records; a second evaluation would write the same files."""
+    return FolderLock(
+        out / f".rank-{ranks.rank:04d}.lock",
+        in_use=f"{out} is being written",
+        remedy="wait for its end, stop it, or name another place with --out",
+    )
+
+
+def _evaluate_cases(
+    run: "_EvaluationRun", metrics_path: Path, start_time: float
+) -> EvaluationResult | None:
+    """Predict the cases without a record; on the first process, write the figures of all."""
+    ranks, options = run.ranks, run.options
     labeler = None
     if ranks.is_main and run.has_reports:
         labeler = load_labeler(options.labeler)  # before the hours of prediction: it may not load
@@ -132,7 +151,7 @@ def evaluate_checkpoint(
     all_records = run.wait_for_records()
     records = run.select_records(all_records, "evaluate")
     thresholds = choose_thresholds(
-        folder,
+        run.folder,
         run.select_records(all_records, "fit"),
         run.data.shards,
         stored_only=options.thresholds == "stored",

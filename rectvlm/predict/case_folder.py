@@ -30,6 +30,7 @@ from rectvlm.lesion_bits import lesion_mask
 from rectvlm.lesion_places import LesionPlace, locate_lesions
 from rectvlm.predict.case import LoadedModel, PredictedCase
 from rectvlm.predict.case_page import DISCLAIMER, CaseView, render_page
+from rectvlm.predict.contradictions import Contradiction, find_contradictions
 from rectvlm.predict.lesion_files import LESION_FILES, save_lesion_files
 from rectvlm.types import Affine, HuConversion, Int16Volume, MaskVolume, UserError, Volume
 
@@ -67,6 +68,8 @@ class LesionSummary:
     side: str | None
     basis: str | None
     """Source of the place."""
+    plausible: bool | None
+    """Whether a lesion of this kind can lie there; None where that is unknown."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class CaseSummary:
     """Lesions; None when the model has no localizer."""
     report: dict[str, str | None] | None
     """Sections of the report; None when the model has no report generator."""
+    contradictions: list[Contradiction]
+    """Where the classifier's calls, the outlines and the report disagree."""
 
 
 def is_case_folder(folder: Path) -> bool:
@@ -186,7 +191,7 @@ def _describe_case(loaded: LoadedModel, case: PredictedCase) -> tuple[CaseView, 
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     spacing_mm = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
     places = locate_lesions(lesion_bits, ct, None, spacing_mm)
-    summary = _summarize_case(loaded, case, places, spacing_mm)
+    summary = _summarize_case(loaded, case, lesion_bits, places, spacing_mm)
 
     volumes_ml = None
     if summary.lesions is not None:
@@ -202,7 +207,8 @@ def _describe_case(loaded: LoadedModel, case: PredictedCase) -> tuple[CaseView, 
         finding_probabilities=case.finding_probabilities,
         thresholds=loaded.thresholds,
         volumes_ml=volumes_ml,
-        places={place.lesion: place.wording for place in places},
+        places={place.lesion: place for place in places},
+        contradictions=summary.contradictions,
         report_sections=report_sections,
         facts=_list_facts(loaded, case, ct, affine),
     )
@@ -212,9 +218,11 @@ def _describe_case(loaded: LoadedModel, case: PredictedCase) -> tuple[CaseView, 
 def _summarize_case(
     loaded: LoadedModel,
     case: PredictedCase,
+    canonical_bits: MaskVolume,
     places: list[LesionPlace],
     spacing_mm: tuple[float, float, float],
 ) -> CaseSummary:
+    """The case for `findings.json`, with its contradictions."""
     thresholds = loaded.thresholds or {}
     findings = {}
     for name, probability in case.finding_probabilities.items():
@@ -238,6 +246,13 @@ def _summarize_case(
         findings=findings,
         lesions=None if case.lesion_bits is None else _summarize_lesions(case, places),
         report=report,
+        contradictions=find_contradictions(
+            calls={name: finding.present for name, finding in findings.items()},
+            lesion_bits=None if case.lesion_bits is None else canonical_bits,
+            places=places,
+            spacing_mm=spacing_mm,
+            report=case.report,
+        ),
     )
 
 
@@ -260,6 +275,7 @@ def _summarize_lesions(case: PredictedCase, places: list[LesionPlace]) -> list[L
                 place=place.wording if place else None,
                 side=place.side if place else None,
                 basis=place.basis if place else None,
+                plausible=place.is_plausible if place else None,
             )
         )
     return summaries

@@ -19,6 +19,8 @@ from skimage.measure import approximate_polygon, find_contours
 
 from rectvlm.labels import CT_WINDOWS, LESIONS, Lesion
 from rectvlm.lesion_bits import lesion_mask
+from rectvlm.lesion_places import LesionPlace
+from rectvlm.predict.contradictions import Contradiction
 from rectvlm.types import Affine, Int16Volume, MaskVolume
 
 DISCLAIMER = "Research use only; not a medical device."
@@ -49,8 +51,10 @@ class CaseView:
     """Threshold by finding, for those that have one; None without any."""
     volumes_ml: Mapping[str, float] | None
     """Volume by lesion key, 0 for an absent lesion; None when the model has no localizer."""
-    places: Mapping[str, str]
-    """Place in words by lesion key."""
+    places: Mapping[str, LesionPlace]
+    """Place by lesion key."""
+    contradictions: Sequence[Contradiction]
+    """Where calls, outlines and report disagree."""
     report_sections: Sequence[tuple[str, str]] | None
     """Title and text of each section; None when the model has no report generator."""
     facts: Sequence[tuple[str, str]]
@@ -65,7 +69,7 @@ class LegendRow:
     volume: float
     """Volume, ml."""
     place: str
-    """Place in words; empty for a lesion too small to place."""
+    """Place in words."""
     largest: int
     """Number of the shown slice with the largest area."""
     runs: list[tuple[int, int]]
@@ -86,7 +90,7 @@ def render_page(case: CaseView) -> str:
     for lesion in present_lesions:
         area = _areas_by_slice(case.lesion_bits, lesion)[shown]
         total_area += area
-        place = case.places.get(lesion.key, "")
+        place = _word_place(case.places.get(lesion.key))
         legend.append(_legend_row(lesion, volumes[lesion.key], place, area))
     first = int(total_area.argmax()) if total_area.any() else len(shown) // 2
     images = {name: _encode_slices(case.ct, shown, name) for name in CT_WINDOWS}
@@ -104,6 +108,9 @@ def render_page(case: CaseView) -> str:
         aspect=(width * spacing[2], height * spacing[1]),
         lesions=legend,
         absent=[lesion.name for lesion in LESIONS if lesion not in present_lesions],
+        marked_findings={entry.finding for entry in case.contradictions},
+        marked_lesions={entry.lesion for entry in case.contradictions},
+        has_region_map=any(place.basis == "regions" for place in case.places.values()),
         findings=sorted(case.finding_probabilities.items(), key=lambda item: -item[1]),
         scout=_render_scout(case.ct),
         scout_aspect=(width * spacing[2], depth * spacing[0]),
@@ -186,6 +193,15 @@ def _legend_row(lesion: Lesion, volume_ml: float, place: str, area: NDArray[np.i
     for start, stop in zip(edges[::2], edges[1::2], strict=True):
         runs.append((int(start), int(stop - start)))
     return LegendRow(lesion, volume_ml, place, int(area.argmax()), runs)
+
+
+def _word_place(place: LesionPlace | None) -> str:
+    """Place in words, with a mark where it is wrong or uncertain."""
+    if place is None:
+        return "too small to place"
+    if place.is_plausible is None:
+        return f"{place.wording} (place uncertain)"
+    return place.wording
 
 
 def _encode_slices(ct: Int16Volume, shown: NDArray[np.int64], window: str) -> list[str]:

@@ -15,10 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from rectvlm.finite import mean_total_loss
+from rectvlm.folder_lock import is_process_running
 from rectvlm.runs.run_files import (
     BEST_FILE,
     ENDING_FILE,
@@ -376,11 +376,8 @@ def _is_running(run: TrainingRun, session: JsonObject) -> bool:
     """
     if (session.get("machine") or {}).get("host") == socket.gethostname():
         try:
-            process = psutil.Process(session["pid"])
-            # A process id is given out again; the time of the start is not.
-            is_same_process = abs(process.create_time() - session["process_start"]) < 1
-            return is_same_process and process.status() != psutil.STATUS_ZOMBIE
-        except (psutil.Error, KeyError, TypeError, ValueError):
+            return is_process_running(session["pid"], session["process_start"])
+        except (KeyError, TypeError):
             return False
     times: list[float] = []
     if session.get("start"):

@@ -50,6 +50,7 @@ from rectvlm.train.starting_weights import (
     log_parts,
     select_names,
 )
+from rectvlm.train.task_samples import require_something_to_learn
 from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
 from rectvlm.types import UserError
 
@@ -102,13 +103,14 @@ def train_phase(
 
     Raises:
         RunEnded: the run ends early and in order.
-        UserError: shards are missing, the previous phase's checkpoint is missing or does not fit,
-            or an earlier run is in the way.
+        UserError: shards are missing or teach the phase nothing, the previous phase's checkpoint is
+            missing or does not fit, or an earlier run is in the way.
     """
     settings = phase.get_settings(config)
     choose_trackers(config)  # a name that is no tracker's ends the run before it begins
     folder = get_run_folder(phase, config)
     source = check_start(phase, config, resume, requested_source)  # before anything is loaded
+    require_something_to_learn(phase, config)
     _fetch_frozen_models(phase, config)
     step_flops = count_step_flops(phase, config)
     engine = _start_engine(ds_config, settings, config, folder)

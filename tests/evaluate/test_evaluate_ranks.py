@@ -1,6 +1,7 @@
 """Evaluation on several processes, killed and resumed: the same figures, and nothing mixed."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import phantom_sample
 
+from rectvlm import folder_lock
 from rectvlm.checkpoint import run_folder
 from rectvlm.config import Config
 from rectvlm.data.shards import write_shards
@@ -21,6 +23,7 @@ from rectvlm.evaluate.journal import EvaluationJournal
 from rectvlm.evaluate.options import EvaluationOptions
 from rectvlm.evaluate.process_ranks import ProcessRanks, read_ranks_from_environment
 from rectvlm.evaluate.run import evaluate_checkpoint
+from rectvlm.folder_lock import FolderLock
 from rectvlm.types import UserError
 
 OFTEN = ["--batch-size", "1", "--bootstrap", "50", "--device", "cpu"]
@@ -183,6 +186,34 @@ def test_the_first_process_says_when_another_has_stopped(tmp_path: Path) -> None
     journal = EvaluationJournal(tmp_path, {"weights": "0"}, rank=0)
     with pytest.raises(UserError, match=r"2 of 2 cases are missing .* give the same command again"):
         journal.wait_for_records([("evaluate", 0), ("evaluate", 1)], timeout_seconds=0.2)
+
+
+def hold_lock(path: Path) -> None:
+    with FolderLock(path, "", ""):
+        path.with_name("held").touch()
+        time.sleep(60)
+
+
+def test_a_second_evaluation_of_one_folder_says_who_is_at_work(
+    tiny_run: Callable[[int], Path],
+    phantom_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(folder_lock, "PATIENCE_SECONDS", 0.1)
+    fork = multiprocessing.get_context("fork")
+    holder = fork.Process(target=hold_lock, args=(tmp_path / ".rank-0000.lock",))
+    holder.start()
+    try:
+        while not (tmp_path / "held").exists():
+            time.sleep(0.01)
+        out = tmp_path / "metrics.json"
+        with pytest.raises(UserError, match=f"is being written by process {holder.pid} of .*--out"):
+            evaluate_checkpoint(tiny_run(1), phantom_shards, out, device="cpu")
+        assert not (tmp_path / "cases").exists()
+    finally:
+        holder.kill()
+        holder.join()
 
 
 def test_ranks_are_those_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

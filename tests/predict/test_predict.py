@@ -17,6 +17,7 @@ from rectvlm.checkpoint import THRESHOLDS_FILE, Checkpoint, run_folder
 from rectvlm.data.canonical_grid import canonical_affine, mask_to_native, resample_to_grid
 from rectvlm.labels import CT_WINDOWS, FINDINGS, LESION_BY_KEY, LESIONS
 from rectvlm.lesion_bits import pack_lesion
+from rectvlm.lesion_places import LesionPlace
 from rectvlm.models import RectVLM
 from rectvlm.predict import case_folder, case_page, run
 from rectvlm.predict.case import LoadedModel, PredictedCase
@@ -355,7 +356,8 @@ def view():
         finding_probabilities=dict.fromkeys(FINDINGS, 0.25),
         thresholds=None,
         volumes_ml={NODULE.key: 0.06},
-        places={NODULE.key: "left lung"},
+        places={NODULE.key: LesionPlace(NODULE.key, 0.06, "left", (), "geometry", "left lung")},
+        contradictions=[],
         report_sections=[("Findings", "</script><img src=x>\x01")],
         facts=[("File", "a & b")],
     )

@@ -1,0 +1,134 @@
+"""Whether the samples of a split carry what a phase learns from, asked before a run starts.
+
+A task without a single label, outline or report has a loss of 0 in every batch: a run would end as
+finished and have learned nothing.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from rectvlm.config import Config, ValidationMetric
+from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.report_text import join_report_sections
+from rectvlm.data.shards import read_sample_meta
+from rectvlm.train.phases import Phase, Task
+from rectvlm.types import SampleMeta, UserError
+
+_READERS = 16
+"""Number of samples whose metadata are read at the same time."""
+_TASK_NEEDS: dict[Task, str] = {
+    "classification": "a known label",
+    "localization": "outlined lesions",
+    "report": "a report",
+}
+_METRIC_TASKS: dict[ValidationMetric, Task] = {
+    "macro_auroc": "classification",
+    "macro_average_precision": "classification",
+    "mean_dice": "localization",
+    "loss_classification": "classification",
+    "loss_localization": "localization",
+    "loss_report": "report",
+}
+"""Task whose annotations decide a metric; `loss` takes what any task of the phase needs."""
+
+
+def require_something_to_learn(phase: Phase, config: Config) -> None:
+    """Check that a phase has something to learn, and its validation something to measure.
+
+    Raises:
+        UserError: no task has a weight, no part a learning rate, or the samples of a split carry
+            nothing of what a task needs; the message counts them.
+    """
+    settings = phase.get_settings(config)
+    weights = config.train.loss_weights
+    tasks = [task for task in phase.tasks if getattr(weights, task) > 0]
+    if not tasks:
+        raise UserError(
+            f"train.loss_weights is 0 for {' and '.join(phase.tasks)}, all that phase "
+            f"{phase.number} learns: give one of them a weight above 0."
+        )
+    _require_part_that_trains(phase, config)
+    train_set = ShardDataset(config.data, "train")
+    counts = count_task_samples(train_set, tasks)
+    untaught = [task for task in tasks if not counts[task]]
+    if untaught:
+        remedy = "give shards that have them"
+        if len(untaught) < len(tasks):
+            zero_weights = [f"train.loss_weights.{task}=0" for task in untaught]
+            remedy += f", or train without with {' '.join(zero_weights)}"
+        raise UserError(
+            f"{_describe_counts(train_set, 'train', counts)}, so phase {phase.number} has nothing "
+            f"to learn {' and '.join(untaught)} from: {remedy}."
+        )
+    if settings.validation.every:
+        _require_something_to_measure(phase, config)
+
+
+def _require_part_that_trains(phase: Phase, config: Config) -> None:
+    settings = phase.get_settings(config)
+    begins_late: dict[str, int] = {}
+    for entry in settings.unfreeze:
+        begins_late[entry.part] = min(entry.step, begins_late.get(entry.part, entry.step))
+    for part, rate in settings.lr.items():
+        has_begun = settings.epochs > 0 or begins_late.get(part, 0) < settings.steps
+        if rate > 0 and has_begun:
+            return
+    section = f"train.phases.{phase.key}"
+    raise UserError(
+        f"{section}.lr and {section}.unfreeze let no part train within {settings.steps} steps: "
+        "give a part a learning rate above 0 and let it begin earlier."
+    )
+
+
+def _require_something_to_measure(phase: Phase, config: Config) -> None:
+    validation = phase.get_settings(config).validation
+    metric = validation.best_metric
+    tasks = phase.tasks if metric == "loss" else (_METRIC_TASKS[metric],)
+    valid_set = ShardDataset(config.data, "valid")
+    counts = count_task_samples(valid_set, tasks)
+    if not any(counts.values()):
+        section = f"train.phases.{phase.key}.validation"
+        raise UserError(
+            f"{_describe_counts(valid_set, 'valid', counts)}, which {section}.best_metric = "
+            f"{metric} is measured on: give shards that have them, another best_metric, or "
+            f"{section}.every=0."
+        )
+
+
+def count_task_samples(dataset: ShardDataset, tasks: Sequence[Task]) -> dict[Task, int]:
+    """Number of samples that carry what each task needs.
+
+    Reading ends as soon as every task has some, so only a count of 0 is one of all samples.
+    """
+    counts: dict[Task, int] = dict.fromkeys(tasks, 0)
+    with ThreadPoolExecutor(_READERS) as readers:
+        for first in range(0, len(dataset), 4 * _READERS):
+            locations = dataset.locations[first : first + 4 * _READERS]
+            metas = readers.map(
+                lambda location: read_sample_meta(dataset.store, location), locations
+            )
+            for meta in metas:
+                for task in tasks:
+                    counts[task] += _carries(meta, task)
+            if all(counts.values()):
+                break
+    return counts
+
+
+def _carries(meta: SampleMeta, task: Task) -> bool:
+    """Whether a sample says anything about a task."""
+    if task == "classification":
+        return any(value is not None for value in meta.labels.values())
+    if task == "report":
+        return join_report_sections(meta.findings, meta.impression) is not None
+    # A label alone aligns image and prompt, but draws no outline.
+    return any(meta.lesions_annotated.values()) or any(meta.lesions_partial.values())
+
+
+def _describe_counts(dataset: ShardDataset, split: str, counts: dict[Task, int]) -> str:
+    """The counts as the beginning of a sentence."""
+    words = [f"{count} have {_TASK_NEEDS[task]}" for task, count in counts.items()]
+    return (
+        f"Of the {len(dataset)} samples of the split {split!r} in {dataset.store}, "
+        f"{', '.join(words)}"
+    )
