@@ -189,7 +189,8 @@ def test_whatever_a_case_raises_is_that_case_s(tiny_run, chest, tmp_path, monkey
     """An address space too small for one CT of three: a real MemoryError."""
     (tmp_path / "in").mkdir()
     large = np.tile(body(1)[0], (20, 20, 12))
-    write_nifti(large, AFFINE, tmp_path / "in" / "b.nii.gz")
+    small_voxels = AFFINE @ np.diag([0.05, 0.05, 0.1, 1])
+    write_nifti(large, small_voxels, tmp_path / "in" / "b.nii.gz")
     copy(chest, tmp_path / "in" / "a.nii.gz")
     copy(chest, tmp_path / "in" / "c.nii.gz")
 
