@@ -17,6 +17,7 @@ from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
 from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.mask_placement import require_on_volume
 from rectvlm.data.sample import preprocessing_versions
+from rectvlm.files import printable_text
 from rectvlm.labels import FINDINGS
 from rectvlm.lesion_bits import present_lesions
 from rectvlm.types import (
@@ -132,7 +133,7 @@ def case_to_sample(
     meta = SampleMeta(
         key=case.key,
         split=case.split,
-        source=case.source,
+        source=printable_text(case.source),
         patient=case.patient,
         scan=case.scan or case.key,
         labels=data.labels,

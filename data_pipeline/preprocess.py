@@ -36,6 +36,8 @@ from data_pipeline.own_data.table_cases import list_table_cases
 from data_pipeline.sample_cts import SAMPLE_CT_FOLDER
 from rectvlm.cli_options import CommandParser, add_options, argument, options_from_namespace
 from rectvlm.config import load_config
+from rectvlm.data.store import ShardStore
+from rectvlm.files import require_writable_folder
 from rectvlm.phantom.patient_plan import PHANTOM_STYLES, VARIED_STYLE
 from rectvlm.types import UserError
 
@@ -244,6 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         data_config = load_config(options.config, options.overrides).data
         folder = options.out or str(data_config.shards)
+        local_folder = ShardStore(folder).local_folder
+        if local_folder is not None:
+            require_writable_folder(local_folder)
         selection = _list_selection(namespace, options, data_config.spacing[0])
         samples_per_shard = options.samples_per_shard
         if options.shard_mb is not None:

@@ -19,7 +19,7 @@ from rectvlm.code_fingerprint import find_imported_modules, hash_modules
 from rectvlm.data.sample import SAMPLE_KEY_PATTERN, preprocessing_versions
 from rectvlm.data.shards import WrittenShard
 from rectvlm.data.store import ShardStore
-from rectvlm.files import json_sha256
+from rectvlm.files import json_sha256, printable_text
 from rectvlm.types import InputError, Split, UserError
 
 RECORD_FOLDER = ".parts"
@@ -65,13 +65,13 @@ class RejectedCase:
         if not isinstance(error, InputError):
             error = _to_input_error(case.source, error)
         return cls(
-            key=case.key,
-            file=error.file,
-            reason=error.reason,
-            expected=error.expected,
-            found=error.found,
-            remedy=error.remedy,
-            message=str(error),
+            key=printable_text(case.key),
+            file=printable_text(error.file),
+            reason=printable_text(error.reason),
+            expected=printable_text(error.expected),
+            found=printable_text(error.found),
+            remedy=printable_text(error.remedy),
+            message=printable_text(error),
         )
 
 

@@ -35,7 +35,12 @@ from rectvlm.checkpoint.integrity import (
 )
 from rectvlm.checkpoint.model_card import write_model_card
 from rectvlm.checkpoint.run_folder import MODEL_CONFIG_FILE
-from rectvlm.files import fsync_file, read_json_object, write_json
+from rectvlm.files import (
+    fsync_file,
+    read_json_object,
+    require_writable_folder,
+    write_json,
+)
 from rectvlm.types import UserError
 
 if TYPE_CHECKING:
@@ -202,6 +207,7 @@ def _stage_folder(folder: Path, overwrite: bool) -> Iterator[tuple[Path, Path]]:
             f"{target} exists and is not empty: give a new folder, or replace the model in it with "
             "--overwrite."
         )
+    require_writable_folder(target.parent)
     work = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(work, ignore_errors=True)
     try:

@@ -46,6 +46,9 @@ class ShardStore:
         self.local_folder: Path | None = None
         if "://" not in self.path_or_url or self.path_or_url.startswith("file://"):
             self.local_folder = Path(self.path_or_url.removeprefix("file://"))
+            if self.path_or_url.startswith("~"):
+                self.local_folder = self.local_folder.expanduser()
+                self.path_or_url = str(self.local_folder)
             return
         try:
             self._fs, self._root = fsspec.core.url_to_fs(

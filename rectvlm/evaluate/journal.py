@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from rectvlm.evaluate.case_records import CASE_RECORD_ADAPTER, CasePurpose, CaseRecord
 from rectvlm.evaluate.fingerprint import hash_fingerprint
-from rectvlm.files import write_json
+from rectvlm.files import encode_json_text, write_json
 from rectvlm.types import JsonObject, UserError
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class EvaluationJournal:
         for record in records:
             lines.append(json.dumps(record.as_dict(), ensure_ascii=False, allow_nan=False) + "\n")
         with self.rank_file.open("ab") as file:
-            file.write("".join(lines).encode())
+            file.write(encode_json_text("".join(lines)))
             file.flush()
             os.fsync(file.fileno())
 

@@ -36,7 +36,13 @@ from rectvlm.evaluate.result import BootstrapSettings, EvaluationResult
 from rectvlm.evaluate.scans import ScanResults, group_by_scan
 from rectvlm.evaluate.selection import are_same_shards, was_selected_on
 from rectvlm.evaluate.thresholds import choose_thresholds
-from rectvlm.files import atomic_file, write_json
+from rectvlm.files import (
+    atomic_file,
+    encode_json_text,
+    printable_text,
+    require_writable_file,
+    write_json,
+)
 from rectvlm.folder_lock import FolderLock
 from rectvlm.machine import describe_machine, package_versions
 from rectvlm.metrics.finding_thresholds import FindingThresholds
@@ -120,6 +126,7 @@ def evaluate_checkpoint(
     require_truth_folder(options.truth)
     folder = find_checkpoint(checkpoint, "train first, or give a run's phase folder")
     metrics_path = output_path(folder, options.split, out)
+    require_writable_file(metrics_path)
     run = _EvaluationRun(
         folder, shards, options, ranks, ranks.choose_device(device), metrics_path.parent
     )
@@ -356,9 +363,10 @@ def _report_texts(record: CaseRecord) -> JsonObject:
 
 def _write_jsonl(path: Path, rows: Iterable[JsonObject]) -> None:
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-    _write_text(path, "".join(lines))
+    with atomic_file(path) as file:
+        file.write(encode_json_text("".join(lines)))
 
 
 def _write_text(path: Path, text: str) -> None:
     with atomic_file(path) as file:
-        file.write(text.encode())
+        file.write(printable_text(text).encode())

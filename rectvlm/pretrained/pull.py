@@ -28,6 +28,7 @@ from rectvlm.checkpoint.integrity import (
 )
 from rectvlm.checkpoint.run_folder import MODEL_CONFIG_FILE
 from rectvlm.config import ModelPart
+from rectvlm.files import require_writable_folder
 from rectvlm.pretrained.catalog import (
     BUNDLED_MODELS,
     EXTERNAL_MODELS,
@@ -73,6 +74,8 @@ def pull_model(
     bundled_name = name.removeprefix(BUNDLED_SCHEME)
     if bundled_name in BUNDLED_MODELS:
         return Path(resolve_model(BUNDLED_SCHEME + bundled_name))
+    if out is not None:
+        require_writable_folder(out)
     if name in SIZE_REPOSITORIES:
         has_own_source = repository or where or constants.ENDPOINT != PUBLIC_HUB
         if name not in PUBLISHED_SIZES and not has_own_source:

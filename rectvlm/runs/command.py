@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from rectvlm.files import require_writable_file
 from rectvlm.runs.read_runs import TrainingRun, find_runs
 from rectvlm.runs.run_tables import (
     compare_runs,
@@ -54,5 +55,6 @@ def _save_plot(runs: list[TrainingRun], options: argparse.Namespace) -> None:
     from rectvlm.runs.curves import plot_runs
 
     path = options.out or default_figure_path(runs)
+    require_writable_file(path)
     plot_runs(runs, path)
     sys.stdout.write(f"{path}\n")

@@ -21,6 +21,7 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
         phase_number: number of the phase.
         argv: arguments; by default the process's.
     """
+    from rectvlm.train.engine.cache_folders import replace_unwritable_caches
     from rectvlm.train.engine.launcher_settings import follow_use_cpu, is_started_by_launcher
     from rectvlm.train.logging.logging_setup import choose_deepspeed_device, configure_logging
     from rectvlm.train.preflight import check_launch
@@ -35,6 +36,7 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
             sys.exit(exit_code)
         follow_use_cpu()  # as an Accelerate config file may ask
     configure_logging()
+    replace_unwritable_caches()
     if os.environ.get("RANK", "0") == "0":
         log.info("phase %d: loading torch, transformers and DeepSpeed", phase_number)
     choose_deepspeed_device()
