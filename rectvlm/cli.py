@@ -413,14 +413,13 @@ def _run_weights_verify(options: argparse.Namespace) -> None:
 
 
 def _run_weights_list(options: argparse.Namespace) -> None:
-
     from rectvlm.pretrained.catalog import PUBLISHED_SIZES
     from rectvlm.pretrained.verify import list_available_models
     from rectvlm.terminal_tables import FoldingTable, make_stdout_console
 
-    table = FoldingTable("name", "what", "repository", "state")
+    table = FoldingTable("name", "repository", "state", id_columns=(0, 1))
     for row in list_available_models(options.where):
-        table.add_row(row.name, row.kind, row.repository, row.availability)
+        table.add_row(row.name, row.repository, f"{row.kind}; {row.availability}")
     make_stdout_console().print(table)
     if not PUBLISHED_SIZES:
         sys.stdout.write(

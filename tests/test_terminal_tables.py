@@ -34,9 +34,15 @@ def test_ids_are_unbroken_in_a_pipe() -> None:
 def test_ids_are_whole_where_there_are_60_columns() -> None:
     printed = list_weights(COLUMNS="60")
     table = [line for line in printed.splitlines() if line.startswith("│")]
-    repositories = "".join(line.split("│")[3].strip() for line in table)
+    repositories = "".join(line.split("│")[2].strip() for line in table)
     assert max(map(len, table)) <= 60 and "…" not in printed
     assert all(identifier in repositories for identifier in IDENTIFIERS)
+
+
+def test_ids_are_unbroken_where_there_are_80_columns() -> None:
+    printed = list_weights(COLUMNS="80")
+    assert max(map(len, printed.split("No weights")[0].splitlines())) <= 80
+    assert all(identifier in printed for identifier in IDENTIFIERS)
 
 
 @pytest.mark.parametrize("width", [20, 40, 80])

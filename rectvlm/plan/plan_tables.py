@@ -109,7 +109,7 @@ def print_memory_savings(
 ) -> None:
     """Print what can be changed where a plan does not fit."""
     title = f"{plan.gpus} GPUs: what to change, each by itself"
-    table = FoldingTable(title=title, title_justify="left")
+    table = FoldingTable(title=title, title_justify="left", id_columns=(0,))
     table.add_column("change")
     for name in ("saves GB", "total GB", "fits"):
         table.add_column(name, justify="right")

@@ -67,7 +67,7 @@ def summarize_run(run: TrainingRun) -> JsonObject:
 
 def make_run_table(runs: Sequence[TrainingRun]) -> Table:
     """Make a table with one row for each run."""
-    table = FoldingTable("run", "state")
+    table = FoldingTable("run", "state", id_columns=(0,))
     for column in ("step", "loss"):
         table.add_column(column, justify="right")
     table.add_column("best validation")

@@ -16,6 +16,7 @@ from tests.ct_rate_tree import phantom
 from tests.data.chest_volume import SHAPE, chest
 
 AFFINE = np.diag([-2.5, -2.5, 4.5, 1.0])
+AFFINE[:3, 3] = 120, 130, -400
 
 
 def scan(seed: int = 0) -> NDArray[np.int16]:

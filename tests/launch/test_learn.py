@@ -219,7 +219,10 @@ def learnt() -> tuple[RectVLM, BatchPrediction, list[Batch], Batch]:
 def test_findings_and_outlines_of_held_out_cases_are_learnt(learnt: tuple) -> None:
     model, before, _, held_out = learnt
     after = model.predict_batch(held_out, generate=False)
-    had, has = aurocs(before.findings, held_out), aurocs(after.findings, held_out)
+    had, has = (
+        aurocs(before.finding_probabilities, held_out),
+        aurocs(after.finding_probabilities, held_out),
+    )
     assert set(has) <= set(PLAIN_STYLE.findings) and len(has) >= 7
     assert np.mean(list(has.values())) > max(0.8, np.mean(list(had.values())) + 0.15)
     dice = []
@@ -227,7 +230,7 @@ def test_findings_and_outlines_of_held_out_cases_are_learnt(learnt: tuple) -> No
         truth = (held_out.lesions >> bit & 1).bool() & held_out.lesions_annotated[
             :, bit, None, None, None
         ]
-        drawn = after.lesions[:, bit] >= 0.5
+        drawn = after.lesion_probabilities[:, bit] >= 0.5
         there = truth.flatten(1).any(1)
         overlap = (
             2

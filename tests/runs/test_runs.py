@@ -249,8 +249,9 @@ def test_damage_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_folder_with_nothing_but_a_start(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     folder = a_run(tmp_path / "demo/phase1", steps=0)
     for name in ("metrics.jsonl", "validation.jsonl", "best.json", "config.yaml"):
         (folder / name).unlink()
@@ -290,7 +291,10 @@ def test_no_runs_is_one_sentence(tmp_path: Path, place: str) -> None:
         find_runs([tmp_path / place])
 
 
-def test_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     a_run(tmp_path / "demo/phase1")
     a_run(tmp_path / "demo/phase3", steps=5, state="failed", error="OutOfMemoryError: no room")
     assert cli.main(["runs", "list", str(tmp_path)]) == 0

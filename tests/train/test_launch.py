@@ -41,8 +41,14 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
-def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+@pytest.fixture
+def earlier_children() -> set[psutil.Process]:
+    """Child processes that other tests have left."""
+    return set(psutil.Process().children(recursive=True))
+
+
+def new_children(earlier_children: set[psutil.Process]) -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True)) - earlier_children
 
 
 def test_accelerates_files_say_how_many_processes_start() -> None:
@@ -100,9 +106,11 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(code: int) -> None:
     assert run_processes(python(f"sys.exit({code} if rank == '1' else 69)"), TWO) == code
 
 
-def test_a_rank_that_fails_alone_takes_the_others_along() -> None:
+def test_a_rank_that_fails_alone_takes_the_others_along(
+    earlier_children: set[psutil.Process],
+) -> None:
     assert run_processes(python("sys.exit(65) if rank == '1' else time.sleep(60)"), TWO) == 65
-    assert not children()
+    assert not new_children(earlier_children)
 
 
 def test_a_killed_rank_is_a_lost_one(capfd: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +122,7 @@ def test_a_killed_rank_is_a_lost_one(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("saves", [True, False])
 def test_signals_reach_all_ranks_and_a_stopped_run_says_so(
-    tmp_path: Path, number: signal.Signals, saves: bool
+    tmp_path: Path, number: signal.Signals, saves: bool, earlier_children: set[psutil.Process]
 ) -> None:
     handler = "lambda *_: sys.exit(75)" if saves else "signal.SIG_DFL"
     code = f"signal.signal({number}, {handler})\nopen(sys.argv[1] + rank, 'w')\ntime.sleep(60)"
@@ -127,7 +135,7 @@ def test_signals_reach_all_ranks_and_a_stopped_run_says_so(
     threading.Thread(target=send_when_both_run).start()
     command = [*python(code), f"{tmp_path}/"]
     assert run_processes(command, TWO) == ExitCode.STOPPED_BY_SIGNAL
-    assert not children()
+    assert not new_children(earlier_children)
 
 
 @pytest.mark.parametrize("command", [["-m", "rectvlm", "train", "2"], ["launch/phase2.py"]])

@@ -474,8 +474,9 @@ def test_sub_steps_train_their_part_alone_and_the_joint_phases_start_from_them(
     align = go(3, "phase3-align", "--stage", "align", "--from", "best")
     assert changed(joint, align) == set()
     assert list(metrics(align)[0]["losses"]) == ["report"]
-    state = Checkpoint.open(align).training
-    assert (state.phase, state.stage, state.parts) == (3, "align", PHASES[3].parts)
+    aligned = Checkpoint.open(align)
+    assert (aligned.training.phase, aligned.training.stage) == (3, "align")
+    assert aligned.parts == PHASES[3].parts
     last = go(3, "phase3", "--from", str(align / "best"))
     assert changed(align, last) == {"encoder", "classifier", "localizer", "generator"}
 
