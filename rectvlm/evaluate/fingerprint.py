@@ -12,6 +12,7 @@ from rectvlm.config import Config
 from rectvlm.data.shards import SHARD_INDEX_FILE
 from rectvlm.data.store import ShardStore
 from rectvlm.evaluate.options import LESION_THRESHOLD, EvaluationOptions
+from rectvlm.file_search import list_files
 from rectvlm.files import file_sha256, json_sha256
 from rectvlm.machine import package_versions
 from rectvlm.types import JsonObject
@@ -142,7 +143,9 @@ def _hash_files(files: Iterable[Path], root: Path) -> str:
 def _hash_file_stats(folder: Path) -> str:
     """SHA-256 over names, sizes and times of the outlines in a folder; they may be many GB."""
     listing = hashlib.sha256()
-    for path in sorted(folder.rglob("*.nii*")):
+    for path in sorted(list_files(folder).files):
+        if ".nii" not in path.name:
+            continue
         stat = path.stat()
         name = path.relative_to(folder)
         listing.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())

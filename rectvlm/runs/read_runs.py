@@ -268,8 +268,17 @@ def find_runs(roots: Sequence[Path]) -> list[TrainingRun]:
 
 
 def _iterate_run_folders(root: Path) -> Iterator[Path]:
-    """Yield folders of runs, in the order of their names; nothing below a run is searched."""
-    for folder, subfolders, files in os.walk(root):
+    """Yield folders of runs, in the order of their names; nothing below a run is searched.
+
+    Links are followed, and a folder that several lead to is read once.
+    """
+    visited: set[str] = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real_folder = os.path.realpath(folder)
+        if real_folder in visited:
+            subfolders.clear()
+            continue
+        visited.add(real_folder)
         if METRICS_FILE in files or SESSIONS_FILE in files:
             subfolders.clear()
             yield Path(folder)

@@ -285,6 +285,16 @@ def test_runs_are_found_at_any_depth(tmp_path: Path) -> None:
     assert [run.name for run in two] == [str(run.folder) for run in two]
 
 
+def test_runs_behind_links_are_found_once(tmp_path: Path) -> None:
+    a_run(tmp_path / "other_disk/demo/phase1")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "demo").symlink_to(tmp_path / "other_disk/demo")
+    (runs / "same").symlink_to(tmp_path / "other_disk/demo")
+    (runs / "circle").symlink_to(runs)
+    assert [run.name for run in find_runs([runs])] == ["demo/phase1"]
+
+
 @pytest.mark.parametrize("place", ["nowhere", "."])
 def test_no_runs_is_one_sentence(tmp_path: Path, place: str) -> None:
     with pytest.raises(UserError, match=r"folder|run"):

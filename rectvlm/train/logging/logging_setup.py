@@ -17,6 +17,7 @@ NOISY_LIBRARIES = (
     "accelerate",
     "transformers",
     "torch",
+    "torch.utils.cpp_extension",  # torch sets the level of its own loggers again, not of those below
     "peft",
     "wandb",
 )
