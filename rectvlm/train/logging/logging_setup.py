@@ -17,7 +17,7 @@ NOISY_LIBRARIES = (
     "accelerate",
     "transformers",
     "torch",
-    "torch.utils.cpp_extension",  # torch sets the level of its own loggers again, not of those below
+    "torch.utils.cpp_extension",  # torch resets the levels of its own loggers, not of this one
     "peft",
     "wandb",
 )
