@@ -4,8 +4,12 @@ torch guards the folder of an extension with a lock file that the builder makes 
 builder that is killed leaves it behind, and the next process waits for ever, without a word.
 """
 
+import hashlib
 import logging
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -28,7 +32,33 @@ def load_extension_exclusively(name: str, load: Callable[[], object]) -> None:
     folder = Path(cpp_extension._get_build_directory(name, verbose=False))
     with exclusive_lock(folder.with_name(f"{folder.name}.turn")):
         remove_stale_lock(folder / "lock")
-        load()
+        with _library_path_without_spaces():
+            load()
+
+
+@contextmanager
+def _library_path_without_spaces() -> Iterator[None]:
+    """Name torch's libraries by a link where their path holds a space.
+
+    torch does not quote that path for the linker, which ends where the project's folder has a space
+    in its name. The link keeps its name, since another one would link the extension again.
+    """
+    folder = cpp_extension.TORCH_LIB_PATH
+    if not any(character.isspace() for character in folder):
+        yield
+        return
+    digest = hashlib.sha256(folder.encode()).hexdigest()[:12]
+    link = Path(tempfile.gettempdir()) / f"rectvlm-torch-{os.getuid()}-{digest}"
+    if not link.is_symlink():
+        link.symlink_to(folder)
+    if os.readlink(link) != folder:  # not ours
+        link = Path(tempfile.mkdtemp(prefix="rectvlm-torch-")) / "lib"
+        link.symlink_to(folder)
+    cpp_extension.TORCH_LIB_PATH = str(link)
+    try:
+        yield
+    finally:
+        cpp_extension.TORCH_LIB_PATH = folder
 
 
 def remove_stale_lock(lock: Path) -> bool:
