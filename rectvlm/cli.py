@@ -59,9 +59,43 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rectvlm {rectvlm.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    predict = commands.add_parser(
-        "predict", help="findings, lesion masks, report and a page for a CT or a folder"
+    commands.add_parser(
+        "predict",
+        help="findings, lesion masks, report and a page for a CT or a folder",
+        add_arguments=_add_predict_arguments,
     )
+    commands.add_parser(
+        "evaluate",
+        help="metrics of a checkpoint on shards: JSON, tables and plots",
+        add_arguments=_add_evaluate_arguments,
+    )
+
+    _add_programs(commands)
+    _add_weights_actions(
+        commands.add_parser("weights", help="fetch, publish, check and list weights")
+    )
+
+    commands.add_parser(
+        "export",
+        help="a checkpoint as a folder to publish, without its optimizer state",
+        add_arguments=_add_export_arguments,
+    )
+    commands.add_parser(
+        "plan",
+        help="memory, FLOPs and time of a configuration, before a GPU is rented",
+        add_arguments=_add_plan_arguments,
+    )
+
+    runs = commands.add_parser("runs", help="list and compare runs, plot their curves")
+    _add_runs_actions(runs)
+
+    commands.add_parser("version", help="versions of rectvlm, Python and torch").set_defaults(
+        run=_print_versions
+    )
+    return parser
+
+
+def _add_predict_arguments(predict: argparse.ArgumentParser) -> None:
     predict.add_argument(
         "source", type=Path, metavar="FILE_OR_FOLDER", help=".nii or .nii.gz, or a folder of them"
     )
@@ -76,12 +110,9 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     predict.set_defaults(run=_run_predict)
 
-    commands.add_parser(
-        "evaluate",
-        help="metrics of a checkpoint on shards: JSON, tables and plots",
-        add_arguments=_add_evaluate_arguments,
-    )
 
+def _add_programs(commands: "argparse._SubParsersAction[Any]") -> None:
+    """Add the commands that hand all their words on to another program."""
     # Every word is the program's, also `--help`: no prefix makes an option here.
     preprocess = commands.add_parser(
         "preprocess",
@@ -100,13 +131,8 @@ def _build_parser() -> argparse.ArgumentParser:
     train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="of the phase")
     train.set_defaults(run=_run_train)
 
-    _add_weights_actions(
-        commands.add_parser("weights", help="fetch, publish, check and list weights")
-    )
 
-    export = commands.add_parser(
-        "export", help="a checkpoint as a folder to publish, without its optimizer state"
-    )
+def _add_export_arguments(export: argparse.ArgumentParser) -> None:
     export.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder"
     )
@@ -135,20 +161,6 @@ def _build_parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="replace the model in a folder that is there"
     )
     export.set_defaults(run=_run_export)
-
-    commands.add_parser(
-        "plan",
-        help="memory, FLOPs and time of a configuration, before a GPU is rented",
-        add_arguments=_add_plan_arguments,
-    )
-
-    runs = commands.add_parser("runs", help="list and compare runs, plot their curves")
-    _add_runs_actions(runs)
-
-    commands.add_parser("version", help="versions of rectvlm, Python and torch").set_defaults(
-        run=_print_versions
-    )
-    return parser
 
 
 def _add_plan_arguments(plan: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -73,11 +74,14 @@ class _CellReader:
 
     def read_row(self, row: TableRow) -> TableCase:
         texts = {name: row.cells[column] for name, column in self.columns.texts.items()}
+        for name in (CT_COLUMN, "key", "patient"):
+            if texts.get(name, "").casefold() in _MISSING_WORDS:
+                texts[name] = ""
         ct_text = texts[CT_COLUMN]
         if not ct_text:
             self._refuse(row, self.columns.texts[CT_COLUMN], "the path of a CT", "fill it in")
         key = self._read_key(row, texts)
-        patient = texts.get("patient", key)
+        patient = texts["patient"] if "patient" in self.columns.texts else key
         if not patient:
             remedy = "fill it in: without it one patient could be in train and in valid"
             self._refuse(row, self.columns.texts["patient"], "the patient", remedy)
@@ -130,6 +134,10 @@ class _CellReader:
         text = self.mapping.translate(row.cells[column])
         if text == "none":
             case.absent_lesions.append(lesion)
+            kind = LESION_BY_KEY[lesion]
+            if kind.is_implied_by_finding and case.labels[kind.finding] == 1:
+                expected = f"a mask file or nothing, since {kind.finding!r} is 1 in this row"
+                self._refuse(row, column, expected, "correct one of the two cells")
         elif _NIFTI_SUFFIX.search(text):
             case.masks[lesion] = resolve_path(text, self.folder)
         elif text.casefold() not in _MISSING_WORDS:
@@ -190,9 +198,18 @@ def resolve_path(text: str, folder: Path) -> Path:
     return Path(os.path.normpath(path))
 
 
+def simplify_patient(name: str) -> str:
+    """A patient's name without what two spellings of one name differ in.
+
+    Case, spaces, accents as one or two letters, and marks that no one sees.
+    """
+    visible = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
+    return unicodedata.normalize("NFKC", " ".join(visible.split())).casefold()
+
+
 def split_by_hash(patient: str) -> Split:
     """Split of a patient by a hash of the name, which other patients do not change."""
-    digest = hashlib.sha256(patient.encode()).digest()
+    digest = hashlib.sha256(simplify_patient(patient).encode()).digest()
     return "valid" if int.from_bytes(digest[:4]) < VALID_SHARE * 2**32 else "train"
 
 
@@ -214,8 +231,8 @@ def _require_unique_keys(cases: Sequence[TableCase], path: Path, has_key_column:
 
 def _require_unique_files(cases: Sequence[TableCase], path: Path) -> None:
     """A file named twice is a slip of copying: a patient in two splits, or all lesions in one."""
-    files = ((str(file), case.row) for case in cases for file in (case.ct, *case.masks.values()))
-    rows = _rows_by_value(files)
+    files = [(file, case.row) for case in cases for file in (case.ct, *case.masks.values())]
+    rows = _rows_by_value((os.path.realpath(file), row) for file, row in files)
     repeated = [file for file, numbers in rows.items() if len(numbers) > 1]
     if repeated:
         raise InputError(
@@ -228,9 +245,14 @@ def _require_unique_files(cases: Sequence[TableCase], path: Path) -> None:
 
 
 def _assign_splits(cases: Sequence[TableCase], path: Path) -> None:
-    """Give every case its patient's split: the one that the table names, or one by hash."""
+    """Give every case its patient's split: the one that the table names, or one by hash.
+
+    Two spellings of one patient become the first one.
+    """
     named: dict[str, TableCase] = {}
+    spellings: dict[str, str] = {}
     for case in cases:
+        case.patient = spellings.setdefault(simplify_patient(case.patient), case.patient)
         if case.split is None:
             continue
         first = named.setdefault(case.patient, case)

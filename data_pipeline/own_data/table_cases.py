@@ -18,6 +18,7 @@ from typing import get_args
 
 from data_pipeline.cases import Case, CaseData, file_identity
 from data_pipeline.ct_rate.tables import parse_report_section
+from data_pipeline.masks.loaded_masks import LoadedMasks
 from data_pipeline.masks.mask_files import CaseMaskFiles
 from data_pipeline.masks.mask_folders import MaskFolders
 from data_pipeline.own_data.case_table import TableCase, count_cases, read_cases, resolve_path
@@ -27,6 +28,7 @@ from data_pipeline.own_data.table_mapping import TableMapping, read_table_mappin
 from rectvlm.data.report_text import split_report_sections
 from rectvlm.data.volume import read_volume
 from rectvlm.files import json_sha256
+from rectvlm.labels import LESION_BY_KEY, Lesion
 from rectvlm.types import InputError, Split
 
 log = logging.getLogger(__name__)
@@ -122,7 +124,7 @@ def _build_case(case: TableCase, path: Path, mask_folders: MaskFolders) -> Case:
         split=case.split,
         patient=case.patient,
         source=f"{path.name} {case.ct_text}",
-        load=partial(load_table_case, case.ct, case.labels, report, masks),
+        load=partial(load_table_case, case.ct, case.labels, report, masks, case.masks),
         identity=(*file_identity(case.ct, *masks.paths, *report_files), row_digest),
     )
 
@@ -135,6 +137,7 @@ def load_table_case(
     labels: dict[str, int | None],
     report: dict[str, ReportCell],
     masks: CaseMaskFiles,
+    table_masks: dict[str, Path],
 ) -> CaseData:
     """Read a case from its files.
 
@@ -143,6 +146,7 @@ def load_table_case(
         labels: of all 18 findings.
         report: cells of the report, by name of the column.
         masks: mask files of the CT.
+        table_masks: those that the table names, by key of the lesion.
 
     Raises:
         UserError: a file that cannot be used.
@@ -155,13 +159,33 @@ def load_table_case(
     else:
         findings = _read_report_cell(report.get("findings_text", ""))
         impression = _read_report_cell(report.get("impression", ""))
+    loaded_masks = masks.load(volume)
+    for key, mask in table_masks.items():
+        _require_agreement(LESION_BY_KEY[key], mask, labels, loaded_masks)
     return CaseData(
-        **vars(masks.load(volume)),
+        **vars(loaded_masks),
         volume=volume,
         labels=labels,
         findings=findings,
         impression=impression,
     )
+
+
+def _require_agreement(
+    lesion: Lesion, mask: Path, labels: dict[str, int | None], masks: LoadedMasks
+) -> None:
+    """Refuse a drawn lesion whose finding the row denies, and the other way round."""
+    is_drawn = any((volume.array & lesion.mask_value).any() for volume in masks.lesions)
+    label = labels[lesion.finding]
+    is_missing = lesion.is_implied_by_finding and masks.lesions_annotated[lesion.key]
+    if (label == 0 and is_drawn) or (label == 1 and is_missing and not is_drawn):
+        raise InputError(
+            mask,
+            "contradicts the label of its row",
+            expected="a lesion in the mask where the finding is 1, and none where it is 0",
+            found=f"{lesion.finding!r} of {label} and {'a' if is_drawn else 'no'} lesion",
+            remedy="correct the label or the mask, or leave one of them empty",
+        )
 
 
 def _read_report_cell(cell: ReportCell) -> str | None:

@@ -5,6 +5,7 @@ the qform. A form that decides must be sound; a broken qform beside an sform is 
 fields that contradict each other are refused, since other programs may believe the other one.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ _MIN_SPACING_MM, _MAX_SPACING_MM = 0.1, 50.0
 _MAX_EXTENT_MM = 3000.0
 """Longest side of a volume: more than the reach of a CT table."""
 _MAX_POSITION_MM = 100_000.0
+_ROUNDING_MM = 1e-4
+"""Largest distance from 0 that a program's rounding makes of an origin of 0."""
 _MIN_DETERMINANT = 0.5
 """Least determinant of the axes' directions: a gantry tilted by 30° leaves 0.87."""
 _MAX_QUATERNION_LENGTH = 1.05
@@ -82,7 +85,7 @@ def read_affine(
 
 
 def is_blank_affine(affine: Affine) -> bool:
-    """Whether an affine holds a voxel size at most: axes along the world's, origin at exactly 0.
+    """Whether an affine holds a voxel size at most: axes along the world's, origin at 0.
 
     Programs that know no better write it so. No scanner puts its first voxel there.
     """
@@ -91,7 +94,7 @@ def is_blank_affine(affine: Affine) -> bool:
     # The axes of a qform are rounded by up to a tenth of a degree.
     is_used = np.abs(affine[:3, :3]) > 2e-3 * np.abs(affine[:3, :3]).max()
     has_axes_of_world = (is_used.sum(axis=0) == 1).all() and (is_used.sum(axis=1) == 1).all()
-    return bool(has_axes_of_world and not affine[:3, 3].any())
+    return bool(has_axes_of_world and (np.abs(affine[:3, 3]) < _ROUNDING_MM).all())
 
 
 def copy_position(source: nib.Nifti1Header, target: nib.Nifti1Header) -> None:
@@ -178,15 +181,21 @@ def _is_made_up(affine: Affine, shape: Sequence[int]) -> bool:
     """Whether a program made the affine up: a blank one, or the centred one of a blank header.
 
     nibabel gives a file without orientation the latter (left-handed, world's origin at the
-    volume's centre), and writes it into what is saved from it.
+    volume's centre), and writes it into what is saved from it. Turned to other axes, the world's
+    origin of a blank one lies at another corner of the volume, and a centred one is right-handed.
     """
+    if not np.isfinite(affine).all():
+        return False
+    for corner in itertools.product(*((0, size - 1) for size in shape)):
+        moved = affine.copy()
+        moved[:3, 3] = affine[:3] @ (*corner, 1)
+        if is_blank_affine(moved):
+            return True
     diagonal = np.diag(affine)[:3]
     centred = np.diag([*diagonal, 1.0])
     centred[:3, 3] = -diagonal * (np.array(shape) - 1) / 2
-    is_centred = (np.sign(diagonal) == (-1, 1, 1)).all() and np.allclose(
-        affine, centred, rtol=1e-5, atol=1e-5
-    )
-    return is_blank_affine(affine) or bool(is_centred)
+    is_centred = (diagonal[1:] > 0).all() and np.allclose(affine, centred, rtol=1e-5, atol=1e-5)
+    return bool(is_centred)
 
 
 def _require_possible_affine(affine: Affine, shape: Sequence[int], path: Path, source: str) -> None:

@@ -23,6 +23,8 @@ from rectvlm.data.nifti_affine import read_affine
 from rectvlm.types import Affine, InputError, Volume
 
 _MAX_VOLUME_BYTES = 16 << 30
+_MIN_EXTENT_MM = 100
+"""Shortest of the longest sides of CTs of a chest; one in centimetres has 30 to 50."""
 _MAX_DEFLATE_RATIO = 1032
 """Largest factor by which DEFLATE can expand data."""
 _HEADER_BYTES = 540
@@ -39,8 +41,9 @@ def read_volume(path: Path, default_affine: Affine | None = None) -> Volume:
 
     Raises:
         InputError: the file does not exist, is not NIfTI, is shorter or longer than its header
-            says, is not 3-D, is a single slice, does not fit in memory, has no affine that
-            `read_affine` believes, holds voxels that are not finite, or holds one value throughout.
+            says, is not 3-D, is a single slice or too small for a chest, does not fit in memory,
+            has no affine that `read_affine` believes, holds voxels that are not finite, or holds
+            one value throughout.
     """
     volume = _read_nifti(path, default_affine)
     if min(volume.array.shape) == 1:
@@ -50,6 +53,15 @@ def read_volume(path: Path, default_affine: Affine | None = None) -> Volume:
             expected="a volume of many",
             found=f"shape {volume.array.shape}",
             remedy="give the whole series",
+        )
+    extents = np.linalg.norm(volume.affine[:3, :3], axis=0) * volume.array.shape
+    if extents.max() < _MIN_EXTENT_MM:
+        raise InputError(
+            path,
+            "is too small for a chest",
+            expected=f"a longest side of at least {_MIN_EXTENT_MM:g} mm",
+            found=" × ".join(f"{extent:.4g}" for extent in extents) + " mm",
+            remedy="write the series' voxel size and unit (xyzt_units) into it",
         )
     few_slices = volume.array[..., :: max(1, volume.array.shape[2] // 8)]
     is_constant = few_slices.min() == few_slices.max() and volume.array.min() == volume.array.max()

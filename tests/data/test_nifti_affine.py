@@ -77,6 +77,13 @@ MADE_UP = {
     "voxel size alone": np.diag([0.7, 0.7, 1.25, 1]),
     "swapped axes": AXES_SWAPPED,
     "nibabel's of a file without one": NIBABEL_DEFAULT.get_base_affine(),
+    "nibabel's, turned to RAS": nib.as_closest_canonical(
+        nib.Nifti1Image(np.zeros(SHAPE, np.int16), NIBABEL_DEFAULT.get_base_affine())
+    ).affine,
+    "identity of DICOM's world, turned to RAS": nib.as_closest_canonical(
+        nib.Nifti1Image(np.zeros(SHAPE, np.int16), np.diag([-1.0, -1, 1, 1]))
+    ).affine,
+    "identity with a rounded origin": np.eye(4) + 1e-7 * np.eye(4)[:, [3, 1, 2, 0]],
 }
 
 
@@ -167,6 +174,14 @@ def test_extents_and_positions_that_no_ct_has_are_refused_with_their_values(
     far[2, 3] = 1e6
     with pytest.raises(InputError, match=r"impossible position.*1e\+06"):
         read_volume(write(tmp_path / "ct.nii", far, None))
+
+
+def test_a_ct_in_centimetres_is_refused_and_a_small_mask_is_not(tmp_path: Path) -> None:
+    small = RAS.copy()
+    small[:3] /= 10
+    with pytest.raises(InputError, match=r"too small for a chest.*at least 100 mm.*xyzt_units"):
+        read_volume(write(tmp_path / "ct.nii", small, None))
+    read_mask(write(tmp_path / "mask.nii", RAS, None, chest()[1][:5, :5, :4]))
 
 
 # Two forms

@@ -333,6 +333,11 @@ REFUSED = {
     "ct,patient,split\na.nii.gz,p,train\nb.nii.gz,p,valid\n": "patient 'p' in both.*row 2.*row 3",
     "ct,patient\na.nii.gz,\n": "row 2, column 'patient'",
     "ct,split\na.nii.gz,test\n": "train, valid or nothing",
+    "ct,patient,split\na.nii.gz,Ju\u0308rg  X,train\nb.nii.gz,\u200bJ\xfcrg x,valid\n": "in "
+    "both splits.*row 2.*row 3",
+    "ct,patient\na.nii.gz,nan\nb.nii.gz,nan\n": "row 2, column 'patient'.*fill it in",
+    "ct,lung_nodule_mask,Lung nodule\na.nii.gz,none,1\n": "'Lung nodule' is 1 in this row",
+    "ct\na.nii.gz\nlink.nii.gz\n": "names a file twice.*rows 2, 3",
     "ct,key\n,x\n": "row 2, column 'ct'",
     "ct,key\nno.nii.gz,x\nno2.nii.gz,y\n": "only CTs that do not exist.*relative to the table",
     'ct,report\na.nii.gz,"open\nb.nii.gz,x\n': "cannot be read as a table near line 3.*quotes",
@@ -343,10 +348,28 @@ REFUSED = {
 }
 
 
+def test_a_mask_that_contradicts_its_label_is_set_aside(folder: Path) -> None:
+    write_nifti(folder / "empty.nii.gz", np.zeros_like(body(0)[1]), AFFINE)
+    table = write_table(
+        folder,
+        "ct,Lung nodule,Lung opacity,lung_nodule_mask,ground_glass_opacity_mask\n"
+        "a.nii.gz,0,,a_nodule.nii.gz,\nb.nii.gz,1,,empty.nii.gz,\nc.nii.gz,0,1,none,none\n",
+    )
+    assert preprocess(table) == 0
+    assert set(read_samples(folder)) == {"c"}
+    lines = (folder / "out/quarantine.jsonl").read_text().splitlines()
+    found = {json.loads(line)["key"]: json.loads(line)["found"] for line in lines}
+    assert found == {
+        "a": "'Lung nodule' of 0 and a lesion",
+        "b": "'Lung nodule' of 1 and no lesion",
+    }
+
+
 @pytest.mark.parametrize("text", REFUSED)
 def test_what_cannot_be_meant_is_refused_by_name_before_any_work(folder: Path, text: str) -> None:
     import re
 
+    (folder / "link.nii.gz").symlink_to(folder / "a.nii.gz")
     message = refusal(write_table(folder, text))
     assert message.startswith(str(folder / "cases.csv"))
     assert re.search(REFUSED[text], message), message
