@@ -121,6 +121,25 @@ def test_a_folder_of_dicom_alone_says_so(tmp_path):
         find_volumes(tmp_path, tmp_path / "out")
 
 
+def test_a_broken_link_and_a_pipe_are_named_as_what_they_are(tmp_path):
+    (tmp_path / "link.nii.gz").symlink_to("gone.nii.gz")
+    os.mkfifo(tmp_path / "pipe.nii.gz")
+    with pytest.raises(UserError, match=r"link.nii.gz is a broken link to gone\.nii\.gz: give"):
+        find_volumes(tmp_path / "link.nii.gz", tmp_path / "out")
+    with pytest.raises(UserError, match=r"pipe.nii.gz is neither a file nor a folder: give"):
+        find_volumes(tmp_path / "pipe.nii.gz", tmp_path / "out")
+
+
+def test_control_characters_of_a_name_are_escaped_in_the_log(tiny_run, chest, tmp_path, caplog):
+    copy(chest, tmp_path / "in" / "new\nline.nii.gz")
+    (tmp_path / "in" / "red\x1b[31m.nii.gz").write_bytes(b"")
+    with caplog.at_level("INFO"):
+        (folder,) = run.predict_cases(tmp_path / "in", tiny_run(1), tmp_path / "out", device="cpu")
+    assert folder.name == "new\nline"
+    assert "new\\x0aline" in caplog.text and "red\\x1b[31m" in caplog.text
+    assert "\x1b" not in caplog.text
+
+
 def test_results_are_no_inputs(tmp_path, chest):
     root = tmp_path / "in"
     copy(chest, root / "P1.nii.gz")
