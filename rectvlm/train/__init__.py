@@ -26,6 +26,7 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
     from rectvlm.train.logging.logging_setup import choose_deepspeed_device, configure_logging
     from rectvlm.train.preflight import check_launch
 
+    configure_logging()  # before the checks: they import a library that reads its variables once
     follow_use_cpu()
     check_launch(phase_number, argv)
     if not is_started_by_launcher():
@@ -35,7 +36,6 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
         if exit_code is not None:
             sys.exit(exit_code)
         follow_use_cpu()  # as an Accelerate config file may ask
-    configure_logging()
     replace_unwritable_caches()
     if os.environ.get("RANK", "0") == "0":
         log.info("phase %d: loading torch, transformers and DeepSpeed", phase_number)
