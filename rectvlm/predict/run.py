@@ -27,6 +27,7 @@ from rectvlm.predict.case import LoadedModel, predict_case
 from rectvlm.predict.case_folder import (
     PAGE_FILE,
     refuse_to_replace,
+    remove_stale_folders,
     write_case_folder,
 )
 from rectvlm.predict.find_volumes import (
@@ -124,6 +125,7 @@ def predict_cases(
         refuse_to_replace(out / name)
     opened = Checkpoint.open(checkpoint)
     require_writable_folder(out)
+    remove_stale_folders(out)
     model = RectVLM.from_checkpoint(opened, device)
     loaded = LoadedModel(model, opened, read_thresholds(opened.folder))
     if source.is_file():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import resource
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from conftest import write_nifti
 from rectvlm.cli import main
 from rectvlm.predict import run
 from rectvlm.predict.case import predict_case
+from rectvlm.predict.case_folder import remove_stale_folders
 from rectvlm.predict.find_volumes import case_names, find_volumes
 from rectvlm.types import UserError
 from tests.small_cases import AFFINE, body
@@ -138,6 +140,18 @@ def test_control_characters_of_a_name_are_escaped_in_the_log(tiny_run, chest, tm
     assert folder.name == "new\nline"
     assert "new\\x0aline" in caplog.text and "red\\x1b[31m" in caplog.text
     assert "\x1b" not in caplog.text
+
+
+def test_what_a_killed_process_left_is_removed_and_work_of_others_is_not(tmp_path):
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    stale = tmp_path / f".case.{platform.node()}.{killed.pid}.tmp"
+    own = tmp_path / f".case.{platform.node()}.{os.getpid()}.tmp"
+    elsewhere = tmp_path / f".case.another-machine.{killed.pid}.tmp"
+    for folder in (stale, own, elsewhere):
+        folder.mkdir()
+    remove_stale_folders(tmp_path)
+    assert not stale.exists() and own.exists() and elsewhere.exists()
 
 
 def test_results_are_no_inputs(tmp_path, chest):
