@@ -24,9 +24,11 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
     from rectvlm.train.engine.cache_folders import replace_unwritable_caches
     from rectvlm.train.engine.launcher_settings import follow_use_cpu, is_started_by_launcher
     from rectvlm.train.logging.logging_setup import choose_deepspeed_device, configure_logging
+
+    configure_logging()
+    # Imported here: it imports huggingface_hub, which reads its variables once.
     from rectvlm.train.preflight import check_launch
 
-    configure_logging()  # before the checks: they import a library that reads its variables once
     follow_use_cpu()
     check_launch(phase_number, argv)
     if not is_started_by_launcher():
