@@ -29,6 +29,7 @@ DEVICE_PATTERN = r"(cpu|cuda|mps|xpu)(:\d+)?"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. A user's error is one sentence on stderr and exit code 2."""
+    _replace_closed_streams()
     print_names_as_bytes()
     options = _build_parser().parse_args(arguments)
     if options.run is not _run_train:  # a phase has a log of its own
@@ -51,6 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("rectvlm: stopped\n")
         return 130
     return 0
+
+
+def _replace_closed_streams() -> None:
+    """Let a command that was started without stdout or stderr (`>&-`) write to nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - open until the end
 
 
 def _build_parser() -> argparse.ArgumentParser:

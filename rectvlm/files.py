@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,16 @@ def printable_text(text: object) -> str:
     which no UTF-8 file, page or terminal takes.
     """
     return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def printable_line(text: object) -> str:
+    r"""`printable_text` on one line: control characters of a file's name become `\x0a`.
+
+    They would break a log's line, or give orders to the terminal.
+    """
+    return re.sub(
+        r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", printable_text(text)
+    )
 
 
 def require_writable_folder(folder: Path) -> None:

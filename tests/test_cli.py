@@ -192,3 +192,16 @@ def test_the_sample_cts_are_not_fetched_for_a_help(tmp_path):
         )
         assert done.returncode == code and "usage: " in done.stdout + done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_command_without_its_streams_does_its_work(closed, tmp_path):
+    command = f'exec "$0" -m rectvlm weights list --from "$1" {closed}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, str(tmp_path)],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

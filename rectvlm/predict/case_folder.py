@@ -4,6 +4,7 @@ A folder appears complete or not at all, and replaces nothing but an earlier res
 """
 
 import os
+import platform
 import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import psutil
 from nibabel.orientations import (
     apply_orientation,
     axcodes2ornt,
@@ -117,13 +119,21 @@ def refuse_to_replace(folder: Path) -> None:
         )
 
 
+def remove_stale_folders(out: Path) -> None:
+    """Remove the temporary folders that killed processes of this machine left in `out`."""
+    for folder in out.glob(f".case.{platform.node()}.*.tmp"):
+        pid = folder.name.split(".")[-2]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_case_folder(loaded: LoadedModel, case: PredictedCase, out: Path) -> Path:
     """Write a case's folder under a temporary name and rename it; return the folder.
 
     Raises:
         UserError: the folder exists and holds something else.
     """
-    folder, work = out / case.name, out / f".case.{os.getpid()}.tmp"
+    folder, work = out / case.name, out / f".case.{platform.node()}.{os.getpid()}.tmp"
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir()

@@ -36,9 +36,12 @@ def find_volumes(source: Path, out: Path) -> FolderContent:
     if source.is_file():
         return FolderContent([source])
     if not source.is_dir():
-        raise UserError(
-            f"{source} does not exist: give a CT (.nii or .nii.gz) or a folder of them."
-        )
+        fault = "does not exist"
+        if source.exists():
+            fault = "is neither a file nor a folder"
+        elif source.is_symlink():
+            fault = f"is a broken link to {os.readlink(source)}"
+        raise UserError(f"{source} {fault}: give a CT (.nii or .nii.gz) or a folder of them.")
     content = list_files(source)
     files, skipped = _drop_results(content.files, source, out)
     files, other_files = _split_by_suffix(files)

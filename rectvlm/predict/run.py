@@ -18,7 +18,7 @@ from rectvlm.files import (
     atomic_file,
     encode_json_text,
     explain_write_error,
-    printable_text,
+    printable_line,
     require_writable_folder,
     write_json,
 )
@@ -27,6 +27,7 @@ from rectvlm.predict.case import LoadedModel, predict_case
 from rectvlm.predict.case_folder import (
     PAGE_FILE,
     refuse_to_replace,
+    remove_stale_folders,
     write_case_folder,
 )
 from rectvlm.predict.find_volumes import (
@@ -124,6 +125,7 @@ def predict_cases(
         refuse_to_replace(out / name)
     opened = Checkpoint.open(checkpoint)
     require_writable_folder(out)
+    remove_stale_folders(out)
     model = RectVLM.from_checkpoint(opened, device)
     loaded = LoadedModel(model, opened, read_thresholds(opened.folder))
     if source.is_file():
@@ -188,20 +190,20 @@ def _predict_folder(
             if is_predicted and is_output_error:
                 raise
             failure = FailedFile.from_error(file, error)
-            log.error("%d of %d: %s", number, len(files), printable_text(failure.reason))
+            log.error("%d of %d: %s", number, len(files), printable_line(failure.reason))
             log.debug("%s failed", file, exc_info=True)
             summary.failed.append(failure)
             _write_failed(out, summary.failed)
         else:
             summary.predicted.append(PredictedFile(name, str(file)))
-            page = printable_text(case_folders[-1] / PAGE_FILE)
+            page = printable_line(case_folders[-1] / PAGE_FILE)
             log.info("%d of %d: %s", number, len(files), page)
     return case_folders
 
 
 def _log_skipped_paths(skipped: Sequence[SkippedPath], out: Path) -> None:
     for path in skipped[:MAX_LOGGED_PATHS]:
-        log.warning("skipped: %s %s", printable_text(path.path), printable_text(path.reason))
+        log.warning("skipped: %s %s", printable_line(path.path), printable_line(path.reason))
     n_more = len(skipped) - MAX_LOGGED_PATHS
     if n_more > 0:
         log.warning("skipped: %d more, all listed in %s", n_more, out / RUN_SUMMARY_FILE)
@@ -210,14 +212,14 @@ def _log_skipped_paths(skipped: Sequence[SkippedPath], out: Path) -> None:
 def _log_summary(summary: PredictSummary, out: Path) -> None:
     counts = Counter(failure.kind for failure in summary.failed)
     for kind, count in counts.most_common():
-        log.warning("%6d: %s", count, printable_text(kind))
+        log.warning("%6d: %s", count, printable_line(kind))
     log.info(
         "%d of %d files predicted, %d failed, %d paths skipped: see %s",
         len(summary.predicted),
         summary.files,
         len(summary.failed),
         len(summary.skipped),
-        printable_text(out / RUN_SUMMARY_FILE),
+        printable_line(out / RUN_SUMMARY_FILE),
     )
 
 

@@ -9,6 +9,7 @@ from huggingface_hub.errors import CacheNotFound
 
 from rectvlm.checkpoint.checkpoint import PROMPTS_FILE, list_model_files, part_file
 from rectvlm.checkpoint.integrity import MANIFEST_FILE, find_faults, has_manifest
+from rectvlm.checkpoint.run_folder import list_checkpoints
 from rectvlm.config import MODEL_PARTS
 from rectvlm.files import file_sha256
 from rectvlm.pretrained.catalog import (
@@ -29,7 +30,8 @@ def find_model_faults(target: str) -> tuple[Path, list[str]]:
     """Recompute every checksum of a model.
 
     Args:
-        target: a folder, or a name whose model was pulled to where `pull_model` puts it.
+        target: a folder, where a run's phase folder means its newest checkpoint, or a name whose
+            model was pulled to where `pull_model` puts it.
 
     Returns:
         The folder, and one phrase for each file that differs or is missing.
@@ -39,6 +41,9 @@ def find_model_faults(target: str) -> tuple[Path, list[str]]:
     """
     folder = Path(target).expanduser()
     if folder.is_dir():
+        checkpoints = [] if has_manifest(folder) else list_checkpoints(folder)
+        if checkpoints:  # a run's phase folder means its newest
+            folder = checkpoints[-1]
         return folder, _find_folder_faults(folder)
     if target in BUNDLED_MODELS:
         raise UserError(

@@ -24,6 +24,9 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
     from rectvlm.train.engine.cache_folders import replace_unwritable_caches
     from rectvlm.train.engine.launcher_settings import follow_use_cpu, is_started_by_launcher
     from rectvlm.train.logging.logging_setup import choose_deepspeed_device, configure_logging
+
+    configure_logging()
+    # Imported here: it imports huggingface_hub, which reads its variables once.
     from rectvlm.train.preflight import check_launch
 
     follow_use_cpu()
@@ -35,7 +38,6 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
         if exit_code is not None:
             sys.exit(exit_code)
         follow_use_cpu()  # as an Accelerate config file may ask
-    configure_logging()
     replace_unwritable_caches()
     if os.environ.get("RANK", "0") == "0":
         log.info("phase %d: loading torch, transformers and DeepSpeed", phase_number)

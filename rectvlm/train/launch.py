@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ import yaml
 
 from rectvlm.machine import count_cores
 from rectvlm.train.arguments import parse_arguments
+from rectvlm.train.errors_of_ranks import ERRORS_VARIABLE
 from rectvlm.train.phases import PHASES
 from rectvlm.train.recovery.exit_codes import ExitCode
 from rectvlm.train.recovery.signals import CAUGHT_SIGNALS, LAUNCHER_VARIABLE
@@ -112,6 +114,12 @@ def plan_processes(args: Namespace) -> LaunchPlan:
     gpus = 0 if environment.get("CUDA_VISIBLE_DEVICES") == "" else _count_gpus(environment)
     per_machine = None
     if file.get("num_processes") is not None:
+        if int(file["num_processes"]) % machines:
+            raise UserError(
+                f"{args.accelerate_config} asks for {file['num_processes']} processes on "
+                f"{machines} machines: expected as many on each; give --processes, their number on "
+                "this one."
+            )
         per_machine = int(file["num_processes"]) // machines
     processes = _choose(args.processes, per_machine, gpus or 1)
     if processes < 1:
@@ -185,8 +193,11 @@ def run_processes(command: Sequence[str], plan: LaunchPlan) -> int:
         0, or the exit code of the first rank that failed for a reason of its own.
     """
     processes: list[subprocess.Popen[bytes]] = []
-    with _forward_signals(processes) as received:
-        environment = _shared_environment(plan)
+    errors_folder = tempfile.TemporaryDirectory(
+        prefix="rectvlm-errors-", ignore_cleanup_errors=True
+    )
+    with errors_folder as errors, _forward_signals(processes) as received:
+        environment = _shared_environment(plan) | {ERRORS_VARIABLE: errors}
         for local_rank in range(plan.processes):
             rank = plan.machine_rank * plan.processes + local_rank
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}

@@ -26,6 +26,7 @@ from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.train.arguments import parse_arguments, require_own_launcher
 from rectvlm.train.engine.ds_config import find_ds_config
 from rectvlm.train.engine.engine import Engine, is_lost_peer_error
+from rectvlm.train.errors_of_ranks import claim_error
 from rectvlm.train.logging.mfu import StepFlops, count_step_flops
 from rectvlm.train.logging.trackers import choose_trackers
 from rectvlm.train.loop import run_training_loop
@@ -45,6 +46,7 @@ from rectvlm.train.recovery.run_session import first_line, lock_run_folder, reco
 from rectvlm.train.recovery.signals import StopSignals, terminate_with_launcher
 from rectvlm.train.starting_weights import (
     check_image_parts,
+    check_source_fits,
     choose_parts,
     explain_misfit,
     log_parts,
@@ -74,7 +76,8 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
             config = load_config(args.config, args.overrides)
             train_phase(phase, config, ds_config, args.resume, args.restart, signals, args.source)
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        if claim_error(str(error)):
+            sys.stderr.write(f"error: {error}\n")
         sys.exit(ExitCode.USER_ERROR)
     except Exception as error:
         if isinstance(error, RuntimeError) and is_lost_peer_error(error):
@@ -111,6 +114,8 @@ def train_phase(
     folder = get_run_folder(phase, config)
     source = check_start(phase, config, resume, requested_source)  # before anything is loaded
     require_something_to_learn(phase, config)
+    if source is not None:
+        check_source_fits(phase, config, source)
     _fetch_frozen_models(phase, config)
     step_flops = count_step_flops(phase, config)
     engine = _start_engine(ds_config, settings, config, folder)
@@ -120,6 +125,8 @@ def train_phase(
         start = find_newest_intact_checkpoint(folder, resume, engine)
         if start is None and source is None:
             source = find_source_checkpoint(phase, config, requested_source)
+            if source is not None:
+                check_source_fits(phase, config, source)
         position = read_position(start)
         loader = build_train_loader(
             config.data,
@@ -176,6 +183,9 @@ def _train_in_run_folder(
     config = with_step_count(
         config, phase, sample_count, engine.world_size, position.step, position.samples_seen
     )
+
+    if engine.is_main and position.step >= phase.get_settings(config).steps:
+        log.info("%s is finished at step %d: no step is left to train", folder, position.step)
 
     torch.manual_seed(config.train.seed)
     # A run that resumes has all weights in its own checkpoint, whatever became of the phase before.

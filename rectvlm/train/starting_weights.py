@@ -6,6 +6,7 @@ The checkpoint may hold more parts, which are left, or fewer, whose weights then
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from rectvlm.checkpoint.strict_load import check_tensors
 from rectvlm.config import Config, ModelPart
 from rectvlm.models import RectVLM
 from rectvlm.models.meta_model import build_meta_model
+from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.train.phases import Phase
 from rectvlm.types import UserError
 
@@ -79,6 +81,19 @@ def check_image_parts(
         }
         expected = select_names(model, parts)
         check_tensors(model, image_tensors, expected, checkpoint.folder)
+
+
+def check_source_fits(phase: Phase, config: Config, source: Path) -> None:
+    """Check that the weights a phase starts from fit, before an earlier run gives way.
+
+    Raises:
+        UserError: the checkpoint has nothing that the phase needs, or its weights do not fit.
+    """
+    checkpoint = Checkpoint.open(source)
+    parts = [part for part in choose_parts(phase, checkpoint) if part != "generator"]
+    tensors = checkpoint.read_tensors(parts)
+    PromptEmbeddings.from_tensors(tensors, source)
+    check_image_parts(config, checkpoint, tensors)
 
 
 def select_names(model: RectVLM, parts: Collection[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import resource
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from conftest import write_nifti
 from rectvlm.cli import main
 from rectvlm.predict import run
 from rectvlm.predict.case import predict_case
+from rectvlm.predict.case_folder import remove_stale_folders
 from rectvlm.predict.find_volumes import case_names, find_volumes
 from rectvlm.types import UserError
 from tests.small_cases import AFFINE, body
@@ -119,6 +121,37 @@ def test_a_folder_of_dicom_alone_says_so(tmp_path):
     (tmp_path / "P1" / "1.dcm").write_bytes(b"")
     with pytest.raises(UserError, match=r"No \.nii .*P1 holds DICOM \(1 files\)"):
         find_volumes(tmp_path, tmp_path / "out")
+
+
+def test_a_broken_link_and_a_pipe_are_named_as_what_they_are(tmp_path):
+    (tmp_path / "link.nii.gz").symlink_to("gone.nii.gz")
+    os.mkfifo(tmp_path / "pipe.nii.gz")
+    with pytest.raises(UserError, match=r"link.nii.gz is a broken link to gone\.nii\.gz: give"):
+        find_volumes(tmp_path / "link.nii.gz", tmp_path / "out")
+    with pytest.raises(UserError, match=r"pipe.nii.gz is neither a file nor a folder: give"):
+        find_volumes(tmp_path / "pipe.nii.gz", tmp_path / "out")
+
+
+def test_control_characters_of_a_name_are_escaped_in_the_log(tiny_run, chest, tmp_path, caplog):
+    copy(chest, tmp_path / "in" / "new\nline.nii.gz")
+    (tmp_path / "in" / "red\x1b[31m.nii.gz").write_bytes(b"")
+    with caplog.at_level("INFO"):
+        (folder,) = run.predict_cases(tmp_path / "in", tiny_run(1), tmp_path / "out", device="cpu")
+    assert folder.name == "new\nline"
+    assert "new\\x0aline" in caplog.text and "red\\x1b[31m" in caplog.text
+    assert "\x1b" not in caplog.text
+
+
+def test_what_a_killed_process_left_is_removed_and_work_of_others_is_not(tmp_path):
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    stale = tmp_path / f".case.{platform.node()}.{killed.pid}.tmp"
+    own = tmp_path / f".case.{platform.node()}.{os.getpid()}.tmp"
+    elsewhere = tmp_path / f".case.another-machine.{killed.pid}.tmp"
+    for folder in (stale, own, elsewhere):
+        folder.mkdir()
+    remove_stale_folders(tmp_path)
+    assert not stale.exists() and own.exists() and elsewhere.exists()
 
 
 def test_results_are_no_inputs(tmp_path, chest):

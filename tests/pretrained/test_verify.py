@@ -1,6 +1,7 @@
 """Damage is named, and the list says what is here."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import hub_server
@@ -94,3 +95,9 @@ def test_the_list_says_what_can_be_had(
     printed = capsys.readouterr().out
     assert "No weights of rectvlm are published yet" in printed
     assert "llama-3.1-70b" in printed
+
+
+def test_a_runs_folder_means_its_newest_checkpoint(tiny_run: Callable[[int], Path]) -> None:
+    folder, faults = find_model_faults(str(tiny_run(1)))
+    assert folder.parent.name == "checkpoints"
+    assert faults == []

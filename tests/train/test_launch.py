@@ -90,6 +90,24 @@ def test_numbers_and_files_that_make_no_sense_are_refused(words: list[str], mess
         plan(*words)
 
 
+def test_processes_that_machines_cannot_share_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_text("num_processes: 5\nnum_machines: 2\n")
+    meeting = ("--main-address", "127.0.0.1", "--main-port", "29500")
+    with pytest.raises(UserError, match="5 processes on 2 machines"):
+        plan("--accelerate-config", str(file), *meeting)
+
+
+def test_an_error_that_all_ranks_meet_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
+    lines = (
+        "from rectvlm.train.errors_of_ranks import claim_error",
+        "texts = ['shared', 'of rank ' + rank]",
+        "[print(text, flush=True) for text in texts if claim_error(text)]",
+    )
+    assert run_processes(python("; ".join(lines)), TWO) == 0
+    assert sorted(capfd.readouterr().out.splitlines()) == ["of rank 0", "of rank 1", "shared"]
+
+
 def test_ranks_know_each_other_and_success_is_0(tmp_path: Path) -> None:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
     code = f"open(sys.argv[1] + rank, 'w').write(' '.join(os.environ[n] for n in {names}))"
@@ -150,6 +168,19 @@ def test_mistakes_end_with_one_sentence_and_code_2(tmp_path: Path, command: list
     assert process.returncode == 2
     assert process.stderr.startswith("error: Override 'trian.seed=1'")
     assert len(process.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_shards_that_do_not_suit_are_one_line_of_two_ranks(
+    tmp_path: Path, phantom_shards: Path
+) -> None:
+    command = [sys.executable, "-m", "rectvlm", "train", "1", "--processes", "2"]
+    command += [*launches.settings(1, phantom_shards, tmp_path, 2), "data.grid=[16,32,32]"]
+    process = subprocess.run(
+        command, cwd=launches.CHECKOUT, env=launches.environment(tmp_path), capture_output=True
+    )
+    assert process.returncode == 2
+    assert process.stderr.count(b"error:") == 1, process.stderr
 
 
 @pytest.mark.slow

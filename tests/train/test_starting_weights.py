@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -131,6 +132,28 @@ def test_another_size_is_refused_with_the_settings_that_differ(
     assert "does not fit the configuration tiny" in str(caught.value)
     assert f"{setting} is" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_another_size_leaves_the_earlier_run_in_its_place(
+    exported: Path, phantom_shards: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tiny" / "phase1"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    command = [sys.executable, "launch/phase1.py", "--restart", "--from", str(exported)]
+    command += [*settings(1, phantom_shards, tmp_path, 2), "encoder.width=96"]
+    process = subprocess.run(
+        command,
+        cwd=CHECKOUT,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert process.returncode == 2
+    assert "encoder.width is 48 there and 96 here" in process.stderr
+    assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_other_findings_are_refused_by_name(exported: Path, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def _silence_libraries() -> None:
     for name in NOISY_LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the library sets its logger's level by it
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 

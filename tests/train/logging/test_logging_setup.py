@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -15,3 +16,20 @@ logging.getLogger("rectvlm.train").warning("ours")
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert "ours" in process.stderr and "CUDA" not in process.stderr
+
+
+def test_bars_of_hugging_face_are_off_before_its_library_reads_its_variables() -> None:
+    code = """
+from rectvlm.train import main
+try:
+    main(1, ["--config", "nowhere.yaml"])
+except SystemExit as ended:
+    from huggingface_hub import constants
+    print(ended.code, constants.HF_HUB_DISABLE_PROGRESS_BARS)
+"""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("HF_HUB_")
+    }
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["2", "True"]
