@@ -51,7 +51,7 @@ def test_the_linker_gets_a_path_without_spaces_to_the_same_libraries(
 
     load_extension_exclusively("first", load)
     load_extension_exclusively("first", load)
-    assert cpp_extension.TORCH_LIB_PATH == str(libraries)
+    assert str(libraries) == cpp_extension.TORCH_LIB_PATH
     assert " " not in paths[0] and Path(paths[0]).samefile(libraries)
     assert paths[0] == paths[1]  # another one would link the extension again
 
