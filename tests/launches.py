@@ -33,7 +33,8 @@ def environment(folder: Path) -> dict[str, str]:
     found = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("ACCELERATE_", "WANDB_", "RECTVLM_PEAK"))
+        if not name.startswith(("ACCELERATE_", "WANDB_", "RECTVLM_PEAK", "MAKE", "MFLAGS"))
+        and name != "ARGS"  # of the `make` that runs the tests
     }
     return found | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

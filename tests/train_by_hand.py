@@ -6,6 +6,7 @@ Each trains a toy under ZeRO beside the same arithmetic on whole tensors. Accele
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,5 @@ def main(out: Path, stage: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # threads of gloo may still run, which ends an orderly exit with SIGABRT

@@ -229,7 +229,7 @@ def test_whatever_a_case_raises_is_that_case_s(tiny_run, chest, tmp_path, monkey
 
     def predict_with_little_memory(*arguments):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        room = pages * resource.getpagesize() + large.nbytes // 2
+        room = pages * resource.getpagesize() + large.nbytes // 8
         with soft_limit(resource.RLIMIT_AS, room):
             return predict_case(*arguments)
 

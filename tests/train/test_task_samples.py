@@ -153,5 +153,5 @@ def test_the_command_ends_with_2_before_anything_is_written(
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: Of the 6 samples of the split 'train' in ")
+    assert "\nerror: Of the 6 samples of the split 'train' in " in done.stderr
     assert not runs.exists()
