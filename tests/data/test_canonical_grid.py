@@ -135,8 +135,7 @@ def test_oblique_volumes_give_the_straight_sample(order: tuple, angles: list[flo
     tilted_bits = resample_to_grid(mask, turned, placed, grid, "bits")
     back = mask_to_native(tilted_bits, placed, native.shape, turned)
     for bit in (1, 2):
-        # The smallest lesion has some 30 voxels, of which a tilt of 2° moves a few.
-        assert lesion_dice(tilted_bits, bits, bit) > 0.8
+        assert lesion_dice(tilted_bits, bits, bit) > 0.85
         assert lesion_dice(tilted_bits, bits[..., ::-1], bit) < 0.3
         assert lesion_dice(back, mask, bit) > 0.8
 

@@ -344,10 +344,11 @@ def test_kills_of_the_group_at_20_random_moments(download: Download, tmp_path: P
             time.sleep(moments.uniform(0, download.before))
         else:
             wait_for_work(out, lambda process=process: process.poll() is None)  # type: ignore[misc]
-            time.sleep(moments.uniform(0, download.seconds))
+            # The run that was timed may have had a busier machine than this one.
+            time.sleep(moments.uniform(0, 0.75 * download.seconds))
         hits += kill_group(process)
         download.finish(out)
-    assert hits >= 8  # the others came after its end, on a machine that was busier before
+    assert hits >= 14
 
 
 @pytest.mark.slow
