@@ -186,13 +186,16 @@ def test_the_adapted_model_is_the_one_of_transformers(
     tiny: Config, folder: Callable[[str], Path], family: str
 ) -> None:
     """Far from the first position too, where rotary frequencies in bfloat16 would be off by whole
-    turns."""
+    turns. Both are loaded in bfloat16 and compared in float32: two sums in bfloat16 can round
+    differently, depending on the processor and on where the weights lie in memory."""
     path = folder(family)
+    torch.manual_seed(0)
     ids = torch.randint(5, 500, (1, 900))
+    config = tiny.generator.model_copy(update={"quantization": "none"})
+    adapted = load_language_model(config, path).model.eval().float()
+    original = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval().float()
     with torch.no_grad():
-        wanted = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()(ids).logits
-        config = tiny.generator.model_copy(update={"quantization": "none"})
-        assert torch.equal(load_language_model(config, path).model.eval()(ids).logits, wanted)
+        torch.testing.assert_close(adapted(ids).logits, original(ids).logits, rtol=1e-3, atol=1e-3)
 
 
 @EVERY
@@ -206,7 +209,12 @@ def test_words_and_visual_tokens_enter_alike(
     ids = torch.randint(5, 500, (1, 40))
     with torch.no_grad():
         words = generator.language_model.get_input_embeddings()
-        assert torch.equal(model(inputs_embeds=words(ids)).logits, model(input_ids=ids).logits)
+        torch.testing.assert_close(
+            model(inputs_embeds=words(ids)).logits,
+            model(input_ids=ids).logits,
+            rtol=1e-4,
+            atol=1e-4,
+        )
         spread = words(torch.arange(words.num_embeddings)).std().item()
         assert generator.resampler(features(2)).std().item() == pytest.approx(spread, rel=0.05)
 
