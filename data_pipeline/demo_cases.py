@@ -11,7 +11,7 @@ from rectvlm.lesion_bits import pack_lesion
 from rectvlm.phantom.patient_plan import PHANTOM_STYLES, VARIED_STYLE
 from rectvlm.phantom.phantom import make_phantom
 from rectvlm.phantom.supervision import PhantomSupervision, TrainingSupervision
-from rectvlm.types import Split, Volume
+from rectvlm.types import Split, Volume, no_lesions_source
 
 FIRST_VALID_SEED = 100_000
 """First seed of the validation phantoms; the seeds of training phantoms start at 0."""
@@ -70,6 +70,7 @@ def _load_sample_ct(ct: SampleCt, folder: Path) -> CaseData:
         labels={**dict.fromkeys(FINDINGS), "Lung nodule": ct.nodule_label},
         lesions=[Volume(bits, mask.affine, mask.where)],
         lesions_annotated={key: key == OUTLINED_LESION for key in LESION_BY_KEY},
+        lesions_source={**no_lesions_source(), OUTLINED_LESION: "pyradiomics"},
     )
 
 

@@ -54,8 +54,8 @@ class PhantomCase:
     """Whether a kind of lesion is annotated, by lesion key."""
     lesions_partial: dict[str, bool]
     """Whether some lesions of a kind are outlined while others may not be, by lesion key."""
-    lesions_source: str
-    """Origin of the outlines."""
+    lesions_source: dict[str, str | None]
+    """Who or what outlined each lesion, by lesion key; None where it was not outlined."""
     true_places: list[LesionPlace]
     """Place of each painted lesion, annotated or not, in the order of `labels.LESIONS`."""
 

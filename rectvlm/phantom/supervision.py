@@ -19,7 +19,13 @@ from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS, LOBES, Lesion
 from rectvlm.lesion_bits import lesion_mask, pack_lesion
 from rectvlm.phantom.canvas import REGION_IDS, PhantomCanvas, make_ellipsoid, smooth_noise
 from rectvlm.phantom.patient_plan import PatientPlan
-from rectvlm.types import MaskVolume
+from rectvlm.types import (
+    PHANTOM_OUTLINES,
+    REXGROUNDING_OUTLINES,
+    TOTALSEGMENTATOR_OUTLINES,
+    MaskVolume,
+    no_lesions_source,
+)
 
 PhantomSupervision = Literal["complete", "exhaustive", "ct-rate"]
 """Kind of supervision, as the module's docstring describes it."""
@@ -47,6 +53,10 @@ LABEL_ERROR_RATES: dict[str, float] = {
     "Interlobular septal thickening": 0.03,
 }
 """Share of wrong labels of each finding: 3.6% of all, as an audit found of CT-RATE's."""
+SIMULATED_SEGMENTER = f"simulated {TOTALSEGMENTATOR_OUTLINES}"
+"""`lesions_source` of outlines with the errors of an automatic segmenter."""
+SIMULATED_PEOPLE = f"simulated {REXGROUNDING_OUTLINES}"
+"""`lesions_source` of outlines that are right and not complete."""
 SEGMENTED_LESIONS = ("pericardial_effusion", "pleural_effusion", "lung_nodule")
 """Lesions that an automatic segmenter outlines in every case."""
 PARTIAL_LESIONS = ("consolidation", "ground_glass_opacity")
@@ -79,8 +89,8 @@ class PhantomAnnotations:
     """Whether every lesion of a kind was outlined, by lesion key."""
     lesions_partial: dict[str, bool]
     """Whether some lesions of a kind were outlined and others may be missing, by lesion key."""
-    lesions_source: str
-    """Origin of the outlines."""
+    lesions_source: dict[str, str | None]
+    """Who or what outlined each lesion, by lesion key; None where it was not outlined."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,9 @@ def annotate_phantom(
         lesions=lesions,
         lesions_annotated={key: key != unannotated for key in LESION_BY_KEY},
         lesions_partial=dict.fromkeys(LESION_BY_KEY, False),
-        lesions_source="phantom",
+        lesions_source={
+            key: PHANTOM_OUTLINES if key != unannotated else None for key in LESION_BY_KEY
+        },
     )
 
 
@@ -143,22 +155,22 @@ def _annotate_like_ct_rate(
     for finding in FINDINGS:
         labels[finding] = int(plan.present[finding] != (finding in errors.wrong_labels))
     lesions = np.zeros_like(canvas.lesions)
-    partial = dict.fromkeys(LESION_BY_KEY, False)
+    partial, sources = dict.fromkeys(LESION_BY_KEY, False), no_lesions_source()
     for lesion in LESIONS:
         mask = lesion_mask(canvas.lesions, lesion)
         if lesion.key in SEGMENTED_LESIONS:
             rng = np.random.default_rng([seed, 8, lesion.bit])
             lesions |= pack_lesion(_segment_lesion(mask, lesion, canvas, plan, rng), lesion)
+            sources[lesion.key] = SIMULATED_SEGMENTER
         elif errors.has_partial_outlines and mask.any():
             lesions |= pack_lesion(keep_largest_instances(mask, MAX_PARTIAL_INSTANCES), lesion)
-            partial[lesion.key] = True
-    source = "simulated TotalSegmentator"
+            partial[lesion.key], sources[lesion.key] = True, SIMULATED_PEOPLE
     return PhantomAnnotations(
         labels=labels,
         lesions=lesions,
         lesions_annotated={key: key in SEGMENTED_LESIONS for key in LESION_BY_KEY},
         lesions_partial=partial,
-        lesions_source=f"{source}, simulated ReXGroundingCT" if any(partial.values()) else source,
+        lesions_source=sources,
     )
 
 

@@ -21,9 +21,10 @@ def test_training_cases_have_the_supervision_of_ct_rate_and_held_out_ones_the_tr
     annotated = {key for key, flag in learned_from.lesions_annotated.items() if flag}
     assert annotated == set(SEGMENTED_LESIONS)
     assert not any(learned_from.lesions_partial[key] for key in SEGMENTED_LESIONS)
-    assert learned_from.lesions_source == "simulated TotalSegmentator"
+    sources = {learned_from.lesions_source[key] for key in SEGMENTED_LESIONS}
+    assert sources == {"simulated TotalSegmentator"}
     assert learned_from.regions_source == "phantom"
     held_out = case_to_sample(valid, GRID, SPACING).meta
     assert all(held_out.lesions_annotated[key] for key in (*SEGMENTED_LESIONS, *PARTIAL_LESIONS))
-    assert held_out.lesions_source == "phantom"
+    assert set(held_out.lesions_source.values()) == {"phantom"}
     assert "supervision ct-rate" in learned_from.source and "exhaustive" in held_out.source

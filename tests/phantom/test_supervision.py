@@ -79,7 +79,7 @@ def test_people_outline_consolidation_and_ground_glass_in_part(key: str) -> None
         assert made.lesions_partial[key] and not made.lesions_annotated[key]
         assert drawn.any() and not (drawn & ~true).any()
         assert instances(drawn) == min(instances(true), MAX_PARTIAL_INSTANCES)
-        assert "ReXGroundingCT" in made.lesions_source
+        assert made.lesions_source[key] == "simulated ReXGroundingCT (people)"
 
 
 @pytest.mark.parametrize("key", PARTIAL_LESIONS)
@@ -88,7 +88,7 @@ def test_elsewhere_their_outlines_are_erased_and_nothing_is_known(key: str) -> N
         made = phantom(seed, "ct-rate")
         assert not outline(seed, "ct-rate", key).any()
         assert not made.lesions_partial[key] and not made.lesions_annotated[key]
-        assert "ReXGroundingCT" not in made.lesions_source
+        assert made.lesions_source[key] is None
 
 
 def test_only_the_largest_instances_are_outlined() -> None:
@@ -107,6 +107,7 @@ def test_a_segmenter_outlines_nodules_and_effusions_nearly_right() -> None:
         made = phantom(seed, "ct-rate")
         for key in SEGMENTED_LESIONS:
             assert made.lesions_annotated[key] and not made.lesions_partial[key]
+            assert made.lesions_source[key] == "simulated TotalSegmentator"
             drawn, true = outline(seed, "ct-rate", key), outline(seed, "exhaustive", key)
             if not true.any():
                 n_empty += 1
