@@ -51,6 +51,7 @@ from rectvlm.train.starting_weights import (
     explain_misfit,
     log_parts,
     select_names,
+    set_label_prior,
 )
 from rectvlm.train.task_samples import require_something_to_learn
 from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
@@ -190,8 +191,10 @@ def _train_in_run_folder(
     torch.manual_seed(config.train.seed)
     # A run that resumes has all weights in its own checkpoint, whatever became of the phase before.
     model = build_model(phase, config, start or source, engine)
-    has_encoder = source is not None and "encoder" in choose_parts(phase, Checkpoint.open(source))
-    if start is None and not has_encoder and config.encoder.atlas_cases:
+    taken_parts = () if source is None else choose_parts(phase, Checkpoint.open(source))
+    if start is None and "classifier" not in taken_parts:
+        set_label_prior(model, config.data.shards)
+    if start is None and "encoder" not in taken_parts and config.encoder.atlas_cases:
         atlas_cases = range(min(config.encoder.atlas_cases, sample_count))  # the same on every rank
         volumes = (torch.from_numpy(loader.dataset[number].ct) for number in atlas_cases)
         model.encoder.fit_atlas(volumes)
