@@ -53,7 +53,7 @@ from rectvlm.train.starting_weights import (
     select_names,
     set_label_prior,
 )
-from rectvlm.train.task_samples import require_something_to_learn
+from rectvlm.train.task_samples import log_cut_reports, require_something_to_learn
 from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
 from rectvlm.types import UserError
 
@@ -198,6 +198,8 @@ def _train_in_run_folder(
         atlas_cases = range(min(config.encoder.atlas_cases, sample_count))  # the same on every rank
         volumes = (torch.from_numpy(loader.dataset[number].ct) for number in atlas_cases)
         model.encoder.fit_atlas(volumes)
+    if engine.is_main and model.generator is not None and start is None:
+        log_cut_reports(loader.dataset, model.generator)
     # Before freezing: a part without a learning rate belongs to the checkpoint too.
     tensor_names = model.checkpoint_tensor_names()
     _prepare_training(model, phase, settings, config, engine, start)
