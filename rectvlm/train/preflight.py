@@ -20,6 +20,7 @@ from rectvlm.train.recovery.resume import (
     has_checkpoints,
     require_checkpoint_to_resume,
 )
+from rectvlm.train.starting_weights import check_encoder_init
 from rectvlm.types import UserError
 
 
@@ -56,11 +57,14 @@ def check_start(
         goes on, which needs none of the phase before.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the weights of `encoder.init` do not fit.
     """
     folder = get_run_folder(phase, config)
     if resume == "yes":
         require_checkpoint_to_resume(folder, phase)
     if resume != "no" and has_checkpoints(folder):
         return None
-    return find_source_checkpoint(phase, config, requested_source)
+    source = find_source_checkpoint(phase, config, requested_source)
+    if source is None:
+        check_encoder_init(config)
+    return source

@@ -51,6 +51,7 @@ from rectvlm.train.starting_weights import (
     explain_misfit,
     log_parts,
     select_names,
+    start_encoder,
 )
 from rectvlm.train.task_samples import require_something_to_learn
 from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
@@ -191,10 +192,8 @@ def _train_in_run_folder(
     # A run that resumes has all weights in its own checkpoint, whatever became of the phase before.
     model = build_model(phase, config, start or source, engine)
     has_encoder = source is not None and "encoder" in choose_parts(phase, Checkpoint.open(source))
-    if start is None and not has_encoder and config.encoder.atlas_cases:
-        atlas_cases = range(min(config.encoder.atlas_cases, sample_count))  # the same on every rank
-        volumes = (torch.from_numpy(loader.dataset[number].ct) for number in atlas_cases)
-        model.encoder.fit_atlas(volumes)
+    if start is None and not has_encoder:
+        start_encoder(model, config, loader.dataset, engine.is_main)
     # Before freezing: a part without a learning rate belongs to the checkpoint too.
     tensor_names = model.checkpoint_tensor_names()
     _prepare_training(model, phase, settings, config, engine, start)
