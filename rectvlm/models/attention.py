@@ -101,17 +101,15 @@ class SliceRegionAttention(nn.Module):
         q = self._split_heads(self.q(tokens))
         keys, values = self.kv(torch.cat([tokens, regions], dim=1)).chunk(2, dim=-1)
         k, v = self._split_heads(keys), self._split_heads(values)
-        slices = slices or self.slices
-        channels = q.shape[-1]
-        q, k = self.fold_biases(q, k, slice_index, log_prior.to(q.dtype), slices)
-        if self.gate is None:
-            attended = self._attend(q, k, v, channels)
-        else:
-            attended = self._attend_gated(q, k, v, channels, self._count_keys(slices, k, rows))
+        attended = self._attend_with_biases(
+            q, k, v, slice_index, log_prior.to(q.dtype), slices or self.slices
+        )
         pooled = torch.einsum("bnr,bhnd->bhrd", weights.to(v.dtype), v[:, :, 1:rows])
         return self.out(self._merge_heads(attended)), self.out(self._merge_heads(pooled))
 
-    def compute_attention_shares(self, tokens: Tensor, regions: Tensor, slices: int) -> Tensor:
+    def compute_attention_shares(
+        self, tokens: Tensor, regions: Tensor, slices: int | None = None
+    ) -> Tensor:
         """Attention of the global token to itself, the patches and the region tokens.
 
         Args:
@@ -128,31 +126,40 @@ class SliceRegionAttention(nn.Module):
         if self.gate is None:
             return shares
         rows = tokens.shape[1]
-        counts = self._count_keys(slices, k, rows).float()
+        counts = self._count_keys(slices or self.slices, k, rows).float()
         shares = shares.clone()
         shares[:, :, 0] *= counts[:, 0]
         shares[:, :, rows:] *= counts[:, 1:]
         return shares / shares.sum(dim=-1, keepdim=True)
 
-    @staticmethod
-    def _attend(q: Tensor, k: Tensor, values: Tensor, channels: int) -> Tensor:
+    def _attend_with_biases(
+        self, q: Tensor, k: Tensor, v: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int
+    ) -> Tensor:
         """Fused attention with both biases as extra channels of queries and keys.
 
         Args:
-            q: (B, H, 1 + N, D + E).
-            k: (B, H, 1 + N + R, D + E).
-            values: (B, H, 1 + N + R, up to D + E).
-            channels: D.
-
-        Returns:
-            (B, H, 1 + N, channels of `values`).
+            q: (B, H, 1 + N, D).
+            k: (B, H, 1 + N + R, D), and `v` likewise.
+            v: see `k`.
+            slice_index: as in `forward`, and so the next two.
+            log_prior: see `forward`.
+            slices: see `forward`.
         """
-        padded = F.pad(values, (0, q.shape[-1] - values.shape[-1]))
-        attended = F.scaled_dot_product_attention(q, k, padded, scale=channels**-0.5)
-        return attended[..., : values.shape[-1]]
+        scale = q.shape[-1] ** -0.5
+        q, k = self.fold_biases(q, k, slice_index, log_prior, slices)
+        if self.gate is not None:
+            return self._attend_gated(q, k, v, scale, self._count_keys(slices, k, q.shape[2]))
+        return self._attend(q, k, v, scale)
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, values: Tensor, scale: float) -> Tensor:
+        """Fused attention of queries and keys (…, D + E) to values of as many channels or fewer."""
+        channels = values.shape[-1]
+        values = F.pad(values, (0, q.shape[-1] - channels))
+        return F.scaled_dot_product_attention(q, k, values, scale=scale)[..., :channels]
 
     def _attend_gated(
-        self, q: Tensor, k: Tensor, v: Tensor, channels: int, counts: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, counts: Tensor
     ) -> Tensor:
         """Attention where the global token and the region tokens count as `counts` (H, 1 + R) keys;
         see the module's formula."""
@@ -166,8 +173,8 @@ class SliceRegionAttention(nn.Module):
 
         patch_values = v * codes[:, extra_keys:]
         values = torch.cat([patch_values, codes.expand(*v.shape[:2], -1, -1)], dim=-1)
-        from_patches, shares, patch_share = self._attend(q, k, values, channels).split(
-            [channels, extra_keys, 1], dim=-1
+        from_patches, shares, patch_share = self._attend(q, k, values, scale).split(
+            [v.shape[-1], extra_keys, 1], dim=-1
         )
         shares = shares * counts[:, None]
         total = patch_share + shares.sum(dim=-1, keepdim=True)

@@ -15,14 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rectvlm.checkpoint.hub import explain_hub_errors
-from rectvlm.pretrained.model_references import BUNDLED_SCHEME, resolve_model
-from rectvlm.pretrained.vit_layouts import VitLayout, find_layout, join_names, translate_names
+from rectvlm.pretrained.vit_layouts import VitLayout, find_layout, translate_names
+from rectvlm.pretrained.weight_files import SETTINGS_FILES, find_weight_files
 from rectvlm.types import JsonObject, UserError
 
-WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors")
-INDEX_FILE = "model.safetensors.index.json"
-CONFIG_FILES = ("config.json", "preprocessor_config.json", "open_clip_config.json")
 GELU_NAMES = {"gelu", "gelu_python", "gelu_new", "gelu_pytorch_tanh", "gelu_tanh"}
 """Activations that equal GELU to 5e-4."""
 
@@ -65,7 +61,7 @@ def read_vit_file(reference: str, device: str = "cpu") -> VitFile:
         UserError: there is no such file, it is a pickle, or it holds no ViT whose features our
             encoder can give.
     """
-    files = _find_weight_files(reference)
+    files = find_weight_files(reference)
     where = str(files[0] if len(files) == 1 else files[0].parent)
     tensors_by_name: dict[str, Tensor] = {}
     for path in files:
@@ -89,47 +85,6 @@ def read_vit_file(reference: str, device: str = "cpu") -> VitFile:
         tuple(mean),
         tuple(std),
         states_normalization,
-    )
-
-
-def _find_weight_files(reference: str) -> list[Path]:
-    if reference.startswith(BUNDLED_SCHEME):
-        reference = resolve_model(reference)
-    path = Path(reference).expanduser()
-    if path.is_file():
-        return [path]
-    looks_like_path = reference.startswith((".", "/", "~")) or reference.count("/") != 1
-    if path.is_dir():
-        return _list_weight_files(path)
-    if looks_like_path or path.suffix == ".safetensors":
-        raise UserError(
-            f"No weights at {path} for encoder.init: give a safetensors file, a folder with "
-            f"{WEIGHT_FILES[0]}, or a hub id."
-        )
-    return _list_weight_files(_fetch_from_hub(reference))
-
-
-def _fetch_from_hub(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    files = [*WEIGHT_FILES, INDEX_FILE, "model-*-of-*.safetensors", *CONFIG_FILES]
-    with explain_hub_errors(repository):
-        folder = snapshot_download(repository, allow_patterns=files, library_name="rectvlm")
-    return Path(folder)
-
-
-def _list_weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX_FILE
-    if index.is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        return [folder / name for name in sorted(names)]
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-    present = join_names(sorted(path.name for path in folder.iterdir()))
-    raise UserError(
-        f"{folder} has no weights in safetensors: expected {' or '.join(WEIGHT_FILES)}, found "
-        f"{present}; a pickle is never read, so save the model as safetensors."
     )
 
 
@@ -158,7 +113,7 @@ def _explain_damage(path: Path) -> Iterator[None]:
 def _read_settings(folder: Path) -> JsonObject:
     """What files of Transformers, timm and OpenCLIP beside the weights say of the ViT, with the
     names of Transformers and with `mean` and `std`."""
-    config, preprocessing, open_clip = (_read_json(folder / name) for name in CONFIG_FILES)
+    config, preprocessing, open_clip = (_read_json(folder / name) for name in SETTINGS_FILES)
     settings = {**config, **config.get("vision_config", {}), **config.get("model_args", {})}
     sources: list[JsonObject] = [
         config.get("pretrained_cfg", {}),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rectvlm.config import Config, load_config
 from rectvlm.data.shards import read_index
+from rectvlm.pretrained.weight_files import find_weight_files
 from rectvlm.train.arguments import parse_arguments
 from rectvlm.train.engine.ds_config import find_ds_config, read_ds_config
 from rectvlm.train.phases import PHASES, STAGES, Phase, get_run_folder
@@ -20,7 +21,6 @@ from rectvlm.train.recovery.resume import (
     has_checkpoints,
     require_checkpoint_to_resume,
 )
-from rectvlm.train.starting_weights import check_encoder_init
 from rectvlm.types import UserError
 
 
@@ -57,7 +57,7 @@ def check_start(
         goes on, which needs none of the phase before.
 
     Raises:
-        UserError: there is none, or the weights of `encoder.init` do not fit.
+        UserError: there is none, or there are no weights at `encoder.init`.
     """
     folder = get_run_folder(phase, config)
     if resume == "yes":
@@ -65,6 +65,6 @@ def check_start(
     if resume != "no" and has_checkpoints(folder):
         return None
     source = find_source_checkpoint(phase, config, requested_source)
-    if source is None:
-        check_encoder_init(config)
+    if source is None and config.encoder.init is not None:
+        find_weight_files(config.encoder.init)
     return source

@@ -39,12 +39,14 @@ from rectvlm.train.recovery.resume import (
     ResumeMode,
     find_newest_intact_checkpoint,
     find_source_checkpoint,
+    has_checkpoints,
     prepare_run_folder,
     read_position,
 )
 from rectvlm.train.recovery.run_session import first_line, lock_run_folder, record_failure
 from rectvlm.train.recovery.signals import StopSignals, terminate_with_launcher
 from rectvlm.train.starting_weights import (
+    check_encoder_init,
     check_image_parts,
     check_source_fits,
     choose_parts,
@@ -117,6 +119,8 @@ def train_phase(
     require_something_to_learn(phase, config)
     if source is not None:
         check_source_fits(phase, config, source)
+    elif resume == "no" or not has_checkpoints(folder):
+        check_encoder_init(config)
     _fetch_frozen_models(phase, config)
     step_flops = count_step_flops(phase, config)
     engine = _start_engine(ds_config, settings, config, folder)
