@@ -10,7 +10,7 @@ from rectvlm.labels import FINDINGS, LESION_BY_KEY
 from rectvlm.lesion_bits import pack_lesion
 from rectvlm.phantom.patient_plan import PHANTOM_STYLES, VARIED_STYLE
 from rectvlm.phantom.phantom import make_phantom
-from rectvlm.types import Split, Volume
+from rectvlm.types import PHANTOM_OUTLINES, Split, Volume, no_lesions_source
 
 FIRST_VALID_SEED = 100_000
 """First seed of the validation phantoms; the seeds of training phantoms start at 0."""
@@ -63,6 +63,7 @@ def _load_sample_ct(ct: SampleCt, folder: Path) -> CaseData:
         labels={**dict.fromkeys(FINDINGS), "Lung nodule": ct.nodule_label},
         lesions=[Volume(bits, mask.affine, mask.where)],
         lesions_annotated={key: key == OUTLINED_LESION for key in LESION_BY_KEY},
+        lesions_source={**no_lesions_source(), OUTLINED_LESION: "pyradiomics"},
     )
 
 
@@ -89,6 +90,10 @@ def _load_phantom(seed: int, style: str) -> CaseData:
         impression=phantom.impression,
         lesions=[Volume(phantom.lesions, phantom.affine, where)],
         lesions_annotated=phantom.lesions_annotated,
+        lesions_source={
+            key: PHANTOM_OUTLINES if is_annotated else None
+            for key, is_annotated in phantom.lesions_annotated.items()
+        },
         regions=Volume(phantom.regions, phantom.affine, where),
         regions_source="phantom",
     )
