@@ -14,8 +14,8 @@ the same batches, rates and seeds:
     inflated  encoder.init=FOLDER
 
 The rate warms up and stays. Every few steps the macro AUROC of held-out phantoms is taken, and a
-run ends when it reaches `--auroc`. Results go to benchmarks/results/inflated-start-MACHINE-DATE.json
-and .md.
+run ends when it reaches `--auroc`. Results go to
+benchmarks/results/inflated-start-MACHINE-DATE.json and .md.
 """
 
 import argparse
