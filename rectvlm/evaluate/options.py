@@ -36,8 +36,8 @@ class EvaluationOptions:
         default=SURFACE_TOLERANCE_MM, metadata=argument(metavar="MM", minimum=0)
     )
     """Tolerance of the surface Dice, mm."""
-    thresholds: Literal["fit", "stored"] = "fit"
-    """Thresholds of the findings: fitted on the train split, or stored with the checkpoint."""
+    thresholds: Literal["fit", "model"] = "fit"
+    """Thresholds of the findings: fitted on the train split, or those that the model carries."""
     fit_limit: int = field(default=512, metadata=argument(metavar="N", minimum=1))
     """Largest number of training cases that thresholds are fitted on."""
     labeler: str = field(default="rules", metadata=argument(metavar="DIR_OR_ID"))

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass, fields
 
 from rectvlm.evaluate.region_maps import RegionMapUsage
+from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.metrics.bootstrap import CONFIDENCE_LEVEL
-from rectvlm.metrics.finding_thresholds import FindingThresholds
 from rectvlm.types import JsonObject, Split
 
 
@@ -33,6 +33,8 @@ class EvaluationResult:
     """Optimizer steps of the checkpoint."""
     shards: str
     """Folder or URL of the shards."""
+    has_training_shards: bool | None
+    """Whether the shards are those of the training; None where that is not known."""
     split: Split
     selected_on_this_split: bool | None
     """Whether the checkpoint was chosen on this split; None where that is not known."""
@@ -46,6 +48,8 @@ class EvaluationResult:
     """Largest number of cases; None for all."""
     classification: JsonObject
     """Figures of `score_findings`."""
+    other_thresholds: JsonObject
+    """Figures of `compare_thresholds`: at the model's thresholds (`model`) and at 0.5 (`0.5`)."""
     thresholds: FindingThresholds
     localization: JsonObject | None
     """Figures of `summarize_lesions`; None without a localizer."""
@@ -66,7 +70,10 @@ class EvaluationResult:
 
     @property
     def is_fitted_on_split(self) -> bool:
-        """Whether thresholds are fitted on the cases that are evaluated."""
+        """Whether thresholds are fitted on the split that is evaluated."""
+        if self.thresholds.source == self.other_thresholds["model"]["source"]:
+            is_fitted = bool(self.thresholds.is_fitted.any())
+            return is_fitted and self.split == "valid" and self.has_training_shards is not False
         return self.split == "train"
 
     def as_dict(self) -> JsonObject:

@@ -80,7 +80,9 @@ def test_patience(
     tmp_path: Path, metric: Any, values: list[float | None], patience: int, stops: bool
 ) -> None:
     write_history(tmp_path, values, metric)
-    plan = ValidationConfig(every=2, cases=1, shown_cases=0, best_metric=metric, patience=patience)
+    plan = ValidationConfig(
+        every=2, cases=1, shown_cases=0, report_cases=0, best_metric=metric, patience=patience
+    )
     assert has_stopped_early(tmp_path, plan) is stops
     assert not has_stopped_early(tmp_path / "elsewhere", plan)
 
