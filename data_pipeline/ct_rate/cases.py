@@ -129,10 +129,10 @@ def _build_case(
         "reconstructions": float(volume.scan_reconstructions),
         "chosen": volume.reason,
     }
-    table_digest = json_sha256([asdict(metadata), series_record, name.scan, name.split])
+    table_digest = json_sha256([asdict(metadata), series_record, name.scan, volume.split])
     return Case(
         key=name.key,
-        split=name.split,
+        split=volume.split,
         patient=name.patient,
         source=source,
         load=partial(load_case, path, metadata, masks),

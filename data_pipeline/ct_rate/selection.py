@@ -16,6 +16,8 @@ from data_pipeline.ct_rate.volume_names import (
     read_volume_list,
 )
 from data_pipeline.masks.rexgrounding import find_tables
+from data_pipeline.patient_hash import patient_fraction
+from rectvlm.types import SPLITS, Split
 
 UNUSABLE_VOLUMES = {
     "train_14384_a_2": "not in the data set",
@@ -32,6 +34,8 @@ class SelectedVolume:
     """A volume that is used."""
 
     name: VolumeName
+    split: Split
+    """Split of the patient; `dev` and `grounding` are taken from the released train."""
     reason: str
     """Why it was chosen among the reconstructions of its scan."""
     scan_reconstructions: int
@@ -76,8 +80,8 @@ def select_volumes(
     usable = [name for name in usable if name in available]
 
     chosen = _choose_reconstructions(usable, tables, options, selection)
-    for split in options.splits:
-        split_volumes = [volume for volume in chosen if volume.name.split == split]
+    for split in SPLITS:
+        split_volumes = [volume for volume in chosen if volume.split == split]
         limit = len(split_volumes) if options.limit is None else options.limit
         selection.volumes += split_volumes[:limit]
         selection.dropped["beyond the limit"] += [
@@ -147,7 +151,9 @@ def _choose_reconstructions(
     chosen = []
     for scan_names in scans.values():
         if options.reconstructions == "all":
-            chosen += [SelectedVolume(name, "all are used", len(scan_names)) for name in scan_names]
+            for name in scan_names:
+                split = assign_split(name, options.dev_share)
+                chosen.append(SelectedVolume(name, split, "all are used", len(scan_names)))
             continue
         best, reason = choose_reconstruction(
             scan_names,
@@ -156,11 +162,23 @@ def _choose_reconstructions(
             options.grid_spacing_mm,
             _find_outlined(scan_names, options),
         )
-        chosen.append(SelectedVolume(best, reason, len(scan_names)))
+        split = assign_split(best, options.dev_share)
+        chosen.append(SelectedVolume(best, split, reason, len(scan_names)))
         selection.dropped["another reconstruction of the scan was chosen"] += [
             name.key for name in scan_names if name != best
         ]
     return chosen
+
+
+def assign_split(name: VolumeName, dev_share: float) -> Split:
+    """Split of a volume's patient: as released, but for a share of train that becomes dev.
+
+    A hash of the patient's name decides, so no other patient changes it, and a greater share keeps
+    the patients of a smaller one.
+    """
+    if name.split == "train" and patient_fraction(name.patient) < dev_share:
+        return "dev"
+    return name.split
 
 
 def _find_outlined(scan_names: Sequence[VolumeName], options: CtRateOptions) -> list[VolumeName]:

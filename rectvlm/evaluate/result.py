@@ -33,9 +33,10 @@ class EvaluationResult:
     """Optimizer steps of the checkpoint."""
     shards: str
     """Folder or URL of the shards."""
-    has_training_shards: bool | None
-    """Whether the shards are those of the training; None where that is not known."""
     split: Split
+    threshold_split: Split | None
+    """Split of the shards that the thresholds were fitted on: dev, or train where there is no dev,
+    or the split of validation for those of the model. None where they were fitted elsewhere."""
     selected_on_this_split: bool | None
     """Whether the checkpoint was chosen on this split; None where that is not known."""
     n_cases: int
@@ -71,10 +72,7 @@ class EvaluationResult:
     @property
     def is_fitted_on_split(self) -> bool:
         """Whether thresholds are fitted on the split that is evaluated."""
-        if self.thresholds.source == self.other_thresholds["model"]["source"]:
-            is_fitted = bool(self.thresholds.is_fitted.any())
-            return is_fitted and self.split == "valid" and self.has_training_shards is not False
-        return self.split == "train"
+        return self.split == self.threshold_split
 
     def as_dict(self) -> JsonObject:
         """Tree for JSON."""

@@ -12,7 +12,7 @@ from rectvlm.metrics.findings import fit_thresholds
 def choose_thresholds(
     model_thresholds: FindingThresholds,
     fit_records: Sequence[CaseRecord],
-    shards: str,
+    cases: str,
     regions_hidden: bool = False,
 ) -> FindingThresholds:
     """Choose fitted thresholds, else those of the model.
@@ -22,14 +22,14 @@ def choose_thresholds(
     Args:
         model_thresholds: thresholds that the model carries.
         fit_records: records of the cases to fit on.
-        shards: name of the shards that these cases come from.
+        cases: split and shards that these cases come from, in words.
         regions_hidden: whether region maps were kept from the model.
     """
     if not fit_records:
         return model_thresholds
     scans = group_by_scan(fit_records)
     region_maps = RegionMapUsage.from_records(fit_records, regions_hidden)
-    cases = f"the first {len(scans.patients)} scans of the train split of {shards}"
-    source = f"maximum F1 on {cases}; region maps: {region_maps}"
+    counted = f"the first {len(scans.patients)} scans of the {cases}"
+    source = f"maximum F1 on {counted}; region maps: {region_maps}"
     fitted = fit_thresholds(scans.probabilities, scans.labels, scans.known, source)
     return fitted if fitted.is_fitted.any() else model_thresholds

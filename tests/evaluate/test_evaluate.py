@@ -149,6 +149,26 @@ def test_without_a_train_split_thresholds_stay_at_one_half(tiny_run, tiny, tmp_p
     )
 
 
+def test_thresholds_come_from_the_dev_split_where_there_is_one(tiny_run, tiny, tmp_path):
+    splits = ["train", "dev", "dev", "dev", "valid"]
+    samples = [phantom_sample(seed, tiny, split) for seed, split in enumerate(splits)]
+    write_shards(samples, tmp_path / "shards")
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
+    options = EvaluationOptions(plots=False, bootstrap=0)
+
+    def run(split):
+        out = tmp_path / split / "m.json"
+        chosen = replace(options, split=split)
+        return evaluate_checkpoint(folder, tmp_path / "shards", out, options=chosen).as_dict()
+
+    valid, dev = run("valid"), run("dev")
+    assert valid["threshold_split"] == "dev" and valid["n_cases"] == 1
+    assert "3 scans of the dev split" in valid["thresholds"]["source"]
+    assert (valid["thresholds"]["same_data"], dev["thresholds"]["same_data"]) == (False, True)
+    assert run("train")["thresholds"]["same_data"] is False
+
+
 def test_evaluation_leaves_the_weights_alone(tiny_run, tmp_path):
     folder = run_folder.find_checkpoint(tiny_run(1), "")
     before = Checkpoint.open(folder).read_tensors()

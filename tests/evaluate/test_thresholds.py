@@ -37,11 +37,11 @@ MODEL = FindingThresholds(
 
 def test_without_cases_that_decide_the_thresholds_are_the_models() -> None:
     for fitting in ([], cases(9, known=False)):
-        assert choose_thresholds(MODEL, fitting, "shards") is MODEL
+        assert choose_thresholds(MODEL, fitting, "train split of shards") is MODEL
 
 
 def test_a_finding_that_was_not_fitted_stays_at_one_half() -> None:
-    thresholds = choose_thresholds(MODEL, cases(6), "shards")
+    thresholds = choose_thresholds(MODEL, cases(6), "train split of shards")
     assert thresholds.not_fitted == [UNKNOWN] and thresholds.by_finding()[UNKNOWN] == 0.5
     assert thresholds.n_cases == 6 and "train split of shards" in thresholds.source
     assert len(set(thresholds.values)) > 9
@@ -49,7 +49,9 @@ def test_a_finding_that_was_not_fitted_stays_at_one_half() -> None:
 
 def test_thresholds_say_which_region_maps_their_cases_had() -> None:
     fitting = [*cases(4)[:1], *cases(4, regions="coarse")[1:3], *cases(4, regions=None)[3:]]
-    source = choose_thresholds(MODEL, fitting, "shards").source
+    source = choose_thresholds(MODEL, fitting, "train split of shards").source
     assert source.endswith("region maps: 3 volumes, 2 of them coarse")
-    source = choose_thresholds(MODEL, cases(4, regions=None), "shards", regions_hidden=True).source
+    source = choose_thresholds(
+        MODEL, cases(4, regions=None), "train split of shards", regions_hidden=True
+    ).source
     assert source.endswith("region maps: hidden, as in prediction")
