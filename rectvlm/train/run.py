@@ -51,8 +51,9 @@ from rectvlm.train.starting_weights import (
     explain_misfit,
     log_parts,
     select_names,
+    set_label_prior,
 )
-from rectvlm.train.task_samples import require_something_to_learn
+from rectvlm.train.task_samples import log_cut_reports, require_something_to_learn
 from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
 from rectvlm.types import UserError
 
@@ -190,11 +191,15 @@ def _train_in_run_folder(
     torch.manual_seed(config.train.seed)
     # A run that resumes has all weights in its own checkpoint, whatever became of the phase before.
     model = build_model(phase, config, start or source, engine)
-    has_encoder = source is not None and "encoder" in choose_parts(phase, Checkpoint.open(source))
-    if start is None and not has_encoder and config.encoder.atlas_cases:
+    taken_parts = () if source is None else choose_parts(phase, Checkpoint.open(source))
+    if start is None and "classifier" not in taken_parts:
+        set_label_prior(model, config.data.shards)
+    if start is None and "encoder" not in taken_parts and config.encoder.atlas_cases:
         atlas_cases = range(min(config.encoder.atlas_cases, sample_count))  # the same on every rank
         volumes = (torch.from_numpy(loader.dataset[number].ct) for number in atlas_cases)
         model.encoder.fit_atlas(volumes)
+    if engine.is_main and model.generator is not None and start is None:
+        log_cut_reports(loader.dataset, model.generator)
     # Before freezing: a part without a learning rate belongs to the checkpoint too.
     tensor_names = model.checkpoint_tensor_names()
     _prepare_training(model, phase, settings, config, engine, start)
