@@ -93,6 +93,9 @@ def list_ct_rate_cases(root: Path, options: CtRateOptions) -> CtRateCases:
         name = volume.name
         path = files.get(name) or expected_volume_path(dataset, name, options)
         masks = mask_folders.find_masks(name.key)
+        if volume.split == "grounding":
+            # Measured against people alone, not against another network's outlines too.
+            masks = masks.keep_rexgrounding_outlines()
         if masks.rex_files:
             counts["findings of ReXGroundingCT that are none of the five lesions"] += (
                 masks.ignored_finding_count

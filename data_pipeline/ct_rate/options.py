@@ -39,7 +39,8 @@ class CtRateOptions:
     hold_out: tuple[Path, ...] = field(
         default=(), metadata=argument(metavar="JSON", is_repeated=True)
     )
-    """ReXGroundingCT dataset.json whose validation and test patients stay out of training."""
+    """ReXGroundingCT dataset.json whose validation and test patients stay out of training; with
+    `masks.rexgrounding` that folder's tables count as well."""
     masks: MaskFolders = field(default_factory=MaskFolders)
     """Folders of masks; where `ts_seg` is None, the download's own is used if there is one."""
     without: tuple[TableName, ...] = ()

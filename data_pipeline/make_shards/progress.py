@@ -102,7 +102,7 @@ def print_run_summary(
     shards_made: int,
     seconds: float,
 ) -> None:
-    """Print a table of both splits, and log which cases were set aside and why.
+    """Print a table of the splits, and log which cases were set aside and why.
 
     Args:
         folder: path or URL of the shards.

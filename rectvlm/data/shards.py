@@ -236,7 +236,7 @@ def write_index(
         UserError: a key is in two shards, or a patient in two splits.
     """
     _require_disjoint_splits(shards)
-    counts = {}
+    counts: dict[str, LabelCounts] = {}
     for split in SPLITS:
         counts[split] = sum_counts([shard.counts for shard in shards if shard.facts.split == split])
     manifest = dump_manifest(
