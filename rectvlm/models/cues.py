@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
 from rectvlm.lesion_places import describe_places, locate_lesions
+from rectvlm.models.report_prompt import describe_examination
 from rectvlm.types import COARSE_REGIONS_SOURCE, Batch
 
 GRADES = (("Certain", 2.0), ("Likely", 1.0), ("Possible", 0.0))
@@ -48,8 +49,8 @@ def draw_true_cues(labels: Tensor, thresholds: Tensor, noise: float) -> Tensor:
 def describe_batch_cues(
     batch: Batch, findings: Tensor, thresholds: Sequence[float], lesion_bits: Tensor
 ) -> list[str]:
-    """Cues of each sample from probabilities (B, F), thresholds (F,) and lesion bits
-    (B, Z, Y, X)."""
+    """Cues of each sample from its indication and technique, probabilities (B, F), thresholds (F,)
+    and lesion bits (B, Z, Y, X)."""
     cues = []
     for i, meta in enumerate(batch.metas):
         # The lobes of a coarse map are only roughly placed. Lesions are then described by side and
@@ -57,11 +58,11 @@ def describe_batch_cues(
         has_lobes = bool(batch.regions_known[i]) and meta.regions_source != COARSE_REGIONS_SOURCE
         regions = batch.regions[i] if has_lobes else None
         probabilities = findings[i].tolist()
-        cues.append(
-            describe_cues(
-                probabilities, thresholds, lesion_bits[i], batch.ct[i], regions, batch.spacing
-            )
+        text = describe_cues(
+            probabilities, thresholds, lesion_bits[i], batch.ct[i], regions, batch.spacing
         )
+        examination = describe_examination(meta.indication, meta.technique)
+        cues.append(f"{examination} {text}".lstrip())
     return cues
 
 
