@@ -1,6 +1,7 @@
 """A phase starts from any model of ours: it takes the parts that it needs, and says so."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -11,14 +12,23 @@ import pytest
 import torch
 from huggingface_hub import constants
 from launches import CHECKOUT, LAUNCH, TIMEOUT, environment, settings
+from vit_models import make_vit
 
 from rectvlm.checkpoint import Checkpoint
 from rectvlm.checkpoint.export import export_checkpoint
 from rectvlm.config import load_config
+from rectvlm.data.dataset import ShardDataset
+from rectvlm.models import RectVLM
+from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.pretrained.pull import copy_model
 from rectvlm.train.phases import PHASES
 from rectvlm.train.recovery.resume import find_source_checkpoint
-from rectvlm.train.starting_weights import check_image_parts, choose_parts
+from rectvlm.train.starting_weights import (
+    check_encoder_init,
+    check_image_parts,
+    choose_parts,
+    start_encoder,
+)
 from rectvlm.types import UserError
 
 MakeRun = Callable[[int], Path]
@@ -154,6 +164,58 @@ def test_a_model_of_another_size_leaves_the_earlier_run_in_its_place(
     assert process.returncode == 2
     assert "encoder.width is 48 there and 96 here" in process.stderr
     assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_an_encoder_starts_from_a_vit_and_says_so_once(
+    phantom_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_vit("vit").save_pretrained(tmp_path)
+    config = load_config("tiny", [f"encoder.init={tmp_path}", f"data.shards={phantom_shards}"])
+    dataset = ShardDataset(config.data, "train")
+    prompts = PromptEmbeddings(torch.randn(18, 16), torch.randn(18, 16), torch.randn(5, 16))
+    check_encoder_init(config)
+    encoders = []
+    with caplog.at_level("INFO", logger="rectvlm"):
+        for is_main in (True, False):
+            torch.manual_seed(0)
+            model = RectVLM(config, PHASES[1].parts, prompts)
+            start_encoder(model, config, dataset, is_main)
+            encoders.append(model.encoder.state_dict())
+    assert all(torch.equal(encoders[0][name], x) for name, x in encoders[1].items())
+    reports = [record for record in caplog.records if "encoder from" in record.message]
+    assert len(reports) == 1
+    assert "not used: pooler.dense.bias, pooler.dense.weight" in reports[0].message
+
+
+@pytest.mark.slow
+def test_phases_after_the_first_leave_the_vit_alone(phantom_shards: Path, tmp_path: Path) -> None:
+    vit = tmp_path / "vit"
+    make_vit("vit").save_pretrained(vit)
+    init = f"encoder.init={vit}"
+    for phase in (1, 2):
+        command = [sys.executable, f"launch/phase{phase}.py", init]
+        command += settings(phase, phantom_shards, tmp_path, 2)
+        done = launch(command, tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stderr.count("encoder from") == (phase == 1)
+        shutil.rmtree(vit, ignore_errors=True)  # nor does a run that goes on need it
+        again = launch([*command, "--resume"], tmp_path)
+        assert again.returncode == 0, again.stderr[-3000:]
+    without = launch([*command[:2], *command[3:], "--restart"], tmp_path)
+    assert without.returncode == 2
+    assert f"encoder.init is {vit} there and None here" in without.stderr
+
+
+def launch(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=CHECKOUT,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
 
 
 def test_other_findings_are_refused_by_name(exported: Path, tmp_path: Path) -> None:
