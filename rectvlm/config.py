@@ -162,9 +162,9 @@ class EncoderConfig(_ConfigSection):
     subtracts nothing. Where patients lie alike, the difference is what tells them apart, and
     learning begins there."""
     init: str | None
-    """Weights of a 2D ViT that the encoder of phase 1 starts from: safetensors file, folder, or hub
-    id; null starts at random. The encoder then has positions of a plane and attention gates, so it
-    stays in the configuration of later phases."""
+    """Weights that the encoder of phase 1 starts from: safetensors file, folder, or hub id; null
+    starts at random. `slice-region` takes those of a 2D ViT and then has positions of a plane and
+    attention gates, so this stays in the configuration of later phases."""
 
     @model_validator(mode="after")
     def _check_init_sees_images(self) -> "EncoderConfig":

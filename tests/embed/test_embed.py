@@ -9,12 +9,16 @@ import pytest
 import torch
 from broken_cts import BROKEN
 from conftest import write_nifti
+from narrow_encoders import NARROW, OVERRIDES, NarrowR3D18Encoder, published_names
+from safetensors.torch import save_file
 
 from rectvlm.checkpoint import Checkpoint
 from rectvlm.cli import main
+from rectvlm.config import load_config
 from rectvlm.data.dataset import ShardDataset
 from rectvlm.embed.features import FeatureTable, join_tables, read_features, write_features
 from rectvlm.models import load_part
+from rectvlm.models.encoder import ENCODERS
 from rectvlm.types import UserError
 from tests.small_cases import AFFINE, body
 
@@ -135,3 +139,27 @@ def test_tables_of_two_encoders_or_of_one_ct_twice_are_not_joined() -> None:
         join_tables([make_table(3), make_table(2, 3, "other")], files)
     with pytest.raises(UserError, match="2 CTs are in the features more than once"):
         join_tables([make_table(3), make_table(2, first=1)], files)
+
+
+def test_an_encoder_from_elsewhere_embeds_without_training(
+    phantom_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENCODERS, "r3d-18", NarrowR3D18Encoder)
+    overrides = [*OVERRIDES["r3d-18"], NARROW, f"data.shards={phantom_shards}"]
+    config = load_config("tiny", overrides)
+    encoder = NarrowR3D18Encoder(config.encoder, config.data).eval()
+    tensors = [t for name, t in encoder.state_dict().items() if not name.startswith("norm.")]
+    weights = dict(zip(published_names(encoder), tensors, strict=False))
+    save_file(weights, tmp_path / "kinetics.safetensors")
+
+    words = ["--limit", 1, "--config", "tiny", *overrides]
+    init = f"encoder.init={tmp_path}/kinetics.safetensors"
+    assert embed(phantom_shards, tmp_path / "kinetics.npz", *words, init) == 0
+    assert embed(phantom_shards, tmp_path / "random.npz", *words) == 0
+    table, control = (read_features(tmp_path / f"{n}.npz") for n in ("kinetics", "random"))
+    batch = ShardDataset(config.data, "valid").read_batch([0])
+    with torch.no_grad():
+        token = encoder(batch.ct, batch.regions, batch.regions_known).global_token
+    np.testing.assert_allclose(table.features[1], token[0].numpy(), rtol=1e-3, atol=1e-4)
+    assert not np.allclose(table.features, control.features)
+    assert "kinetics.safetensors" in table.encoder and "random weights" in control.encoder
