@@ -30,7 +30,6 @@ from rectvlm.files import (
 from rectvlm.labels import FINDINGS
 from rectvlm.models import load_part
 from rectvlm.models.encoder import build_encoder, load_starting_weights
-from rectvlm.models.image_features import ImageEncoder
 from rectvlm.models.language_model import resolve_device
 from rectvlm.predict.case import make_sample
 from rectvlm.predict.find_volumes import case_names, find_volumes
@@ -51,8 +50,8 @@ FeatureRow = tuple[SampleMeta, str, "np.ndarray[tuple[int], np.dtype[np.float32]
 class LoadedEncoder:
     """An encoder that embeds."""
 
-    encoder: ImageEncoder
-    """Encoder in eval mode, on its device."""
+    encoder: torch.nn.Module
+    """`ImageEncoder` in eval mode, on its device."""
     config: Config
     """Configuration with the grid that it expects."""
     device: torch.device
@@ -101,8 +100,9 @@ def _load_encoder(options: EmbedOptions, device: str | None) -> LoadedEncoder:
         trained = load_part(checkpoint.folder, "encoder", torch_device)
         name = checkpoint.config.encoder.name
         description = f"{name} of {checkpoint.folder}"
-        return LoadedEncoder(trained, checkpoint.config, torch_device, description)  # type: ignore[arg-type]
+        return LoadedEncoder(trained, checkpoint.config, torch_device, description)
     config = load_config(options.config[0], options.config[1:])
+    torch.manual_seed(config.train.seed)
     encoder = build_encoder(config.encoder, config.data)
     if config.encoder.init is None:
         log.warning("encoder.init is null: these are features of random weights, a control")
@@ -110,7 +110,7 @@ def _load_encoder(options: EmbedOptions, device: str | None) -> LoadedEncoder:
         log.info("%s", load_starting_weights(encoder, config.encoder))
     description = f"{config.encoder.name} with {config.encoder.init or 'random weights'}"
     module = typing.cast(torch.nn.Module, encoder).eval().to(torch_device)
-    return LoadedEncoder(module, config, torch_device, description)  # type: ignore[arg-type]
+    return LoadedEncoder(module, config, torch_device, description)
 
 
 def _embed_shards(loaded: LoadedEncoder, options: EmbedOptions) -> Iterator[FeatureRow]:
