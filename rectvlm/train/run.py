@@ -197,7 +197,7 @@ def _train_in_run_folder(
     model = build_model(phase, config, start or source, engine)
     has_encoder = source is not None and "encoder" in choose_parts(phase, Checkpoint.open(source))
     if start is None and not has_encoder:
-        start_encoder(model, config, loader.dataset, engine.is_main)
+        start_encoder(model, config, loader.dataset)
     # Before freezing: a part without a learning rate belongs to the checkpoint too.
     tensor_names = model.checkpoint_tensor_names()
     _prepare_training(model, phase, settings, config, engine, start)

@@ -112,17 +112,15 @@ def check_encoder_init(config: Config) -> None:
     load_starting_weights(encoder, config.encoder)
 
 
-def start_encoder(model: RectVLM, config: Config, dataset: ShardDataset, is_main: bool) -> None:
-    """Give an encoder that no checkpoint holds what its configuration names: the weights of a ViT,
+def start_encoder(model: RectVLM, config: Config, dataset: ShardDataset) -> None:
+    """Give an encoder that no checkpoint holds what its configuration names: weights of others,
     or an atlas, which is the same on every rank.
 
     Raises:
         UserError: the weights do not fit.
     """
     if config.encoder.init is not None:
-        report = load_starting_weights(model.encoder, config.encoder)
-        if is_main:
-            log.info("%s", report)
+        log.info("%s", load_starting_weights(model.encoder, config.encoder))
     if config.encoder.atlas_cases:
         atlas_cases = range(min(config.encoder.atlas_cases, len(dataset)))
         model.encoder.fit_atlas(torch.from_numpy(dataset[number].ct) for number in atlas_cases)
