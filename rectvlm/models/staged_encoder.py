@@ -90,9 +90,6 @@ class StagedEncoder(nn.Module):
         Returns:
             What was taken, what was left and what starts anew, in words.
 
-        Returns:
-            What was taken, and which names of the file were not used.
-
         Raises:
             UserError: there is no such file, or it does not hold this network.
         """
