@@ -232,6 +232,8 @@ class GeneratorConfig(_ConfigSection):
     lora_dropout: Fraction
     lora_targets: Literal["attention", "all-linear"]
     max_report_tokens: PositiveInt
+    """Tokens at which a report is cut, in training and when it is written. The end token counts; a
+    report that is cut for training has none."""
     loss_chunk: PositiveInt
     """Report positions of a micro-batch whose logits exist at the same time. The loss is the same
     for any value."""

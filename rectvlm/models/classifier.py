@@ -17,6 +17,8 @@ The mean over the patient's tokens is subtracted from every token first, and the
 product, not a cosine. Most of an image feature is common to all tokens and patients, and a cosine
 is nearly blind to the rest (with it, training did not overfit eight patients in 50 steps).
 
+The bias starts as the log-odds of each finding among the training cases (`set_prior`).
+
 The text encoder is frozen. Projections, prompt offsets, sharpness β and bias b learn.
 """
 
@@ -43,7 +45,21 @@ class FindingClassifier(nn.Module):
         self.offset_present = nn.Parameter(torch.randn(N_FINDINGS, text_width))
         self.offset_absent = nn.Parameter(torch.randn(N_FINDINGS, text_width))
         self.sharpness = nn.Parameter(torch.zeros(N_FINDINGS))
-        self.bias = nn.Parameter(torch.full((N_FINDINGS,), -0.5))
+        self.bias = nn.Parameter(torch.zeros(N_FINDINGS))
+
+    @torch.no_grad()
+    def set_prior(self, present: Tensor, absent: Tensor) -> None:
+        """Make the bias the log-odds of each finding, so that the first loss is that of the
+        prevalences (Lin et al., 2017, "Focal loss for dense object detection").
+
+        Half a case is added to both counts (Anscombe, 1956): a finding that no case has keeps
+        finite log-odds, and one that is never known has 0.
+
+        Args:
+            present: (18,), number of cases that are known to have each finding.
+            absent: (18,), number of cases that are known not to have it.
+        """
+        self.bias.copy_(torch.log((present + 0.5) / (absent + 0.5)))
 
     def forward(self, features: ImageFeatures, prompts: PromptEmbeddings) -> Tensor:
         """Finding logits, (B, 18) float32."""

@@ -53,9 +53,10 @@ from rectvlm.train.starting_weights import (
     explain_misfit,
     log_parts,
     select_names,
+    set_label_prior,
     start_encoder,
 )
-from rectvlm.train.task_samples import require_something_to_learn
+from rectvlm.train.task_samples import log_cut_reports, require_something_to_learn
 from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
 from rectvlm.types import UserError
 
@@ -195,9 +196,13 @@ def _train_in_run_folder(
     torch.manual_seed(config.train.seed)
     # A run that resumes has all weights in its own checkpoint, whatever became of the phase before.
     model = build_model(phase, config, start or source, engine)
-    has_encoder = source is not None and "encoder" in choose_parts(phase, Checkpoint.open(source))
-    if start is None and not has_encoder:
+    taken_parts = () if source is None else choose_parts(phase, Checkpoint.open(source))
+    if start is None and "classifier" not in taken_parts:
+        set_label_prior(model, config.data.shards)
+    if start is None and "encoder" not in taken_parts:
         start_encoder(model, config, loader.dataset)
+    if engine.is_main and model.generator is not None and start is None:
+        log_cut_reports(loader.dataset, model.generator)
     # Before freezing: a part without a learning rate belongs to the checkpoint too.
     tensor_names = model.checkpoint_tensor_names()
     _prepare_training(model, phase, settings, config, engine, start)

@@ -15,6 +15,9 @@ from rectvlm.checkpoint import Checkpoint
 from rectvlm.checkpoint.strict_load import check_tensors
 from rectvlm.config import Config, ModelPart
 from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.shard_manifest import read_manifest
+from rectvlm.data.store import ShardStore
+from rectvlm.labels import FINDINGS
 from rectvlm.models import RectVLM
 from rectvlm.models.encoder import build_encoder, load_starting_weights
 from rectvlm.models.meta_model import build_meta_model
@@ -49,6 +52,20 @@ def choose_parts(phase: Phase, checkpoint: Checkpoint) -> tuple[ModelPart, ...]:
             "another model."
         )
     return parts
+
+
+def set_label_prior(model: RectVLM, shards: str | Path | ShardStore) -> None:
+    """Start the classifier's bias at the log-odds of the known labels of the train split.
+
+    The counts are those of the shards' manifest: one small file, and the same on every rank.
+
+    Raises:
+        UserError: the manifest is missing or damaged.
+    """
+    counts = read_manifest(shards).counts["train"]["labels"]
+    present = torch.tensor([counts[finding]["present"] for finding in FINDINGS])
+    absent = torch.tensor([counts[finding]["absent"] for finding in FINDINGS])
+    model.classifier.set_prior(present, absent)
 
 
 def log_parts(phase: Phase, checkpoint: Checkpoint, parts: Collection[ModelPart]) -> None:
