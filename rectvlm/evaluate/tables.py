@@ -31,6 +31,7 @@ LESION_SCORE_NAMES = {
     "instance_precision": "instance precision",
     "instance_recall": "instance recall",
     "instance_f1": "instance F1",
+    "false_positive_ml": "false positive, ml",
 }
 GROUNDING_SCORE_NAMES = {
     "dice": "ReXGroundingCT Dice",
@@ -43,7 +44,7 @@ LESION_COUNT_NAMES = {
     "n_annotated": "scans annotated",
     "n_present": "scans with it",
     "n_missed": "missed",
-    "n_false_positive": "false positive",
+    "n_false_positive": "false positive scans",
     "n_empty_agreed": "both empty",
     "n_lesions": "lesions",
 }
@@ -246,6 +247,8 @@ def _render_lesions(scores: Mapping[str, Any]) -> str:
     rows = []
     for score, name in LESION_SCORE_NAMES.items():
         rows.append([name, *(format_with_interval(column, score) for column in columns)])
+    largest_ml = [format_score(lesion["max_false_positive_ml"]) for lesion in lesions.values()]
+    rows.append(["largest false positive, ml", *largest_ml, ""])
     rows += _render_source_rows(lesions)
     grid_dice = [format_score(grid["per_lesion"][key]["dice"]) for key in lesions]
     rows.append(["Dice, model's grid", *grid_dice, format_score(grid["macro"]["dice"])])
