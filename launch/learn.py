@@ -159,10 +159,10 @@ def plan_learning_commands(
         UserError: the configuration is wrong, or has no section for a phase.
     """
     shards, *phases, evaluation, _ = plan_commands(source, overrides, PHASES, TWO_CPU_PROCESSES)
-    style = ("--no-samples", "--phantom-style", CASES_BY_SUPERVISION[supervision].style.name)
-    supervised = ("--phantom-supervision", supervision)
+    style_name = CASES_BY_SUPERVISION[supervision].style.name
+    style = ("--phantom-style", style_name, "--phantom-supervision", supervision)
     counts = ("--phantoms", str(phantoms), "--valid-phantoms", str(valid_phantoms))
-    shards_command = (*shards.command, *style, *supervised, *counts, "--samples-per-shard", "24")
+    shards_command = (*shards.command, "--no-samples", *style, *counts, "--samples-per-shard", "24")
     # The language model is not packed to 4 bits, so its layers need not be gathered either: each
     # process holds all of it.
     last_command = (*phases[-1].command, "--ds-config", "ds_configs/phase3_zero2.json")
