@@ -200,15 +200,15 @@ def test_phases_after_the_first_leave_the_vit_alone(phantom_shards: Path, tmp_pa
     make_vit("vit").save_pretrained(vit)
     init = f"encoder.init={vit}"
     for phase in (1, 2):
-        command = [sys.executable, f"launch/phase{phase}.py", init]
-        command += settings(phase, phantom_shards, tmp_path, 2)
+        command = [sys.executable, f"launch/phase{phase}.py"]
+        command += [*settings(phase, phantom_shards, tmp_path, 2), init]
         done = launch(command, tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stderr.count("encoder from") == (phase == 1)
         shutil.rmtree(vit, ignore_errors=True)  # nor does a run that goes on need it
         again = launch([*command, "--resume"], tmp_path)
         assert again.returncode == 0, again.stderr[-3000:]
-    without = launch([*command[:2], *command[3:], "--restart"], tmp_path)
+    without = launch([*command[:-1], "--restart"], tmp_path)
     assert without.returncode == 2
     assert f"encoder.init is {vit} there and None here" in without.stderr
 
