@@ -127,6 +127,12 @@ def _add_predict_arguments(predict: argparse.ArgumentParser) -> None:
     predict.add_argument(
         "--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one"
     )
+    predict.add_argument(
+        "--thresholds",
+        type=Path,
+        metavar="FILE",
+        help="thresholds.json for calls and prompts; by default the model's own thresholds",
+    )
     predict.set_defaults(run=_run_predict)
 
 
@@ -343,7 +349,10 @@ def _run_predict(options: argparse.Namespace) -> None:
     _check_device(options.device)
     from rectvlm.predict.run import predict_cases
 
-    for folder in predict_cases(options.source, options.checkpoint, options.out, options.device):
+    folders = predict_cases(
+        options.source, options.checkpoint, options.out, options.device, options.thresholds
+    )
+    for folder in folders:
         sys.stdout.write(f"{folder / 'index.html'}\n")
 
 

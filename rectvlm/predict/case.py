@@ -30,12 +30,10 @@ from rectvlm.types import (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its checkpoint and thresholds."""
+    """A model with its checkpoint."""
 
     model: RectVLM
     checkpoint: Checkpoint
-    thresholds: dict[str, float] | None
-    """Thresholds of the findings for which one was fitted; None without any."""
 
 
 @dataclass(frozen=True)
