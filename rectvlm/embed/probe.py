@@ -26,11 +26,11 @@ from rectvlm.evaluate.result import BootstrapSettings
 from rectvlm.evaluate.scans import ScanResults, group_by_scan
 from rectvlm.evaluate.tables import format_score
 from rectvlm.files import require_writable_file, write_json
+from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.labels import N_FINDINGS
 from rectvlm.machine import package_versions
 from rectvlm.metrics.arrays import BoolArray
 from rectvlm.metrics.bootstrap import draw_patient_weights
-from rectvlm.metrics.finding_thresholds import FindingThresholds
 from rectvlm.metrics.findings import fit_thresholds, score_findings
 from rectvlm.types import JsonObject, UserError
 
