@@ -263,7 +263,8 @@ class ValidationConfig(_ConfigSection):
     """Optimizer steps between validations; there is one after the last step too. 0 never
     validates."""
     cases: PositiveInt
-    """Largest number of cases of the valid split, spread evenly over it and over the ranks."""
+    """Largest number of cases of the dev split, or of valid where there is no dev, spread evenly
+    over it and over the ranks."""
     shown_cases: NonNegativeInt
     """Cases of the first rank that are drawn with outlines and, where the model has a generator,
     get a written report. Each token costs a pass through the language model on all ranks."""

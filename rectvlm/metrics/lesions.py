@@ -43,6 +43,15 @@ LESION_SCORES = (
     "false_positive_ml",
 )
 
+GROUNDING_SCORES = {
+    "dice": "dice_where_present",
+    "hit_rate": "hit_rate",
+    "instance_precision": "instance_precision",
+    "instance_recall": "instance_recall",
+    "instance_f1": "instance_f1",
+}
+"""Figures of `score_grounding`, and the scores of `LESION_SCORES` that they are."""
+
 _NEIGHBORS_26 = np.ones((3, 3, 3), bool)
 
 
@@ -193,6 +202,47 @@ def score_lesions(
             macro.setdefault("ci95", {})[score] = percentile_interval(means)
     per_lesion = {key: lesion.scores for key, lesion in samples.items()}
     return {"n_cases": len(cases), "macro": macro, "per_lesion": per_lesion}
+
+
+def score_grounding(
+    cases: Sequence[Sequence[LesionComparison | None]], weights: ResampleWeights | None = None
+) -> JsonObject | None:
+    """Score true lesions of all kinds together, as ReXGroundingCT's leaderboard scores findings.
+
+    There (https://rexrank.ai/ReXGroundingCT) Global Dice is the mean Dice of all findings of all
+    cases; Global HIT Rate the share of findings with a Dice of at least 0.1; and with instances of
+    a Dice of at least 0.2 as true positives, instance precision is TP / (TP + FP), recall
+    TP / (TP + FN), F1 their harmonic mean. Here instances are pooled over findings, which that page
+    leaves open. A finding there is a sentence of the report; here it is a kind of lesion in a scan,
+    the union of its sentences, because the model outlines kinds. The two are the same only where a
+    report has one sentence of a kind.
+
+    Args:
+        cases: five lesions of each case, None where one is not compared; one without a true voxel
+            is no finding.
+        weights: resamples of the cases, (R, N), which add 95% intervals, `ci95`.
+
+    Returns:
+        Figures, `n_findings` and `n_scans`; None without a true lesion.
+    """
+    numbers, comparisons = [], []
+    for number, row in enumerate(cases):
+        for comparison in row:
+            if comparison is not None and comparison.truth:
+                numbers.append(number)
+                comparisons.append(comparison)
+    if not comparisons:
+        return None
+    if weights is not None and not len(weights):
+        weights = None
+    finding_weights = None if weights is None else weights[:, numbers]
+    samples = _score_lesion(comparisons, finding_weights)
+    scores: JsonObject = {name: samples.scores[score] for name, score in GROUNDING_SCORES.items()}
+    if finding_weights is not None:
+        intervals = samples.scores["ci95"]
+        known = [name for name in GROUNDING_SCORES if scores[name] is not None]
+        scores["ci95"] = {name: intervals[GROUNDING_SCORES[name]] for name in known}
+    return scores | {"n_findings": len(comparisons), "n_scans": len(set(numbers))}
 
 
 def _mean_over_lesions(values_by_lesion: Sequence[FloatArray]) -> FloatArray:

@@ -24,6 +24,7 @@ from rectvlm.metrics.lesions import (
     LESION_SCORES,
     LesionComparison,
     compare_lesion_masks,
+    score_grounding,
     score_lesions,
 )
 from rectvlm.metrics.surface_distances import hd95, surface_dice
@@ -297,3 +298,27 @@ def test_intervals_of_lesions_hold_what_was_measured() -> None:
         assert high - low <= np.mean(
             [row["ci95"][score][1] - row["ci95"][score][0] for row in result["per_lesion"].values()]
         )
+
+
+def test_grounding_figures_follow_the_definitions_of_the_leaderboard() -> None:
+    """Three findings of two scans, one hit, one touched and one missed; a fourth is not there."""
+
+    def finding(
+        both: int, predicted: int, truth: int, parts_predicted: int, parts_true: int, matched: int
+    ) -> LesionComparison:
+        counts = (parts_predicted, parts_true, 0, matched)
+        return LesionComparison(both, predicted, truth, None, None, *counts)
+
+    hit, touched = finding(40, 50, 50, 2, 1, 1), finding(1, 30, 20, 1, 1, 0)
+    missed, absent = finding(0, 0, 10, 0, 2, 0), finding(0, 99, 0, 5, 0, 0)
+    cases = [[hit, touched, absent, None, None], [missed, None, None, None, None]]
+    scores = score_grounding(cases, np.array([[2.0, 0.0], [0.0, 2.0]]))
+    assert scores is not None
+    assert scores["dice"] == pytest.approx((0.8 + 0.04) / 3)
+    assert scores["hit_rate"] == pytest.approx(1 / 3)
+    precision, recall = scores["instance_precision"], scores["instance_recall"]
+    assert (precision, recall) == (pytest.approx(1 / 3), pytest.approx(1 / 4))
+    assert scores["instance_f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    assert (scores["n_findings"], scores["n_scans"]) == (3, 2)
+    assert scores["ci95"]["dice"] == pytest.approx(np.percentile([0.42, 0.0], [2.5, 97.5]))
+    assert score_grounding([[absent, None, None, None, None]]) is None
