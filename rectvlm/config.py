@@ -161,6 +161,19 @@ class EncoderConfig(_ConfigSection):
     """Training cases whose mean CT is subtracted from every CT before it is cut into patches; 0
     subtracts nothing. Where patients lie alike, the difference is what tells them apart, and
     learning begins there."""
+    init: str | None
+    """Published weights that the encoder of phase 1 starts from: safetensors file, folder, or hub
+    id; null starts at random. `slice-region` takes a 2D ViT. It then has positions of a plane and
+    attention gates, so the value stays in the configuration of later phases."""
+
+    @model_validator(mode="after")
+    def _check_init_sees_images(self) -> "EncoderConfig":
+        if self.init is not None and self.atlas_cases:
+            raise ValueError(
+                f"init is {self.init!r} and atlas_cases {self.atlas_cases}: published weights read "
+                "CTs, not differences from an atlas; set init to null or atlas_cases to 0"
+            )
+        return self
 
 
 class TextConfig(_ConfigSection):
@@ -250,7 +263,8 @@ class ValidationConfig(_ConfigSection):
     """Optimizer steps between validations; there is one after the last step too. 0 never
     validates."""
     cases: PositiveInt
-    """Largest number of cases of the valid split, spread evenly over it and over the ranks."""
+    """Largest number of cases of the dev split, or of valid where there is no dev, spread evenly
+    over it and over the ranks."""
     shown_cases: NonNegativeInt
     """Cases of the first rank that are drawn with outlines and, where the model has a generator,
     get a written report. Each token costs a pass through the language model on all ranks."""

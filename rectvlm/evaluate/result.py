@@ -34,6 +34,8 @@ class EvaluationResult:
     shards: str
     """Folder or URL of the shards."""
     split: Split
+    threshold_split: Split
+    """Split of the shards that thresholds are fitted on: dev, or train where there is no dev."""
     selected_on_this_split: bool | None
     """Whether the checkpoint was chosen on this split; None where that is not known."""
     n_cases: int
@@ -67,7 +69,7 @@ class EvaluationResult:
     @property
     def is_fitted_on_split(self) -> bool:
         """Whether thresholds are fitted on the cases that are evaluated."""
-        return self.split == "train"
+        return self.split == self.threshold_split
 
     def as_dict(self) -> JsonObject:
         """Tree for JSON."""

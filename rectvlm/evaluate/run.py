@@ -95,7 +95,7 @@ def evaluate_checkpoint(
 ) -> EvaluationResult | None:
     """Evaluate a checkpoint on a split; write metrics, tables and plots.
 
-    Thresholds of the findings are fitted on the train split, never on the evaluated cases, and
+    Thresholds of the findings are fitted on the dev split, or on train where there is no dev, and
     stored in the checkpoint's folder for prediction. Reports are generated twice, the second time
     from a volume of air: what the control scores was not read from the image.
 
@@ -160,7 +160,7 @@ def _evaluate_cases(
     thresholds = choose_thresholds(
         run.folder,
         run.select_records(all_records, "fit"),
-        run.data.shards,
+        f"{run.index.threshold_split} split of {run.data.shards}",
         stored_only=options.thresholds == "stored",
         has_training_shards=bool(run.has_training_shards),
         regions_hidden=options.hide_regions,
@@ -198,6 +198,7 @@ class _EvaluationRun:
         self.data: DataConfig = self.config.data
         if shards is not None:
             self.data = self.data.model_copy(update={"shards": str(shards)})
+        self.index = read_index(self.data.shards)
         self.datasets = self._open_datasets()
         self.batches = self._plan_batches()
         self.has_reports = "generator" in self.checkpoint.parts and options.reports
@@ -258,8 +259,8 @@ class _EvaluationRun:
             "evaluate": ShardDataset(self.data, self.options.split)
         }
         can_fit = self.options.thresholds == "fit"
-        if can_fit and read_index(self.data.shards).select_split("train"):
-            datasets["fit"] = ShardDataset(self.data, "train")
+        if can_fit and self.index.select_split(self.index.threshold_split):
+            datasets["fit"] = ShardDataset(self.data, self.index.threshold_split)
         return datasets
 
     def _plan_batches(self) -> list[PlannedBatch]:
@@ -303,8 +304,14 @@ def _compute_metrics(
         step=run.state.step,
         shards=run.data.shards,
         split=options.split,
+        threshold_split=run.index.threshold_split,
         selected_on_this_split=was_selected_on(
-            run.folder, run.config, run.state, options.split, run.has_training_shards
+            run.folder,
+            run.config,
+            run.state,
+            options.split,
+            run.has_training_shards,
+            run.index.selection_split,
         ),
         n_cases=len(records),
         region_maps=RegionMapUsage.from_records(records, options.hide_regions),

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def choose_thresholds(
     folder: Path,
     fit_records: Sequence[CaseRecord],
-    shards: str,
+    cases: str,
     stored_only: bool = False,
     has_training_shards: bool = True,
     regions_hidden: bool = False,
@@ -34,7 +34,7 @@ def choose_thresholds(
     Args:
         folder: folder of the checkpoint.
         fit_records: records of the cases to fit on.
-        shards: name of the shards that these cases come from.
+        cases: split and shards that these cases come from, in words.
         stored_only: whether stored thresholds are required.
         has_training_shards: whether the shards are those that the checkpoint was trained with.
         regions_hidden: whether region maps were kept from the model.
@@ -42,13 +42,13 @@ def choose_thresholds(
     Raises:
         UserError: Stored thresholds are needed and are damaged, or are required and missing.
     """
-    reason = "the shards hold no train split"
+    reason = f"there is no {cases}"
     if fit_records:
-        fitted = _fit_to_records(fit_records, shards, regions_hidden)
+        fitted = _fit_to_records(fit_records, cases, regions_hidden)
         if fitted.is_fitted.any():
             _write_unless_better_stored(folder, fitted, has_training_shards)
             return fitted
-        reason = f"{fitted.n_cases} scans of the train split of {shards} decide none"
+        reason = f"{fitted.n_cases} scans of the {cases} decide none"
 
     stored = read_stored_thresholds(folder)
     if stored is not None:
@@ -60,12 +60,12 @@ def choose_thresholds(
 
 
 def _fit_to_records(
-    records: Sequence[CaseRecord], shards: str, regions_hidden: bool
+    records: Sequence[CaseRecord], cases: str, regions_hidden: bool
 ) -> FittedThresholds:
     scans = group_by_scan(records)
     region_maps = RegionMapUsage.from_records(records, regions_hidden)
-    cases = f"the first {len(scans.patients)} scans of the train split of {shards}"
-    source = f"maximum F1 on {cases}; region maps: {region_maps}"
+    first_scans = f"the first {len(scans.patients)} scans of the {cases}"
+    source = f"maximum F1 on {first_scans}; region maps: {region_maps}"
     fitted = fit_thresholds(scans.probabilities, scans.labels, scans.known, source)
     return FittedThresholds(fitted.values, fitted.is_fitted, source, fitted.n_cases, region_maps)
 

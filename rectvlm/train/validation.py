@@ -1,4 +1,5 @@
-"""Validation while a phase trains: losses and metrics of some cases of the valid split.
+"""Validation while a phase trains: losses and metrics of some cases of the dev split, or of
+the valid split where the shards hold no dev.
 
 It decides which checkpoint is the best and when to end early. Every rank takes as many cases as
 every other, one at a time (under ZeRO-3 all must run the same forward passes); where the cases do
@@ -69,12 +70,14 @@ class Validator:
         Every rank must call it before any line of the folder's files is dropped.
 
         Raises:
-            UserError: validation is asked for and the shards hold no valid split.
+            UserError: validation is asked for and the shards hold neither a dev nor a valid split.
         """
         self.engine, self.phase, self.config, self.folder = engine, phase, config, folder
         self.phase_settings = phase.get_settings(config)
         self.settings = self.phase_settings.validation
-        self.dataset = ShardDataset(config.data, "valid") if self.settings.every else None
+        self.dataset: ShardDataset | None = None
+        if self.settings.every:
+            self.dataset = ShardDataset.open_selection_split(config.data)
         history = read_metric_history(folder, self.settings)
         self._history = [entry for entry in history if entry.step <= step]
         self._best = self._find_best_checkpoint()

@@ -18,7 +18,7 @@ from rectvlm.evaluate.run import evaluate_checkpoint
 from rectvlm.evaluate.stored_thresholds import read_thresholds
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.lesion_bits import lesion_mask
-from rectvlm.types import OWN_OUTLINES, PHANTOM_OUTLINES, UserError
+from rectvlm.types import OWN_OUTLINES, PHANTOM_OUTLINES, REXGROUNDING_OUTLINES, UserError
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,55 @@ def test_without_a_train_split_thresholds_stay_at_one_half(tiny_run, tiny, tmp_p
         1,
         1,
     )
+
+
+def test_thresholds_come_from_the_dev_split_where_there_is_one(tiny_run, tiny, tmp_path):
+    splits = ["train", "dev", "dev", "dev", "valid"]
+    samples = [phantom_sample(seed, tiny, split) for seed, split in enumerate(splits)]
+    write_shards(samples, tmp_path / "shards")
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
+    options = EvaluationOptions(plots=False, bootstrap=0)
+
+    def run(split):
+        out = tmp_path / split / "m.json"
+        chosen = replace(options, split=split)
+        return evaluate_checkpoint(folder, tmp_path / "shards", out, options=chosen).as_dict()
+
+    valid, dev = run("valid"), run("dev")
+    assert valid["threshold_split"] == "dev" and valid["n_cases"] == 1
+    assert "3 scans of the dev split" in valid["thresholds"]["source"]
+    assert (valid["thresholds"]["same_data"], dev["thresholds"]["same_data"]) == (False, True)
+    assert run("train")["thresholds"]["same_data"] is False
+
+
+def test_the_grounding_split_is_scored_by_its_own_protocol(tiny_run, tiny, tmp_path):
+    samples = []
+    for seed in (0, 1):
+        sample = phantom_sample(seed, tiny, "grounding")
+        sources = {
+            key: source and REXGROUNDING_OUTLINES
+            for key, source in sample.meta.lesions_source.items()
+        }
+        samples.append(replace(sample, meta=replace(sample.meta, lesions_source=sources)))
+    write_shards(samples, tmp_path / "shards")
+    options = EvaluationOptions(split="grounding", bootstrap=20)
+    folder = tiny_run(2)
+    out = tmp_path / "m.json"
+    result = evaluate_checkpoint(folder, tmp_path / "shards", out, device="cpu", options=options)
+
+    grounding = result.localization["rexgrounding"]
+    per_lesion = result.localization["per_lesion"].values()
+    # An outline without a voxel is no finding, though the lesion was looked for.
+    assert grounding["n_findings"] == sum(row["n_present"] for row in per_lesion) > 0
+    assert grounding["n_scans"] == 2 and result.split == "grounding"
+    assert sum(row["n_annotated"] for row in per_lesion) > grounding["n_findings"]
+    count = f"{grounding['n_findings']} findings, 2 scans"
+    page = (tmp_path / "metrics.md").read_text()
+    assert f"| {count} | against people |" in page and "| ReXGroundingCT hit rate |" in page
+    console = Console(width=120, file=io.StringIO(), color_system=None)
+    console.print(tables.terminal_table(result))
+    assert count in console.file.getvalue()
 
 
 def test_evaluation_leaves_the_weights_alone(tiny_run, tmp_path):
