@@ -31,6 +31,7 @@ LESION_SCORE_NAMES = {
     "instance_precision": "instance precision",
     "instance_recall": "instance recall",
     "instance_f1": "instance F1",
+    "false_positive_ml": "false positive, ml",
 }
 GROUNDING_SCORE_NAMES = {
     "dice": "ReXGroundingCT Dice",
@@ -43,12 +44,13 @@ LESION_COUNT_NAMES = {
     "n_annotated": "scans annotated",
     "n_present": "scans with it",
     "n_missed": "missed",
-    "n_false_positive": "false positive",
+    "n_false_positive": "false positive scans",
     "n_empty_agreed": "both empty",
     "n_lesions": "lesions",
 }
 MAIN_FINDING_SCORES = ("auroc", "average_precision", "f1", "precision", "recall", "ece")
 """Scores of the findings in the terminal."""
+OTHER_THRESHOLD_NAMES = {"model": "the model's thresholds", "0.5": "0.5"}
 MAIN_REPORT_SCORES = (
     "bleu_1",
     "bleu_4",
@@ -122,6 +124,10 @@ def terminal_table(result: EvaluationResult) -> Table:
             name = f"{kind} {FINDING_SCORE_NAMES[score]}"
             interval = format_interval(mean, score)
             table.add_row(name, format_score(mean[score]), interval, "", count)
+    for choice, values in result.other_thresholds.items():
+        name = f"macro F1 at {OTHER_THRESHOLD_NAMES[choice]}"
+        count = f"{values['macro']['n_findings_f1']} of {len(FINDINGS)}"
+        table.add_row(name, format_score(values["macro"]["f1"]), "", "", count)
     if result.localization is not None:
         for key, row in result.localization["per_lesion"].items():
             _add_lesion_rows(table, LESION_BY_KEY[key].name, row)
@@ -223,6 +229,9 @@ def _render_findings(result: EvaluationResult) -> str:
         values = _format_scores(row, FINDING_SCORE_NAMES)
         rows.append([name, str(row["n_known"]), str(row["n_positive"]), *values])
 
+    for choice, values in result.other_thresholds.items():
+        macro = _format_scores(values["macro"], FINDING_SCORE_NAMES)
+        rows.append([f"**macro mean** at {OTHER_THRESHOLD_NAMES[choice]}", "", "", *macro])
     note = f"Thresholds: {thresholds.source}."
     if thresholds.not_fitted:
         note += f" Not fitted, 0.5: {', '.join(thresholds.not_fitted)}."
@@ -238,6 +247,8 @@ def _render_lesions(scores: Mapping[str, Any]) -> str:
     rows = []
     for score, name in LESION_SCORE_NAMES.items():
         rows.append([name, *(format_with_interval(column, score) for column in columns)])
+    largest_ml = [format_score(lesion["max_false_positive_ml"]) for lesion in lesions.values()]
+    rows.append(["largest false positive, ml", *largest_ml, ""])
     rows += _render_source_rows(lesions)
     grid_dice = [format_score(grid["per_lesion"][key]["dice"]) for key in lesions]
     rows.append(["Dice, model's grid", *grid_dice, format_score(grid["macro"]["dice"])])

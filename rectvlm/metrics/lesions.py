@@ -40,6 +40,7 @@ LESION_SCORES = (
     "instance_precision",
     "instance_recall",
     "instance_f1",
+    "false_positive_ml",
 )
 
 GROUNDING_SCORES = {
@@ -76,6 +77,8 @@ class LesionComparison:
     """Components of the truth of which the prediction has a voxel."""
     parts_matched: int
     """Pairs of components with a Dice of at least `MATCH_DICE`, each in one pair at most."""
+    predicted_ml: float
+    """Volume of the prediction, ml."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def compare_lesion_masks(
     assert predicted.shape == truth.shape and predicted.dtype == truth.dtype == np.bool_
     boxes = ndimage.find_objects((predicted | truth).view(np.uint8))
     if not boxes:
-        return LesionComparison(0, 0, 0, None, None, 0, 0, 0, 0)
+        return LesionComparison(0, 0, 0, None, None, 0, 0, 0, 0, 0.0)
 
     # One voxel of margin: a surface at the edge of the box is one in the volume too.
     box = tuple(slice(max(0, side.start - 1), side.stop + 1) for side in boxes[0])
@@ -122,6 +125,7 @@ def compare_lesion_masks(
         parts_true=n_true,
         parts_touched=n_touched,
         parts_matched=n_matched,
+        predicted_ml=float(np.count_nonzero(predicted) * np.prod(spacing_mm) / 1000),
     )
 
 
@@ -161,7 +165,9 @@ def score_lesions(
     cases. A case where truth and prediction are both empty has no Dice: it is counted in
     `n_empty_agreed` and not averaged. A prediction on an empty truth has Dice 0 and is counted in
     `n_false_positive`; a true lesion that the prediction does not touch has Dice 0 and is counted
-    in `n_missed`. The other scores are defined in `docs/concepts/evaluation.md`.
+    in `n_missed`. `false_positive_ml` is the mean volume predicted in the cases with an empty
+    truth, `max_false_positive_ml` the largest. The other scores are defined in
+    `docs/concepts/evaluation.md`.
 
     Args:
         cases: five lesions of each case, None where a lesion was not annotated.
@@ -267,7 +273,11 @@ def _score_lesion(
         by_resample = dict(zip(LESION_SCORES, np.concatenate(ratios).T, strict=True))
         scored = [score for score in LESION_SCORES if scores[score] is not None]
         scores["ci95"] = {score: percentile_interval(by_resample[score]) for score in scored}
+    false_positives_ml = _column(comparisons, "predicted_ml")[~is_present]
     scores |= {
+        "max_false_positive_ml": float(false_positives_ml.max())
+        if false_positives_ml.size
+        else None,
         "n_annotated": len(comparisons),
         "n_cases": int(is_scored.sum()),
         "n_present": int(is_present.sum()),
@@ -314,6 +324,7 @@ def _score_ratios(comparisons: Sequence[LesionComparison]) -> tuple[FloatArray, 
         "instance_precision": (matched, components_predicted),
         "instance_recall": (matched, components_true),
         "instance_f1": (2 * matched, components_predicted + components_true),
+        "false_positive_ml": (_column(comparisons, "predicted_ml") * ~is_present, ~is_present),
     }
     ordered = [ratios[score] for score in LESION_SCORES]
     numerators = np.stack([numerator for numerator, _ in ordered], axis=1, dtype=np.float64)

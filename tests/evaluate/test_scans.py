@@ -24,7 +24,7 @@ def lesion(
     grid: tuple[int, int, int] = (1, 1, 1),
     source: str = PHANTOM_OUTLINES,
 ) -> LesionRecord:
-    comparison = LesionComparison(both, predicted, truth, None, 0.0, 1, 1, 0, 0)
+    comparison = LesionComparison(both, predicted, truth, None, 0.0, 1, 1, 0, 0, 0.0)
     return LesionRecord(comparison, grid, "shard", source)
 
 
