@@ -32,8 +32,14 @@ from rectvlm.models.localizer import LocalizerOutput
 from rectvlm.train.lesion_targets import LesionTargets
 from rectvlm.train.task_loss import TargetCounts, TaskLoss, mean_of_known
 
-VOLUME_FLOOR_ML = 0.3
-"""V₀: drawn volume that counts little, about that of the smallest nodule in a report (8 mm)."""
+SMALL_LESION_ML = {
+    "pericardial_effusion": 10.0,
+    "pleural_effusion": 10.0,
+    "consolidation": 5.0,
+    "ground_glass_opacity": 5.0,
+    "lung_nodule": 0.3,
+}
+"""V₀: volume of a small lesion of each kind. Less of it drawn in vain costs little."""
 
 
 def localization_loss(
@@ -173,6 +179,7 @@ def _compute_lesion_terms(
     mask = mask & knowledge.outlined[:, None, None, None]
     # Only a lung lesion has a place that a region map bounds well.
     possible = targets.lung if LESIONS[bit].site == "lung" else torch.ones_like(mask)
+    voxel_share = targets.voxel_ml / SMALL_LESION_ML[LESIONS[bit].key]
     near = _mark_neighbour_cells(_any_in_cells(mask, patch.shape[1:]))
 
     def at_resolution(logits: Tensor) -> ResolutionTerms:
@@ -183,7 +190,7 @@ def _compute_lesion_terms(
             _any_in_cells(possible, grid),
             _enlarge_cells(near, grid),
             knowledge,
-            targets.voxel_ml * mask[0].numel() / logits[0].numel(),
+            voxel_share * mask[0].numel() / logits[0].numel(),
         )
 
     consistency = full.new_zeros(len(full))
@@ -214,7 +221,7 @@ def _compute_resolution_terms(
     possible: Tensor,
     near: Tensor,
     knowledge: _LesionKnowledge,
-    voxel_ml: float,
+    cell_share: float,
 ) -> ResolutionTerms:
     """Terms of one lesion at one resolution.
 
@@ -225,20 +232,18 @@ def _compute_resolution_terms(
         near: (B, z, y, x) bool, around an outline. There, what is not outlined counts as empty even
             where other lesions may be missing: an outline is drawn to the lesion's border.
         knowledge: what is known of the lesion.
-        voxel_ml: volume of a cell, ml.
+        cell_share: volume of a cell, as a share of a small lesion's.
     """
     is_empty = ~mask & (knowledge.complete[:, None, None, None] | ~possible)
     is_far = is_empty & ~near
     probabilities = logits.sigmoid()
     squares = probabilities.square()
-    drawn_ml = voxel_ml * torch.where(is_far, squares, 0.0).flatten(1).sum(1)
-    possible_ml = voxel_ml * torch.where(possible, squares, 0.0).flatten(1).sum(1)
-    volume = torch.log1p(drawn_ml / VOLUME_FLOOR_ML)
-    missing = torch.log1p(VOLUME_FLOOR_ML / possible_ml.clamp_min(1e-12))
-    volume = volume + torch.where(knowledge.missed, missing, 0.0)
-    overlap = _dice_loss(probabilities, squares, mask, near) + _mean_cross_entropy(
-        logits, mask, near
-    )
+    drawn = cell_share * torch.where(is_far, squares, 0.0).flatten(1).sum(1)
+    in_place = cell_share * torch.where(possible, squares, 0.0).flatten(1).sum(1)
+    missing = torch.log1p(1 / in_place.clamp_min(1e-12))
+    volume = torch.log1p(drawn) + torch.where(knowledge.missed, missing, 0.0)
+    overlap = _dice_loss(probabilities, squares, mask, near)
+    overlap = overlap + _balanced_cross_entropy(logits, mask, near)
     return ResolutionTerms(overlap, volume)
 
 
@@ -249,13 +254,17 @@ def _dice_loss(probabilities: Tensor, squares: Tensor, mask: Tensor, near: Tenso
     return 1 - (2 * shared + 1e-5) / (drawn + mask.flatten(1).sum(1) + 1e-5)
 
 
-def _mean_cross_entropy(logits: Tensor, mask: Tensor, near: Tensor) -> Tensor:
-    """Mean cross-entropy around the outline, (B,)."""
-    cross_entropy = F.binary_cross_entropy_with_logits(
-        logits, mask.to(logits.dtype), reduction="none"
-    )
-    near_count = near.flatten(1).sum(1).clamp_min(1)
-    return torch.where(near, cross_entropy, 0.0).flatten(1).sum(1) / near_count
+def _balanced_cross_entropy(logits: Tensor, mask: Tensor, near: Tensor) -> Tensor:
+    """Cross-entropy around the outline, half of it inside and half of it outside, (B,)."""
+    inside = _mean_where(mask, F.softplus(-logits))
+    outside = _mean_where(near & ~mask, F.softplus(logits))
+    return (inside + outside) / 2
+
+
+def _mean_where(mask: Tensor, values: Tensor) -> Tensor:
+    """Mean of a sample's values where the mask is True, (B,); 0 where it never is."""
+    total = torch.where(mask, values, 0.0).flatten(1).sum(1)
+    return total / mask.flatten(1).sum(1).clamp_min(1)
 
 
 def _compare_resolutions(full: Tensor, coarser: Tensor) -> Tensor:
