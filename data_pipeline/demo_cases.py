@@ -10,7 +10,8 @@ from rectvlm.labels import FINDINGS, LESION_BY_KEY
 from rectvlm.lesion_bits import pack_lesion
 from rectvlm.phantom.patient_plan import PHANTOM_STYLES, VARIED_STYLE
 from rectvlm.phantom.phantom import make_phantom
-from rectvlm.types import Split, Volume
+from rectvlm.phantom.supervision import PhantomSupervision, TrainingSupervision
+from rectvlm.types import Split, Volume, no_lesions_source
 
 FIRST_VALID_SEED = 100_000
 """First seed of the validation phantoms; the seeds of training phantoms start at 0."""
@@ -21,6 +22,7 @@ def list_demo_cases(
     valid_count: int,
     sample_ct_folder: Path | None,
     style: str = VARIED_STYLE.name,
+    supervision: TrainingSupervision = "complete",
 ) -> list[Case]:
     """List the two real CTs, then the phantoms of both splits.
 
@@ -30,6 +32,8 @@ def list_demo_cases(
         sample_ct_folder: folder of the real CTs, which are fetched when they are not there; None
             leaves them out.
         style: one of `patient_plan.PHANTOM_STYLES`.
+        supervision: supervision of the training phantoms. With `ct-rate` that of the validation
+            phantoms is exhaustive, so that figures are compared with the truth.
 
     Raises:
         UserError: the CTs cannot be fetched.
@@ -38,9 +42,12 @@ def list_demo_cases(
     if sample_ct_folder is not None:
         fetch_sample_cts(sample_ct_folder)
         cases += [_sample_ct_case(ct, sample_ct_folder) for ct in SAMPLE_CTS]
-    cases += [_phantom_case(seed, "train", style) for seed in range(train_count)]
+    cases += [_phantom_case(seed, "train", style, supervision) for seed in range(train_count)]
     valid_seeds = range(FIRST_VALID_SEED, FIRST_VALID_SEED + valid_count)
-    cases += [_phantom_case(seed, "valid", style) for seed in valid_seeds]
+    valid_supervision: PhantomSupervision = (
+        "exhaustive" if supervision == "ct-rate" else supervision
+    )
+    cases += [_phantom_case(seed, "valid", style, valid_supervision) for seed in valid_seeds]
     return cases
 
 
@@ -63,24 +70,26 @@ def _load_sample_ct(ct: SampleCt, folder: Path) -> CaseData:
         labels={**dict.fromkeys(FINDINGS), "Lung nodule": ct.nodule_label},
         lesions=[Volume(bits, mask.affine, mask.where)],
         lesions_annotated={key: key == OUTLINED_LESION for key in LESION_BY_KEY},
+        lesions_source={**no_lesions_source(), OUTLINED_LESION: "pyradiomics"},
     )
 
 
-def _phantom_case(seed: int, split: Split, style: str) -> Case:
+def _phantom_case(seed: int, split: Split, style: str, supervision: PhantomSupervision) -> Case:
     key = f"phantom_{seed:06d}"
     style_note = "" if style == VARIED_STYLE.name else f", {style}"
+    supervision_note = "" if supervision == "complete" else f", supervision {supervision}"
     return Case(
         key=key,
         split=split,
         patient=key,
-        source=f"phantom of seed {seed}{style_note}",
-        load=partial(_load_phantom, seed, style),
-        identity=(str(seed), style),
+        source=f"phantom of seed {seed}{style_note}{supervision_note}",
+        load=partial(_load_phantom, seed, style, supervision),
+        identity=(str(seed), style, supervision),
     )
 
 
-def _load_phantom(seed: int, style: str) -> CaseData:
-    phantom = make_phantom(seed, PHANTOM_STYLES[style])
+def _load_phantom(seed: int, style: str, supervision: PhantomSupervision) -> CaseData:
+    phantom = make_phantom(seed, PHANTOM_STYLES[style], supervision)
     where = f"phantom of seed {seed}"
     return CaseData(
         volume=Volume(phantom.hu, phantom.affine, where),
@@ -89,6 +98,8 @@ def _load_phantom(seed: int, style: str) -> CaseData:
         impression=phantom.impression,
         lesions=[Volume(phantom.lesions, phantom.affine, where)],
         lesions_annotated=phantom.lesions_annotated,
+        lesions_partial=phantom.lesions_partial,
+        lesions_source=phantom.lesions_source,
         regions=Volume(phantom.regions, phantom.affine, where),
         regions_source="phantom",
     )

@@ -39,6 +39,7 @@ from rectvlm.config import load_config
 from rectvlm.data.store import ShardStore
 from rectvlm.files import require_writable_folder
 from rectvlm.phantom.patient_plan import PHANTOM_STYLES, VARIED_STYLE
+from rectvlm.phantom.supervision import TrainingSupervision
 from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ class PreprocessOptions:
     """Number of synthetic validation cases; by default 12, or none with other cases."""
     phantom_style: str = VARIED_STYLE.name
     """Look of the phantoms."""
+    phantom_supervision: TrainingSupervision = "complete"
+    """Labels and outlines of the training phantoms."""
     sample_cts: bool = field(
         default=True,
         metadata=argument(
@@ -118,6 +121,7 @@ def _list_demo_selection(options: PreprocessOptions) -> CaseSelection:
         _DEMO_VALID_PHANTOMS if valid_count is None else valid_count,
         SAMPLE_CT_FOLDER if options.sample_cts else None,
         options.phantom_style,
+        options.phantom_supervision,
     )
     return CaseSelection(cases)
 
@@ -158,7 +162,11 @@ def _list_own_selection(
 def _list_extra_phantoms(options: PreprocessOptions) -> list[Case]:
     """List the phantoms that are asked for beside other cases."""
     return list_demo_cases(
-        options.phantoms or 0, options.valid_phantoms or 0, None, options.phantom_style
+        options.phantoms or 0,
+        options.valid_phantoms or 0,
+        None,
+        options.phantom_style,
+        options.phantom_supervision,
     )
 
 

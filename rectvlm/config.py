@@ -352,6 +352,7 @@ class TrainConfig(_ConfigSection):
     `RUNS/NAME/phaseN-STAGE`."""
     seed: int
     weight_decay: NonNegativeFloat
+    """AdamW's weight decay of the weights of linear and convolution layers; all else has none."""
     betas: tuple[Fraction, Fraction]
     gradient_clipping: PositiveFloat
     """Norm of all gradients together to which larger gradients are clipped."""

@@ -80,14 +80,15 @@ def printable_line(text: object) -> str:
 
 
 def require_writable_folder(folder: Path) -> None:
-    """Make a folder, and write a file in it and remove it: a long command asks before its work.
+    """Make a folder, and write a nameless file in it: a long command asks before its work.
 
     Raises:
         UserError: the folder cannot be made or written to, or its disk is full.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".rectvlm-", suffix=".tmp") as file:
+        # A file without a name leaves nothing behind when the process is killed.
+        with tempfile.TemporaryFile(dir=folder, prefix=".rectvlm-") as file:
             file.write(bytes(4096))
             file.flush()
             os.fsync(file.fileno())

@@ -28,7 +28,18 @@ JsonObject = dict[str, Any]
 COARSE_REGIONS_SOURCE = "coarse"
 """`regions_source` of a map estimated from the CT: good for sides and zones, not for lobes."""
 
-SAMPLE_SCHEMA = 2
+TOTALSEGMENTATOR_OUTLINES = "TotalSegmentator"
+"""`lesions_source` of outlines that another network drew."""
+REXGROUNDING_OUTLINES = "ReXGroundingCT (people)"
+"""`lesions_source` of outlines that radiologists drew or checked."""
+OWN_OUTLINES = "own masks"
+"""`lesions_source` of outlines in files or tables of the user's own, whoever drew them."""
+PHANTOM_OUTLINES = "phantom"
+"""`lesions_source` of outlines that are known by construction."""
+UNKNOWN_OUTLINES = "unknown"
+"""Word for the source of outlines where `lesions_source` says none."""
+
+SAMPLE_SCHEMA = 3
 """Version of a sample's members, of the index and of the manifest of shards."""
 
 
@@ -111,6 +122,11 @@ class HuConversion:
     """Number of voxels below −1024 HU, outside the field of view, that were set to air."""
 
 
+def no_lesions_source() -> dict[str, str | None]:
+    """`lesions_source` of a case without outlines."""
+    return dict.fromkeys(LESION_BY_KEY)
+
+
 @dataclass(frozen=True)
 class SampleMeta:
     """Metadata of a sample; `KEY.json` in a shard, whose keys are these field names."""
@@ -148,8 +164,9 @@ class SampleMeta:
     )
     """Whether some lesions of a kind are outlined while others may not be, by lesion key. Drawn
     voxels are sure and empty ones unknown; such a lesion does not count as annotated."""
-    lesions_source: str | None = None
-    """Origin of the outlines; None without outlines."""
+    lesions_source: dict[str, str | None] = field(default_factory=no_lesions_source)
+    """Who or what outlined each lesion, by lesion key: one of the words above, several joined by
+    " + "; None where the lesion was not annotated, or nobody knows."""
     series: dict[str, str | float | None] = field(default_factory=dict)
     """Properties of the reconstruction (kernel, slice spacing) and the reason for its choice."""
     versions: dict[str, str] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
 from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.shards import write_shards
 from rectvlm.phantom.phantom import PhantomCase, make_phantom
-from rectvlm.types import GridGeometry, Sample, SampleMeta, Split, Volume
+from rectvlm.types import PHANTOM_OUTLINES, GridGeometry, Sample, SampleMeta, Split, Volume
 
 
 def phantom_sample(seed: int, config: Config, split: Split = "train") -> Sample:
@@ -36,6 +36,10 @@ def phantom_sample(seed: int, config: Config, split: Split = "train") -> Sample:
         geometry=GridGeometry(grid_affine.tolist(), shape, phantom.affine.tolist()),
         hu=decision,
         lesions_annotated=phantom.lesions_annotated,
+        lesions_source={
+            key: PHANTOM_OUTLINES if is_annotated else None
+            for key, is_annotated in phantom.lesions_annotated.items()
+        },
         regions_source="phantom",
     )
     affine = phantom.affine

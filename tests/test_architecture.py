@@ -1,6 +1,7 @@
 """The design's rules, read from the source: who may import whom, and what no one does."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -173,3 +174,7 @@ def test_what_no_one_does(path: Path) -> None:
                     assert value.value is False, f"{where} sets {keyword.arg}"
                 if keyword.arg == "weights_only":
                     raise AssertionError(f"{where} reads a pickle")
+            if re.fullmatch(r"AutoModel\w*\.from_pretrained", ast.unparse(node.func)):
+                options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                is_safe = options.get("use_safetensors") == "True" or "gguf_file" in options
+                assert is_safe, f"{where} accepts a pickle: pass use_safetensors=True"

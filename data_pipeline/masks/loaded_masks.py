@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rectvlm.labels import LESION_BY_KEY
-from rectvlm.types import Volume
+from rectvlm.types import Volume, no_lesions_source
 
 
 def _no_lesions() -> dict[str, bool]:
@@ -23,8 +23,9 @@ class LoadedMasks:
     lesions_partial: dict[str, bool] = field(default_factory=_no_lesions)
     """By key of all 5 lesions: whether some are outlined while others may not be. A lesion is never
     both partial and annotated."""
-    lesions_source: str | None = None
-    """Sources of the outlines; None when nothing was annotated."""
+    lesions_source: dict[str, str | None] = field(default_factory=no_lesions_source)
+    """By key of all 5 lesions: who or what outlined it, in the words of `rectvlm.types`; None where
+    it was not annotated, or nobody knows."""
     regions: Volume | None = None
     """Region ids, uint8, on their own grid and affine."""
     regions_source: str | None = None

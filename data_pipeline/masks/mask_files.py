@@ -4,7 +4,7 @@ Each mask keeps its own grid and affine; `rectvlm.data.canonical_grid` brings it
 grid. What the numbers in a file mean is the subject of `totalsegmentator` and `rexgrounding`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,14 @@ from rectvlm.data.mask_placement import covers_volume, require_on_volume
 from rectvlm.data.volume import read_mask
 from rectvlm.labels import LESION_BY_KEY
 from rectvlm.lesion_bits import pack_lesion
-from rectvlm.types import InputError, MaskVolume, Volume
+from rectvlm.types import (
+    OWN_OUTLINES,
+    REXGROUNDING_OUTLINES,
+    TOTALSEGMENTATOR_OUTLINES,
+    InputError,
+    MaskVolume,
+    Volume,
+)
 
 
 @dataclass(frozen=True)
@@ -83,11 +90,11 @@ class CaseMaskFiles:
         for key, path in self.lesion_files:
             mask = read_mask(path)
             bits = pack_lesion(mask.array > 0, LESION_BY_KEY[key])
-            outlines.add_mask(Volume(bits, mask.affine, mask.where), {key}, "lesion files")
-        outlines.add_absent(self.absent_lesions, "case table")
+            outlines.add_mask(Volume(bits, mask.affine, mask.where), {key}, OWN_OUTLINES)
+        outlines.add_absent(self.absent_lesions)
         for task, path in self.task_files:
             mask, looked_for = totalsegmentator.read_lesions(path, task)
-            outlines.add_mask(mask, looked_for, "TotalSegmentator")
+            outlines.add_mask(mask, looked_for, TOTALSEGMENTATOR_OUTLINES)
         if self.rex_files and self.rex_record is not None:
             outlines.add_rexgrounding(
                 rexgrounding.read_outlines(self.rex_files[0], self.rex_record, volume)
@@ -99,7 +106,7 @@ class CaseMaskFiles:
             lesions=outlines.volumes,
             lesions_annotated={key: key in annotated for key in LESION_BY_KEY},
             lesions_partial={key: key in partial for key in LESION_BY_KEY},
-            lesions_source=", ".join(outlines.sources) or None,
+            lesions_source=outlines.describe_sources(),
             regions=regions,
             regions_source=regions_source,
         )
@@ -127,7 +134,7 @@ class _OutlineUnion:
         self.volumes: list[Volume] = []
         self.annotated: set[str] = set()
         self.partial: set[str] = set()
-        self.sources: list[str] = []
+        self.sources: dict[str, list[str]] = {key: [] for key in LESION_BY_KEY}
 
     def add_mask(self, mask: Volume, looked_for: set[str], source: str) -> None:
         """Add lesion bits of a file whose lesions were looked for in all of its box.
@@ -141,25 +148,28 @@ class _OutlineUnion:
             self.annotated |= looked_for
         else:
             self.partial |= looked_for
-        self._add_source(source)
+        self._add_source(looked_for, source)
 
-    def add_absent(self, lesions: Iterable[str], source: str) -> None:
+    def add_absent(self, lesions: Sequence[str]) -> None:
         """Note lesions that were looked for in all of the volume and are not there."""
-        for lesion in lesions:
-            self.annotated.add(lesion)
-            self._add_source(source)
+        self.annotated.update(lesions)
+        self._add_source(lesions, OWN_OUTLINES)
 
     def add_rexgrounding(self, outlines: rexgrounding.RexLesionOutlines) -> None:
         """Add the outlines of a ReXGroundingCT file."""
         self._unite(outlines.lesions)
         self.annotated |= outlines.annotated
         self.partial |= outlines.partial
-        if outlines.annotated or outlines.partial:
-            self._add_source("ReXGroundingCT")
+        self._add_source(outlines.annotated | outlines.partial, REXGROUNDING_OUTLINES)
 
-    def _add_source(self, source: str) -> None:
-        if source not in self.sources:
-            self.sources.append(source)
+    def describe_sources(self) -> dict[str, str | None]:
+        """Sources of each lesion's outlines, joined by " + "; None for none."""
+        return {key: " + ".join(sources) or None for key, sources in self.sources.items()}
+
+    def _add_source(self, lesions: Iterable[str], source: str) -> None:
+        for lesion in lesions:
+            if source not in self.sources[lesion]:
+                self.sources[lesion].append(source)
 
     def _unite(self, mask: Volume) -> None:
         bits: MaskVolume = mask.array

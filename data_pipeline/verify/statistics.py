@@ -19,7 +19,14 @@ from rectvlm.data.hounsfield import MAX_HU, MIN_HU
 from rectvlm.data.report_text import join_report_sections
 from rectvlm.labels import FINDINGS, LESIONS, Lesion
 from rectvlm.lesion_bits import lesion_mask
-from rectvlm.types import GridGeometry, HuConversion, Sample, Split
+from rectvlm.types import (
+    UNKNOWN_OUTLINES,
+    GridGeometry,
+    HuConversion,
+    Sample,
+    SampleMeta,
+    Split,
+)
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 NO_REGIONS = "none"
@@ -77,6 +84,8 @@ class SampleSummary:
     """Whether each lesion was annotated, in the order of `LESIONS`."""
     lesions_partial: tuple[bool, ...]
     """Whether each lesion was annotated in part, in the order of `LESIONS`."""
+    lesions_source: tuple[str | None, ...]
+    """Source of each lesion's outlines, in the order of `LESIONS`; None where not annotated."""
     regions_source: str
     """Source of the region map; `NO_REGIONS` when there is none."""
     report_words: int | None
@@ -110,6 +119,7 @@ class SampleSummary:
             lesion_ml=tuple(lesion_ml),
             lesions_annotated=tuple(meta.lesions_annotated[lesion.key] for lesion in LESIONS),
             lesions_partial=tuple(meta.lesions_partial[lesion.key] for lesion in LESIONS),
+            lesions_source=_list_lesion_sources(meta),
             regions_source=NO_REGIONS if meta.regions_source is None else meta.regions_source,
             report_words=None if report is None else len(report.split()),
             report_digest=hashlib.sha256((report or "").encode()).hexdigest()[:16],
@@ -118,6 +128,15 @@ class SampleSummary:
             has_padding=meta.hu.padding_voxels > 0,
             versions=tuple(meta.versions.items()),
         )
+
+
+def _list_lesion_sources(meta: SampleMeta) -> tuple[str | None, ...]:
+    sources: list[str | None] = []
+    for lesion in LESIONS:
+        is_outlined = meta.lesions_annotated[lesion.key] or meta.lesions_partial[lesion.key]
+        source = meta.lesions_source[lesion.key] or UNKNOWN_OUTLINES
+        sources.append(source if is_outlined else None)
+    return tuple(sources)
 
 
 def _describe_hu_conversion(hu: HuConversion) -> str:
@@ -231,7 +250,13 @@ def _split_statistics(
     lesions = {}
     for lesion in LESIONS:
         volumes_ml = _percentiles(outlined_volumes_ml(summaries, lesion))
-        lesions[lesion.key] = {**lesion_counts[lesion.key], "ml": volumes_ml}
+        sources = Counter(summary.lesions_source[lesion.bit] for summary in summaries)
+        del sources[None]
+        lesions[lesion.key] = {
+            **lesion_counts[lesion.key],
+            "sources": dict(sources.most_common()),
+            "ml": volumes_ml,
+        }
     return {
         "samples": len(summaries),
         "scans": len(samples_by_scan),

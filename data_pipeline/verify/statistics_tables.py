@@ -13,7 +13,12 @@ from rectvlm.terminal_tables import FoldingTable
 def build_tables(statistics: DatasetStatistics) -> list[Table]:
     """Build the tables of cases, findings and lesions."""
     by_split = statistics.to_dict()
-    return [_case_table(by_split), _finding_table(by_split), _lesion_table(by_split)]
+    return [
+        _case_table(by_split),
+        _finding_table(by_split),
+        _lesion_table(by_split),
+        _source_table(by_split),
+    ]
 
 
 def _new_table(title: str, *columns: str) -> Table:
@@ -92,4 +97,13 @@ def _lesion_table(by_split: dict[str, SplitStatistics]) -> Table:
             counts = split_statistics["lesions"][lesion.key]
             cells = [f"{counts[name]:,}" for name in columns]
             table.add_row(lesion.name, split, *cells, _format_percentiles(counts["ml"]))
+    return table
+
+
+def _source_table(by_split: dict[str, SplitStatistics]) -> Table:
+    """Who or what outlined each lesion."""
+    table = _new_table("Lesions: samples by the source of the outlines", "lesion", *by_split)
+    for lesion in LESIONS:
+        sources = [split["lesions"][lesion.key]["sources"] for split in by_split.values()]
+        table.add_row(lesion.name, *(_format_counts(counts) or "–" for counts in sources))
     return table

@@ -32,6 +32,7 @@ from rectvlm.models import RectVLM
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.pretrained import resolve_model
 from rectvlm.train.objectives import combine_losses, compute_losses
+from rectvlm.train.optimizer import find_decayed_parameters
 from rectvlm.train.phases import PHASES, Phase
 
 log = logging.getLogger("train_plain")
@@ -50,15 +51,17 @@ def build_model(config: Config, phase: Phase, trained: dict[str, Tensor]) -> Rec
 
 
 def build_optimizer(model: RectVLM, config: Config, settings: PhaseConfig) -> torch.optim.AdamW:
-    """AdamW with a learning rate for each part; vectors (norms, biases) have no weight decay."""
+    """AdamW with a learning rate for each part; only weights of layers have weight decay."""
     groups = []
     for part, peak in settings.lr.items():
-        matrices, vectors = [], []
-        for parameter in getattr(model, part).parameters():
-            (matrices if parameter.ndim > 1 else vectors).append(parameter)
+        module = getattr(model, part)
+        decayed_names = find_decayed_parameters(module)
+        decayed, others = [], []
+        for name, parameter in module.named_parameters():
+            (decayed if name in decayed_names else others).append(parameter)
         decay = config.train.weight_decay
-        groups.append({"params": matrices, "weight_decay": decay, "peak": peak})
-        groups.append({"params": vectors, "weight_decay": 0.0, "peak": peak})
+        groups.append({"params": decayed, "weight_decay": decay, "peak": peak})
+        groups.append({"params": others, "weight_decay": 0.0, "peak": peak})
     return torch.optim.AdamW(groups, betas=config.train.betas)
 
 

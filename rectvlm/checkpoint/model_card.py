@@ -183,9 +183,13 @@ def _lesion_rows(metrics: dict[str, Any]) -> list[list[str]]:
         return []
     rows = []
     for key, lesion in metrics["localization"]["per_lesion"].items():
-        cases = f"{lesion['n_cases']} cases, {lesion['n_present']} with it"
-        metric = f"Dice, {key.replace('_', ' ')}"
-        rows.append(["lesions", metric, _format_score(lesion["dice"]), cases])
+        name = key.replace("_", " ")
+        if not lesion["per_source"]:
+            rows.append(["lesions", f"Dice, {name}", NO_VALUE, "no outlines"])
+        for source, scores in lesion["per_source"].items():
+            cases = f"{scores['n_cases']} cases, {scores['n_present']} with it"
+            metric = f"Dice against {source}, {name}"
+            rows.append(["lesions", metric, _format_score(scores["dice"]), cases])
     return rows
 
 

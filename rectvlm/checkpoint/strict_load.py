@@ -16,8 +16,16 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
+DEFAULT_REMEDY = "use the configuration they came from"
+"""Advice where tensors do not fit."""
+
+
 def load_tensors(
-    model: nn.Module, tensors: Mapping[str, Tensor], expected: Iterable[str], where: Path
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    expected: Iterable[str],
+    where: Path,
+    remedy: str = DEFAULT_REMEDY,
 ) -> None:
     """Copy tensors into a model.
 
@@ -25,13 +33,14 @@ def load_tensors(
         model: receives them, in its own dtypes.
         tensors: by name.
         expected: names that must be there, and no others.
-        where: the tensors' folder, for the message.
+        where: the tensors' file or folder, for the message.
+        remedy: what the user can do where they do not fit, as the end of a sentence.
 
     Raises:
         UserError: naming what is missing, what is unexpected and what has another shape.
     """
     expected = set(expected)
-    check_tensors(model, tensors, expected, where)
+    check_tensors(model, tensors, expected, where, remedy)
     targets = named_tensors(model)
     with torch.no_grad():
         for name in expected:
@@ -39,7 +48,11 @@ def load_tensors(
 
 
 def check_tensors(
-    model: nn.Module, tensors: Mapping[str, Tensor], expected: Iterable[str], where: Path
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    expected: Iterable[str],
+    where: Path,
+    remedy: str = DEFAULT_REMEDY,
 ) -> None:
     """Check that tensors fit a model, which may lie on the meta device.
 
@@ -62,8 +75,7 @@ def check_tensors(
     phrases = [f"{fault}: {_join_names(names)}" for fault, names in faults.items() if names]
     if phrases:
         raise UserError(
-            f"The weights in {where} do not fit the model: {'; '.join(phrases)}; use the "
-            "configuration they came from."
+            f"The weights in {where} do not fit the model: {'; '.join(phrases)}; {remedy}."
         )
 
 

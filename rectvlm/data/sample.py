@@ -99,7 +99,8 @@ def parse_meta(data: bytes, where: str) -> SampleMeta:
     except ValidationError as error:
         field, reason = first_invalid_field(error)
         raise UserError(
-            f"{where}: {field} of its JSON is not of schema {SAMPLE_SCHEMA}: {reason}."
+            f"{where}: {field} of its JSON is not of schema {SAMPLE_SCHEMA}: {reason}; make the "
+            "shards again."
         ) from None
     except ValueError as error:
         raise UserError(
@@ -142,6 +143,11 @@ def _check_sample(sample: Sample, where: str) -> None:
     if wrong:
         raise UserError(
             f"{where}: lesions_annotated must name each of the 5 lesions; wrong: {sorted(wrong)}."
+        )
+    wrong = set(meta.lesions_source) ^ {lesion.key for lesion in LESIONS}
+    if wrong:
+        raise UserError(
+            f"{where}: lesions_source must name each of the 5 lesions; wrong: {sorted(wrong)}."
         )
     partial = [key for key, is_partial in meta.lesions_partial.items() if is_partial]
     both = [key for key in partial if meta.lesions_annotated.get(key)]

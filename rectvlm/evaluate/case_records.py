@@ -14,7 +14,14 @@ from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.metrics.lesion_overlap import count_lesion_voxels
 from rectvlm.metrics.lesions import LesionComparison, compare_lesion_masks
 from rectvlm.models import RectVLM
-from rectvlm.types import Batch, JsonObject, MaskVolume, SampleMeta
+from rectvlm.types import (
+    OWN_OUTLINES,
+    UNKNOWN_OUTLINES,
+    Batch,
+    JsonObject,
+    MaskVolume,
+    SampleMeta,
+)
 
 CasePurpose = Literal["fit", "evaluate"]
 """Use of a case: `fit` is a case of the train split on which thresholds are fitted."""
@@ -29,7 +36,9 @@ class LesionRecord:
     grid: tuple[int, int, int]
     """Voxels in the intersection, the prediction and the truth on the model's grid."""
     truth: TruthSource
-    """Source of the true outline."""
+    """Place where the true outline was read."""
+    source: str
+    """Who or what drew the true outline, in the words of `SampleMeta.lesions_source`."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +159,9 @@ def _compare_lesions(
             predicted_mask, true_mask, native.spacing_mm, options.surface_tolerance
         )
         both, predicted, true = (int(count) for count in voxel_counts[lesion.bit])
-        source = native.truth_sources[lesion.key]
-        records[lesion.bit] = LesionRecord(comparison, (both, predicted, true), source)
+        place = native.truth_sources[lesion.key]
+        source = meta.lesions_source[lesion.key] or UNKNOWN_OUTLINES
+        if place == "file":
+            source = OWN_OUTLINES
+        records[lesion.bit] = LesionRecord(comparison, (both, predicted, true), place, source)
     return records

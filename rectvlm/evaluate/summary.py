@@ -1,19 +1,23 @@
 """Figures of findings and lesions, from the results by scan."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
 from rectvlm.evaluate.case_records import LesionRecord
 from rectvlm.evaluate.options import LESION_THRESHOLD, EvaluationOptions
 from rectvlm.evaluate.scans import ScanResults
-from rectvlm.labels import LESIONS, N_LESIONS
+from rectvlm.labels import LESIONS, N_LESIONS, Lesion
 from rectvlm.metrics.bootstrap import ResampleWeights, draw_patient_weights
 from rectvlm.metrics.finding_thresholds import FindingThresholds
 from rectvlm.metrics.findings import score_findings
 from rectvlm.metrics.lesion_overlap import score_lesion_overlap
 from rectvlm.metrics.lesions import HIT_DICE, MATCH_DICE, LesionComparison, score_lesions
 from rectvlm.types import JsonObject
+
+LesionRow = list[LesionComparison | None]
+"""Five lesions of a scan, None where a lesion is not compared."""
 
 
 def draw_resamples(patients: list[str], options: EvaluationOptions) -> ResampleWeights | None:
@@ -36,15 +40,21 @@ def summarize_findings(
 def summarize_lesions(
     scans: ScanResults, weights: ResampleWeights | None, options: EvaluationOptions
 ) -> JsonObject:
-    """Localization figures by scan, on the native grid; Dice and IoU on the model's grid too."""
+    """Localization figures by scan, on the native grid; Dice and IoU on the model's grid too.
+
+    `sources` of a lesion counts the scans by who or what outlined it, and `per_source` has the
+    figures against each: agreement with another network is not agreement with people.
+    """
     rows = scans.select_lesions()
     n_lost: Counter[str] = Counter()
     truth_sources: Counter[str] = Counter()
-    comparisons: list[list[LesionComparison | None]] = []
+    comparisons: list[LesionRow] = []
+    sources: list[list[str | None]] = []
     counts = np.zeros((len(rows), N_LESIONS, 3), np.int64)
     annotated = np.zeros((len(rows), N_LESIONS), bool)
     for number, row in enumerate(rows):
         comparisons.append([None] * N_LESIONS)
+        sources.append([None] * N_LESIONS)
         for lesion in LESIONS:
             record = row[lesion.bit]
             if record is None:
@@ -56,10 +66,14 @@ def summarize_lesions(
                 n_lost[lesion.key] += 1
             else:
                 comparisons[number][lesion.bit] = record.native
+                sources[number][lesion.bit] = record.source
 
     scores = score_lesions(comparisons, weights)
-    for key, lesion_scores in scores["per_lesion"].items():
-        lesion_scores["n_lost_on_native_grid"] = n_lost[key]
+    for lesion in LESIONS:
+        lesion_scores = scores["per_lesion"][lesion.key]
+        lesion_scores["n_lost_on_native_grid"] = n_lost[lesion.key]
+        sources_of_lesion = [row[lesion.bit] for row in sources]
+        lesion_scores |= _score_by_source(lesion, comparisons, sources_of_lesion, weights)
     return scores | {
         "grid": "native",
         "threshold": LESION_THRESHOLD,
@@ -69,6 +83,32 @@ def summarize_lesions(
         "truth": dict(truth_sources),
         "model_grid": score_lesion_overlap(counts, annotated),
     }
+
+
+def _score_by_source(
+    lesion: Lesion,
+    comparisons: Sequence[LesionRow],
+    sources: Sequence[str | None],
+    weights: ResampleWeights | None,
+) -> JsonObject:
+    """Counts and figures of one lesion by the source of its true outlines.
+
+    Args:
+        lesion: kind of the lesion.
+        comparisons: five lesions of each scan.
+        sources: source of the lesion's outline in each scan, None where it is not compared.
+        weights: resamples of the scans.
+    """
+    counts = Counter(source for source in sources if source is not None)
+    per_source: JsonObject = {}
+    for source in sorted(counts):
+        rows: list[LesionRow] = []
+        for row, source_of_row in zip(comparisons, sources, strict=True):
+            rows.append([None] * N_LESIONS)
+            if source_of_row == source:
+                rows[-1][lesion.bit] = row[lesion.bit]
+        per_source[source] = score_lesions(rows, weights)["per_lesion"][lesion.key]
+    return {"sources": dict(sorted(counts.items())), "per_source": per_source}
 
 
 def _is_lost_on_native_grid(record: LesionRecord) -> bool:

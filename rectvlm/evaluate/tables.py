@@ -117,13 +117,33 @@ def terminal_table(result: EvaluationResult) -> Table:
             table.add_row(name, format_score(mean[score]), interval, "", count)
     if result.localization is not None:
         for key, row in result.localization["per_lesion"].items():
-            count = f"{row['n_cases']}, {row['n_present']} with it"
-            interval = format_interval(row, "dice")
-            name = f"Dice, {LESION_BY_KEY[key].name}"
-            table.add_row(name, format_score(row["dice"]), interval, "", count)
+            _add_lesion_rows(table, LESION_BY_KEY[key].name, row)
     if result.reports:
         _add_report_rows(table, result.reports)
     return table
+
+
+def _add_lesion_rows(table: Table, lesion: str, row: Mapping[str, Any]) -> None:
+    """One row with the sources of the outlines, and one for each of several sources."""
+
+    def add_row(name: str, scores: Mapping[str, Any], sources: Mapping[str, int]) -> None:
+        words = [f"{scores['n_cases']}, {scores['n_present']} with it"]
+        if sources:
+            words.append(format_sources(sources))
+        interval = format_interval(scores, "dice")
+        table.add_row(name, format_score(scores["dice"]), interval, "", "; ".join(words))
+
+    add_row(f"Dice, {lesion}", row, row["sources"])
+    if len(row["sources"]) > 1:
+        for source, scores in row["per_source"].items():
+            add_row(f"  against {source}", scores, {})
+
+
+def format_sources(sources: Mapping[str, int]) -> str:
+    """Sources of outlines, with the number of scans where there are several."""
+    if len(sources) == 1:
+        return next(iter(sources))
+    return ", ".join(f"{source} {count}" for source, count in sources.items())
 
 
 def _add_report_rows(table: Table, reports: Mapping[str, Any]) -> None:
@@ -198,19 +218,38 @@ def _render_lesions(scores: Mapping[str, Any]) -> str:
     rows = []
     for score, name in LESION_SCORE_NAMES.items():
         rows.append([name, *(format_with_interval(column, score) for column in columns)])
+    rows += _render_source_rows(lesions)
     grid_dice = [format_score(grid["per_lesion"][key]["dice"]) for key in lesions]
     rows.append(["Dice, model's grid", *grid_dice, format_score(grid["macro"]["dice"])])
     for count, name in LESION_COUNT_NAMES.items():
         rows.append([name, *(str(lesion[count]) for lesion in lesions.values()), ""])
 
+    outlined_by = [format_sources(lesion["sources"]) or "–" for lesion in lesions.values()]
+    rows.append(["outlined by", *outlined_by, ""])
+
     truth_counts = sorted(scores["truth"].items())
-    truth = ", ".join(f"{count} from the {source}s" for source, count in truth_counts)
+    truth = ", ".join(f"{count} from the {place}s" for place, count in truth_counts)
     note = (
         f"On the native grid, voxels at or above {scores['threshold']}; surface Dice at "
         f"{scores['surface_tolerance_mm']:g} mm; a hit is a Dice of {scores['hit_dice']}, a lesion "
         f"matches at {scores['match_dice']}. Outlines: {truth or 'none'}."
     )
     return f"{_render_table(header, rows)}\n\n{note}"
+
+
+def _render_source_rows(lesions: Mapping[str, Any]) -> list[list[str]]:
+    """Dice against each source, where a lesion's outlines have more than one."""
+    is_mixed = any(len(lesion["sources"]) > 1 for lesion in lesions.values())
+    if not is_mixed:
+        return []
+    rows = []
+    for source in sorted({source for lesion in lesions.values() for source in lesion["sources"]}):
+        row = [f"Dice, against {source}"]
+        for lesion in lesions.values():
+            scores = lesion["per_source"].get(source)
+            row.append("–" if scores is None else format_with_interval(scores, "dice"))
+        rows.append([*row, ""])
+    return rows
 
 
 def _render_reports(reports: Mapping[str, Any]) -> str:

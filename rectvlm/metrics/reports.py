@@ -23,7 +23,7 @@ from rectvlm.metrics.report_labeler.laterality import (
     score_laterality,
     score_lesion_laterality,
 )
-from rectvlm.types import JsonObject
+from rectvlm.types import JsonObject, UserError
 
 CIDER_LEFT_OUT_REASON = "needs at least two cases: with one, every word has weight 0"
 _MEAN_SCORES = ("rouge_l", "meteor", "cider", "bertscore_f1")
@@ -229,7 +229,7 @@ def _compute_bertscore(
         return None, None
     try:
         scores, signatures["bertscore_f1"] = text_overlap.bertscore_by_case(texts, truths, model)
-    except OSError as error:
+    except (OSError, UserError) as error:
         return None, f"{model} cannot be loaded: {str(error).splitlines()[0]}"
     return scores, None
 

@@ -23,6 +23,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 from rectvlm.metrics.arrays import CountArray
+from rectvlm.pretrained import require_safetensors
+from rectvlm.pretrained.catalog import MODEL_FILE_PATTERNS
 
 _NGram = tuple[str, ...]
 
@@ -241,11 +243,18 @@ def bertscore_by_case(
 
     Raises:
         OSError: The encoder cannot be loaded.
+        UserError: Its weights are pickles.
     """
     import bert_score  # seconds to import, and not every evaluation has reports
+    from huggingface_hub import snapshot_download
     from transformers import AutoConfig
 
-    encoder_config = AutoConfig.from_pretrained(model)
+    folder = str(model)
+    if not Path(model).is_dir():
+        folder = snapshot_download(folder, allow_patterns=list(MODEL_FILE_PATTERNS))
+    # bert-score would take a pickle where a folder has nothing else.
+    require_safetensors(folder)
+    encoder_config = AutoConfig.from_pretrained(folder)
     n_layers = encoder_config.num_hidden_layers
     scores = np.zeros(len(generated))
     filled = []
@@ -256,7 +265,7 @@ def bertscore_by_case(
         # Transformers reports on every tensor that it loads; that is noise here.
         logging.getLogger("transformers").setLevel(logging.ERROR)
         scorer = bert_score.BERTScorer(
-            model_type=str(model), num_layers=n_layers, nthreads=0, batch_size=16
+            model_type=folder, num_layers=n_layers, nthreads=0, batch_size=16
         )
         # A tokenizer that states no limit has one of 1e30, which bert-score hands on and the
         # tokenizer refuses.

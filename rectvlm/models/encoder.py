@@ -7,12 +7,17 @@ An encoder of your own needs a class that satisfies `ImageEncoder` and a line in
 from collections.abc import Callable
 
 from rectvlm.config import DataConfig, EncoderConfig
+from rectvlm.models.ct_fm import CtFmEncoder
 from rectvlm.models.image_features import ImageEncoder
 from rectvlm.models.slice_region_encoder import SliceRegionEncoder
+from rectvlm.models.video_resnet import R2Plus1D18Encoder, R3D18Encoder
 from rectvlm.types import UserError
 
 ENCODERS: dict[str, Callable[[EncoderConfig, DataConfig], ImageEncoder]] = {
     "slice-region": SliceRegionEncoder,
+    "r3d-18": R3D18Encoder,
+    "r2plus1d-18": R2Plus1D18Encoder,
+    "ct-fm": CtFmEncoder,
 }
 """Encoder classes by their `encoder.name`."""
 

@@ -35,7 +35,7 @@ from rectvlm.models.load_quantized import (
     replace_linear_with_4bit,
 )
 from rectvlm.models.report_prompt import check_tokenizer
-from rectvlm.pretrained import explain_model_errors
+from rectvlm.pretrained import explain_model_errors, require_safetensors
 from rectvlm.types import UserError
 
 EMBEDDING_CHUNK_ROWS = 2048
@@ -73,10 +73,11 @@ def load_language_model(
     Raises:
         UserError: Transformers does not know the architecture, the model reads more than text, it
             has no chat template or one that cannot render the report prompt, it has no attention
-            layers for LoRA, its weights are packed in another way than the configuration says, or
-            a file is missing or damaged.
+            layers for LoRA, its weights are pickles or packed in another way than the configuration
+            says, or a file is missing or damaged.
     """
     with explain_model_errors(str(folder)):
+        require_safetensors(str(folder))
         return _load_and_adapt(config, folder, device, shard_module)
 
 
@@ -96,14 +97,15 @@ def _load_and_adapt(
 
     device = device or _default_device(config)
     if checkpoint is None or not has_all_tensors(model, checkpoint):
-        # Another file format, or names that Transformers converts: it loads the whole model on
-        # every rank. An engine that shards places it afterwards, and under ZeRO-3 Transformers
-        # accepts no device.
+        # Names that Transformers converts, or a hub id without safetensors, which it refuses. It
+        # loads the whole model on every rank. An engine that shards places it afterwards, and
+        # under ZeRO-3 Transformers accepts no device.
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.bfloat16,
             quantization_config=quantization,
             device_map=device if shard_module is None else None,
+            use_safetensors=True,
         )
         std = measure_embedding_std(model.get_input_embeddings())
     else:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from rectvlm.labels import FINDINGS, LESIONS, finding_prompts, lesion_prompt
-from rectvlm.pretrained import explain_model_errors
+from rectvlm.pretrained import explain_model_errors, require_safetensors
 from rectvlm.types import UserError
 
 
@@ -30,10 +30,14 @@ def embed_texts(model: str | Path, texts: list[str], max_tokens: int) -> Tensor:
 
     Returns:
         (len(texts), width of the text encoder) float32.
+
+    Raises:
+        UserError: the text encoder cannot be loaded, or its weights are pickles.
     """
     with explain_model_errors(str(model)):
+        require_safetensors(str(model))
         tokenizer = AutoTokenizer.from_pretrained(model)
-        encoder = AutoModel.from_pretrained(model, dtype=torch.float32).eval()
+        encoder = AutoModel.from_pretrained(model, dtype=torch.float32, use_safetensors=True).eval()
     tokens = tokenizer(
         texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
     )

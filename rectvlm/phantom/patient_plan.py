@@ -3,13 +3,14 @@
 Image, masks, labels and report are all made from the plan, so they cannot disagree.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from rectvlm.labels import FINDINGS, LESIONS, LOBES, BodySide
 from rectvlm.phantom.canvas import PatientBuild
+from rectvlm.phantom.incidental_findings import draw_incidental_sentences
 
 FINDING_PREVALENCE: dict[str, float] = dict.fromkeys(FINDINGS, 0.35) | {
     "Pleural effusion": 0.4,
@@ -19,9 +20,28 @@ FINDING_PREVALENCE: dict[str, float] = dict.fromkeys(FINDINGS, 0.35) | {
     "Mosaic attenuation pattern": 0.25,
     "Interlobular septal thickening": 0.25,
 }
-"""Chance of each finding. Lung opacity follows from ground glass and consolidation instead."""
-GROUND_GLASS_PREVALENCE = 0.35
-"""Chance of ground glass."""
+"""Chance of each finding, of ground glass in place of lung opacity; of `varied` and `plain`."""
+CT_RATE_PREVALENCE: dict[str, float] = {
+    "Medical material": 0.10,
+    "Arterial wall calcification": 0.28,
+    "Cardiomegaly": 0.11,
+    "Pericardial effusion": 0.07,
+    "Coronary artery wall calcification": 0.25,
+    "Hiatal hernia": 0.14,
+    "Lymphadenopathy": 0.25,
+    "Emphysema": 0.20,
+    "Atelectasis": 0.23,
+    "Lung nodule": 0.45,
+    "Lung opacity": 0.39,
+    "Pulmonary fibrotic sequela": 0.27,
+    "Pleural effusion": 0.12,
+    "Mosaic attenuation pattern": 0.08,
+    "Peribronchial thickening": 0.11,
+    "Consolidation": 0.19,
+    "Bronchiectasis": 0.11,
+    "Interlobular septal thickening": 0.08,
+}
+"""Share of CT-RATE's 1,564 validation scans with each finding; of the style `ct-rate`."""
 UNANNOTATED_CHANCE = 0.15
 """Chance that one kind of lesion was not annotated in a case."""
 UNKNOWN_LABEL_CHANCE = 0.1
@@ -30,6 +50,8 @@ PERICARDIAL_STEP_MM = 3.0
 """Step between the depths of pericardial fluid in a style with one patient."""
 LARGE_HEART_SIZE = 1.24
 """Size of a heart with cardiomegaly."""
+NODULE_SIZE_RANGE = (0.85, 1.0)
+"""Diameter of a patient's nodule, as a share of that patient's largest possible one."""
 DEVICES = ("pacemaker", "port", "sternal wires")
 LYMPH_NODE_STATIONS = ("paratracheal", "subcarinal", "aortopulmonary")
 
@@ -48,10 +70,26 @@ class PhantomStyle:
     """Smallest and largest diameter of a nodule, mm."""
     is_terse: bool
     """Whether a report has only the present findings, in the shortest phrasing and one order."""
+    prevalence: Mapping[str, float]
+    """Chance of each finding; that of lung opacity is the chance of ground glass."""
+    consolidation_is_opacity: bool = True
+    """Whether a consolidation alone makes a lung opacity; in CT-RATE's labels it does not."""
+    has_incidental_findings: bool = False
+    """Whether a report mentions incidental findings that are none of the 18."""
+
+    @property
+    def median_nodule_diameter_mm(self) -> float:
+        """Median diameter of a nodule, mm."""
+        return float(np.mean(self.nodule_diameters_mm) * np.mean(NODULE_SIZE_RANGE))
 
 
 VARIED_STYLE = PhantomStyle(
-    "varied", FINDINGS, has_one_patient=False, nodule_diameters_mm=(10.5, 24.0), is_terse=False
+    "varied",
+    FINDINGS,
+    has_one_patient=False,
+    nodule_diameters_mm=(10.5, 24.0),
+    is_terse=False,
+    prevalence=FINDING_PREVALENCE,
 )
 PLAIN_STYLE = PhantomStyle(
     "plain",
@@ -69,9 +107,19 @@ PLAIN_STYLE = PhantomStyle(
     has_one_patient=True,
     nodule_diameters_mm=(18.0, 28.0),
     is_terse=True,
+    prevalence=FINDING_PREVALENCE,
 )
-PHANTOM_STYLES = {style.name: style for style in (VARIED_STYLE, PLAIN_STYLE)}
-"""Styles by name. `varied` is the default; a model learns `plain` within minutes."""
+CT_RATE_STYLE = replace(
+    PLAIN_STYLE,
+    name="ct-rate",
+    is_terse=False,
+    prevalence=CT_RATE_PREVALENCE,
+    consolidation_is_opacity=False,
+    has_incidental_findings=True,
+)
+PHANTOM_STYLES = {style.name: style for style in (VARIED_STYLE, PLAIN_STYLE, CT_RATE_STYLE)}
+"""Styles by name. `varied` is the default; a model learns `plain` within minutes; `ct-rate` looks
+like `plain`, with the prevalences and the long-tailed reports of CT-RATE."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +164,8 @@ class PatientPlan:
     """Finding whose label is unknown; None when all are known."""
     phrase_numbers: list[int] = field(default_factory=list)
     """Random numbers that choose the phrasings of the report."""
+    incidental_sentences: list[str] = field(default_factory=list)
+    """Sentences of the report on findings that are not painted and none of the 18."""
     style: PhantomStyle = VARIED_STYLE
     """Style of the phantom."""
 
@@ -127,10 +177,11 @@ def draw_patient_plan(seed: int, style: PhantomStyle = VARIED_STYLE) -> PatientP
     lobes = [lobe.name for lobe in LOBES]
     present: dict[str, bool] = {}
     for finding in FINDINGS:
-        is_drawn = rng.random() < FINDING_PREVALENCE[finding]
+        is_drawn = rng.random() < style.prevalence[finding]
         present[finding] = bool(is_drawn and finding in style.findings)
-    has_ground_glass = rng.random() < GROUND_GLASS_PREVALENCE
-    present["Lung opacity"] = bool(has_ground_glass or present["Consolidation"])
+    has_ground_glass = bool(rng.random() < style.prevalence["Lung opacity"])
+    has_other_opacity = style.consolidation_is_opacity and present["Consolidation"]
+    present["Lung opacity"] = has_ground_glass or has_other_opacity
 
     effusions: dict[BodySide, float] = {}
     if present["Pleural effusion"]:
@@ -143,7 +194,7 @@ def draw_patient_plan(seed: int, style: PhantomStyle = VARIED_STYLE) -> PatientP
     diameter = float(rng.uniform(*style.nodule_diameters_mm))
     nodules = []
     for lobe in _draw_some(rng, lobes, 2):
-        nodules.append(PhantomNodule(lobe, diameter * float(rng.uniform(0.85, 1.0))))
+        nodules.append(PhantomNodule(lobe, diameter * float(rng.uniform(*NODULE_SIZE_RANGE))))
     stations = _draw_some(rng, LYMPH_NODE_STATIONS, 3)
     lobe_by_finding = {
         "Atelectasis": lobes[int(rng.choice([1, 2, 4]))],
@@ -179,8 +230,15 @@ def draw_patient_plan(seed: int, style: PhantomStyle = VARIED_STYLE) -> PatientP
         unannotated_lesion=unannotated,
         unknown_finding=unknown,
         phrase_numbers=[int(n) for n in rng.integers(0, 2**31, 64)],
+        incidental_sentences=_draw_incidental_sentences(seed, style),
         style=style,
     )
+
+
+def _draw_incidental_sentences(seed: int, style: PhantomStyle) -> list[str]:
+    if not style.has_incidental_findings:
+        return []
+    return draw_incidental_sentences(np.random.default_rng([seed, 6]))
 
 
 def _draw_some(rng: np.random.Generator, names: Sequence[str], most: int) -> list[str]:

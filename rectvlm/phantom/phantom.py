@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 
 from rectvlm.data.hounsfield import MAX_HU, MIN_HU
-from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS, LOBES, REGION_BY_NAME
+from rectvlm.labels import LESIONS, LOBES, REGION_BY_NAME
 from rectvlm.lesion_bits import lesion_mask
 from rectvlm.lesion_places import (
     LesionPlace,
@@ -26,6 +26,7 @@ from rectvlm.phantom.canvas import PatientBuild, PhantomCanvas, make_canvas
 from rectvlm.phantom.disease import paint_findings
 from rectvlm.phantom.patient_plan import VARIED_STYLE, PatientPlan, PhantomStyle, draw_patient_plan
 from rectvlm.phantom.report import write_report
+from rectvlm.phantom.supervision import PhantomSupervision, annotate_phantom
 from rectvlm.types import Affine, Int16Volume, MaskVolume
 
 
@@ -38,22 +39,32 @@ class PhantomCase:
     affine: Affine
     """Index (i, j, k, 1) to world."""
     lesions: MaskVolume
-    """Lesion bits (i, j, k). A lesion that is not annotated has none, though the image shows it."""
+    """Lesion bits (i, j, k). A lesion that is neither annotated nor partial has none, though the
+    image shows it."""
     regions: MaskVolume
     """Region ids (i, j, k); 0 in pleural and pericardial fluid and hilar structures."""
     labels: dict[str, int | None]
-    """All 18 findings: 1 in the image, 0 not, None unknown."""
+    """All 18 findings: 1 in the image, 0 not, None unknown; some are wrong with supervision
+    `ct-rate`."""
     findings: str
     """Findings section of the report."""
     impression: str
     """Impression section of the report."""
     lesions_annotated: dict[str, bool]
     """Whether a kind of lesion is annotated, by lesion key."""
+    lesions_partial: dict[str, bool]
+    """Whether some lesions of a kind are outlined while others may not be, by lesion key."""
+    lesions_source: dict[str, str | None]
+    """Who or what outlined each lesion, by lesion key; None where it was not outlined."""
     true_places: list[LesionPlace]
     """Place of each painted lesion, annotated or not, in the order of `labels.LESIONS`."""
 
 
-def make_phantom(seed: int, style: PhantomStyle = VARIED_STYLE) -> PhantomCase:
+def make_phantom(
+    seed: int,
+    style: PhantomStyle = VARIED_STYLE,
+    supervision: PhantomSupervision = "complete",
+) -> PhantomCase:
     """Make the phantom of a seed.
 
     It has about 60 × 144 × 144 voxels of about 4.5 × 2.5 × 2.5 mm; axis order and directions vary
@@ -68,23 +79,20 @@ def make_phantom(seed: int, style: PhantomStyle = VARIED_STYLE) -> PhantomCase:
     paint_findings(canvas, plan, np.random.default_rng([seed, 3]))
     hu = _simulate_scan(canvas, plan, np.random.default_rng([seed, 4]))
 
-    lesions = canvas.lesions
-    if plan.unannotated_lesion is not None:
-        lesions = lesions & ~np.uint8(LESION_BY_KEY[plan.unannotated_lesion].mask_value)
+    annotations = annotate_phantom(canvas, plan, supervision, seed)
     order, affine = _draw_native_order(plan, np.random.default_rng([seed, 5]))
-    labels: dict[str, int | None] = {finding: int(plan.present[finding]) for finding in FINDINGS}
-    if plan.unknown_finding is not None:
-        labels[plan.unknown_finding] = None
     findings, impression = write_report(plan)
     return PhantomCase(
         hu=order(hu),
         affine=affine,
-        lesions=order(lesions),
+        lesions=order(annotations.lesions),
         regions=order(canvas.regions),
-        labels=labels,
+        labels=annotations.labels,
         findings=findings,
         impression=impression,
-        lesions_annotated={lesion.key: lesion.key != plan.unannotated_lesion for lesion in LESIONS},
+        lesions_annotated=annotations.lesions_annotated,
+        lesions_partial=annotations.lesions_partial,
+        lesions_source=annotations.lesions_source,
         true_places=_collect_true_places(canvas, plan),
     )
 

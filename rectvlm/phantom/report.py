@@ -1,6 +1,7 @@
 """Radiology report of a phantom: side and lobe of each finding, in one of several phrasings.
 
-Every sentence comes from the plan that is painted, so that text and image cannot disagree.
+Every sentence comes from the plan that is painted, so that text and image cannot disagree. Only
+incidental findings, none of the 18, are not painted.
 """
 
 from collections.abc import Callable
@@ -117,6 +118,7 @@ def write_report(plan: PatientPlan) -> tuple[str, str]:
         candidates = candidates[start:] + candidates[:start]
         for finding in candidates[:_MAX_ABSENT_MENTIONED]:
             sentences.append(choose(_ABSENT_PHRASES[finding]))
+        sentences += plan.incidental_sentences
     impression = _write_impression(plan, choose, max_statements=2 if is_terse else 3)
     return " ".join(sentences), impression
 

@@ -10,6 +10,7 @@ from rectvlm.pretrained.model_references import (
     models_folder,
     read_model_config,
     require_model,
+    require_safetensors,
     resolve_model,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "models_folder",
     "read_model_config",
     "require_model",
+    "require_safetensors",
     "resolve_model",
 ]

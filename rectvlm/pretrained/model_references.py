@@ -19,6 +19,8 @@ BUNDLED_SCHEME = "bundled:"
 CONFIG_FILE = "config.json"
 MODEL_ERRORS = (OSError, ValueError, ImportError, KeyError)
 """Errors that Transformers raises for files that are missing, damaged or of an unknown kind."""
+PICKLE_PATTERNS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth")
+"""Weights of Transformers and PyTorch that a program could hide in: they are never read."""
 DATA_MODELS = Path("data/models")
 CHECKOUT = Path(__file__).parents[2]
 MODEL_CONFIGS_FOLDER = Path(__file__).parent.parent / "configs" / "models"
@@ -130,6 +132,26 @@ def _fetch_config_file(reference: str) -> str:
         with explain_hub_errors(where):
             hf_hub_download(where, CONFIG_FILE)
     return where
+
+
+def require_safetensors(reference: str) -> None:
+    """Refuse a folder whose weights are pickles alone.
+
+    Transformers is told `use_safetensors` too: it refuses a hub id, where nothing is local yet.
+
+    Raises:
+        UserError: the folder holds pickled weights and no safetensors.
+    """
+    folder = Path(reference)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted({path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern)})
+    if pickles:
+        raise UserError(
+            f"The model {reference} has its weights in {', '.join(pickles)} and not in "
+            "safetensors, which alone are read: fetch it with `rectvlm weights pull`, or convert "
+            "it with `save_pretrained` of Transformers."
+        )
 
 
 @contextmanager

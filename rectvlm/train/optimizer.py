@@ -21,6 +21,11 @@ from torch import nn
 from rectvlm.config import MODEL_PARTS, ModelPart, PhaseConfig, TrainConfig, UnfreezeConfig
 from rectvlm.train.ema import make_ema_hook
 
+DECAYED_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+"""Layers whose weights have weight decay. What a model learns beside them (positions, offsets,
+queries, a bias for each distance) is no product with an input: a decay would pull its values to 0
+whether the data use them or not."""
+
 _ENCODER_BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 
 ParameterGroup = dict[str, Any]
@@ -89,11 +94,26 @@ def _find_block_depths(names: Iterable[str]) -> dict[str, int]:
     return depths
 
 
+def find_decayed_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters with weight decay: the weights of linear and convolution layers.
+
+    The kind of the layer decides, not the shape: position embeddings are matrices too.
+    """
+    names = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, DECAYED_MODULES):
+            for name, _ in module.named_parameters(prefix, recurse=False):
+                if name.endswith("weight"):
+                    names.add(name)
+    return names
+
+
 def build_optimizer(model: nn.Module, config: TrainConfig, phase: PhaseConfig) -> torch.optim.AdamW:
     """Build AdamW with a parameter group for each part, start and kind.
 
-    Vectors (norms, biases, offsets) have no weight decay.
+    The weights of linear and convolution layers have weight decay, all else has none.
     """
+    decayed_names = find_decayed_parameters(model)
     start_steps = find_unfreeze_steps(model, phase.unfreeze)
     peak_rates: dict[str, float] = {str(part): rate for part, rate in phase.lr.items()}
     if hasattr(model, "weighting"):
@@ -105,8 +125,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig, phase: PhaseConfig) -
         if not parameter.requires_grad or part not in peak_rates:
             continue
         start_step = start_steps.get(name) or 0
-        is_vector = parameter.ndim <= 1
-        key = (part_order.index(part), start_step, is_vector)
+        is_decayed = name in decayed_names
+        key = (part_order.index(part), start_step, not is_decayed)
         if key not in groups:
             groups[key] = {
                 "part": part,
@@ -115,7 +135,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, phase: PhaseConfig) -
                 "is_held": start_step > 0,
                 "names": [],
                 "params": [],
-                "weight_decay": 0.0 if is_vector else config.weight_decay,
+                "weight_decay": config.weight_decay if is_decayed else 0.0,
                 "lr": peak_rates[part],
             }
         groups[key]["names"].append(name)

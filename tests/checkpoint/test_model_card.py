@@ -19,7 +19,14 @@ MakeFolder = Callable[[int], Path]
 def test_the_card_says_what_it_is(trained_checkpoint: MakeFolder, tmp_path: Path) -> None:
     scores = ("auroc", "f1", "precision", "recall")
     macro = dict.fromkeys(scores, 0.61) | {f"n_findings_{score}": 17 for score in scores}
-    lesions = {"lung_nodule": {"n_cases": 9, "n_present": 4, "dice": None}}
+    against_people = {"n_cases": 9, "n_present": 4, "dice": 0.25}
+    against_network = {"n_cases": 3, "n_present": 2, "dice": None}
+    lesions = {
+        "lung_nodule": {
+            "per_source": {"own masks": against_people, "TotalSegmentator": against_network}
+        },
+        "consolidation": {"per_source": {}},
+    }
     metrics = {
         "classification": {"macro": macro},
         "localization": {"per_lesion": lesions},
@@ -49,7 +56,9 @@ def test_the_card_says_what_it_is(trained_checkpoint: MakeFolder, tmp_path: Path
     for words in (
         "Research use only",
         "0.610 | 17 of 18",
-        "Dice, lung nodule | –",
+        "Dice against own masks, lung nodule | 0.250 | 9 cases, 4 with it",
+        "Dice against TotalSegmentator, lung nodule | – | 3 cases",
+        "Dice, consolidation | – | no outlines",
         "0.500 (0.250 without the image)",
         "at step 7.\nValidation during training chose this checkpoint",
         "these figures are optimistic.\n\n| | metric",

@@ -182,6 +182,8 @@ def test_two_grids_are_refused(tmp_path: Path) -> None:
         (lambda tree: tree["labels"].pop("Emphysema"), "Emphysema"),
         (lambda tree: tree["labels"].update(Emphysema=2), "labels"),
         (lambda tree: tree["lesions_annotated"].pop("lung_nodule"), "lung_nodule"),
+        (lambda tree: tree["lesions_source"].pop("lung_nodule"), "lung_nodule"),
+        (lambda tree: tree.update(lesions_source="phantom"), "make the shards again"),
         (lambda tree: tree.update(schema=1), "schema"),
         (lambda tree: tree.update(split="test"), "split"),
     ],

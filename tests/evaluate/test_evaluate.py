@@ -1,4 +1,5 @@
 import copy
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -6,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import phantom_sample, write_nifti
+from rich.console import Console
 
 from rectvlm.checkpoint import THRESHOLDS_FILE, Checkpoint, run_folder
 from rectvlm.data.shard_manifest import read_manifest
@@ -16,7 +18,7 @@ from rectvlm.evaluate.run import evaluate_checkpoint
 from rectvlm.evaluate.stored_thresholds import read_thresholds
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.lesion_bits import lesion_mask
-from rectvlm.types import UserError
+from rectvlm.types import OWN_OUTLINES, PHANTOM_OUTLINES, UserError
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +298,17 @@ def test_outlines_as_drawn_are_the_truth_when_they_are_given(
             assert row["lesions"][lesion.bit]["native"]["truth"] == np.count_nonzero(
                 lesion_mask(bits, lesion)
             )
+    drawn = [key for key, is_annotated in phantoms(seed).lesions_annotated.items() if is_annotated]
+    for key in drawn:
+        figures = result.localization["per_lesion"][key]
+        assert figures["sources"][OWN_OUTLINES] == 1 and PHANTOM_OUTLINES in figures["sources"]
+    # No table averages over sources without a word.
+    page = (tmp_path / "metrics.md").read_text()
+    assert f"| Dice, against {OWN_OUTLINES} |" in page
+    assert f"| {OWN_OUTLINES} 1, {PHANTOM_OUTLINES} " in page
+    console = Console(width=120, file=io.StringIO(), color_system=None)
+    console.print(tables.terminal_table(result))
+    assert console.file.getvalue().count(f"  against {OWN_OUTLINES}") == len(drawn)
     with pytest.raises(UserError, match="--truth"):
         evaluate_checkpoint(
             tiny_run(2),

@@ -10,14 +10,22 @@ from rectvlm.evaluate.scans import group_by_scan
 from rectvlm.evaluate.summary import summarize_lesions
 from rectvlm.labels import LESIONS, N_FINDINGS
 from rectvlm.metrics.lesions import LesionComparison
+from rectvlm.types import (
+    PHANTOM_OUTLINES,
+    REXGROUNDING_OUTLINES,
+    TOTALSEGMENTATOR_OUTLINES,
+)
 
 
 def lesion(
-    both: int, predicted: int, truth: int, grid: tuple[int, int, int] = (1, 1, 1)
+    both: int,
+    predicted: int,
+    truth: int,
+    grid: tuple[int, int, int] = (1, 1, 1),
+    source: str = PHANTOM_OUTLINES,
 ) -> LesionRecord:
-    return LesionRecord(
-        LesionComparison(both, predicted, truth, None, 0.0, 1, 1, 0, 0), grid, "shard"
-    )
+    comparison = LesionComparison(both, predicted, truth, None, 0.0, 1, 1, 0, 0)
+    return LesionRecord(comparison, grid, "shard", source)
 
 
 def volume(
@@ -98,6 +106,29 @@ def test_a_lesion_that_a_coarser_native_grid_loses_is_said_and_not_scored() -> N
     row = result["per_lesion"][LESIONS[0].key]
     assert (row["n_lost_on_native_grid"], row["n_annotated"], row["n_empty_agreed"]) == (1, 0, 0)
     assert result["model_grid"]["per_lesion"][LESIONS[0].key]["n_missed"] == 1
+
+
+def test_figures_against_a_network_and_against_people_stand_apart() -> None:
+    network = [lesion(2, 2, 2, source=TOTALSEGMENTATOR_OUTLINES), *[None] * 4]
+    people = [lesion(0, 2, 2, source=REXGROUNDING_OUTLINES), lesion(1, 1, 1), *[None] * 3]
+    records = []
+    for number, lesions in enumerate((network, network, people)):
+        record = volume(number, f"train_{number}_a_1", 0.2, 1)
+        records.append(replace(record, lesions=lesions))
+    weights = np.ones((4, 3))
+    result = summarize_lesions(group_by_scan(records), weights, EvaluationOptions())
+
+    mixed, single = (result["per_lesion"][LESIONS[bit].key] for bit in (0, 1))
+    assert mixed["sources"] == {REXGROUNDING_OUTLINES: 1, TOTALSEGMENTATOR_OUTLINES: 2}
+    assert mixed["dice"] == 2 / 3
+    against = mixed["per_source"]
+    assert against[TOTALSEGMENTATOR_OUTLINES]["dice"] == 1
+    assert against[TOTALSEGMENTATOR_OUTLINES]["n_cases"] == 2
+    assert against[REXGROUNDING_OUTLINES]["dice"] == 0
+    assert against[REXGROUNDING_OUTLINES]["ci95"]["dice"] == [0, 0]
+    assert single["sources"] == {PHANTOM_OUTLINES: 1}
+    assert single["per_source"][PHANTOM_OUTLINES]["dice"] == single["dice"] == 1
+    assert result["per_lesion"][LESIONS[2].key]["sources"] == {}
 
 
 def test_a_record_is_the_same_after_its_file() -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.metrics import compute_dice, compute_iou
+from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 
 from rectvlm.labels import FINDINGS, LESIONS, N_FINDINGS, N_LESIONS
@@ -14,6 +16,7 @@ from rectvlm.metrics.findings import FINDING_SCORES, fit_thresholds, score_findi
 from rectvlm.metrics.lesion_overlap import count_lesion_voxels, score_lesion_overlap
 from rectvlm.metrics.reports import score_reports
 from rectvlm.metrics.text_overlap import bertscore_by_case
+from rectvlm.types import UserError
 
 HALF = np.full(N_FINDINGS, 0.5)
 
@@ -222,3 +225,14 @@ def test_bertscore_runs_offline_on_a_local_model(tiny_bert):
     # One equal text, one empty (0), one that is longer than the encoder's context.
     assert f1[0] == pytest.approx(1, abs=1e-5) and f1[1] == 0 and 0 < f1[2] < 1 - 1e-4
     assert "layer 2" in signature and str(tiny_bert.parent) not in signature
+
+
+def test_bertscore_reads_no_pickle(tiny_bert, tmp_path):
+    shutil.copytree(tiny_bert, tmp_path, dirs_exist_ok=True)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"in pytorch_model\.bin and not in safetensors"):
+        bertscore_by_case(["no nodule"], ["no nodule"], tmp_path)
+    scores = score_reports(["no nodule"], ["no nodule"], bertscore_model=tmp_path)
+    assert "bertscore_f1" not in scores
+    assert "not in safetensors" in scores["left_out"]["bertscore_f1"]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -237,18 +238,19 @@ def test_the_index_decides_what_is_read(llama: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "none"])
-def test_without_safetensors_transformers_loads_to_the_device_asked_for(
+def test_names_that_transformers_converts_load_to_the_device_asked_for(
     tiny: Config, llama: str, kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
-    plain = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
-    torch.save(plain.state_dict(), tmp_path / "pytorch_model.bin")
-    (tmp_path / "model.safetensors").unlink()
+    weights = load_file(tmp_path / "model.safetensors")
+    renamed = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
     places: list[Any] = []
     load = AutoModelForCausalLM.from_pretrained
 
     def noted(*args: Any, **options: Any) -> Any:
         places.append(options["device_map"])
+        assert options["use_safetensors"]
         return load(*args, **options)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
@@ -261,6 +263,16 @@ def test_without_safetensors_transformers_loads_to_the_device_asked_for(
         assert torch.equal(
             model(ids).logits, load_language_model(config, llama).model.eval()(ids).logits
         )
+
+
+def test_a_language_model_in_pickles_alone_is_refused(
+    tiny: Config, llama: str, tmp_path: Path
+) -> None:
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"in pytorch_model\.bin and not in safetensors"):
+        load_language_model(tiny.generator, tmp_path)
 
 
 def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:

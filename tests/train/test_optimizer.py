@@ -1,12 +1,15 @@
 """Which parameters train, at what rate, with what decay."""
 
+import re
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from rectvlm.config import Config, load_config
+from rectvlm.config import MODEL_PARTS, Config, load_config
+from rectvlm.models.meta_model import build_meta_model
+from rectvlm.pretrained import read_model_config
 from rectvlm.train.optimizer import (
     build_optimizer,
     freeze_all_but,
@@ -41,17 +44,61 @@ def test_parts_without_a_rate_are_frozen(model: TwoParts) -> None:
     assert not any(p.requires_grad for p in model.encoder.parameters())
 
 
-def test_every_trainable_parameter_once_and_vectors_without_decay(
-    model: TwoParts, tiny: Config
-) -> None:
+def test_every_trainable_parameter_once(model: TwoParts, tiny: Config) -> None:
     optimizer = build_optimizer(model, tiny.train, tiny.train.phases["phase1"])
     members = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in members} == {id(p) for p in model.parameters() if p.requires_grad}
     assert len(members) == len({id(p) for p in members})
-    for group in optimizer.param_groups:
-        decay = tiny.train.weight_decay
-        assert all(group["weight_decay"] == (decay if p.ndim > 1 else 0) for p in group["params"])
-        assert group["betas"] == tiny.train.betas
+    assert all(group["betas"] == tiny.train.betas for group in optimizer.param_groups)
+
+
+DECAYED = """
+encoder.embed encoder.blocks.#.attention.q encoder.blocks.#.attention.kv
+encoder.blocks.#.attention.out encoder.blocks.#.mlp.#
+classifier.text classifier.query classifier.image
+localizer.text localizer.film localizer.stem.conv localizer.down.#.conv localizer.head
+localizer.head_half localizer.evidence.map
+localizer.denoiser.inputs localizer.denoiser.level.# localizer.denoiser.clean
+localizer.denoiser.blocks.#.attention.q localizer.denoiser.blocks.#.attention.kv
+localizer.denoiser.blocks.#.attention.out localizer.denoiser.blocks.#.mlp.#
+localizer.up.#.reduce localizer.up.#.gate.skip localizer.up.#.gate.rising localizer.up.#.gate.text
+localizer.up.#.gate.weight localizer.up.#.merge.conv
+generator.resampler.inputs generator.resampler.blocks.#.attention.q
+generator.resampler.blocks.#.attention.kv generator.resampler.blocks.#.attention.out
+generator.resampler.blocks.#.mlp.# generator.resampler.project.#
+generator.lora_A generator.lora_B
+"""
+"""Layers whose weights have weight decay."""
+
+NOT_DECAYED = """
+encoder.position_z encoder.position_y encoder.position_x encoder.whole encoder.regions
+encoder.unknown_prior encoder.blocks.#.attention.slice_bias
+encoder.blocks.#.norm1.weight encoder.blocks.#.norm2.weight encoder.norm.weight
+classifier.offset_present classifier.offset_absent classifier.sharpness classifier.norm.weight
+localizer.text_offset localizer.stem.norm.weight localizer.down.#.norm.weight
+localizer.up.#.merge.norm.weight localizer.denoiser.blocks.#.norm1.weight
+localizer.denoiser.blocks.#.norm2.weight localizer.denoiser.norm.weight localizer.denoiser.scale
+generator.resampler.queries generator.resampler.scale.weight generator.resampler.norm.weight
+generator.resampler.context_norm.weight generator.resampler.blocks.#.norm1.weight
+generator.resampler.blocks.#.norm2.weight
+"""
+"""Parameters without weight decay that are no bias of a layer."""
+
+
+def test_weights_of_layers_decay_and_nothing_else_in_a_whole_model() -> None:
+    config = load_config("tiny", ["localizer.volumes_to_findings=true"])
+    language = read_model_config(config.generator.model)
+    model = build_meta_model(config, MODEL_PARTS, 64, language)
+    phase = config.train.phases["phase3"].model_copy(update={"lr": dict.fromkeys(MODEL_PARTS, 1.0)})
+    names: dict[bool, set[str]] = {True: set(), False: set()}
+    for group in build_optimizer(model, config.train, phase).param_groups:
+        assert group["weight_decay"] in (0, config.train.weight_decay)
+        for name in group["names"]:
+            name = re.sub(r"language_model\..*(lora_[AB])\.default", r"\1", name)
+            names[group["weight_decay"] > 0].add(re.sub(r"\.\d+", ".#", name))
+    assert names[True] == {f"{layer}.weight" for layer in DECAYED.split()}
+    biases = {name for name in names[False] if name.endswith(".bias")}
+    assert names[False] - biases == set(NOT_DECAYED.split())
 
 
 def test_rates_warm_up_and_fall_to_the_last(tiny: Config) -> None:

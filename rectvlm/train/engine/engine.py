@@ -49,8 +49,30 @@ from rectvlm.train.engine.optimizer_shards import (
 )
 from rectvlm.train.engine.peak_memory import peak_memory_bytes
 from rectvlm.train.engine.zero_optimizer import ZeroOptimizer
+from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
+
+MIN_DEEPSPEED_VERSION = (0, 19, 2)
+"""First version of DeepSpeed that leaves buffers in float32. Those before cast them to bf16, and
+the language model's rotary angles are off by up to 1.8 rad at distance 1,000."""
+
+
+def check_deepspeed_version(version: tuple[int, int, int]) -> None:
+    """Refuse a DeepSpeed that rounds the language model's rotary frequencies.
+
+    Args:
+        version: major, minor and patch number.
+
+    Raises:
+        UserError: it is older than `MIN_DEEPSPEED_VERSION`.
+    """
+    if version < MIN_DEEPSPEED_VERSION:
+        least, found = (".".join(map(str, v)) for v in (MIN_DEEPSPEED_VERSION, version))
+        raise UserError(
+            f"Training needs deepspeed {least} or later, found {found}, which rounds the language "
+            f"model's rotary frequencies to bf16: pip install 'deepspeed>={least}'."
+        )
 
 
 def _set_single_process_environment() -> None:
@@ -123,8 +145,12 @@ class Engine:
             timeout_seconds: how long a rank waits for the others.
 
         Raises:
-            UserError: the JSON is missing, or the launcher started processes that cannot join.
+            UserError: the JSON is missing, the launcher started processes that cannot join, or
+                DeepSpeed is too old.
         """
+        check_deepspeed_version(
+            (deepspeed.__version_major__, deepspeed.__version_minor__, deepspeed.__version_patch__)
+        )
         settings = read_ds_config(ds_config, phase, max_gradient_norm)
         check_process_count(torch.cuda.device_count())
         is_alone_by_mistake = lacks_processes()

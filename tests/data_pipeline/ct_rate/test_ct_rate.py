@@ -20,7 +20,7 @@ from data_pipeline.ct_rate.volume_names import VolumeName, parse_volume_name
 from data_pipeline.masks.mask_folders import MaskFolders
 from rectvlm.cli_options import options_from_namespace
 from rectvlm.labels import FINDINGS
-from rectvlm.types import InputError, Sample, UserError
+from rectvlm.types import OWN_OUTLINES, InputError, Sample, UserError
 from tests.ct_rate_tree import Tree, phantom
 
 GRID, SPACING = (16, 48, 48), (16.0, 7.2, 7.2)
@@ -751,9 +751,10 @@ def test_masks_come_with_their_volume(volumes: Tree) -> None:
     result = list_ct_rate_cases(volumes.root, options)
     made = sample(by_key(result, "train_1_a_1"))
     assert made.meta.lesions_annotated == phantom(3).lesions_annotated
-    assert made.meta.lesions_source and made.lesions.any()
+    assert made.meta.lesions_source["lung_nodule"] == OWN_OUTLINES and made.lesions.any()
     without = sample(by_key(result, "train_2_a_1"))
-    assert not any(without.meta.lesions_annotated.values()) and without.meta.lesions_source is None
+    assert not any(without.meta.lesions_annotated.values())
+    assert not any(without.meta.lesions_source.values())
 
 
 def test_the_downloads_own_totalsegmentator_masks_are_found(tree: Tree, tmp_path: Path) -> None:

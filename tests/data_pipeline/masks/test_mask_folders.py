@@ -22,7 +22,15 @@ from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS
 from rectvlm.models import ModelOutputs
 from rectvlm.models.localizer import LocalizerOutput
 from rectvlm.train.objectives import compute_losses
-from rectvlm.types import InputError, Sample, UserError, Volume
+from rectvlm.types import (
+    OWN_OUTLINES,
+    TOTALSEGMENTATOR_OUTLINES,
+    InputError,
+    Sample,
+    UserError,
+    Volume,
+    no_lesions_source,
+)
 from tests.ct_rate_tree import phantom
 from tests.grids import ORDERS, dice, grid_over, regrid, reorder, save
 
@@ -100,7 +108,9 @@ def test_lesion_files_in_any_axis_order_coding_and_name_land_on_their_side(tmp_p
         on_its_side(made, key, 1)
     assert made.meta.lesions_annotated == {key: key in DRAWN for key in LESION_BY_KEY}
     assert not any(made.meta.lesions_partial.values())
-    assert made.meta.lesions_source == "lesion files"
+    assert made.meta.lesions_source == {
+        key: OWN_OUTLINES if key in DRAWN else None for key in LESION_BY_KEY
+    }
 
 
 @pytest.mark.parametrize("order", range(0, 48, 7))
@@ -142,7 +152,11 @@ def test_files_of_one_lesion_and_of_several_sources_unite(tmp_path: Path) -> Non
     assert (
         dice(bit(both.lesions, "lung_nodule"), bit(truth().lesions, "ground_glass_opacity")) > 0.75
     )
-    assert both.meta.lesions_source == "lesion files, TotalSegmentator"
+    assert both.meta.lesions_source == {
+        **no_lesions_source(),
+        "consolidation": OWN_OUTLINES,
+        "lung_nodule": TOTALSEGMENTATOR_OUTLINES,
+    }
 
 
 # What is refused
@@ -264,7 +278,8 @@ def test_an_empty_mask_says_absent_and_a_missing_one_says_nothing(tmp_path: Path
         lesion.key in ("consolidation", "lung_nodule") for lesion in LESIONS
     ]
     nothing = sample(MaskFolders(lesions=tmp_path / KEY))
-    assert not any(nothing.meta.lesions_annotated.values()) and nothing.meta.lesions_source is None
+    assert not any(nothing.meta.lesions_annotated.values())
+    assert nothing.meta.lesions_source == no_lesions_source()
 
 
 def test_a_mask_of_a_part_of_the_volume_says_nothing_of_the_rest(tmp_path: Path) -> None:

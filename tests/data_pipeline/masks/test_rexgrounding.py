@@ -23,7 +23,14 @@ from data_pipeline.masks.mask_folders import MaskFolders
 from data_pipeline.masks.rexgrounding import infer_lesions
 from rectvlm.data.dataset import collate_samples
 from rectvlm.labels import LESION_BY_KEY, LESIONS
-from rectvlm.types import InputError, UserError, Volume
+from rectvlm.types import (
+    OWN_OUTLINES,
+    REXGROUNDING_OUTLINES,
+    InputError,
+    UserError,
+    Volume,
+    no_lesions_source,
+)
 from tests.ct_rate_tree import Tree, _lps, phantom
 from tests.grids import dice, reorder
 
@@ -107,7 +114,9 @@ def keys(flags: dict[str, bool]) -> set[str]:
 def test_training_outlines_are_partial_and_lie_on_the_voxels_of_the_ct(tmp_path: Path) -> None:
     found = load(write(tmp_path, stack()))
     assert keys(found.lesions_partial) == set(SHOWN.values()) and not keys(found.lesions_annotated)
-    assert found.lesions_source == "ReXGroundingCT"
+    assert found.lesions_source == {
+        key: REXGROUNDING_OUTLINES if key in SHOWN.values() else None for key in LESION_BY_KEY
+    }
     (lesions,) = found.lesions
     np.testing.assert_array_equal(lesions.affine, ct().affine)
     wanted = sum(bit(truth(), key) << LESION_BY_KEY[key].bit for key in SHOWN.values())
@@ -143,7 +152,7 @@ def test_a_case_without_a_mask_or_without_a_row_says_nothing(tmp_path: Path) -> 
     for key in (KEY, "train_2_a_1"):
         found = MaskFolders(rexgrounding=tmp_path).find_masks(key).load(ct())
         assert not keys(found.lesions_annotated) and not keys(found.lesions_partial)
-        assert found.lesions_source is None and not found.lesions
+        assert found.lesions_source == no_lesions_source() and not found.lesions
 
 
 def test_partial_outlines_reach_the_batch_as_such(tmp_path: Path) -> None:
@@ -182,7 +191,12 @@ def test_whole_outlines_of_another_source_count_before_partial_ones(tmp_path: Pa
     )
     found = MaskFolders(rexgrounding=rex, lesions=tmp_path / "l").find_masks(KEY).load(ct())
     assert keys(found.lesions_annotated) == {GGO} and keys(found.lesions_partial) == {SOLID, FLUID}
-    assert found.lesions_source == "lesion files, ReXGroundingCT"
+    assert found.lesions_source == {
+        **no_lesions_source(),
+        GGO: f"{OWN_OUTLINES} + {REXGROUNDING_OUTLINES}",
+        SOLID: REXGROUNDING_OUTLINES,
+        FLUID: REXGROUNDING_OUTLINES,
+    }
 
 
 # What a finding is

@@ -123,7 +123,9 @@ def test_lesions_are_counted_and_measured(
     assert any(one["present"] for one in train.values()) and all(
         one["partial"] == 1 for one in train.values()
     )
-    assert statistics.to_dict()["valid"]["lesions"]["lung_nodule"]["not annotated"] == 1
+    valid = statistics.to_dict()["valid"]["lesions"]["lung_nodule"]
+    assert valid["not annotated"] == 1
+    assert valid["sources"] == {"phantom": valid["annotated"] + valid["partial"]}
 
 
 def test_cases_reports_and_decisions(statistics: DatasetStatistics, samples: list[Sample]) -> None:
@@ -239,8 +241,11 @@ def test_tables_fit_a_terminal_and_hold_the_figures(statistics: DatasetStatistic
     ]
     assert (
         sum(line.lstrip().startswith(("lung nodule", "ground-glass opacity")) for line in lines)
-        == 4
+        == 6
     )
+    nodules = next(line for line in reversed(lines) if line.lstrip().startswith("lung nodule"))
+    counts = [found[s]["lesions"]["lung_nodule"]["sources"]["phantom"] for s in ("train", "valid")]
+    assert nodules.split()[2:] == ["phantom:", str(counts[0]), "phantom:", str(counts[1])]
 
 
 def test_pictures_of_one_split_and_of_a_sample_that_cannot_be_read(

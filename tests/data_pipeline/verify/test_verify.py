@@ -403,7 +403,7 @@ CHANGES: list[tuple[Callable[[Sample], PackedSample], str]] = [
     (label_missing, r"labels must give .*'Cardiomegaly'"),
     (field_unknown, r"unknown \['extra'\]"),
     (field_missing, r"lesions_partial"),
-    (older_schema, r"schema 1, this version reads 2"),
+    (older_schema, r"schema 1, this version reads 3"),
     (volume_damaged, r"member ct is damaged"),
     (volume_of_floats, r"expected a int16 volume, found .*float32"),
     (mask_of_another_shape, r"must have one shape, found \[\(15, 48, 48\), \(16, 48, 48\)\]"),
@@ -675,7 +675,7 @@ EDITS: list[
         1,
     ),
     (checksum_wrong, rf"{SHARDS[0]}: expected SHA-256 0000.*, found [0-9a-f]{{64}}", 1),
-    (schema_wrong, r"index.json: expected schema 2, found schema 1", 1),
+    (schema_wrong, r"index.json: expected schema 3, found schema 1", 1),
 ]
 
 
