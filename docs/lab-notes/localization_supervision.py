@@ -1,87 +1,31 @@
 """An experiment: what a localizer learns from CT-RATE's outlines, on phantoms with known truth.
 
     python docs/lab-notes/localization_supervision.py [--supervision ct-rate|complete]
-        [--cases 64] [--steps 500] [--seed 0] [part.field=value …]
+        [--style plain] [--config tiny] [--cases 64] [--held-out 48] [--steps 500] [--seed 0]
+        [part.field=value …]
 
-Phantoms of the style `plain` at the size `tiny`. With `ct-rate`, consolidation and ground glass are
-outlined in part in 13% of the cases and not at all in the others. It prints, of held-out cases, the
+It prints, of held-out cases, the
 mean volume that is drawn where a lesion is absent and the mean Dice where it is present.
 """
 
 import argparse
 import random
-from dataclasses import replace
 
 import numpy as np
 import torch
-from scipy import ndimage
 
+from data_pipeline.cases import case_to_sample
+from data_pipeline.demo_cases import list_demo_cases
 from rectvlm.config import Config, load_config
-from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
 from rectvlm.data.dataset import collate_samples
-from rectvlm.data.hounsfield import to_hu
 from rectvlm.labels import LESIONS
-from rectvlm.lesion_bits import lesion_mask
 from rectvlm.metrics.lesion_overlap import count_lesion_voxels
 from rectvlm.models import RectVLM
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.phantom.patient_plan import PLAIN_STYLE
-from rectvlm.phantom.phantom import make_phantom
 from rectvlm.pretrained import resolve_model
 from rectvlm.train.objectives import combine_losses, compute_losses
-from rectvlm.types import Batch, GridGeometry, Sample, SampleMeta, Volume
-
-DRAWN_SHARE = 0.13
-MAX_INSTANCES = 3
-RARELY_DRAWN = ("consolidation", "ground_glass_opacity")
-HELD_OUT_SEED = 100_000
-
-
-def make_sample(seed: int, config: Config) -> Sample:
-    """The phantom of a seed on the grid of a configuration, all lesions outlined."""
-    phantom = make_phantom(seed, PLAIN_STYLE)
-    grid, spacing, affine = config.data.grid, config.data.spacing, phantom.affine
-    hu, decision = to_hu(Volume(phantom.hu, affine, f"phantom {seed}"))
-    shape = (hu.shape[0], hu.shape[1], hu.shape[2])
-    grid_affine = canonical_affine(affine, shape, hu, grid, spacing)
-    meta = SampleMeta(
-        key=f"phantom_{seed}",
-        split="train",
-        source=f"phantom {seed}",
-        patient=f"phantom_{seed}",
-        scan=f"phantom_{seed}",
-        labels=phantom.labels,
-        findings=phantom.findings,
-        impression=phantom.impression,
-        spacing=spacing,
-        geometry=GridGeometry(grid_affine.tolist(), shape, affine.tolist()),
-        hu=decision,
-        lesions_annotated=phantom.lesions_annotated,
-        regions_source="phantom",
-    )
-    return Sample(
-        ct=resample_to_grid(hu, affine, grid_affine, grid, "ct"),
-        lesions=resample_to_grid(phantom.lesions, affine, grid_affine, grid, "bits"),
-        regions=resample_to_grid(phantom.regions, affine, grid_affine, grid, "labels"),
-        meta=meta,
-    )
-
-
-def degrade(sample: Sample, is_drawn: bool) -> Sample:
-    """Keep at most a few instances of the lesions that CT-RATE rarely outlines, or none."""
-    lesions = sample.lesions.copy()
-    annotated = dict(sample.meta.lesions_annotated)
-    partial = dict.fromkeys(annotated, False)
-    for lesion in LESIONS:
-        if lesion.key not in RARELY_DRAWN:
-            continue
-        instances, _ = ndimage.label(lesion_mask(sample.lesions, lesion))
-        kept = (instances > 0) & (instances <= MAX_INSTANCES) & is_drawn
-        lesions[~kept] &= ~np.uint8(lesion.mask_value)
-        partial[lesion.key] = is_drawn and annotated[lesion.key]
-        annotated[lesion.key] = False
-    meta = replace(sample.meta, lesions_annotated=annotated, lesions_partial=partial)
-    return replace(sample, lesions=lesions, meta=meta)
+from rectvlm.types import Batch, Sample
 
 
 def train(config: Config, samples: list[Sample], steps: int, seed: int) -> RectVLM:
@@ -140,6 +84,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--supervision", choices=("ct-rate", "complete"), default="ct-rate")
+    parser.add_argument("--style", default=PLAIN_STYLE.name)
     parser.add_argument("--config", default="tiny")
     parser.add_argument("--cases", type=int, default=64)
     parser.add_argument("--held-out", type=int, default=48)
@@ -148,11 +93,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
-    samples = [make_sample(seed, config) for seed in range(options.cases)]
-    held_out = [make_sample(HELD_OUT_SEED + seed, config) for seed in range(options.held_out)]
-    if options.supervision == "ct-rate":
-        draw = random.Random(options.seed)
-        samples = [degrade(sample, draw.random() < DRAWN_SHARE) for sample in samples]
+    cases = list_demo_cases(
+        options.cases, options.held_out, None, options.style, options.supervision
+    )
+    samples = [case_to_sample(case, config.data.grid, config.data.spacing) for case in cases]
+    held_out = samples[options.cases :]
+    samples = samples[: options.cases]
     measure(train(config, samples, options.steps, options.seed), held_out)
 
 
