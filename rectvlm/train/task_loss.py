@@ -8,6 +8,7 @@ A micro-batch in which nothing is known gives a loss of 0 with a graph, so that 
 touches the same modules in the same order as every other rank's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -35,10 +36,10 @@ class TargetCounts(NamedTuple):
     """Known labels."""
     lesions: float
     """Pairs of a sample and a lesion that an outline or a label says something about."""
-    outlined: float
-    """Pairs whose outline holds a voxel."""
     reports: float
     """Samples with a report."""
+    outlined: tuple[float, ...]
+    """Samples whose outline of a lesion holds a voxel, for each lesion."""
 
     @classmethod
     def of_batch(cls, batch: Batch) -> Self:
@@ -49,9 +50,19 @@ class TargetCounts(NamedTuple):
         return cls(
             labels=float(batch.labels_known.sum()),
             lesions=float((has_outlines | labelled.known).sum()),
-            outlined=float(outlined.sum()),
             reports=float(sum(report is not None for report in batch.reports)),
+            outlined=tuple(outlined.sum(0).tolist()),
         )
+
+    def to_list(self) -> list[float]:
+        """All counts as one list, to be added up."""
+        return [self.labels, self.lesions, self.reports, *self.outlined]
+
+    @classmethod
+    def from_list(cls, counts: Sequence[float]) -> Self:
+        """Counts of `to_list`."""
+        labels, lesions, reports, *outlined = counts
+        return cls(labels, lesions, reports, tuple(outlined))
 
     def of_task(self, task: Task) -> float:
         """Count that says whether there is anything to learn for a task."""

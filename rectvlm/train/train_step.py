@@ -158,11 +158,10 @@ class StepTrainer:
 
     def _count_targets(self, micro_batches: list[Batch]) -> TargetCounts:
         """Count what the micro-batches of all ranks teach, per micro-batch."""
-        counts = torch.tensor([TargetCounts.of_batch(batch) for batch in micro_batches])
+        counts = torch.tensor([TargetCounts.of_batch(batch).to_list() for batch in micro_batches])
         micro_batch_counts = torch.full((counts.shape[1],), float(len(micro_batches)))
-        return TargetCounts(
-            *self.engine.all_reduce_mean(counts.sum(0), micro_batch_counts).tolist()
-        )
+        means = self.engine.all_reduce_mean(counts.sum(0), micro_batch_counts)
+        return TargetCounts.from_list(means.tolist())
 
     def _train_micro_batch(
         self,

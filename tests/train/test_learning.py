@@ -283,7 +283,7 @@ def test_labels_alone_teach_where_a_lesion_is(prompts: PromptEmbeddings) -> None
     anywhere = torch.ones_like(ct, dtype=torch.bool)
     outlines = torch.zeros_like(ct, dtype=torch.uint8)
     targets = LesionTargets(outlines, none, none, labelled, anywhere, voxel_ml=0.01)
-    counts = TargetCounts(labels=0, lesions=count, outlined=0, reports=0)
+    counts = TargetCounts(labels=0, lesions=count, reports=0, outlined=(0,) * N_LESIONS)
 
     def patients() -> tuple[ImageFeatures, Tensor]:
         patches = torch.randn(count, 16, config.encoder.width)

@@ -80,7 +80,12 @@ def describe(
 
 def count(targets: LesionTargets) -> TargetCounts:
     outlined = find_outlined(targets.bits) & (targets.annotated | targets.partial)
-    return TargetCounts(0.0, float(targets.known.sum()), float(outlined.sum()), 0.0)
+    return TargetCounts(
+        labels=0.0,
+        lesions=float(targets.known.sum()),
+        reports=0.0,
+        outlined=tuple(outlined.sum(0).tolist()),
+    )
 
 
 def localization(found: LocalizerOutput, targets: LesionTargets, **weights: float) -> TaskLoss:
@@ -279,7 +284,7 @@ def test_the_gradient_does_not_depend_on_how_samples_are_cut_into_micro_batches(
         found = noise(4)
         total = torch.zeros(())
         parts = [slice(first, first + size) for first in range(0, 4, size)]
-        counts = TargetCounts(*(value / len(parts) for value in count(whole)))
+        counts = TargetCounts.from_list([n / len(parts) for n in count(whole).to_list()])
         for part in parts:
             targets = describe(
                 bits[part],
@@ -348,7 +353,7 @@ def test_a_speck_in_a_healthy_case_gets_the_gradient_of_one_beside_a_lesion(dist
         masks = found.mask_logits
         masks[speck] = 1.0
         masks.requires_grad_()
-        counts = TargetCounts(0.0, lesions=1.0, outlined=1.0, reports=0.0)
+        counts = TargetCounts(0.0, lesions=1.0, reports=0.0, outlined=(1.0,) * N_LESIONS)
         localization_loss(found, targets, TERMS, counts).value.backward()
         assert masks.grad is not None
         found_gradients.append(masks.grad[speck].mean().item())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rectvlm.config import Config
-from rectvlm.labels import N_FINDINGS
+from rectvlm.labels import N_FINDINGS, N_LESIONS
 from rectvlm.models import ModelOutputs
 from rectvlm.models.report_generator import ReportLoss
 from rectvlm.train.objectives import classification_loss, combine_losses, compute_losses
@@ -55,7 +55,7 @@ def test_report_loss_is_the_mean_over_samples_that_have_one(tiny: Config) -> Non
     per_sample = torch.tensor([3.0, 0.0, 5.0], requires_grad=True)
     report = ReportLoss(per_sample, torch.tensor([7, 0, 9]), torch.zeros(3, 9), 48)
     outputs = ModelOutputs(torch.zeros(3, N_FINDINGS), None, report, 0)
-    counts = TargetCounts(labels=0, lesions=0, outlined=0, reports=2)
+    counts = TargetCounts(labels=0, lesions=0, reports=2, outlined=(0,) * N_LESIONS)
     weights = tiny.train.localization_loss_weights
     # The batch holds nothing for this task.
     found = compute_losses(outputs, None, ("report",), weights, counts)  # type: ignore[arg-type]

@@ -189,7 +189,7 @@ def _compute_total_loss(outputs: Any, batch: Batch, phase: Phase, config: Config
     """Compute the weighted loss of a phase; the losses by task are freed on return."""
     localization_weights = config.train.localization_loss_weights
     # The batch has no values to count.
-    counts = TargetCounts(labels=1, lesions=1, outlined=1, reports=1)
+    counts = TargetCounts(labels=1, lesions=1, reports=1, outlined=(1,) * N_LESIONS)
     losses_by_task = compute_losses(outputs, batch, phase.tasks, localization_weights, counts)
     return combine_losses(losses_by_task, config.train.loss_weights)
 
