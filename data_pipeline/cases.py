@@ -43,6 +43,10 @@ class CaseData(LoadedMasks):
     """Findings section of the report; None when there is none."""
     impression: str | None = None
     """Impression section of the report; None when there is none."""
+    indication: str | None = None
+    """Reason for the examination; None where it is not known."""
+    technique: str | None = None
+    """Technique of the examination, in words; None where it is not known."""
     slope: float | None = None
     """RescaleSlope of the series, where known; `to_hu` decides whether it still applies."""
     intercept: float | None = None
@@ -139,6 +143,8 @@ def case_to_sample(
         labels=data.labels,
         findings=data.findings,
         impression=data.impression,
+        indication=data.indication,
+        technique=data.technique,
         spacing=spacing,
         geometry=geometry,
         hu=conversion,

@@ -161,6 +161,19 @@ class EncoderConfig(_ConfigSection):
     """Training cases whose mean CT is subtracted from every CT before it is cut into patches; 0
     subtracts nothing. Where patients lie alike, the difference is what tells them apart, and
     learning begins there."""
+    init: str | None
+    """Published weights that the encoder of phase 1 starts from: safetensors file, folder, or hub
+    id; null starts at random. `slice-region` takes a 2D ViT. It then has positions of a plane and
+    attention gates, so the value stays in the configuration of later phases."""
+
+    @model_validator(mode="after")
+    def _check_init_sees_images(self) -> "EncoderConfig":
+        if self.init is not None and self.atlas_cases:
+            raise ValueError(
+                f"init is {self.init!r} and atlas_cases {self.atlas_cases}: published weights read "
+                "CTs, not differences from an atlas; set init to null or atlas_cases to 0"
+            )
+        return self
 
 
 class TextConfig(_ConfigSection):
@@ -219,6 +232,8 @@ class GeneratorConfig(_ConfigSection):
     lora_dropout: Fraction
     lora_targets: Literal["attention", "all-linear"]
     max_report_tokens: PositiveInt
+    """Tokens at which a report is cut, in training and when it is written. The end token counts; a
+    report that is cut for training has none."""
     loss_chunk: PositiveInt
     """Report positions of a micro-batch whose logits exist at the same time. The loss is the same
     for any value."""

@@ -159,6 +159,10 @@ class SampleMeta:
     regions_source: str | None
     """Origin of the region map; None without a map, `COARSE_REGIONS_SOURCE` for an estimate from
     the CT."""
+    indication: str | None = None
+    """Reason for the examination, as it was known before the CT; None where it is not known."""
+    technique: str | None = None
+    """Technique of the examination, in words; None where it is not known."""
     lesions_partial: dict[str, bool] = field(
         default_factory=lambda: dict.fromkeys(LESION_BY_KEY, False)
     )

@@ -30,7 +30,12 @@ def attend_densely(
     distance = slice_index[:, None] - slice_index[None, :]
     bias[:, :, 1:, 1:rows] = module.slice_bias[:, distance + module.slices - 1]
     bias[:, :, 1:, rows:] = log_prior[:, None]
-    attended = (q @ k.transpose(-1, -2) / math.sqrt(d) + bias).softmax(-1) @ v
+    counts = torch.ones(heads, rows + r, dtype=tokens.dtype, device=tokens.device)
+    if module.gate is not None:
+        gate = module.gate.abs() * module.slices
+        counts = torch.cat([gate[:, :1], counts[:, 1:rows], gate[:, 1:].expand(-1, r)], dim=1)
+    weights = (q @ k.transpose(-1, -2) / math.sqrt(d) + bias).exp() * counts[:, None]
+    attended = (weights / weights.sum(-1, keepdim=True)) @ v
     share = log_prior.exp() / log_prior.exp().sum(1, keepdim=True)
     pooled = torch.einsum("bnr,bhnd->bhrd", share, v[:, :, 1 : 1 + n])
 
@@ -41,13 +46,19 @@ def attend_densely(
 
 
 def make_attention(
-    grid: tuple[int, int, int], heads: int = 3, width: int = 24, regions: int = 20
+    grid: tuple[int, int, int],
+    heads: int = 3,
+    width: int = 24,
+    regions: int = 20,
+    gated: bool = False,
 ) -> tuple[SliceRegionAttention, dict[str, Tensor], Tensor]:
-    """A module with a slice bias that is not zero, and inputs; float64."""
+    """A module whose slice bias, and gates if any, are random, and inputs; float64."""
     torch.manual_seed(sum(grid))
     z, y, x = grid
-    module = SliceRegionAttention(width, heads, z).double()
+    module = SliceRegionAttention(width, heads, z, gated).double()
     torch.nn.init.normal_(module.slice_bias)
+    if module.gate is not None:
+        torch.nn.init.normal_(module.gate)
     inputs = {
         "tokens": torch.randn(2, 1 + z * y * x, width, dtype=torch.float64),
         "regions": torch.randn(2, regions, width, dtype=torch.float64),

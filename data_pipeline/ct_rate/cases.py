@@ -16,7 +16,6 @@ import numpy as np
 
 from data_pipeline.cases import Case, CaseData, file_identity
 from data_pipeline.ct_rate.download_folder import (
-    NO_REPORT,
     UNKNOWN_LABELS,
     CtRateTables,
     expected_volume_path,
@@ -150,7 +149,7 @@ def _count_unknowns(
         has_no_labels = labels == UNKNOWN_LABELS
         counts["cases without labels"] += has_no_labels
         counts["cases with some labels unknown"] += None in labels and not has_no_labels
-        counts["cases without a report"] += tables.report_of(name) == NO_REPORT
+        counts["cases without a report"] += tables.report_of(name).is_empty
         counts["cases without metadata"] += name not in tables.series
 
 
@@ -177,6 +176,8 @@ def load_case(path: Path, metadata: CaseMetadata, masks: CaseMaskFiles) -> CaseD
         labels=dict(zip(FINDINGS, metadata.labels, strict=True)),
         findings=metadata.report.findings,
         impression=metadata.report.impression,
+        indication=metadata.report.indication,
+        technique=metadata.report.technique,
         slope=metadata.slope,
         intercept=metadata.intercept,
     )

@@ -69,9 +69,7 @@ class CtRateTables:
     def report_of(self, name: VolumeName) -> ReportSections:
         """Report of the volume itself, else of its scan."""
         report = self.reports.get(name, NO_REPORT)
-        if report == NO_REPORT:
-            return self.scan_reports.get(name.scan, NO_REPORT)
-        return report
+        return self.scan_reports.get(name.scan, report) if report.is_empty else report
 
 
 # Files
@@ -235,7 +233,7 @@ def _merge_scan_reports(
     differing_scans = set()
     for name in sorted(reports, key=lambda name: name.sort_key):
         report = reports[name]
-        if report != NO_REPORT and scan_reports.setdefault(name.scan, report) != report:
+        if not report.is_empty and scan_reports.setdefault(name.scan, report) != report:
             differing_scans.add(name.scan)
     counts["scans whose reconstructions have different reports"] = len(differing_scans)
     return scan_reports

@@ -16,7 +16,8 @@ from rectvlm.types import InputError, UserError
 
 NAME_COLUMNS = ("VolumeName", "AccessionNo")
 """Columns that may hold the name; the first one that a table has is used."""
-_REPORT_COLUMNS = ("Findings_EN", "Impressions_EN")
+_REPORT_COLUMNS = ("Findings_EN", "Impressions_EN", "ClinicalInformation_EN", "Technique_EN")
+"""Columns of the fields of `ReportSections`, in their order."""
 _METADATA_COLUMNS = (
     "Manufacturer",
     "ConvolutionKernel",
@@ -39,12 +40,21 @@ FindingLabels = tuple[int | None, ...]
 
 @dataclass(frozen=True)
 class ReportSections:
-    """The two sections of a report."""
+    """The two sections of a report, and what was known before it was written."""
 
     findings: str | None = None
     """The Findings section; None when there is none."""
     impression: str | None = None
     """The Impression section; None when there is none."""
+    indication: str | None = None
+    """Clinical information; None when there is none."""
+    technique: str | None = None
+    """Technique of the examination; None when there is none."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no report, whatever was known before."""
+        return self.findings is None and self.impression is None
 
 
 @dataclass(frozen=True)
@@ -94,8 +104,7 @@ def read_reports(path: Path) -> dict[VolumeName, ReportSections]:
     """
 
     def parse_report(cells: Mapping[str, str], row_number: int) -> ReportSections:
-        findings, impression = (parse_report_section(cells[column]) for column in _REPORT_COLUMNS)
-        return ReportSections(findings, impression)
+        return ReportSections(*(parse_report_section(cells[column]) for column in _REPORT_COLUMNS))
 
     return _read_table(path, _REPORT_COLUMNS, parse_report)
 

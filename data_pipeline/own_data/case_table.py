@@ -48,7 +48,7 @@ class TableCase:
     labels: dict[str, int | None]
     """Labels of all 18 findings; None is unknown."""
     texts: dict[str, str]
-    """Cells of the report, by name of the column."""
+    """Cells of the report and of what was known before it, by name of the column."""
     masks: dict[str, Path] = field(default_factory=dict)
     """Mask files by key of the lesion; a lesion without one was not annotated."""
     absent_lesions: list[str] = field(default_factory=list)
@@ -93,7 +93,7 @@ class _CellReader:
             ct_text=ct_text,
             ct=resolve_path(ct_text, self.folder),
             labels=dict.fromkeys(FINDINGS),
-            texts={name: text for name, text in texts.items() if name in REPORT_COLUMNS},
+            texts={name: text for name, text in texts.items() if name in PROSE_COLUMNS},
         )
         for finding, column in self.columns.findings.items():
             case.labels[finding] = self._read_label(row, column)
@@ -155,6 +155,8 @@ class _CellReader:
 
 REPORT_COLUMNS = ("report", "findings_text", "impression")
 """Text columns that hold a report or a part of it."""
+PROSE_COLUMNS = (*REPORT_COLUMNS, "indication", "technique")
+"""Text columns that hold sentences."""
 
 
 def read_cases(
@@ -276,7 +278,8 @@ def count_cases(cases: Sequence[TableCase]) -> dict[str, int]:
     for case in cases:
         labels = list(case.labels.values())
         counts["cases without labels"] += not any(label is not None for label in labels)
-        counts["cases without a report"] += not any(case.texts.values())
+        report_cells = [case.texts.get(column) for column in REPORT_COLUMNS]
+        counts["cases without a report"] += not any(report_cells)
         for lesion in (*case.masks, *case.absent_lesions):
             counts[f"cases with {LESION_BY_KEY[lesion].name} annotated"] += 1
     return {subject: count for subject, count in counts.items() if count}

@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 _TEXT_FILE = re.compile(r"[^\n]{1,1000}\.txt", re.IGNORECASE)
 """Cell that names the file of a report in place of its text."""
 
-ReportCell = str | Path
-"""Text of a report or of its part, or the file that holds it."""
+TextCell = str | Path
+"""Text such as a report, or the file that holds it."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,11 @@ def _build_case(case: TableCase, path: Path, mask_folders: MaskFolders) -> Case:
         lesion_files=(*masks.lesion_files, *case.masks.items()),
         absent_lesions=tuple(case.absent_lesions),
     )
-    report: dict[str, ReportCell] = {}
+    texts: dict[str, TextCell] = {}
     for name, text in case.texts.items():
         is_file = _TEXT_FILE.fullmatch(text) is not None
-        report[name] = resolve_path(text, path.absolute().parent) if is_file else text
-    report_files = [cell for cell in report.values() if isinstance(cell, Path)]
+        texts[name] = resolve_path(text, path.absolute().parent) if is_file else text
+    text_files = [cell for cell in texts.values() if isinstance(cell, Path)]
     assert case.split is not None
     row_digest = json_sha256([case.labels, case.texts, case.absent_lesions, case.split])
     return Case(
@@ -124,8 +124,8 @@ def _build_case(case: TableCase, path: Path, mask_folders: MaskFolders) -> Case:
         split=case.split,
         patient=case.patient,
         source=f"{path.name} {case.ct_text}",
-        load=partial(load_table_case, case.ct, case.labels, report, masks, case.masks),
-        identity=(*file_identity(case.ct, *masks.paths, *report_files), row_digest),
+        load=partial(load_table_case, case.ct, case.labels, texts, masks, case.masks),
+        identity=(*file_identity(case.ct, *masks.paths, *text_files), row_digest),
     )
 
 
@@ -135,7 +135,7 @@ def _build_case(case: TableCase, path: Path, mask_folders: MaskFolders) -> Case:
 def load_table_case(
     path: Path,
     labels: dict[str, int | None],
-    report: dict[str, ReportCell],
+    texts: dict[str, TextCell],
     masks: CaseMaskFiles,
     table_masks: dict[str, Path],
 ) -> CaseData:
@@ -144,7 +144,7 @@ def load_table_case(
     Args:
         path: of the CT.
         labels: of all 18 findings.
-        report: cells of the report, by name of the column.
+        texts: cells of the report and of what was known before it, by name of the column.
         masks: mask files of the CT.
         table_masks: those that the table names, by key of the lesion.
 
@@ -153,12 +153,12 @@ def load_table_case(
     """
     volume = read_volume(path)
     findings = impression = None
-    if "report" in report:
-        whole = _read_report_cell(report["report"])
+    if "report" in texts:
+        whole = _read_text_cell(texts["report"])
         findings, impression = split_report_sections(whole) if whole else (None, None)
     else:
-        findings = _read_report_cell(report.get("findings_text", ""))
-        impression = _read_report_cell(report.get("impression", ""))
+        findings = _read_text_cell(texts.get("findings_text", ""))
+        impression = _read_text_cell(texts.get("impression", ""))
     loaded_masks = masks.load(volume)
     for key, mask in table_masks.items():
         _require_agreement(LESION_BY_KEY[key], mask, labels, loaded_masks)
@@ -168,6 +168,8 @@ def load_table_case(
         labels=labels,
         findings=findings,
         impression=impression,
+        indication=_read_text_cell(texts.get("indication", "")),
+        technique=_read_text_cell(texts.get("technique", "")),
     )
 
 
@@ -188,8 +190,8 @@ def _require_agreement(
         )
 
 
-def _read_report_cell(cell: ReportCell) -> str | None:
-    """Text of a report with plain line ends and without control characters; None for none."""
+def _read_text_cell(cell: TextCell) -> str | None:
+    """Text of a cell with plain line ends and without control characters; None for none."""
     text = cell
     if isinstance(cell, Path):
         try:

@@ -14,7 +14,17 @@ from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.types import InputError
 
 CT_COLUMN = "ct"
-TEXT_COLUMNS = (CT_COLUMN, "key", "patient", "split", "report", "findings_text", "impression")
+TEXT_COLUMNS = (
+    CT_COLUMN,
+    "key",
+    "patient",
+    "split",
+    "report",
+    "findings_text",
+    "impression",
+    "indication",
+    "technique",
+)
 """Columns that are neither a finding nor a mask."""
 _ALIASES = {
     "ct_path": CT_COLUMN,
@@ -28,6 +38,7 @@ _ALIASES = {
     "case_id": "key",
     "patient_id": "patient",
     "findings": "findings_text",
+    "clinical_information": "indication",
 }
 """Other common names of these columns."""
 

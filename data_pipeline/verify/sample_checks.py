@@ -242,7 +242,7 @@ def _all_axes_but(axis: int) -> tuple[int, ...]:
 
 
 def _check_report(meta: SampleMeta, recorder: IssueRecorder) -> None:
-    for name in ("findings", "impression"):
+    for name in ("findings", "impression", "indication", "technique"):
         letters = set(getattr(meta, name) or "") - {"\n", "\t"}
         control_letters = sorted(
             letter for letter in letters if unicodedata.category(letter) == "Cc"

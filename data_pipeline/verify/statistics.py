@@ -92,6 +92,8 @@ class SampleSummary:
     """Number of words of the report; None when there is none."""
     report_digest: str
     """SHA-256 of the report, its first 16 digits."""
+    has_indication: bool
+    has_technique: bool
     native_sampling: NativeSampling
     hu_conversion: str
     """Way from stored numbers to HU, in words."""
@@ -123,6 +125,8 @@ class SampleSummary:
             regions_source=NO_REGIONS if meta.regions_source is None else meta.regions_source,
             report_words=None if report is None else len(report.split()),
             report_digest=hashlib.sha256((report or "").encode()).hexdigest()[:16],
+            has_indication=meta.indication is not None,
+            has_technique=meta.technique is not None,
             native_sampling=measure_native_sampling(meta.geometry),
             hu_conversion=_describe_hu_conversion(meta.hu),
             has_padding=meta.hu.padding_voxels > 0,
@@ -267,6 +271,8 @@ def _split_statistics(
         "region sources": dict(regions_sources.most_common()),
         "reports": len(report_words),
         "report words": _percentiles(report_words),
+        "indications": sum(summary.has_indication for summary in summaries),
+        "techniques": sum(summary.has_technique for summary in summaries),
         "in-plane spacing, mm": _percentiles(in_plane_mm),
         "slice spacing, mm": _percentiles(slice_spacings_mm),
         "slices": _percentiles(slice_counts),

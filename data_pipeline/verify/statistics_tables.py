@@ -39,7 +39,8 @@ def _case_table(by_split: dict[str, SplitStatistics]) -> Table:
     for key in ("patients", "scans", "samples"):
         add_row(key, key, "{:,}".format)
     add_row("samples of one scan", "reconstructions of a scan", _format_reconstructions)
-    add_row("reports", "reports", "{:,}".format)
+    for key in ("reports", "indications", "techniques"):
+        add_row(key, key, "{:,}".format)
     for key in ("report words", "in-plane spacing, mm", "slice spacing, mm", "slices"):
         add_row(f"{key}: median (5–95 %)", key, _format_percentiles)
     for key in ("matrix", "region sources", "HU decisions"):

@@ -34,6 +34,7 @@ from rectvlm.pretrained import resolve_model
 from rectvlm.train.objectives import combine_losses, compute_losses
 from rectvlm.train.optimizer import find_decayed_parameters
 from rectvlm.train.phases import PHASES, Phase
+from rectvlm.train.starting_weights import set_label_prior
 
 log = logging.getLogger("train_plain")
 
@@ -88,6 +89,8 @@ def train_phase(
     if config.encoder.atlas_cases and not trained:
         cases = range(min(config.encoder.atlas_cases, len(loader.dataset)))
         model.encoder.fit_atlas(torch.from_numpy(loader.dataset[case].ct) for case in cases)
+    if not trained:
+        set_label_prior(model, config.data.shards)
     optimizer = build_optimizer(model, config, settings)
 
     for step, samples in zip(range(steps), loader, strict=False):

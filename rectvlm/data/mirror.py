@@ -22,6 +22,7 @@ or when its region map, unless it is hidden, holds a region of one side without 
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,12 +149,12 @@ def _can_mirror_map(batch: Batch, i: int) -> bool:
 
 def _mirror_meta(meta: SampleMeta, width: int) -> SampleMeta | None:
     """Metadata of the mirror image on a grid of `width` columns; None if the text forbids it."""
-    sections: list[str | None] = []
-    for text in (meta.findings, meta.impression):
-        mirrored_text = mirror_text(text) if text else text
-        if text and mirrored_text is None:
+    texts: dict[str, Any] = {}
+    for name in ("findings", "impression", "indication", "technique"):
+        text = getattr(meta, name)
+        texts[name] = mirror_text(text) if text else text
+        if text and texts[name] is None:
             return None
-        sections.append(mirrored_text)
 
     grid, flip = np.array(meta.geometry.grid_affine), np.eye(4)
     flip[2, 2], flip[2, 3] = -1, width - 1
@@ -161,8 +162,7 @@ def _mirror_meta(meta: SampleMeta, width: int) -> SampleMeta | None:
     native = (reflection @ np.array(meta.geometry.native_affine)).tolist()
     return replace(
         meta,
-        findings=sections[0],
-        impression=sections[1],
+        **texts,
         geometry=GridGeometry(meta.geometry.grid_affine, meta.geometry.native_shape, native),
         source=f"{meta.source}, mirrored",
     )

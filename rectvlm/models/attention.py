@@ -16,6 +16,13 @@ one-hot code of z_j, k_r by that of r. One fused call then computes it all in me
 
 Region tokens do not attend. Each takes the mean of the values of its patches, weighted with
 p(r | i), which is the mean over the region's voxels. It costs R × N.
+
+With gates the global token counts as Z · g₀ keys and each region token as Z · g₁, so that weights
+of a 2D ViT start with the ViT's own attention: there every slice has a class token of its own
+(g₀ = 1) and no region tokens (g₁ ≈ 0). Channels of the values that the fused call leaves empty
+carry the attention w of those keys, from which the gated mean follows exactly:
+
+    (Σ_j w_j v_j + Z · Σ_e g_e w_e v_e) / (Σ_j w_j + Z · Σ_e g_e w_e)     j: patches, e: the others
 """
 
 import torch
@@ -38,10 +45,23 @@ def pooling_weights(shares: Tensor, known: Tensor) -> Tensor:
     return torch.where(known[:, None, None], by_voxels, 1 / shares.shape[1])
 
 
-class SliceRegionAttention(nn.Module):
-    """Attention of the global token and the patches to themselves and the region tokens."""
+CLOSED_GATE = 1e-5
+"""Gate of a token that counts as no key at the start. At exactly 0 its gradient would be 0."""
 
-    def __init__(self, width: int, heads: int, slices: int) -> None:
+
+class SliceRegionAttention(nn.Module):
+    """Attention of the global token and the patches to themselves and the region tokens.
+
+    Args:
+        width: channels of a token.
+        heads: number of heads.
+        slices: slices of patches.
+        gated: whether a learned gate of each head says how many keys of a slice the global token
+            (column 0) and a region token (column 1) count as; without gates each counts as one
+            key of the volume.
+    """
+
+    def __init__(self, width: int, heads: int, slices: int, gated: bool = False) -> None:
         super().__init__()
         assert width % heads == 0, f"width {width} is not a multiple of heads {heads}"
         self.heads, self.slices = heads, slices
@@ -49,6 +69,9 @@ class SliceRegionAttention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
         self.slice_bias = nn.Parameter(torch.zeros(heads, 2 * slices - 1))
+        self.gate: nn.Parameter | None = None
+        if gated:
+            self.gate = nn.Parameter(torch.tensor([1.0, CLOSED_GATE]).repeat(heads, 1))
 
     def forward(
         self,
@@ -84,15 +107,30 @@ class SliceRegionAttention(nn.Module):
         pooled = torch.einsum("bnr,bhnd->bhrd", weights.to(v.dtype), v[:, :, 1:rows])
         return self.out(self._merge_heads(attended)), self.out(self._merge_heads(pooled))
 
-    def compute_attention_shares(self, tokens: Tensor, regions: Tensor) -> Tensor:
+    def compute_attention_shares(
+        self, tokens: Tensor, regions: Tensor, slices: int | None = None
+    ) -> Tensor:
         """Attention of the global token to itself, the patches and the region tokens.
+
+        Args:
+            tokens: as in `forward`, and so the next two.
+            regions: see `forward`.
+            slices: see `forward`.
 
         Returns:
             (B, H, 1 + N + R); rows sum to 1.
         """
         keys, _ = self.kv(torch.cat([tokens, regions], dim=1)).chunk(2, dim=-1)
         q, k = self._split_heads(self.q(tokens[:, :1])), self._split_heads(keys)
-        return (q @ k.mT / q.shape[-1] ** 0.5)[:, :, 0].float().softmax(-1)
+        shares = (q @ k.mT / q.shape[-1] ** 0.5)[:, :, 0].float().softmax(-1)
+        if self.gate is None:
+            return shares
+        rows = tokens.shape[1]
+        counts = self._count_keys(slices or self.slices, k, rows).float()
+        shares = shares.clone()
+        shares[:, :, 0] *= counts[:, 0]
+        shares[:, :, rows:] *= counts[:, 1:]
+        return shares / shares.sum(dim=-1, keepdim=True)
 
     def _attend_with_biases(
         self, q: Tensor, k: Tensor, v: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int
@@ -107,10 +145,46 @@ class SliceRegionAttention(nn.Module):
             log_prior: see `forward`.
             slices: see `forward`.
         """
-        channels = q.shape[-1]
+        scale = q.shape[-1] ** -0.5
         q, k = self.fold_biases(q, k, slice_index, log_prior, slices)
-        v = F.pad(v, (0, q.shape[-1] - channels))
-        return F.scaled_dot_product_attention(q, k, v, scale=channels**-0.5)[..., :channels]
+        if self.gate is not None:
+            return self._attend_gated(q, k, v, scale, self._count_keys(slices, k, q.shape[2]))
+        return self._attend(q, k, v, scale)
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, values: Tensor, scale: float) -> Tensor:
+        """Fused attention of queries and keys (…, D + E) to values of as many channels or fewer."""
+        channels = values.shape[-1]
+        values = F.pad(values, (0, q.shape[-1] - channels))
+        return F.scaled_dot_product_attention(q, k, values, scale=scale)[..., :channels]
+
+    def _attend_gated(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, counts: Tensor
+    ) -> Tensor:
+        """Attention where the global token and the region tokens count as `counts` (H, 1 + R) keys;
+        see the module's formula."""
+        rows, extra_keys = q.shape[2], counts.shape[1]
+        extra_values = torch.cat([v[:, :, :1], v[:, :, rows:]], dim=2)
+        # One channel for each extra key, and one for all patches together.
+        codes = torch.zeros(v.shape[2], extra_keys + 1, device=v.device, dtype=v.dtype)
+        codes[0, 0] = 1
+        codes[1:rows, extra_keys] = 1
+        codes[rows:, 1:extra_keys] = torch.eye(extra_keys - 1, device=v.device, dtype=v.dtype)
+
+        patch_values = v * codes[:, extra_keys:]
+        values = torch.cat([patch_values, codes.expand(*v.shape[:2], -1, -1)], dim=-1)
+        from_patches, shares, patch_share = self._attend(q, k, values, scale).split(
+            [v.shape[-1], extra_keys, 1], dim=-1
+        )
+        shares = shares * counts[:, None]
+        total = patch_share + shares.sum(dim=-1, keepdim=True)
+        return (from_patches + shares @ extra_values) / total
+
+    def _count_keys(self, slices: int, k: Tensor, rows: int) -> Tensor:
+        """Keys that the global token and each region token count as, (H, 1 + R)."""
+        assert self.gate is not None
+        counts = self.gate.abs().to(k.dtype) * slices
+        return torch.cat([counts[:, :1], counts[:, 1:].expand(-1, k.shape[2] - rows)], dim=1)
 
     def fold_biases(
         self, q: Tensor, k: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int
@@ -118,12 +192,13 @@ class SliceRegionAttention(nn.Module):
         """Queries (B, H, 1 + N, D + E) and keys (B, H, 1 + N + R, D + E) whose products hold both
         biases, times √D.
 
-        E is Z + R, rounded up so that D + E is a multiple of 8, which fused kernels want.
+        E is Z + R, at least 2 + R for the gates, rounded up so that D + E is a multiple of 8, which
+        fused kernels want.
         """
         b, h, _, d = q.shape
         n, r = log_prior.shape[1:]
-        extra = slices + r
-        pad = -(d + extra) % 8
+        extra, least = slices + r, max(slices, 2) + r
+        pad = least - extra + -(d + least) % 8
 
         farthest, numbers = self.slices - 1, torch.arange(slices, device=q.device)
         distance = (numbers[:, None] - numbers).clamp(-farthest, farthest) + farthest

@@ -34,3 +34,23 @@ def build_encoder(config: EncoderConfig, data: DataConfig) -> ImageEncoder:
             f"{', '.join(ENCODERS)}, or add yours to ENCODERS in rectvlm/models/encoder.py."
         )
     return ENCODERS[config.name](config, data)
+
+
+def load_starting_weights(encoder: ImageEncoder, config: EncoderConfig) -> str:
+    """Give an encoder the weights that `encoder.init` names.
+
+    On the meta device this checks that they fit and reads no weights.
+
+    Returns:
+        What was taken, what was left and what starts anew, in words.
+
+    Raises:
+        UserError: the weights do not fit, or the encoder cannot start from weights of others.
+    """
+    assert config.init is not None, "encoder.init is null"
+    if not hasattr(encoder, "load_starting_weights"):
+        raise UserError(
+            f"encoder.init is {config.init!r}, but the encoder {config.name} cannot start from "
+            "weights of others: set encoder.init=null or another encoder.name."
+        )
+    return str(encoder.load_starting_weights(config.init))

@@ -29,6 +29,7 @@ from rectvlm.models.language_model import LanguageModel, load_language_model, re
 from rectvlm.models.localizer import LesionLocalizer, LocalizerOutput
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.models.report_generator import ReportGenerator, ReportLoss
+from rectvlm.models.report_prompt import describe_examination
 from rectvlm.pretrained import resolve_model
 from rectvlm.types import COARSE_REGIONS_SOURCE, Batch, BatchPrediction, UserError
 
@@ -380,14 +381,17 @@ def _pack_lesion_bits(masks: Tensor, to_probability: Callable[[Tensor], Tensor])
 
 
 def describe_batch_cues(batch: Batch, findings: Tensor, lesion_bits: Tensor) -> list[str]:
-    """Cues of each sample from probabilities (B, 18) and lesion bits (B, Z, Y, X)."""
+    """Cues of each sample from its indication and technique, probabilities (B, 18) and lesion bits
+    (B, Z, Y, X)."""
     cues = []
     for i, meta in enumerate(batch.metas):
         # The lobes of a coarse map are only roughly placed. Lesions are then described by side and
         # zone, as without a map.
         has_lobes = bool(batch.regions_known[i]) and meta.regions_source != COARSE_REGIONS_SOURCE
         regions = batch.regions[i] if has_lobes else None
-        cues.append(describe_cues(findings[i], lesion_bits[i], batch.ct[i], regions, batch.spacing))
+        text = describe_cues(findings[i], lesion_bits[i], batch.ct[i], regions, batch.spacing)
+        examination = describe_examination(meta.indication, meta.technique)
+        cues.append(f"{examination} {text}".lstrip())
     return cues
 
 

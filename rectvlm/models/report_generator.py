@@ -152,9 +152,17 @@ class ReportGenerator(nn.Module):
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    def is_cut(self, report: str) -> bool:
+        """Whether a report and its end token are longer than `generator.max_report_tokens`."""
+        return self._encode_target(report)[-1] != self.tokenizer.eos_token_id
+
     def _encode_target(self, report: str) -> list[int]:
+        """Token ids of a report, cut at the limit.
+
+        A report that is cut has no end token: it would teach the model to stop in mid-sentence.
+        """
         tokens = self.tokenizer.encode(report, add_special_tokens=False)
-        return [*tokens[: self.config.max_report_tokens - 1], self.tokenizer.eos_token_id]
+        return [*tokens, self.tokenizer.eos_token_id][: self.config.max_report_tokens]
 
     def _embed_prompts(
         self, visual: Tensor, rows: Sequence[PromptTokens], min_length: int = 0

@@ -1,9 +1,13 @@
 """The report prompt: cues and request in the chat template of the language model.
 
+The cues begin with what was known before the CT, the indication and the technique, where a sample
+has them.
+
 A marker in the user's turn stands where the visual tokens go. `check_tokenizer` finds out whether a
 tokenizer can render such a prompt before any weights are read.
 """
 
+import textwrap
 from typing import Any
 
 from jinja2 import TemplateError
@@ -13,6 +17,8 @@ from rectvlm.types import UserError
 VOLUME_MARKER = "<volume>"
 SYSTEM_TEXT = "You are a radiologist. You write truthful, concise reports of chest CT scans."
 REQUEST_TEXT = "Write the Findings and Impression sections of the report."
+MAX_CONTEXT_CHARACTERS = 160
+"""Characters at which an indication and a technique are cut, each; about 35 tokens."""
 PromptTokens = tuple[list[int], list[int]]
 """Token ids before and after the visual tokens."""
 
@@ -23,6 +29,18 @@ def encode_report_prompt(tokenizer: Any, cues: str) -> PromptTokens:
     assert marker, "the chat template dropped the user's turn"
     encode = tokenizer.encode
     return encode(before, add_special_tokens=False), encode(after, add_special_tokens=False)
+
+
+def describe_examination(indication: str | None, technique: str | None) -> str:
+    """Sentences with the indication and the technique, on one line; empty without either."""
+    sentences = []
+    for title, text in (("Indication", indication), ("Technique", technique)):
+        words = " ".join((text or "").replace(VOLUME_MARKER, " ").split())
+        if words:
+            cut = textwrap.shorten(words, MAX_CONTEXT_CHARACTERS, placeholder=" …")
+            end = "" if cut[-1] in ".?!…" else "."
+            sentences.append(f"{title}: {cut}{end}")
+    return " ".join(sentences)
 
 
 def _render_prompt(tokenizer: Any, cues: str) -> str:

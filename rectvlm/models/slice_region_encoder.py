@@ -27,6 +27,11 @@ PRIOR_FLOOR = 1e-3
 """Smallest p(r | patch) in attention: a region that a patch does not touch is unlikely, not
 impossible."""
 
+DEFAULT_EPS = 1e-5
+"""What layer norms add to a variance; PyTorch's own default."""
+VIT_EPS = 1e-6
+"""The same for weights of a ViT: that of timm, DINOv2 and SigLIP."""
+
 
 def compute_region_shares(regions: Tensor, patch: tuple[int, int, int]) -> Tensor:
     """Exact share of each region in each patch.
@@ -81,13 +86,20 @@ class BlockContext(NamedTuple):
     """Slices of patches in this volume."""
 
 
+def make_norm(config: EncoderConfig) -> nn.LayerNorm:
+    """Layer norm of a block, or the last one."""
+    return nn.LayerNorm(config.width, eps=DEFAULT_EPS if config.init is None else VIT_EPS)
+
+
 class EncoderBlock(nn.Module):
     """Pre-norm attention and MLP. Region tokens pass through the same weights as the patches."""
 
     def __init__(self, config: EncoderConfig, slices: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
-        self.attention = SliceRegionAttention(config.width, config.heads, slices)
+        self.norm1, self.norm2 = make_norm(config), make_norm(config)
+        self.attention = SliceRegionAttention(
+            config.width, config.heads, slices, gated=config.init is not None
+        )
         self.mlp = Mlp(config.width, config.mlp_ratio)
 
     def forward(self, tokens: Tensor, regions: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
@@ -101,7 +113,11 @@ class EncoderBlock(nn.Module):
 
 
 class SliceRegionEncoder(nn.Module):
-    """Patches, factorized positions, slice- and region-aware blocks."""
+    """Patches, positions, slice- and region-aware blocks.
+
+    Positions are the sum of one embedding an axis. With `encoder.init` they are that of the slice
+    and one for each place of the plane, as a ViT has them, and attention has gates.
+    """
 
     atlas: Tensor | None
 
@@ -115,13 +131,17 @@ class SliceRegionEncoder(nn.Module):
 
         self.embed = PatchEmbedding(len(data.windows), width, config.patch)
         self.position_z = nn.Parameter(torch.randn(z, 1, 1, width) * POSITION_STD)
-        self.position_y = nn.Parameter(torch.randn(1, y, 1, width) * POSITION_STD)
-        self.position_x = nn.Parameter(torch.randn(1, 1, x, width) * POSITION_STD)
+        self.has_plane = config.init is not None
+        if self.has_plane:
+            self.position_plane = nn.Parameter(torch.randn(1, y, x, width) * POSITION_STD)
+        else:
+            self.position_y = nn.Parameter(torch.randn(1, y, 1, width) * POSITION_STD)
+            self.position_x = nn.Parameter(torch.randn(1, 1, x, width) * POSITION_STD)
         self.whole = nn.Parameter(torch.randn(1, 1, width) * POSITION_STD)
         self.regions = nn.Parameter(torch.randn(1, N_REGIONS, width) * POSITION_STD)
         self.unknown_prior = nn.Parameter(torch.zeros(N_REGIONS))
         self.blocks = nn.ModuleList(EncoderBlock(config, z) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(width)
+        self.norm = make_norm(config)
         atlas = torch.zeros(len(data.windows), *data.grid) if config.atlas_cases else None
         self.register_buffer("atlas", atlas)
 
@@ -166,6 +186,25 @@ class SliceRegionEncoder(nn.Module):
         windowed = [apply_windows(ct[None], self.windows)[0] for ct in volumes]
         self.atlas.copy_(torch.stack(windowed).mean(0))
 
+    def load_starting_weights(self, reference: str) -> str:
+        """Take the weights of a 2D ViT, inflated over slices; see `rectvlm.models.inflate_vit`.
+
+        On the meta device this checks that they fit and reads no weights.
+
+        Args:
+            reference: safetensors file, folder or hub id.
+
+        Returns:
+            One sentence a line: what was taken, what was left and what starts anew.
+
+        Raises:
+            UserError: there is no such file, it is no ViT whose features this encoder can give, or
+                its shapes differ.
+        """
+        from rectvlm.models.inflate_vit import inflate_vit  # it imports this module
+
+        return inflate_vit(self, reference)
+
     @torch.no_grad()
     def attention_map(
         self, ct: Tensor, regions: Tensor, regions_known: Tensor, block: int = -1
@@ -190,7 +229,7 @@ class SliceRegionEncoder(nn.Module):
         last = self.blocks[number]
         assert isinstance(last, EncoderBlock)
         shares = last.attention.compute_attention_shares(
-            last.norm1(tokens), last.norm1(region_tokens)
+            last.norm1(tokens), last.norm1(region_tokens), context.slices
         )
         return shares[:, :, 1 : tokens.shape[1]].unflatten(2, self.compute_patch_grid(ct))
 
@@ -253,8 +292,10 @@ class SliceRegionEncoder(nn.Module):
         assert len(devices) == 1, f"CT, regions and encoder must be on one device, not on {devices}"
 
     def _embed_positions(self, grid: tuple[int, int, int]) -> Tensor:
-        """(N, C): the sum of one embedding an axis."""
+        """(N, C): the sum of one embedding an axis, or of the slice's and the plane's."""
         z = _resize_axis(self.position_z, 0, grid[0])
+        if self.has_plane:
+            return (z + resize_plane(self.position_plane, grid[1:])).flatten(0, 2)
         y = _resize_axis(self.position_y, 1, grid[1])
         x = _resize_axis(self.position_x, 2, grid[2])
         return (z + y + x).flatten(0, 2)
@@ -265,6 +306,16 @@ class SliceRegionEncoder(nn.Module):
         prior = shares.clamp_min(PRIOR_FLOOR).log()
         unknown = self.unknown_prior.float().log_softmax(0).expand_as(prior)
         return torch.where(known[:, None, None], prior, unknown)
+
+
+def resize_plane(plane: Tensor, size: tuple[int, int], antialias: bool = False) -> Tensor:
+    """Interpolate position embeddings (1, y, x, C) to a size (y, x), bicubically as ViTs do."""
+    if tuple(plane.shape[1:3]) == size:
+        return plane
+    resized = F.interpolate(
+        plane.movedim(3, 1).float(), size, mode="bicubic", align_corners=False, antialias=antialias
+    )
+    return resized.movedim(1, 3).to(plane.dtype)
 
 
 def _resize_axis(embedding: Tensor, axis: int, count: int) -> Tensor:

@@ -7,7 +7,6 @@ Patches are the cells of the last stage. The global token is their mean, a regio
 over the region, and all pass one layer norm, since the published networks end without a norm.
 """
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,8 @@ from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.layers import run_layer
 from rectvlm.models.published_weights import read_safetensors
 from rectvlm.models.slice_region_encoder import compute_region_shares
+from rectvlm.pretrained.weight_files import find_weight_files
 from rectvlm.types import UserError
-
-log = logging.getLogger(__name__)
 
 OWN_LAYERS = ("norm.", "taps.")
 """Layers that no published network has; they start at random."""
@@ -80,10 +78,20 @@ class StagedEncoder(nn.Module):
         """Name here of a tensor of the published file; None for one that is not used."""
         raise NotImplementedError
 
-    def load_weights(self, path: Path) -> None:
+    def load_starting_weights(self, reference: str) -> str:
+        """Take the published weights that `encoder.init` names; see `load_weights`."""
+        files = find_weight_files(reference)
+        if len(files) > 1:
+            raise UserError(f"{files[0].parent} holds several weight files: give one of them.")
+        return self.load_weights(files[0])
+
+    def load_weights(self, path: Path) -> str:
         """Take the published weights of the network from a safetensors file.
 
         The norm and the taps are not part of it and stay as they are.
+
+        Returns:
+            What was taken, and which names of the file were not used.
 
         Raises:
             UserError: the file cannot be read, or does not hold this network.
@@ -100,7 +108,7 @@ class StagedEncoder(nn.Module):
         remedy = "give the weights of the network that encoder.name names"
         load_tensors(self, tensors, expected, path, remedy)
         left = f"; not used: {', '.join(unused)}" if unused else ""
-        log.info("encoder starts from the %d tensors of %s%s", len(expected), path, left)
+        return f"encoder from {path}: taken are {len(expected)} tensors{left}"
 
     def compute_stages(self, images: Tensor) -> list[Tensor]:
         """Output (B, c, …) of each stage for the network's own input (B, W, …)."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rectvlm.config import Config, load_config
 from rectvlm.data.shards import read_index
+from rectvlm.pretrained.weight_files import find_weight_files
 from rectvlm.train.arguments import parse_arguments
 from rectvlm.train.engine.ds_config import find_ds_config, read_ds_config
 from rectvlm.train.phases import PHASES, STAGES, Phase, get_run_folder
@@ -56,11 +57,14 @@ def check_start(
         goes on, which needs none of the phase before.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or there are no weights at `encoder.init`.
     """
     folder = get_run_folder(phase, config)
     if resume == "yes":
         require_checkpoint_to_resume(folder, phase)
     if resume != "no" and has_checkpoints(folder):
         return None
-    return find_source_checkpoint(phase, config, requested_source)
+    source = find_source_checkpoint(phase, config, requested_source)
+    if source is None and config.encoder.init is not None:
+        find_weight_files(config.encoder.init)
+    return source

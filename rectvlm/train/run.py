@@ -39,20 +39,24 @@ from rectvlm.train.recovery.resume import (
     ResumeMode,
     find_newest_intact_checkpoint,
     find_source_checkpoint,
+    has_checkpoints,
     prepare_run_folder,
     read_position,
 )
 from rectvlm.train.recovery.run_session import first_line, lock_run_folder, record_failure
 from rectvlm.train.recovery.signals import StopSignals, terminate_with_launcher
 from rectvlm.train.starting_weights import (
+    check_encoder_init,
     check_image_parts,
     check_source_fits,
     choose_parts,
     explain_misfit,
     log_parts,
     select_names,
+    set_label_prior,
+    start_encoder,
 )
-from rectvlm.train.task_samples import require_something_to_learn
+from rectvlm.train.task_samples import log_cut_reports, require_something_to_learn
 from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
 from rectvlm.types import UserError
 
@@ -116,6 +120,8 @@ def train_phase(
     require_something_to_learn(phase, config)
     if source is not None:
         check_source_fits(phase, config, source)
+    elif resume == "no" or not has_checkpoints(folder):
+        check_encoder_init(config)
     _fetch_frozen_models(phase, config)
     step_flops = count_step_flops(phase, config)
     engine = _start_engine(ds_config, settings, config, folder)
@@ -190,11 +196,13 @@ def _train_in_run_folder(
     torch.manual_seed(config.train.seed)
     # A run that resumes has all weights in its own checkpoint, whatever became of the phase before.
     model = build_model(phase, config, start or source, engine)
-    has_encoder = source is not None and "encoder" in choose_parts(phase, Checkpoint.open(source))
-    if start is None and not has_encoder and config.encoder.atlas_cases:
-        atlas_cases = range(min(config.encoder.atlas_cases, sample_count))  # the same on every rank
-        volumes = (torch.from_numpy(loader.dataset[number].ct) for number in atlas_cases)
-        model.encoder.fit_atlas(volumes)
+    taken_parts = () if source is None else choose_parts(phase, Checkpoint.open(source))
+    if start is None and "classifier" not in taken_parts:
+        set_label_prior(model, config.data.shards)
+    if start is None and "encoder" not in taken_parts:
+        start_encoder(model, config, loader.dataset)
+    if engine.is_main and model.generator is not None and start is None:
+        log_cut_reports(loader.dataset, model.generator)
     # Before freezing: a part without a learning rate belongs to the checkpoint too.
     tensor_names = model.checkpoint_tensor_names()
     _prepare_training(model, phase, settings, config, engine, start)

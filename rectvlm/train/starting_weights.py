@@ -8,12 +8,18 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rectvlm.checkpoint import Checkpoint
 from rectvlm.checkpoint.strict_load import check_tensors
 from rectvlm.config import Config, ModelPart
+from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.shard_manifest import read_manifest
+from rectvlm.data.store import ShardStore
+from rectvlm.labels import FINDINGS
 from rectvlm.models import RectVLM
+from rectvlm.models.encoder import build_encoder, load_starting_weights
 from rectvlm.models.meta_model import build_meta_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.train.phases import Phase
@@ -23,7 +29,7 @@ log = logging.getLogger(__name__)
 
 _SHAPE_SETTINGS = {
     "data": {"grid", "windows"},
-    "encoder": {"name", "patch", "width", "depth", "heads", "mlp_ratio", "tap_blocks"},
+    "encoder": {"name", "patch", "width", "depth", "heads", "mlp_ratio", "tap_blocks", "init"},
     "classifier": {"width"},
     "localizer": {"width", "depth", "heads", "channels", "volumes_to_findings"},
     "generator": {"model", "queries", "width", "depth", "heads", "lora_rank", "lora_targets"},
@@ -46,6 +52,20 @@ def choose_parts(phase: Phase, checkpoint: Checkpoint) -> tuple[ModelPart, ...]:
             "another model."
         )
     return parts
+
+
+def set_label_prior(model: RectVLM, shards: str | Path | ShardStore) -> None:
+    """Start the classifier's bias at the log-odds of the known labels of the train split.
+
+    The counts are those of the shards' manifest: one small file, and the same on every rank.
+
+    Raises:
+        UserError: the manifest is missing or damaged.
+    """
+    counts = read_manifest(shards).counts["train"]["labels"]
+    present = torch.tensor([counts[finding]["present"] for finding in FINDINGS])
+    absent = torch.tensor([counts[finding]["absent"] for finding in FINDINGS])
+    model.classifier.set_prior(present, absent)
 
 
 def log_parts(phase: Phase, checkpoint: Checkpoint, parts: Collection[ModelPart]) -> None:
@@ -94,6 +114,33 @@ def check_source_fits(phase: Phase, config: Config, source: Path) -> None:
     tensors = checkpoint.read_tensors(parts)
     PromptEmbeddings.from_tensors(tensors, source)
     check_image_parts(config, checkpoint, tensors)
+
+
+def check_encoder_init(config: Config) -> None:
+    """Check that the weights of `encoder.init`, if any, are there and fit the encoder.
+
+    Raises:
+        UserError: they are not, or the encoder cannot start from weights of others.
+    """
+    if config.encoder.init is None:
+        return
+    with torch.device("meta"):
+        encoder = build_encoder(config.encoder, config.data)
+    load_starting_weights(encoder, config.encoder)
+
+
+def start_encoder(model: RectVLM, config: Config, dataset: ShardDataset) -> None:
+    """Give an encoder that no checkpoint holds what its configuration names: weights of others,
+    or an atlas, which is the same on every rank.
+
+    Raises:
+        UserError: the weights do not fit.
+    """
+    if config.encoder.init is not None:
+        log.info("%s", load_starting_weights(model.encoder, config.encoder))
+    if config.encoder.atlas_cases:
+        atlas_cases = range(min(config.encoder.atlas_cases, len(dataset)))
+        model.encoder.fit_atlas(torch.from_numpy(dataset[number].ct) for number in atlas_cases)
 
 
 def select_names(model: RectVLM, parts: Collection[str]) -> list[str]:

@@ -4,16 +4,23 @@ A task without a single label, outline or report has a loss of 0 in every batch:
 finished and have learned nothing.
 """
 
+import logging
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from rectvlm.config import Config, ValidationMetric
 from rectvlm.data.dataset import ShardDataset
 from rectvlm.data.report_text import join_report_sections
-from rectvlm.data.shards import read_sample_meta
+from rectvlm.data.shards import SampleLocation, read_sample_meta
+from rectvlm.models.report_generator import ReportGenerator
 from rectvlm.train.phases import Phase, Task
 from rectvlm.types import SampleMeta, UserError
 
+log = logging.getLogger(__name__)
+
+MAX_MEASURED_REPORTS = 1000
+"""Number of reports whose lengths are measured at most before training begins."""
 _READERS = 16
 """Number of samples whose metadata are read at the same time."""
 _TASK_NEEDS: dict[Task, str] = {
@@ -101,18 +108,45 @@ def count_task_samples(dataset: ShardDataset, tasks: Sequence[Task]) -> dict[Tas
     Reading ends as soon as every task has some, so only a count of 0 is one of all samples.
     """
     counts: dict[Task, int] = dict.fromkeys(tasks, 0)
-    with ThreadPoolExecutor(_READERS) as readers:
-        for first in range(0, len(dataset), 4 * _READERS):
-            locations = dataset.locations[first : first + 4 * _READERS]
-            metas = readers.map(
-                lambda location: read_sample_meta(dataset.store, location), locations
-            )
-            for meta in metas:
-                for task in tasks:
-                    counts[task] += _carries(meta, task)
-            if all(counts.values()):
-                break
+    for first in range(0, len(dataset), 4 * _READERS):
+        locations = dataset.locations[first : first + 4 * _READERS]
+        for meta in _read_metas(dataset, locations):
+            for task in tasks:
+                counts[task] += _carries(meta, task)
+        if all(counts.values()):
+            break
     return counts
+
+
+def _read_metas(dataset: ShardDataset, locations: Sequence[SampleLocation]) -> list[SampleMeta]:
+    with ThreadPoolExecutor(_READERS) as readers:
+        return list(
+            readers.map(lambda location: read_sample_meta(dataset.store, location), locations)
+        )
+
+
+def log_cut_reports(dataset: ShardDataset, generator: ReportGenerator) -> None:
+    """Log how many reports of some samples are cut at `generator.max_report_tokens`.
+
+    Args:
+        dataset: samples of which at most `MAX_MEASURED_REPORTS`, evenly spread, are read.
+        generator: report generator with its tokenizer.
+    """
+    stride = math.ceil(len(dataset) / MAX_MEASURED_REPORTS)
+    report_count = cut_count = 0
+    for meta in _read_metas(dataset, dataset.locations[::stride]):
+        report = join_report_sections(meta.findings, meta.impression)
+        if report is not None:
+            report_count += 1
+            cut_count += generator.is_cut(report)
+    if cut_count:
+        log.warning(
+            "%d of %d reports are longer than generator.max_report_tokens (%d): they are cut there "
+            "and teach no end",
+            cut_count,
+            report_count,
+            generator.config.max_report_tokens,
+        )
 
 
 def _carries(meta: SampleMeta, task: Task) -> bool:

@@ -171,6 +171,17 @@ def test_a_marker_on_the_right_ends_on_the_left_with_its_words_and_regions(batch
     assert torch.equal(changed.regions[1], batch.regions[1])
 
 
+def test_what_was_known_before_the_ct_changes_sides_too(batch: Batch) -> None:
+    pairs = {"Pain on the left.": "Pain on the right.", "RML nodule?": None}
+    for indication, mirrored in pairs.items():
+        batch.metas[0] = replace(batch.metas[0], indication=indication, technique="Low dose.")
+        changed = mirror_samples(batch, [0]).metas[0]
+        if mirrored is None:
+            assert changed is batch.metas[0]
+        else:
+            assert (changed.indication, changed.technique) == (mirrored, "Low dose.")
+
+
 def test_twice_is_the_same_again(batch: Batch) -> None:
     twice = mirror_samples(mirror_samples(batch, [0]), [0])
     assert all(

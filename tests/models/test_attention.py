@@ -42,6 +42,28 @@ def test_float64_equals_dense_oracle_to_rounding() -> None:
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+def test_gates_count_keys_as_the_dense_oracle_does(grid: tuple[int, int, int]) -> None:
+    module, inputs, index = make_attention(grid, gated=True)
+    expected, expected_gradients = compute_outputs_and_gradients(
+        module, inputs, index, folded=False
+    )
+    outputs, gradients = compute_outputs_and_gradients(module, inputs, index, folded=True)
+    torch.testing.assert_close(outputs, expected, rtol=1e-7, atol=1e-7)
+    assert gradients["gate"].abs().min() > 0
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [9, 24])
+def test_gates_have_the_channels_that_they_need_in_one_slice(width: int) -> None:
+    """With one slice and 3 channels a head, biases alone leave too few."""
+    module, inputs, index = make_attention((1, 2, 2), width=width, gated=True)
+    with torch.no_grad():
+        outputs = attend(module, inputs, index)
+        expected = attend_densely(module, inputs, index)
+    torch.testing.assert_close(outputs, expected, rtol=1e-7, atol=1e-7)
+
+
 def test_bfloat16_stays_within_rounding() -> None:
     module, inputs, index = make_attention((4, 4, 4))
     module = module.bfloat16()

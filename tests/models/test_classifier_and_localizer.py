@@ -119,6 +119,22 @@ def test_findings_depend_on_image_and_prompt(
     )  # a finding reads its own prompt alone
 
 
+def test_the_text_decides_the_first_directions_and_findings_differ(
+    model: RectVLM, prompts: PromptEmbeddings
+) -> None:
+    """What all prompts share, above all the word "no", tells no finding from another."""
+    difference = prompts.present - prompts.absent
+    with torch.no_grad():
+        directions = model.classifier.finding_directions(prompts)
+        text = model.classifier.text(difference - difference.mean(0))
+        lesion_text = model.localizer.text(prompts.lesions + model.localizer.text_offset)
+        assert torch.equal(lesion_text, model.localizer.text(prompts.lesions))
+    assert torch.cosine_similarity(directions, text).min() > 0.9
+    unit = nn.functional.normalize(directions, dim=1)
+    cosines = (unit @ unit.T)[~torch.eye(N_FINDINGS, dtype=torch.bool)]
+    assert cosines.mean() < 0.1 and cosines.max() < 0.99
+
+
 def test_localization_shapes(model: RectVLM, batch: Batch, tiny: Config) -> None:
     outputs = model(batch).localization
     assert outputs is not None

@@ -21,6 +21,7 @@ from rectvlm.plan.planner import ResourcePlanner
 from rectvlm.train.objectives import combine_losses, compute_losses
 from rectvlm.train.optimizer import find_unfreeze_steps
 from rectvlm.train.phases import PHASES
+from rectvlm.train.starting_weights import check_encoder_init
 from rectvlm.types import UserError
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-encoder.md"
@@ -92,6 +93,12 @@ def test_the_end_of_the_encoder_of_the_page_can_begin_late(
 def test_the_encoder_of_the_page_has_no_atlas(conv_encoder: type[nn.Module], tiny: Config) -> None:
     with pytest.raises(UserError, match=r"encoder\.atlas_cases=0"):
         conv_encoder(tiny.encoder, tiny.data).fit_atlas([])
+
+
+def test_the_encoder_of_the_page_takes_no_weights_of_others(conv_encoder: type[nn.Module]) -> None:
+    config = load_config("tiny", [*OVERRIDES, "encoder.init=facebook/vit-mae-base"])
+    with pytest.raises(UserError, match=r"the encoder conv cannot start.*encoder\.init=null"):
+        check_encoder_init(config)
 
 
 def test_the_encoder_of_the_page_is_planned(conv_encoder: type[nn.Module]) -> None:

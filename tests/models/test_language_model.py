@@ -174,15 +174,24 @@ def test_without_a_report_there_is_no_loss_but_a_graph(generator: ReportGenerato
     generator.zero_grad()
 
 
-def test_a_long_report_is_cut_and_still_ends(generator: ReportGenerator) -> None:
+def test_a_report_that_is_cut_does_not_teach_its_end(generator: ReportGenerator) -> None:
     most = generator.config.max_report_tokens
-    seen = what_the_model_sees(generator, lambda: generator(features(1), [SHORT], [OTHER * 20]))
-    end = generator.language_model.get_input_embeddings()(
-        torch.tensor(generator.tokenizer.eos_token_id)
-    )
-    assert torch.equal(seen["inputs_embeds"][0, -1], end)
+    embed = generator.language_model.get_input_embeddings()
+    end = embed(torch.tensor(generator.tokenizer.eos_token_id))
+    words = generator.tokenizer.encode(OTHER * 20, add_special_tokens=False)
+    long, short = OTHER * 20, generator.tokenizer.decode(words[: most // 2])
+    last_embeddings = []
+    for report in (long, short):
+        seen = what_the_model_sees(
+            generator, lambda report=report: generator(features(1), [SHORT], [report])
+        )
+        last_embeddings.append(seen["inputs_embeds"][0, -1])
+    assert torch.equal(last_embeddings[0], embed(torch.tensor(words[most - 1])))
+    assert torch.equal(last_embeddings[1], end)
+    assert not torch.equal(last_embeddings[0], end)
+    assert [generator.is_cut(report) for report in (long, short)] == [True, False]
     with torch.no_grad():
-        assert generator(features(1), [SHORT], [OTHER * 20]).token_counts.tolist() == [most]
+        assert generator(features(1), [SHORT], [long]).token_counts.tolist() == [most]
 
 
 def test_another_image_changes_the_token_probabilities(generator: ReportGenerator) -> None:

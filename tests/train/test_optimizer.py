@@ -74,7 +74,7 @@ NOT_DECAYED = """
 encoder.position_z encoder.position_y encoder.position_x encoder.whole encoder.regions
 encoder.unknown_prior encoder.blocks.#.attention.slice_bias
 encoder.blocks.#.norm1.weight encoder.blocks.#.norm2.weight encoder.norm.weight
-classifier.offset_present classifier.offset_absent classifier.sharpness classifier.norm.weight
+classifier.direction_offset classifier.query_offset classifier.sharpness classifier.norm.weight
 localizer.text_offset localizer.stem.norm.weight localizer.down.#.norm.weight
 localizer.up.#.merge.norm.weight localizer.denoiser.blocks.#.norm1.weight
 localizer.denoiser.blocks.#.norm2.weight localizer.denoiser.norm.weight localizer.denoiser.scale

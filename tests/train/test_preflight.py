@@ -13,6 +13,7 @@ LAUNCHES = {
     "phase1.py --config tiny data.shards={}/none": (2, "No shards in "),
     "phase1.py --config tiny --ds-config none.json": (2, "none.json cannot be read"),
     "phase1.py --config tiny --resume train.runs={}/none": (2, "there is nothing to resume"),
+    "phase1.py --config tiny encoder.init={}/vit": (2, "No weights at "),
     "phase2.py --config tiny train.runs={}/none": (2, "No checkpoint in "),
     "phase3.py --config tiny --from {}/none": (2, "No checkpoint in "),
 }

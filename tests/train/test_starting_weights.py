@@ -1,24 +1,42 @@
 """A phase starts from any model of ours: it takes the parts that it needs, and says so."""
 
 import json
+import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import hub_server
 import pytest
 import torch
+from conftest import phantom_sample
 from huggingface_hub import constants
 from launches import CHECKOUT, LAUNCH, TIMEOUT, environment, settings
+from safetensors.torch import load_file
+from vit_models import make_vit
 
 from rectvlm.checkpoint import Checkpoint
 from rectvlm.checkpoint.export import export_checkpoint
-from rectvlm.config import load_config
+from rectvlm.config import Config, load_config
+from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.shards import read_sample_meta, write_shards
+from rectvlm.labels import FINDINGS
+from rectvlm.models import RectVLM
+from rectvlm.models.meta_model import build_meta_model
+from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.pretrained.pull import copy_model
 from rectvlm.train.phases import PHASES
 from rectvlm.train.recovery.resume import find_source_checkpoint
-from rectvlm.train.starting_weights import check_image_parts, choose_parts
+from rectvlm.train.starting_weights import (
+    check_encoder_init,
+    check_image_parts,
+    choose_parts,
+    set_label_prior,
+    start_encoder,
+)
 from rectvlm.types import UserError
 
 MakeRun = Callable[[int], Path]
@@ -156,6 +174,57 @@ def test_a_model_of_another_size_leaves_the_earlier_run_in_its_place(
     assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
+def test_an_encoder_starts_from_a_vit_and_says_so(
+    phantom_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_vit("vit").save_pretrained(tmp_path)
+    config = load_config("tiny", [f"encoder.init={tmp_path}", f"data.shards={phantom_shards}"])
+    check_encoder_init(config)
+    prompts = PromptEmbeddings(torch.randn(18, 16), torch.randn(18, 16), torch.randn(5, 16))
+    model = RectVLM(config, PHASES[1].parts, prompts)
+    with caplog.at_level("INFO", logger="rectvlm"):
+        start_encoder(model, config, ShardDataset(config.data, "train"))
+    assert "not used: pooler.dense.bias, pooler.dense.weight" in caplog.text
+    wanted = load_file(tmp_path / "model.safetensors")["layernorm.weight"]
+    assert torch.equal(model.encoder.norm.weight, wanted)
+
+
+def test_weights_of_others_and_an_atlas_exclude_each_other() -> None:
+    with pytest.raises(UserError, match=r"set init to null or atlas_cases to 0"):
+        load_config("tiny", ["encoder.init=vit.safetensors", "encoder.atlas_cases=2"])
+
+
+@pytest.mark.slow
+def test_phases_after_the_first_leave_the_vit_alone(phantom_shards: Path, tmp_path: Path) -> None:
+    vit = tmp_path / "vit"
+    make_vit("vit").save_pretrained(vit)
+    init = f"encoder.init={vit}"
+    for phase in (1, 2):
+        command = [sys.executable, f"launch/phase{phase}.py"]
+        command += [*settings(phase, phantom_shards, tmp_path, 2), init]
+        done = launch(command, tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stderr.count("encoder from") == (phase == 1)
+        shutil.rmtree(vit, ignore_errors=True)  # nor does a run that goes on need it
+        again = launch([*command, "--resume"], tmp_path)
+        assert again.returncode == 0, again.stderr[-3000:]
+    without = launch([*command[:-1], "--restart"], tmp_path)
+    assert without.returncode == 2
+    assert f"encoder.init is {vit} there and None here" in without.stderr
+
+
+def launch(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=CHECKOUT,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+
+
 def test_other_findings_are_refused_by_name(exported: Path, tmp_path: Path) -> None:
     folder = copy_model(exported, tmp_path / "other")
     path = folder / "config.json"
@@ -186,3 +255,32 @@ def test_a_hub_id_is_fetched_without_the_parts_that_the_phase_lacks(
         assert not hub.sent["generator.safetensors"]
         with pytest.raises(UserError, match="No repository clinic/none"):
             find_source_checkpoint(PHASES[2], config, "clinic/none")
+
+
+def test_the_first_bias_is_the_log_odds_of_the_known_labels(
+    launched_phase1: Path, phantom_shards: Path
+) -> None:
+    """Six steps later it is still near: -0.5, the first bias of all findings once, is not."""
+    data = load_config("tiny", [f"data.shards={phantom_shards}"]).data
+    train_set = ShardDataset(data, "train")
+    bias = Checkpoint.open(launched_phase1).read_tensors()["classifier.bias"].float()
+    log_odds = []
+    for finding in FINDINGS:
+        labels = [
+            read_sample_meta(train_set.store, at).labels[finding] for at in train_set.locations
+        ]
+        log_odds.append(math.log((labels.count(1) + 0.5) / (labels.count(0) + 0.5)))
+    assert bias.tolist() == pytest.approx(log_odds, abs=0.05)
+    assert max(log_odds) - min(log_odds) > 1
+
+
+def test_unknown_labels_do_not_count_and_no_count_is_infinite(tiny: Config, tmp_path: Path) -> None:
+    samples = [phantom_sample(seed, tiny) for seed in range(3)]
+    values = {FINDINGS[0]: (1, 0, None), FINDINGS[1]: (0, 0, 0), FINDINGS[2]: (None, None, None)}
+    for i, sample in enumerate(samples):
+        labels = sample.meta.labels | {finding: row[i] for finding, row in values.items()}
+        samples[i] = replace(sample, meta=replace(sample.meta, labels=labels))
+    write_shards(samples, tmp_path)
+    model = build_meta_model(tiny, ("encoder", "classifier"), 8, None).to_empty(device="cpu")
+    set_label_prior(model, tmp_path)
+    assert model.classifier.bias[:3].tolist() == pytest.approx([0, math.log(0.5 / 3.5), 0])

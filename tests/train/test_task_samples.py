@@ -12,8 +12,11 @@ from launches import CHECKOUT, environment, settings
 from rectvlm.config import load_config
 from rectvlm.data.dataset import ShardDataset
 from rectvlm.data.shards import write_shards
+from rectvlm.models.language_model import load_language_model
+from rectvlm.models.report_generator import ReportGenerator
+from rectvlm.pretrained import resolve_model
 from rectvlm.train.phases import PHASES, STAGES
-from rectvlm.train.task_samples import require_something_to_learn
+from rectvlm.train.task_samples import log_cut_reports, require_something_to_learn
 from rectvlm.types import Sample, SampleMeta, Split, UserError
 
 
@@ -155,3 +158,23 @@ def test_the_command_ends_with_2_before_anything_is_written(
     assert done.returncode == 2
     assert "\nerror: Of the 6 samples of the split 'train' in " in done.stderr
     assert not runs.exists()
+
+
+def test_reports_that_are_cut_are_counted_once_before_training(
+    samples: list[Sample], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i, sample in enumerate(samples):
+        findings = {0: "The lungs are clear. " * 100, 1: None}.get(i, "Clear lungs.")
+        meta = replace(sample.meta, findings=findings, impression=None)
+        samples[i] = replace(sample, meta=meta)
+    write_shards(samples, tmp_path)
+    config = load_config("tiny", [f"data.shards={tmp_path}"])
+    language = load_language_model(config.generator, resolve_model(config.generator.model))
+    generator = ReportGenerator(config.generator, config.encoder.width, language)
+    with caplog.at_level("INFO", "rectvlm"):
+        log_cut_reports(ShardDataset(config.data, "train"), generator)
+        log_cut_reports(ShardDataset(config.data, "valid"), generator)  # nothing is cut there
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "1 of 5 reports are longer than generator.max_report_tokens (96)"
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from data_pipeline.cases import Case, case_to_sample
 from data_pipeline.ct_rate.cases import CtRateCases, list_ct_rate_cases
@@ -19,7 +20,13 @@ from data_pipeline.ct_rate.tables import SeriesMetadata
 from data_pipeline.ct_rate.volume_names import VolumeName, parse_volume_name
 from data_pipeline.masks.mask_folders import MaskFolders
 from rectvlm.cli_options import options_from_namespace
+from rectvlm.data.dataset import collate_samples
+from rectvlm.data.shards import read_index, read_sample, write_shards
 from rectvlm.labels import FINDINGS
+from rectvlm.models.language_model import load_tokenizer
+from rectvlm.models.rectvlm import describe_batch_cues
+from rectvlm.models.report_prompt import encode_report_prompt
+from rectvlm.pretrained import resolve_model
 from rectvlm.types import OWN_OUTLINES, InputError, Sample, UserError
 from tests.ct_rate_tree import Tree, phantom
 
@@ -647,6 +654,9 @@ def test_what_goes_into_the_manifest_is_json(tree: Tree) -> None:
 # Volumes
 
 
+INDICATION, TECHNIQUE = "Left-sided chest pain,  cough; pneumonia?", "Non-contrast, 1.5 mm slices."
+
+
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     """Real volumes of one phantom: fixed, and as the first release has them with either
@@ -656,8 +666,40 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     tree.add("train_2_a_1", 3, layout="v1", intercept=-1024)
     tree.add("train_3_a_1", 3, layout="v1", intercept=-8192, slope=2)
     tree.add_lesions("train_1_a_1", 3, tree.root / "masks")
+    tree.reports["train_1_a_1"] |= {
+        "ClinicalInformation_EN": INDICATION,
+        "Technique_EN": TECHNIQUE,
+    }
     tree.write()
     return tree
+
+
+def test_indication_and_technique_go_from_the_table_to_the_prompt(
+    volumes: Tree, tmp_path: Path
+) -> None:
+    result = list_ct_rate_cases(volumes.root, CtRateOptions())
+    made = [sample(by_key(result, key)) for key in ("train_1_a_1", "train_2_a_1")]
+    write_shards(made, tmp_path)
+    locations = read_index(tmp_path).select_split("train")
+    batch = collate_samples([read_sample(tmp_path, location) for location in locations])
+    assert [meta.indication for meta in batch.metas] == [INDICATION, None]  # "Not given."
+    nothing_found = torch.zeros(2, len(FINDINGS))
+    with_context, without = describe_batch_cues(batch, nothing_found, batch.lesions * 0)
+    examination = f"Indication: {' '.join(INDICATION.split())} Technique: {TECHNIQUE}"
+    assert with_context == f"{examination} {without}"
+    assert without.startswith("No findings suggested.")
+    tokenizer = load_tokenizer(resolve_model("bundled:tiny-llama"))
+    after = encode_report_prompt(tokenizer, with_context)[1]
+    assert examination in tokenizer.decode(after)
+
+
+def test_an_indication_alone_is_no_report(tree: Tree) -> None:
+    nothing = {"Findings_EN": "Not given.", "Impressions_EN": "Not given."}
+    tree.reports["train_1_a_1"] |= nothing | {"ClinicalInformation_EN": INDICATION}
+    result = read(tree)
+    assert result.counts["cases without a report"] == 1
+    known = by_key(result, "train_1_a_1").load.args[1]  # type: ignore[attr-defined]
+    assert known.report.indication == INDICATION
 
 
 def test_fixed_volumes_are_not_rescaled_again(volumes: Tree) -> None:

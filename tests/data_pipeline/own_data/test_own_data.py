@@ -249,6 +249,16 @@ def test_parts_of_a_report_have_columns_of_their_own(folder: Path) -> None:
     assert (data.findings, data.impression) == ("A nodule.", None)
 
 
+def test_indication_and_technique_have_columns_of_their_own(folder: Path) -> None:
+    (folder / "why.txt").write_text("Cough.")
+    rows = "ct,report,Clinical information,technique\na.nii.gz,,why.txt,low dose\nb.nii.gz,x,,\n"
+    own_cases = list_table_cases(write_table(folder, rows))
+    first, second = (case.load() for case in own_cases.cases)
+    assert (first.indication, first.technique, first.findings) == ("Cough.", "low dose", None)
+    assert (second.indication, second.technique, second.findings) == (None, None, "x")
+    assert own_cases.counts["cases without a report"] == 1
+
+
 def test_other_names_and_words_are_mapped(folder: Path) -> None:
     mapping = folder / "mapping.yaml"
     mapping.write_text(

@@ -43,6 +43,7 @@ def samples(phantom_shards: Path) -> list[Sample]:
     unknown = dict.fromkeys(FINDINGS)
     made[1].meta = replace(made[1].meta, labels=unknown, findings=None, impression=None)
     made[2].meta = replace(made[2].meta, labels={**made[2].meta.labels, "Emphysema": None})
+    made[2].meta = replace(made[2].meta, indication="Cough.")
     twin = replace(made[3], meta=replace(made[3].meta, key="phantom_3_soft"))
     padded = replace(made[4].meta.hu, padding_voxels=9, slope=1.0, intercept=-1024.0)
     nothing = dict.fromkeys((lesion.key for lesion in LESIONS), False)
@@ -134,6 +135,7 @@ def test_cases_reports_and_decisions(statistics: DatasetStatistics, samples: lis
     assert (valid["samples"], valid["scans"], valid["patients"]) == (3, 3, 3)
     assert train["reconstructions of a scan"] == {1: 5, 2: 1}
     assert train["reports"] == 6 and valid["reports"] == 3
+    assert (train["indications"], train["techniques"], valid["indications"]) == (1, 0, 0)
     assert (
         train["HU decisions"] == {"stored as HU": 6, "1 × stored − 1024": 1}
         and train["with padding"] == 1
