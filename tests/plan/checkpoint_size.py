@@ -12,7 +12,7 @@ _DESCRIPTION_LIMIT_BYTES = 250_000
 
 
 def check_checkpoint_size(folder: Path, plan: ResourcePlan) -> None:
-    """The tensors have the planned size, and names, layouts and texts are tens of KB a rank more."""
+    """The tensors have the planned size; names, layouts and texts are tens of KB a rank more."""
     tensor_bytes = description_bytes = 0
     for path in folder.rglob("*"):
         if path.suffix == ".safetensors":
