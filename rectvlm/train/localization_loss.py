@@ -42,9 +42,6 @@ SMALL_LESION_ML = {
 """V₀: volume of a small lesion of each kind. Less of it drawn in vain costs little."""
 
 
-MISSING = float(__import__("os").environ.get("MISSING", "1"))
-
-
 def localization_loss(
     predicted: LocalizerOutput,
     targets: LesionTargets,
@@ -256,7 +253,7 @@ def _compute_resolution_terms(
     squares = probabilities.square()
     drawn = cell_share * torch.where(is_far, squares, 0.0).flatten(1).sum(1)
     in_place = cell_share * torch.where(possible, squares, 0.0).flatten(1).sum(1)
-    missing = torch.log1p(MISSING / in_place.clamp_min(1e-12))
+    missing = torch.log1p(1 / in_place.clamp_min(1e-12))
     volume = torch.log1p(drawn) + torch.where(knowledge.missed, missing, 0.0)
     overlap = _dice_loss(probabilities, squares, mask, near)
     overlap = overlap + _balanced_cross_entropy(logits, mask, near)
