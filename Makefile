@@ -9,6 +9,7 @@ ARGS ?=
 JOBS ?= 2
 CT_RATE ?=
 TABLE ?=
+SUPERVISION ?=
 BENCH ?= preprocess loader train_step
 
 VENV := .venv
@@ -49,8 +50,8 @@ verify: $(STAMP) ## read shards back and check every byte of them; OUT=folder or
 demo: $(STAMP) ## all of it in small: shards, three phases on two processes, evaluation, a predicted CT
 	@$(BIN)/python launch/demo.py --config "$(CONFIG)" $(ARGS)
 
-learn: $(STAMP) ## a proof of learning on phantoms of other seeds: twenty minutes, targets and figures in runs/learn
-	@$(BIN)/python -m launch.learn $(ARGS)
+learn: $(STAMP) ## a proof of learning on phantoms of other seeds: twenty minutes, targets and figures in runs/learn [SUPERVISION=ct-rate for labels and outlines like CT-RATE's]
+	@$(BIN)/python -m launch.learn $(if $(SUPERVISION),--supervision "$(SUPERVISION)") $(ARGS)
 
 test: $(STAMP) ## lint, types and the quick tests, JOBS=2 files of them at a time
 	@$(BIN)/python -m ruff check

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,11 @@ MaskVolume = NDArray[np.uint8]
 Affine = NDArray[np.float64]
 """4 × 4 matrix, voxel index to world in mm. The world is RAS+ as in NIfTI: left has negative x."""
 
-Split = Literal["train", "valid"]
+Split = Literal["train", "dev", "valid", "grounding"]
+"""Use of a patient's cases: `train` is learned from; `dev`, taken from train, chooses checkpoints
+and thresholds; `valid` is evaluated; `grounding`, cases that people outlined exhaustively
+(ReXGroundingCT), measures localization alone."""
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 JsonObject = dict[str, Any]
 """Tree of plain values, as a JSON file holds it."""

@@ -92,6 +92,9 @@ def list_ct_rate_cases(root: Path, options: CtRateOptions) -> CtRateCases:
         name = volume.name
         path = files.get(name) or expected_volume_path(dataset, name, options)
         masks = mask_folders.find_masks(name.key)
+        if volume.split == "grounding":
+            # Measured against people alone, not against another network's outlines too.
+            masks = masks.keep_rexgrounding_outlines()
         if masks.rex_files:
             counts["findings of ReXGroundingCT that are none of the five lesions"] += (
                 masks.ignored_finding_count
@@ -128,10 +131,10 @@ def _build_case(
         "reconstructions": float(volume.scan_reconstructions),
         "chosen": volume.reason,
     }
-    table_digest = json_sha256([asdict(metadata), series_record, name.scan, name.split])
+    table_digest = json_sha256([asdict(metadata), series_record, name.scan, volume.split])
     return Case(
         key=name.key,
-        split=name.split,
+        split=volume.split,
         patient=name.patient,
         source=source,
         load=partial(load_case, path, metadata, masks),

@@ -16,11 +16,16 @@ from data_pipeline.ct_rate.tables import (
     read_metadata,
     read_reports,
 )
-from data_pipeline.ct_rate.volume_names import VolumeName, parse_volume_name, read_volume_list
+from data_pipeline.ct_rate.volume_names import (
+    ReleasedSplit,
+    VolumeName,
+    parse_volume_name,
+    read_volume_list,
+)
 from rectvlm.labels import FINDINGS
-from rectvlm.types import InputError, Split, UserError
+from rectvlm.types import InputError, UserError
 
-_VOLUME_FOLDERS: dict[tuple[Split, str], tuple[str, ...]] = {
+_VOLUME_FOLDERS: dict[tuple[ReleasedSplit, str], tuple[str, ...]] = {
     ("train", "fixed"): ("train_fixed",),
     ("valid", "fixed"): ("valid_fixed", "validation_fixed"),
     ("train", "v1"): ("train",),
@@ -36,7 +41,7 @@ _TABLE_FILES: dict[TableName, tuple[str, str]] = {
     "no-chest": ("metadata", "no_chest_{}.txt"),
 }
 """Folder of each table, and pattern of its file's name."""
-_TABLE_PREFIXES: dict[Split, tuple[str, ...]] = {
+_TABLE_PREFIXES: dict[ReleasedSplit, tuple[str, ...]] = {
     "train": ("train",),
     "valid": ("validation", "valid"),
 }
@@ -139,7 +144,7 @@ def find_volumes(
     return files
 
 
-def _volume_folders(dataset: Path, options: CtRateOptions) -> Iterator[tuple[Split, Path]]:
+def _volume_folders(dataset: Path, options: CtRateOptions) -> Iterator[tuple[ReleasedSplit, Path]]:
     """Yield the existing trees of volumes with their split, the fixed ones first."""
     layouts = ("fixed", "v1") if options.layout == "auto" else (options.layout,)
     for split in options.splits:
@@ -172,7 +177,7 @@ def expected_volume_path(dataset: Path, name: VolumeName, options: CtRateOptions
 
 
 def read_tables(
-    dataset: Path, splits: Sequence[Split], options: CtRateOptions, counts: Counter[str]
+    dataset: Path, splits: Sequence[ReleasedSplit], options: CtRateOptions, counts: Counter[str]
 ) -> CtRateTables:
     """Read the tables of some splits.
 
@@ -205,7 +210,7 @@ def read_tables(
 
 
 def _find_table(
-    dataset: Path, split: Split, table: TableName, options: CtRateOptions
+    dataset: Path, split: ReleasedSplit, table: TableName, options: CtRateOptions
 ) -> Path | None:
     """Find the file of a table; None where it is missing and may be."""
     folder, pattern = _TABLE_FILES[table]

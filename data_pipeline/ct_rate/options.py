@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.ct_rate.series import KernelClass
+from data_pipeline.ct_rate.volume_names import ReleasedSplit
 from data_pipeline.masks.mask_folders import MaskFolders
 from rectvlm.cli_options import add_options, argument
-from rectvlm.types import Split
+from rectvlm.types import UserError
 
 TreeLayout = Literal["auto", "fixed", "v1"]
 TableName = Literal["labels", "reports", "metadata", "no-chest"]
@@ -18,8 +19,11 @@ TableName = Literal["labels", "reports", "metadata", "no-chest"]
 class CtRateOptions:
     """Options that decide which cases a download gives."""
 
-    splits: tuple[Split, ...] = ("train", "valid")
-    """Splits that are used."""
+    splits: tuple[ReleasedSplit, ...] = ("train", "valid")
+    """Splits of the data set that are used."""
+    dev_share: float = field(default=0.02, metadata=argument(minimum=0))
+    """Share of the training patients that choose checkpoints and thresholds instead, by a hash of
+    the patient; 0 for none."""
     layout: TreeLayout = "auto"
     """Tree of volumes that is used; auto takes a volume from the fixed tree where it is in both."""
     reconstructions: Literal["one", "all"] = "one"
@@ -35,7 +39,8 @@ class CtRateOptions:
     hold_out: tuple[Path, ...] = field(
         default=(), metadata=argument(metavar="JSON", is_repeated=True)
     )
-    """ReXGroundingCT dataset.json whose validation and test patients stay out of training."""
+    """ReXGroundingCT dataset.json whose validation and test patients stay out of training; with
+    `masks.rexgrounding` that folder's tables count as well."""
     masks: MaskFolders = field(default_factory=MaskFolders)
     """Folders of masks; where `ts_seg` is None, the download's own is used if there is one."""
     without: tuple[TableName, ...] = ()
@@ -45,6 +50,14 @@ class CtRateOptions:
     quarantine list."""
     limit: int | None = field(default=None, metadata=argument(metavar="N", minimum=1))
     """Number of cases of each split, the first ones; by default all."""
+
+    def __post_init__(self) -> None:
+        """Refuse a share that leaves nothing to learn from."""
+        if not self.dev_share < 1:
+            raise UserError(
+                f"--dev-share {self.dev_share:g} leaves no patient to train on: expected a share "
+                "below 1, such as 0.02 for 2%."
+            )
 
 
 def add_ct_rate_options(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +74,7 @@ def options_for_manifest(options: CtRateOptions) -> dict[str, str | float | bool
     is_one_chosen = options.reconstructions == "one"
     return {
         "splits": ", ".join(options.splits),
+        "dev_share": options.dev_share,
         "layout": options.layout,
         "reconstructions": options.reconstructions,
         "kernel": options.kernel if is_one_chosen else None,

@@ -1,4 +1,5 @@
-"""Which volumes of a CT-RATE download are used: none without the chest, none held out, one a scan.
+"""Which volumes of a CT-RATE download are used, and in which split: none without the chest, none of
+a held-out patient but those that measure localization, one a scan.
 
 No volume is dropped without a count and a reason.
 """
@@ -15,7 +16,9 @@ from data_pipeline.ct_rate.volume_names import (
     read_held_out_volumes,
     read_volume_list,
 )
-from data_pipeline.masks.rexgrounding import find_tables
+from data_pipeline.masks.rexgrounding import find_tables, has_exhaustive_outlines
+from data_pipeline.patient_hash import patient_fraction
+from rectvlm.types import SPLITS, Split
 
 UNUSABLE_VOLUMES = {
     "train_14384_a_2": "not in the data set",
@@ -32,10 +35,22 @@ class SelectedVolume:
     """A volume that is used."""
 
     name: VolumeName
+    split: Split
+    """Split of the patient; `dev` and `grounding` are taken from the released train."""
     reason: str
     """Why it was chosen among the reconstructions of its scan."""
     scan_reconstructions: int
     """Number of usable reconstructions of its scan."""
+
+
+@dataclass(frozen=True)
+class HeldOutCases:
+    """Training cases that ReXGroundingCT holds out for validation or test."""
+
+    patients: frozenset[str] = frozenset()
+    """Patients who stay out of train and dev with all their scans."""
+    outlined_keys: frozenset[str] = frozenset()
+    """Keys of their volumes whose exhaustive outlines are at hand: the grounding split."""
 
 
 @dataclass
@@ -66,7 +81,8 @@ def select_volumes(
     """
     selection = VolumeSelection()
     names = sorted({*on_disk, *tables.named_volumes}, key=lambda name: name.sort_key)
-    usable = _drop_unusable_volumes(names, tables, options, counts, selection)
+    held_out = _read_held_out_cases(options)
+    usable = _drop_unusable_volumes(names, tables, options, held_out, counts, selection)
 
     available = set(on_disk)
     if options.require_all:
@@ -75,9 +91,9 @@ def select_volumes(
     counts["volumes that the tables name and that are not on disk"] = absent_count
     usable = [name for name in usable if name in available]
 
-    chosen = _choose_reconstructions(usable, tables, options, selection)
-    for split in options.splits:
-        split_volumes = [volume for volume in chosen if volume.name.split == split]
+    chosen = _choose_reconstructions(usable, tables, options, held_out, selection)
+    for split in SPLITS:
+        split_volumes = [volume for volume in chosen if volume.split == split]
         limit = len(split_volumes) if options.limit is None else options.limit
         selection.volumes += split_volumes[:limit]
         selection.dropped["beyond the limit"] += [
@@ -90,6 +106,7 @@ def _drop_unusable_volumes(
     names: Iterable[VolumeName],
     tables: CtRateTables,
     options: CtRateOptions,
+    held_out: HeldOutCases,
     counts: Counter[str],
     selection: VolumeSelection,
 ) -> list[VolumeName]:
@@ -97,7 +114,6 @@ def _drop_unusable_volumes(
     excluded_keys: set[str] = set()
     for path in options.exclude:
         excluded_keys |= {name.key for name in read_volume_list(path)}
-    held_out_patients = _read_held_out_patients(options)
 
     usable = []
     matched_keys: set[str] = set()
@@ -110,7 +126,7 @@ def _drop_unusable_volumes(
         elif keys & excluded_keys:
             reason = "kept out by a list"
             matched_keys |= keys & excluded_keys
-        elif name.patient in held_out_patients:
+        elif name.patient in held_out.patients and name.key not in held_out.outlined_keys:
             reason = "patient of the validation or test part of ReXGroundingCT"
         else:
             usable.append(name)
@@ -120,23 +136,27 @@ def _drop_unusable_volumes(
     return usable
 
 
-def _read_held_out_patients(options: CtRateOptions) -> set[str]:
-    """Training patients that ReXGroundingCT holds out for validation or test."""
+def _read_held_out_cases(options: CtRateOptions) -> HeldOutCases:
+    folder = options.masks.rexgrounding
     paths = [*options.hold_out]
-    if options.masks.rexgrounding is not None:
-        paths += find_tables(options.masks.rexgrounding)
-    patients = set()
+    if folder is not None:
+        paths += find_tables(folder)
+    patients, outlined_keys = set(), set()
     for path in paths:
         for name in read_held_out_volumes(path):
-            if name.split == "train":
-                patients.add(name.patient)
-    return patients
+            if name.split != "train":
+                continue
+            patients.add(name.patient)
+            if folder is not None and has_exhaustive_outlines(folder, name.key):
+                outlined_keys.add(name.key)
+    return HeldOutCases(frozenset(patients), frozenset(outlined_keys))
 
 
 def _choose_reconstructions(
     names: Sequence[VolumeName],
     tables: CtRateTables,
     options: CtRateOptions,
+    held_out: HeldOutCases,
     selection: VolumeSelection,
 ) -> list[SelectedVolume]:
     """Choose one reconstruction of each scan, or all; the others go to `selection.dropped`."""
@@ -147,7 +167,9 @@ def _choose_reconstructions(
     chosen = []
     for scan_names in scans.values():
         if options.reconstructions == "all":
-            chosen += [SelectedVolume(name, "all are used", len(scan_names)) for name in scan_names]
+            for name in scan_names:
+                split = assign_split(name, options.dev_share, held_out)
+                chosen.append(SelectedVolume(name, split, "all are used", len(scan_names)))
             continue
         best, reason = choose_reconstruction(
             scan_names,
@@ -156,11 +178,28 @@ def _choose_reconstructions(
             options.grid_spacing_mm,
             _find_outlined(scan_names, options),
         )
-        chosen.append(SelectedVolume(best, reason, len(scan_names)))
+        split = assign_split(best, options.dev_share, held_out)
+        chosen.append(SelectedVolume(best, split, reason, len(scan_names)))
         selection.dropped["another reconstruction of the scan was chosen"] += [
             name.key for name in scan_names if name != best
         ]
     return chosen
+
+
+def assign_split(name: VolumeName, dev_share: float, held_out: HeldOutCases) -> Split:
+    """Split of a volume's patient: as released, but for what is taken from train.
+
+    Volumes that ReXGroundingCT outlines exhaustively are grounding, and a share of the other
+    patients is dev.
+
+    A hash of the patient's name decides, so no other patient changes it, and a greater share keeps
+    the patients of a smaller one.
+    """
+    if name.key in held_out.outlined_keys:
+        return "grounding"
+    if name.split == "train" and patient_fraction(name.patient) < dev_share:
+        return "dev"
+    return name.split
 
 
 def _find_outlined(scan_names: Sequence[VolumeName], options: CtRateOptions) -> list[VolumeName]:

@@ -8,11 +8,15 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from rectvlm.types import InputError, Split, UserError
+from rectvlm.types import InputError, UserError
 
 _NAME_PATTERN = re.compile(r"(train|valid|validation)_(\d+)_([a-z]+)(?:_(\d+))?(?:\.nii(?:\.gz)?)?")
+
+
+ReleasedSplit = Literal["train", "valid"]
+"""Split of a patient in the data set's own names and files."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class VolumeName:
     `train_1_a_2` is reconstruction 2 of scan a of patient 1 of the training split.
     """
 
-    split: Split
+    split: ReleasedSplit
     patient_number: int
     scan_letters: str
     reconstruction: int | None

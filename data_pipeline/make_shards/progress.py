@@ -17,6 +17,7 @@ from rectvlm.data.shard_manifest import ShardManifest
 from rectvlm.data.store import ShardStore
 from rectvlm.labels import LESIONS
 from rectvlm.terminal_tables import FoldingTable
+from rectvlm.types import SPLITS
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def print_run_summary(
     shards_made: int,
     seconds: float,
 ) -> None:
-    """Print a table of both splits, and log which cases were set aside and why.
+    """Print a table of the splits, and log which cases were set aside and why.
 
     Args:
         folder: path or URL of the shards.
@@ -151,7 +152,9 @@ def _log_rejected_cases(
 def _summary_table(manifest: ShardManifest) -> Table:
     """One column a split: cases, shards, MiB, and for each lesion the cases that show it."""
     columns = []
-    for split in ("train", "valid"):
+    splits_with_shards = {shard.split for shard in manifest.shards}
+    used_splits = [split for split in SPLITS if split in splits_with_shards]
+    for split in used_splits:
         shards = [shard for shard in manifest.shards if shard.split == split]
         mebibytes = sum(shard.bytes for shard in shards) / 2**20
         case_count = sum(shard.samples for shard in shards)
@@ -163,8 +166,8 @@ def _summary_table(manifest: ShardManifest) -> Table:
 
     table = FoldingTable()
     table.add_column("")
-    table.add_column("train", justify="right")
-    table.add_column("valid", justify="right")
+    for split in used_splits:
+        table.add_column(split, justify="right")
     row_names = ["cases", "shards", "MiB", *(lesion.name for lesion in LESIONS)]
     for name, *cells in zip(row_names, *columns, strict=True):
         table.add_row(name, *cells)

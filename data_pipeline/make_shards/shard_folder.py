@@ -99,7 +99,7 @@ def preprocess(
         dropped: number of volumes that the data set left out, by reason, for the manifest.
 
     Raises:
-        UserError: a key twice, a patient in both splits, no usable case, another run at work on the
+        UserError: a key twice, a patient in two splits, no usable case, another run at work on the
             same folder, or an output that cannot be written.
     """
     store = ShardStore(folder)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import get_args
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -20,7 +19,7 @@ from rectvlm.data.sample import SAMPLE_KEY_PATTERN, preprocessing_versions
 from rectvlm.data.shards import WrittenShard
 from rectvlm.data.store import ShardStore
 from rectvlm.files import json_sha256, printable_text
-from rectvlm.types import InputError, Split, UserError
+from rectvlm.types import SPLITS, InputError, Split, UserError
 
 RECORD_FOLDER = ".parts"
 """Folder of the records of finished shards, inside the folder of shards."""
@@ -144,7 +143,7 @@ def plan_shards(
     """Divide the cases of each split into shards of `samples_per_shard`, in the order of the list.
 
     Raises:
-        UserError: a key that is not valid or given twice, an unknown split, or a patient in both.
+        UserError: a key that is not valid or given twice, an unknown split, or a patient in two.
     """
     _require_known_splits(cases)
     _require_valid_keys(cases)
@@ -154,7 +153,7 @@ def plan_shards(
     code_sha256 = hash_modules(modules)
 
     tasks = []
-    for split in ("train", "valid"):
+    for split in SPLITS:
         split_cases = [case for case in cases if case.split == split]
         for number, start in enumerate(range(0, len(split_cases), samples_per_shard)):
             shard_cases = tuple(split_cases[start : start + samples_per_shard])
@@ -174,10 +173,10 @@ def plan_shards(
 
 def _require_known_splits(cases: Sequence[Case]) -> None:
     for case in cases:
-        if case.split not in get_args(Split):
+        if case.split not in SPLITS:
             raise UserError(
                 f"The case {case.key} has the split {case.split!r}: expected "
-                f"{' or '.join(get_args(Split))}; correct it."
+                f"{', '.join(SPLITS[:-1])} or {SPLITS[-1]}; correct it."
             )
 
 
@@ -203,15 +202,19 @@ def _require_unique_keys(cases: Sequence[Case]) -> None:
 def _require_one_split_per_patient(cases: Sequence[Case]) -> None:
     splits: dict[str, Split] = {}
     for case in cases:
-        if splits.setdefault(case.patient, case.split) != case.split:
+        first_split = splits.setdefault(case.patient, case.split)
+        if first_split != case.split:
             raise UserError(
-                f"Patient {case.patient} is in train and in valid: "
+                f"Patient {case.patient} is in {first_split} and in {case.split}: "
                 f"put all cases of a patient in one."
             )
 
 
 def _shard_fingerprint(cases: Sequence[Case], options: SampleOptions, code_sha256: str) -> str:
-    case_facts = [[c.key, c.patient, c.scan, c.source, c.identity, c.series] for c in cases]
+    case_facts = [
+        [case.key, case.split, case.patient, case.scan, case.source, case.identity, case.series]
+        for case in cases
+    ]
     return json_sha256([case_facts, asdict(options), code_sha256, preprocessing_versions()])
 
 

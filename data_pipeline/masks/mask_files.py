@@ -5,7 +5,7 @@ grid. What the numbers in a file mean is the subject of `totalsegmentator` and `
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,10 @@ class CaseMaskFiles:
         if self.rex_record is None or not self.rex_files:
             return 0
         return sum(not rexgrounding.infer_lesions(*finding) for finding in self.rex_record.findings)
+
+    def keep_rexgrounding_outlines(self) -> "CaseMaskFiles":
+        """The same files without lesion outlines of other sources; the region map stays."""
+        return replace(self, lesion_files=(), absent_lesions=(), stray_files=(), task_files=())
 
     def load(self, volume: Volume) -> LoadedMasks:
         """Read and unite the masks.

@@ -142,6 +142,16 @@ def find_mask_files(folder: Path, key: str) -> tuple[Path, ...]:
     return ()
 
 
+def has_exhaustive_outlines(folder: Path, key: str) -> bool:
+    """Whether a volume's mask is there and outlines every instance of the findings it lists.
+
+    Raises:
+        InputError: as `find_record`.
+    """
+    record = find_record(folder, key)
+    return record is not None and record.is_exhaustive and bool(find_mask_files(folder, key))
+
+
 @lru_cache(maxsize=8)
 def _read_records(tables: tuple[tuple[Path, int], ...]) -> Mapping[str, RexVolumeRecord]:
     """Read the records by volume.

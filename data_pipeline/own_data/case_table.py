@@ -1,6 +1,5 @@
 """A table of cases, read strictly: every cell that cannot be meant is refused before any work."""
 
-import hashlib
 import os
 import re
 import unicodedata
@@ -13,6 +12,7 @@ from typing import NamedTuple
 from data_pipeline.own_data.delimited_file import DelimitedFile, TableRow
 from data_pipeline.own_data.table_columns import CT_COLUMN, TableColumns
 from data_pipeline.own_data.table_mapping import TableMapping
+from data_pipeline.patient_hash import patient_fraction
 from rectvlm.data.sample import SAMPLE_KEY_PATTERN
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
 from rectvlm.types import InputError, Split
@@ -24,6 +24,8 @@ _MISSING_WORDS = {"", "nan", "na", "n/a", "null"}
 _SPLIT_WORDS: dict[str, Split] = {
     "train": "train",
     "training": "train",
+    "dev": "dev",
+    "development": "dev",
     "valid": "valid",
     "val": "valid",
     "validation": "valid",
@@ -83,7 +85,7 @@ class _CellReader:
         key = self._read_key(row, texts)
         patient = texts["patient"] if "patient" in self.columns.texts else key
         if not patient:
-            remedy = "fill it in: without it one patient could be in train and in valid"
+            remedy = "fill it in: without it one patient could be in two splits"
             self._refuse(row, self.columns.texts["patient"], "the patient", remedy)
         case = TableCase(
             row=row.number,
@@ -116,7 +118,7 @@ class _CellReader:
         text = self.mapping.translate(row.cells[column]).casefold() if column else ""
         if column and text not in _MISSING_WORDS | _SPLIT_WORDS.keys():
             remedy = "leave such rows out, or translate the word in the file of --mapping"
-            self._refuse(row, column, "train, valid or nothing", remedy)
+            self._refuse(row, column, "train, dev, valid or nothing", remedy)
         return _SPLIT_WORDS.get(text)
 
     def _read_label(self, row: TableRow, column: str) -> int | None:
@@ -171,7 +173,7 @@ def read_cases(
         mapping: words of the user's own.
 
     Raises:
-        InputError: a cell that cannot be meant, a key or a file in two rows, or a patient in both
+        InputError: a cell that cannot be meant, a key or a file in two rows, or a patient in two
             splits.
     """
     reader = _CellReader(columns, mapping, Path(os.path.abspath(path)).parent)
@@ -211,8 +213,7 @@ def simplify_patient(name: str) -> str:
 
 def split_by_hash(patient: str) -> Split:
     """Split of a patient by a hash of the name, which other patients do not change."""
-    digest = hashlib.sha256(simplify_patient(patient).encode()).digest()
-    return "valid" if int.from_bytes(digest[:4]) < VALID_SHARE * 2**32 else "train"
+    return "valid" if patient_fraction(simplify_patient(patient)) < VALID_SHARE else "train"
 
 
 def _require_unique_keys(cases: Sequence[TableCase], path: Path, has_key_column: bool) -> None:
@@ -261,7 +262,7 @@ def _assign_splits(cases: Sequence[TableCase], path: Path) -> None:
         if first.split != case.split:
             raise InputError(
                 path,
-                f"has the patient {case.patient!r} in both splits",
+                f"has the patient {case.patient!r} in two splits",
                 expected="all cases of a patient in one split",
                 found=f"{first.split} in row {first.row} and {case.split} in row {case.row}",
                 remedy="correct one of them",

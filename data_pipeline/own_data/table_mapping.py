@@ -15,7 +15,7 @@ from rectvlm.types import InputError
 IGNORED_COLUMN = "ignore"
 """Meaning of a column that is not used."""
 _WORD_MEANINGS = {"1": "1", "0": "0", "unknown": "", "none": "none"} | {
-    split: split for split in ("train", "valid")
+    split: split for split in ("train", "dev", "valid")
 }
 """Meanings that a word may have, and the cell's text for each."""
 

@@ -11,7 +11,6 @@ from typing import Any
 from data_pipeline.make_shards.shard_plan import QUARANTINE_FILE
 from data_pipeline.verify.issues import IssueRecorder, VerificationIssues
 from data_pipeline.verify.statistics import (
-    SPLITS,
     DatasetStatistics,
     SampleSummary,
     count_labels,
@@ -32,7 +31,7 @@ from rectvlm.data.shards import (
     dump_index,
 )
 from rectvlm.data.store import ShardStore
-from rectvlm.types import SAMPLE_SCHEMA
+from rectvlm.types import SAMPLE_SCHEMA, SPLITS
 
 EXPECTED_FILES = (SHARD_INDEX_FILE, SHARD_MANIFEST_FILE, QUARANTINE_FILE)
 """Files that belong beside the shards."""

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
@@ -20,6 +20,7 @@ from rectvlm.data.report_text import join_report_sections
 from rectvlm.labels import FINDINGS, LESIONS, Lesion
 from rectvlm.lesion_bits import lesion_mask
 from rectvlm.types import (
+    SPLITS,
     UNKNOWN_OUTLINES,
     GridGeometry,
     HuConversion,
@@ -28,7 +29,6 @@ from rectvlm.types import (
     Split,
 )
 
-SPLITS: tuple[Split, ...] = get_args(Split)
 NO_REGIONS = "none"
 LABEL_WORDS: dict[str, int | None] = {"present": 1, "absent": 0, "unknown": None}
 """Values of a label by the word that the counts have for it."""

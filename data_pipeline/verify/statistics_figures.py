@@ -27,7 +27,12 @@ from rectvlm.files import atomic_file
 from rectvlm.labels import FINDINGS, LESIONS
 
 _LABEL_COLOURS = {"present": "#0072B2", "absent": "#9CCBE8", "unknown": "#E3E3E3"}
-_SPLIT_COLOURS = {"train": "#0072B2", "valid": "#D55E00"}
+_SPLIT_COLOURS: dict[str, str] = {
+    "train": "#0072B2",
+    "dev": "#009E73",
+    "valid": "#D55E00",
+    "grounding": "#CC79A7",
+}
 _MAX_DOTS = 300
 """Number of lesions of one kind up to which each is drawn as a dot."""
 _HISTOGRAM_STEPS = 30
@@ -191,7 +196,7 @@ def draw_lesions_figure(statistics: DatasetStatistics) -> Figure:
     rng = np.random.default_rng(0)
     for lesion in LESIONS:
         for number, (split, summaries) in enumerate(by_split.items()):
-            row = lesion.bit + (number - (len(by_split) - 1) / 2) * 0.38
+            row = lesion.bit + (number - (len(by_split) - 1) / 2) * 0.76 / max(2, len(by_split))
             volumes = np.array(outlined_volumes_ml(summaries, lesion))
             _write_beside(axes, row, f"{volumes.size:,}")
             if volumes.size:
@@ -234,4 +239,4 @@ def _add_split_legend(figure: Figure, statistics: DatasetStatistics) -> None:
     for split, summaries in statistics.by_split().items():
         label = f"{split} ({len(summaries):,} samples)"
         lines.append(Line2D([], [], color=_SPLIT_COLOURS[split], linewidth=3, label=label))
-    figure.legend(handles=lines, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False)

@@ -20,6 +20,7 @@ TEMPLATE_FILE = Path(__file__).parent / "model_card.md.j2"
 HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CARD_FINDING_SCORES = ("auroc", "f1", "precision", "recall")
 CARD_REPORT_SCORES = ("bleu_1", "bleu_4", "rouge_l", "bertscore_f1")
+CARD_GROUNDING_SCORES = ("dice", "hit_rate", "instance_f1")
 NO_VALUE = "–"
 
 
@@ -79,6 +80,7 @@ def write_model_card(
         "grid": " × ".join(map(str, config.data.grid)),
         "spacing": " × ".join(f"{mm:g}" for mm in config.data.spacing),
         "findings": [finding.lower() for finding in FINDINGS],
+        "thresholds": checkpoint.read_thresholds(),
         "lesions": [lesion.name for lesion in LESIONS] if "localizer" in parts else [],
         "regions": REGIONS,
         "parts": _part_rows(checkpoint),
@@ -190,6 +192,18 @@ def _lesion_rows(metrics: dict[str, Any]) -> list[list[str]]:
             cases = f"{scores['n_cases']} cases, {scores['n_present']} with it"
             metric = f"Dice against {source}, {name}"
             rows.append(["lesions", metric, _format_score(scores["dice"]), cases])
+    return rows + _grounding_rows(metrics["localization"]["rexgrounding"])
+
+
+def _grounding_rows(grounding: dict[str, Any] | None) -> list[list[str]]:
+    """Figures by the protocol of ReXGroundingCT, where its outlines were evaluated."""
+    if grounding is None:
+        return []
+    count = f"{grounding['n_findings']} findings of {grounding['n_scans']} scans"
+    rows = []
+    for score in CARD_GROUNDING_SCORES:
+        metric = f"ReXGroundingCT {score.replace('_', ' ')}"
+        rows.append(["lesions", metric, _format_score(grounding[score]), count])
     return rows
 
 

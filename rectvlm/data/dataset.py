@@ -42,6 +42,7 @@ class ShardDataset(Dataset[Sample]):
                 "data.shards at matching shards, or make them with `make preprocess`."
             )
         self.grid = config.grid
+        self.split = split
         self.locations: list[SampleLocation] = index.select_split(split)
         if not self.locations:
             remedy = "put a patient into it and preprocess again"
@@ -51,6 +52,15 @@ class ShardDataset(Dataset[Sample]):
                 f"Shards in {self.store} hold no sample of the split {split!r}: expected at least "
                 f"one; {remedy}."
             )
+
+    @classmethod
+    def open_selection_split(cls, config: DataConfig) -> "ShardDataset":
+        """Open the samples on which training validates: dev, or valid where there is no dev.
+
+        Raises:
+            UserError: as the class.
+        """
+        return cls(config, read_index(config.shards).selection_split)
 
     def __len__(self) -> int:
         return len(self.locations)

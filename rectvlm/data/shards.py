@@ -40,6 +40,7 @@ from rectvlm.labels import Lesion
 from rectvlm.lesion_bits import present_lesions
 from rectvlm.types import (
     SAMPLE_SCHEMA,
+    SPLITS,
     Sample,
     SampleMeta,
     Split,
@@ -116,11 +117,21 @@ class ShardIndex:
     """SHA-256 of `manifest.json`, which no other file vouches for."""
 
     def select_split(self, split: Split | None) -> list[SampleLocation]:
-        """Samples of a split, as they were written; of both splits, train first, for None."""
+        """Samples of a split, as they were written; of all splits, train first, for None."""
         if split is None:
-            return self.select_split("train") + self.select_split("valid")
+            return list(chain.from_iterable(self.select_split(split) for split in SPLITS))
         locations = chain.from_iterable(shard.samples for shard in self.shards)
         return [location for location in locations if location.split == split]
+
+    @property
+    def selection_split(self) -> Split:
+        """Split that chooses checkpoints: dev, or valid where there is no dev."""
+        return "dev" if self.select_split("dev") else "valid"
+
+    @property
+    def threshold_split(self) -> Split:
+        """Split that thresholds are fitted on: dev, or train where there is no dev."""
+        return "dev" if self.select_split("dev") else "train"
 
 
 _INDEX_ADAPTER = TypeAdapter(ShardIndex)
@@ -222,11 +233,11 @@ def write_index(
         provenance: origin of the samples, for the manifest.
 
     Raises:
-        UserError: a key is in two shards, or a patient in both splits.
+        UserError: a key is in two shards, or a patient in two splits.
     """
     _require_disjoint_splits(shards)
-    counts = {}
-    for split in ("train", "valid"):
+    counts: dict[str, LabelCounts] = {}
+    for split in SPLITS:
         counts[split] = sum_counts([shard.counts for shard in shards if shard.facts.split == split])
     manifest = dump_manifest(
         ShardManifest(
@@ -258,16 +269,18 @@ def _require_disjoint_splits(shards: Sequence[WrittenShard]) -> None:
         if key in keys:
             raise UserError(f"Two cases have the key {key}: keys must be unique, rename one.")
         keys.add(key)
-        if splits.setdefault(patient, location.split) != location.split:
+        first_split = splits.setdefault(patient, location.split)
+        if first_split != location.split:
             raise UserError(
-                f"Patient {patient} is in train and in valid: put all cases of a patient in one."
+                f"Patient {patient} is in {first_split} and in {location.split}: put all cases of "
+                "a patient in one."
             )
 
 
 def write_shards(
     samples: Iterable[Sample], folder: str | Path | ShardStore, samples_per_shard: int = 16
 ) -> ShardIndex:
-    """Write samples to `train-000000.tar`, `valid-000000.tar`, … and `index.json`.
+    """Write samples to `train-000000.tar`, `dev-000000.tar`, … and `index.json`.
 
     Samples of a split keep their order. The old index goes first and the new one comes last, so a
     folder with an index is complete.
@@ -282,7 +295,7 @@ def write_shards(
     numbers: Counter[str] = Counter()
     grids: dict[tuple[Any, Any], str] = {}
 
-    waiting: dict[Split, list[Sample]] = {"train": [], "valid": []}
+    waiting: dict[Split, list[Sample]] = {split: [] for split in SPLITS}
 
     def flush_split(split: Split) -> None:
         shard = write_shard(waiting[split], store, f"{split}-{numbers[split]:06d}.tar")

@@ -24,7 +24,7 @@ from rectvlm.types import (
 )
 
 CasePurpose = Literal["fit", "evaluate"]
-"""Use of a case: `fit` is a case of the train split on which thresholds are fitted."""
+"""Use of a case: `fit` is a case of the dev or train split on which thresholds are fitted."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ def was_selected_on(
     state: TrainingState,
     split: Split,
     has_training_shards: bool | None,
+    selection_split: Split = "valid",
 ) -> bool | None:
     """Whether validation during training chose a checkpoint on the split that is evaluated.
 
@@ -50,13 +51,16 @@ def was_selected_on(
         split: split that is evaluated.
         has_training_shards: whether the evaluated shards are those of the training; None where
             that is not known.
+        selection_split: split of the evaluated shards on which a training validates.
 
     Returns:
         None where it cannot be known: the checkpoint was exported or moved away from its run, or
         it was chosen and its shards cannot be compared.
     """
     settings = config.train.phases[phase_key(state.phase, state.stage)].validation
-    if split != "valid" or not settings.every or has_training_shards is False:
+    if split not in ("dev", "valid") or not settings.every or has_training_shards is False:
+        return False
+    if has_training_shards and split != selection_split:
         return False
 
     folder = checkpoint.resolve()

@@ -8,16 +8,24 @@ import numpy as np
 from rectvlm.evaluate.case_records import LesionRecord
 from rectvlm.evaluate.options import LESION_THRESHOLD, EvaluationOptions
 from rectvlm.evaluate.scans import ScanResults
+from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.labels import LESIONS, N_LESIONS, Lesion
 from rectvlm.metrics.bootstrap import ResampleWeights, draw_patient_weights
-from rectvlm.metrics.finding_thresholds import FindingThresholds
 from rectvlm.metrics.findings import score_findings
 from rectvlm.metrics.lesion_overlap import score_lesion_overlap
-from rectvlm.metrics.lesions import HIT_DICE, MATCH_DICE, LesionComparison, score_lesions
-from rectvlm.types import JsonObject
+from rectvlm.metrics.lesions import (
+    HIT_DICE,
+    MATCH_DICE,
+    LesionComparison,
+    score_grounding,
+    score_lesions,
+)
+from rectvlm.types import REXGROUNDING_OUTLINES, JsonObject
 
 LesionRow = list[LesionComparison | None]
 """Five lesions of a scan, None where a lesion is not compared."""
+SourceRow = list[str | None]
+"""Sources of the outlines of the five lesions of a scan, None where a lesion is not compared."""
 
 
 def draw_resamples(patients: list[str], options: EvaluationOptions) -> ResampleWeights | None:
@@ -37,6 +45,19 @@ def summarize_findings(
     return scores | {"n_conflicting_labels": scans.n_conflicting_labels}
 
 
+def compare_thresholds(scans: ScanResults, model_thresholds: FindingThresholds) -> JsonObject:
+    """Macro and weighted figures at the model's thresholds and at 0.5, without intervals."""
+    choices = {
+        "model": model_thresholds,
+        "0.5": FindingThresholds.all_default("0.5 for every finding"),
+    }
+    rows = {}
+    for name, thresholds in choices.items():
+        scores = score_findings(scans.probabilities, scans.labels, scans.known, thresholds.values)
+        rows[name] = thresholds.as_dict() | {kind: scores[kind] for kind in ("macro", "weighted")}
+    return rows
+
+
 def summarize_lesions(
     scans: ScanResults, weights: ResampleWeights | None, options: EvaluationOptions
 ) -> JsonObject:
@@ -44,12 +65,13 @@ def summarize_lesions(
 
     `sources` of a lesion counts the scans by who or what outlined it, and `per_source` has the
     figures against each: agreement with another network is not agreement with people.
+    `rexgrounding` scores the outlines of ReXGroundingCT by its leaderboard's protocol.
     """
     rows = scans.select_lesions()
     n_lost: Counter[str] = Counter()
     truth_sources: Counter[str] = Counter()
     comparisons: list[LesionRow] = []
-    sources: list[list[str | None]] = []
+    sources: list[SourceRow] = []
     counts = np.zeros((len(rows), N_LESIONS, 3), np.int64)
     annotated = np.zeros((len(rows), N_LESIONS), bool)
     for number, row in enumerate(rows):
@@ -69,11 +91,13 @@ def summarize_lesions(
                 sources[number][lesion.bit] = record.source
 
     scores = score_lesions(comparisons, weights)
+    scores["rexgrounding"] = score_grounding(
+        _select_source(comparisons, sources, REXGROUNDING_OUTLINES), weights
+    )
     for lesion in LESIONS:
         lesion_scores = scores["per_lesion"][lesion.key]
         lesion_scores["n_lost_on_native_grid"] = n_lost[lesion.key]
-        sources_of_lesion = [row[lesion.bit] for row in sources]
-        lesion_scores |= _score_by_source(lesion, comparisons, sources_of_lesion, weights)
+        lesion_scores |= _score_by_source(lesion, comparisons, sources, weights)
     return scores | {
         "grid": "native",
         "threshold": LESION_THRESHOLD,
@@ -88,7 +112,7 @@ def summarize_lesions(
 def _score_by_source(
     lesion: Lesion,
     comparisons: Sequence[LesionRow],
-    sources: Sequence[str | None],
+    sources: Sequence[SourceRow],
     weights: ResampleWeights | None,
 ) -> JsonObject:
     """Counts and figures of one lesion by the source of its true outlines.
@@ -96,19 +120,27 @@ def _score_by_source(
     Args:
         lesion: kind of the lesion.
         comparisons: five lesions of each scan.
-        sources: source of the lesion's outline in each scan, None where it is not compared.
+        sources: source of each of these lesions' outlines.
         weights: resamples of the scans.
     """
-    counts = Counter(source for source in sources if source is not None)
+    sources_of_lesion = [row[lesion.bit] for row in sources]
+    counts = Counter(source for source in sources_of_lesion if source is not None)
     per_source: JsonObject = {}
     for source in sorted(counts):
-        rows: list[LesionRow] = []
-        for row, source_of_row in zip(comparisons, sources, strict=True):
-            rows.append([None] * N_LESIONS)
-            if source_of_row == source:
-                rows[-1][lesion.bit] = row[lesion.bit]
+        rows = _select_source(comparisons, sources, source)
         per_source[source] = score_lesions(rows, weights)["per_lesion"][lesion.key]
     return {"sources": dict(sorted(counts.items())), "per_source": per_source}
+
+
+def _select_source(
+    comparisons: Sequence[LesionRow], sources: Sequence[SourceRow], source: str
+) -> list[LesionRow]:
+    """The same rows with the lesions that one source outlined; the others are None."""
+    rows: list[LesionRow] = []
+    for row, row_sources in zip(comparisons, sources, strict=True):
+        pairs = zip(row, row_sources, strict=True)
+        rows.append([lesion if found == source else None for lesion, found in pairs])
+    return rows
 
 
 def _is_lost_on_native_grid(record: LesionRecord) -> bool:

@@ -31,17 +31,26 @@ LESION_SCORE_NAMES = {
     "instance_precision": "instance precision",
     "instance_recall": "instance recall",
     "instance_f1": "instance F1",
+    "false_positive_ml": "false positive, ml",
+}
+GROUNDING_SCORE_NAMES = {
+    "dice": "ReXGroundingCT Dice",
+    "hit_rate": "ReXGroundingCT hit rate",
+    "instance_precision": "ReXGroundingCT instance precision",
+    "instance_recall": "ReXGroundingCT instance recall",
+    "instance_f1": "ReXGroundingCT instance F1",
 }
 LESION_COUNT_NAMES = {
     "n_annotated": "scans annotated",
     "n_present": "scans with it",
     "n_missed": "missed",
-    "n_false_positive": "false positive",
+    "n_false_positive": "false positive scans",
     "n_empty_agreed": "both empty",
     "n_lesions": "lesions",
 }
 MAIN_FINDING_SCORES = ("auroc", "average_precision", "f1", "precision", "recall", "ece")
 """Scores of the findings in the terminal."""
+OTHER_THRESHOLD_NAMES = {"model": "the model's thresholds", "0.5": "0.5"}
 MAIN_REPORT_SCORES = (
     "bleu_1",
     "bleu_4",
@@ -115,9 +124,15 @@ def terminal_table(result: EvaluationResult) -> Table:
             name = f"{kind} {FINDING_SCORE_NAMES[score]}"
             interval = format_interval(mean, score)
             table.add_row(name, format_score(mean[score]), interval, "", count)
+    for choice, values in result.other_thresholds.items():
+        name = f"macro F1 at {OTHER_THRESHOLD_NAMES[choice]}"
+        count = f"{values['macro']['n_findings_f1']} of {len(FINDINGS)}"
+        table.add_row(name, format_score(values["macro"]["f1"]), "", "", count)
     if result.localization is not None:
         for key, row in result.localization["per_lesion"].items():
             _add_lesion_rows(table, LESION_BY_KEY[key].name, row)
+        if result.localization["rexgrounding"] is not None:
+            _add_grounding_rows(table, result.localization["rexgrounding"])
     if result.reports:
         _add_report_rows(table, result.reports)
     return table
@@ -144,6 +159,17 @@ def format_sources(sources: Mapping[str, int]) -> str:
     if len(sources) == 1:
         return next(iter(sources))
     return ", ".join(f"{source} {count}" for source, count in sources.items())
+
+
+def _add_grounding_rows(table: Table, grounding: Mapping[str, Any]) -> None:
+    for score, name in GROUNDING_SCORE_NAMES.items():
+        interval, count = format_interval(grounding, score), format_grounding_count(grounding)
+        table.add_row(name, format_score(grounding[score]), interval, "", count)
+
+
+def format_grounding_count(grounding: Mapping[str, Any]) -> str:
+    """Number of findings that ReXGroundingCT's protocol scored."""
+    return f"{grounding['n_findings']} findings, {grounding['n_scans']} scans"
 
 
 def _add_report_rows(table: Table, reports: Mapping[str, Any]) -> None:
@@ -203,6 +229,9 @@ def _render_findings(result: EvaluationResult) -> str:
         values = _format_scores(row, FINDING_SCORE_NAMES)
         rows.append([name, str(row["n_known"]), str(row["n_positive"]), *values])
 
+    for choice, values in result.other_thresholds.items():
+        macro = _format_scores(values["macro"], FINDING_SCORE_NAMES)
+        rows.append([f"**macro mean** at {OTHER_THRESHOLD_NAMES[choice]}", "", "", *macro])
     note = f"Thresholds: {thresholds.source}."
     if thresholds.not_fitted:
         note += f" Not fitted, 0.5: {', '.join(thresholds.not_fitted)}."
@@ -218,6 +247,8 @@ def _render_lesions(scores: Mapping[str, Any]) -> str:
     rows = []
     for score, name in LESION_SCORE_NAMES.items():
         rows.append([name, *(format_with_interval(column, score) for column in columns)])
+    largest_ml = [format_score(lesion["max_false_positive_ml"]) for lesion in lesions.values()]
+    rows.append(["largest false positive, ml", *largest_ml, ""])
     rows += _render_source_rows(lesions)
     grid_dice = [format_score(grid["per_lesion"][key]["dice"]) for key in lesions]
     rows.append(["Dice, model's grid", *grid_dice, format_score(grid["macro"]["dice"])])
@@ -234,7 +265,22 @@ def _render_lesions(scores: Mapping[str, Any]) -> str:
         f"{scores['surface_tolerance_mm']:g} mm; a hit is a Dice of {scores['hit_dice']}, a lesion "
         f"matches at {scores['match_dice']}. Outlines: {truth or 'none'}."
     )
-    return f"{_render_table(header, rows)}\n\n{note}"
+    tables = [_render_table(header, rows), note]
+    if scores["rexgrounding"] is not None:
+        tables.append(_render_grounding(scores["rexgrounding"]))
+    return "\n\n".join(tables)
+
+
+def _render_grounding(grounding: Mapping[str, Any]) -> str:
+    rows = []
+    for score, name in GROUNDING_SCORE_NAMES.items():
+        rows.append([name, format_with_interval(grounding, score)])
+    note = (
+        "By the protocol of ReXGroundingCT's leaderboard, but for its unit: a finding is a kind of "
+        "lesion in a scan here, a sentence of the report there."
+    )
+    table = _render_table([format_grounding_count(grounding), "against people"], rows)
+    return f"{table}\n\n{note}"
 
 
 def _render_source_rows(lesions: Mapping[str, Any]) -> list[list[str]]:

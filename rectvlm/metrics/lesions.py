@@ -40,7 +40,17 @@ LESION_SCORES = (
     "instance_precision",
     "instance_recall",
     "instance_f1",
+    "false_positive_ml",
 )
+
+GROUNDING_SCORES = {
+    "dice": "dice_where_present",
+    "hit_rate": "hit_rate",
+    "instance_precision": "instance_precision",
+    "instance_recall": "instance_recall",
+    "instance_f1": "instance_f1",
+}
+"""Figures of `score_grounding`, and the scores of `LESION_SCORES` that they are."""
 
 _NEIGHBORS_26 = np.ones((3, 3, 3), bool)
 
@@ -67,6 +77,8 @@ class LesionComparison:
     """Components of the truth of which the prediction has a voxel."""
     parts_matched: int
     """Pairs of components with a Dice of at least `MATCH_DICE`, each in one pair at most."""
+    predicted_ml: float
+    """Volume of the prediction, ml."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,7 @@ def compare_lesion_masks(
     assert predicted.shape == truth.shape and predicted.dtype == truth.dtype == np.bool_
     boxes = ndimage.find_objects((predicted | truth).view(np.uint8))
     if not boxes:
-        return LesionComparison(0, 0, 0, None, None, 0, 0, 0, 0)
+        return LesionComparison(0, 0, 0, None, None, 0, 0, 0, 0, 0.0)
 
     # One voxel of margin: a surface at the edge of the box is one in the volume too.
     box = tuple(slice(max(0, side.start - 1), side.stop + 1) for side in boxes[0])
@@ -113,6 +125,7 @@ def compare_lesion_masks(
         parts_true=n_true,
         parts_touched=n_touched,
         parts_matched=n_matched,
+        predicted_ml=float(np.count_nonzero(predicted) * np.prod(spacing_mm) / 1000),
     )
 
 
@@ -152,7 +165,9 @@ def score_lesions(
     cases. A case where truth and prediction are both empty has no Dice: it is counted in
     `n_empty_agreed` and not averaged. A prediction on an empty truth has Dice 0 and is counted in
     `n_false_positive`; a true lesion that the prediction does not touch has Dice 0 and is counted
-    in `n_missed`. The other scores are defined in `docs/concepts/evaluation.md`.
+    in `n_missed`. `false_positive_ml` is the mean volume predicted in the cases with an empty
+    truth, `max_false_positive_ml` the largest. The other scores are defined in
+    `docs/concepts/evaluation.md`.
 
     Args:
         cases: five lesions of each case, None where a lesion was not annotated.
@@ -189,6 +204,47 @@ def score_lesions(
     return {"n_cases": len(cases), "macro": macro, "per_lesion": per_lesion}
 
 
+def score_grounding(
+    cases: Sequence[Sequence[LesionComparison | None]], weights: ResampleWeights | None = None
+) -> JsonObject | None:
+    """Score true lesions of all kinds together, as ReXGroundingCT's leaderboard scores findings.
+
+    There (https://rexrank.ai/ReXGroundingCT) Global Dice is the mean Dice of all findings of all
+    cases; Global HIT Rate the share of findings with a Dice of at least 0.1; and with instances of
+    a Dice of at least 0.2 as true positives, instance precision is TP / (TP + FP), recall
+    TP / (TP + FN), F1 their harmonic mean. Here instances are pooled over findings, which that page
+    leaves open. A finding there is a sentence of the report; here it is a kind of lesion in a scan,
+    the union of its sentences, because the model outlines kinds. The two are the same only where a
+    report has one sentence of a kind.
+
+    Args:
+        cases: five lesions of each case, None where one is not compared; one without a true voxel
+            is no finding.
+        weights: resamples of the cases, (R, N), which add 95% intervals, `ci95`.
+
+    Returns:
+        Figures, `n_findings` and `n_scans`; None without a true lesion.
+    """
+    numbers, comparisons = [], []
+    for number, row in enumerate(cases):
+        for comparison in row:
+            if comparison is not None and comparison.truth:
+                numbers.append(number)
+                comparisons.append(comparison)
+    if not comparisons:
+        return None
+    if weights is not None and not len(weights):
+        weights = None
+    finding_weights = None if weights is None else weights[:, numbers]
+    samples = _score_lesion(comparisons, finding_weights)
+    scores: JsonObject = {name: samples.scores[score] for name, score in GROUNDING_SCORES.items()}
+    if finding_weights is not None:
+        intervals = samples.scores["ci95"]
+        known = [name for name in GROUNDING_SCORES if scores[name] is not None]
+        scores["ci95"] = {name: intervals[GROUNDING_SCORES[name]] for name in known}
+    return scores | {"n_findings": len(comparisons), "n_scans": len(set(numbers))}
+
+
 def _mean_over_lesions(values_by_lesion: Sequence[FloatArray]) -> FloatArray:
     """Mean of the finite values of each resample, (R,); NaN where there is none."""
     values = np.stack(values_by_lesion)
@@ -217,7 +273,11 @@ def _score_lesion(
         by_resample = dict(zip(LESION_SCORES, np.concatenate(ratios).T, strict=True))
         scored = [score for score in LESION_SCORES if scores[score] is not None]
         scores["ci95"] = {score: percentile_interval(by_resample[score]) for score in scored}
+    false_positives_ml = _column(comparisons, "predicted_ml")[~is_present]
     scores |= {
+        "max_false_positive_ml": float(false_positives_ml.max())
+        if false_positives_ml.size
+        else None,
         "n_annotated": len(comparisons),
         "n_cases": int(is_scored.sum()),
         "n_present": int(is_present.sum()),
@@ -264,6 +324,7 @@ def _score_ratios(comparisons: Sequence[LesionComparison]) -> tuple[FloatArray, 
         "instance_precision": (matched, components_predicted),
         "instance_recall": (matched, components_true),
         "instance_f1": (2 * matched, components_predicted + components_true),
+        "false_positive_ml": (_column(comparisons, "predicted_ml") * ~is_present, ~is_present),
     }
     ordered = [ratios[score] for score in LESION_SCORES]
     numerators = np.stack([numerator for numerator, _ in ordered], axis=1, dtype=np.float64)

@@ -32,6 +32,7 @@ _METRIC_TASKS: dict[ValidationMetric, Task] = {
     "macro_auroc": "classification",
     "macro_average_precision": "classification",
     "mean_dice": "localization",
+    "clinical_f1": "classification",
     "loss_classification": "classification",
     "loss_localization": "localization",
     "loss_report": "report",
@@ -64,7 +65,7 @@ def require_something_to_learn(phase: Phase, config: Config) -> None:
             zero_weights = [f"train.loss_weights.{task}=0" for task in untaught]
             remedy += f", or train without with {' '.join(zero_weights)}"
         raise UserError(
-            f"{_describe_counts(train_set, 'train', counts)}, so phase {phase.number} has nothing "
+            f"{_describe_counts(train_set, counts)}, so phase {phase.number} has nothing "
             f"to learn {' and '.join(untaught)} from: {remedy}."
         )
     if settings.validation.every:
@@ -90,13 +91,18 @@ def _require_part_that_trains(phase: Phase, config: Config) -> None:
 def _require_something_to_measure(phase: Phase, config: Config) -> None:
     validation = phase.get_settings(config).validation
     metric = validation.best_metric
+    if metric == "clinical_f1" and "generator" not in phase.parts:
+        raise UserError(
+            f"train.phases.{phase.key}.validation.best_metric = clinical_f1 is measured on written "
+            f"reports, and phase {phase.number} has no report generator: choose another metric."
+        )
     tasks = phase.tasks if metric == "loss" else (_METRIC_TASKS[metric],)
-    valid_set = ShardDataset(config.data, "valid")
-    counts = count_task_samples(valid_set, tasks)
+    selection_set = ShardDataset.open_selection_split(config.data)
+    counts = count_task_samples(selection_set, tasks)
     if not any(counts.values()):
         section = f"train.phases.{phase.key}.validation"
         raise UserError(
-            f"{_describe_counts(valid_set, 'valid', counts)}, which {section}.best_metric = "
+            f"{_describe_counts(selection_set, counts)}, which {section}.best_metric = "
             f"{metric} is measured on: give shards that have them, another best_metric, or "
             f"{section}.every=0."
         )
@@ -159,10 +165,10 @@ def _carries(meta: SampleMeta, task: Task) -> bool:
     return any(meta.lesions_annotated.values()) or any(meta.lesions_partial.values())
 
 
-def _describe_counts(dataset: ShardDataset, split: str, counts: dict[Task, int]) -> str:
+def _describe_counts(dataset: ShardDataset, counts: dict[Task, int]) -> str:
     """The counts as the beginning of a sentence."""
     words = [f"{count} have {_TASK_NEEDS[task]}" for task, count in counts.items()]
     return (
-        f"Of the {len(dataset)} samples of the split {split!r} in {dataset.store}, "
+        f"Of the {len(dataset)} samples of the split {dataset.split!r} in {dataset.store}, "
         f"{', '.join(words)}"
     )

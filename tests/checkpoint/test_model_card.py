@@ -29,7 +29,16 @@ def test_the_card_says_what_it_is(trained_checkpoint: MakeFolder, tmp_path: Path
     }
     metrics = {
         "classification": {"macro": macro},
-        "localization": {"per_lesion": lesions},
+        "localization": {
+            "per_lesion": lesions,
+            "rexgrounding": {
+                "dice": 0.125,
+                "hit_rate": 0.5,
+                "instance_f1": None,
+                "n_findings": 8,
+                "n_scans": 5,
+            },
+        },
         "reports": {"image": {"n": 5, "bleu_1": 0.5}, "image_ablated": {"n": 5, "bleu_1": 0.25}},
         "n_cases": 13,
         "split": "valid",
@@ -59,6 +68,8 @@ def test_the_card_says_what_it_is(trained_checkpoint: MakeFolder, tmp_path: Path
         "Dice against own masks, lung nodule | 0.250 | 9 cases, 4 with it",
         "Dice against TotalSegmentator, lung nodule | – | 3 cases",
         "Dice, consolidation | – | no outlines",
+        "ReXGroundingCT dice | 0.125 | 8 findings of 5 scans",
+        "ReXGroundingCT instance f1 | – |",
         "0.500 (0.250 without the image)",
         "at step 7.\nValidation during training chose this checkpoint",
         "these figures are optimistic.\n\n| | metric",

@@ -139,6 +139,18 @@ def test_counts_are_by_split(tmp_path: Path) -> None:
             }
 
 
+def test_dev_chooses_checkpoints_and_thresholds_where_there_is_one(tmp_path: Path) -> None:
+    splits: list[Split] = ["grounding", "valid", "dev", "train"]
+    samples = [make_sample(number, split) for number, split in enumerate(splits)]
+    without = write_shards([sample for sample in samples if sample.meta.split != "dev"], tmp_path)
+    assert (without.selection_split, without.threshold_split) == ("valid", "train")
+    index = write_shards(samples, tmp_path)
+    assert (index.selection_split, index.threshold_split) == ("dev", "dev")
+    assert [entry.split for entry in index.select_split(None)] == splits[::-1]
+    counts = read_manifest(tmp_path).counts
+    assert all(sum(counts[split]["labels"]["Emphysema"].values()) == 1 for split in splits)
+
+
 def test_a_smaller_second_run_leaves_no_stale_shard(tmp_path: Path) -> None:
     write_shards(mixed(), tmp_path, samples_per_shard=1)
     write_shards(mixed()[:2], tmp_path, samples_per_shard=1)
@@ -160,6 +172,11 @@ def test_a_patient_in_two_splits_and_a_double_key_are_refused(tmp_path: Path) ->
     with pytest.raises(UserError, match="patient_9 is in train and in valid"):
         write_shards(
             [make_sample(0, patient="patient_9"), make_sample(1, "valid", patient="patient_9")],
+            tmp_path,
+        )
+    with pytest.raises(UserError, match="patient_9 is in dev and in train"):
+        write_shards(
+            [make_sample(0, "dev", patient="patient_9"), make_sample(1, patient="patient_9")],
             tmp_path,
         )
     with pytest.raises(UserError, match="case_1"):

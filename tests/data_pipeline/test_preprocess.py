@@ -14,8 +14,10 @@ import pytest
 from data_pipeline import preprocess as pipeline
 from data_pipeline.cases import Case, CaseData, case_to_sample, file_identity
 from data_pipeline.demo_cases import list_demo_cases
+from data_pipeline.make_shards.progress import print_run_summary
 from data_pipeline.make_shards.shard_folder import preprocess
 from data_pipeline.sample_cts import read_nrrd
+from data_pipeline.verify.verify import verify_shards
 from rectvlm.data.canonical_grid import mask_to_native
 from rectvlm.data.shards import read_index, read_sample
 from rectvlm.data.volume import read_mask, read_volume
@@ -138,6 +140,23 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
         and second.manifest.shards[0].sha256 != first.manifest.shards[0].sha256
     )
     assert read_sample(tmp_path / "out", second.index.select_split("train")[0]).meta.key == "a"
+
+
+def test_a_case_that_moves_to_another_split_is_never_left_in_the_old_one(tmp_path: Path) -> None:
+    cases = small_cases(4, 1)
+    preprocess(cases, tmp_path / "out", GRID, SPACING, samples_per_shard=2)
+    moved = [replace(case, split="dev") if case.key == "small_0" else case for case in cases]
+    result = preprocess(moved, tmp_path / "out", GRID, SPACING, samples_per_shard=2)
+    for split, keys in (
+        ("train", ["small_1", "small_2", "small_3"]),
+        ("dev", ["small_0"]),
+        ("valid", ["small_4"]),
+    ):
+        entries = result.index.select_split(split)
+        metas = [read_sample(tmp_path / "out", entry).meta for entry in entries]
+        assert [(meta.key, meta.split) for meta in metas] == [(key, split) for key in keys]
+    assert verify_shards(tmp_path / "out").issues.faults == []
+    print_run_summary(tmp_path / "out", result.manifest, [], result.shards_made, 1.0)
 
 
 def test_patients_and_keys_are_checked_before_any_work(tmp_path: Path) -> None:

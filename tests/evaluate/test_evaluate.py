@@ -9,16 +9,16 @@ import pytest
 from conftest import phantom_sample, write_nifti
 from rich.console import Console
 
-from rectvlm.checkpoint import THRESHOLDS_FILE, Checkpoint, run_folder
+from rectvlm.checkpoint import Checkpoint, run_folder
 from rectvlm.data.shard_manifest import read_manifest
 from rectvlm.data.shards import read_index, write_shards
 from rectvlm.evaluate import tables
 from rectvlm.evaluate.options import EvaluationOptions
 from rectvlm.evaluate.run import evaluate_checkpoint
-from rectvlm.evaluate.stored_thresholds import read_thresholds
+from rectvlm.finding_thresholds import THRESHOLDS_FILE
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.lesion_bits import lesion_mask
-from rectvlm.types import OWN_OUTLINES, PHANTOM_OUTLINES, UserError
+from rectvlm.types import OWN_OUTLINES, PHANTOM_OUTLINES, REXGROUNDING_OUTLINES, UserError
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +64,18 @@ def test_unknown_labels_and_unannotated_lesions_are_not_counted(evaluated, phant
     assert min(annotated) < 3, "the phantoms should hold a lesion that was not annotated"
 
 
-def test_thresholds_come_from_the_train_split_and_are_kept_for_prediction(evaluated, tiny_run):
-    result, _ = evaluated
+def test_thresholds_come_from_the_train_split_and_lie_beside_the_metrics(evaluated, tiny_run):
+    result, out = evaluated
     thresholds = result["thresholds"]
     assert (
         thresholds["n_cases"] == 6
         and "train split" in thresholds["source"]
         and not thresholds["same_data"]
     )
-    fitted = {
-        name: value
-        for name, value in thresholds["values"].items()
-        if name not in thresholds["not_fitted"]
-    }
-    assert read_thresholds(run_folder.find_checkpoint(tiny_run(3), "")) == fitted
+    stored = json.loads(out.with_name(THRESHOLDS_FILE).read_text())
+    assert stored | {"same_data": False} == thresholds
+    folder = run_folder.find_checkpoint(tiny_run(3), "")
+    assert not (folder / THRESHOLDS_FILE).exists(), "a model changes by training alone"
     used = {name: row["threshold"] for name, row in result["classification"]["per_finding"].items()}
     assert used == thresholds["values"] and len(set(used.values())) > 2
 
@@ -137,20 +135,67 @@ def test_without_a_train_split_thresholds_stay_at_one_half(tiny_run, tiny, tmp_p
     write_shards([sample, replace(sample, meta=no_report)], tmp_path / "shards")
     folder = tmp_path / "checkpoint"
     shutil.copytree(run_folder.find_checkpoint(tiny_run(3), ""), folder)
-    (folder / THRESHOLDS_FILE).unlink(missing_ok=True)
     result = evaluate_checkpoint(
         folder, tmp_path / "shards", tmp_path / "m.json", device="cpu"
     ).as_dict()
     assert set(result["thresholds"]["values"].values()) == {0.5}
     assert (
-        "no train split" in result["thresholds"]["source"]
+        "none was fitted" in result["thresholds"]["source"]
         and len(result["thresholds"]["not_fitted"]) == 18
     )
-    assert not (folder / THRESHOLDS_FILE).exists(), "prediction would call findings by them"
     assert (result["reports"]["image"]["n"], result["reports"]["image"]["n_without_reference"]) == (
         1,
         1,
     )
+
+
+def test_thresholds_come_from_the_dev_split_where_there_is_one(tiny_run, tiny, tmp_path):
+    splits = ["train", "dev", "dev", "dev", "valid"]
+    samples = [phantom_sample(seed, tiny, split) for seed, split in enumerate(splits)]
+    write_shards(samples, tmp_path / "shards")
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
+    options = EvaluationOptions(plots=False, bootstrap=0)
+
+    def run(split):
+        out = tmp_path / split / "m.json"
+        chosen = replace(options, split=split)
+        return evaluate_checkpoint(folder, tmp_path / "shards", out, options=chosen).as_dict()
+
+    valid, dev = run("valid"), run("dev")
+    assert valid["threshold_split"] == "dev" and valid["n_cases"] == 1
+    assert "3 scans of the dev split" in valid["thresholds"]["source"]
+    assert (valid["thresholds"]["same_data"], dev["thresholds"]["same_data"]) == (False, True)
+    assert run("train")["thresholds"]["same_data"] is False
+
+
+def test_the_grounding_split_is_scored_by_its_own_protocol(tiny_run, tiny, tmp_path):
+    samples = []
+    for seed in (0, 1):
+        sample = phantom_sample(seed, tiny, "grounding")
+        sources = {
+            key: source and REXGROUNDING_OUTLINES
+            for key, source in sample.meta.lesions_source.items()
+        }
+        samples.append(replace(sample, meta=replace(sample.meta, lesions_source=sources)))
+    write_shards(samples, tmp_path / "shards")
+    options = EvaluationOptions(split="grounding", bootstrap=20)
+    folder = tiny_run(2)
+    out = tmp_path / "m.json"
+    result = evaluate_checkpoint(folder, tmp_path / "shards", out, device="cpu", options=options)
+
+    grounding = result.localization["rexgrounding"]
+    per_lesion = result.localization["per_lesion"].values()
+    # An outline without a voxel is no finding, though the lesion was looked for.
+    assert grounding["n_findings"] == sum(row["n_present"] for row in per_lesion) > 0
+    assert grounding["n_scans"] == 2 and result.split == "grounding"
+    assert sum(row["n_annotated"] for row in per_lesion) > grounding["n_findings"]
+    count = f"{grounding['n_findings']} findings, 2 scans"
+    page = (tmp_path / "metrics.md").read_text()
+    assert f"| {count} | against people |" in page and "| ReXGroundingCT hit rate |" in page
+    console = Console(width=120, file=io.StringIO(), color_system=None)
+    console.print(tables.terminal_table(result))
+    assert count in console.file.getvalue()
 
 
 def test_evaluation_leaves_the_weights_alone(tiny_run, tmp_path):
@@ -185,7 +230,7 @@ def test_bad_inputs_give_one_clear_sentence(tiny_run, tmp_path):
     shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
     (folder / THRESHOLDS_FILE).write_text("[]")
     with pytest.raises(UserError, match="damaged"):
-        read_thresholds(folder)
+        evaluate_checkpoint(folder, device="cpu")
 
 
 def test_tables_and_plots_lie_beside_the_metrics(evaluated):
@@ -245,17 +290,17 @@ def test_the_language_model_is_part_of_the_fingerprint_where_reports_are_written
     assert without.fingerprint["language_model"] is None
 
 
-def test_stored_thresholds_serve_where_there_is_nothing_to_fit_on(tiny_run, tiny, tmp_path):
+def test_figures_at_the_models_thresholds_stand_beside_the_others(tiny_run, tiny, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
     write_shards([phantom_sample(8, tiny, "valid")], tmp_path / "shards")
-    stored = {
+    own = {
         "source": "elsewhere",
         "n_cases": 9,
         "not_fitted": [],
-        "values": dict.fromkeys(FINDINGS, 0.31),
+        "values": dict.fromkeys(FINDINGS, 0.0),  # calls everything
     }
-    (folder / THRESHOLDS_FILE).write_text(json.dumps(stored))
+    (folder / THRESHOLDS_FILE).write_text(json.dumps(own))
 
     def evaluated(shards=None, **options):
         return evaluate_checkpoint(
@@ -266,14 +311,22 @@ def test_stored_thresholds_serve_where_there_is_nothing_to_fit_on(tiny_run, tiny
             options=EvaluationOptions(plots=False, **options),
         ).as_dict()
 
-    assert evaluated(shards=tmp_path / "shards")["thresholds"] == stored | {"same_data": False}
-    assert evaluated(thresholds="stored", limit=1)["thresholds"]["source"] == "elsewhere"
-    assert json.loads((folder / THRESHOLDS_FILE).read_text()) == stored
-    assert evaluated(fit_limit=4)["thresholds"]["n_cases"] == 4
-    assert json.loads((folder / THRESHOLDS_FILE).read_text()) == stored, "more cases decided those"
-    (folder / THRESHOLDS_FILE).unlink()
-    with pytest.raises(UserError, match=r"No fitted thresholds in .*thresholds\.json"):
-        evaluated(thresholds="stored")
+    # Nothing to fit on; and these are no cases of the run that fitted them.
+    assert evaluated(shards=tmp_path / "shards")["thresholds"] == own | {"same_data": False}
+    by_model = evaluated(thresholds="model", limit=2)
+    assert by_model["thresholds"] == own | {"same_data": True}  # validation fitted them
+    assert by_model["classification"]["macro"]["recall"] == 1
+    fitted = evaluated(fit_limit=4, limit=2)
+    assert fitted["thresholds"]["n_cases"] == 4 and not fitted["thresholds"]["same_data"]
+    for result in (by_model, fitted):
+        others = result["other_thresholds"]
+        assert others["model"]["source"] == "elsewhere" and others["0.5"]["n_cases"] == 0
+        assert others["model"]["macro"]["recall"] == 1
+        assert others["0.5"]["macro"]["recall"] < 1
+    page = (tmp_path / "metrics.md").read_text()
+    assert "**macro mean** at the model's thresholds" in page
+    assert "**macro mean** at 0.5" in page
+    assert json.loads((folder / THRESHOLDS_FILE).read_text()) == own
 
 
 def test_outlines_as_drawn_are_the_truth_when_they_are_given(

@@ -24,7 +24,7 @@ def lesion(
     grid: tuple[int, int, int] = (1, 1, 1),
     source: str = PHANTOM_OUTLINES,
 ) -> LesionRecord:
-    comparison = LesionComparison(both, predicted, truth, None, 0.0, 1, 1, 0, 0)
+    comparison = LesionComparison(both, predicted, truth, None, 0.0, 1, 1, 0, 0, 0.0)
     return LesionRecord(comparison, grid, "shard", source)
 
 
@@ -129,6 +129,7 @@ def test_figures_against_a_network_and_against_people_stand_apart() -> None:
     assert single["sources"] == {PHANTOM_OUTLINES: 1}
     assert single["per_source"][PHANTOM_OUTLINES]["dice"] == single["dice"] == 1
     assert result["per_lesion"][LESIONS[2].key]["sources"] == {}
+    assert (result["rexgrounding"]["n_findings"], result["rexgrounding"]["dice"]) == (1, 0)
 
 
 def test_a_record_is_the_same_after_its_file() -> None:

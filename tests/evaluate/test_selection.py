@@ -73,6 +73,16 @@ def test_the_best_of_a_run_was_chosen_on_the_valid_split(
     )
 
 
+def test_where_there_is_a_dev_split_it_alone_chose(validating: Config, tmp_path: Path) -> None:
+    run = a_run(tmp_path / "phase1", PLANNED, best=8, config=validating)
+    for split, is_chosen in (("dev", True), ("valid", False), ("grounding", False)):
+        asked = {"split": split, "selection_split": "dev"}
+        assert chosen(run, 8, validating, **asked) is is_chosen
+        # Shards that cannot be compared may have been validated on either.
+        expected = None if split != "grounding" else False
+        assert chosen(run, 8, validating, **asked, has_training_shards=None) is expected
+
+
 def test_the_last_of_a_run_that_patience_ended_was_chosen(
     validating: Config, tmp_path: Path
 ) -> None:

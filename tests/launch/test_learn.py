@@ -20,16 +20,17 @@ from launch.demo import FinishedCommand
 from launch.learn import (
     CaseCounts,
     LearningSummary,
-    LearningTarget,
-    LesionScores,
+    add_run_overrides,
     main,
     make_target_table,
     plan_learning_commands,
     to_markdown,
 )
+from launch.learning_targets import LearningTarget, LesionScores
 from rectvlm import pretrained
 from rectvlm.config import Config, load_config
 from rectvlm.data.dataset import collate_samples
+from rectvlm.data.shards import read_index, read_sample
 from rectvlm.labels import FINDINGS, LESION_FINDING_INDEXES, N_LESIONS
 from rectvlm.metrics.clinical_efficacy import count_confusions, score_clinical_efficacy
 from rectvlm.metrics.report_labeler.finding_states import FindingState
@@ -112,16 +113,19 @@ def test_the_commands_are_the_demos_with_plain_cases() -> None:
     assert "runs/other/phase3" in evaluation.command
 
 
-def test_a_target_that_was_not_measured_is_not_met() -> None:
-    assert LearningTarget("a", 0.9, 0.9).is_met and not LearningTarget("a", 0.9, 0.89).is_met
-    assert (
-        not LearningTarget("a", 0.9, None).is_met
-        and not LearningTarget("minutes", 20, None, at_most=True).is_met
-    )
-    assert (
-        LearningTarget("minutes", 20, 19.0, at_most=True).is_met
-        and not LearningTarget("minutes", 20, 21.0, at_most=True).is_met
-    )
+def test_a_supervision_has_its_own_cases_shards_and_run() -> None:
+    overrides = add_run_overrides("learn", ["train.seed=3"], "ct-rate")
+    config = load_config("learn", overrides)
+    assert (config.name, config.train.seed) == ("learn-ct-rate", 3)
+    assert str(config.data.shards) == "data/shards/learn-ct-rate"
+    stages = plan_learning_commands("learn", overrides, 40, 8, "ct-rate")
+    shards, evaluation = stages[0].command, stages[-1].command
+    assert shards[shards.index("--phantom-style") + 1] == "ct-rate"
+    assert shards[shards.index("--phantom-supervision") + 1] == "ct-rate"
+    assert "runs/learn-ct-rate/phase3" in evaluation
+    assert add_run_overrides("learn", ["name=other"], "complete") == ["name=other"]
+    mine = load_config("learn", add_run_overrides("learn", ["name=other"], "ct-rate"))
+    assert mine.name == "other"
 
 
 def test_a_wrong_configuration_is_one_sentence(
@@ -273,6 +277,29 @@ def test_reports_of_held_out_cases_say_what_the_image_shows(learnt: tuple) -> No
     assert sides is not None and sides > 0.6
 
 
+@pytest.mark.slow
+def test_a_run_with_the_supervision_of_ct_rate_says_what_it_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    steps = [f"train.phases.phase{phase}.steps=2" for phase in PHASES]
+    saves = [f"train.phases.phase{phase}.save_every=2" for phase in PHASES]
+    warmups = [f"train.phases.phase{phase}.warmup=0" for phase in PHASES]
+    small = ["encoder.atlas_cases=4", "generator.max_report_tokens=16"]
+    folders = [f"data.shards={tmp_path}/shards", f"train.runs={tmp_path}"]
+    options = ["--supervision", "ct-rate", "--phantoms", "16", "--valid-phantoms", "4"]
+    assert main([*options, *folders, *small, *steps, *saves, *warmups]) == 1
+    summary = json.loads((tmp_path / "learn-ct-rate" / "learn.json").read_text())
+    assert summary["supervision"] == "ct-rate"
+    assert (summary["cases"]["train"], summary["cases"]["valid"]) == (16, 4)
+    targets = {target["name"]: target for target in summary["targets"]}
+    assert "ml of ground glass opacity where there is none" in targets
+    assert not targets["macro AUROC of the findings"]["met"]
+    index = read_index(tmp_path / "shards")
+    held_out = next(iter(index.select_split("valid")))
+    assert "exhaustive" in read_sample(tmp_path / "shards", held_out).meta.source
+
+
 def test_masks_inform_the_findings_that_they_imply(prompts: PromptEmbeddings) -> None:
     """More of a lesion supports its finding and no other; the finding's loss reaches the masks."""
     config = load_config("tiny", ["data.grid=[8, 16, 16]", "localizer.volumes_to_findings=true"])
@@ -333,10 +360,11 @@ def test_the_atlas_is_the_mean_of_the_cases_and_travels_with_the_weights(
 def test_the_tables_say_what_is_missing() -> None:
     summary = LearningSummary(
         config="learn",
+        supervision="complete",
         targets=[LearningTarget("good", 0.95, 0.97), LearningTarget("bad", 0.95, None)],
         beside={"another figure": 0.5},
         findings={"Emphysema": None},
-        lesions={"lung_nodule": LesionScores(0.7, 0.6, 0.8)},
+        lesions={"lung_nodule": LesionScores(0.7, 0.6, 0.8, 0.5, 12.5)},
         cases=CaseCounts(train=4, valid=2, reports=1),
         phases=[],
         machine={"cores": 2, "cpu": "one"},
@@ -347,6 +375,7 @@ def test_the_tables_say_what_is_missing() -> None:
     text = to_markdown(summary)
     assert "| good | ≥ 0.95 | 0.970 | yes |" in text and "| bad | ≥ 0.95 | – | no |" in text
     assert "| all | 3 | 5 |" in text
+    assert "| lung nodule | 0.700 | 0.600 | 0.800 | 0.500 | 12.500 |" in text
     assert len(make_target_table(summary).rows) == 2
     tree = json.loads(json.dumps(summary.to_json(), allow_nan=False))
     assert [target["met"] for target in tree["targets"]] == [True, False]

@@ -24,6 +24,7 @@ from rectvlm.metrics.lesions import (
     LESION_SCORES,
     LesionComparison,
     compare_lesion_masks,
+    score_grounding,
     score_lesions,
 )
 from rectvlm.metrics.surface_distances import hd95, surface_dice
@@ -198,13 +199,24 @@ def test_memory_is_bounded_by_the_voxels_around_the_masks() -> None:
     assert peak < 36 * truth.size
 
 
+def test_the_volume_of_a_prediction_is_in_ml_whatever_its_box() -> None:
+    mask = boxed((9, 9, 9), np.s_[2:4, 1:6, 2:7])  # 50 voxels of 3.5 mm³
+    healthy = compare_lesion_masks(mask, blank(9, 9, 9), (5.0, 0.7, 1.0))
+    assert healthy.predicted_ml == pytest.approx(0.175)
+    row = score_lesions([[healthy, *[None] * 4]])["per_lesion"][LESIONS[0].key]
+    assert row["false_positive_ml"] == row["max_false_positive_ml"] == pytest.approx(0.175)
+    ill = compare_lesion_masks(mask, mask, (5.0, 0.7, 1.0))
+    row = score_lesions([[ill, *[None] * 4]])["per_lesion"][LESIONS[0].key]
+    assert row["false_positive_ml"] is None and row["max_false_positive_ml"] is None
+
+
 def test_a_perfect_case_and_empty_ones() -> None:
     mask = boxed((5, 5, 5), np.s_[0:2, 1:3, 2:5])
     same = compare_lesion_masks(mask, mask, (0.7, 0.7, 5.0))
     assert (same.both, same.hd95_mm, same.surface_dice, same.parts_matched) == (12, 0.0, 1.0, 1)
     empty = blank(5, 5, 5)
     assert compare_lesion_masks(empty, empty, ONE) == LesionComparison(
-        0, 0, 0, None, None, 0, 0, 0, 0
+        0, 0, 0, None, None, 0, 0, 0, 0, 0.0
     )
     missed = compare_lesion_masks(empty, mask, ONE)
     assert (missed.truth, missed.hd95_mm, missed.surface_dice, missed.parts_true) == (
@@ -217,9 +229,8 @@ def test_a_perfect_case_and_empty_ones() -> None:
 
 def case(both: int, predicted: int, truth: int, distance: float | None = None) -> LesionComparison:
     surface = None if not predicted and not truth else float(both > 0)
-    return LesionComparison(
-        both, predicted, truth, distance, surface, predicted > 0, truth > 0, both > 0, both > 0
-    )
+    pieces = (predicted > 0, truth > 0, both > 0, both > 0)
+    return LesionComparison(both, predicted, truth, distance, surface, *pieces, 0.5 * predicted)
 
 
 def test_empty_missed_and_false_positive_cases_are_counted_apart() -> None:
@@ -245,6 +256,8 @@ def test_empty_missed_and_false_positive_cases_are_counted_apart() -> None:
     assert row["instance_precision"] == pytest.approx(2 / 3) and row[
         "instance_recall"
     ] == pytest.approx(2 / 3)
+    # Two cases lack the lesion; in one of them 4 voxels of half a ml are drawn.
+    assert row["false_positive_ml"] == 1 and row["max_false_positive_ml"] == 2
     assert {name: row[name] for name in row if name.startswith("n_")} == {
         "n_annotated": 5,
         "n_cases": 4,
@@ -265,7 +278,8 @@ def test_intervals_of_lesions_hold_what_was_measured() -> None:
     rows: list[list[LesionComparison | None]] = []
     for _ in range(60):
         masks = [ndimage.gaussian_filter(rng.random((6, 6, 6)), 1) > 0.5 for _ in range(2)]
-        one = compare_lesion_masks(masks[0] | masks[1], masks[1], ONE)
+        truth = masks[1] & (rng.random() < 0.7)
+        one = compare_lesion_masks(masks[0] | truth, truth, ONE)
         rows.append([one if rng.random() < 0.7 else None for _ in range(N_LESIONS)])
     weights = draw_patient_weights([f"p{i}" for i in range(60)], 200)
     plain, result = score_lesions(rows), score_lesions(rows, weights)
@@ -284,3 +298,27 @@ def test_intervals_of_lesions_hold_what_was_measured() -> None:
         assert high - low <= np.mean(
             [row["ci95"][score][1] - row["ci95"][score][0] for row in result["per_lesion"].values()]
         )
+
+
+def test_grounding_figures_follow_the_definitions_of_the_leaderboard() -> None:
+    """Three findings of two scans, one hit, one touched and one missed; a fourth is not there."""
+
+    def finding(
+        both: int, predicted: int, truth: int, parts_predicted: int, parts_true: int, matched: int
+    ) -> LesionComparison:
+        counts = (parts_predicted, parts_true, 0, matched)
+        return LesionComparison(both, predicted, truth, None, None, *counts)
+
+    hit, touched = finding(40, 50, 50, 2, 1, 1), finding(1, 30, 20, 1, 1, 0)
+    missed, absent = finding(0, 0, 10, 0, 2, 0), finding(0, 99, 0, 5, 0, 0)
+    cases = [[hit, touched, absent, None, None], [missed, None, None, None, None]]
+    scores = score_grounding(cases, np.array([[2.0, 0.0], [0.0, 2.0]]))
+    assert scores is not None
+    assert scores["dice"] == pytest.approx((0.8 + 0.04) / 3)
+    assert scores["hit_rate"] == pytest.approx(1 / 3)
+    precision, recall = scores["instance_precision"], scores["instance_recall"]
+    assert (precision, recall) == (pytest.approx(1 / 3), pytest.approx(1 / 4))
+    assert scores["instance_f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    assert (scores["n_findings"], scores["n_scans"]) == (3, 2)
+    assert scores["ci95"]["dice"] == pytest.approx(np.percentile([0.42, 0.0], [2.5, 97.5]))
+    assert score_grounding([[absent, None, None, None, None]]) is None

@@ -116,6 +116,25 @@ def test_a_validation_that_measures_nothing_is_refused(make_shards: Callable) ->
     require_something_to_learn(PHASES[1], load_config("tiny", overrides))
 
 
+def test_validation_measures_on_the_dev_split_where_there_is_one(
+    samples: list[Sample], tmp_path: Path
+) -> None:
+    """Labels of valid are no help when dev, which validation reads, has none."""
+    changed = []
+    for sample in samples:
+        meta = sample.meta
+        if meta.split == "train" and meta.key in ("phantom_4", "phantom_5"):
+            meta = without_labels(replace(meta, split="dev"))
+        changed.append(replace(sample, meta=meta))
+    write_shards(changed, tmp_path)
+    overrides = [f"data.shards={tmp_path}", "train.phases.phase1.validation.every=2"]
+    config = load_config("tiny", overrides)
+    assert ShardDataset.open_selection_split(config.data).split == "dev"
+    words = r"Of the 2 samples of the split 'dev'.*0 have a known label"
+    with pytest.raises(UserError, match=words):
+        require_something_to_learn(PHASES[1], config)
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

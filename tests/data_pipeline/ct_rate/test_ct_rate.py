@@ -23,8 +23,8 @@ from rectvlm.cli_options import options_from_namespace
 from rectvlm.data.dataset import collate_samples
 from rectvlm.data.shards import read_index, read_sample, write_shards
 from rectvlm.labels import FINDINGS
+from rectvlm.models.cues import describe_batch_cues
 from rectvlm.models.language_model import load_tokenizer
-from rectvlm.models.rectvlm import describe_batch_cues
 from rectvlm.models.report_prompt import encode_report_prompt
 from rectvlm.pretrained import resolve_model
 from rectvlm.types import OWN_OUTLINES, InputError, Sample, UserError
@@ -600,6 +600,57 @@ def test_the_reconstruction_that_was_outlined_is_the_one_that_is_used(
 # Splits and identity
 
 
+@pytest.fixture
+def many_patients(tmp_path: Path) -> Tree:
+    """Two scans of each of 60 training patients, one of each of 10 of validation."""
+    tree = Tree(tmp_path / "CT-RATE")
+    for number in range(60):
+        tree.add(f"train_{number}_a_1")
+        tree.add(f"train_{number}_b_1")
+    for number in range(10):
+        tree.add(f"valid_{number}_a_1")
+    return tree
+
+
+def patients_by_split(result: CtRateCases) -> dict[str, set[str]]:
+    patients: dict[str, set[str]] = {}
+    for case in result.cases:
+        patients.setdefault(case.split, set()).add(case.patient)
+    return patients
+
+
+def test_a_share_of_the_training_patients_with_all_their_scans_is_the_dev_split(
+    many_patients: Tree,
+) -> None:
+    few = patients_by_split(read(many_patients, dev_share=0.1))
+    more = patients_by_split(read(many_patients, dev_share=0.3))
+    assert not more["train"] & more["dev"] and len(more["train"] | more["dev"]) == 60
+    assert 10 <= len(more["dev"]) <= 26 and few["dev"] < more["dev"]
+    assert few["valid"] == more["valid"] == {f"valid_{number}" for number in range(10)}
+    assert "dev" not in patients_by_split(read(many_patients, dev_share=0.0))
+    # No other patient decides: one fewer changes nothing for the rest.
+    del many_patients.labels["train_0_a_1"]
+    many_patients.path("train_0_a_1").unlink()
+    again = read(many_patients, dev_share=0.3, limit=1)
+    assert patients_by_split(again)["dev"] <= more["dev"] and len(again.cases) == 3
+    assert again.policy["dev_share"] == 0.3
+
+
+def test_the_cases_that_a_dev_share_moves_are_made_again(many_patients: Tree) -> None:
+    before = {case.key: case for case in read(many_patients, dev_share=0.1).cases}
+    moved = []
+    for case in read(many_patients, dev_share=0.3).cases:
+        is_same = case.identity == before[case.key].identity
+        assert is_same == (case.split == before[case.key].split)
+        moved += [] if is_same else [case.split]
+    assert moved and set(moved) == {"dev"}
+
+
+def test_a_dev_share_that_is_a_percentage_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--dev-share 2 leaves no patient.*0\.02 for 2%"):
+        CtRateOptions(dev_share=2)
+
+
 def test_train_and_valid_share_no_patient_though_their_numbers_are_the_same(tree: Tree) -> None:
     result = read(tree)
     assert {case.patient for case in result.cases} == {"train_1", "valid_1"}
@@ -684,7 +735,9 @@ def test_indication_and_technique_go_from_the_table_to_the_prompt(
     batch = collate_samples([read_sample(tmp_path, location) for location in locations])
     assert [meta.indication for meta in batch.metas] == [INDICATION, None]  # "Not given."
     nothing_found = torch.zeros(2, len(FINDINGS))
-    with_context, without = describe_batch_cues(batch, nothing_found, batch.lesions * 0)
+    with_context, without = describe_batch_cues(
+        batch, nothing_found, [0.5] * len(FINDINGS), batch.lesions * 0
+    )
     examination = f"Indication: {' '.join(INDICATION.split())} Technique: {TECHNIQUE}"
     assert with_context == f"{examination} {without}"
     assert without.startswith("No findings suggested.")
@@ -844,12 +897,13 @@ def test_options_come_from_the_command_line(
         "--limit",
         "3",
     ]
-    line += ["--without", "reports", "no-chest", "--require-all"]
+    line += ["--without", "reports", "no-chest", "--require-all", "--dev-share", "0.1"]
     given = parser.parse_args(line)
     assert given.ct_rate == Path("/x")
     options = options_from_namespace(CtRateOptions, given, grid_spacing_mm=2.5)
     assert options == CtRateOptions(
         splits=("valid",),
+        dev_share=0.1,
         layout="v1",
         reconstructions="all",
         kernel="sharp",

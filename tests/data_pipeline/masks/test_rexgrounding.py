@@ -175,6 +175,56 @@ def test_partial_outlines_reach_the_batch_as_such(tmp_path: Path) -> None:
         assert len(where) and (where[:, 2].mean() - 31.5) * side > 5
 
 
+HELD_OUT = "patient of the validation or test part of ReXGroundingCT"
+
+
+@pytest.mark.parametrize("dev_share", [0.0, 0.99])
+def test_exhaustive_cases_are_a_split_of_their_own_by_patient(
+    tmp_path: Path, dev_share: float
+) -> None:
+    """Another volume and scan of such a patient, and a patient whose mask is withheld, stay out."""
+    tree = Tree(tmp_path / "CT-RATE")
+    tree.add(KEY, 0)
+    for name in ("train_1_a_2", "train_1_b_1", "train_2_a_1", "train_3_a_1", "valid_1_a_1"):
+        tree.add(name)
+    rex = write(tmp_path / "rex", stack(), "val")
+    parts = {"val": [row()], "test": [row(name="train_2_a_1")], "train": [row(name="train_3_a_1")]}
+    (rex / "dataset.json").write_text(json.dumps(parts))
+    _write_other_masks(tmp_path)
+    masks = MaskFolders(rexgrounding=rex, lesions=tmp_path / "own", ts_seg=tmp_path / "ts")
+
+    result = list_ct_rate_cases(tree.write(), CtRateOptions(masks=masks, dev_share=dev_share))
+    split_by_key = {case.key: case.split for case in result.cases}
+    assert split_by_key.pop("train_3_a_1") == ("dev" if dev_share else "train")
+    assert split_by_key == {KEY: "grounding", "valid_1_a_1": "valid"}
+    assert result.dropped[HELD_OUT] == ("train_1_a_2", "train_1_b_1", "train_2_a_1")
+    if dev_share:
+        return
+    # Only people's outlines count there: no nodules of a network, no opacity from another file.
+    (case,) = (case for case in result.cases if case.split == "grounding")
+    meta = case_to_sample(case, (32, 64, 64), (8.0, 5.5, 5.5)).meta
+    assert meta.split == "grounding" and keys(meta.lesions_annotated) == set(SHOWN.values())
+    assert set(meta.lesions_source.values()) == {REXGROUNDING_OUTLINES, None}
+    assert not any(meta.lesions_partial.values())
+
+
+def _write_other_masks(folder: Path) -> None:
+    """A nodule map of TotalSegmentator and an own outline of an opacity for the first volume."""
+    for name, value in ((f"ts/ts_lung_nodules/{KEY}.nii.gz", 2), (f"own/{KEY}/{GGO}.nii.gz", 1)):
+        (folder / name).parent.mkdir(parents=True)
+        nib.save(nib.Nifti1Image(bit(truth(), GGO) * np.uint8(value), ct().affine), folder / name)
+
+
+def test_without_its_masks_no_case_of_rexgrounding_is_used(tmp_path: Path) -> None:
+    tree = Tree(tmp_path / "CT-RATE")
+    for name in (KEY, "train_2_a_1"):
+        tree.add(name)
+    table = write(tmp_path / "rex", split="val") / "dataset.json"
+    result = list_ct_rate_cases(tree.write(), CtRateOptions(hold_out=(table,)))
+    assert [case.key for case in result.cases] == ["train_2_a_1"]
+    assert result.dropped[HELD_OUT] == (KEY,)
+
+
 def _with_a_held_out_case(folder: Path) -> Path:
     table = json.loads((folder / "dataset.json").read_text())
     table["val"] = [row(name="train_9_a_1")]

@@ -300,6 +300,12 @@ def test_a_case_without_a_split_follows_its_patient(folder: Path) -> None:
     ]
 
 
+def test_a_table_may_name_the_patients_that_choose_checkpoints(folder: Path) -> None:
+    text = "ct,split\na.nii.gz,Dev\nb.nii.gz,train\n"
+    cases = list_table_cases(write_table(folder, text)).cases
+    assert [case.split for case in cases] == ["dev", "train"]
+
+
 def test_a_split_without_cases_is_said_before_training_stops_at_it(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -340,11 +346,11 @@ REFUSED = {
     "ct,key\na.nii.gz,x\n./a.nii.gz,y\n": "names a file twice.*rows 2, 3",
     "ct,lung_nodule_mask,consolidation_mask\na.nii.gz,a_nodule.nii.gz,a_nodule.nii.gz\n": "names a "
     "file twice.*one file a lesion",
-    "ct,patient,split\na.nii.gz,p,train\nb.nii.gz,p,valid\n": "patient 'p' in both.*row 2.*row 3",
+    "ct,patient,split\na.nii.gz,p,train\nb.nii.gz,p,valid\n": "patient 'p' in two.*row 2.*row 3",
     "ct,patient\na.nii.gz,\n": "row 2, column 'patient'",
-    "ct,split\na.nii.gz,test\n": "train, valid or nothing",
+    "ct,split\na.nii.gz,test\n": "train, dev, valid or nothing",
     "ct,patient,split\na.nii.gz,Ju\u0308rg  X,train\nb.nii.gz,\u200bJ\xfcrg x,valid\n": "in "
-    "both splits.*row 2.*row 3",
+    "two splits.*row 2.*row 3",
     "ct,patient\na.nii.gz,nan\nb.nii.gz,nan\n": "row 2, column 'patient'.*fill it in",
     "ct,lung_nodule_mask,Lung nodule\na.nii.gz,none,1\n": "'Lung nodule' is 1 in this row",
     "ct\na.nii.gz\nlink.nii.gz\n": "names a file twice.*rows 2, 3",
@@ -517,7 +523,7 @@ def test_a_function_lists_what_no_table_can(
         "my_hospital:lambdas": "use no lambda",
         "my_hospital:wrong_type": "found str",
         "my_hospital:wrong_key": "'x/1' of x is not valid",
-        "my_hospital:wrong_split": "the split 'test': expected train or valid",
+        "my_hospital:wrong_split": "the split 'test': expected train, dev, valid or grounding",
     }.items():
         assert pipeline.main(["--cases", reference, *out]) == 2
         assert message in caplog.messages[-1], reference

@@ -46,7 +46,7 @@ from rectvlm.data.shards import (
 from rectvlm.data.volume_codec import encode_volume
 from rectvlm.labels import REGION_BY_NAME
 from rectvlm.lesion_bits import present_lesions
-from rectvlm.types import Sample, UserError
+from rectvlm.types import SPLITS, Sample, UserError
 from tests.small_cases import GRID, SPACING, small_cases
 
 CHECKOUT = Path(__file__).parents[3]
@@ -77,7 +77,7 @@ def close(folder: Path, written: Sequence[WrittenShard]) -> None:
     """Index and manifest as `write_index` makes them, of whatever it would refuse, too."""
     counts = {
         split: sum_counts([shard.counts for shard in written if shard.facts.split == split])
-        for split in ("train", "valid")
+        for split in SPLITS
     }
     old = read_manifest(folder)
     manifest = ShardManifest(
