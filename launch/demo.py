@@ -37,6 +37,7 @@ from rich.table import Table
 from rectvlm.cli_options import CommandParser
 from rectvlm.config import load_config, phase_key
 from rectvlm.files import read_json_object, write_json
+from rectvlm.finding_thresholds import THRESHOLDS_FILE
 from rectvlm.machine import count_cores
 from rectvlm.runs.phase_summary import PhaseSummary, summarize_phase
 from rectvlm.runs.run_files import ENGINE_FILE, METRICS_FILE
@@ -144,7 +145,9 @@ def plan_commands(
     evaluate_out = ("--out", str(folder / EVALUATION_FILE))
     predict_out = ("--out", str(folder / "predictions"))
     evaluate = (rectvlm, "evaluate", *checkpoint, *limits, *evaluate_out)
-    predict = (rectvlm, "predict", SAMPLE_CT, *checkpoint, *predict_out)
+    # The few validation cases of the demo decide no thresholds; those of the evaluation are used.
+    thresholds = ("--thresholds", str((folder / EVALUATION_FILE).with_name(THRESHOLDS_FILE)))
+    predict = (rectvlm, "predict", SAMPLE_CT, *checkpoint, *predict_out, *thresholds)
     commands.append(DemoCommand("evaluation", evaluate, cores))
     commands.append(DemoCommand("prediction", predict, cores))
     return commands

@@ -78,6 +78,17 @@ def _build_parser() -> argparse.ArgumentParser:
         add_arguments=_add_evaluate_arguments,
     )
 
+    commands.add_parser(
+        "embed",
+        help="features of CTs or shards by an encoder, for models of your own",
+        add_arguments=_add_embed_arguments,
+    )
+    commands.add_parser(
+        "probe",
+        help="a linear probe of features: which findings an encoder tells apart",
+        add_arguments=_add_probe_arguments,
+    )
+
     _add_programs(commands)
     _add_weights_actions(
         commands.add_parser("weights", help="fetch, publish, check and list weights")
@@ -115,6 +126,12 @@ def _add_predict_arguments(predict: argparse.ArgumentParser) -> None:
     )
     predict.add_argument(
         "--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one"
+    )
+    predict.add_argument(
+        "--thresholds",
+        type=Path,
+        metavar="FILE",
+        help="thresholds.json for calls and prompts; by default the model's own thresholds",
     )
     predict.set_defaults(run=_run_predict)
 
@@ -233,6 +250,21 @@ def _add_evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
     evaluate.set_defaults(run=_run_evaluate)
 
 
+def _add_embed_arguments(embed: argparse.ArgumentParser) -> None:
+    from rectvlm.embed.options import EmbedOptions
+
+    add_options(embed, EmbedOptions)
+    embed.add_argument("--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one")
+    embed.set_defaults(run=_run_embed)
+
+
+def _add_probe_arguments(probe: argparse.ArgumentParser) -> None:
+    from rectvlm.embed.options import ProbeOptions
+
+    add_options(probe, ProbeOptions)
+    probe.set_defaults(run=_run_probe)
+
+
 def _add_weights_actions(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     origin: dict[str, Any] = {"dest": "where", "metavar": "URL_OR_FOLDER"}
@@ -317,7 +349,10 @@ def _run_predict(options: argparse.Namespace) -> None:
     _check_device(options.device)
     from rectvlm.predict.run import predict_cases
 
-    for folder in predict_cases(options.source, options.checkpoint, options.out, options.device):
+    folders = predict_cases(
+        options.source, options.checkpoint, options.out, options.device, options.thresholds
+    )
+    for folder in folders:
         sys.stdout.write(f"{folder / 'index.html'}\n")
 
 
@@ -346,6 +381,39 @@ def _run_evaluate(namespace: argparse.Namespace) -> None:
     if result is not None:  # the first of several processes
         make_stdout_console().print(terminal_table(result))
         sys.stdout.write(f"{output_path(namespace.checkpoint, options.split, namespace.out)}\n")
+
+
+def _run_embed(namespace: argparse.Namespace) -> None:
+    from rectvlm.config import load_config
+    from rectvlm.embed.features import require_feature_path
+    from rectvlm.embed.options import EmbedOptions
+
+    options = options_from_namespace(EmbedOptions, namespace)
+    options.require_source_and_encoder()
+    require_feature_path(options.out)
+    if options.checkpoint is not None:
+        _check_checkpoint(options.checkpoint)
+    else:
+        load_config(options.config[0], options.config[1:])
+    _check_device(namespace.device)
+    from rectvlm.embed.run import embed_cts
+
+    sys.stdout.write(f"{embed_cts(options, namespace.device)}\n")
+
+
+def _run_probe(namespace: argparse.Namespace) -> None:
+    from rectvlm.embed.features import read_features
+    from rectvlm.embed.options import ProbeOptions
+
+    options = options_from_namespace(ProbeOptions, namespace)
+    for file in options.features:
+        read_features(file)
+    from rectvlm.embed.probe import probe_features
+    from rectvlm.embed.probe_table import make_probe_table
+    from rectvlm.terminal_tables import make_stdout_console
+
+    make_stdout_console().print(make_probe_table(probe_features(options)))
+    sys.stdout.write(f"{options.output_path}\n")
 
 
 def _run_export(options: argparse.Namespace) -> None:

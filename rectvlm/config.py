@@ -30,6 +30,7 @@ ValidationMetric = Literal[
     "macro_auroc",
     "macro_average_precision",
     "mean_dice",
+    "clinical_f1",
     "loss",
     "loss_classification",
     "loss_localization",
@@ -240,6 +241,10 @@ class GeneratorConfig(_ConfigSection):
     true_cue_share: Fraction
     """Share of training samples whose prompt carries the true findings and lesions instead of the
     predicted ones."""
+    cue_noise: NonNegativeFloat
+    """Standard deviation of the log-odds that a true finding gets in a training prompt, around 3
+    above or below its threshold. 0 grades all as certain, 1 varies the grades, 4 has the errors of
+    a classifier with an AUROC of 0.86."""
     activation_checkpointing: bool
 
 
@@ -268,11 +273,24 @@ class ValidationConfig(_ConfigSection):
     shown_cases: NonNegativeInt
     """Cases of the first rank that are drawn with outlines and, where the model has a generator,
     get a written report. Each token costs a pass through the language model on all ranks."""
+    report_cases: NonNegativeInt
+    """Largest number of cases of the split that get a written report for `clinical_f1`, spread
+    evenly over it. Reports are written in batches of `micro_batch`, at the cost of those of
+    `shown_cases`; a model without a generator writes none."""
     best_metric: ValidationMetric
     """Metric that decides which checkpoint is the best one, which is kept beside the newest."""
     patience: NonNegativeInt
     """Validations in a row without a better value after which the phase ends early; 0 never ends
     it."""
+
+    @model_validator(mode="after")
+    def _check_reports_are_written(self) -> "ValidationConfig":
+        if self.every and self.best_metric == "clinical_f1" and not self.report_cases:
+            raise ValueError(
+                "best_metric clinical_f1 is measured on written reports, so report_cases must be "
+                "at least 1, not 0"
+            )
+        return self
 
 
 class PhaseConfig(_ConfigSection):

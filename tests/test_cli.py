@@ -113,6 +113,12 @@ MISTAKES = {
     "evaluate --checkpoint {0}/gone": "No checkpoint in",
     "evaluate --checkpoint {0} --truth {0}/gone": "is not a folder",
     "evaluate --checkpoint {0} --split vald": "did you mean valid?",
+    "embed {0}/gone --checkpoint {0} --out {0}/f.npz": "gone does not exist",
+    "embed {0} --checkpoint {0} --out {0}/f.txt": "ends with .safetensors or .npz",
+    "embed {0} --checkpoint {0}/gone --out {0}/f.npz": "No checkpoint in",
+    "embed {0} --out {0}/f.npz": "give --checkpoint DIR of a run, or --config",
+    "embed {0} --config tiny encoder.dpth=3 --out {0}/f.npz": "did you mean 'depth'",
+    "probe {0}/gone.npz": "gone.npz is no file",
     "plan --config dmo": "No configuration 'dmo'",
     "plan --config tiny encoder.dpth=3": "did you mean 'depth'",
     "plan --config tiny --gpus none": "--gpus takes a number",
@@ -135,7 +141,9 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(words, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", ["--help", "--version", "predict --help", "evaluate --help", "plan --help"]
+    "words",
+    ["--help", "--version"]
+    + [f"{command} --help" for command in ("predict", "evaluate", "embed", "probe", "plan")],
 )
 def test_help_imports_nothing_heavy(words):
     command = [sys.executable, "-X", "importtime", "-m", "rectvlm", *words.split()]

@@ -9,7 +9,7 @@ import torch
 from rectvlm.config import load_config
 from rectvlm.labels import FINDINGS, LESION_BY_KEY, REGION_BY_NAME
 from rectvlm.lesion_places import LesionPlace, describe_lobes, describe_places, locate_lesions
-from rectvlm.models.rectvlm import describe_cues
+from rectvlm.models.cues import describe_cues
 from rectvlm.types import Sample
 from tests.conftest import phantom_sample
 
@@ -225,16 +225,16 @@ def test_an_outline_without_its_finding_is_not_told() -> None:
     volumes = [torch.from_numpy(volume) for volume in (mask, ct, regions)]
 
     def told(*findings: str) -> str:
-        suggested = torch.tensor([0.9 if finding in findings else 0.4 for finding in FINDINGS])
-        return describe_cues(suggested, *volumes, SPACING)
+        suggested = [0.9 if finding in findings else 0.4 for finding in FINDINGS]
+        return describe_cues(suggested, [0.5] * len(FINDINGS), *volumes, SPACING)
 
     both = told("Consolidation", "Lung nodule")
-    assert "Findings suggested: lung nodule, consolidation." in both
+    assert "Certain findings: lung nodule, consolidation." in both
     assert "right lower lobe" in both and "left upper lobe" in both
     assert "lung nodule (" not in told("Consolidation") and "in the right lower lobe" in told(
         "Consolidation"
     )
-    assert told("Emphysema") == "Findings suggested: emphysema. No lesions outlined."
+    assert told("Emphysema") == "Certain findings: emphysema. No lesions outlined."
     assert told() == "No findings suggested. No lesions outlined."
 
 

@@ -8,7 +8,7 @@
     prompts.safetensors                 embeddings of the prompts, which every part needs
     adapter/adapter_config.json         LoRA of the language model, as PEFT reads it
     adapter/adapter_model.safetensors
-    thresholds.json                     thresholds of the findings, from `rectvlm evaluate`
+    thresholds.json                     thresholds of the findings, if any was fitted
     README.md                           model card (`rectvlm.checkpoint.model_card`)
     manifest.json                       sizes and SHA-256 (`rectvlm.checkpoint.integrity`)
     engine/                             runs only: 32-bit weights and optimizer state, to resume
@@ -32,6 +32,7 @@ from rectvlm.checkpoint.integrity import find_faults, has_manifest, read_manifes
 from rectvlm.checkpoint.run_folder import MODEL_CONFIG_FILE, find_checkpoint
 from rectvlm.config import MODEL_PARTS, Config, ModelPart, parse_config
 from rectvlm.files import read_json_object, write_json
+from rectvlm.finding_thresholds import NOT_FITTED, THRESHOLDS_FILE, FindingThresholds
 from rectvlm.labels import FINDINGS, LESIONS, REGIONS
 from rectvlm.types import UserError
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:  # a command that refuses a wrong path does not spend seconds 
     from peft import LoraConfig
     from torch import Tensor
 
-THRESHOLDS_FILE = "thresholds.json"
 CARD_FILE = "README.md"
 ENGINE_FOLDER = "engine"
 PROMPTS_FILE = "prompts.safetensors"
@@ -217,6 +217,26 @@ class Checkpoint:
                         model_name = _from_peft_name(name) if is_adapter else name
                         tensors[model_name] = file.get_tensor(name)
         return tensors
+
+    def read_thresholds(self) -> FindingThresholds:
+        """Read the thresholds of the findings; 0.5 for each where none was fitted.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.folder / THRESHOLDS_FILE
+        return FindingThresholds.read(path) if path.is_file() else NOT_FITTED
+
+    def write_thresholds(self, thresholds: FindingThresholds) -> None:
+        """Write the thresholds of the findings, if any was fitted.
+
+        The manifest does not list them: the validation that fits them follows the save.
+
+        Raises:
+            OSError: the file could not be written.
+        """
+        if thresholds.is_fitted.any():
+            thresholds.write(self.folder / THRESHOLDS_FILE)
 
     def count_parameters(self) -> dict[ModelPart, int]:
         """Count the values of each part, those of the adapter among the generator's."""

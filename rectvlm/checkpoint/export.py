@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from rectvlm.checkpoint.checkpoint import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FOLDER,
-    THRESHOLDS_FILE,
     Checkpoint,
     list_model_files,
 )
@@ -41,6 +40,7 @@ from rectvlm.files import (
     require_writable_folder,
     write_json,
 )
+from rectvlm.finding_thresholds import THRESHOLDS_FILE, FindingThresholds
 from rectvlm.types import UserError
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class ExportOptions:
     """Hub ids or names of the training data, for the card."""
     metrics: str | Path | None = None
     """JSON of `rectvlm evaluate`, for the card."""
-    thresholds: str | Path | None = None
-    """Fitted thresholds of the findings, for predictions."""
+    thresholds: FindingThresholds | None = None
+    """Thresholds of the findings, by default those of the checkpoint or the model."""
     overwrite: bool = False
     """Whether to replace the model in a folder that exists; its other files stay."""
 
@@ -85,13 +85,10 @@ def export_checkpoint(checkpoint: str | Path, folder: str | Path, **options: Any
         UserError: there is no checkpoint, it is damaged, or the folder exists.
     """
     source = Checkpoint.open(checkpoint, "give a run's phase folder")
-    optional_files = {
-        "thresholds": source.folder / THRESHOLDS_FILE,
-        "metrics": source.folder / "evaluation-valid" / "metrics.json",
-    }
-    for name, path in optional_files.items():
-        if path.is_file():
-            options.setdefault(name, path)
+    options.setdefault("thresholds", source.read_thresholds())
+    metrics = source.folder / "evaluation-valid" / "metrics.json"
+    if metrics.is_file():
+        options.setdefault("metrics", metrics)
     settings = ExportOptions(**options)
     with _stage_folder(Path(folder), settings.overwrite) as (work, target):
         copy_files(source.folder, work, list_model_files(source.parts))
@@ -178,7 +175,7 @@ def _complete_folder(checkpoint: Checkpoint, name: str, options: ExportOptions) 
                 base_model,
             )
     if options.thresholds is not None:
-        shutil.copyfile(options.thresholds, checkpoint.folder / THRESHOLDS_FILE)
+        checkpoint.write_thresholds(options.thresholds)
     metrics = None if options.metrics is None else Path(options.metrics)
     write_model_card(checkpoint, name, options.license_id, options.datasets, metrics)
     files = list_model_files(checkpoint.parts)

@@ -17,12 +17,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from rectvlm.checkpoint.checkpoint import THRESHOLDS_FILE, list_model_files
+from rectvlm.checkpoint.checkpoint import list_model_files
 from rectvlm.checkpoint.integrity import MANIFEST_FILE
 from rectvlm.checkpoint.model_card import HUB_ID_PATTERN
 from rectvlm.checkpoint.run_folder import MODEL_CONFIG_FILE, find_checkpoint, is_checkpoint
 from rectvlm.config import MODEL_PARTS, ModelPart
 from rectvlm.files import is_disk_full
+from rectvlm.finding_thresholds import THRESHOLDS_FILE
 from rectvlm.types import UserError
 
 

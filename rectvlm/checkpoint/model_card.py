@@ -80,6 +80,7 @@ def write_model_card(
         "grid": " × ".join(map(str, config.data.grid)),
         "spacing": " × ".join(f"{mm:g}" for mm in config.data.spacing),
         "findings": [finding.lower() for finding in FINDINGS],
+        "thresholds": checkpoint.read_thresholds(),
         "lesions": [lesion.name for lesion in LESIONS] if "localizer" in parts else [],
         "regions": REGIONS,
         "parts": _part_rows(checkpoint),

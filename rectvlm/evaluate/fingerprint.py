@@ -14,6 +14,7 @@ from rectvlm.data.store import ShardStore
 from rectvlm.evaluate.options import LESION_THRESHOLD, EvaluationOptions
 from rectvlm.file_search import list_files
 from rectvlm.files import file_sha256, json_sha256
+from rectvlm.finding_thresholds import THRESHOLDS_FILE
 from rectvlm.machine import package_versions
 from rectvlm.types import JsonObject
 
@@ -58,6 +59,7 @@ def compute_fingerprint(
         UserError: The language model is not there.
     """
     weights = sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("adapter/*.safetensors")])
+    weights += checkpoint.glob(THRESHOLDS_FILE)  # the prompts of reports depend on them
     language_model = None
     if has_reports:
         language_model = identify_language_model(config.generator.model, checkpoint)

@@ -36,9 +36,9 @@ class EvaluationOptions:
         default=SURFACE_TOLERANCE_MM, metadata=argument(metavar="MM", minimum=0)
     )
     """Tolerance of the surface Dice, mm."""
-    thresholds: Literal["fit", "stored"] = "fit"
+    thresholds: Literal["fit", "model"] = "fit"
     """Thresholds of the findings: fitted on the dev split, or on train where there is no dev; or
-    stored with the checkpoint."""
+    those that the model carries."""
     fit_limit: int = field(default=512, metadata=argument(metavar="N", minimum=1))
     """Largest number of cases that thresholds are fitted on."""
     labeler: str = field(default="rules", metadata=argument(metavar="DIR_OR_ID"))

@@ -1,8 +1,8 @@
 """Use of region maps: how many cases had one. A new CT has none, so prediction never does."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rectvlm.types import COARSE_REGIONS_SOURCE, JsonObject
 
@@ -31,26 +31,6 @@ class RegionMapUsage:
         """
         sources = [record.regions for record in records if record.regions is not None]
         return cls(len(sources), sources.count(COARSE_REGIONS_SOURCE), hidden)
-
-    @classmethod
-    def from_dict(cls, tree: Mapping[str, Any]) -> "RegionMapUsage | None":
-        """Read the keys of `as_dict` from a larger tree; None where they are missing.
-
-        Raises:
-            KeyError, TypeError, ValueError: A count is missing or is no number.
-        """
-        if "regions_hidden" not in tree:
-            return None
-        return cls(
-            int(tree["n_with_region_map"]),
-            int(tree["n_with_coarse_region_map"]),
-            bool(tree["regions_hidden"]),
-        )
-
-    @property
-    def is_without_region_maps(self) -> bool:
-        """Whether the model had no map of any volume, as in prediction."""
-        return not self.n_with_region_map
 
     def as_dict(self) -> JsonObject:
         """Tree for JSON."""

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass, fields
 
 from rectvlm.evaluate.region_maps import RegionMapUsage
+from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.metrics.bootstrap import CONFIDENCE_LEVEL
-from rectvlm.metrics.finding_thresholds import FindingThresholds
 from rectvlm.types import JsonObject, Split
 
 
@@ -34,8 +34,9 @@ class EvaluationResult:
     shards: str
     """Folder or URL of the shards."""
     split: Split
-    threshold_split: Split
-    """Split of the shards that thresholds are fitted on: dev, or train where there is no dev."""
+    threshold_split: Split | None
+    """Split of the shards that the thresholds were fitted on: dev, or train where there is no dev,
+    or the split of validation for those of the model. None where they were fitted elsewhere."""
     selected_on_this_split: bool | None
     """Whether the checkpoint was chosen on this split; None where that is not known."""
     n_cases: int
@@ -48,6 +49,8 @@ class EvaluationResult:
     """Largest number of cases; None for all."""
     classification: JsonObject
     """Figures of `score_findings`."""
+    other_thresholds: JsonObject
+    """Figures of `compare_thresholds`: at the model's thresholds (`model`) and at 0.5 (`0.5`)."""
     thresholds: FindingThresholds
     localization: JsonObject | None
     """Figures of `summarize_lesions`; None without a localizer."""
@@ -68,7 +71,7 @@ class EvaluationResult:
 
     @property
     def is_fitted_on_split(self) -> bool:
-        """Whether thresholds are fitted on the cases that are evaluated."""
+        """Whether thresholds are fitted on the split that is evaluated."""
         return self.split == self.threshold_split
 
     def as_dict(self) -> JsonObject:

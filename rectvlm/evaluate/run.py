@@ -43,9 +43,9 @@ from rectvlm.files import (
     require_writable_file,
     write_json,
 )
+from rectvlm.finding_thresholds import THRESHOLDS_FILE, FindingThresholds
 from rectvlm.folder_lock import FolderLock
 from rectvlm.machine import describe_machine, package_versions
-from rectvlm.metrics.finding_thresholds import FindingThresholds
 from rectvlm.metrics.report_labeler.labeler import ReportLabeler, load_labeler
 from rectvlm.models import RectVLM
 from rectvlm.types import JsonObject, Split
@@ -96,8 +96,9 @@ def evaluate_checkpoint(
     """Evaluate a checkpoint on a split; write metrics, tables and plots.
 
     Thresholds of the findings are fitted on the dev split, or on train where there is no dev, and
-    stored in the checkpoint's folder for prediction. Reports are generated twice, the second time
-    from a volume of air: what the control scores was not read from the image.
+    written beside the metrics; the model keeps its own, at which its prompts suggest findings.
+    Reports are generated twice, the second time from a volume of air: what the control scores was
+    not read from the image.
 
     The record of a case is written beside the metrics as soon as it is known. The same call
     continues after a kill, and only computes the figures where all records are there. Several
@@ -158,12 +159,10 @@ def _evaluate_cases(
     all_records = run.wait_for_records()
     records = run.select_records(all_records, "evaluate")
     thresholds = choose_thresholds(
-        run.folder,
+        run.model_thresholds,
         run.select_records(all_records, "fit"),
         f"{run.index.threshold_split} split of {run.data.shards}",
-        stored_only=options.thresholds == "stored",
-        has_training_shards=bool(run.has_training_shards),
-        regions_hidden=options.hide_regions,
+        options.hide_regions,
     )
     scans = group_by_scan(records)
     result = _compute_metrics(run, scans, thresholds, labeler, start_time)
@@ -195,6 +194,7 @@ class _EvaluationRun:
         self.checkpoint = Checkpoint.open(folder)
         self.config: Config = self.checkpoint.config
         self.state = self.checkpoint.training
+        self.model_thresholds = self.checkpoint.read_thresholds()
         self.data: DataConfig = self.config.data
         if shards is not None:
             self.data = self.data.model_copy(update={"shards": str(shards)})
@@ -304,7 +304,7 @@ def _compute_metrics(
         step=run.state.step,
         shards=run.data.shards,
         split=options.split,
-        threshold_split=run.index.threshold_split,
+        threshold_split=_find_threshold_split(run, thresholds),
         selected_on_this_split=was_selected_on(
             run.folder,
             run.config,
@@ -319,6 +319,7 @@ def _compute_metrics(
         n_patients=len(set(scans.patients)),
         limit=options.limit,
         classification=summary.summarize_findings(scans, thresholds, weights),
+        other_thresholds=summary.compare_thresholds(scans, run.model_thresholds),
         thresholds=thresholds,
         localization=lesions,
         reports=reports,
@@ -330,6 +331,15 @@ def _compute_metrics(
         versions=package_versions(*METRIC_PACKAGES),
         seconds=round(time.monotonic() - start_time, 1),
     )
+
+
+def _find_threshold_split(run: _EvaluationRun, thresholds: FindingThresholds) -> Split | None:
+    """Split of the evaluated shards that thresholds were fitted on; None where it is none."""
+    if thresholds is not run.model_thresholds:
+        return run.index.threshold_split
+    if not thresholds.is_fitted.any() or run.has_training_shards is False:
+        return None
+    return run.index.selection_split  # by the validation of the training
 
 
 def _write_results(
@@ -349,6 +359,7 @@ def _write_results(
         from rectvlm.evaluate import plots  # matplotlib takes its time
 
         plots.write_plots(metrics_path.parent, result, scans)
+    result.thresholds.write(metrics_path.with_name(THRESHOLDS_FILE))
     write_json(metrics_path, result.as_dict())
 
 

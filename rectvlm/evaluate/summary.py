@@ -8,9 +8,9 @@ import numpy as np
 from rectvlm.evaluate.case_records import LesionRecord
 from rectvlm.evaluate.options import LESION_THRESHOLD, EvaluationOptions
 from rectvlm.evaluate.scans import ScanResults
+from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.labels import LESIONS, N_LESIONS, Lesion
 from rectvlm.metrics.bootstrap import ResampleWeights, draw_patient_weights
-from rectvlm.metrics.finding_thresholds import FindingThresholds
 from rectvlm.metrics.findings import score_findings
 from rectvlm.metrics.lesion_overlap import score_lesion_overlap
 from rectvlm.metrics.lesions import (
@@ -43,6 +43,19 @@ def summarize_findings(
         scans.probabilities, scans.labels, scans.known, thresholds.values, weights
     )
     return scores | {"n_conflicting_labels": scans.n_conflicting_labels}
+
+
+def compare_thresholds(scans: ScanResults, model_thresholds: FindingThresholds) -> JsonObject:
+    """Macro and weighted figures at the model's thresholds and at 0.5, without intervals."""
+    choices = {
+        "model": model_thresholds,
+        "0.5": FindingThresholds.all_default("0.5 for every finding"),
+    }
+    rows = {}
+    for name, thresholds in choices.items():
+        scores = score_findings(scans.probabilities, scans.labels, scans.known, thresholds.values)
+        rows[name] = thresholds.as_dict() | {kind: scores[kind] for kind in ("macro", "weighted")}
+    return rows
 
 
 def summarize_lesions(

@@ -50,6 +50,7 @@ LESION_COUNT_NAMES = {
 }
 MAIN_FINDING_SCORES = ("auroc", "average_precision", "f1", "precision", "recall", "ece")
 """Scores of the findings in the terminal."""
+OTHER_THRESHOLD_NAMES = {"model": "the model's thresholds", "0.5": "0.5"}
 MAIN_REPORT_SCORES = (
     "bleu_1",
     "bleu_4",
@@ -123,6 +124,10 @@ def terminal_table(result: EvaluationResult) -> Table:
             name = f"{kind} {FINDING_SCORE_NAMES[score]}"
             interval = format_interval(mean, score)
             table.add_row(name, format_score(mean[score]), interval, "", count)
+    for choice, values in result.other_thresholds.items():
+        name = f"macro F1 at {OTHER_THRESHOLD_NAMES[choice]}"
+        count = f"{values['macro']['n_findings_f1']} of {len(FINDINGS)}"
+        table.add_row(name, format_score(values["macro"]["f1"]), "", "", count)
     if result.localization is not None:
         for key, row in result.localization["per_lesion"].items():
             _add_lesion_rows(table, LESION_BY_KEY[key].name, row)
@@ -224,6 +229,9 @@ def _render_findings(result: EvaluationResult) -> str:
         values = _format_scores(row, FINDING_SCORE_NAMES)
         rows.append([name, str(row["n_known"]), str(row["n_positive"]), *values])
 
+    for choice, values in result.other_thresholds.items():
+        macro = _format_scores(values["macro"], FINDING_SCORE_NAMES)
+        rows.append([f"**macro mean** at {OTHER_THRESHOLD_NAMES[choice]}", "", "", *macro])
     note = f"Thresholds: {thresholds.source}."
     if thresholds.not_fitted:
         note += f" Not fitted, 0.5: {', '.join(thresholds.not_fitted)}."

@@ -13,12 +13,12 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
+from rectvlm.finding_thresholds import DEFAULT_THRESHOLD, FindingThresholds
 from rectvlm.labels import FINDINGS, N_FINDINGS
 from rectvlm.metrics import bootstrap
 from rectvlm.metrics.arrays import BoolArray, FloatArray, divide_or_nan
 from rectvlm.metrics.bootstrap import ResampleWeights, percentile_interval
 from rectvlm.metrics.calibration import compute_reliability
-from rectvlm.metrics.finding_thresholds import DEFAULT_THRESHOLD, FindingThresholds
 from rectvlm.types import JsonObject
 
 FINDING_SCORES = (
@@ -34,26 +34,32 @@ FINDING_SCORES = (
 
 
 def fit_thresholds(
-    probabilities: FloatArray, labels: FloatArray, known: BoolArray, source: str
+    probabilities: FloatArray,
+    labels: FloatArray,
+    known: BoolArray,
+    source: str,
+    min_cases: int = 1,
 ) -> FindingThresholds:
     """Fit the threshold of each finding that maximizes F1 on cases that are not evaluated.
 
     All thresholds between two neighbouring probabilities have the same F1; the middle is taken.
-    Where a finding has no known positive or no known negative, the threshold is 0.5 and marked as
-    not fitted.
+    Where a finding has too few known positives or negatives, the threshold is 0.5 and marked as not
+    fitted.
 
     Args:
         probabilities: predicted probabilities, (N, 18).
         labels: labels, (N, 18), 0 or 1; read only where known.
         known: whether each label is known, (N, 18).
         source: description of these cases.
+        min_cases: smallest number of known positives, and of known negatives, that are enough.
     """
     _check_arrays(probabilities, labels, known)
     values = np.full(N_FINDINGS, DEFAULT_THRESHOLD)
     is_fitted = np.zeros(N_FINDINGS, dtype=bool)
     for i in range(N_FINDINGS):
         scores, truth = _select_known(probabilities, labels, known, i)
-        if truth.all() or not truth.any():
+        positive_count = int(truth.sum())
+        if min(positive_count, len(truth) - positive_count) < min_cases:
             continue
         precision, recall, cuts = precision_recall_curve(truth, scores)
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import numpy as np
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -19,19 +18,19 @@ from rectvlm.checkpoint.export import ExportOptions, write_model
 from rectvlm.checkpoint.hub import find_model_folder
 from rectvlm.checkpoint.strict_load import check_tensors, load_tensors, named_tensors
 from rectvlm.config import MODEL_PARTS, Config, ModelPart
-from rectvlm.labels import AIR_HU, FINDINGS, LESION_BY_KEY, LESIONS, N_LESIONS
+from rectvlm.finding_thresholds import NOT_FITTED, FindingThresholds
+from rectvlm.labels import AIR_HU, LESIONS, N_LESIONS
 from rectvlm.lesion_bits import pack_lesion, pack_lesions
-from rectvlm.lesion_places import describe_places, locate_lesions
 from rectvlm.machine import package_versions
 from rectvlm.models.classifier import FindingClassifier
+from rectvlm.models.cues import describe_batch_cues, draw_true_cues
 from rectvlm.models.encoder import build_encoder
 from rectvlm.models.language_model import LanguageModel, load_language_model, resolve_device
 from rectvlm.models.localizer import LesionLocalizer, LocalizerOutput
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.models.report_generator import ReportGenerator, ReportLoss
-from rectvlm.models.report_prompt import describe_examination
 from rectvlm.pretrained import resolve_model
-from rectvlm.types import COARSE_REGIONS_SOURCE, Batch, BatchPrediction, UserError
+from rectvlm.types import Batch, BatchPrediction, UserError
 
 
 class ModelOutputs(NamedTuple):
@@ -50,6 +49,8 @@ class RectVLM(nn.Module):
 
     loaded_from: Checkpoint | None = None
     """Checkpoint that the weights were loaded from; None for a new model."""
+    thresholds: FindingThresholds
+    """Probabilities from which findings are called, and suggested in the report's prompt."""
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class RectVLM(nn.Module):
         self.config, self.parts = config, tuple(parts)
         image_width, text_width = config.encoder.width, prompts.embedding_width
         self.prompts = prompts
+        self.thresholds = NOT_FITTED
         self.encoder = build_encoder(config.encoder, config.data)
         self.classifier = FindingClassifier(config.classifier, image_width, text_width)
         self.localizer = None
@@ -140,6 +142,7 @@ class RectVLM(nn.Module):
             language = load_language_model(config.generator, folder, device)
         model = cls(config, parts, prompts, language)
         load_tensors(model, tensors, model.checkpoint_tensor_names(), checkpoint.folder)
+        model.thresholds = checkpoint.read_thresholds()
         model.loaded_from = checkpoint
         return model.eval().to(device)
 
@@ -176,6 +179,7 @@ class RectVLM(nn.Module):
             # The phase is the one that trains these parts; how far is not known.
             training = TrainingState(len(self.parts) - 1, step=0, samples_seen=0, world_size=1)
         description = Checkpoint(Path(folder), self.parts, self.config, training, versions)
+        options.setdefault("thresholds", self.thresholds)
         return write_model(tensors, description, self.lora_config(), ExportOptions(**options))
 
     def _own_tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -274,13 +278,14 @@ class RectVLM(nn.Module):
             if localize:
                 lesions = localization.mask_logits.sigmoid()
 
-        findings = logits.sigmoid()
+        findings = logits.sigmoid().float()
         reports = None
         if generate and self.generator is not None:
             lesion_bits = _pack_lesion_bits(lesions, lambda probability: probability)
-            cues = describe_batch_cues(batch, findings, lesion_bits)
+            thresholds = self.thresholds.values.tolist()
+            cues = describe_batch_cues(batch, findings, thresholds, lesion_bits)
             reports = self.generator.generate_reports(features, cues)
-        return BatchPrediction(findings.float(), lesions, reports)
+        return BatchPrediction(findings, lesions, reports)
 
     def _describe_training_cues(
         self, batch: Batch, logits: Tensor, localization: LocalizerOutput | None
@@ -289,21 +294,27 @@ class RectVLM(nn.Module):
 
         Truth alone would teach the language model to copy what it will not have; predictions alone
         are noise at first. What is unknown stays the model's prediction: a missing label, or a
-        lesion that no one outlined, does not mean absent.
+        lesion that no one outlined, does not mean absent. In eval mode all cues are predictions,
+        so that the loss of a validation measures what prediction will do.
         """
         assert localization is not None, (
             "the generator's prompt carries lesions: build the localizer with it"
         )
-        shows_truth = torch.rand(len(batch.keys)).to(batch.ct.device)
-        shows_truth = (shows_truth < self.config.generator.true_cue_share)[:, None]
-        findings = torch.where(
-            batch.labels_known & shows_truth, batch.labels, logits.detach().sigmoid()
-        )
-        predicted = _pack_lesion_bits(localization.mask_logits.detach(), torch.sigmoid)
-        true_bits = pack_lesions(batch.lesions_annotated & shows_truth, axis=1)
-        true_bits = true_bits[:, None, None, None]
-        lesion_bits = batch.lesions & true_bits | predicted & ~true_bits
-        return describe_batch_cues(batch, findings, lesion_bits)
+        findings = logits.detach().sigmoid().float()
+        lesion_bits = _pack_lesion_bits(localization.mask_logits.detach(), torch.sigmoid)
+        thresholds = self.thresholds.values.tolist()
+        if self.training:
+            settings = self.config.generator
+            shows_truth = torch.rand(len(batch.keys)).to(findings.device)
+            shows_truth = (shows_truth < settings.true_cue_share)[:, None]
+            true_cues = draw_true_cues(
+                batch.labels, findings.new_tensor(thresholds), settings.cue_noise
+            )
+            findings = torch.where(batch.labels_known & shows_truth, true_cues, findings)
+            true_bits = pack_lesions(batch.lesions_annotated & shows_truth, axis=1)
+            true_bits = true_bits[:, None, None, None]
+            lesion_bits = batch.lesions & true_bits | lesion_bits & ~true_bits
+        return describe_batch_cues(batch, findings, thresholds, lesion_bits)
 
 
 def load_part(
@@ -378,54 +389,3 @@ def _pack_lesion_bits(masks: Tensor, to_probability: Callable[[Tensor], Tensor])
     for lesion in LESIONS:
         bits |= pack_lesion(to_probability(masks[:, lesion.bit]) >= 0.5, lesion)
     return bits
-
-
-def describe_batch_cues(batch: Batch, findings: Tensor, lesion_bits: Tensor) -> list[str]:
-    """Cues of each sample from its indication and technique, probabilities (B, 18) and lesion bits
-    (B, Z, Y, X)."""
-    cues = []
-    for i, meta in enumerate(batch.metas):
-        # The lobes of a coarse map are only roughly placed. Lesions are then described by side and
-        # zone, as without a map.
-        has_lobes = bool(batch.regions_known[i]) and meta.regions_source != COARSE_REGIONS_SOURCE
-        regions = batch.regions[i] if has_lobes else None
-        text = describe_cues(findings[i], lesion_bits[i], batch.ct[i], regions, batch.spacing)
-        examination = describe_examination(meta.indication, meta.technique)
-        cues.append(f"{examination} {text}".lstrip())
-    return cues
-
-
-def describe_cues(
-    findings: Tensor,
-    lesion_bits: Tensor,
-    ct: Tensor,
-    regions: Tensor | None,
-    spacing: tuple[float, float, float],
-) -> str:
-    """Findings and lesions of one sample, in words.
-
-    A lesion whose finding is not suggested is left out. A prompt that contradicts itself makes the
-    language model write the finding, and a localizer outlines specks where a classifier sees none.
-
-    Args:
-        findings: (18,), probabilities.
-        lesion_bits: (Z, Y, X).
-        ct: (Z, Y, X) HU.
-        regions: (Z, Y, X) region ids, if they are known.
-        spacing: voxel size (z, y, x), mm.
-    """
-    suggested = []
-    for name, probability in zip(FINDINGS, findings.tolist(), strict=True):
-        if probability >= 0.5:
-            suggested.append(name.lower())
-    hu = ct.round().to(torch.int16).cpu().numpy()
-    region_ids = None if regions is None else regions.cpu().numpy().astype(np.uint8)
-
-    consistent_places = []
-    for place in locate_lesions(lesion_bits.cpu().numpy(), hu, region_ids, spacing):
-        if LESION_BY_KEY[place.lesion].finding.lower() in suggested:
-            consistent_places.append(place)
-    summary = "No findings suggested."
-    if suggested:
-        summary = f"Findings suggested: {', '.join(suggested)}."
-    return f"{summary} {describe_places(consistent_places)}"

@@ -9,7 +9,7 @@ over the region, and all pass one layer norm, since the published networks end w
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 from typing import ClassVar, NoReturn
 
 import torch
@@ -75,40 +75,42 @@ class StagedEncoder(nn.Module):
 
     @classmethod
     def rename_tensor(cls, name: str) -> str | None:
-        """Name here of a tensor of the published file; None for one that is not used."""
-        raise NotImplementedError
+        """Name here of a tensor of the published file; None for one that is not used. A subclass
+        whose names differ from the file's translates them."""
+        return name
 
     def load_starting_weights(self, reference: str) -> str:
-        """Take the published weights that `encoder.init` names; see `load_weights`."""
-        files = find_weight_files(reference)
-        if len(files) > 1:
-            raise UserError(f"{files[0].parent} holds several weight files: give one of them.")
-        return self.load_weights(files[0])
+        """Take the published weights of the network.
 
-    def load_weights(self, path: Path) -> str:
-        """Take the published weights of the network from a safetensors file.
+        The norm and the taps are not part of them and stay as they are.
 
-        The norm and the taps are not part of it and stay as they are.
+        Args:
+            reference: safetensors file, folder or hub id.
 
         Returns:
-            What was taken, and which names of the file were not used.
+            What was taken, what was left and what starts anew, in words.
 
         Raises:
-            UserError: the file cannot be read, or does not hold this network.
+            UserError: there is no such file, or it does not hold this network.
         """
-        tensors = {}
+        files = find_weight_files(reference)
+        tensors: dict[str, Tensor] = {}
         unused = []
-        for name, tensor in read_safetensors(path).items():
+        for name, tensor in chain.from_iterable(read_safetensors(path).items() for path in files):
             own_name = self.rename_tensor(name)
             if own_name is None:
                 unused.append(name)
             else:
                 tensors[own_name] = tensor
+        where = files[0] if len(files) == 1 else files[0].parent
         expected = [name for name in named_tensors(self) if not name.startswith(OWN_LAYERS)]
         remedy = "give the weights of the network that encoder.name names"
-        load_tensors(self, tensors, expected, path, remedy)
-        left = f"; not used: {', '.join(unused)}" if unused else ""
-        return f"encoder from {path}: taken are {len(expected)} tensors{left}"
+        load_tensors(self, tensors, expected, where, remedy)
+        left = f", not its {', '.join(unused)}" if unused else ""
+        return (
+            f"the encoder takes {len(expected)} tensors of {where}{left}; its last norm and its "
+            "taps start anew"
+        )
 
     def compute_stages(self, images: Tensor) -> list[Tensor]:
         """Output (B, c, …) of each stage for the network's own input (B, W, …)."""

@@ -30,12 +30,10 @@ from rectvlm.types import (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its checkpoint and thresholds."""
+    """A model with its checkpoint."""
 
     model: RectVLM
     checkpoint: Checkpoint
-    thresholds: dict[str, float] | None
-    """Thresholds of the findings for which one was fitted; None without any."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def predict_case(loaded: LoadedModel, name: str, file: Path) -> PredictedCase:
     """
     volume = read_volume(file)
     hu, decision = to_hu(volume)
-    sample = _make_sample(name, volume, hu, decision, loaded.checkpoint.config)
+    sample = make_sample(name, volume, hu, decision, loaded.checkpoint.config)
     device = next(loaded.model.parameters()).device
     prediction = loaded.model.predict_batch(collate_samples([sample]).to(device))
     prediction.require_finite([name])
@@ -87,10 +85,21 @@ def predict_case(loaded: LoadedModel, name: str, file: Path) -> PredictedCase:
     )
 
 
-def _make_sample(
+def make_sample(
     name: str, volume: Volume, hu: Int16Volume, decision: HuConversion, config: Config
 ) -> Sample:
-    """The CT on the model's grid, without labels, masks and regions."""
+    """Put a CT on the model's grid, without labels, masks and regions.
+
+    Args:
+        name: key of the sample, and of its patient and scan.
+        volume: CT as it was read.
+        hu: its HU (i, j, k).
+        decision: conversion that gave the HU.
+        config: configuration with the grid.
+
+    Raises:
+        UserError: the volume shows no chest.
+    """
     shape = (volume.array.shape[0], volume.array.shape[1], volume.array.shape[2])
     data = config.data
     grid_affine = canonical_affine(volume.affine, shape, hu, data.grid, data.spacing)

@@ -50,9 +50,21 @@ class FindingSummary:
     """One finding in `findings.json`."""
 
     probability: float
-    threshold: float | None
-    present: bool | None
-    """Whether the probability reaches the threshold; None without a threshold."""
+    threshold: float
+    present: bool
+    """Whether the probability reaches the threshold. The report's prompt suggests the same
+    findings."""
+
+
+@dataclass(frozen=True)
+class ThresholdsSummary:
+    """Origin of the thresholds in `findings.json`."""
+
+    source: str
+    n_cases: int
+    """Number of cases that the thresholds were fitted on."""
+    not_fitted: list[str]
+    """Findings whose threshold no data decided."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,7 @@ class CaseSummary:
     config: str
     step: int
     version: str
+    thresholds: ThresholdsSummary
     findings: dict[str, FindingSummary]
     lesions: list[LesionSummary] | None
     """Lesions; None when the model has no localizer."""
@@ -215,7 +228,7 @@ def _describe_case(loaded: LoadedModel, case: PredictedCase) -> tuple[CaseView, 
         lesion_bits=lesion_bits,
         affine=affine,
         finding_probabilities=case.finding_probabilities,
-        thresholds=loaded.thresholds,
+        thresholds=loaded.model.thresholds,
         volumes_ml=volumes_ml,
         places={place.lesion: place for place in places},
         contradictions=summary.contradictions,
@@ -233,11 +246,11 @@ def _summarize_case(
     spacing_mm: tuple[float, float, float],
 ) -> CaseSummary:
     """The case for `findings.json`, with its contradictions."""
-    thresholds = loaded.thresholds or {}
+    thresholds = loaded.model.thresholds
     findings = {}
-    for name, probability in case.finding_probabilities.items():
-        threshold = thresholds.get(name)
-        is_present = None if threshold is None else probability >= threshold
+    for name, threshold in thresholds.by_finding().items():
+        probability = case.finding_probabilities[name]
+        is_present = probability >= threshold
         findings[name] = FindingSummary(round(probability, 4), threshold, is_present)
     report = None
     if case.report is not None:
@@ -253,6 +266,7 @@ def _summarize_case(
         config=loaded.checkpoint.config.name,
         step=loaded.checkpoint.training.step,
         version=version("rectvlm"),
+        thresholds=ThresholdsSummary(thresholds.source, thresholds.n_cases, thresholds.not_fitted),
         findings=findings,
         lesions=None if case.lesion_bits is None else _summarize_lesions(case, places),
         report=report,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
+from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.labels import CT_WINDOWS, LESIONS, Lesion
 from rectvlm.lesion_bits import lesion_mask
 from rectvlm.lesion_places import LesionPlace
@@ -47,8 +48,7 @@ class CaseView:
     """4 × 4, canonical index (z, y, x, 1) to world, mm."""
     finding_probabilities: Mapping[str, float]
     """Probability by finding."""
-    thresholds: Mapping[str, float] | None
-    """Threshold by finding, for those that have one; None without any."""
+    thresholds: FindingThresholds
     volumes_ml: Mapping[str, float] | None
     """Volume by lesion key, 0 for an absent lesion; None when the model has no localizer."""
     places: Mapping[str, LesionPlace]
@@ -111,6 +111,7 @@ def render_page(case: CaseView) -> str:
         marked_findings={entry.finding for entry in case.contradictions},
         marked_lesions={entry.lesion for entry in case.contradictions},
         has_region_map=any(place.basis == "regions" for place in case.places.values()),
+        cuts=case.thresholds.by_finding(),
         findings=sorted(case.finding_probabilities.items(), key=lambda item: -item[1]),
         scout=_render_scout(case.ct),
         scout_aspect=(width * spacing[2], depth * spacing[0]),

@@ -1,8 +1,8 @@
 """Contradictions in one case between the classifier's calls, the outlines and the report's text.
 
 Three parts of the model answer on their own, so they may disagree; a reader must see where. The
-report is read by the rules of `metrics.report_labeler`. What is unknown contradicts nothing: a
-finding without a threshold, or one that the report calls uncertain.
+report is read by the rules of `metrics.report_labeler`. A finding that the report calls uncertain
+contradicts nothing.
 """
 
 import re
@@ -88,7 +88,7 @@ class _Outline:
 
 
 def find_contradictions(
-    calls: Mapping[str, bool | None],
+    calls: Mapping[str, bool],
     lesion_bits: MaskVolume | None,
     places: Sequence[LesionPlace],
     spacing_mm: tuple[float, float, float],
@@ -97,7 +97,8 @@ def find_contradictions(
     """Find the contradictions of one case.
 
     Args:
-        calls: whether the classifier calls each finding present; None without a threshold.
+        calls: whether the classifier calls a finding present; one that is missing contradicts
+            nothing.
         lesion_bits: lesion bits (Z, Y, X); None when the model has no localizer.
         places: places of the lesions that are large enough to have one.
         spacing_mm: voxel size (z, y, x).
@@ -120,7 +121,7 @@ def find_contradictions(
 
 
 def _compare_calls_with_outlines(
-    calls: Mapping[str, bool | None], outlines: Sequence[_Outline]
+    calls: Mapping[str, bool], outlines: Sequence[_Outline]
 ) -> Iterator[Contradiction]:
     for outline in outlines:
         lesion = outline.lesion
@@ -146,7 +147,7 @@ def _find_wrong_places(outlines: Sequence[_Outline]) -> Iterator[Contradiction]:
 
 
 def _compare_report_with_calls(
-    states: Mapping[str, FindingState], calls: Mapping[str, bool | None]
+    states: Mapping[str, FindingState], calls: Mapping[str, bool]
 ) -> Iterator[Contradiction]:
     for finding, call in calls.items():
         if call and states[finding] == FindingState.ABSENT:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rectvlm.checkpoint import Checkpoint
-from rectvlm.evaluate.stored_thresholds import read_thresholds
 from rectvlm.file_search import SkippedPath
 from rectvlm.files import (
     atomic_file,
@@ -22,6 +21,7 @@ from rectvlm.files import (
     require_writable_folder,
     write_json,
 )
+from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.models import RectVLM
 from rectvlm.predict.case import LoadedModel, predict_case
 from rectvlm.predict.case_folder import (
@@ -94,7 +94,11 @@ class PredictSummary:
 
 
 def predict_cases(
-    source: str | Path, checkpoint: str | Path, out: str | Path, device: str | None = None
+    source: str | Path,
+    checkpoint: str | Path,
+    out: str | Path,
+    device: str | None = None,
+    thresholds: str | Path | None = None,
 ) -> list[Path]:
     """Predict on one CT or on every CT below a folder.
 
@@ -108,6 +112,7 @@ def predict_cases(
         checkpoint: a run's phase folder, a checkpoint or an exported model.
         out: folder of the results.
         device: device of the model, by default the GPU if there is one.
+        thresholds: file of thresholds for calls and prompts; by default those of the model.
 
     Returns:
         The folders of the cases.
@@ -124,10 +129,13 @@ def predict_cases(
     for name in names:
         refuse_to_replace(out / name)
     opened = Checkpoint.open(checkpoint)
+    own_thresholds = None if thresholds is None else FindingThresholds.read(Path(thresholds))
     require_writable_folder(out)
     remove_stale_folders(out)
     model = RectVLM.from_checkpoint(opened, device)
-    loaded = LoadedModel(model, opened, read_thresholds(opened.folder))
+    if own_thresholds is not None:
+        model.thresholds = own_thresholds
+    loaded = LoadedModel(model, opened)
     if source.is_file():
         return [_predict_single_file(loaded, names[0], source, out)]
 

@@ -13,7 +13,6 @@ from huggingface_hub import constants
 from rectvlm.checkpoint.checkpoint import (
     CARD_FILE,
     PROMPTS_FILE,
-    THRESHOLDS_FILE,
     Checkpoint,
     list_model_files,
 )
@@ -29,6 +28,7 @@ from rectvlm.checkpoint.integrity import (
 from rectvlm.checkpoint.run_folder import MODEL_CONFIG_FILE
 from rectvlm.config import ModelPart
 from rectvlm.files import require_writable_folder
+from rectvlm.finding_thresholds import THRESHOLDS_FILE
 from rectvlm.pretrained.catalog import (
     BUNDLED_MODELS,
     EXTERNAL_MODELS,

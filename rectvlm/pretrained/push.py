@@ -10,7 +10,6 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from rectvlm.checkpoint.checkpoint import (
     CARD_FILE,
-    THRESHOLDS_FILE,
     Checkpoint,
     list_model_files,
     part_file,
@@ -26,6 +25,7 @@ from rectvlm.checkpoint.integrity import (
     write_manifest,
 )
 from rectvlm.config import MODEL_PARTS, ModelPart
+from rectvlm.finding_thresholds import THRESHOLDS_FILE
 from rectvlm.pretrained.hub_repository import HubRepository, read_repository
 from rectvlm.pretrained.pull import copy_model, is_address
 from rectvlm.types import UserError
@@ -120,7 +120,9 @@ def _push_to_hub(
         if path.is_file():
             operations.append(CommitOperationAdd(name, path))
     for name in remote.files:
-        if name.endswith(".safetensors") and name not in manifest.files:
+        is_stale_part = name.endswith(".safetensors") and name not in manifest.files
+        is_stale_file = name == THRESHOLDS_FILE and not (checkpoint.folder / name).is_file()
+        if is_stale_part or is_stale_file:
             operations.append(CommitOperationDelete(name))
     api = HfApi(endpoint=endpoint, library_name="rectvlm")
     with explain_hub_errors(repository_name, None, endpoint):

@@ -21,7 +21,7 @@ from rectvlm.train.recovery.bad_steps import (
 )
 from rectvlm.train.recovery.exit_codes import ExitCode, RunEnded
 from rectvlm.train.recovery.position import TrainingPosition
-from rectvlm.train.recovery.save import save_checkpoint
+from rectvlm.train.recovery.save import save_checkpoint, save_thresholds
 from rectvlm.train.recovery.signals import StopSignals
 from rectvlm.train.recovery.watchdog import RankActivity, Watchdog
 from rectvlm.train.step_result import StepResult
@@ -202,6 +202,9 @@ class TrainingLoop:
         result = self.validator.validate_if_due(self.position.step, self.watchdog.record_heartbeat)
         if result is None:
             return
+        if self.saved_step == result.step and self.engine.is_main:
+            # Before the log: a validation that is in the log is not made up after a kill.
+            save_thresholds(self.folder, result.step, self.engine.model.module.thresholds)
         self.run_log.log_validation(result)
         is_best = result.best_value is not None
         if is_best or self.validator.should_stop:

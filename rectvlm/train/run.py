@@ -303,6 +303,8 @@ def build_model(phase: Phase, config: Config, source: Path | None, engine: Engin
     model = RectVLM(config, phase.parts, prompts, _load_language_model(phase, config, engine))
     with explain_misfit(config, checkpoint):
         load_tensors(model, tensors, select_names(model, parts), source)
+    if "classifier" in parts:
+        model.thresholds = checkpoint.read_thresholds()
     if engine.is_main:
         log_parts(phase, checkpoint, parts)
     return model

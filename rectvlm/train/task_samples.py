@@ -32,6 +32,7 @@ _METRIC_TASKS: dict[ValidationMetric, Task] = {
     "macro_auroc": "classification",
     "macro_average_precision": "classification",
     "mean_dice": "localization",
+    "clinical_f1": "classification",
     "loss_classification": "classification",
     "loss_localization": "localization",
     "loss_report": "report",
@@ -90,6 +91,11 @@ def _require_part_that_trains(phase: Phase, config: Config) -> None:
 def _require_something_to_measure(phase: Phase, config: Config) -> None:
     validation = phase.get_settings(config).validation
     metric = validation.best_metric
+    if metric == "clinical_f1" and "generator" not in phase.parts:
+        raise UserError(
+            f"train.phases.{phase.key}.validation.best_metric = clinical_f1 is measured on written "
+            f"reports, and phase {phase.number} has no report generator: choose another metric."
+        )
     tasks = phase.tasks if metric == "loss" else (_METRIC_TASKS[metric],)
     selection_set = ShardDataset.open_selection_split(config.data)
     counts = count_task_samples(selection_set, tasks)

@@ -6,9 +6,10 @@ every other, one at a time (under ZeRO-3 all must run the same forward passes); 
 not divide, a rank repeats one that does not count. So the metrics do not depend on the number of
 ranks. The weights are the moving averages where the phase keeps some.
 
-What validation concludes is a function of `validation.jsonl` alone, whose later lines a resumed run
-drops, and nothing that training draws depends on it: a run with validation has the losses of a run
-without.
+Which checkpoint is the best is a function of `validation.jsonl` alone, whose later lines a resumed
+run drops. Random numbers of the training do not depend on validation. What training takes from it
+are the thresholds of the findings, which each validation fits: predicted cues in the prompts of
+phase 3 depend on them. Checkpoints carry them.
 """
 
 import logging
@@ -37,8 +38,11 @@ from rectvlm.train.phases import Phase
 from rectvlm.train.validation_cases import (
     ScoredCase,
     ValidationExample,
+    WrittenReport,
     compute_validation_metrics,
+    fit_case_thresholds,
     make_example,
+    read_reports,
     score_case,
 )
 
@@ -129,14 +133,27 @@ class Validator:
         for cases_of_rank in self.engine.all_gather_object(rank_cases):
             cases += cases_of_rank
         cases.sort(key=lambda case: case.case_index)
+        self._fit_thresholds(step, cases)
+        with self._evaluation_mode():
+            rank_reports = self._write_reports(heartbeat)
+        reports: list[WrittenReport] = []
+        for reports_of_rank in self.engine.all_gather_object(rank_reports):
+            reports += reports_of_rank
         metrics = compute_validation_metrics(
-            cases, self.phase.tasks, self.config.train.loss_weights
+            cases, self.phase.tasks, self.config.train.loss_weights, reports
         )
         value = metrics.get(self.settings.best_metric)
         best_value = value if self._is_better(value) else None
         self._log_metrics(step, cases, metrics, is_best=best_value is not None)
         self._history.append(MetricValue(step, value))
         return ValidationResult(step, metrics, examples, best_value)
+
+    def _fit_thresholds(self, step: int, cases: list[ScoredCase]) -> None:
+        """Fit the model's thresholds to the cases, which are the same on every rank."""
+        model = self.engine.model.module
+        run_name = f"{self.config.name}, phase {self.phase.key}, step {step}"
+        source = f"maximum F1 on {len(cases)} validation cases ({run_name})"
+        model.thresholds = fit_case_thresholds(cases, model.thresholds, source)
 
     def _is_better(self, value: float | None) -> bool:
         """Whether a value is better than the best checkpoint's."""
@@ -191,11 +208,38 @@ class Validator:
             yield
             set_training_modes(self.engine.model.module, self.phase_settings)
 
-    def _choose_case_indices(self) -> list[int]:
-        """Numbers of the cases that count, spread evenly over the split."""
+    def _choose_case_indices(self, limit: int) -> list[int]:
+        """Numbers of at most `limit` cases, spread evenly over the split."""
         assert self.dataset is not None
-        case_count = min(self.settings.cases, len(self.dataset))
+        case_count = min(limit, len(self.dataset))
         return [i * len(self.dataset) // case_count for i in range(case_count)]
+
+    def _write_reports(self, heartbeat: Callable[[], None]) -> list[WrittenReport]:
+        """Write reports of this rank's share of the cases, and read what they state.
+
+        The batches are the same on any number of ranks. Every rank runs equally many; beyond the
+        end it repeats the last one, which does not count.
+        """
+        assert self.dataset is not None
+        model = self.engine.model.module
+        if not self.settings.report_cases or not model.has_generator:
+            return []
+        indices = self._choose_case_indices(self.settings.report_cases)
+        size = self.phase_settings.micro_batch
+        all_batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        rank, world_size = self.engine.rank, self.engine.world_size
+        positions = range(rank, world_size * math.ceil(len(all_batches) / world_size), world_size)
+        batches = [all_batches[min(i, len(all_batches) - 1)] for i in positions]
+        reports = []
+        for position, loaded_batch in zip(
+            positions, BatchLoader(self.dataset, batches), strict=True
+        ):
+            batch = loaded_batch.to(self.engine.device)
+            texts = model.predict_batch(batch).reports
+            if position < len(all_batches):
+                reports += read_reports(all_batches[position], batch, texts)
+            heartbeat()
+        return reports
 
     def _run_cases(
         self, heartbeat: Callable[[], None]
@@ -203,7 +247,7 @@ class Validator:
         """Run this rank's cases and give those that count, and on rank 0 examples."""
         assert self.dataset is not None
         rank, world_size = self.engine.rank, self.engine.world_size
-        all_indices = self._choose_case_indices()
+        all_indices = self._choose_case_indices(self.settings.cases)
         cases_per_rank = math.ceil(len(all_indices) / world_size)
         positions = range(rank, world_size * cases_per_rank, world_size)
         # Beyond the end, a rank repeats the last case.
@@ -212,8 +256,6 @@ class Validator:
         model = self.engine.model.module
         cases, examples = [], []
         for number, (index, loaded_batch) in enumerate(zip(indices, loader, strict=True)):
-            # Seeded so that the choice of true cues does not depend on the ranks.
-            torch.manual_seed(self.config.train.seed + index)
             batch = loaded_batch.to(self.engine.device)
             outputs = self.engine.model(batch)
             if positions[number] < len(all_indices):

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from rectvlm.config import LossWeightsConfig
+from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.finite import mean_of_finite
 from rectvlm.labels import N_FINDINGS
 from rectvlm.lesion_bits import pack_lesions
@@ -15,6 +16,10 @@ from rectvlm.models import ModelOutputs
 from rectvlm.train.phases import Task
 from rectvlm.train.task_loss import TaskLoss
 from rectvlm.types import Batch
+
+MIN_CASES_TO_FIT = 10
+"""Smallest number of positive and of negative cases that a finding's threshold is fitted to; with
+fewer, the best F1 is found by chance."""
 
 
 class ValidationExample(NamedTuple):
@@ -66,6 +71,71 @@ class ScoredCase(NamedTuple):
         return bool(np.isfinite(losses).all() and np.isfinite(self.probabilities).all())
 
 
+class WrittenReport(NamedTuple):
+    """Findings of one case's generated report beside its labels."""
+
+    case_index: int
+    """Number of the case in the split."""
+    stated: NDArray[np.bool_]
+    """(18,), whether the report states the finding."""
+    labels: NDArray[np.bool_]
+    """(18,); read only where known."""
+    labels_known: NDArray[np.bool_]
+    """(18,)."""
+
+
+def read_reports(
+    case_indices: Sequence[int], batch: Batch, reports: Sequence[str]
+) -> list[WrittenReport]:
+    """Read the findings that generated reports state, with the rules of an evaluation.
+
+    An uncertain finding counts as stated.
+    """
+    from rectvlm.metrics.report_labeler.finding_states import FindingState
+    from rectvlm.metrics.report_labeler.labeler import load_labeler
+
+    stated = load_labeler("rules").label_reports(reports) >= FindingState.UNCERTAIN
+    labels = (batch.labels > 0.5).cpu().numpy()
+    labels_known = batch.labels_known.cpu().numpy()
+    rows = zip(case_indices, stated, labels, labels_known, strict=True)
+    return [WrittenReport(*row) for row in rows]
+
+
+def score_written_reports(reports: Sequence[WrittenReport]) -> float | None:
+    """Micro F1 of the findings in reports against the labels; None without a known positive."""
+    from rectvlm.metrics.clinical_efficacy import count_confusions, score_clinical_efficacy
+
+    counts = count_confusions(
+        np.stack([report.stated for report in reports]),
+        np.stack([report.labels for report in reports]),
+        np.stack([report.labels_known for report in reports]),
+    )
+    f1: float | None = score_clinical_efficacy(counts)["micro"]["f1"]
+    return f1
+
+
+def fit_case_thresholds(
+    cases: Sequence[ScoredCase], former: FindingThresholds, source: str
+) -> FindingThresholds:
+    """Fit the thresholds of the findings to validation cases.
+
+    A finding with fewer than `MIN_CASES_TO_FIT` cases of either class keeps its former threshold,
+    and so do all where a probability is not finite.
+    """
+    from rectvlm.metrics.findings import fit_thresholds
+
+    if not all(case.is_finite for case in cases):
+        return former
+    fitted = fit_thresholds(
+        np.stack([case.probabilities for case in cases]).astype(np.float64),
+        np.stack([case.labels for case in cases]).astype(np.float64),
+        np.stack([case.labels_known for case in cases]),
+        source,
+        min_cases=MIN_CASES_TO_FIT,
+    )
+    return former.replace_fitted(fitted)
+
+
 def score_case(
     case_index: int, outputs: ModelOutputs, batch: Batch, task_losses: dict[Task, TaskLoss]
 ) -> ScoredCase:
@@ -114,7 +184,10 @@ def make_example(
 
 
 def compute_validation_metrics(
-    cases: Sequence[ScoredCase], tasks: Sequence[Task], loss_weights: LossWeightsConfig
+    cases: Sequence[ScoredCase],
+    tasks: Sequence[Task],
+    loss_weights: LossWeightsConfig,
+    reports: Sequence[WrittenReport] = (),
 ) -> dict[str, float | None]:
     """Metrics over the cases by name (`ValidationConfig.best_metric`).
 
@@ -129,7 +202,11 @@ def compute_validation_metrics(
     if not all(case.is_finite for case in cases):
         names = ["loss", *(f"loss_{task}" for task in tasks)]
         names += ["macro_auroc", "macro_average_precision"]
-        return dict.fromkeys([*names, "mean_dice"] if has_masks else names)
+        if has_masks:
+            names.append("mean_dice")
+        if reports:
+            names.append("clinical_f1")
+        return dict.fromkeys(names)
 
     metrics = _average_losses(cases, tasks, loss_weights)
     findings = score_findings(
@@ -145,6 +222,8 @@ def compute_validation_metrics(
         annotated = np.stack([case.lesions_annotated for case in cases])
         lesions = score_lesion_overlap(np.stack(counts), annotated)
         metrics["mean_dice"] = lesions["macro"]["dice"]
+    if reports:
+        metrics["clinical_f1"] = score_written_reports(reports)
     return metrics
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from rectvlm import RectVLM
-from rectvlm.checkpoint import THRESHOLDS_FILE, Checkpoint
+from rectvlm.checkpoint import Checkpoint
 from rectvlm.checkpoint.export import export_checkpoint
+from rectvlm.finding_thresholds import THRESHOLDS_FILE
 from rectvlm.labels import FINDINGS
 
 MakeFolder = Callable[[int], Path]

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rectvlm import RectVLM, cli, pretrained
-from rectvlm.checkpoint import THRESHOLDS_FILE, Checkpoint, TrainingState, checkpoint
+from rectvlm.checkpoint import Checkpoint, TrainingState, checkpoint
 from rectvlm.checkpoint.export import export_checkpoint
 from rectvlm.checkpoint.integrity import find_faults
 from rectvlm.checkpoint.strict_load import find_differing_tensors
 from rectvlm.config import Config, ModelPart, load_config
+from rectvlm.finding_thresholds import THRESHOLDS_FILE
 from rectvlm.models import load_part
 from rectvlm.models.language_model import build_quantization_config
 from rectvlm.models.meta_model import build_meta_model
@@ -168,9 +169,11 @@ def test_a_folder_is_not_written_over_unasked(full_model: RectVLM, copied: MakeF
         full_model.save_pretrained(folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
+    (folder / THRESHOLDS_FILE).write_text("of the model that was there before")
     full_model.save_pretrained(folder, overwrite=True)
     assert (folder / "LICENSE").read_text() == "theirs"
-    assert not (folder / THRESHOLDS_FILE).exists()  # of the model that was there before
+    thresholds = Checkpoint.open(folder).read_thresholds()
+    assert thresholds.as_dict() == full_model.thresholds.as_dict()
     tensors = Checkpoint.open(folder).read_tensors()
     assert find_differing_tensors(tensors, named(full_model, tensors)) == []
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]

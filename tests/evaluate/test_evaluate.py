@@ -9,13 +9,13 @@ import pytest
 from conftest import phantom_sample, write_nifti
 from rich.console import Console
 
-from rectvlm.checkpoint import THRESHOLDS_FILE, Checkpoint, run_folder
+from rectvlm.checkpoint import Checkpoint, run_folder
 from rectvlm.data.shard_manifest import read_manifest
 from rectvlm.data.shards import read_index, write_shards
 from rectvlm.evaluate import tables
 from rectvlm.evaluate.options import EvaluationOptions
 from rectvlm.evaluate.run import evaluate_checkpoint
-from rectvlm.evaluate.stored_thresholds import read_thresholds
+from rectvlm.finding_thresholds import THRESHOLDS_FILE
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.lesion_bits import lesion_mask
 from rectvlm.types import OWN_OUTLINES, PHANTOM_OUTLINES, REXGROUNDING_OUTLINES, UserError
@@ -64,20 +64,18 @@ def test_unknown_labels_and_unannotated_lesions_are_not_counted(evaluated, phant
     assert min(annotated) < 3, "the phantoms should hold a lesion that was not annotated"
 
 
-def test_thresholds_come_from_the_train_split_and_are_kept_for_prediction(evaluated, tiny_run):
-    result, _ = evaluated
+def test_thresholds_come_from_the_train_split_and_lie_beside_the_metrics(evaluated, tiny_run):
+    result, out = evaluated
     thresholds = result["thresholds"]
     assert (
         thresholds["n_cases"] == 6
         and "train split" in thresholds["source"]
         and not thresholds["same_data"]
     )
-    fitted = {
-        name: value
-        for name, value in thresholds["values"].items()
-        if name not in thresholds["not_fitted"]
-    }
-    assert read_thresholds(run_folder.find_checkpoint(tiny_run(3), "")) == fitted
+    stored = json.loads(out.with_name(THRESHOLDS_FILE).read_text())
+    assert stored | {"same_data": False} == thresholds
+    folder = run_folder.find_checkpoint(tiny_run(3), "")
+    assert not (folder / THRESHOLDS_FILE).exists(), "a model changes by training alone"
     used = {name: row["threshold"] for name, row in result["classification"]["per_finding"].items()}
     assert used == thresholds["values"] and len(set(used.values())) > 2
 
@@ -137,16 +135,14 @@ def test_without_a_train_split_thresholds_stay_at_one_half(tiny_run, tiny, tmp_p
     write_shards([sample, replace(sample, meta=no_report)], tmp_path / "shards")
     folder = tmp_path / "checkpoint"
     shutil.copytree(run_folder.find_checkpoint(tiny_run(3), ""), folder)
-    (folder / THRESHOLDS_FILE).unlink(missing_ok=True)
     result = evaluate_checkpoint(
         folder, tmp_path / "shards", tmp_path / "m.json", device="cpu"
     ).as_dict()
     assert set(result["thresholds"]["values"].values()) == {0.5}
     assert (
-        "no train split" in result["thresholds"]["source"]
+        "none was fitted" in result["thresholds"]["source"]
         and len(result["thresholds"]["not_fitted"]) == 18
     )
-    assert not (folder / THRESHOLDS_FILE).exists(), "prediction would call findings by them"
     assert (result["reports"]["image"]["n"], result["reports"]["image"]["n_without_reference"]) == (
         1,
         1,
@@ -234,7 +230,7 @@ def test_bad_inputs_give_one_clear_sentence(tiny_run, tmp_path):
     shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
     (folder / THRESHOLDS_FILE).write_text("[]")
     with pytest.raises(UserError, match="damaged"):
-        read_thresholds(folder)
+        evaluate_checkpoint(folder, device="cpu")
 
 
 def test_tables_and_plots_lie_beside_the_metrics(evaluated):
@@ -294,17 +290,17 @@ def test_the_language_model_is_part_of_the_fingerprint_where_reports_are_written
     assert without.fingerprint["language_model"] is None
 
 
-def test_stored_thresholds_serve_where_there_is_nothing_to_fit_on(tiny_run, tiny, tmp_path):
+def test_figures_at_the_models_thresholds_stand_beside_the_others(tiny_run, tiny, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
     write_shards([phantom_sample(8, tiny, "valid")], tmp_path / "shards")
-    stored = {
+    own = {
         "source": "elsewhere",
         "n_cases": 9,
         "not_fitted": [],
-        "values": dict.fromkeys(FINDINGS, 0.31),
+        "values": dict.fromkeys(FINDINGS, 0.0),  # calls everything
     }
-    (folder / THRESHOLDS_FILE).write_text(json.dumps(stored))
+    (folder / THRESHOLDS_FILE).write_text(json.dumps(own))
 
     def evaluated(shards=None, **options):
         return evaluate_checkpoint(
@@ -315,14 +311,22 @@ def test_stored_thresholds_serve_where_there_is_nothing_to_fit_on(tiny_run, tiny
             options=EvaluationOptions(plots=False, **options),
         ).as_dict()
 
-    assert evaluated(shards=tmp_path / "shards")["thresholds"] == stored | {"same_data": False}
-    assert evaluated(thresholds="stored", limit=1)["thresholds"]["source"] == "elsewhere"
-    assert json.loads((folder / THRESHOLDS_FILE).read_text()) == stored
-    assert evaluated(fit_limit=4)["thresholds"]["n_cases"] == 4
-    assert json.loads((folder / THRESHOLDS_FILE).read_text()) == stored, "more cases decided those"
-    (folder / THRESHOLDS_FILE).unlink()
-    with pytest.raises(UserError, match=r"No fitted thresholds in .*thresholds\.json"):
-        evaluated(thresholds="stored")
+    # Nothing to fit on; and these are no cases of the run that fitted them.
+    assert evaluated(shards=tmp_path / "shards")["thresholds"] == own | {"same_data": False}
+    by_model = evaluated(thresholds="model", limit=2)
+    assert by_model["thresholds"] == own | {"same_data": True}  # validation fitted them
+    assert by_model["classification"]["macro"]["recall"] == 1
+    fitted = evaluated(fit_limit=4, limit=2)
+    assert fitted["thresholds"]["n_cases"] == 4 and not fitted["thresholds"]["same_data"]
+    for result in (by_model, fitted):
+        others = result["other_thresholds"]
+        assert others["model"]["source"] == "elsewhere" and others["0.5"]["n_cases"] == 0
+        assert others["model"]["macro"]["recall"] == 1
+        assert others["0.5"]["macro"]["recall"] < 1
+    page = (tmp_path / "metrics.md").read_text()
+    assert "**macro mean** at the model's thresholds" in page
+    assert "**macro mean** at 0.5" in page
+    assert json.loads((folder / THRESHOLDS_FILE).read_text()) == own
 
 
 def test_outlines_as_drawn_are_the_truth_when_they_are_given(

@@ -25,7 +25,8 @@ from rectvlm.train.starting_weights import check_encoder_init
 from rectvlm.types import UserError
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-encoder.md"
-OVERRIDES = ["encoder.name=conv", "encoder.tap_blocks=[1]"]
+OVERRIDES = ["encoder.name=conv", "encoder.tap_blocks=[1]", "encoder.width=192", "encoder.depth=4"]
+WEIGHTS = ("weight", "bias")
 
 
 @pytest.fixture
@@ -87,17 +88,22 @@ def test_the_end_of_the_encoder_of_the_page_can_begin_late(
     last = config.encoder.depth - 1
     trained = {name for name, step in starts.items() if step == 3}
     blocks = {n for n, _ in model.named_parameters() if n.startswith(f"encoder.blocks.{last}.")}
-    assert trained == blocks | {"encoder.norm.weight", "encoder.norm.bias"}
+    after_blocks = {f"encoder.{part}.{w}" for part in ("taps.1", "norm") for w in WEIGHTS}
+    assert trained == blocks | after_blocks
 
 
-def test_the_encoder_of_the_page_has_no_atlas(conv_encoder: type[nn.Module], tiny: Config) -> None:
-    with pytest.raises(UserError, match=r"encoder\.atlas_cases=0"):
-        conv_encoder(tiny.encoder, tiny.data).fit_atlas([])
+def test_the_encoder_of_the_page_has_no_atlas(conv_encoder: type[nn.Module]) -> None:
+    config = load_config("tiny", [*OVERRIDES, "encoder.atlas_cases=2"])
+    with pytest.raises(UserError, match=r"encoder\.atlas_cases must be 0, not 2"):
+        build_encoder(config.encoder, config.data)
 
 
-def test_the_encoder_of_the_page_takes_no_weights_of_others(conv_encoder: type[nn.Module]) -> None:
-    config = load_config("tiny", [*OVERRIDES, "encoder.init=facebook/vit-mae-base"])
-    with pytest.raises(UserError, match=r"the encoder conv cannot start.*encoder\.init=null"):
+def test_an_encoder_without_the_means_takes_no_weights_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(ENCODERS, "plain", lambda *_: nn.Identity())
+    config = load_config("tiny", ["encoder.name=plain", "encoder.init=facebook/vit-mae-base"])
+    with pytest.raises(UserError, match=r"the encoder plain cannot start.*encoder\.init=null"):
         check_encoder_init(config)
 
 

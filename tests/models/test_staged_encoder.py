@@ -1,13 +1,13 @@
 """Encoders from elsewhere: they equal the original networks, take their weights strictly, hold the
 contract of `ImageFeatures`, train, predict and are planned."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from monai.networks.nets.segresnet_ds import SegResEncoder
+from narrow_encoders import NARROW, NARROW_ENCODERS, OVERRIDES, published_names
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,20 +30,6 @@ from rectvlm.train.objectives import combine_losses, compute_losses
 from rectvlm.train.phases import PHASES
 from rectvlm.types import UserError
 
-WIDE = ["encoder.width=512", "encoder.heads=8", "localizer.channels=[4,4,8,8]"]
-NARROW = "encoder.width=64"
-VIDEO = [*WIDE, "encoder.depth=4", "encoder.patch=[8,16,16]"]
-OVERRIDES = {
-    "r3d-18": [*VIDEO, "encoder.name=r3d-18"],
-    "r2plus1d-18": [*VIDEO, "encoder.name=r2plus1d-18"],
-    "ct-fm": [
-        *WIDE,
-        "encoder.name=ct-fm",
-        "encoder.depth=5",
-        "encoder.patch=[2,16,8]",
-        "data.spacing=[3.0,1.2,1.0]",
-    ],
-}
 TORCHVISION_FEATURES = {
     "r3d-18": {
         "means": [2.26317, 7.92194, 5.39037, 4.49398],
@@ -56,21 +42,6 @@ TORCHVISION_FEATURES = {
 }
 """Output of torchvision 0.28.0's own networks for `wave_weights` and `wave_video`: the mean of each
 stage, and every 257th entry of the last."""
-
-
-class NarrowCtFmEncoder(CtFmEncoder):
-    """CT-FM with an eighth of the channels."""
-
-    layout = replace(CtFmEncoder.layout, channels=(4, 8, 16, 32, 64))
-
-
-class NarrowR3D18Encoder(R3D18Encoder):
-    """R3D-18 with an eighth of the channels."""
-
-    layout = replace(R3D18Encoder.layout, channels=(8, 16, 32, 64))
-
-
-NARROW_ENCODERS = {"r3d-18": NarrowR3D18Encoder, "ct-fm": NarrowCtFmEncoder}
 
 
 @pytest.fixture(autouse=True)
@@ -94,18 +65,6 @@ def make_empty_encoder(encoder_class: type[StagedEncoder], name: str) -> StagedE
     with torch.device("meta"):
         encoder = encoder_class(config.encoder, config.data)
     return encoder.to_empty(device="cpu").eval()
-
-
-def published_names(encoder: StagedEncoder) -> list[str]:
-    """Names of the tensors in torchvision's files, by what is known of its modules."""
-    names = []
-    for own_name in encoder.state_dict():
-        part, _, rest = own_name.partition(".")
-        if part == "blocks":
-            names.append(f"layer{int(rest[0]) + 1}{rest[1:]}")
-        elif part == "stem":
-            names.append(own_name)
-    return [*names, "fc.weight", "fc.bias"]
 
 
 def wave_weights(shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
@@ -162,8 +121,9 @@ def test_a_video_resnet_with_loaded_weights_equals_torchvisions(
     encoder_class: type[StagedEncoder], name: str, tmp_path: Path
 ) -> None:
     encoder = make_empty_encoder(encoder_class, name)
-    file = write_video_weights(encoder, tmp_path / "kinetics.safetensors")
-    encoder.load_starting_weights(str(file))
+    path = write_video_weights(encoder, tmp_path / "kinetics.safetensors")
+    report = encoder.load_starting_weights(str(path))
+    assert "not its fc.bias, fc.weight" in report
     with torch.no_grad():
         stages = encoder.compute_stages(wave_video())
     expected = TORCHVISION_FEATURES[name]
@@ -196,7 +156,7 @@ def test_ct_fm_with_loaded_weights_equals_monais_network(tmp_path: Path) -> None
     network.load_state_dict(weights)
     save_file(weights, tmp_path / "model.safetensors")
     encoder = make_encoder("ct-fm", "data.spacing=[3.0,1.0,1.0]", "encoder.patch=[16,16,16]")
-    encoder.load_weights(tmp_path / "model.safetensors")
+    encoder.load_starting_weights(str(tmp_path))
 
     ct = torch.randint(-1200, 2400, (1, 16, 48, 48), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -278,14 +238,14 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_taken(how: str, tmp_
     save_file(damage(load_file(path), how), path)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     with pytest.raises(UserError, match=rf"kinetics\.safetensors.*{how}.*encoder\.name"):
-        encoder.load_weights(path)
+        encoder.load_starting_weights(str(path))
     assert all(torch.equal(before[name], t) for name, t in encoder.state_dict().items())
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("gone.safetensors", None, "is no file"),
+        ("gone.safetensors", None, "for encoder.init: give a safetensors file"),
         ("r3d_18-b3b3357e.pth", b"PK", "pickled weights run code"),
         ("broken.safetensors", b"no tensors", "cannot be read"),
     ],
@@ -296,7 +256,7 @@ def test_a_file_that_cannot_be_read_is_named(
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name} .*{message}"):
-        make_encoder("ct-fm").load_weights(tmp_path / name)
+        make_encoder("ct-fm").load_starting_weights(str(tmp_path / name))
 
 
 def build_model(config: Config, phase: int) -> RectVLM:

@@ -19,10 +19,11 @@ from torch.profiler import ProfilerActivity, profile
 from rectvlm import cli, pretrained
 from rectvlm.config import Config, load_config
 from rectvlm.data.dataset import collate_samples
+from rectvlm.labels import N_FINDINGS
 from rectvlm.models import RectVLM
+from rectvlm.models.cues import describe_batch_cues
 from rectvlm.models.language_model import load_language_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
-from rectvlm.models.rectvlm import describe_batch_cues
 from rectvlm.plan.hardware import HardwareRates, describe_assumed_rates
 from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
 from rectvlm.plan.step_time import RingCollective
@@ -172,7 +173,9 @@ def test_prompts_of_phantoms_are_not_longer_than_the_plan_says() -> None:
     for seed in range(20):
         batch = collate_samples([phantom_sample(seed, config)])
         known = torch.where(batch.labels_known, batch.labels, 0.0)
-        (cues,) = describe_batch_cues(batch, known, batch.lesions)
+        # Four grades instead of two: the longest wording of these findings.
+        findings = known * torch.linspace(0.5, 0.95, N_FINDINGS)
+        (cues,) = describe_batch_cues(batch, findings, [0.5] * N_FINDINGS, batch.lesions)
         before, after = model.generator.encode_prompt(cues)
         lengths.append(len(before) + len(after))
     assert min(lengths) > PROMPT_TOKENS // 3 and max(lengths) <= PROMPT_TOKENS

@@ -13,12 +13,15 @@ import torch
 from conftest import write_nifti
 from PIL import Image
 
-from rectvlm.checkpoint import THRESHOLDS_FILE, Checkpoint, run_folder
+from rectvlm.checkpoint import Checkpoint, run_folder
+from rectvlm.checkpoint.export import export_checkpoint
 from rectvlm.data.canonical_grid import canonical_affine, mask_to_native, resample_to_grid
+from rectvlm.finding_thresholds import NOT_FITTED, FindingThresholds
 from rectvlm.labels import CT_WINDOWS, FINDINGS, LESION_BY_KEY, LESIONS
 from rectvlm.lesion_bits import pack_lesion
 from rectvlm.lesion_places import LesionPlace
 from rectvlm.models import RectVLM
+from rectvlm.models.report_generator import ReportGenerator
 from rectvlm.predict import case_folder, case_page, run
 from rectvlm.predict.case import LoadedModel, PredictedCase
 from rectvlm.types import HuConversion, UserError, Volume
@@ -153,7 +156,7 @@ def test_a_lesion_on_the_patients_left_is_on_the_right_of_the_picture(
     assert (back & (pack_lesion(ball, NODULE))).any()
 
     checkpoint = Checkpoint.open(tiny_run(2))
-    reader = LoadedModel(RectVLM.from_checkpoint(checkpoint, "cpu"), checkpoint, None)
+    reader = LoadedModel(RectVLM.from_checkpoint(checkpoint, "cpu"), checkpoint)
     volume, decision = Volume(hu, affine, "left.nii"), HuConversion(1, 0, "HU")
     case = PredictedCase(
         "left", volume, hu, decision, grid_affine, dict.fromkeys(FINDINGS, 0.5), back, None
@@ -196,42 +199,68 @@ def test_a_checkpoint_without_localizer_and_generator_says_so(tiny_run, phantoms
     assert "does not outline lesions" in html and "no report generator" in html
 
 
-def test_stored_thresholds_decide_what_is_present(tiny_run, phantoms, tmp_path):
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
-    file = write_nifti(phantoms(1).hu, phantoms(1).affine, tmp_path / "chest.nii")
-    cuts = dict.fromkeys(FINDINGS, 0.999) | {FINDINGS[0]: 0.001}
-    (folder / THRESHOLDS_FILE).write_text(json.dumps({"values": cuts}))
-    (case,) = run.predict_cases(file, folder, tmp_path / "out", device="cpu")
-    rows = json.loads((case / "findings.json").read_text())["findings"]
-    assert [name for name, row in rows.items() if row["present"]] == [FINDINGS[0]]
-    assert (case / "index.html").read_text().count("finding called") == 1
+def test_a_call_and_its_prompt_use_the_models_thresholds(
+    predicted, tiny_run, tmp_path, monkeypatch
+):
+    """From a checkpoint, through an export, and from a file, to `findings.json` and the prompt.
+
+    All probabilities lie above one half, and every second one below its threshold.
+    """
+    prompts = []
+    encode = ReportGenerator.encode_prompt
+
+    def record(self, cues):
+        prompts.append(cues)
+        return encode(self, cues)
+
+    monkeypatch.setattr(ReportGenerator, "encode_prompt", record)
+
+    def predict(checkpoint, thresholds=None):
+        (folder,) = run.predict_cases(predicted[0], checkpoint, tmp_path / "out", "cpu", thresholds)
+        summary = json.loads((folder / "findings.json").read_text())
+        called = {name for name, row in summary["findings"].items() if row["present"]}
+        suggested_text = prompts.pop().partition(" Lesions")[0].partition(" No lesions")[0].lower()
+        suggested = {name for name in FINDINGS if name.lower() in suggested_text}
+        assert called == suggested
+        html = (folder / "index.html").read_text()
+        assert html.count("finding called") == len(called)
+        assert summary["thresholds"]["source"] in html
+        return summary, called
+
+    model = RectVLM.from_pretrained(tiny_run(3), "cpu")
+    with torch.no_grad():
+        model.classifier.bias += 1.5
+    plain, own, exported = tmp_path / "plain", tmp_path / "own", tmp_path / "exported"
+    model.save_pretrained(plain)
+    summary, called = predict(plain)
+    assert called == set(FINDINGS) and summary["thresholds"]["not_fitted"] == list(FINDINGS)
+    rows = summary["findings"].values()
+    assert all(row["probability"] > 0.5 and row["threshold"] == 0.5 for row in rows)
+
+    margins = [(-1) ** number * 0.002 for number in range(len(FINDINGS))]
+    values = [row["probability"] + margin for row, margin in zip(rows, margins, strict=True)]
+    thresholds = FindingThresholds(np.array(values), np.ones(18, bool), "cases of a test", 40)
+    model.thresholds = thresholds
+    model.save_pretrained(own)
+    export_checkpoint(own, exported)
+    thresholds.write(tmp_path / "given.json")
+    for checkpoint, file in ((own, None), (exported, None), (plain, tmp_path / "given.json")):
+        summary, called = predict(checkpoint, file)
+        assert called == set(FINDINGS[1::2])
+        assert [row["threshold"] for row in summary["findings"].values()] == values
+        assert summary["thresholds"]["source"] == "cases of a test"
+    card = (exported / "README.md").read_text()
+    assert f"{FINDINGS[0].lower()} {values[0]:.3g}" in card and "cases of a test" in card
 
 
-def test_a_finding_whose_threshold_was_not_fitted_is_not_called(tiny_run, phantoms, tmp_path):
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(run_folder.find_checkpoint(tiny_run(1), ""), folder)
-    file = write_nifti(phantoms(1).hu, phantoms(1).affine, tmp_path / "chest.nii")
-    cuts = {"values": dict.fromkeys(FINDINGS, 0.001), "not_fitted": [FINDINGS[1]]}
-    (folder / THRESHOLDS_FILE).write_text(json.dumps(cuts))
-    (case,) = run.predict_cases(file, folder, tmp_path / "out", device="cpu")
-    rows = json.loads((case / "findings.json").read_text())["findings"]
-    assert [name for name, row in rows.items() if row["present"] is None] == [FINDINGS[1]]
-    assert rows[FINDINGS[1]]["threshold"] is None and rows[FINDINGS[0]]["present"]
-    html = (case / "index.html").read_text()
-    assert (
-        html.count("finding called") == html.count('class="cut"') == 17
-        and "for one without a mark none" in html
-    )
-    (folder / THRESHOLDS_FILE).write_text(json.dumps(cuts | {"not_fitted": list(FINDINGS)}))
-    (case,) = run.predict_cases(file, folder, tmp_path / "out", device="cpu")
-    rows = json.loads((case / "findings.json").read_text())["findings"]
-    assert (
-        {row["present"] for row in rows.values()}
-        == {row["threshold"] for row in rows.values()}
-        == {None}
-    )
-    assert "no thresholds were fitted" in (case / "index.html").read_text()
+def test_thresholds_that_cannot_be_read_end_a_prediction_before_the_model_is_loaded(
+    tiny_run, predicted, tmp_path
+):
+    (tmp_path / "bad.json").write_text("{}")
+    for name, words in {"bad.json": "is damaged", "none.json": "cannot be read"}.items():
+        with pytest.raises(UserError, match=f"{name} .*{words}|{name} {words}"):
+            run.predict_cases(predicted[0], tiny_run(1), tmp_path / "out", "cpu", tmp_path / name)
+    assert not (tmp_path / "out").exists()
 
 
 def test_in_a_folder_bad_files_are_set_aside_and_the_rest_goes_on(
@@ -354,7 +383,7 @@ def view():
         lesion_bits=lesions,
         affine=affine,
         finding_probabilities=dict.fromkeys(FINDINGS, 0.25),
-        thresholds=None,
+        thresholds=NOT_FITTED,
         volumes_ml={NODULE.key: 0.06},
         places={NODULE.key: LesionPlace(NODULE.key, 0.06, "left", (), "geometry", "left lung")},
         contradictions=[],

@@ -7,6 +7,8 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from conftest import phantom_sample
 from launches import (
     LAUNCH,
     TWO,
@@ -31,9 +34,11 @@ from launches import (
 
 from rectvlm.checkpoint import Checkpoint, TrainingState, run_folder
 from rectvlm.config import Config, ValidationConfig, load_config
-from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.dataset import ShardDataset, collate_samples
 from rectvlm.data.loader import build_eval_loader
-from rectvlm.labels import N_FINDINGS, N_LESIONS
+from rectvlm.data.shards import write_shards
+from rectvlm.finding_thresholds import NOT_FITTED, THRESHOLDS_FILE
+from rectvlm.labels import FINDINGS, N_FINDINGS, N_LESIONS
 from rectvlm.models import RectVLM
 from rectvlm.train import loop
 from rectvlm.train.early_stopping import has_stopped_early
@@ -43,8 +48,15 @@ from rectvlm.train.recovery.exit_codes import ExitCode, RunEnded
 from rectvlm.train.recovery.position import TrainingPosition
 from rectvlm.train.recovery.watchdog import RankActivity
 from rectvlm.train.validation import ValidationResult
-from rectvlm.train.validation_cases import ScoredCase, compute_validation_metrics
-from rectvlm.types import UserError
+from rectvlm.train.validation_cases import (
+    MIN_CASES_TO_FIT,
+    ScoredCase,
+    compute_validation_metrics,
+    fit_case_thresholds,
+    read_reports,
+    score_written_reports,
+)
+from rectvlm.types import Batch, Split, UserError
 
 ONE = [*LAUNCH, "--num_processes", "1"]
 
@@ -80,7 +92,9 @@ def test_patience(
     tmp_path: Path, metric: Any, values: list[float | None], patience: int, stops: bool
 ) -> None:
     write_history(tmp_path, values, metric)
-    plan = ValidationConfig(every=2, cases=1, shown_cases=0, best_metric=metric, patience=patience)
+    plan = ValidationConfig(
+        every=2, cases=1, shown_cases=0, report_cases=0, best_metric=metric, patience=patience
+    )
     assert has_stopped_early(tmp_path, plan) is stops
     assert not has_stopped_early(tmp_path / "elsewhere", plan)
 
@@ -93,24 +107,26 @@ def make_checkpoints(folder: Path, steps: list[int]) -> None:
         Checkpoint(path, PHASES[1].parts, load_config("tiny"), state, {}).write_files({}, None)
 
 
+def make_case(case_index: int, loss: float, probability: float) -> ScoredCase:
+    """A case with one of the first two findings."""
+    labels = np.zeros(N_FINDINGS, np.float32)
+    labels[case_index % 2] = 1
+    return ScoredCase(
+        case_index=case_index,
+        losses_by_task={"classification": loss},
+        probabilities=np.full(N_FINDINGS, probability, np.float32),
+        labels=labels,
+        labels_known=np.ones(N_FINDINGS, bool),
+        overlap_counts=None,
+        lesions_annotated=np.zeros(N_LESIONS, bool),
+    )
+
+
 def test_one_case_that_gives_no_number_leaves_a_validation_without_figures(tiny: Config) -> None:
     """The others' mean would look better than the model is.
 
     And such a validation never beats the best so far.
     """
-
-    def make_case(case_index: int, loss: float, probability: float) -> ScoredCase:
-        labels = np.zeros(N_FINDINGS, np.float32)
-        labels[case_index % 2] = 1
-        return ScoredCase(
-            case_index=case_index,
-            losses_by_task={"classification": loss},
-            probabilities=np.full(N_FINDINGS, probability, np.float32),
-            labels=labels,
-            labels_known=np.ones(N_FINDINGS, bool),
-            overlap_counts=None,
-            lesions_annotated=np.zeros(N_LESIONS, bool),
-        )
 
     def compute_metrics(*cases: ScoredCase) -> dict[str, float | None]:
         return compute_validation_metrics(cases, PHASES[1].tasks, tiny.train.loss_weights)
@@ -121,6 +137,103 @@ def test_one_case_that_gives_no_number_leaves_a_validation_without_figures(tiny:
     for bad_case in (make_case(1, math.nan, 0.5), make_case(1, 2.0, math.nan)):
         metrics = compute_metrics(good_case, bad_case)
         assert metrics.keys() == good.keys() and set(metrics.values()) == {None}
+
+
+def test_thresholds_are_fitted_to_enough_cases_alone() -> None:
+    """The third finding is never present, so that no case decides its threshold."""
+    count = 2 * MIN_CASES_TO_FIT
+    cases = [make_case(i, 1.0, 0.2 if i % 2 else 0.8) for i in range(count)]
+    assert fit_case_thresholds(cases[1:], NOT_FITTED, "cases") is NOT_FITTED  # one too few
+    fitted = fit_case_thresholds(cases, NOT_FITTED, "cases")
+    # Present where the probability is high; else it is best to call all.
+    assert fitted.values[:3].tolist() == pytest.approx([0.5, 0.2, 0.5])
+    assert fitted.is_fitted.tolist() == [True, True] + [False] * (N_FINDINGS - 2)
+    assert (fitted.source, fitted.n_cases) == ("cases", count)
+    fewer = fit_case_thresholds(cases[:4], fitted, "fewer")
+    assert fewer is fitted
+    bad = [*cases, make_case(count, 1.0, math.nan)]
+    assert fit_case_thresholds(bad, fitted, "bad") is fitted
+
+
+def test_clinical_f1_reads_reports_and_counts_known_labels(tiny: Config) -> None:
+    batch = collate_samples([phantom_sample(seed, tiny, "valid") for seed in (0, 1)])
+    lung_nodule = FINDINGS.index("Lung nodule")
+    batch.labels.zero_()
+    batch.labels_known.fill_(True)
+    batch.labels[:, lung_nodule] = 1
+    texts = ["Findings: There is a nodule in the left lung.", "Findings: No pulmonary nodule."]
+    reports = read_reports([4, 7], batch, texts)
+    assert [report.case_index for report in reports] == [4, 7]
+    assert [report.stated.nonzero()[0].tolist() for report in reports] == [[lung_nodule], []]
+    assert score_written_reports(reports) == pytest.approx(2 / 3)  # one hit, one miss
+    batch.labels_known[1, lung_nodule] = False
+    assert score_written_reports(read_reports([4, 7], batch, texts)) == 1
+
+
+def test_prompts_of_a_validation_hold_no_truth(
+    tiny_run: Callable[[int], Path], tiny: Config
+) -> None:
+    """Other labels and outlines change the loss of a report in training, not in eval mode."""
+    model = RectVLM.from_pretrained(tiny_run(3), "cpu")
+    batch = collate_samples([phantom_sample(1, tiny, "valid")])
+    batch.labels_known.fill_(True)
+    batch.lesions_annotated.fill_(True)
+    other = replace(
+        batch, labels=1 - batch.labels, lesions=torch.where(batch.ct > 0, 31, 0).to(torch.uint8)
+    )
+
+    def compute_report_loss(batch: Batch, true_cue_share: float, training: bool) -> float:
+        generator = model.config.generator.model_copy(update={"true_cue_share": true_cue_share})
+        model.config = model.config.model_copy(update={"generator": generator})
+        # The parts have no dropout and noise in eval mode; the cues depend on the model's mode.
+        model.training = training
+        with torch.no_grad():
+            report_loss = model(batch).report_loss
+        assert report_loss is not None
+        return float(report_loss.per_sample)
+
+    assert compute_report_loss(batch, 1.0, False) == compute_report_loss(other, 1.0, False)
+    assert compute_report_loss(batch, 0.0, True) == compute_report_loss(batch, 1.0, False)
+    assert compute_report_loss(batch, 1.0, True) != compute_report_loss(other, 1.0, True)
+
+
+def test_reports_must_be_written_for_the_metric_that_reads_them() -> None:
+    choices = [
+        f"train.phases.phase3.validation.{choice}"
+        for choice in ("every=1", "report_cases=0", "best_metric=clinical_f1")
+    ]
+    with pytest.raises(UserError, match="report_cases must be at least 1, not 0"):
+        load_config("tiny", choices)
+
+
+@pytest.mark.slow
+def test_fitted_thresholds_reach_checkpoints_a_resumed_run_and_the_next_phase(
+    tiny: Config, tmp_path: Path
+) -> None:
+    shards, runs = tmp_path / "shards", tmp_path / "runs"
+    splits: list[Split] = ["train"] * 4 + ["valid"] * 40
+    write_shards([phantom_sample(seed, tiny, split) for seed, split in enumerate(splits)], shards)
+    choices = validation(1, every=2, cases=40, shown_cases=0)
+    command = [*TWO, "launch/phase1.py", *settings(1, shards, runs, 6), *choices]
+    run(command, tmp_path)
+    folder = runs / "tiny" / "phase1"
+    last = run_folder.step_folder(folder, 6)
+    thresholds = Checkpoint.open(last).read_thresholds()
+    assert thresholds.is_fitted.sum() > 3 and thresholds.n_cases == 40
+    assert "40 validation cases (tiny, phase phase1, step 6)" in thresholds.source
+    assert thresholds.source in (last / "README.md").read_text()
+    middle = Checkpoint.open(run_folder.step_folder(folder, 4)).read_thresholds()
+    assert "step 4" in middle.source
+
+    before = (last / THRESHOLDS_FILE).read_bytes()
+    shutil.rmtree(last)
+    run([*command, "--resume"], tmp_path)
+    assert (last / THRESHOLDS_FILE).read_bytes() == before
+
+    # Without validation a phase keeps the thresholds that it starts with.
+    run([*TWO, "launch/phase2.py", *settings(2, shards, runs, 1)], tmp_path)
+    second = Checkpoint.open(runs / "tiny" / "phase2")
+    assert (second.folder / THRESHOLDS_FILE).read_bytes() == before
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
@@ -175,7 +288,7 @@ class Order(NamedTuple):
 @pytest.mark.parametrize(
     ("step", "signal", "room", "better", "expected"),
     [
-        (4, 0, True, True, Order(["save", "validate", "best"], None)),
+        (4, 0, True, True, Order(["save", "validate", "thresholds", "best"], None)),
         (4, 15, True, True, Order(["save"], ExitCode.STOPPED_BY_SIGNAL)),
         (2, 0, True, True, Order(["validate", "save", "best"], None)),
         (2, 0, True, False, Order(["validate"], None)),
@@ -186,7 +299,7 @@ class Order(NamedTuple):
             True,
             Order(["validate", "full"], None),
         ),  # a best that is not on the disk is none
-        (8, 0, True, False, Order(["save", "validate"], None)),
+        (8, 0, True, False, Order(["save", "validate", "thresholds"], None)),
         (
             8,
             15,
@@ -208,7 +321,10 @@ def test_weights_are_saved_before_they_are_validated(
     tiny: Config,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Eight steps, a checkpoint every fourth, a validation every second."""
+    """Eight steps, a checkpoint every fourth, a validation every second.
+
+    The thresholds that a validation fits are put into a checkpoint that was saved before it.
+    """
     did: list[str] = []
     phase = tiny.train.phases["phase1"].model_copy(update={"steps": 8, "save_every": 4})
     config = tiny.model_copy(
@@ -236,12 +352,16 @@ def test_weights_are_saved_before_they_are_validated(
         return room
 
     monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(loop, "save_thresholds", lambda *_: did.append("thresholds"))
     fakes: dict[str, Any] = {
         "validator": FakeValidator(),
+        "engine": SimpleNamespace(
+            is_main=True, model=SimpleNamespace(module=SimpleNamespace(thresholds=NOT_FITTED))
+        ),
         "run_log": SimpleNamespace(fsync_logs=lambda: None, log_validation=lambda _: None),
         "watchdog": SimpleNamespace(record_heartbeat=lambda: None, activity=RankActivity()),
     }
-    unused = dict.fromkeys(("engine", "trainer", "bad_steps_log"))
+    unused = dict.fromkeys(("trainer", "bad_steps_log"))
     training = loop.TrainingLoop(
         phase=PHASES[1],
         config=config,
@@ -370,7 +490,7 @@ def outlined(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> 
 
 
 CHOICES = [
-    *validation(3, every=3, cases=3, shown_cases=1, best_metric="loss"),
+    *validation(3, every=3, cases=3, shown_cases=1, report_cases=3, best_metric="clinical_f1"),
     "train.phases.phase3.ema_decay=0.8",
     "train.weighting=uncertainty",
     "train.phases.phase3.unfreeze=[{part: encoder, last_blocks: 1, step: 4}]",
@@ -428,7 +548,9 @@ def test_everything_at_once_resumes_to_the_last_digit(
         "macro_auroc",
         "macro_average_precision",
     ]
-    assert set(lines(cut / "validation.jsonl")[0]["metrics"]) == {*names, "mean_dice"}
+    validated = lines(cut / "validation.jsonl")[0]["metrics"]
+    assert set(validated) == {*names, "mean_dice", "clinical_f1"}
+    assert 0 <= validated["clinical_f1"] <= 1
     assert (cut / "best.json").read_text() == (folders["whole"] / "best.json").read_text()
     weights = [Checkpoint.open(folder).read_tensors() for folder in folders.values()]
     assert not any("weighting" in name for name in weights[0])

@@ -22,8 +22,8 @@ from rectvlm.train.phases import Phase
 from rectvlm.types import Batch
 
 PROMPT_TOKENS = 192
-"""Assumed length of chat template, request and cues. SmolLM2's tokenizer makes 75 to 150 tokens of
-a phantom's prompt, and 240 of a prompt with every finding and with every lesion in three places. An
+"""Assumed length of chat template, request and cues. SmolLM2's tokenizer makes 75 to 155 tokens of
+a phantom's prompt, and 245 of a prompt with every finding and with every lesion in three places. An
 indication and a technique as long as they may be (`MAX_CONTEXT_CHARACTERS`) add about 70."""
 REPORT_PLACEHOLDER = "report"
 VISION_PARTS = ("encoder", "classifier", "localizer")

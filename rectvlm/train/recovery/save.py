@@ -11,7 +11,8 @@ from rectvlm.checkpoint import Checkpoint, TrainingState, integrity, run_folder
 from rectvlm.checkpoint.checkpoint import ENGINE_FOLDER
 from rectvlm.checkpoint.integrity import ManifestEntry
 from rectvlm.checkpoint.model_card import write_model_card
-from rectvlm.config import Config
+from rectvlm.config import Config, phase_key
+from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.machine import package_versions
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.phases import Phase
@@ -78,6 +79,23 @@ def save_checkpoint(
     return True
 
 
+def save_thresholds(folder: Path, step: int, thresholds: FindingThresholds) -> None:
+    """Write the thresholds that a validation has fitted into the checkpoint of its step.
+
+    Raises:
+        OSError: they could not be written.
+    """
+    _write_thresholds(Checkpoint.open(run_folder.step_folder(folder, step)), thresholds)
+
+
+def _write_thresholds(checkpoint: Checkpoint, thresholds: FindingThresholds) -> None:
+    """Write thresholds and the model card, which lists them."""
+    checkpoint.write_thresholds(thresholds)
+    training = checkpoint.training
+    key = phase_key(training.phase, training.stage)
+    write_model_card(checkpoint, f"{checkpoint.config.name}, phase {key}, step {training.step}")
+
+
 def _write_rank_files(
     engine: Engine,
     phase: Phase,
@@ -106,7 +124,7 @@ def _write_rank_files(
             )
             checkpoint = Checkpoint(work, phase.parts, config, training, package_versions())
             files += checkpoint.write_files(tensors, engine.model.module.lora_config())
-            write_model_card(checkpoint, f"{config.name}, phase {phase.key}, step {position.step}")
+            _write_thresholds(checkpoint, engine.model.module.thresholds)
         entries = {}
         for path in files:
             entries[path.relative_to(work).as_posix()] = integrity.flush_and_hash(path)

@@ -23,8 +23,8 @@ from rectvlm.cli_options import options_from_namespace
 from rectvlm.data.dataset import collate_samples
 from rectvlm.data.shards import read_index, read_sample, write_shards
 from rectvlm.labels import FINDINGS
+from rectvlm.models.cues import describe_batch_cues
 from rectvlm.models.language_model import load_tokenizer
-from rectvlm.models.rectvlm import describe_batch_cues
 from rectvlm.models.report_prompt import encode_report_prompt
 from rectvlm.pretrained import resolve_model
 from rectvlm.types import OWN_OUTLINES, InputError, Sample, UserError
@@ -735,7 +735,9 @@ def test_indication_and_technique_go_from_the_table_to_the_prompt(
     batch = collate_samples([read_sample(tmp_path, location) for location in locations])
     assert [meta.indication for meta in batch.metas] == [INDICATION, None]  # "Not given."
     nothing_found = torch.zeros(2, len(FINDINGS))
-    with_context, without = describe_batch_cues(batch, nothing_found, batch.lesions * 0)
+    with_context, without = describe_batch_cues(
+        batch, nothing_found, [0.5] * len(FINDINGS), batch.lesions * 0
+    )
     examination = f"Indication: {' '.join(INDICATION.split())} Technique: {TECHNIQUE}"
     assert with_context == f"{examination} {without}"
     assert without.startswith("No findings suggested.")

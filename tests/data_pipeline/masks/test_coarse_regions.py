@@ -18,7 +18,7 @@ from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
 from rectvlm.data.dataset import collate_samples
 from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.volume import read_volume
-from rectvlm.labels import LESIONS, REGION_BY_NAME
+from rectvlm.labels import LESIONS, N_FINDINGS, REGION_BY_NAME
 from rectvlm.phantom.phantom import make_phantom
 from rectvlm.types import COARSE_REGIONS_SOURCE, Volume
 
@@ -174,7 +174,7 @@ def test_a_case_gets_a_coarse_map_only_on_request_and_only_without_one_of_its_ow
 def test_lobes_of_a_coarse_map_are_never_put_into_words(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rectvlm.models.rectvlm import describe_batch_cues
+    from rectvlm.models.cues import describe_batch_cues
 
     sample = case_to_sample(case(True), *TINY)
     nodule = next(lesion for lesion in LESIONS if lesion.key == "lung_nodule")
@@ -189,7 +189,7 @@ def test_lobes_of_a_coarse_map_are_never_put_into_words(
     batch = collate_samples([replace(sample, lesions=mask, meta=meta) for meta in metas])
     assert batch.regions_known.all()
     suggested = torch.ones_like(batch.labels)
-    told, coarse = describe_batch_cues(batch, suggested, batch.lesions)
+    told, coarse = describe_batch_cues(batch, suggested, [0.5] * N_FINDINGS, batch.lesions)
     assert (
         "right lower lobe" in told
         and "lobe" not in coarse

@@ -1,0 +1,1 @@
+"""Features of CTs as a file, and a linear probe of them."""
