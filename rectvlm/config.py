@@ -344,13 +344,16 @@ class LossWeightsConfig(_ConfigSection):
 
 
 class LocalizationLossWeightsConfig(_ConfigSection):
-    """Weights of the terms of the localization loss. Dice and cross-entropy at full resolution have
-    weight 1; a term of weight 0 changes nothing."""
+    """Weights of the terms of the localization loss. The overlap with the outlines at full
+    resolution has weight 1; a term of weight 0 changes nothing."""
 
+    volume: NonNegativeFloat
+    """Weight of the volume that is drawn where a lesion is absent, or not drawn where it is present
+    but not outlined, relative to the overlap."""
     half_resolution: NonNegativeFloat
-    """Weight of Dice and cross-entropy at half resolution."""
+    """Weight of overlap and volume at half resolution."""
     patch_resolution: NonNegativeFloat
-    """Weight of the cross-entropy of the patches that hold a lesion."""
+    """Weight of overlap and volume of the patches that hold a lesion."""
     denoising: NonNegativeFloat
     """Weight of the squared error of the denoised patch features."""
     consistency: NonNegativeFloat

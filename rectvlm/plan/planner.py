@@ -169,7 +169,11 @@ class ResourcePlanner:
             language_config = pretrained.read_model_config(config.generator.model)
         model = build_meta_model(config, self.phase.parts, text_width, language_config)
         # Before freezing, as in training: a part that does not learn is in the checkpoint too.
-        self.saved_entries = _count_entries(model, model.checkpoint_tensor_names())
+        names = model.checkpoint_tensor_names()
+        self.saved_entries = _count_entries(model, names)
+        # The prompts are no parameters, so the engine does not round them to bf16.
+        prompt_names = [name for name in names if name.startswith("prompts.")]
+        self.prompt_entries = _count_entries(model, prompt_names)
         self.model = apply_phase_settings(model, config, self.phase)
         self.dry_run: DryRunResult = dry_run_micro_batch(
             config, self.phase, self.model, self.settings.micro_batch, workspace_meter
@@ -256,12 +260,13 @@ class ResourcePlanner:
     def _count_checkpoint_bytes(self, trainable: int) -> int:
         """Count the bytes of a checkpoint.
 
-        It holds all weights in bf16, and of each trainable one the fp32 weight, two moments and the
-        moving average where there is one. Names, layouts and configuration are left out: tens of
-        KB.
+        It holds the prompts in fp32, all weights in bf16, and of each trainable one the fp32
+        weight, two moments and the moving average where there is one. Names, layouts and
+        configuration are left out: tens of KB a rank.
         """
         states = 3 + (self.settings.ema_decay > 0)
-        return BF16_BYTES * self.saved_entries + states * FP32_BYTES * trainable
+        weight_bytes = BF16_BYTES * (self.saved_entries - self.prompt_entries)
+        return weight_bytes + FP32_BYTES * (self.prompt_entries + states * trainable)
 
     def _count_kept_checkpoints(self) -> int:
         """Count the checkpoints that exist at the same time.

@@ -1,8 +1,23 @@
-"""The localization loss: Dice and cross-entropy of the masks, alignment, consistency and denoising.
+"""The localization loss: overlap, volumes, alignment, consistency and denoising.
 
-Shapes: B samples, F findings (18), L lesions (5), Z × Y × X voxels.
+Full-volume Dice and cross-entropy do not suit CT-RATE. Of most consolidations no outline exists, so
+no voxel would ever be known to be empty. And at 64 × 512 × 512 voxels, the faint background of a
+small lesion outweighs it: with logits of −8 it sums to fifty times the volume of a lesion of 100
+voxels. So each part of a volume has the term that suits it:
+
+- **Around an outline** overlap counts: Dice with squared probabilities (Milletari et al., 2016),
+  which a faint background hardly enters, and cross-entropy.
+- **Where the lesion is known to be absent** drawn volume counts, as log(1 + V / V₀). Its gradient
+  is the same in a healthy case and far from a lesion, and neither litres nor specks escape it:
+  however large V is, halving it gains as much.
+- **Where the patient has a lesion that no one outlined**, some volume must be drawn:
+  log(1 + V₀ / V).
+
+Every term belongs to one sample and one lesion, and is averaged over the samples of a step
+(`rectvlm.train.task_loss`). Shapes: B samples, L lesions (5), Z × Y × X voxels, z × y × x cells.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,120 +26,115 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rectvlm.config import LocalizationLossWeightsConfig
-from rectvlm.labels import (
-    LESION_FINDING_INDEXES,
-    LESION_IS_IMPLIED_BY_FINDING,
-    LESIONS,
-    N_LESIONS,
-)
+from rectvlm.labels import LESIONS, N_LESIONS
 from rectvlm.lesion_bits import lesion_mask
 from rectvlm.models.localizer import LocalizerOutput
-from rectvlm.train.task_loss import TaskLoss, mean_of_known
+from rectvlm.train.lesion_targets import LesionTargets
+from rectvlm.train.task_loss import TargetCounts, TaskLoss, mean_of_known
 
-
-class LesionTargets(NamedTuple):
-    """Lesions that annotators have outlined."""
-
-    lesion_bits: Tensor
-    """(B, Z, Y, X) uint8, lesion bits."""
-    annotated: Tensor
-    """(B, L) bool: all lesions of the kind are outlined, so a voxel without one is negative."""
-    partial: Tensor
-    """(B, L) bool: some lesions are outlined, others may be missing; never where `annotated` is."""
-
-
-class LesionPresence(NamedTuple):
-    """Lesions that a patient has, as far as is known."""
-
-    present: Tensor
-    """(B, L) bool: the patient has the lesion."""
-    known: Tensor
-    """(B, L) bool: it is known whether the patient has it; where it is not, `present` is False."""
-
-
-def infer_lesions_from_labels(labels: Tensor, labels_known: Tensor) -> LesionPresence:
-    """Infer lesions from labels, (B, F) and (B, F) bool.
-
-    A finding that is absent excludes the lesion that implies it. A finding that is present proves
-    the lesion only where both are the same: none is the same as ground glass, since "Lung opacity"
-    may be something else.
-    """
-    is_same = torch.tensor(LESION_IS_IMPLIED_BY_FINDING, device=labels.device)
-    columns = list(LESION_FINDING_INDEXES)
-    has_finding, is_labelled = labels[:, columns] > 0.5, labels_known[:, columns]
-    return LesionPresence(
-        present=has_finding & is_labelled & is_same,
-        known=is_labelled & (is_same | ~has_finding),
-    )
+SMALL_LESION_ML = {
+    "pericardial_effusion": 10.0,
+    "pleural_effusion": 10.0,
+    "consolidation": 5.0,
+    "ground_glass_opacity": 5.0,
+    "lung_nodule": 0.3,
+}
+"""V₀: volume of a small lesion of each kind. Less of it drawn in vain costs little."""
 
 
 def localization_loss(
     predicted: LocalizerOutput,
     targets: LesionTargets,
-    labelled: LesionPresence,
     term_weights: LocalizationLossWeightsConfig,
+    counts: TargetCounts,
 ) -> TaskLoss:
-    """Dice and cross-entropy at full and half resolution, and the terms that the config weights.
-
-    An annotated lesion counts in full. Of a lesion that is outlined in part, the drawn voxels (and
-    the cells that hold one) have a cross-entropy, and nothing else does: the rest is unknown, so
-    there is no Dice either.
+    """Overlap and volumes at three resolutions, and the terms that the config weights.
 
     Alignment asks whether the patches that the localizer points at match the lesion's prompt. Its
-    target comes from the outline, else from a label, so lesions without an outline are learned too.
-    Consistency compares the resolutions wherever a target is known: it carries what a label teaches
-    the patches on to the masks.
+    target comes from the outline, else from a label. Consistency compares the resolutions: it
+    carries what a label teaches the patches on to the masks.
 
     Args:
         predicted: output of the localizer.
-        targets: outlined lesions.
-        labelled: lesions inferred from labels.
+        targets: what is known of the lesions.
         term_weights: weights of the terms.
+        counts: what the step teaches, per micro-batch.
     """
-    _check_localization_shapes(predicted, targets, labelled)
+    _check_localization_shapes(predicted, targets)
     terms = _compute_all_lesion_terms(predicted, targets, term_weights.consistency > 0)
-    drawn_in_part = targets.partial & terms.present
-    # Against an empty mask soft Dice is 1 whatever is predicted: only cross-entropy can say "none".
-    has_dice = targets.annotated & terms.present
-    known = targets.annotated | drawn_in_part
-    half_resolution_loss = mean_of_known(terms.half_dice, has_dice) + mean_of_known(
-        terms.half_cross_entropy, known
-    )
-    value = (
-        mean_of_known(terms.dice, has_dice)
-        + mean_of_known(terms.cross_entropy, known)
-        + term_weights.half_resolution * half_resolution_loss
-        + term_weights.patch_resolution * mean_of_known(terms.coarse_cross_entropy, known)
-        + term_weights.denoising * predicted.denoising_loss
-    )
+    value = term_weights.denoising * predicted.denoising_loss
+    for resolution, weight in (
+        (terms.full, 1.0),
+        (terms.half, term_weights.half_resolution),
+        (terms.patch, term_weights.patch_resolution),
+    ):
+        overlap = _mean_over_lesions(resolution.overlap, terms.outlined, counts.outlined)
+        volume = mean_of_known(resolution.volume, targets.known, counts.lesions)
+        value = value + weight * (overlap + term_weights.volume * volume)
     if term_weights.alignment > 0:
+        present = terms.outlined | targets.labelled.present & ~targets.annotated
         logits = predicted.alignment_logits
-        present = torch.where(known, terms.present, labelled.present).to(logits.dtype)
-        known = known | labelled.known
-        alignment = F.binary_cross_entropy_with_logits(logits, present, reduction="none")
-        value = value + term_weights.alignment * mean_of_known(alignment, known)
+        alignment = F.binary_cross_entropy_with_logits(
+            logits, present.to(logits.dtype), reduction="none"
+        )
+        value = value + term_weights.alignment * mean_of_known(
+            alignment, targets.known, counts.lesions
+        )
     if term_weights.consistency > 0:
-        compared = known & ~targets.partial
-        value = value + term_weights.consistency * mean_of_known(terms.consistency, compared)
-    return TaskLoss(value, known.sum())
+        is_compared = targets.known & ~targets.partial
+        consistency = mean_of_known(terms.consistency, is_compared, counts.lesions)
+        value = value + term_weights.consistency * consistency
+    return TaskLoss(value, counts.lesions)
 
 
-class LesionLossTerms(NamedTuple):
+def _mean_over_lesions(values: Tensor, outlined: Tensor, counts: Sequence[float]) -> Tensor:
+    """Mean of the lesions' means: a lesion that is rarely outlined counts as much as others.
+
+    Args:
+        values: (B, L).
+        outlined: (B, L) bool, values that count.
+        counts: number of values in the mean of each lesion.
+    """
+    divisors = torch.tensor([count or 1.0 for count in counts], device=values.device)
+    outlined_lesions = sum(count > 0 for count in counts)
+    return (values * outlined / divisors).sum() / (outlined_lesions or 1)
+
+
+class ResolutionTerms(NamedTuple):
+    """Terms of one resolution; (B,) for one lesion, (B, L) for all."""
+
+    overlap: Tensor
+    """Dice loss and cross-entropy around the outline; of no meaning where there is none."""
+    volume: Tensor
+    """Loss of the volume that is drawn where the lesion is absent, or not drawn where the patient
+    has it."""
+
+
+class LesionTerms(NamedTuple):
     """Terms of the loss before they are averaged; (B,) for one lesion, (B, L) for all."""
 
-    dice: Tensor
-    cross_entropy: Tensor
-    half_dice: Tensor
-    half_cross_entropy: Tensor
-    coarse_cross_entropy: Tensor
+    full: ResolutionTerms
+    half: ResolutionTerms
+    patch: ResolutionTerms
     consistency: Tensor
-    present: Tensor
+    outlined: Tensor
     """bool: the outline holds a voxel."""
+
+
+class _LesionKnowledge(NamedTuple):
+    """What is known of one lesion of B samples, each (B,) bool."""
+
+    outlined: Tensor
+    """An outline holds a voxel."""
+    complete: Tensor
+    """Every voxel without an outline is negative."""
+    missed: Tensor
+    """The patient has the lesion, and no one outlined it."""
 
 
 def _compute_all_lesion_terms(
     predicted: LocalizerOutput, targets: LesionTargets, with_consistency: bool
-) -> LesionLossTerms:
+) -> LesionTerms:
     """Terms of all lesions, (B, L).
 
     They are computed lesion by lesion and again in the backward pass: the intermediate results
@@ -132,69 +142,171 @@ def _compute_all_lesion_terms(
     """
     full = predicted.mask_logits.unbind(1)
     half = predicted.half_mask_logits.unbind(1)
-    coarse = predicted.patch_logits.unbind(1)
-    terms_of_lesions = []
+    patch = predicted.patch_logits.unbind(1)
+    columns = []
     for lesion in LESIONS:
         terms = checkpoint(
             _compute_lesion_terms,
-            full[lesion.bit],
-            half[lesion.bit],
-            coarse[lesion.bit],
-            lesion_mask(targets.lesion_bits, lesion),
-            targets.partial[:, lesion.bit],
+            (full[lesion.bit], half[lesion.bit], patch[lesion.bit]),
+            targets,
+            lesion.bit,
             with_consistency,
             use_reentrant=False,
             preserve_rng_state=False,
         )
-        terms_of_lesions.append(terms)
-    columns = zip(*terms_of_lesions, strict=True)
-    return LesionLossTerms(*(torch.stack(column, dim=1) for column in columns))
+        columns.append(terms)
+    return _stack_terms(columns)
+
+
+def _stack_terms(columns: list[LesionTerms]) -> LesionTerms:
+    """Terms (B, L) of terms (B,) of each lesion."""
+
+    def stack(get: Callable[[LesionTerms], Tensor]) -> Tensor:
+        return torch.stack([get(terms) for terms in columns], dim=1)
+
+    return LesionTerms(
+        ResolutionTerms(stack(lambda terms: terms.full.overlap), stack(lambda t: t.full.volume)),
+        ResolutionTerms(stack(lambda terms: terms.half.overlap), stack(lambda t: t.half.volume)),
+        ResolutionTerms(stack(lambda terms: terms.patch.overlap), stack(lambda t: t.patch.volume)),
+        consistency=stack(lambda terms: terms.consistency),
+        outlined=stack(lambda terms: terms.outlined),
+    )
 
 
 def _compute_lesion_terms(
-    full: Tensor,
-    half: Tensor,
-    coarse: Tensor,
-    mask: Tensor,
-    partial: Tensor,
+    logits: tuple[Tensor, Tensor, Tensor],
+    targets: LesionTargets,
+    bit: int,
     with_consistency: bool,
-) -> LesionLossTerms:
+) -> LesionTerms:
     """Terms of one lesion.
 
     Args:
-        full, half, coarse: (B, …) logits at three resolutions.
-        mask: (B, Z, Y, X) bool, the outlined lesion.
-        partial: (B,) bool, the lesion is outlined in part.
+        logits: (B, …), at full and half resolution and of the patches.
+        targets: what is known of the lesions.
+        bit: the lesion's position in `LESIONS`.
         with_consistency: whether to compute the consistency term.
     """
-    present = mask.flatten(1).any(1)
-    drawn_in_part = partial & present
-    # A cell takes the largest value, not the mean: a nodule smaller than a cell still marks it.
-    half_mask = _split_into_cells(mask, half.shape[1:]).amax((2, 4, 6)).float()
-    coarse_mask = _split_into_cells(mask, coarse.shape[1:]).amax((2, 4, 6)).float()
-    full_mask = mask.float()
+    full, half, patch = logits
+    knowledge, mask = _describe_knowledge(targets, bit)
+    mask = mask & knowledge.outlined[:, None, None, None]
+    # Only a lung lesion has a place that a region map bounds well.
+    possible = targets.lung if LESIONS[bit].site == "lung" else torch.ones_like(mask)
+    voxel_share = targets.voxel_ml / SMALL_LESION_ML[LESIONS[bit].key]
+    near = _mark_neighbour_cells(_any_in_cells(mask, patch.shape[1:]))
+
+    def at_resolution(logits: Tensor) -> ResolutionTerms:
+        grid = logits.shape[1:]
+        return _compute_resolution_terms(
+            logits,
+            _any_in_cells(mask, grid),
+            _any_in_cells(possible, grid),
+            _enlarge_cells(near, grid),
+            knowledge,
+            voxel_share * mask[0].numel() / logits[0].numel(),
+        )
+
     consistency = full.new_zeros(len(full))
     if with_consistency:
-        probabilities = full.sigmoid()
-        for logits in (half, coarse):
-            pooled = _pool_probabilities(probabilities, logits.shape[1:])
-            squared_error = (logits.sigmoid() - pooled).square()
-            consistency = consistency + squared_error.flatten(1).mean(1)
-    return LesionLossTerms(
-        dice=_soft_dice_loss(full, full_mask),
-        cross_entropy=_masked_cross_entropy(full, full_mask, drawn_in_part),
-        half_dice=_soft_dice_loss(half, half_mask),
-        half_cross_entropy=_masked_cross_entropy(half, half_mask, drawn_in_part),
-        coarse_cross_entropy=_masked_cross_entropy(coarse, coarse_mask, drawn_in_part),
-        consistency=consistency,
-        present=present,
+        consistency = _compare_resolutions(full, half) + _compare_resolutions(full, patch)
+    return LesionTerms(
+        at_resolution(full),
+        at_resolution(half),
+        at_resolution(patch),
+        consistency,
+        knowledge.outlined,
     )
+
+
+def _describe_knowledge(targets: LesionTargets, bit: int) -> tuple[_LesionKnowledge, Tensor]:
+    """What is known of a lesion, and its outlines (B, Z, Y, X)."""
+    mask = lesion_mask(targets.bits, LESIONS[bit])
+    annotated, partial = targets.annotated[:, bit], targets.partial[:, bit]
+    outlined = (annotated | partial) & mask.flatten(1).any(1)
+    says = ~annotated & ~outlined & targets.labelled.known[:, bit]
+    present = targets.labelled.present[:, bit]
+    return _LesionKnowledge(outlined, annotated | says & ~present, says & present), mask
+
+
+def _compute_resolution_terms(
+    logits: Tensor,
+    mask: Tensor,
+    possible: Tensor,
+    near: Tensor,
+    knowledge: _LesionKnowledge,
+    cell_share: float,
+) -> ResolutionTerms:
+    """Terms of one lesion at one resolution.
+
+    Args:
+        logits: (B, z, y, x).
+        mask: (B, z, y, x) bool, outlines that count.
+        possible: (B, z, y, x) bool, where the lesion can lie.
+        near: (B, z, y, x) bool, around an outline. There, what is not outlined counts as empty even
+            where other lesions may be missing: an outline is drawn to the lesion's border.
+        knowledge: what is known of the lesion.
+        cell_share: volume of a cell, as a share of a small lesion's.
+    """
+    is_empty = ~mask & (knowledge.complete[:, None, None, None] | ~possible)
+    is_far = is_empty & ~near
+    probabilities = logits.sigmoid()
+    squares = probabilities.square()
+    drawn = cell_share * torch.where(is_far, squares, 0.0).flatten(1).sum(1)
+    in_place = cell_share * torch.where(possible, squares, 0.0).flatten(1).sum(1)
+    missing = torch.log1p(1 / in_place.clamp_min(1e-12))
+    volume = torch.log1p(drawn) + torch.where(knowledge.missed, missing, 0.0)
+    overlap = _dice_loss(probabilities, squares, mask, near)
+    overlap = overlap + _balanced_cross_entropy(logits, mask, near)
+    return ResolutionTerms(overlap, volume)
+
+
+def _dice_loss(probabilities: Tensor, squares: Tensor, mask: Tensor, near: Tensor) -> Tensor:
+    """1 − 2 Σ p g / (Σ p² + Σ g) around the outline (Milletari et al., 2016), (B,)."""
+    shared = torch.where(mask, probabilities, 0.0).flatten(1).sum(1)
+    drawn = torch.where(near, squares, 0.0).flatten(1).sum(1)
+    return 1 - (2 * shared + 1e-5) / (drawn + mask.flatten(1).sum(1) + 1e-5)
+
+
+def _balanced_cross_entropy(logits: Tensor, mask: Tensor, near: Tensor) -> Tensor:
+    """Cross-entropy around the outline, half of it inside and half of it outside, (B,)."""
+    inside = _mean_where(mask, F.softplus(-logits))
+    outside = _mean_where(near & ~mask, F.softplus(logits))
+    return (inside + outside) / 2
+
+
+def _mean_where(mask: Tensor, values: Tensor) -> Tensor:
+    """Mean of a sample's values where the mask is True, (B,); 0 where it never is."""
+    total = torch.where(mask, values, 0.0).flatten(1).sum(1)
+    return total / mask.flatten(1).sum(1).clamp_min(1)
+
+
+def _compare_resolutions(full: Tensor, coarser: Tensor) -> Tensor:
+    """Mean squared difference of the probabilities at full and at a coarser resolution, (B,)."""
+    pooled = _pool_probabilities(full.sigmoid(), coarser.shape[1:])
+    return (coarser.sigmoid() - pooled).square().flatten(1).mean(1)
 
 
 def _split_into_cells(volume: Tensor, grid: torch.Size) -> Tensor:
     """View (B, Z, Y, X) as (B, z, Z / z, y, Y / y, x, X / x)."""
     z, y, x = grid
     return volume.unflatten(3, (x, -1)).unflatten(2, (y, -1)).unflatten(1, (z, -1))
+
+
+def _any_in_cells(mask: Tensor, grid: torch.Size) -> Tensor:
+    """Cells that hold a True voxel: a nodule smaller than a cell still marks it."""
+    return mask if mask.shape[1:] == grid else _split_into_cells(mask, grid).amax((2, 4, 6))
+
+
+def _mark_neighbour_cells(cells: Tensor) -> Tensor:
+    """Marked cells (B, z, y, x) bool and those around them."""
+    return F.max_pool3d(cells[:, None].float(), 3, stride=1, padding=1)[:, 0] > 0
+
+
+def _enlarge_cells(cells: Tensor, grid: torch.Size) -> Tensor:
+    """Cells (B, z, y, x) on a finer grid."""
+    for axis, size in enumerate(grid, start=1):
+        cells = cells.repeat_interleave(size // cells.shape[axis], dim=axis)
+    return cells
 
 
 def _pool_probabilities(probabilities: Tensor, grid: torch.Size) -> Tensor:
@@ -216,27 +328,8 @@ def _pool_probabilities(probabilities: Tensor, grid: torch.Size) -> Tensor:
     return cells.square().sum((2, 4, 6)) / cells.sum((2, 4, 6)).clamp_min(1e-12)
 
 
-def _soft_dice_loss(logits: Tensor, mask: Tensor, smooth: float = 1e-5) -> Tensor:
-    """1 − 2 Σ p g / (Σ p + Σ g) over the voxels (Milletari et al., 2016), (B,).
-
-    It equals MONAI's `DiceLoss(sigmoid=True)` to the last digit, without the seconds that importing
-    MONAI takes on every rank.
-    """
-    p, g = logits.sigmoid().flatten(1), mask.flatten(1)
-    return 1 - (2 * (p * g).sum(1) + smooth) / (p.sum(1) + g.sum(1) + smooth)
-
-
-def _masked_cross_entropy(logits: Tensor, mask: Tensor, drawn_in_part: Tensor) -> Tensor:
-    """Mean over all voxels, or over those in the mask where it is drawn in part, (B,)."""
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, mask, reduction="none").flatten(1)
-    weights = torch.where(drawn_in_part[:, None], mask.flatten(1), 1.0)
-    return (cross_entropy * weights).sum(1) / weights.sum(1)
-
-
-def _check_localization_shapes(
-    predicted: LocalizerOutput, targets: LesionTargets, labelled: LesionPresence
-) -> None:
-    bits, mask_logits = targets.lesion_bits, predicted.mask_logits
+def _check_localization_shapes(predicted: LocalizerOutput, targets: LesionTargets) -> None:
+    bits, mask_logits = targets.bits, predicted.mask_logits
     assert bits.ndim == 4 and bits.dtype == torch.uint8, (
         f"lesion bits must be uint8 (B, Z, Y, X), not {bits.dtype} {tuple(bits.shape)}"
     )
@@ -246,7 +339,11 @@ def _check_localization_shapes(
         f"masks for lesion bits {tuple(bits.shape)} must be {expected}, "
         f"not {tuple(mask_logits.shape)}"
     )
-    lower_resolutions = {"half": predicted.half_mask_logits, "coarse": predicted.patch_logits}
+    assert targets.lung.shape == bits.shape and targets.lung.dtype == torch.bool, (
+        f"lung must be bool {tuple(bits.shape)}, "
+        f"not {targets.lung.dtype} {tuple(targets.lung.shape)}"
+    )
+    lower_resolutions = {"half": predicted.half_mask_logits, "patch": predicted.patch_logits}
     for name, logits in lower_resolutions.items():
         remainders = [n % m for n, m in zip(grid, logits.shape[2:], strict=True)]
         assert logits.shape[:2] == (batch_size, N_LESIONS) and not any(remainders), (
@@ -255,13 +352,14 @@ def _check_localization_shapes(
     flags_by_name = {
         "annotated": targets.annotated,
         "partial": targets.partial,
-        "labelled.present": labelled.present,
-        "labelled.known": labelled.known,
+        "labelled.present": targets.labelled.present,
+        "labelled.known": targets.labelled.known,
     }
     for name, flags in flags_by_name.items():
         assert flags.shape == (batch_size, N_LESIONS) and flags.dtype == torch.bool, (
             f"{name} must be bool of shape ({batch_size}, {N_LESIONS}), "
             f"not {flags.dtype} {tuple(flags.shape)}"
         )
-    devices = {tensor.device for tensor in (mask_logits, *targets, *labelled)}
+    tensors = (mask_logits, bits, targets.lung, *flags_by_name.values())
+    devices = {tensor.device for tensor in tensors}
     assert len(devices) == 1, f"logits, outlines and labels must be on one device, not on {devices}"

@@ -16,7 +16,7 @@ class StepResult:
     """Weighted sum of the losses of the tasks that have targets; None if no task has any, or if a
     rank's loss was not finite."""
     losses_by_task: dict[str, float | None]
-    """Mean loss of each task over the samples with targets for it; None if there are none."""
+    """Loss of each task over the step; None if no sample says anything about it."""
     learning_rates: dict[str, float]
     """Learning rate of each part of the model that trains."""
     gradient_norm: float | None

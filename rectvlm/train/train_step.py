@@ -26,6 +26,7 @@ from rectvlm.train.recovery.position import TrainingPosition, seed_micro_batch
 from rectvlm.train.recovery.signals import StopSignals
 from rectvlm.train.recovery.watchdog import RankActivity
 from rectvlm.train.step_result import StepResult
+from rectvlm.train.task_loss import TargetCounts
 from rectvlm.types import Batch
 
 TIMED_OPERATIONS = ("data", "augment", "forward", "backward", "optimizer")
@@ -54,8 +55,7 @@ class _RankTotals:
     """What one rank adds up over the micro-batches of a step. T tasks."""
 
     loss_sums: Tensor
-    """(T, 2) float32: the sum of each task's losses over the micro-batches with targets for
-    the task, and the number of these micro-batches."""
+    """(T,) float32: the sum of each task's losses over the micro-batches."""
     loss_values: list[float] = field(default_factory=list)
     """Combined loss of each micro-batch."""
     sample_keys: list[str] = field(default_factory=list)
@@ -99,12 +99,15 @@ class StepTrainer:
         timer = StepTimer(self.engine.device, self.activity)
         self.activity.step, self.activity.sample_keys = self.position.step + 1, []
         learning_rates = self._set_learning_rates()
-        totals = _RankTotals(loss_sums=torch.zeros(len(self.phase.tasks), 2))
+        with timer.time_operation("data"):
+            micro_batches = [next(batches) for _ in range(self.settings.accumulation)]
+        counts = self._count_targets(micro_batches)
+        totals = _RankTotals(loss_sums=torch.zeros(len(self.phase.tasks)))
         optimizer_step = None
-        for number in range(self.settings.accumulation):
+        for number, loaded_batch in enumerate(micro_batches):
             self._seed_micro_batch(number)
-            is_last = number == self.settings.accumulation - 1
-            optimizer_step = self._train_micro_batch(batches, totals, timer, is_last)
+            is_last = number == len(micro_batches) - 1
+            optimizer_step = self._train_micro_batch(loaded_batch, counts, totals, timer, is_last)
         assert optimizer_step is not None
 
         self.activity.operation = "gathering results"
@@ -115,7 +118,7 @@ class StepTrainer:
         self.position.step += 1
         self.position.samples_seen += self.samples_per_step
 
-        losses_by_task = self._average_losses(totals)
+        losses_by_task = self._average_losses(totals, counts)
         memory, signal = self.engine.all_reduce_max(
             peak_memory_bytes(), self.signals.received_signal
         )
@@ -153,20 +156,30 @@ class StepTrainer:
         first_sample = self.position.samples_seen + micro_batch_index * self.settings.micro_batch
         seed_micro_batch(self.config.train.seed, first_sample)
 
+    def _count_targets(self, micro_batches: list[Batch]) -> TargetCounts:
+        """Count what the micro-batches of all ranks teach, per micro-batch."""
+        counts = torch.tensor([TargetCounts.of_batch(batch).to_list() for batch in micro_batches])
+        micro_batch_counts = torch.full((counts.shape[1],), float(len(micro_batches)))
+        means = self.engine.all_reduce_mean(counts.sum(0), micro_batch_counts)
+        return TargetCounts.from_list(means.tolist())
+
     def _train_micro_batch(
-        self, batches: Iterator[Batch], totals: _RankTotals, timer: StepTimer, is_last: bool
+        self,
+        loaded_batch: Batch,
+        counts: TargetCounts,
+        totals: _RankTotals,
+        timer: StepTimer,
+        is_last: bool,
     ) -> OptimizerStepResult | None:
         """Train on one micro-batch; the last of a step updates the weights."""
         engine, train_config = self.engine, self.config.train
-        with timer.time_operation("data"):
-            loaded_batch = next(batches)
         self.activity.sample_keys = loaded_batch.keys
         with timer.time_operation("augment"):
             batch = augment_batch(loaded_batch.to(engine.device), self.config.data.augment)
         with timer.time_operation("forward"):
             outputs = engine.model(batch)
             task_losses = compute_losses(
-                outputs, batch, self.phase.tasks, train_config.localization_loss_weights
+                outputs, batch, self.phase.tasks, train_config.localization_loss_weights, counts
             )
             loss = combine_losses(task_losses, train_config.loss_weights, self.weighting)
         with timer.time_operation("backward"):
@@ -175,9 +188,7 @@ class StepTrainer:
         with timer.time_operation("optimizer"):
             skip = is_last and self._is_bad_loss(totals.loss_values)
             optimizer_step = engine.step(skip, self.limits.max_gradient_norm)
-        for row, task_loss in enumerate(task_losses.values()):
-            is_known = float(task_loss.count > 0)
-            totals.loss_sums[row] += torch.tensor([is_known * task_loss.value.item(), is_known])
+        totals.loss_sums += torch.tensor([loss.value.item() for loss in task_losses.values()])
         totals.sample_keys += batch.keys
         totals.token_count += outputs.token_count
         return optimizer_step
@@ -194,12 +205,14 @@ class StepTrainer:
         reason = explain_skipped_step(observations, gradient_norm, self.limits)
         return SkippedStep(reason, self.position.skipped_in_a_row + 1, observations)
 
-    def _average_losses(self, totals: _RankTotals) -> dict[str, float | None]:
-        """Mean loss of each task over all micro-batches of all ranks with targets for it."""
-        sums, counts = totals.loss_sums.unbind(1)
-        means = self.engine.all_reduce_mean(sums, counts).tolist()
-        pairs = zip(self.phase.tasks, means, strict=True)
-        return {task: finite_or_none(mean) for task, mean in pairs}
+    def _average_losses(self, totals: _RankTotals, counts: TargetCounts) -> dict[str, float | None]:
+        """Loss of each task over the step, the mean of all ranks' micro-batches."""
+        micro_batch_counts = torch.full_like(totals.loss_sums, self.settings.accumulation)
+        means = self.engine.all_reduce_mean(totals.loss_sums, micro_batch_counts).tolist()
+        losses_by_task: dict[str, float | None] = {}
+        for task, mean in zip(self.phase.tasks, means, strict=True):
+            losses_by_task[task] = finite_or_none(mean) if counts.of_task(task) else None
+        return losses_by_task
 
     def _combine_mean_losses(
         self, losses_by_task: dict[str, float | None], skipped: SkippedStep | None

@@ -307,7 +307,7 @@ def test_grounding_figures_follow_the_definitions_of_the_leaderboard() -> None:
         both: int, predicted: int, truth: int, parts_predicted: int, parts_true: int, matched: int
     ) -> LesionComparison:
         counts = (parts_predicted, parts_true, 0, matched)
-        return LesionComparison(both, predicted, truth, None, None, *counts)
+        return LesionComparison(both, predicted, truth, None, None, *counts, 0.0)
 
     hit, touched = finding(40, 50, 50, 2, 1, 1), finding(1, 30, 20, 1, 1, 0)
     missed, absent = finding(0, 0, 10, 0, 2, 0), finding(0, 99, 0, 5, 0, 0)

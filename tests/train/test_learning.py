@@ -24,12 +24,14 @@ from rectvlm.models.language_model import load_language_model
 from rectvlm.models.localizer import LesionLocalizer
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.models.report_generator import ReportGenerator
-from rectvlm.train.localization_loss import LesionPresence, LesionTargets, localization_loss
+from rectvlm.train.lesion_targets import LesionPresence, LesionTargets
+from rectvlm.train.localization_loss import localization_loss
 from rectvlm.train.objectives import (
     combine_losses,
     compute_losses,
 )
 from rectvlm.train.phases import PHASES
+from rectvlm.train.task_loss import TargetCounts
 from rectvlm.types import Batch
 
 NODULE = LESION_BY_KEY["lung_nodule"].bit
@@ -278,7 +280,10 @@ def test_labels_alone_teach_where_a_lesion_is(prompts: PromptEmbeddings) -> None
     known = none.clone()
     known[:, NODULE] = True
     labelled = LesionPresence(known & sick[:, None], known)
-    outlines = LesionTargets(torch.zeros_like(ct, dtype=torch.uint8), none, none)
+    anywhere = torch.ones_like(ct, dtype=torch.bool)
+    outlines = torch.zeros_like(ct, dtype=torch.uint8)
+    targets = LesionTargets(outlines, none, none, labelled, anywhere, voxel_ml=0.01)
+    counts = TargetCounts(labels=0, lesions=count, reports=0, outlined=(0,) * N_LESIONS)
 
     def patients() -> tuple[ImageFeatures, Tensor]:
         patches = torch.randn(count, 16, config.encoder.width)
@@ -291,7 +296,7 @@ def test_labels_alone_teach_where_a_lesion_is(prompts: PromptEmbeddings) -> None
     def loss() -> Tensor:
         found = localizer(ct, patients()[0], prompts)
         return localization_loss(
-            found, outlines, labelled, config.train.localization_loss_weights
+            found, targets, config.train.localization_loss_weights, counts
         ).value
 
     learn(localizer.parameters(), loss, 80, 5e-3)

@@ -19,6 +19,7 @@ from rectvlm.train.dry_run.meta_ops import replace_meta_ops
 from rectvlm.train.objectives import combine_losses, compute_losses
 from rectvlm.train.optimizer import freeze_all_but, set_training_modes
 from rectvlm.train.phases import Phase
+from rectvlm.train.task_loss import TargetCounts
 from rectvlm.types import Batch
 
 PROMPT_TOKENS = 192
@@ -188,7 +189,9 @@ def dry_run_micro_batch(
 def _compute_total_loss(outputs: Any, batch: Batch, phase: Phase, config: Config) -> Tensor:
     """Compute the weighted loss of a phase; the losses by task are freed on return."""
     localization_weights = config.train.localization_loss_weights
-    losses_by_task = compute_losses(outputs, batch, phase.tasks, localization_weights)
+    # The batch has no values to count.
+    counts = TargetCounts(labels=1, lesions=1, reports=1, outlined=(1,) * N_LESIONS)
+    losses_by_task = compute_losses(outputs, batch, phase.tasks, localization_weights, counts)
     return combine_losses(losses_by_task, config.train.loss_weights)
 
 

@@ -18,9 +18,10 @@ from data_pipeline.masks.mask_folders import MaskFolders
 from rectvlm.config import load_config
 from rectvlm.data.dataset import collate_samples
 from rectvlm.data.volume import read_volume
-from rectvlm.labels import LESION_BY_KEY, LESIONS
+from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS
+from rectvlm.models import ModelOutputs
 from rectvlm.models.localizer import LocalizerOutput
-from rectvlm.train.localization_loss import LesionPresence, LesionTargets, localization_loss
+from rectvlm.train.objectives import compute_losses
 from rectvlm.types import (
     OWN_OUTLINES,
     TOTALSEGMENTATOR_OUTLINES,
@@ -324,12 +325,9 @@ def test_what_no_one_outlined_moves_no_loss(tmp_path: Path) -> None:
     localizer_output = LocalizerOutput(
         logits, logits[..., ::2], logits[..., ::4], logits.mean((2, 3, 4)), torch.zeros(())
     )
-    outlines = LesionTargets(batch.lesions, batch.lesions_annotated, batch.lesions_partial & False)
-    unlabelled = torch.zeros_like(batch.lesions_annotated)
+    outputs = ModelOutputs(torch.zeros(1, len(FINDINGS)), localizer_output, None, 0)
     terms = load_config("tiny").train.localization_loss_weights
-    localization_loss(
-        localizer_output, outlines, LesionPresence(unlabelled, unlabelled), terms
-    ).value.backward()
+    compute_losses(outputs, batch, ("localization",), terms)["localization"].value.backward()
     assert logits.grad is not None
     moved_by = {lesion.key for lesion in LESIONS if logits.grad[0, lesion.bit].any()}
     assert moved_by == {"consolidation"}
