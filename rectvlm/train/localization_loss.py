@@ -256,7 +256,7 @@ def _compute_resolution_terms(
     missing = torch.log1p(1 / in_place.clamp_min(1e-12))
     volume = torch.log1p(drawn) + torch.where(knowledge.missed, missing, 0.0)
     overlap = _dice_loss(probabilities, squares, mask, near)
-    overlap = overlap + _balanced_cross_entropy(logits, mask, near)
+    overlap = overlap + _cross_entropy(logits, mask, near)
     return ResolutionTerms(overlap, volume)
 
 
@@ -267,11 +267,15 @@ def _dice_loss(probabilities: Tensor, squares: Tensor, mask: Tensor, near: Tenso
     return 1 - (2 * shared + 1e-5) / (drawn + mask.flatten(1).sum(1) + 1e-5)
 
 
-def _balanced_cross_entropy(logits: Tensor, mask: Tensor, near: Tensor) -> Tensor:
-    """Cross-entropy around the outline, half of it inside and half of it outside, (B,)."""
-    inside = _mean_where(mask, F.softplus(-logits))
-    outside = _mean_where(near & ~mask, F.softplus(logits))
-    return (inside + outside) / 2
+def _cross_entropy(logits: Tensor, mask: Tensor, near: Tensor) -> Tensor:
+    """Cross-entropy around the outline, (B,): half of it over all voxels, a quarter each over those
+    inside and outside. The plain mean alone learns a small lesion too late, the balanced one alone
+    draws beyond its border.
+    """
+    inside, outside = F.softplus(-logits), F.softplus(logits)
+    plain = _mean_where(near, torch.where(mask, inside, outside))
+    balanced = (_mean_where(mask, inside) + _mean_where(near & ~mask, outside)) / 2
+    return (plain + balanced) / 2
 
 
 def _mean_where(mask: Tensor, values: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def make_meta_batch(config: Config, size: int) -> Batch:
     def empty_tensor(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    meta: Any = SimpleNamespace(regions_source="dry run")
+    meta: Any = SimpleNamespace(regions_source="dry run", indication=None, technique=None)
     return Batch(
         keys=["dry run"] * size,
         ct=empty_tensor(size, *grid, dtype=torch.int16),
