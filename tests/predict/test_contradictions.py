@@ -145,9 +145,7 @@ def test_findings_json_and_the_page_carry_the_contradictions(
 ) -> None:
     phantom = phantoms(1)
     checkpoint = Checkpoint.open(tiny_run(2))
-    loaded = LoadedModel(
-        RectVLM.from_checkpoint(checkpoint, "cpu"), checkpoint, dict.fromkeys(FINDINGS, 0.5)
-    )
+    loaded = LoadedModel(RectVLM.from_checkpoint(checkpoint, "cpu"), checkpoint)
     bits = np.zeros_like(phantom.lesions)
     bits[tuple(n // 2 for n in bits.shape)] = LESION_BY_KEY["lung_nodule"].mask_value
     write_nifti(phantom.hu, phantom.affine, tmp_path / "ct.nii")

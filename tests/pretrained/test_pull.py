@@ -15,6 +15,7 @@ from transformers import AutoModel
 from rectvlm import RectVLM, cli
 from rectvlm.checkpoint.integrity import UNLISTED_FILES, read_manifest
 from rectvlm.config import ModelPart
+from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.models.load_quantized import SafetensorsCheckpoint
 from rectvlm.pretrained import resolve_model
 from rectvlm.pretrained.pull import pull_model
@@ -46,7 +47,8 @@ def test_a_whole_model_arrives_bit_for_bit(
 def test_our_model_arrives_whole_by_its_hub_id(
     from_folder: bool, hub: hub_server.Hub, exported: Path, tmp_path: Path
 ) -> None:
-    (exported / "thresholds.json").write_text("{}")
+    thresholds = FindingThresholds.all_default("a test").as_dict()
+    (exported / "thresholds.json").write_text(json.dumps(thresholds))
     hub.add(REPOSITORY, read_files(exported))
     where = str(exported) if from_folder else hub.url
     assert cli.main(["weights", "pull", REPOSITORY, "--from", where]) == 0

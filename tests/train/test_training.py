@@ -136,14 +136,16 @@ def test_checkpoints_hold_what_trained(trained: Callable[[int], Path], phase: in
         assert len(moved) > 0.5 * sum(name.startswith(part) for name in last), f"{part} stood still"
 
 
-@pytest.mark.parametrize("phase", [2, 3])
 def test_a_phase_starts_from_the_weights_of_the_one_before(
-    trained: Callable[[int], Path], phase: int
+    trained: Callable[[int], Path],
 ) -> None:
-    """The first loss of a task learned before is near its last, not near that of random weights."""
-    trained(phase)
-    before, after = metrics(trained(phase - 1)), metrics(trained(phase))
-    task = PHASES[phase - 1].tasks[-1]
+    """The first loss of a task learned before is near its last, not near that of random weights.
+
+    Outlines show it: the loss of the findings is low at once, since their bias starts at the
+    prevalences.
+    """
+    before, after = metrics(trained(2)), metrics(trained(3))
+    task = "localization"
     first, last = before[0]["losses"][task], sum(line["losses"][task] for line in before[-3:]) / 3
     assert after[0]["losses"][task] < (first + last) / 2
 
