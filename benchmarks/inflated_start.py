@@ -55,6 +55,7 @@ from rectvlm.models.image_features import apply_windows
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.phantom.patient_plan import PLAIN_STYLE
 from rectvlm.pretrained.weight_files import SETTINGS_FILES
+from rectvlm.train.budget import PhaseBudget
 from rectvlm.train.objectives import combine_losses, compute_losses
 from rectvlm.train.optimizer import build_optimizer
 from rectvlm.train.phases import PHASES
@@ -69,12 +70,12 @@ NORMALIZATION = 0.5
 
 
 def make_cases(config: Config, train: int, valid: int) -> tuple[list[Batch], Batch]:
-    """Make the training phantoms as micro-batches, and the held-out ones as one batch."""
+    """Make the training phantoms as batches, and the held-out ones as one batch."""
     samples = [
         case_to_sample(case, config.data.grid, config.data.spacing)
         for case in list_demo_cases(train, valid, None, PLAIN_STYLE.name)
     ]
-    size = PHASES[1].get_settings(config).micro_batch
+    size = PHASES[1].get_settings(config).global_batch
     batches = [collate_samples(samples[i : i + size]) for i in range(0, train, size)]
     return batches, collate_samples(samples[train:])
 
@@ -170,6 +171,8 @@ def train_to_auroc(
     """Train phase 1 until the held-out AUROC is reached; return it by step."""
     phase, (batches, held_out) = PHASES[1], cases
     settings = phase.get_settings(config)
+    budget = PhaseBudget.plan(settings, sample_count=len(batches), world_size=1)
+    warmup_steps = budget.samples_after(settings.warmup) / settings.global_batch
     torch.manual_seed(config.train.seed)
     model = RectVLM(config, phase.parts, prompts)
     if config.encoder.init is not None:
@@ -177,7 +180,7 @@ def train_to_auroc(
     if config.encoder.atlas_cases:
         volumes = [ct for batch in batches for ct in batch.ct]
         model.encoder.fit_atlas(volumes[: config.encoder.atlas_cases])
-    optimizer = build_optimizer(model, config.train, settings)
+    optimizer = build_optimizer(model, config.train, settings, budget)
     generator = torch.Generator().manual_seed(config.train.seed)
     aurocs = {0: compute_auroc(model, held_out)}
     order: list[int] = []
@@ -185,7 +188,7 @@ def train_to_auroc(
         order = order or torch.randperm(len(batches), generator=generator).tolist()
         batch = batches[order.pop()]
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * min(1, step / settings.warmup)
+            group["lr"] = group["peak_lr"] * min(1, step / warmup_steps)
         losses = compute_losses(
             model(batch), batch, phase.tasks, config.train.localization_loss_weights
         )

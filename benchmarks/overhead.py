@@ -117,6 +117,7 @@ def measure_overhead(settings: OverheadSettings, work: Path) -> JsonObject:
     """Measure one phase with random weights, whose values change nothing in what is computed."""
     from rectvlm.data.augment import augment_batch
     from rectvlm.data.loader import build_train_loader
+    from rectvlm.train.budget import PhaseBudget
     from rectvlm.train.engine.engine import Engine
     from rectvlm.train.loop import run_training_loop
     from rectvlm.train.objectives import combine_losses, compute_losses
@@ -128,11 +129,12 @@ def measure_overhead(settings: OverheadSettings, work: Path) -> JsonObject:
 
     config, phase = _load_config(settings, work), PHASES[settings.phase]
     phase_settings, folder = phase.get_settings(config), work / "runs" / phase.key
+    budget = PhaseBudget.plan(phase_settings, sample_count=1, world_size=1)
     folder.mkdir(parents=True)
     clipping, seed = config.train.gradient_clipping, config.train.seed
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints which op it has built
         ds_config = CHECKOUT / "ds_configs" / f"phase{settings.phase}.json"
-        engine = Engine(ds_config, phase_settings, clipping, folder)
+        engine = Engine(ds_config, budget.step_batch, clipping, folder)
     loader = build_train_loader(config.data, settings.micro_batch, 0, 1, seed)
     batches = list(itertools.islice(loader, BATCH_COUNT))
 
@@ -144,7 +146,7 @@ def measure_overhead(settings: OverheadSettings, work: Path) -> JsonObject:
     model = build_model(phase, config, None, engine)
     saved_names = model.checkpoint_tensor_names()
     freeze_all_but(model, phase_settings.lr)
-    engine.prepare(model, build_optimizer(model, config.train, phase_settings))
+    engine.prepare(model, build_optimizer(model, config.train, phase_settings, budget))
 
     def compute_loss(module: Any, batch: Batch) -> torch.Tensor:
         batch = augment_batch(batch.to(engine.device), config.data.augment)
@@ -167,7 +169,9 @@ def measure_overhead(settings: OverheadSettings, work: Path) -> JsonObject:
     interleaved = InterleavedBatches(batches, other_steps, engine.device, seed_step)
     start = TrainingPosition(0, 0)
     with StopSignals() as signals:
-        run_training_loop(engine, interleaved, phase, config, folder, saved_names, start, signals)
+        run_training_loop(
+            engine, interleaved, phase, config, budget, folder, saved_names, start, signals
+        )
     engine.close()
     counted = slice(settings.warmup, settings.warmup + settings.steps)
     seconds = {name: times[counted] for name, times in interleaved.seconds.items()}
@@ -185,10 +189,10 @@ def _load_config(settings: OverheadSettings, work: Path) -> Config:
         "train.runs": work / "runs",
         "data.workers": 0,
         # One step more: the trainer's time of a step ends when it asks for the next batch.
-        f"{key}.steps": settings.warmup + settings.steps + 1,
+        f"{key}.samples": (settings.warmup + settings.steps + 1) * settings.micro_batch,
         f"{key}.micro_batch": settings.micro_batch,
-        f"{key}.accumulation": 1,
-        f"{key}.save_every": 10**9,
+        f"{key}.global_batch": settings.micro_batch,
+        f"{key}.save_every": 1,
         f"{key}.validation.every": 0,
         f"{key}.ema_decay": 0,
         "train.limits.max_bad_steps": 1_000_000,

@@ -65,6 +65,7 @@ def measure_step(size: str, overrides: Sequence[str], ds_config: Path, rounds: i
     from rectvlm import pretrained
     from rectvlm.models import RectVLM
     from rectvlm.models.prompt_embeddings import PromptEmbeddings
+    from rectvlm.train.budget import PhaseBudget
     from rectvlm.train.engine.engine import Engine
     from rectvlm.train.objectives import combine_losses, compute_losses
     from rectvlm.train.optimizer import build_optimizer, freeze_all_but
@@ -72,11 +73,12 @@ def measure_step(size: str, overrides: Sequence[str], ds_config: Path, rounds: i
 
     config, phase = load_config(size, overrides), PHASES[PHASE]
     settings = phase.get_settings(config)
+    budget = PhaseBudget.plan(settings, sample_count=settings.micro_batch, world_size=1)
     with (
         tempfile.TemporaryDirectory(prefix="rectvlm-bench-") as folder,
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        engine = Engine(ds_config, settings, config.train.gradient_clipping, Path(folder))
+        engine = Engine(ds_config, budget.step_batch, config.train.gradient_clipping, Path(folder))
     batch = make_long_batch(config, settings.micro_batch).to(engine.device)
 
     reset_peak_memory()
@@ -94,7 +96,7 @@ def measure_step(size: str, overrides: Sequence[str], ds_config: Path, rounds: i
     for parameter in model.parameters():
         if parameter.requires_grad:
             trainable += getattr(parameter, "ds_numel", parameter.numel())
-    engine.prepare(model, build_optimizer(model, config.train, settings))
+    engine.prepare(model, build_optimizer(model, config.train, settings, budget))
 
     reset_peak_memory()
     timer = SectionTimer(STEP_SECTIONS, engine.device)
@@ -154,7 +156,7 @@ def plan_step(size: str, overrides: Sequence[str], ds_config: Path) -> JsonObjec
             "gpu_memory_gb": plan.gpu_memory_gb,
             "loading_peak_gb": plan.loading_peak_gb - plan.gpu_memory_gb["context"],
             "seconds": plan.time.total,
-            "tokens": planner.dry_run.positions,
+            "tokens": planner.dry_run(planner.settings.micro_batch).positions,
         }
         plans["model_tflop"] = plan.flops_per_step.model
         plans["hardware_tflop"] = plan.flops_per_step.hardware
@@ -247,11 +249,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start_seconds = time.monotonic()
     rows: list[JsonObject] = []
     geometry = [f"generator.model={options.geometry}"] if options.geometry else []
-    common_overrides = [*geometry, *options.overrides, f"train.phases.phase{PHASE}.accumulation=1"]
+    common_overrides = [*geometry, *options.overrides]
     config = load_config(options.config, [*geometry, *options.overrides])
     for name, micro_batch in itertools.product(options.ds_configs, options.micro_batch):
-        micro_batch_override = f"train.phases.phase{PHASE}.micro_batch={micro_batch}"
-        overrides = [*common_overrides, micro_batch_override]
+        overrides = list(common_overrides)
+        for key in ("micro_batch", "global_batch"):
+            overrides.append(f"train.phases.phase{PHASE}.{key}={micro_batch}")
         ds_config = CHECKOUT / "ds_configs" / f"{name}.json"
         step_settings = (options.config, overrides, ds_config)
         try:

@@ -37,6 +37,8 @@ from rectvlm.checkpoint import Checkpoint
 from rectvlm.config import load_config
 from rectvlm.machine import count_cores
 from rectvlm.runs.read_runs import read_run
+from rectvlm.train.budget import split_step
+from rectvlm.train.phases import PHASES
 from rectvlm.types import JsonObject
 
 TIMED_SECTIONS = ("data", "forward", "backward", "optimizer")
@@ -98,7 +100,8 @@ def launch_phase(
     if not has_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
     launcher = f"launch/accelerate/{'h200x2' if has_gpu else 'cpu2'}.yaml"
-    settings = {"steps": steps, "warmup": 1, "save_every": steps}
+    step_batch = split_step(PHASES[phase].get_settings(load_config(size)), processes)
+    settings = {"samples": steps * step_batch.global_batch, "warmup": 0, "save_every": 1}
     overrides = [f"train.phases.phase{phase}.{key}={value}" for key, value in settings.items()]
     folders = [f"data.shards={shards}", f"train.runs={runs}"]
     accelerate = [str(tools / "accelerate"), "launch", "--config_file", launcher]

@@ -18,6 +18,7 @@ the run and written to RUN/summary.json:
 
 import argparse
 import json
+import math
 import os
 import resource
 import shlex
@@ -124,7 +125,8 @@ def plan_commands(
     accelerate = (str(tools / "accelerate"), "launch", "--config_file", launcher)
     for phase in phases:
         key = phase_key(phase)
-        if key not in config.train.phases:
+        settings = config.train.phases.get(key)
+        if settings is None:
             raise UserError(
                 f"The configuration of run {config.name} has no train.phases.{key}: add the "
                 "section."
@@ -134,7 +136,7 @@ def plan_commands(
                 f"phase {phase}",
                 (*accelerate, f"launch/phase{phase}.py", "--restart", *config_options),
                 threads=max(1, cores // 2),
-                steps=config.train.phases[key].steps,
+                steps=math.ceil(settings.samples / settings.global_batch),
                 metrics_path=folder / key / METRICS_FILE,
             )
         )

@@ -1,6 +1,6 @@
 """The configuration of a run: one tree of validated values, read from a YAML file.
 
-`load_config("demo", ["train.phases.phase1.steps=10"])` reads `rectvlm/configs/demo.yaml`, or the
+`load_config("demo", ["train.phases.phase1.samples=10"])` reads `rectvlm/configs/demo.yaml`, or the
 YAML file at any path, and changes single values with `part.field=value`. A file names every value,
 so that what runs is what can be read. A missing key, an unknown key and a wrong type are errors
 that name the key.
@@ -44,6 +44,8 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+ProperFraction = Annotated[float, Field(ge=0, lt=1)]
 
 ELASTIC_LATTICE_MM = 60.0
 """Distance between the control points of the elastic augmentation, mm."""
@@ -256,16 +258,16 @@ class UnfreezeConfig(_ConfigSection):
     last_blocks: PositiveInt | None
     """Number of the encoder's last blocks that train, with the layers that follow them; null is the
     whole part."""
-    step: NonNegativeInt
-    """Optimizer steps before the part begins to train. Its learning rate then rises over `warmup`
-    steps."""
+    start: ProperFraction
+    """Share of the phase after which the part begins to train. Its learning rate then has a warm-up
+    of its own, as long as that of the phase."""
 
 
 class ValidationConfig(_ConfigSection):
     """Validation while a phase trains."""
 
-    every: NonNegativeInt
-    """Optimizer steps between validations; there is one after the last step too. 0 never
+    every: Fraction
+    """Share of the phase between validations; there is one after the last step too. 0 never
     validates."""
     cases: PositiveInt
     """Largest number of cases of the dev split, or of valid where there is no dev, spread evenly
@@ -294,29 +296,35 @@ class ValidationConfig(_ConfigSection):
 
 
 class PhaseConfig(_ConfigSection):
-    """Length, batch size and learning rates of one phase, or of a stage of one."""
+    """Length, batch size and learning rates of one phase, or of a stage of one. What happens on the
+    way is placed by shares of the phase, so that it does not depend on the number of ranks."""
 
-    steps: PositiveInt
-    """Optimizer steps."""
+    samples: PositiveInt
+    """Samples that all ranks see together. More ranks see them in less time."""
     epochs: NonNegativeFloat
-    """Passes over the training split. Above 0 they decide the number of steps, not `steps`."""
+    """Passes over the training split. Above 0 they decide the length, not `samples`."""
+    global_batch: PositiveInt
+    """Samples of an optimizer step, of all ranks together. Ranks that do not divide it take the
+    next larger number that they can share."""
+    lr_batch: PositiveInt
+    """Global batch that `lr` is meant for. Another one multiplies all learning rates with
+    sqrt(global_batch / lr_batch), the rule of adaptive optimizers."""
     micro_batch: PositiveInt
-    """Samples of a rank in one forward pass."""
-    accumulation: PositiveInt
-    """Micro-batches of an optimizer step."""
+    """Largest number of samples of a rank in one forward pass. Gradients are accumulated where a
+    rank's share of a step is larger."""
     schedule: Literal["cosine", "linear", "constant"]
     """Learning rate after the warm-up: down to `final_lr_ratio` along a cosine or a line, or
     constant."""
-    warmup: NonNegativeInt
-    """Optimizer steps of linear warm-up."""
+    warmup: ProperFraction
+    """Share of the phase with a linear warm-up."""
     final_lr_ratio: Fraction
     """Last learning rate, as a share of the peak."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)]
-    """Decay of the exponential moving average of the trained weights; 0 keeps none. Where there is
-    one, a checkpoint's weights are the average: it is validated, evaluated and exported, and the
-    next phase starts from it."""
-    save_every: PositiveInt
-    """Optimizer steps between checkpoints. The last step is always saved."""
+    ema_decay: ProperFraction
+    """Decay of the exponential moving average of the trained weights, for steps of `lr_batch`
+    samples; 0 keeps none. Where there is one, a checkpoint's weights are the average: it is
+    validated, evaluated and exported, and the next phase starts from it."""
+    save_every: PositiveFraction
+    """Share of the phase between checkpoints. The last step is always saved."""
     lr: dict[ModelPart, NonNegativeFloat]
     """Peak learning rate of each part that trains."""
     unfreeze: tuple[UnfreezeConfig, ...]
@@ -324,8 +332,13 @@ class PhaseConfig(_ConfigSection):
     validation: ValidationConfig
 
     @model_validator(mode="after")
-    def _check_unfrozen_parts_have_lr(self) -> "PhaseConfig":
+    def _check_late_parts(self) -> "PhaseConfig":
         for entry in self.unfreeze:
+            if entry.start + self.warmup > 1:
+                raise ValueError(
+                    f"unfreeze starts {entry.part} after {entry.start:g} of the phase, so its "
+                    f"warm-up of {self.warmup:g} does not fit: start it earlier, or shorten warmup"
+                )
             if entry.part not in self.lr:
                 raise ValueError(f"unfreeze names {entry.part}, which has no learning rate in lr")
             if entry.last_blocks is not None and entry.part != "encoder":

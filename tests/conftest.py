@@ -175,8 +175,9 @@ def launched_phase1(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Pa
         "launch/phase1.py",
     ]
     short = [
-        "train.phases.phase1.steps=6",
-        "train.phases.phase1.save_every=6",
+        "train.phases.phase1.samples=12",
+        "train.phases.phase1.global_batch=2",
+        "train.phases.phase1.save_every=1",
         f"data.shards={phantom_shards}",
     ]
     done = subprocess.run(

@@ -19,6 +19,8 @@ from rectvlm.checkpoint import Checkpoint
 
 CHECKOUT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY, WORLD, MICRO_BATCH = 12, 4, 2, 2
+GLOBAL_BATCH = WORLD * MICRO_BATCH
+"""Samples of a step at the tiny size, on any number of ranks."""
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 TWO = [*LAUNCH, "--config_file", "launch/accelerate/cpu2.yaml"]
 TIMEOUT = 600.0
@@ -50,11 +52,15 @@ def settings(phase: int, shards: Path, runs: Path, steps: int = STEPS) -> list[s
     """Arguments of a phase at the tiny size."""
     return [
         *("--config", "tiny", f"data.shards={shards}", f"train.runs={runs}"),
-        *(
-            f"train.phases.phase{phase}.steps={steps}",
-            f"train.phases.phase{phase}.save_every={SAVE_EVERY}",
-        ),
+        *length(f"phase{phase}", steps),
     ]
+
+
+def length(phase_key: str, steps: int, save_every: int = SAVE_EVERY) -> list[str]:
+    """Length of a phase and time between its checkpoints, in steps of the tiny size."""
+    section = f"train.phases.{phase_key}"
+    share = min(1.0, save_every / steps)
+    return [f"{section}.samples={steps * GLOBAL_BATCH}", f"{section}.save_every={share}"]
 
 
 def start(command: Sequence[str], folder: Path) -> subprocess.Popen[str]:

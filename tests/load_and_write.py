@@ -19,6 +19,7 @@ from rectvlm.config import load_config
 from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.language_model import load_language_model
 from rectvlm.models.report_generator import ReportGenerator
+from rectvlm.train.budget import StepBatch
 from rectvlm.train.engine.engine import Engine
 
 WIDTH = 48
@@ -64,7 +65,7 @@ def main(folder: str, out: Path, quantization: str) -> None:
     config = load_config(
         "tiny", ["generator.lora_rank=4", f"generator.quantization={quantization}"]
     )
-    engine = Engine(Path("ds_configs/phase3.json"), config.train.phases["phase3"], 1.0, out)
+    engine = Engine(Path("ds_configs/phase3.json"), StepBatch(1, 1, 1), 1.0, out)
     before, peak, largest, shard, whole = live_bytes(), 0, 0, 0, 0
 
     def settle(module: nn.Module) -> None:

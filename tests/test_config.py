@@ -29,14 +29,14 @@ def test_every_size_loads_under_its_own_name_and_reads_back(name: str, tmp_path:
 def test_overrides_change_their_value_alone() -> None:
     config = load_config(
         "tiny",
-        ["train.phases.phase1.steps=11", "data.windows=[bone]", "generator.quantization=none"],
+        ["train.phases.phase1.samples=11", "data.windows=[bone]", "generator.quantization=none"],
     )
-    assert config.train.phases["phase1"].steps == 11
+    assert config.train.phases["phase1"].samples == 11
     assert config.data.windows == ("bone",)
     assert config.generator.quantization == "none"
     tree = config.model_dump()
     plain = load_config("tiny").model_dump()
-    tree["train"]["phases"]["phase1"]["steps"] = plain["train"]["phases"]["phase1"]["steps"]
+    tree["train"]["phases"]["phase1"]["samples"] = plain["train"]["phases"]["phase1"]["samples"]
     tree["data"]["windows"] = plain["data"]["windows"]
     tree["generator"]["quantization"] = plain["generator"]["quantization"]
     assert tree == plain
@@ -59,15 +59,19 @@ def test_names_and_paths_as_users_write_them() -> None:
     [
         ("encoder.witdh=64", "unknown key 'encoder.witdh', did you mean 'width'"),
         ("encodr.width=64", "unknown key 'encodr', did you mean 'encoder'"),
-        ("train.phases.4.steps=1", "unknown key 'train.phases.4'"),
-        ("train.phases.one.steps=1", "unknown key 'train.phases.one'"),
+        ("train.phases.4.samples=1", "unknown key 'train.phases.4'"),
+        ("train.phases.one.samples=1", "unknown key 'train.phases.one'"),
         ("train.seed.more=1", "unknown key"),
         ("train.seed", "not of the form part.field=value"),
         ("=3", "unknown key"),
         ("train.seed=[", "not a YAML value"),
-        ("train.phases.phase1.steps=many", "train.phases.phase1.steps = 'many'"),
-        ("train.phases.phase1.steps=0", "greater than 0"),
-        ("train.phases.phase1.steps=1.5", "train.phases.phase1.steps"),
+        ("train.phases.phase1.samples=many", "train.phases.phase1.samples = 'many'"),
+        ("train.phases.phase1.samples=0", "greater than 0"),
+        ("train.phases.phase1.steps=8", "unknown key 'train.phases.phase1.steps'"),
+        ("train.phases.phase1.samples=1.5", "train.phases.phase1.samples"),
+        ("train.phases.phase1.warmup=1", "train.phases.phase1.warmup = 1: input should be less"),
+        ("train.phases.phase1.save_every=500", "train.phases.phase1.save_every = 500"),
+        ("train.phases.phase1.validation.every=500", "validation.every = 500"),
         ("train.gradient_clipping=0", "train.gradient_clipping"),
         ("train.gradient_clipping=.nan", "train.gradient_clipping"),
         ("train.phases.phase1.lr.encodr=0.1", "encodr"),
@@ -151,20 +155,24 @@ def test_the_yaml_of_a_configuration_is_its_file(name: str) -> None:
     ("override", "fragment"),
     [
         (
-            "train.phases.phase1.unfreeze=[{part: localizer, last_blocks: null, step: 3}]",
+            "train.phases.phase1.unfreeze=[{part: localizer, last_blocks: null, start: 0.3}]",
             "no learning rate",
         ),
         (
-            "train.phases.phase1.unfreeze=[{part: classifier, last_blocks: 1, step: 3}]",
+            "train.phases.phase1.unfreeze=[{part: classifier, last_blocks: 1, start: 0.3}]",
             "for the encoder",
         ),
         (
-            "train.phases.phase1.unfreeze=[{part: classifier, step: 3}]",
+            "train.phases.phase1.unfreeze=[{part: classifier, start: 0.3}]",
             "train.phases.phase1.unfreeze.0.last_blocks",
         ),
         (
-            "train.phases.phase1.unfreeze=[{part: encoder, last_blocks: 1, step: 3, stop: 4}]",
+            "train.phases.phase1.unfreeze=[{part: encoder, last_blocks: 1, start: 0.3, stop: 4}]",
             "train.phases.phase1.unfreeze.0.stop",
+        ),
+        (
+            "train.phases.phase1.unfreeze=[{part: classifier, last_blocks: null, start: 0.8}]",
+            "unfreeze starts classifier after 0.8 of the phase, so its warm-up of 0.25 does not",
         ),
         (
             "train.phases.phase1.validation.best_metric=accuracy",

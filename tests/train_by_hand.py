@@ -16,6 +16,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from rectvlm.config import Config, PhaseConfig, load_config
+from rectvlm.train.budget import PhaseBudget, read_world_size
 from rectvlm.train.ema import ema_decay_at
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.optimizer import (
@@ -27,11 +28,13 @@ from rectvlm.train.optimizer import (
 from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
 
 WIDTH, DECAY, STEPS, SAVED = 16, 0.6, 9, 3
+GLOBAL_BATCH = 4
+"""Samples of a step in the configuration, for the schedule; the toy has batches of its own."""
 LAST, WHOLE = 2, 5
 """Steps from which the encoder's last block, and all of it, train."""
 UNFREEZE = (
-    f"[{{part: encoder, last_blocks: 1, step: {LAST}}}, "
-    f"{{part: encoder, last_blocks: null, step: {WHOLE}}}]"
+    f"[{{part: encoder, last_blocks: 1, start: {LAST / STEPS}}}, "
+    f"{{part: encoder, last_blocks: null, start: {WHOLE / STEPS}}}]"
 )
 
 
@@ -81,6 +84,9 @@ class Run:
             "tiny",
             [
                 lr,
+                f"train.phases.phase1.samples={STEPS * GLOBAL_BATCH}",
+                f"train.phases.phase1.global_batch={GLOBAL_BATCH}",
+                f"train.phases.phase1.warmup={2 / STEPS}",
                 f"train.phases.phase1.ema_decay={DECAY}",
                 f"train.phases.phase1.unfreeze={UNFREEZE}",
             ],
@@ -90,13 +96,16 @@ class Run:
         if stage == 3:  # biases stay whole on every rank, matrices are sharded
             settings["zero_optimization"]["stage3_param_persistence_threshold"] = WIDTH
         (out / f"stage{stage}.json").write_text(json.dumps(settings))
-        self.engine = Engine(
-            out / f"stage{stage}.json", self.phase, self.config.train.gradient_clipping, out
-        )
+        world_size = read_world_size()
+        self.budget = PhaseBudget.plan(self.phase, sample_count=6, world_size=world_size)
+        clipping = self.config.train.gradient_clipping
+        self.engine = Engine(out / f"stage{stage}.json", self.budget.step_batch, clipping, out)
         torch.manual_seed(0)
         model = Toy()
         freeze_all_but(model, self.phase.lr, self.phase.unfreeze, extra_modules=["weighting"])
-        self.engine.prepare(model, build_optimizer(model, self.config.train, self.phase))
+        self.engine.prepare(
+            model, build_optimizer(model, self.config.train, self.phase, self.budget)
+        )
         self.model: nn.Module = self.engine.model.module
 
     @property
@@ -106,7 +115,7 @@ class Run:
     def step(self, number: int) -> dict[str, float]:
         """One step on a batch of this rank's own; the rates."""
         torch.manual_seed(100 * number + self.engine.rank)
-        rates = set_learning_rates(self.groups, number, self.phase)
+        rates = set_learning_rates(self.groups, self.phase, self.budget, number * GLOBAL_BATCH)
         set_requires_grad(self.model, self.groups)
         found = self.engine.model(torch.randn(6, 8, dtype=torch.bfloat16)).float()
         weighted = torch.stack(

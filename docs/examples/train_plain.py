@@ -68,7 +68,7 @@ def build_optimizer(model: RectVLM, config: Config, settings: PhaseConfig) -> to
 
 def learning_rate_factor(step: int, steps: int, settings: PhaseConfig) -> float:
     """Share of the peak learning rate: linear warm-up, then a cosine to `final_lr_ratio`."""
-    warmup = min(settings.warmup, steps // 2)
+    warmup = round(settings.warmup * steps)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup - 1)
@@ -81,10 +81,10 @@ def train_phase(
 ) -> RectVLM:
     """Train the parts of a phase on endless, augmented batches."""
     settings = phase.get_settings(config)
-    steps = steps or settings.steps
+    steps = steps or math.ceil(settings.samples / settings.global_batch)
     torch.manual_seed(config.train.seed)
     # Rank 0 of 1: the order of the samples is a function of the seed and the epoch alone.
-    loader = build_train_loader(config.data, settings.micro_batch, 0, 1, config.train.seed)
+    loader = build_train_loader(config.data, settings.global_batch, 0, 1, config.train.seed)
     model = build_model(config, phase, trained).to(device).train()
     if config.encoder.atlas_cases and not trained:
         cases = range(min(config.encoder.atlas_cases, len(loader.dataset)))

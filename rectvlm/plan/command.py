@@ -13,6 +13,7 @@ from rectvlm.cli_options import options_from_namespace
 from rectvlm.config import Config, load_config
 from rectvlm.plan.hardware import HardwareRates, describe_assumed_rates
 from rectvlm.plan.options import PlanOptions
+from rectvlm.train.budget import split_step
 from rectvlm.train.engine.ds_config import find_ds_config, read_ds_config
 from rectvlm.train.phases import PHASES, STAGES
 from rectvlm.types import UserError
@@ -44,7 +45,8 @@ def run(namespace: argparse.Namespace) -> None:
     config = load_with_overrides([])
     # Read here too: a wrong path need not wait for torch and transformers to be imported.
     ds_config = find_ds_config(phase.number, options.ds_configs)
-    read_ds_config(ds_config, phase.get_settings(config), config.train.gradient_clipping)
+    step_batch = split_step(phase.get_settings(config), gpu_counts[0])
+    read_ds_config(ds_config, step_batch, config.train.gradient_clipping)
 
     log.info("loading torch and transformers")
     _choose_deepspeed_device()

@@ -13,7 +13,7 @@ MEMORY_SAVING_CHANGES = (
     "localizer.activation_checkpointing=true",
     "generator.quantization=nf4",
     "generator.double_quantization=true",
-    "train.phases.{phase}.micro_batch=1 train.phases.{phase}.accumulation={accumulation}",
+    "train.phases.{phase}.micro_batch=1",
     "generator.max_report_tokens=512",
     "data.grid=[{z},{y},{x}] data.spacing=[{dz},{dy},{dx}]",
     "generator.model=google/gemma-2-27b-it",
@@ -76,8 +76,7 @@ def _list_changes(planner: ResourcePlanner) -> list[str]:
     z, y, x = planner.config.data.grid
     dz, dy, dx = planner.config.data.spacing
     half_grid = {"z": z, "y": y // 2, "x": x // 2, "dz": dz, "dy": 2 * dy, "dx": 2 * dx}
-    accumulation = planner.settings.micro_batch * planner.settings.accumulation
-    values = {"phase": planner.phase.key, "accumulation": accumulation, **half_grid}
+    values = {"phase": planner.phase.key, **half_grid}
     return [template.format(**values) for template in MEMORY_SAVING_CHANGES]
 
 

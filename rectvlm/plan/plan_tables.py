@@ -87,8 +87,15 @@ def _list_figures(plan: ResourcePlan) -> list[tuple[str, str]]:
         ("tokens a second and GPU, patches and words", f"{speed.tokens_per_second_per_gpu:,.0f}"),
         ("  of the language model", f"{language_speed:,.0f}"),
         ("samples a day", f"{speed.samples_per_day:,.0f}"),
-        (f"{speed.steps:,.0f} steps", f"{speed.days:.1f} days, {speed.epochs:.1f} epochs"),
+        ("samples of a step", _describe_step(plan)),
+        (f"{speed.steps:,.0f} steps", f"{speed.days:.2g} days, {speed.epochs:.1f} epochs"),
     ]
+
+
+def _describe_step(plan: ResourcePlan) -> str:
+    speed = plan.speed
+    text = f"{speed.samples_per_step:,} = {speed.accumulation} × {speed.micro_batch} a GPU"
+    return text if speed.lr_factor == 1 else f"{text}, rates × {speed.lr_factor:.2f}"
 
 
 def _describe_hardware(plan: ResourcePlan) -> str:

@@ -24,11 +24,12 @@ from rectvlm.plan.static_memory import (
     list_stored_parameters,
 )
 from rectvlm.plan.step_time import EngineCalls, StepTime, estimate_step_time
+from rectvlm.train.budget import PhaseBudget, StepBatch
 from rectvlm.train.dry_run.dry_run import DryRunResult, apply_phase_settings, dry_run_micro_batch
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 from rectvlm.train.dry_run.memory_tracker import WORKSPACE_KIND
 from rectvlm.train.engine.ds_config import find_ds_config, read_ds_config
-from rectvlm.train.phases import PHASES, STAGES, Stage, with_step_count
+from rectvlm.train.phases import PHASES, STAGES, Stage
 
 GB = 1e9
 SECONDS_PER_DAY = 86_400
@@ -68,6 +69,12 @@ class PlannedThroughput:
 
     samples_per_step: int
     """Samples of all GPUs in an optimizer step."""
+    micro_batch: int
+    """Samples of a GPU in one forward pass."""
+    accumulation: int
+    """Micro-batches of a GPU in an optimizer step."""
+    lr_factor: float
+    """What the configuration's learning rates are multiplied with, for this global batch."""
     tokens_per_second_per_gpu: float
     """Image patches and language-model positions of one GPU in a second."""
     tokens_per_second: float
@@ -159,9 +166,7 @@ class ResourcePlanner:
         self.phase = PHASES[phase] if stage is None else STAGES[stage]
         assert self.phase.number == phase, f"{stage} is no stage of phase {phase}"
         self.settings = self.phase.get_settings(config)
-        self.ds_settings = read_ds_config(
-            find_ds_config(phase, ds_configs), self.settings, config.train.gradient_clipping
-        )
+        self.ds_config = find_ds_config(phase, ds_configs)
 
         text_width = pretrained.read_model_config(config.text.model).hidden_size
         language_config = None
@@ -175,21 +180,40 @@ class ResourcePlanner:
         prompt_names = [name for name in names if name.startswith("prompts.")]
         self.prompt_entries = _count_entries(model, prompt_names)
         self.model = apply_phase_settings(model, config, self.phase)
-        self.dry_run: DryRunResult = dry_run_micro_batch(
-            config, self.phase, self.model, self.settings.micro_batch, workspace_meter
-        )
+        self._dry_runs: dict[int, DryRunResult] = {}
+
+    def dry_run(self, micro_batch: int) -> DryRunResult:
+        """Run a micro-batch without values; the result is kept."""
+        if micro_batch not in self._dry_runs:
+            self._dry_runs[micro_batch] = dry_run_micro_batch(
+                self.config, self.phase, self.model, micro_batch, self.workspace_meter
+            )
+        return self._dry_runs[micro_batch]
 
     def make_plan(
         self, gpus: int, capacity_gb: float, samples: int = CT_RATE_SCANS
     ) -> ResourcePlan:
-        """Plan for a number of GPUs with so much memory each, and so many samples an epoch."""
-        static_memory = compute_static_memory(
-            self.model, self.config, self.ds_settings, gpus, has_ema=self.settings.ema_decay > 0
+        """Plan for a number of GPUs with so much memory each, and so many samples an epoch.
+
+        The global batch is cut for them as in training.
+
+        Raises:
+            UserError: the DeepSpeed JSON asks for something else than training would do.
+        """
+        budget = PhaseBudget.plan(self.settings, samples, gpus)
+        step_batch = budget.step_batch
+        dry_run = self.dry_run(step_batch.micro_batch)
+        ds_settings = read_ds_config(
+            self.ds_config, step_batch, self.config.train.gradient_clipping
         )
-        gpu_memory_gb = self._sum_gpu_memory(static_memory)
+        static_memory = compute_static_memory(
+            self.model, self.config, ds_settings, gpus, has_ema=self.settings.ema_decay > 0
+        )
+        gpu_memory_gb = self._sum_gpu_memory(static_memory, dry_run)
         parameters = count_parameters(self.model)
-        flops = self._sum_flops()
-        time = self._estimate_time(static_memory, gpus)
+        flops = _sum_flops(dry_run, step_batch.accumulation)
+        zero_stage: int = ds_settings["zero_optimization"]["stage"]
+        time = self._estimate_time(static_memory, dry_run, step_batch, zero_stage, gpus)
         checkpoint_gb = self._count_checkpoint_bytes(parameters.trainable) / GB
         loading_peak_gb = (static_memory.loading_peak_bytes + CUDA_CONTEXT_BYTES) / GB
         return ResourcePlan(
@@ -197,32 +221,27 @@ class ResourcePlanner:
             phase=self.phase.number,
             stage=self.phase.stage,
             gpus=gpus,
-            zero_stage=self.ds_settings["zero_optimization"]["stage"],
+            zero_stage=zero_stage,
             parameters=parameters,
             gpu_memory_gb=gpu_memory_gb,
-            activations_gb=self._list_activations(),
+            activations_gb=_list_activations(dry_run),
             loading_peak_gb=loading_peak_gb,
             capacity_gb=capacity_gb,
             fits=max(gpu_memory_gb["total"], loading_peak_gb) <= capacity_gb,
-            host_memory_gb=self._estimate_host_bytes(gpus) / GB,
+            host_memory_gb=self._estimate_host_bytes(step_batch.micro_batch, gpus) / GB,
             checkpoint_gb=checkpoint_gb,
             checkpoint_disk_gb=self._count_kept_checkpoints() * checkpoint_gb,
             flops_per_step=flops,
             time=time,
-            speed=self._compute_throughput(time, flops, gpus, samples),
+            speed=_compute_throughput(budget, dry_run, time, flops, gpus, samples),
             hardware=self.hardware,
         )
 
-    def _list_activations(self) -> dict[str, float]:
-        activations_gb: dict[str, float] = {}
-        for kind, size_bytes in self.dry_run.peak_bytes_by_kind.items():
-            if size_bytes and kind != WORKSPACE_KIND:
-                activations_gb[kind] = size_bytes / GB
-        return activations_gb
-
-    def _sum_gpu_memory(self, static_memory: StaticMemory) -> dict[str, float]:
+    def _sum_gpu_memory(
+        self, static_memory: StaticMemory, dry_run: DryRunResult
+    ) -> dict[str, float]:
         """Add up the memory of a GPU by kind, GB."""
-        activations = dict(self.dry_run.peak_bytes_by_kind)
+        activations = dict(dry_run.peak_bytes_by_kind)
         inputs = activations.pop("inputs", 0)
         logits = activations.pop("logits", 0)
         workspace: float = activations.pop(WORKSPACE_KIND, 0)
@@ -234,25 +253,25 @@ class ResourcePlanner:
         bytes_by_kind["inputs"] = inputs
         bytes_by_kind["workspace"] = workspace
         # Activations are gone when the optimizer steps; the larger of the two counts.
-        optimizer_excess = static_memory.optimizer_step_bytes - self.dry_run.peak_bytes
+        optimizer_excess = static_memory.optimizer_step_bytes - dry_run.peak_bytes
         bytes_by_kind["optimizer_step"] = max(0, optimizer_excess)
         allocated = sum(bytes_by_kind.values())
 
         bytes_by_kind["context"] = CUDA_CONTEXT_BYTES
         bytes_by_kind["waste"] = ALLOCATOR_WASTE_SHARE * (
-            self.dry_run.peak_bytes + static_memory.bytes_by_kind["gather_buffers"]
+            dry_run.peak_bytes + static_memory.bytes_by_kind["gather_buffers"]
         )
         memory_gb = {kind: size / GB for kind, size in bytes_by_kind.items()}
         return memory_gb | {"allocated": allocated / GB, "total": sum(memory_gb.values())}
 
-    def _estimate_host_bytes(self, gpus: int) -> float:
+    def _estimate_host_bytes(self, micro_batch: int, gpus: int) -> float:
         """Estimate a node's main memory.
 
         It holds the batches of the loader's workers, the processes, the parts as they are built in
         fp32, and a checkpoint that is being gathered.
         """
         ranks = min(gpus, self.hardware.gpus_per_node)
-        batch_bytes = self.settings.micro_batch * math.prod(self.config.data.grid) * VOXEL_BYTES
+        batch_bytes = micro_batch * math.prod(self.config.data.grid) * VOXEL_BYTES
         loader_bytes = (self.config.data.workers * BATCHES_PER_WORKER + 1) * batch_bytes
         rank_bytes = loader_bytes + PROCESS_BYTES + FP32_BYTES * self.saved_entries
         return ranks * rank_bytes + BF16_BYTES * self.saved_entries
@@ -275,25 +294,14 @@ class ResourcePlanner:
         """
         return self.config.train.keep_checkpoints + 1 + (self.settings.validation.every > 0)
 
-    def _sum_flops(self) -> PlannedFlops:
-        tflop_by_pass: dict[str, float] = defaultdict(float)
-        tflop_by_part: dict[str, float] = defaultdict(float)
-        for (part, step_pass), costs in self.dry_run.costs.items():
-            tflop = sum(costs.flops) * self.settings.accumulation / 1e12
-            tflop_by_pass[step_pass] += tflop
-            tflop_by_part[part] += tflop
-        model_tflop = tflop_by_pass["forward"] + tflop_by_pass["backward"]
-        return PlannedFlops(
-            forward=tflop_by_pass["forward"],
-            backward=tflop_by_pass["backward"],
-            recomputation=tflop_by_pass["recomputation"],
-            model=model_tflop,
-            hardware=model_tflop + tflop_by_pass["recomputation"],
-            by_part={part: tflop for part, tflop in tflop_by_part.items() if tflop > 0},
-        )
-
-    def _estimate_time(self, static_memory: StaticMemory, gpus: int) -> StepTime:
-        zero_stage = self.ds_settings["zero_optimization"]["stage"]
+    def _estimate_time(
+        self,
+        static_memory: StaticMemory,
+        dry_run: DryRunResult,
+        step_batch: StepBatch,
+        zero_stage: int,
+        gpus: int,
+    ) -> StepTime:
         bucket_bytes = max(1, static_memory.bytes_by_kind["reduce_buckets"])
         module_passes = 0
         if zero_stage == 3:
@@ -308,34 +316,67 @@ class ResourcePlanner:
             trained_tensors=sum(parameter.is_trainable for parameter in parameters),
         )
         return estimate_step_time(
-            self.dry_run.costs,
+            dry_run.costs,
             static_memory,
-            self.settings.accumulation,
+            step_batch.accumulation,
             gpus,
             self.hardware,
             calls,
         )
 
-    def _compute_throughput(
-        self, time: StepTime, flops: PlannedFlops, gpus: int, samples: int
-    ) -> PlannedThroughput:
-        counted_config = with_step_count(self.config, self.phase, samples, gpus)
-        steps = self.phase.get_settings(counted_config).steps
-        batch = self.settings.micro_batch * self.settings.accumulation * gpus
-        tokens_per_second = self.dry_run.positions * self.settings.accumulation / time.total
-        language_share = 1 - self.dry_run.patches / self.dry_run.positions
-        return PlannedThroughput(
-            samples_per_step=batch,
-            tokens_per_second_per_gpu=tokens_per_second,
-            tokens_per_second=tokens_per_second * gpus,
-            language_positions_per_second_per_gpu=tokens_per_second * language_share,
-            samples_per_day=batch * SECONDS_PER_DAY / time.total,
-            model_tflops_per_gpu=flops.model / time.total,
-            hardware_tflops_per_gpu=flops.hardware / time.total,
-            steps=steps,
-            days=steps * time.total / SECONDS_PER_DAY,
-            epochs=steps * batch / samples,
-        )
+
+def _list_activations(dry_run: DryRunResult) -> dict[str, float]:
+    activations_gb: dict[str, float] = {}
+    for kind, size_bytes in dry_run.peak_bytes_by_kind.items():
+        if size_bytes and kind != WORKSPACE_KIND:
+            activations_gb[kind] = size_bytes / GB
+    return activations_gb
+
+
+def _sum_flops(dry_run: DryRunResult, accumulation: int) -> PlannedFlops:
+    tflop_by_pass: dict[str, float] = defaultdict(float)
+    tflop_by_part: dict[str, float] = defaultdict(float)
+    for (part, step_pass), costs in dry_run.costs.items():
+        tflop = sum(costs.flops) * accumulation / 1e12
+        tflop_by_pass[step_pass] += tflop
+        tflop_by_part[part] += tflop
+    model_tflop = tflop_by_pass["forward"] + tflop_by_pass["backward"]
+    return PlannedFlops(
+        forward=tflop_by_pass["forward"],
+        backward=tflop_by_pass["backward"],
+        recomputation=tflop_by_pass["recomputation"],
+        model=model_tflop,
+        hardware=model_tflop + tflop_by_pass["recomputation"],
+        by_part={part: tflop for part, tflop in tflop_by_part.items() if tflop > 0},
+    )
+
+
+def _compute_throughput(
+    budget: PhaseBudget,
+    dry_run: DryRunResult,
+    time: StepTime,
+    flops: PlannedFlops,
+    gpus: int,
+    samples: int,
+) -> PlannedThroughput:
+    steps, batch = budget.count_steps_left(0), budget.step_batch
+    tokens_per_second = dry_run.positions * batch.accumulation / time.total
+    language_share = 1 - dry_run.patches / dry_run.positions
+    return PlannedThroughput(
+        samples_per_step=batch.global_batch,
+        micro_batch=batch.micro_batch,
+        accumulation=batch.accumulation,
+        lr_factor=budget.lr_factor,
+        tokens_per_second_per_gpu=tokens_per_second,
+        tokens_per_second=tokens_per_second * gpus,
+        language_positions_per_second_per_gpu=tokens_per_second * language_share,
+        samples_per_day=batch.global_batch * SECONDS_PER_DAY / time.total,
+        model_tflops_per_gpu=flops.model / time.total,
+        hardware_tflops_per_gpu=flops.hardware / time.total,
+        steps=steps,
+        days=steps * time.total / SECONDS_PER_DAY,
+        epochs=steps * batch.global_batch / samples,
+    )
 
 
 def _count_entries(model: RectVLM, names: Sequence[str]) -> int:

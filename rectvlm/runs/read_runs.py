@@ -76,13 +76,6 @@ class TrainingRun:
         return self.folder.name.partition(".")[0].removeprefix("phase")
 
     @property
-    def phase_settings(self) -> JsonObject:
-        """The configuration's section of this phase."""
-        phases = (self.config.get("train") or {}).get("phases") or {}
-        section = phases.get(f"phase{self.phase_name}")
-        return section if isinstance(section, dict) else {}
-
-    @property
     def last_line(self) -> MetricsLine:
         """Line of the last step on record; empty where there is none."""
         return self.metrics_lines[-1] if self.metrics_lines else {}
@@ -100,7 +93,7 @@ class TrainingRun:
     @property
     def planned_steps(self) -> int | None:
         """Number of steps after which the run is finished."""
-        return self.last_session.get("steps") or self.phase_settings.get("steps")
+        return self.last_session.get("steps")
 
     @property
     def world_size(self) -> int | None:

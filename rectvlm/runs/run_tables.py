@@ -240,7 +240,7 @@ def read_validation_curve(run: TrainingRun, metric: str) -> list[tuple[int, floa
 
 
 def flatten_tree(tree: Any, prefix: str = "") -> JsonObject:
-    """Flatten a tree to one level, as in `train.phases.phase3.steps`; lists stay lists."""
+    """Flatten a tree to one level, as in `train.phases.phase3.samples`; lists stay lists."""
     if not isinstance(tree, Mapping):
         return {prefix: tree}
     leaves: JsonObject = {}

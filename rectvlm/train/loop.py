@@ -9,6 +9,7 @@ from signal import Signals
 
 from rectvlm.config import Config
 from rectvlm.files import is_disk_full
+from rectvlm.train.budget import PhaseBudget
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.logging.mfu import StepFlops
 from rectvlm.train.logging.run_log import RunLog
@@ -37,6 +38,7 @@ def run_training_loop(
     loader: Iterable[Batch],
     phase: Phase,
     config: Config,
+    budget: PhaseBudget,
     folder: Path,
     saved_names: list[str],
     position: TrainingPosition,
@@ -49,7 +51,8 @@ def run_training_loop(
         engine: the engine with the prepared model.
         loader: endless micro-batches of this rank, from the position on.
         phase: the phase that trains.
-        config: the resolved configuration.
+        config: the configuration.
+        budget: the phase's samples and steps.
         folder: the phase's run folder.
         saved_names: names of the tensors that a checkpoint holds.
         position: where to begin; it moves on with every step.
@@ -66,14 +69,16 @@ def run_training_loop(
         Watchdog(activity, engine.rank, folder, timeout_seconds) as watchdog,
     ):
         # The validator reads its history before the log drops lines of later steps.
-        validator = Validator(engine, phase, config, folder, position.step)
+        validator = Validator(engine, phase, config, budget, folder, position.step)
         bad_steps_log = BadStepsLog(folder, position.step) if engine.is_main else None
-        trainer = StepTrainer(engine, phase, config, position, signals, activity)
-        with RunLog(engine, phase, config, folder, position.step, step_flops) as run_log:
+        trainer = StepTrainer(engine, phase, config, budget, position, signals, activity)
+        last_step = position.step + budget.count_steps_left(position.samples_seen)
+        with RunLog(engine, phase, config, folder, position.step, last_step, step_flops) as run_log:
             loop = TrainingLoop(
                 engine=engine,
                 phase=phase,
                 config=config,
+                budget=budget,
                 folder=folder,
                 saved_names=saved_names,
                 position=position,
@@ -94,6 +99,7 @@ class TrainingLoop:
     engine: Engine
     phase: Phase
     config: Config
+    budget: PhaseBudget
     folder: Path
     saved_names: list[str]
     """Names of the tensors that a checkpoint holds."""
@@ -110,7 +116,7 @@ class TrainingLoop:
     @property
     def is_last_step_done(self) -> bool:
         """Whether the phase's last step is done."""
-        return self.position.step >= self.phase.get_settings(self.config).steps
+        return self.budget.is_finished(self.position.samples_seen)
 
     @property
     def should_stop(self) -> bool:
@@ -123,7 +129,7 @@ class TrainingLoop:
         Raises:
             RunEnded: the run ends early.
         """
-        if self.validator.is_due(self.position.step):
+        if self.validator.is_due(self.position):
             # A signal ended the run before it could validate.
             self.save_and_validate(stop_signal=0)
         while not self.should_stop:
@@ -172,7 +178,8 @@ class TrainingLoop:
         """
         step = self.position.step
         save_every = self.phase.get_settings(self.config).save_every
-        if step % save_every == 0 or self.is_last_step_done or stop_signal:
+        is_due = self.budget.is_due(save_every, self.position.samples_seen)
+        if is_due or self.is_last_step_done or stop_signal:
             self._save()
         if not stop_signal:
             self._validate()
@@ -180,7 +187,7 @@ class TrainingLoop:
             raise RunEnded(
                 ExitCode.WRITE_FAILED, f"the checkpoint of step {step} could not be written"
             )
-        if stop_signal and (not self.should_stop or self.validator.is_due(step)):
+        if stop_signal and (not self.should_stop or self.validator.is_due(self.position)):
             raise RunEnded(
                 ExitCode.STOPPED_BY_SIGNAL,
                 f"{Signals(stop_signal).name}: saved after step {step}, go on with --resume auto",
@@ -199,7 +206,7 @@ class TrainingLoop:
 
     def _validate(self) -> None:
         self._begin_operation("validation")
-        result = self.validator.validate_if_due(self.position.step, self.watchdog.record_heartbeat)
+        result = self.validator.validate_if_due(self.position, self.watchdog.record_heartbeat)
         if result is None:
             return
         if self.saved_step == result.step and self.engine.is_main:

@@ -2,7 +2,7 @@
 
 A part that begins late (`unfreeze`) has its groups from the start: DeepSpeed lays the optimizer's
 groups out in flat, sharded buffers when it starts, and takes no further ones later. Until its
-step a group is held:
+time a group is held:
 
 - its parameters require no gradient, so that the backward pass is spared and the clipped norm does
   not count them;
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from rectvlm.config import MODEL_PARTS, ModelPart, PhaseConfig, TrainConfig, UnfreezeConfig
+from rectvlm.train.budget import PhaseBudget
 from rectvlm.train.ema import make_ema_hook
 
 DECAYED_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
@@ -29,8 +30,9 @@ whether the data use them or not."""
 _ENCODER_BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 
 ParameterGroup = dict[str, Any]
-"""A parameter group of torch. Beside the entries of AdamW it has `part`, `peak_lr`, `start_step`
-(from which it trains), `is_held` (that step is still to come), and `names` of its parameters."""
+"""A parameter group of torch. Beside the entries of AdamW it has `part`, `peak_lr`, `start` (the
+share of the phase after which it trains), `is_held` (that is still to come), and `names` of its
+parameters."""
 
 
 def freeze_all_but(
@@ -49,18 +51,16 @@ def freeze_all_but(
         unfreeze: late starts. Parameters of a part it names that no entry covers stay frozen.
         extra_modules: names of further modules that train.
     """
-    start_steps = find_unfreeze_steps(model, unfreeze)
+    starts = find_starts(model, unfreeze)
     trained_modules = (*parts, *extra_modules)
     for name, parameter in model.named_parameters():
         is_trained = name.partition(".")[0] in trained_modules
-        if not is_trained or start_steps.get(name, 0) is None:
+        if not is_trained or starts.get(name, 0.0) is None:
             parameter.requires_grad_(False)
 
 
-def find_unfreeze_steps(
-    model: nn.Module, unfreeze: Sequence[UnfreezeConfig]
-) -> dict[str, int | None]:
-    """Step from which each parameter trains, by name, for the parts that `unfreeze` names.
+def find_starts(model: nn.Module, unfreeze: Sequence[UnfreezeConfig]) -> dict[str, float | None]:
+    """Share of the phase after which each parameter of the parts in `unfreeze` trains, by name.
 
     None stands for never.
     """
@@ -68,7 +68,7 @@ def find_unfreeze_steps(
     depths_by_name = _find_block_depths(names)
     block_count = 1 + max(depths_by_name.values(), default=-1)
     first_block = next((i for i, name in enumerate(names) if name in depths_by_name), len(names))
-    start_steps: dict[str, int | None] = {}
+    starts: dict[str, float | None] = {}
     for i, name in enumerate(names):
         entries = [entry for entry in unfreeze if entry.part == name.partition(".")[0]]
         if not entries:
@@ -76,12 +76,12 @@ def find_unfreeze_steps(
         # What is registered before the blocks feeds them (patches, positions) and is the first of
         # all layers; what is registered after them reads their output and is the last.
         depth = depths_by_name.get(name, block_count if i > first_block else -1)
-        steps = []
+        covering = []
         for entry in entries:
             if entry.last_blocks is None or depth >= block_count - entry.last_blocks:
-                steps.append(entry.step)
-        start_steps[name] = min(steps, default=None)
-    return start_steps
+                covering.append(entry.start)
+        starts[name] = min(covering, default=None)
+    return starts
 
 
 def _find_block_depths(names: Iterable[str]) -> dict[str, int]:
@@ -108,31 +108,33 @@ def find_decayed_parameters(model: nn.Module) -> set[str]:
     return names
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig, phase: PhaseConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, config: TrainConfig, phase: PhaseConfig, budget: PhaseBudget
+) -> torch.optim.AdamW:
     """Build AdamW with a parameter group for each part, start and kind.
 
     The weights of linear and convolution layers have weight decay, all else has none.
     """
     decayed_names = find_decayed_parameters(model)
-    start_steps = find_unfreeze_steps(model, phase.unfreeze)
+    starts = find_starts(model, phase.unfreeze)
     peak_rates: dict[str, float] = {str(part): rate for part, rate in phase.lr.items()}
     if hasattr(model, "weighting"):
         peak_rates["weighting"] = config.weighting_lr
     part_order = list(peak_rates)
-    groups: dict[tuple[int, int, bool], ParameterGroup] = {}
+    groups: dict[tuple[int, float, bool], ParameterGroup] = {}
     for name, parameter in model.named_parameters():
         part = name.partition(".")[0]
         if not parameter.requires_grad or part not in peak_rates:
             continue
-        start_step = start_steps.get(name) or 0
+        start = starts.get(name) or 0.0
         is_decayed = name in decayed_names
-        key = (part_order.index(part), start_step, not is_decayed)
+        key = (part_order.index(part), start, not is_decayed)
         if key not in groups:
             groups[key] = {
                 "part": part,
                 "peak_lr": peak_rates[part],
-                "start_step": start_step,
-                "is_held": start_step > 0,
+                "start": start,
+                "is_held": start > 0,
                 "names": [],
                 "params": [],
                 "weight_decay": config.weight_decay if is_decayed else 0.0,
@@ -144,7 +146,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, phase: PhaseConfig) -
     if phase.unfreeze:
         optimizer.register_step_post_hook(_reset_held_groups)
     if phase.ema_decay:
-        optimizer.register_step_post_hook(make_ema_hook(phase.ema_decay))
+        optimizer.register_step_post_hook(make_ema_hook(budget.scale_ema_decay(phase.ema_decay)))
     return optimizer
 
 
@@ -157,18 +159,24 @@ def _reset_held_groups(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                     value.zero_()
 
 
-def learning_rate_factor(step: float, phase: PhaseConfig, steps: float | None = None) -> float:
+def learning_rate_factor(phase: PhaseConfig, budget: PhaseBudget, samples_seen: int) -> float:
     """Share of the peak learning rate at a step: linear warm-up, then the schedule's decay.
 
+    It follows the samples, so that a run which goes on with another number of ranks, and with other
+    steps, goes on where it was. The phase's last step has `final_lr_ratio`.
+
     Args:
-        step: number of the step, counted from 0.
-        phase: settings with the schedule, which ends at `final_lr_ratio`.
-        steps: number of steps of the schedule; by default the phase's.
+        phase: settings with the schedule.
+        budget: the phase's samples and steps.
+        samples_seen: samples seen before the step.
     """
-    if step < phase.warmup:
-        return min(1.0, (step + 1) / phase.warmup)
-    steps = phase.steps if steps is None else steps
-    progress = min(1.0, (step - phase.warmup) / max(1, steps - phase.warmup - 1))
+    warmup_samples = budget.samples_after(phase.warmup)
+    if samples_seen < warmup_samples:
+        return _warmup_factor(phase, budget, samples_seen)
+    global_batch = budget.step_batch.global_batch
+    last_step = samples_seen + (budget.count_steps_left(samples_seen) - 1) * global_batch
+    decay_samples = max(global_batch, last_step - warmup_samples)
+    progress = min(1.0, (samples_seen - warmup_samples) / decay_samples)
     decay_by_schedule = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "linear": 1 - progress,
@@ -178,34 +186,37 @@ def learning_rate_factor(step: float, phase: PhaseConfig, steps: float | None = 
     return phase.final_lr_ratio + (1 - phase.final_lr_ratio) * decay
 
 
+def _warmup_factor(phase: PhaseConfig, budget: PhaseBudget, samples: int) -> float:
+    """Share of the rate in the step that begins after some samples, and trains on those that
+    follow; 1 where there is no warm-up."""
+    warmup_samples = budget.samples_after(phase.warmup)
+    samples_after = samples + budget.step_batch.global_batch
+    return min(1.0, samples_after / warmup_samples) if warmup_samples else 1.0
+
+
 def set_learning_rates(
-    groups: list[ParameterGroup],
-    step: int,
-    phase: PhaseConfig,
-    schedule_step: float | None = None,
+    groups: list[ParameterGroup], phase: PhaseConfig, budget: PhaseBudget, samples_seen: int
 ) -> dict[str, float]:
     """Set every group's learning rate for a step.
 
     Args:
         groups: groups of the optimizer.
-        step: number of steps done.
-        phase: settings with the schedule.
-        schedule_step: where the schedule stands, in steps, if it is not at `step`. It ends with the
-            phase all the same.
+        phase: settings with rates and schedule.
+        budget: the phase's samples and steps.
+        samples_seen: samples seen before the step.
 
     Returns:
         The learning rate of each part, or of what of it trains already.
     """
-    schedule_step = step if schedule_step is None else schedule_step
-    schedule_factor = learning_rate_factor(schedule_step, phase, schedule_step + phase.steps - step)
+    schedule_factor = budget.lr_factor * learning_rate_factor(phase, budget, samples_seen)
     rates_by_part: dict[str, float] = {}
     for group in groups:
-        part, steps_trained = group["part"], step - group["start_step"]
-        group["is_held"] = steps_trained < 0
+        part, start_samples = group["part"], budget.samples_after(group["start"])
+        group["is_held"] = samples_seen < start_samples
         factor = 0.0 if group["is_held"] else schedule_factor
-        if group["start_step"] and not group["is_held"]:
+        if group["start"] and not group["is_held"]:
             # A late group has a warm-up of its own.
-            factor *= min(1.0, (steps_trained + 1) / max(1, phase.warmup))
+            factor *= _warmup_factor(phase, budget, samples_seen - start_samples)
         peak_rate = phase.lr[part] if part in phase.lr else group["peak_lr"]
         group["lr"] = peak_rate * factor
         rates_by_part[part] = max(rates_by_part.get(part, 0.0), group["lr"])
@@ -214,7 +225,7 @@ def set_learning_rates(
 
 def set_requires_grad(model: nn.Module, groups: list[ParameterGroup]) -> None:
     """Let all parameters but those of held groups require gradients; after `set_learning_rates`."""
-    if any(group["start_step"] for group in groups):
+    if any(group["start"] for group in groups):
         parameters = dict(model.named_parameters())
         for group in groups:
             for name in group["names"]:

@@ -14,7 +14,6 @@ does so if the section gives it a learning rate; every other part is frozen.
 A stage has a run folder of its own; the phase itself starts from it where `--from` says so.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -94,35 +93,3 @@ STAGES: dict[Stage, Phase] = {row.stage: row for row in PHASE_TABLE if row.stage
 def get_run_folder(phase: Phase, config: Config) -> Path:
     """Run folder of a phase."""
     return Path(config.train.runs) / config.name / phase.key
-
-
-def with_step_count(
-    config: Config,
-    phase: Phase,
-    sample_count: int,
-    world_size: int,
-    step: int = 0,
-    samples_seen: int = 0,
-) -> Config:
-    """The configuration with the number of a phase's steps, where it gives epochs.
-
-    A run that resumes with another number of ranks ends after as many epochs, in another number of
-    steps.
-
-    Args:
-        config: the configuration.
-        phase: the row.
-        sample_count: number of samples in the training split.
-        world_size: number of ranks.
-        step: number of steps done.
-        samples_seen: number of samples that all ranks took in these steps.
-    """
-    settings = phase.get_settings(config)
-    if not settings.epochs:
-        return config
-    samples_left = math.ceil(settings.epochs * sample_count - samples_seen)
-    samples_per_step = settings.micro_batch * settings.accumulation * world_size
-    steps = max(1, step + math.ceil(samples_left / samples_per_step))
-    settings = settings.model_copy(update={"steps": steps})
-    phases = config.train.phases | {phase.key: settings}
-    return config.model_copy(update={"train": config.train.model_copy(update={"phases": phases})})

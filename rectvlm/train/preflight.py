@@ -12,6 +12,7 @@ from rectvlm.config import Config, load_config
 from rectvlm.data.shards import read_index
 from rectvlm.pretrained.weight_files import find_weight_files
 from rectvlm.train.arguments import parse_arguments
+from rectvlm.train.budget import read_world_size, split_step
 from rectvlm.train.engine.ds_config import find_ds_config, read_ds_config
 from rectvlm.train.phases import PHASES, STAGES, Phase, get_run_folder
 from rectvlm.train.recovery.exit_codes import ExitCode
@@ -30,9 +31,9 @@ def check_launch(phase_number: int, argv: Sequence[str] | None) -> None:
     phase = PHASES[phase_number] if args.stage is None else STAGES[args.stage]
     try:
         config = load_config(args.config, args.overrides)
-        settings = phase.get_settings(config)
+        step_batch = split_step(phase.get_settings(config), read_world_size())
         read_ds_config(
-            find_ds_config(phase_number, args.ds_config), settings, config.train.gradient_clipping
+            find_ds_config(phase_number, args.ds_config), step_batch, config.train.gradient_clipping
         )
         check_start(phase, config, args.resume, args.source)
         read_index(config.data.shards)

@@ -18,12 +18,13 @@ import torch
 from rectvlm import pretrained
 from rectvlm.checkpoint import Checkpoint
 from rectvlm.checkpoint.strict_load import load_tensors
-from rectvlm.config import Config, PhaseConfig, load_config
+from rectvlm.config import Config, load_config
 from rectvlm.data.loader import BatchLoader, build_train_loader
 from rectvlm.models import RectVLM
 from rectvlm.models.language_model import LanguageModel, load_language_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.train.arguments import parse_arguments, require_own_launcher
+from rectvlm.train.budget import PhaseBudget, StepBatch, read_world_size, split_step
 from rectvlm.train.engine.ds_config import find_ds_config
 from rectvlm.train.engine.engine import Engine, is_lost_peer_error
 from rectvlm.train.errors_of_ranks import claim_error
@@ -31,7 +32,7 @@ from rectvlm.train.logging.mfu import StepFlops, count_step_flops
 from rectvlm.train.logging.trackers import choose_trackers
 from rectvlm.train.loop import run_training_loop
 from rectvlm.train.optimizer import build_optimizer, freeze_all_but, set_training_modes
-from rectvlm.train.phases import PHASES, STAGES, Phase, get_run_folder, with_step_count
+from rectvlm.train.phases import PHASES, STAGES, Phase, get_run_folder
 from rectvlm.train.preflight import check_start
 from rectvlm.train.recovery.exit_codes import ExitCode, RunEnded, clear_ending, write_ending
 from rectvlm.train.recovery.position import TrainingPosition
@@ -124,7 +125,8 @@ def train_phase(
         check_encoder_init(config)
     _fetch_frozen_models(phase, config)
     step_flops = count_step_flops(phase, config)
-    engine = _start_engine(ds_config, settings, config, folder)
+    step_batch = split_step(settings, read_world_size())
+    engine = _start_engine(ds_config, step_batch, config, folder)
     if not engine.is_main:
         logging.getLogger("rectvlm").setLevel(logging.WARNING)
     with lock_run_folder(folder, engine):
@@ -136,27 +138,39 @@ def train_phase(
         position = read_position(start)
         loader = build_train_loader(
             config.data,
-            settings.micro_batch,
+            step_batch.micro_batch,
             engine.rank,
             engine.world_size,
             config.train.seed,
             samples_seen=position.samples_seen,
             pin_memory=engine.device.type == "cuda",
         )
+        budget = PhaseBudget.plan(settings, len(loader.dataset), engine.world_size)
+        assert budget.step_batch == step_batch
         if start is None:
-            sample_count = len(loader.dataset)
-            prepare_run_folder(folder, phase, config, sample_count, restart, engine)
+            prepare_run_folder(folder, phase, config, budget, restart, engine)
         elif engine.is_main:
             clear_ending(folder)
         with record_failure(folder):
             _train_in_run_folder(
-                phase, config, folder, engine, loader, start, source, position, signals, step_flops
+                phase,
+                config,
+                budget,
+                folder,
+                engine,
+                loader,
+                start,
+                source,
+                position,
+                signals,
+                step_flops,
             )
 
 
 def _train_in_run_folder(
     phase: Phase,
     config: Config,
+    budget: PhaseBudget,
     folder: Path,
     engine: Engine,
     loader: BatchLoader,
@@ -170,7 +184,8 @@ def _train_in_run_folder(
 
     Args:
         phase: the phase that trains.
-        config: the configuration as given.
+        config: the configuration.
+        budget: the phase's samples and steps.
         folder: the phase's run folder.
         engine: the engine.
         loader: endless micro-batches of this rank, from the position on.
@@ -184,13 +199,9 @@ def _train_in_run_folder(
         RunEnded: the run ends early and in order.
         UserError: weights do not fit, or a sample cannot be read.
     """
-    sample_count = len(loader.dataset)
-    settings = phase.get_settings(config)
-    config = with_step_count(
-        config, phase, sample_count, engine.world_size, position.step, position.samples_seen
-    )
-
-    if engine.is_main and position.step >= phase.get_settings(config).steps:
+    if engine.is_main:
+        _log_step_batch(budget, phase.get_settings(config).global_batch)
+    if engine.is_main and budget.is_finished(position.samples_seen):
         log.info("%s is finished at step %d: no step is left to train", folder, position.step)
 
     torch.manual_seed(config.train.seed)
@@ -205,7 +216,7 @@ def _train_in_run_folder(
         log_cut_reports(loader.dataset, model.generator)
     # Before freezing: a part without a learning rate belongs to the checkpoint too.
     tensor_names = model.checkpoint_tensor_names()
-    _prepare_training(model, phase, settings, config, engine, start)
+    _prepare_training(model, phase, config, budget, engine, start)
 
     try:
         if engine.all_reduce_max(signals.received_signal)[0]:
@@ -215,7 +226,16 @@ def _train_in_run_folder(
                 f"asked to end before step {position.step + 1}: go on with --resume auto",
             )
         run_training_loop(
-            engine, loader, phase, config, folder, tensor_names, position, signals, step_flops
+            engine,
+            loader,
+            phase,
+            config,
+            budget,
+            folder,
+            tensor_names,
+            position,
+            signals,
+            step_flops,
         )
     except RunEnded as ended:
         if engine.is_main or not ended.on_all_ranks:
@@ -231,13 +251,31 @@ def _train_in_run_folder(
     engine.close()
 
 
-def _start_engine(ds_config: Path, settings: PhaseConfig, config: Config, folder: Path) -> Engine:
+def _log_step_batch(budget: PhaseBudget, configured_batch: int) -> None:
+    """Log where a step is larger than configured, and rates are not the configured ones."""
+    step_batch = budget.step_batch
+    if step_batch.global_batch != configured_batch:
+        log.warning(
+            "a step has %d samples: the ranks cannot share global_batch = %d in equal parts",
+            step_batch.global_batch,
+            configured_batch,
+        )
+    if budget.lr_factor != 1:
+        log.info(
+            "all learning rates are multiplied with %.3g = √(%d / %d), for steps of this size",
+            budget.lr_factor,
+            step_batch.global_batch,
+            budget.lr_batch,
+        )
+
+
+def _start_engine(ds_config: Path, step_batch: StepBatch, config: Config, folder: Path) -> Engine:
     # The watchdog, which says more, comes before the timeout of a collective.
     timeout_seconds = 60 * config.train.limits.timeout_minutes + COLLECTIVE_GRACE_SECONDS
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints which op it has built
         return Engine(
             ds_config,
-            settings,
+            step_batch,
             config.train.gradient_clipping,
             folder,
             timeout_seconds,
@@ -247,17 +285,18 @@ def _start_engine(ds_config: Path, settings: PhaseConfig, config: Config, folder
 def _prepare_training(
     model: RectVLM,
     phase: Phase,
-    settings: PhaseConfig,
     config: Config,
+    budget: PhaseBudget,
     engine: Engine,
     resumed_from: Path | None,
 ) -> None:
     """Freeze what does not train, hand model and optimizer to the engine, and load the optimizer's
     state of a run that resumes."""
+    settings = phase.get_settings(config)
     if config.train.weighting == "uncertainty":
         model.weighting = UncertaintyWeighting(len(phase.tasks))
     freeze_all_but(model, settings.lr, settings.unfreeze, extra_modules=["weighting"])
-    engine.prepare(model, build_optimizer(model, config.train, settings))
+    engine.prepare(model, build_optimizer(model, config.train, settings, budget))
     set_training_modes(model, settings)
     if resumed_from is None:
         return

@@ -14,6 +14,7 @@ from rectvlm.data.dataset import ShardDataset
 from rectvlm.data.report_text import join_report_sections
 from rectvlm.data.shards import SampleLocation, read_sample_meta
 from rectvlm.models.report_generator import ReportGenerator
+from rectvlm.train.budget import PhaseBudget, read_world_size
 from rectvlm.train.phases import Phase, Task
 from rectvlm.types import SampleMeta, UserError
 
@@ -55,8 +56,8 @@ def require_something_to_learn(phase: Phase, config: Config) -> None:
             f"train.loss_weights is 0 for {' and '.join(phase.tasks)}, all that phase "
             f"{phase.number} learns: give one of them a weight above 0."
         )
-    _require_part_that_trains(phase, config)
     train_set = ShardDataset(config.data, "train")
+    _require_part_that_trains(phase, config, len(train_set))
     counts = count_task_samples(train_set, tasks)
     untaught = [task for task in tasks if not counts[task]]
     if untaught:
@@ -72,18 +73,19 @@ def require_something_to_learn(phase: Phase, config: Config) -> None:
         _require_something_to_measure(phase, config)
 
 
-def _require_part_that_trains(phase: Phase, config: Config) -> None:
+def _require_part_that_trains(phase: Phase, config: Config, sample_count: int) -> None:
     settings = phase.get_settings(config)
-    begins_late: dict[str, int] = {}
+    budget = PhaseBudget.plan(settings, sample_count, read_world_size())
+    last_step_begins = (budget.count_steps_left(0) - 1) * budget.step_batch.global_batch
+    starts: dict[str, float] = {}
     for entry in settings.unfreeze:
-        begins_late[entry.part] = min(entry.step, begins_late.get(entry.part, entry.step))
+        starts[entry.part] = min(entry.start, starts.get(entry.part, entry.start))
     for part, rate in settings.lr.items():
-        has_begun = settings.epochs > 0 or begins_late.get(part, 0) < settings.steps
-        if rate > 0 and has_begun:
+        if rate > 0 and budget.samples_after(starts.get(part, 0.0)) <= last_step_begins:
             return
     section = f"train.phases.{phase.key}"
     raise UserError(
-        f"{section}.lr and {section}.unfreeze let no part train within {settings.steps} steps: "
+        f"{section}.lr and {section}.unfreeze let no part train within {budget.samples} samples: "
         "give a part a learning rate above 0 and let it begin earlier."
     )
 

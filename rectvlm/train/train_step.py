@@ -11,6 +11,7 @@ from torch import Tensor
 from rectvlm.config import Config
 from rectvlm.data.augment import augment_batch
 from rectvlm.finite import finite_or_none
+from rectvlm.train.budget import PhaseBudget
 from rectvlm.train.engine.engine import Engine, OptimizerStepResult
 from rectvlm.train.engine.peak_memory import peak_memory_bytes
 from rectvlm.train.objectives import combine_losses, compute_losses
@@ -70,6 +71,7 @@ class StepTrainer:
         engine: Engine,
         phase: Phase,
         config: Config,
+        budget: PhaseBudget,
         position: TrainingPosition,
         signals: StopSignals,
         activity: RankActivity,
@@ -79,7 +81,8 @@ class StepTrainer:
         Args:
             engine: the engine with the prepared model.
             phase: the phase that trains.
-            config: the resolved configuration.
+            config: the configuration.
+            budget: the phase's samples and steps.
             position: where to begin; every step moves it on.
             signals: open; their numbers are gathered with every step.
             activity: what this rank is doing, kept up to date for the watchdog.
@@ -89,9 +92,7 @@ class StepTrainer:
         self.settings = phase.get_settings(config)
         self.limits = config.train.limits
         self.weighting = getattr(engine.model.module, "weighting", None)
-        self.samples_per_step = (
-            self.settings.micro_batch * self.settings.accumulation * engine.world_size
-        )
+        self.budget = budget
 
     def train_step(self, batches: Iterator[Batch]) -> StepResult:
         """Take one optimizer step; every rank must call it."""
@@ -100,7 +101,7 @@ class StepTrainer:
         self.activity.step, self.activity.sample_keys = self.position.step + 1, []
         learning_rates = self._set_learning_rates()
         with timer.time_operation("data"):
-            micro_batches = [next(batches) for _ in range(self.settings.accumulation)]
+            micro_batches = [next(batches) for _ in range(self.budget.step_batch.accumulation)]
         counts = self._count_targets(micro_batches)
         totals = _RankTotals(loss_sums=torch.zeros(len(self.phase.tasks)))
         optimizer_step = None
@@ -116,7 +117,7 @@ class StepTrainer:
             skipped = self._gather_skipped_step(totals, optimizer_step.gradient_norm)
         self.position.skipped_in_a_row = skipped.in_a_row if skipped else 0
         self.position.step += 1
-        self.position.samples_seen += self.samples_per_step
+        self.position.samples_seen += self.budget.step_batch.global_batch
 
         losses_by_task = self._average_losses(totals, counts)
         memory, signal = self.engine.all_reduce_max(
@@ -142,18 +143,16 @@ class StepTrainer:
     def _set_learning_rates(self) -> dict[str, float]:
         """Set the learning rates of the step and which parameters train; the rates by part."""
         groups = self.engine.optimizer.param_groups
-        schedule_step = None
-        if self.settings.epochs:
-            # The schedule follows the samples, since another number of ranks has other steps.
-            schedule_step = self.position.samples_seen / self.samples_per_step
-        rates = set_learning_rates(groups, self.position.step, self.settings, schedule_step)
+        rates = set_learning_rates(groups, self.settings, self.budget, self.position.samples_seen)
         set_requires_grad(self.engine.model.module, groups)
         return rates
 
     def _seed_micro_batch(self, number: int) -> None:
         """Seed torch for this rank's micro-batch `number` of the step."""
         micro_batch_index = number * self.engine.world_size + self.engine.rank
-        first_sample = self.position.samples_seen + micro_batch_index * self.settings.micro_batch
+        first_sample = (
+            self.position.samples_seen + micro_batch_index * self.budget.step_batch.micro_batch
+        )
         seed_micro_batch(self.config.train.seed, first_sample)
 
     def _count_targets(self, micro_batches: list[Batch]) -> TargetCounts:
@@ -207,7 +206,7 @@ class StepTrainer:
 
     def _average_losses(self, totals: _RankTotals, counts: TargetCounts) -> dict[str, float | None]:
         """Loss of each task over the step, the mean of all ranks' micro-batches."""
-        micro_batch_counts = torch.full_like(totals.loss_sums, self.settings.accumulation)
+        micro_batch_counts = torch.full_like(totals.loss_sums, self.budget.step_batch.accumulation)
         means = self.engine.all_reduce_mean(totals.loss_sums, micro_batch_counts).tolist()
         losses_by_task: dict[str, float | None] = {}
         for task, mean in zip(self.phase.tasks, means, strict=True):

@@ -25,6 +25,7 @@ from rectvlm.checkpoint import run_folder
 from rectvlm.config import Config
 from rectvlm.data.dataset import ShardDataset
 from rectvlm.data.loader import BatchLoader
+from rectvlm.train.budget import PhaseBudget
 from rectvlm.train.early_stopping import (
     MetricValue,
     is_patience_exhausted,
@@ -35,6 +36,7 @@ from rectvlm.train.engine.engine import Engine
 from rectvlm.train.objectives import compute_losses
 from rectvlm.train.optimizer import set_training_modes
 from rectvlm.train.phases import Phase
+from rectvlm.train.recovery.position import TrainingPosition
 from rectvlm.train.validation_cases import (
     ScoredCase,
     ValidationExample,
@@ -67,7 +69,13 @@ class Validator:
     """Validates when it is due, and remembers which checkpoint is the best."""
 
     def __init__(
-        self, engine: Engine, phase: Phase, config: Config, folder: Path, step: int
+        self,
+        engine: Engine,
+        phase: Phase,
+        config: Config,
+        budget: PhaseBudget,
+        folder: Path,
+        step: int,
     ) -> None:
         """Continue after `step`.
 
@@ -77,8 +85,8 @@ class Validator:
             UserError: validation is asked for and the shards hold neither a dev nor a valid split.
         """
         self.engine, self.phase, self.config, self.folder = engine, phase, config, folder
-        self.phase_settings = phase.get_settings(config)
-        self.settings = self.phase_settings.validation
+        self.budget = budget
+        self.settings = phase.get_settings(config).validation
         self.dataset: ShardDataset | None = None
         if self.settings.every:
             self.dataset = ShardDataset.open_selection_split(config.data)
@@ -110,23 +118,26 @@ class Validator:
         """Whether the metric has not got better for longer than the patience allows."""
         return is_patience_exhausted(self._history, self.settings)
 
-    def is_due(self, step: int) -> bool:
-        """Whether a validation belongs after a step and has not been done."""
+    def is_due(self, position: TrainingPosition) -> bool:
+        """Whether a validation belongs after the steps done and has not been done."""
+        step, samples_seen = position.step, position.samples_seen
         if self.dataset is None or step == 0 or any(entry.step == step for entry in self._history):
             return False
-        return step % self.settings.every == 0 or step == self.phase_settings.steps
+        is_last = self.budget.is_finished(samples_seen)
+        return is_last or self.budget.is_due(self.settings.every, samples_seen)
 
     def validate_if_due(
-        self, step: int, heartbeat: Callable[[], None] = lambda: None
+        self, position: TrainingPosition, heartbeat: Callable[[], None] = lambda: None
     ) -> ValidationResult | None:
         """Validate if it is due after a step; every rank must call it.
 
         Args:
-            step: number of steps done.
+            position: how far the run has come.
             heartbeat: called after every case.
         """
-        if not self.is_due(step):
+        if not self.is_due(position):
             return None
+        step = position.step
         with self._evaluation_mode():
             rank_cases, examples = self._run_cases(heartbeat)
         cases: list[ScoredCase] = []
@@ -206,7 +217,7 @@ class Validator:
         with torch.no_grad(), torch.random.fork_rng(devices), self.engine.use_ema_weights():
             self.engine.model.eval()
             yield
-            set_training_modes(self.engine.model.module, self.phase_settings)
+            set_training_modes(self.engine.model.module, self.phase.get_settings(self.config))
 
     def _choose_case_indices(self, limit: int) -> list[int]:
         """Numbers of at most `limit` cases, spread evenly over the split."""
@@ -225,7 +236,7 @@ class Validator:
         if not self.settings.report_cases or not model.has_generator:
             return []
         indices = self._choose_case_indices(self.settings.report_cases)
-        size = self.phase_settings.micro_batch
+        size = self.phase.get_settings(self.config).micro_batch
         all_batches = [indices[start : start + size] for start in range(0, len(indices), size)]
         rank, world_size = self.engine.rank, self.engine.world_size
         positions = range(rank, world_size * math.ceil(len(all_batches) / world_size), world_size)

@@ -20,8 +20,7 @@ from rectvlm.evaluate.tables import render_markdown
 
 PLANNED = 12
 EVERY = [
-    f"train.phases.phase1.{value}"
-    for value in ("validation.every=4", "validation.patience=2", f"steps={PLANNED}")
+    f"train.phases.phase1.{value}" for value in ("validation.every=0.33", "validation.patience=2")
 ]
 
 

@@ -282,13 +282,13 @@ def test_a_run_with_the_supervision_of_ct_rate_says_what_it_missed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    steps = [f"train.phases.phase{phase}.steps=2" for phase in PHASES]
-    saves = [f"train.phases.phase{phase}.save_every=2" for phase in PHASES]
+    steps = [f"train.phases.phase{phase}.samples=2" for phase in PHASES]
+    batches = [f"train.phases.phase{phase}.global_batch=2" for phase in PHASES]
     warmups = [f"train.phases.phase{phase}.warmup=0" for phase in PHASES]
     small = ["encoder.atlas_cases=4", "generator.max_report_tokens=16"]
     folders = [f"data.shards={tmp_path}/shards", f"train.runs={tmp_path}"]
     options = ["--supervision", "ct-rate", "--phantoms", "16", "--valid-phantoms", "4"]
-    assert main([*options, *folders, *small, *steps, *saves, *warmups]) == 1
+    assert main([*options, *folders, *small, *steps, *batches, *warmups]) == 1
     summary = json.loads((tmp_path / "learn-ct-rate" / "learn.json").read_text())
     assert summary["supervision"] == "ct-rate"
     assert (summary["cases"]["train"], summary["cases"]["valid"]) == (16, 4)

@@ -19,7 +19,7 @@ from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.models.slice_region_encoder import SliceRegionEncoder
 from rectvlm.plan.planner import ResourcePlanner
 from rectvlm.train.objectives import combine_losses, compute_losses
-from rectvlm.train.optimizer import find_unfreeze_steps
+from rectvlm.train.optimizer import find_starts
 from rectvlm.train.phases import PHASES
 from rectvlm.train.starting_weights import check_encoder_init
 from rectvlm.types import UserError
@@ -81,12 +81,12 @@ def test_the_encoder_of_the_page_trains_and_predicts(
 def test_the_end_of_the_encoder_of_the_page_can_begin_late(
     conv_encoder: type[nn.Module],
 ) -> None:
-    late = "train.phases.phase1.unfreeze=[{part: encoder, last_blocks: 1, step: 3}]"
+    late = "train.phases.phase1.unfreeze=[{part: encoder, last_blocks: 1, start: 0.5}]"
     config = load_config("tiny", [*OVERRIDES, late])
     model = build_model(config, 1)
-    starts = find_unfreeze_steps(model, config.train.phases["phase1"].unfreeze)
+    starts = find_starts(model, config.train.phases["phase1"].unfreeze)
     last = config.encoder.depth - 1
-    trained = {name for name, step in starts.items() if step == 3}
+    trained = {name for name, start in starts.items() if start == 0.5}
     blocks = {n for n, _ in model.named_parameters() if n.startswith(f"encoder.blocks.{last}.")}
     after_blocks = {f"encoder.{part}.{w}" for part in ("taps.1", "norm") for w in WEIGHTS}
     assert trained == blocks | after_blocks
@@ -113,4 +113,4 @@ def test_the_encoder_of_the_page_is_planned(conv_encoder: type[nn.Module]) -> No
     encoder = conv_encoder(config.encoder, config.data)
     count = sum(parameter.numel() for parameter in encoder.parameters())
     assert sum(p.numel() for p in planner.model.encoder.parameters()) == count
-    assert planner.dry_run.patches == 4 * 6 * 6 * planner.settings.micro_batch
+    assert planner.dry_run(2).patches == 4 * 6 * 6 * 2

@@ -35,7 +35,7 @@ def scaled_large(folder: Path) -> Path:
         tree["generator"][name] //= 8
     tree["generator"]["model"] = str(_language_model(folder / "llama"))
     for phase in tree["train"]["phases"].values():
-        phase |= {"steps": 2, "save_every": 2, "warmup": 0, "micro_batch": 1, "accumulation": 1}
+        phase |= {"samples": 4, "save_every": 1, "warmup": 0, "micro_batch": 1, "global_batch": 2}
         phase["validation"]["every"] = 0  # the shards hold no case for it
     path = folder / "large-eighth.yaml"
     path.write_text(yaml.safe_dump(tree))

@@ -6,6 +6,7 @@ Steps where the run is given in epochs, what of it trains, and checkpoints on th
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from tests.plan.checkpoint_size import check_checkpoint_size
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 SAMPLES = 100
-LATE = "train.phases.phase1.unfreeze=[{part: encoder, last_blocks: 1, step: 3}]"
+LATE = "train.phases.phase1.unfreeze=[{part: encoder, last_blocks: 1, start: 0.5}]"
 
 
 def planner(*overrides: str, phase: int = 1) -> ResourcePlanner:
@@ -31,16 +32,33 @@ def test_epochs_decide_the_steps_and_more_gpus_need_fewer() -> None:
     made = planner(
         "train.phases.phase1.epochs=2.5",
         "train.phases.phase1.micro_batch=2",
-        "train.phases.phase1.accumulation=3",
+        "train.phases.phase1.global_batch=6",
+        "train.phases.phase1.lr_batch=6",
     )
-    for gpus, steps in ((1, 42), (4, 11), (1024, 1)):  # 250 samples, 6 a step and GPU
+    # 250 samples; four GPUs cannot share 6 a step.
+    for gpus, batch, steps in ((1, 6, 42), (3, 6, 42), (4, 8, 32), (64, 64, 4), (1024, 1024, 1)):
         plan = made.make_plan(gpus, 1.0, SAMPLES)
-        assert plan.speed.steps == steps
-        assert plan.speed.epochs == pytest.approx(steps * 6 * gpus / SAMPLES)
+        assert (plan.speed.steps, plan.speed.samples_per_step) == (steps, batch)
+        assert plan.speed.epochs == pytest.approx(steps * batch / SAMPLES)
         assert plan.speed.days == pytest.approx(steps * plan.time.total / 86_400)
+        assert plan.speed.lr_factor == pytest.approx((batch / 6) ** 0.5)
     assert made.make_plan(1, 1.0, 2 * SAMPLES).speed.steps == 84
-    steps = planner("train.phases.phase1.steps=7").make_plan(4, 1.0, SAMPLES).speed.steps
-    assert steps == 7, "without epochs the configuration says it"
+    speed = planner("train.phases.phase1.samples=28").make_plan(4, 1.0, SAMPLES).speed
+    assert speed.steps == 7, "without epochs the configuration says it"
+
+
+def test_more_gpus_end_sooner_at_the_same_samples() -> None:
+    made = planner("train.phases.phase1.global_batch=16", "train.phases.phase1.samples=4800")
+    speeds = [made.make_plan(gpus, 1.0).speed for gpus in (1, 2, 4, 8, 64)]
+    assert all(after.days < before.days for before, after in pairwise(speeds))
+    assert [(speed.micro_batch, speed.accumulation) for speed in speeds] == [
+        (2, 8),
+        (2, 4),
+        (2, 2),
+        (2, 1),
+        (1, 1),
+    ]
+    assert [speed.steps for speed in speeds] == [300, 300, 300, 300, 75]
 
 
 def test_what_no_row_of_unfreeze_covers_is_planned_as_frozen() -> None:
@@ -87,7 +105,7 @@ def test_a_checkpoint_with_an_average_is_as_large_as_planned(
     """Of two ranks, with a part of the encoder that never learns."""
     more = [LATE, "train.phases.phase1.ema_decay=0.9"]
     run(
-        [*TWO, "launch/phase1.py", *settings(1, phantom_shards, tmp_path, steps=5), *more], tmp_path
+        [*TWO, "launch/phase1.py", *settings(1, phantom_shards, tmp_path, steps=6), *more], tmp_path
     )
     agrees_on_disk(tmp_path / "tiny" / "phase1", 1)
 

@@ -17,7 +17,7 @@ from conftest import phantom_sample
 from torch.profiler import ProfilerActivity, profile
 
 from rectvlm import cli, pretrained
-from rectvlm.config import Config, load_config
+from rectvlm.config import Config, load_config, phase_key
 from rectvlm.data.dataset import collate_samples
 from rectvlm.labels import N_FINDINGS
 from rectvlm.models import RectVLM
@@ -27,6 +27,7 @@ from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.plan.hardware import HardwareRates, describe_assumed_rates
 from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
 from rectvlm.plan.step_time import RingCollective
+from rectvlm.train.budget import StepBatch
 from rectvlm.train.dry_run.dry_run import PROMPT_TOKENS
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 from rectvlm.train.dry_run.meta_ops import count_quantization_state_bytes
@@ -123,9 +124,11 @@ def measured_peak(model: RectVLM, batch: Batch, config: Config, phase: int) -> i
 )
 def test_the_peak_is_the_allocators(phase: int) -> None:
     config = load_config("tiny")
-    predicted = ResourcePlanner(
-        config, phase, DS_CONFIGS, workspace_meter=KernelWorkspaceMeter("cpu")
-    ).dry_run.peak_bytes
+    predicted = (
+        ResourcePlanner(config, phase, DS_CONFIGS, workspace_meter=KernelWorkspaceMeter("cpu"))
+        .dry_run(config.train.phases[phase_key(phase)].micro_batch)
+        .peak_bytes
+    )
     assert predicted == pytest.approx(measured_peak(*real(config, phase), config, phase), rel=0.03)
 
 
@@ -152,9 +155,11 @@ def test_the_peak_is_the_allocators_at_other_sizes(
     name: str, phase: int, overrides: list[str]
 ) -> None:
     config = load_config(name, overrides)
-    predicted = ResourcePlanner(
-        config, phase, DS_CONFIGS, workspace_meter=KernelWorkspaceMeter("cpu")
-    ).dry_run.peak_bytes
+    predicted = (
+        ResourcePlanner(config, phase, DS_CONFIGS, workspace_meter=KernelWorkspaceMeter("cpu"))
+        .dry_run(config.train.phases[phase_key(phase)].micro_batch)
+        .peak_bytes
+    )
     assert predicted == pytest.approx(measured_peak(*real(config, phase), config, phase), rel=0.03)
 
 
@@ -203,7 +208,7 @@ def test_the_peak_is_the_gpus(name: str, phase: int) -> None:
     )
     step(model, batch, config, phase)
     found = torch.cuda.max_memory_allocated() - held
-    assert predicted.dry_run.peak_bytes == pytest.approx(found, rel=0.1)
+    assert predicted.dry_run(1).peak_bytes == pytest.approx(found, rel=0.1)
 
 
 @pytest.mark.slow
@@ -211,7 +216,7 @@ def test_the_peak_is_the_gpus(name: str, phase: int) -> None:
 def test_what_a_part_keeps_is_what_autograd_saves(part: str) -> None:
     config = load_config("tiny")
     model, batch = real(config, 2)
-    kept = ResourcePlanner(config, 2, DS_CONFIGS).dry_run.saved_bytes_by_part[part]
+    kept = ResourcePlanner(config, 2, DS_CONFIGS).dry_run(1).saved_bytes_by_part[part]
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}
 
@@ -281,16 +286,14 @@ def test_large_fits_two_h200s(large: ResourcePlanner, large_plan: ResourcePlan) 
 def test_flops_are_those_of_the_formula(large_plan: ResourcePlan, large: ResourcePlanner) -> None:
     """LoRA: 2 N a token forward and 2 N backward; frozen weights need no gradient of their own."""
     flops = large_plan.flops_per_step
-    language = [w for (part, _), w in large.dry_run.costs.items() if part == "language model"]
+    language = [w for (part, _), w in large.dry_run(4).costs.items() if part == "language model"]
     done = {
         stage: sum(w.flops)
-        for (part, stage), w in large.dry_run.costs.items()
+        for (part, stage), w in large.dry_run(4).costs.items()
         if part == "language model"
     }
     assert language
-    positions = large.dry_run.positions - large.settings.micro_batch * math.prod(
-        large.model.encoder.patch_grid
-    )
+    positions = large.dry_run(4).positions - 4 * math.prod(large.model.encoder.patch_grid)
     once = 2 * large_plan.parameters.language_model_frozen * positions
     assert done["forward"] == pytest.approx(once, rel=0.05)
     assert done["backward"] == pytest.approx(once, rel=0.1)
@@ -302,8 +305,10 @@ def test_flops_are_those_of_the_formula(large_plan: ResourcePlan, large: Resourc
 def test_more_gpus_share_the_weights_and_pay_for_the_network(large: ResourcePlanner) -> None:
     plans = [large.make_plan(n, 141.0) for n in (2, 8, 64, 1024)]
     memory = [plan.gpu_memory_gb["total"] for plan in plans]
-    seconds = [plan.time.total for plan in plans]
-    assert memory == sorted(memory, reverse=True) and seconds == sorted(seconds)
+    gathers = [plan.time.gathers / plan.speed.accumulation for plan in plans]
+    days = [plan.speed.days for plan in plans]
+    assert memory == sorted(memory, reverse=True) and gathers == sorted(gathers)
+    assert days == sorted(days, reverse=True) and days[1] < days[0] / 3
     assert plans[-1].speed.tokens_per_second > 100 * plans[0].speed.tokens_per_second
     assert (
         plans[0].gpu_memory_gb["quantization_state"]
@@ -331,7 +336,7 @@ def test_a_step_is_planned_about_as_long_as_it_took(stage: str) -> None:
     results = json.loads((RESULTS / "phase3-step-1x-nvidia-h200-2026-11-27.json").read_text())
     (row,) = (row for row in results["rows"] if row["ds_config"] == f"{stage}.json")
     config = load_config(
-        "large", ["train.phases.phase3.micro_batch=1", "train.phases.phase3.accumulation=1"]
+        "large", ["train.phases.phase3.micro_batch=1", "train.phases.phase3.global_batch=1"]
     )
     time = ResourcePlanner(config, 3, DS_CONFIGS / f"{stage}.json").make_plan(1, 141.0).time
     assert time.total == pytest.approx(row["step_seconds"], rel=0.15)
@@ -501,26 +506,24 @@ ZERO = {"zero_optimization": {"stage": 3}}
     ],
 )
 def test_deepspeed_settings_that_training_would_not_follow_are_one_sentence(
-    settings: object, said: str, tmp_path: Path, tiny: Config
+    settings: object, said: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "phase3.json"
     path.write_text(json.dumps(settings))
     with pytest.raises(UserError, match=said) as caught:
-        read_ds_config(path, tiny.train.phases["phase3"], 1.0)
+        read_ds_config(path, StepBatch(4, 2, 1), 1.0)
     assert str(path) in str(caught.value)
     with pytest.raises(UserError, match=r"cannot be read .*: give a DeepSpeed JSON"):
-        read_ds_config(tmp_path, tiny.train.phases["phase3"], 1.0)
+        read_ds_config(tmp_path, StepBatch(4, 2, 1), 1.0)
 
 
-def test_values_that_agree_may_be_written_out(tmp_path: Path, tiny: Config) -> None:
-    path, phase = tmp_path / "phase3.json", tiny.train.phases["phase3"]
+def test_values_that_agree_may_be_written_out(tmp_path: Path) -> None:
+    path = tmp_path / "phase3.json"
     zero = {"stage": 3, "reduce_bucket_size": 5e7, "offload_param": {"device": "none"}}
     zero |= {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
-    path.write_text(
-        json.dumps({"zero_optimization": zero, "gradient_accumulation_steps": phase.accumulation})
-    )
-    settings = read_ds_config(path, phase, 1.0)
-    assert settings["train_micro_batch_size_per_gpu"] == phase.micro_batch
+    path.write_text(json.dumps({"zero_optimization": zero, "gradient_accumulation_steps": 3}))
+    settings = read_ds_config(path, StepBatch(12, 2, 3), 1.0)
+    assert settings["train_micro_batch_size_per_gpu"] == 2
     assert settings["gradient_clipping"] == 1.0
 
 
@@ -528,7 +531,7 @@ def test_a_frozen_language_model_is_planned_as_it_trains() -> None:
     """Gradients pass through it to the encoder: recomputed or not, it keeps what training keeps."""
     rates = "train.phases.phase3.lr={encoder: 1.0e-5, classifier: 1.0e-5, localizer: 1.0e-5}"
     learns, frozen = planner("tiny"), planner("tiny", 3, rates)
-    kept = [one.dry_run.saved_bytes_by_part["language model"] for one in (learns, frozen)]
+    kept = [one.dry_run(2).saved_bytes_by_part["language model"] for one in (learns, frozen)]
     assert kept[1] < 1.2 * kept[0]
     layers = [m for m in frozen.model.modules() if type(m).__name__ == "LlamaDecoderLayer"]
     assert len(layers) == 2
@@ -564,7 +567,7 @@ def test_gathers_are_as_many_as_passes(tmp_path: Path) -> None:
 
 def test_zero2_reduces_to_all_and_gathers_the_weights() -> None:
     network = HardwareRates(gpus_per_node=1, inter=1.25)
-    config = load_config("tiny", ["train.phases.phase3.accumulation=4"])
+    config = load_config("tiny", ["train.phases.phase3.global_batch=16"])
     times = {
         stage: ResourcePlanner(config, 3, DS_CONFIGS / name, network).make_plan(2, 1.0)
         for stage, name in ((2, "phase3_zero2.json"), (1, "phase1.json"), (3, "phase3.json"))

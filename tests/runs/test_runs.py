@@ -74,7 +74,9 @@ def a_run(
         json.dumps({"step": 12, "metric": "macro_auroc", "value": 0.62})
     )
     (folder / "config.yaml").write_text(
-        load_config("tiny", [f"train.phases.phase{number}.steps={STEPS}", *overrides]).to_yaml()
+        load_config(
+            "tiny", [f"train.phases.phase{number}.samples={4 * STEPS}", *overrides]
+        ).to_yaml()
     )
     told = {
         "state": "finished",

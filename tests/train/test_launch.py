@@ -195,7 +195,7 @@ def test_two_processes_save_when_stopped_and_go_on(tmp_path: Path, phantom_shard
     assert code == ExitCode.STOPPED_BY_SIGNAL, stderr
     assert "Traceback" not in stderr
     done = launches.steps_done(folder)
-    process = launches.start([*command, f"train.phases.phase1.steps={done + 2}"], tmp_path)
+    process = launches.start([*command, *launches.length("phase1", done + 2)], tmp_path)
     code, stderr = launches.finish(process)
     assert code == 0, stderr
     assert launches.steps_done(folder) == done + 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import phantom_sample
-from launches import TWO, run
+from launches import TWO, length, run
 from torch import Tensor, nn
 
 from rectvlm import pretrained
@@ -345,13 +345,19 @@ def test_every_trainable_tensor_moves_under_zero3(
     ]
     for phase in (1, 2):
         run(
-            [*TWO, f"launch/phase{phase}.py", *shared, f"train.phases.phase{phase}.steps=2"],
+            [*TWO, f"launch/phase{phase}.py", *shared, *length(f"phase{phase}", 2)],
             tmp_path,
         )
     rates = ", ".join(f"{part}: 2.0e-2" for part in PHASES[3].parts)
-    plan = ("steps=3", "save_every=1", "warmup=0", "final_lr_ratio=1", f"lr={{{rates}}}")
+    plan = ("warmup=0", "final_lr_ratio=1", f"lr={{{rates}}}")
     run(
-        [*TWO, "launch/phase3.py", *shared, *(f"train.phases.phase3.{value}" for value in plan)],
+        [
+            *TWO,
+            "launch/phase3.py",
+            *shared,
+            *length("phase3", 3, save_every=1),
+            *(f"train.phases.phase3.{value}" for value in plan),
+        ],
         tmp_path,
     )
     saved = run_folder.list_checkpoints(tmp_path / "tiny" / "phase3")

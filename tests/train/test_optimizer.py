@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from rectvlm.config import MODEL_PARTS, Config, load_config
+from rectvlm.config import MODEL_PARTS, Config, PhaseConfig, load_config
 from rectvlm.models.meta_model import build_meta_model
 from rectvlm.pretrained import read_model_config
+from rectvlm.train.budget import PhaseBudget
 from rectvlm.train.optimizer import (
     build_optimizer,
     freeze_all_but,
@@ -45,7 +46,7 @@ def test_parts_without_a_rate_are_frozen(model: TwoParts) -> None:
 
 
 def test_every_trainable_parameter_once(model: TwoParts, tiny: Config) -> None:
-    optimizer = build_optimizer(model, tiny.train, tiny.train.phases["phase1"])
+    optimizer = build_optimizer(model, tiny.train, change(tiny), plan(change(tiny)))
     members = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in members} == {id(p) for p in model.parameters() if p.requires_grad}
     assert len(members) == len({id(p) for p in members})
@@ -91,7 +92,7 @@ def test_weights_of_layers_decay_and_nothing_else_in_a_whole_model() -> None:
     model = build_meta_model(config, MODEL_PARTS, 64, language)
     phase = config.train.phases["phase3"].model_copy(update={"lr": dict.fromkeys(MODEL_PARTS, 1.0)})
     names: dict[bool, set[str]] = {True: set(), False: set()}
-    for group in build_optimizer(model, config.train, phase).param_groups:
+    for group in build_optimizer(model, config.train, phase, plan(phase)).param_groups:
         assert group["weight_decay"] in (0, config.train.weight_decay)
         for name in group["names"]:
             name = re.sub(r"language_model\..*(lora_[AB])\.default", r"\1", name)
@@ -101,55 +102,63 @@ def test_weights_of_layers_decay_and_nothing_else_in_a_whole_model() -> None:
     assert names[False] - biases == set(NOT_DECAYED.split())
 
 
+def plan(phase: PhaseConfig, world_size: int = 2) -> PhaseBudget:
+    return PhaseBudget.plan(phase, sample_count=6, world_size=world_size)
+
+
+def change(tiny: Config, **choices: object) -> PhaseConfig:
+    """Phase 1 of the tiny size, where a step has 4 samples, with other choices."""
+    return tiny.train.phases["phase1"].model_copy(update=choices)
+
+
 def test_rates_warm_up_and_fall_to_the_last(tiny: Config) -> None:
-    phase = tiny.train.phases["phase1"].model_copy(
-        update={"steps": 100, "warmup": 10, "final_lr_ratio": 0.1}
-    )
-    factors = [learning_rate_factor(step, phase) for step in range(100)]
+    phase = change(tiny, samples=400, warmup=0.1, final_lr_ratio=0.1)
+    factors = [learning_rate_factor(phase, plan(phase), 4 * step) for step in range(100)]
     assert factors[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
     assert factors[10] == pytest.approx(1)
     assert factors[99] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(factors[9:]))
     # half-way down the cosine lies the mean of both ends
-    middle = (learning_rate_factor(54, phase) + learning_rate_factor(55, phase)) / 2
-    assert middle == pytest.approx(0.55, abs=1e-3)
+    assert (factors[54] + factors[55]) / 2 == pytest.approx(0.55, abs=1e-3)
 
 
 def test_with_another_number_of_ranks_the_schedule_goes_on_where_its_samples_are(
     tiny: Config, model: TwoParts
 ) -> None:
-    """Half of an epoch on two ranks, and the rest in twice as many steps on one."""
-    phase = tiny.train.phases["phase1"].model_copy(
-        update={"steps": 100, "warmup": 0, "final_lr_ratio": 0.0, "unfreeze": []}
-    )
-    groups = build_optimizer(model, tiny.train, phase).param_groups
-    before = set_learning_rates(groups, 49, phase)["encoder"]
-    more = phase.model_copy(update={"steps": 150})
-    rates = [
-        set_learning_rates(groups, step, more, schedule_step=100 + step - 50)["encoder"]
-        for step in range(50, 150)
-    ]
-    assert rates[0] == pytest.approx(before, rel=0.03)
+    """Half of the samples on two ranks, the rest on three, whose steps have two samples more."""
+    phase = change(tiny, samples=396, warmup=0, final_lr_ratio=0.0)
+    two, three = plan(phase), plan(phase, world_size=3)
+    assert (two.step_batch.global_batch, three.step_batch.global_batch) == (4, 6)
+    groups = build_optimizer(model, tiny.train, phase, two).param_groups
+    before = [set_learning_rates(groups, phase, two, seen)["encoder"] for seen in range(0, 196, 4)]
+    rates = [set_learning_rates(groups, phase, three, n)["encoder"] for n in range(196, 396, 6)]
+    # A step that is half as large again has rates that are √1.5 times as large.
+    assert rates[0] / 1.5**0.5 == pytest.approx(before[-1], rel=0.05)
     assert rates[-1] == pytest.approx(0, abs=1e-12)
-    assert all(a >= b for a, b in pairwise([before, *rates]))
-    assert set_learning_rates(groups, 50, phase, schedule_step=50.0) == set_learning_rates(
-        groups, 50, phase
-    )
+    assert all(a >= b for a, b in pairwise(before)) and all(a >= b for a, b in pairwise(rates))
 
 
-@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 5), (4, 4), (3, 2)])
-def test_short_runs_have_sound_rates(tiny: Config, steps: int, warmup: int) -> None:
-    phase = tiny.train.phases["phase1"].model_copy(update={"steps": steps, "warmup": warmup})
-    assert all(0 < learning_rate_factor(step, phase) <= 1 for step in range(steps))
+def test_rates_follow_the_square_root_of_the_global_batch(tiny: Config, model: TwoParts) -> None:
+    phase = change(tiny, warmup=0, global_batch=36)
+    groups = build_optimizer(model, tiny.train, phase, plan(phase)).param_groups
+    rates = set_learning_rates(groups, phase, plan(phase), 0)
+    assert rates == pytest.approx({part: 3 * rate for part, rate in phase.lr.items()})
+
+
+@pytest.mark.parametrize(("samples", "warmup"), [(1, 0), (4, 0.9), (16, 0.99), (11, 0.7), (9, 0.1)])
+def test_short_runs_have_sound_rates(tiny: Config, samples: int, warmup: float) -> None:
+    phase = change(tiny, samples=samples, warmup=warmup)
+    for seen in range(0, samples, 4):
+        assert 0 < learning_rate_factor(phase, plan(phase), seen) <= 1
 
 
 def test_each_part_has_its_own_rate(model: TwoParts) -> None:
     phase = load_config(
         "tiny", ["train.phases.phase1.lr={encoder: 0.5, classifier: 0.25}"]
     ).train.phases["phase1"]
-    optimizer = build_optimizer(model, load_config("tiny").train, phase)
-    rates = set_learning_rates(optimizer.param_groups, 0, phase)
-    factor = 1 / phase.warmup
+    optimizer = build_optimizer(model, load_config("tiny").train, phase, plan(phase))
+    rates = set_learning_rates(optimizer.param_groups, phase, plan(phase), 0)
+    factor = 0.5  # two steps of warm-up
     assert rates == {"encoder": 0.5 * factor, "classifier": 0.25 * factor}
     encoder = {id(p) for p in model.encoder.parameters()}
     for group in optimizer.param_groups:
@@ -181,7 +190,7 @@ def test_phases_follow_each_other() -> None:
 
 
 def test_a_step_of_the_optimizer_moves_only_what_trains(model: TwoParts, tiny: Config) -> None:
-    optimizer = build_optimizer(model, tiny.train, tiny.train.phases["phase1"])
+    optimizer = build_optimizer(model, tiny.train, change(tiny), plan(change(tiny)))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.prompts(model.classifier(model.encoder(torch.randn(5, 3)))).square().sum().backward()
     optimizer.step()

@@ -1,9 +1,8 @@
 """The table of phases and its choices.
 
-Sub-steps, schedules, epochs, averages, late parts, learned task weights.
+Stages, schedules, averages, late parts, learned task weights.
 """
 
-import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,21 @@ import torch
 from launches import CHECKOUT, LAUNCH, TIMEOUT, TWO, environment
 from torch import nn
 
-from rectvlm.config import MODEL_PARTS, Config, load_config
+from rectvlm.config import MODEL_PARTS, Config, PhaseConfig, load_config
 from rectvlm.models.slice_region_encoder import SliceRegionEncoder
+from rectvlm.train.budget import PhaseBudget
 from rectvlm.train.ema import EMA_KEY, ema_decay_at
 from rectvlm.train.objectives import combine_losses
 from rectvlm.train.optimizer import (
     build_optimizer,
-    find_unfreeze_steps,
+    find_starts,
     freeze_all_but,
     learning_rate_factor,
     set_learning_rates,
     set_requires_grad,
     set_training_modes,
 )
-from rectvlm.train.phases import PHASE_TABLE, PHASES, STAGES, with_step_count
+from rectvlm.train.phases import PHASE_TABLE, PHASES, STAGES
 from rectvlm.train.task_loss import TaskLoss
 from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
 from rectvlm.types import UserError
@@ -53,17 +53,18 @@ def test_a_sub_step_refuses_to_train_what_it_freezes() -> None:
         STAGES["align"].get_settings(config)
 
 
+def budget_of(settings: PhaseConfig) -> PhaseBudget:
+    return PhaseBudget.plan(settings, sample_count=6, world_size=2)
+
+
 def test_schedules(tiny: Config) -> None:
     plan = tiny.train.phases["phase1"].model_copy(
-        update={"steps": 12, "warmup": 2, "final_lr_ratio": 0.2}
+        update={"samples": 48, "warmup": 1 / 6, "final_lr_ratio": 0.2}
     )
-    shapes = {
-        kind: [
-            learning_rate_factor(step, plan.model_copy(update={"schedule": kind}))
-            for step in range(12)
-        ]
-        for kind in ("cosine", "linear", "constant")
-    }
+    shapes = {}
+    for kind in ("cosine", "linear", "constant"):
+        row = plan.model_copy(update={"schedule": kind})
+        shapes[kind] = [learning_rate_factor(row, budget_of(row), 4 * k) for k in range(12)]
     for factors in shapes.values():
         assert factors[:3] == pytest.approx([0.5, 1.0, 1.0])
     assert shapes["constant"] == pytest.approx([0.5] + [1.0] * 11)
@@ -71,30 +72,6 @@ def test_schedules(tiny: Config) -> None:
     assert shapes["cosine"][-1] == pytest.approx(0.2)
     assert shapes["cosine"][4] > shapes["linear"][4]
     assert shapes["cosine"][-3] < shapes["linear"][-3]
-
-
-def test_epochs_become_steps() -> None:
-    config = load_config(
-        "tiny", ["train.phases.phase2.epochs=2.5", "train.phases.phase2.accumulation=3"]
-    )
-    found = with_step_count(config, PHASES[2], sample_count=100, world_size=2)
-    assert found.train.phases["phase2"].steps == math.ceil(250 / (2 * 3 * 2))
-    assert found.train.phases["phase1"] == config.train.phases["phase1"]
-    assert with_step_count(config, PHASES[1], sample_count=100, world_size=2) is config
-    # Half-way on two ranks, then on one: as many samples in all.
-    assert with_step_count(config, PHASES[2], 100, 1, step=10, samples_seen=120).train.phases[
-        "phase2"
-    ].steps == 10 + math.ceil(130 / 6)
-    for seen in (0, 12, 240):
-        assert (
-            with_step_count(config, PHASES[2], 100, 2, step=seen // 12, samples_seen=seen) == found
-        )
-    assert (
-        with_step_count(config, PHASES[2], 100, 2, step=21, samples_seen=252)
-        .train.phases["phase2"]
-        .steps
-        == 21
-    )
 
 
 class Toy(nn.Module):
@@ -107,19 +84,21 @@ class Toy(nn.Module):
         self.localizer = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
 
 
-UNFREEZE = "[{part: encoder, last_blocks: 1, step: 3}, {part: encoder, last_blocks: null, step: 6}]"
+UNFREEZE = (
+    "[{part: encoder, last_blocks: 1, start: 0.15}, {part: encoder, last_blocks: null, start: 0.3}]"
+)
 
 
 def test_the_end_of_the_encoder_begins_before_the_rest(tiny: Config) -> None:
     plan = load_config("tiny", [f"train.phases.phase1.unfreeze={UNFREEZE}"]).train.phases["phase1"]
-    starts = find_unfreeze_steps(Toy(tiny), plan.unfreeze)
+    starts = find_starts(Toy(tiny), plan.unfreeze)
     assert {name.partition(".")[0] for name in starts} == {"encoder"}
     last = tiny.encoder.depth - 1
-    early = {name for name, step in starts.items() if step == 3}
+    early = {name for name, start in starts.items() if start == 0.15}
     assert early == {
         n for n in starts if n.startswith((f"encoder.blocks.{last}.", "encoder.norm."))
     }
-    assert {step for name, step in starts.items() if name not in early} == {6}
+    assert {start for name, start in starts.items() if name not in early} == {0.3}
     assert {"encoder.embed.weight", "encoder.position_x", "encoder.blocks.0.norm1.weight"} <= set(
         starts
     ) - early
@@ -127,7 +106,7 @@ def test_the_end_of_the_encoder_begins_before_the_rest(tiny: Config) -> None:
 
 def test_what_no_row_covers_stays_frozen(tiny: Config) -> None:
     config = load_config(
-        "tiny", ["train.phases.phase1.unfreeze=[{part: encoder, last_blocks: 1, step: 3}]"]
+        "tiny", ["train.phases.phase1.unfreeze=[{part: encoder, last_blocks: 1, start: 0.5}]"]
     )
     model, plan = Toy(tiny), config.train.phases["phase1"]
     freeze_all_but(model, plan.lr, plan.unfreeze)
@@ -138,7 +117,7 @@ def test_what_no_row_covers_stays_frozen(tiny: Config) -> None:
         for name, _ in model.named_parameters()
         if name.startswith((f"encoder.blocks.{last}.", "encoder.norm.", "classifier."))
     }
-    optimizer = build_optimizer(model, config.train, plan)
+    optimizer = build_optimizer(model, config.train, plan, budget_of(plan))
     assert {name for group in optimizer.param_groups for name in group["names"]} == trains
 
 
@@ -147,24 +126,26 @@ def test_rates_of_a_late_part_rise_when_it_begins(tiny: Config) -> None:
         "tiny",
         [
             f"train.phases.phase1.unfreeze={UNFREEZE}",
-            "train.phases.phase1.steps=20",
-            "train.phases.phase1.warmup=4",
+            "train.phases.phase1.samples=80",
+            "train.phases.phase1.warmup=0.2",
         ],
     )
     model, plan = Toy(tiny), config.train.phases["phase1"]
     freeze_all_but(model, plan.lr, plan.unfreeze)
-    groups = build_optimizer(model, config.train, plan).param_groups
+    groups = build_optimizer(model, config.train, plan, budget_of(plan)).param_groups
     own = dict(model.named_parameters())
     for step in range(20):
-        told = set_learning_rates(groups, step, plan)
+        told = set_learning_rates(groups, plan, budget_of(plan), 4 * step)
         set_requires_grad(model, groups)
         for group in groups:
-            late = step - group["start_step"]
+            late = step - round(20 * group["start"])
             asks = {own[name].requires_grad for name in group["names"]}
             assert asks == {late >= 0}
-            rise = min(1.0, (late + 1) / 4) if group["start_step"] else 1.0
+            rise = min(1.0, (late + 1) / 4) if group["start"] else 1.0
             assert group["lr"] == pytest.approx(
-                max(0.0, rise) * plan.lr[group["part"]] * learning_rate_factor(step, plan)
+                max(0.0, rise)
+                * plan.lr[group["part"]]
+                * learning_rate_factor(plan, budget_of(plan), 4 * step)
             )
         assert told["encoder"] == max(group["lr"] for group in groups if group["part"] == "encoder")
         assert (told["encoder"] > 0) == (step >= 3)
@@ -186,7 +167,7 @@ def test_the_average_is_the_one_by_hand(tiny: Config) -> None:
     plan = tiny.train.phases["phase1"].model_copy(update={"ema_decay": 0.5})
     torch.manual_seed(0)
     model = nn.ModuleDict({"encoder": nn.Linear(3, 4), "classifier": nn.Linear(4, 2)})
-    optimizer = build_optimizer(model, tiny.train, plan)
+    optimizer = build_optimizer(model, tiny.train, plan, budget_of(plan))
     by_hand: dict[str, torch.Tensor] = {}
     for step in range(1, 13):
         model["classifier"](model["encoder"](torch.randn(5, 3))).square().sum().backward()
@@ -201,8 +182,9 @@ def test_the_average_is_the_one_by_hand(tiny: Config) -> None:
                 optimizer.state[p][EMA_KEY], by_hand[name], rtol=1e-5, atol=1e-7
             )
     assert ema_decay_at(12, 0.5) == 0.5 > ema_decay_at(9, 0.5)
+    without = tiny.train.phases["phase1"]
     assert EMA_KEY not in next(
-        iter(build_optimizer(model, tiny.train, tiny.train.phases["phase1"]).state.values()), {}
+        iter(build_optimizer(model, tiny.train, without, budget_of(without)).state.values()), {}
     )
 
 

@@ -30,6 +30,7 @@ from launches import (
     environment,
     finish,
     kill,
+    length,
     run,
     settings,
     steps_done,
@@ -277,7 +278,7 @@ def phase_3(shards: Path, runs: Path, source: Path, steps: int) -> list[str]:
         *arguments,
         "--from",
         str(source),
-        "train.phases.phase3.save_every=2",
+        *length("phase3", steps, save_every=2),
     ]
 
 
@@ -322,8 +323,8 @@ def test_a_machine_is_lost_and_comes_back(
     done = steps_done(folder)
     kept = Checkpoint.open(folder).training.step
     assert 2 <= kept <= done < 60
-    again = [argument.replace(".steps=60", f".steps={done + 2}") for argument in arguments]
-    for process in on_both(29613, *again, "--resume", "auto"):
+    again = [*arguments, *length("phase3", done + 2, save_every=2), "--resume", "auto"]
+    for process in on_both(29613, *again):
         code, stderr = finish(process)
         assert code == 0, stderr[-3000:]
     assert [line["step"] for line in comparable(folder)] == list(range(1, done + 3))
@@ -394,8 +395,7 @@ class Slurm:
         }
         size = (
             f"data.shards={self.shards}",
-            f"train.phases.phase1.steps={steps}",
-            "train.phases.phase1.save_every=4",
+            *length("phase1", steps, save_every=4),
         )
         # Slurm copies the script away before it runs it.
         shutil.copy(CHECKOUT / SCRIPTS[0], self.folder / "slurm_script")

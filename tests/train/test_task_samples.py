@@ -107,7 +107,7 @@ def test_a_task_of_weight_0_needs_nothing_and_one_sample_is_enough(make_shards: 
 
 def test_a_validation_that_measures_nothing_is_refused(make_shards: Callable) -> None:
     shards = make_shards(without_labels, ("valid",))
-    overrides = [f"data.shards={shards}", "train.phases.phase1.validation.every=2"]
+    overrides = [f"data.shards={shards}", "train.phases.phase1.validation.every=0.5"]
     with pytest.raises(
         UserError, match=r"Of the 3 samples of the split 'valid' .*, 0 have a known label, which "
     ):
@@ -127,7 +127,7 @@ def test_validation_measures_on_the_dev_split_where_there_is_one(
             meta = without_labels(replace(meta, split="dev"))
         changed.append(replace(sample, meta=meta))
     write_shards(changed, tmp_path)
-    overrides = [f"data.shards={tmp_path}", "train.phases.phase1.validation.every=2"]
+    overrides = [f"data.shards={tmp_path}", "train.phases.phase1.validation.every=0.5"]
     config = load_config("tiny", overrides)
     assert ShardDataset.open_selection_split(config.data).split == "dev"
     words = r"Of the 2 samples of the split 'dev'.*0 have a known label"
@@ -151,9 +151,10 @@ def test_weights_and_rates_that_teach_nothing_are_refused(
 ) -> None:
     overrides = [f"data.shards={phantom_shards}", override]
     if "unfreeze" in override:
-        late = "{part: encoder, last_blocks: null, step: 1000000}"
+        late = "{part: encoder, last_blocks: null, start: 0.99}"
         overrides[1:] = [
             "train.phases.phase1.lr={encoder: 0.001}",
+            "train.phases.phase1.warmup=0",
             f"train.phases.phase1.unfreeze=[{late}]",
         ]
     with pytest.raises(UserError, match=expected):

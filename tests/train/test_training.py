@@ -1,5 +1,6 @@
 """Training as users run it: real processes, real shards, kills, and what is left on the disk."""
 
+import itertools
 import json
 import math
 import random
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from launches import (
+    GLOBAL_BATCH,
     LAUNCH,
     MICRO_BATCH,
     SAVE_EVERY,
@@ -39,6 +41,7 @@ from rectvlm.config import Config, load_config, phase_key
 from rectvlm.data.loader import build_eval_loader
 from rectvlm.data.shards import read_index
 from rectvlm.models import RectVLM
+from rectvlm.train.budget import PhaseBudget
 from rectvlm.train.optimizer import learning_rate_factor
 from rectvlm.train.phases import PHASES
 from rectvlm.types import Batch
@@ -65,7 +68,8 @@ def test_what_runs_is_what_was_asked_for(trained: Callable[[int], Path], phase: 
 @EACH_PHASE
 def test_one_whole_line_a_step(trained: Callable[[int], Path], phase: int, tiny: Config) -> None:
     found = metrics(trained(phase))
-    plan = tiny.train.phases[phase_key(phase)].model_copy(update={"steps": STEPS})
+    plan = tiny.train.phases[phase_key(phase)].model_copy(update={"samples": STEPS * GLOBAL_BATCH})
+    budget = PhaseBudget.plan(plan, sample_count=6, world_size=WORLD)
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     for line in found:
         assert line["samples_seen"] == line["step"] * WORLD * MICRO_BATCH
@@ -77,7 +81,7 @@ def test_one_whole_line_a_step(trained: Callable[[int], Path], phase: int, tiny:
         assert math.isfinite(line["loss"])
         assert line["grad_norm"] > 0
         assert line["skipped"] is None
-        factor = learning_rate_factor(line["step"] - 1, plan)
+        factor = learning_rate_factor(plan, budget, (line["step"] - 1) * GLOBAL_BATCH)
         assert line["lr"] == pytest.approx({part: peak * factor for part, peak in plan.lr.items()})
         least = WORLD * MICRO_BATCH * 4 * 6 * 6  # patches of every sample; phase 3 adds words
         assert line["tokens"] == least if phase < 3 else line["tokens"] > least
@@ -124,7 +128,8 @@ def test_checkpoints_hold_what_trained(trained: Callable[[int], Path], phase: in
     state = Checkpoint.open(kept[-1]).training
     assert (state.phase, state.step, state.world_size) == (phase, STEPS, WORLD)
     assert state.samples_seen == STEPS * WORLD * MICRO_BATCH
-    assert Checkpoint.open(kept[-1]).config.train.phases[phase_key(phase)].steps == STEPS
+    length = Checkpoint.open(kept[-1]).config.train.phases[phase_key(phase)].samples
+    assert length == STEPS * GLOBAL_BATCH
     earlier, last = (Checkpoint.open(path).read_tensors() for path in kept)
     assert earlier.keys() == last.keys()
     assert not any("base_layer" in name for name in last)  # frozen weights stay where they are
@@ -148,6 +153,44 @@ def test_a_phase_starts_from_the_weights_of_the_one_before(
     task = "localization"
     first, last = before[0]["losses"][task], sum(line["losses"][task] for line in before[-3:]) / 3
     assert after[0]["losses"][task] < (first + last) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", [2, 3])
+def test_what_a_phase_does_not_train_is_what_the_one_before_left(
+    trained: Callable[[int], Path], phase: int, phantom_shards: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained(phase - 1), tmp_path / "tiny" / f"phase{phase - 1}")
+    new_part = PHASES[phase].parts[-1]
+    rates = f"train.phases.phase{phase}.lr={{{new_part}: 1.0e-3}}"
+    arguments = [*settings(phase, phantom_shards, tmp_path, steps=1), rates]
+    run([*TWO, f"launch/phase{phase}.py", *arguments], tmp_path)
+    before = Checkpoint.open(trained(phase - 1)).read_tensors()
+    after = Checkpoint.open(tmp_path / "tiny" / f"phase{phase}").read_tensors()
+    assert {name.partition(".")[0] for name in before} == {*PHASES[phase - 1].parts, "prompts"}
+    assert find_differing_tensors({name: after[name] for name in before}, before) == []
+
+
+@pytest.mark.slow
+def test_one_process_sees_the_samples_and_the_losses_of_two(
+    trained: Callable[[int], Path], phantom_shards: Path, tmp_path: Path
+) -> None:
+    """With the same global batch, which one process takes in twice as many micro-batches."""
+    arguments = settings(1, phantom_shards, tmp_path)
+    run([*LAUNCH, "--num_processes", "1", "launch/phase1.py", *arguments], tmp_path)
+    alone, shared = metrics(tmp_path / "tiny" / "phase1"), metrics(trained(1))
+    for key in ("samples_seen", "lr"):
+        assert [line[key] for line in alone] == [line[key] for line in shared]
+    for ours, theirs in zip(alone, shared, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-3)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
+    samples = []
+    for folder in (tmp_path / "tiny" / "phase1", trained(1)):
+        by_step: dict[int, list[str]] = {}
+        for line in itertools.chain(*traces(folder)):
+            by_step.setdefault(line["step"], []).extend(line["samples"])
+        samples.append({step: sorted(keys) for step, keys in by_step.items()})
+    assert samples[0] == samples[1]
 
 
 def test_the_loaded_model_is_the_checkpoint(trained: Callable[[int], Path]) -> None:
@@ -271,7 +314,7 @@ def test_a_plain_launch_trains_on_one_process(phantom_shards: Path, tmp_path: Pa
         1,
         1,
     )
-    assert [line["samples_seen"] for line in metrics(folder)] == [MICRO_BATCH, 2 * MICRO_BATCH]
+    assert [line["samples_seen"] for line in metrics(folder)] == [GLOBAL_BATCH, 2 * GLOBAL_BATCH]
     model = RectVLM.from_pretrained(folder, "cpu")
     assert model.parts == ("encoder", "classifier")
 

@@ -19,10 +19,12 @@ import torch
 from conftest import phantom_sample
 from launches import (
     LAUNCH,
+    STEPS,
     TWO,
     comparable,
     finish,
     kill,
+    length,
     lines,
     metrics,
     run,
@@ -42,6 +44,7 @@ from rectvlm.finding_thresholds import NOT_FITTED, THRESHOLDS_FILE
 from rectvlm.labels import FINDINGS, N_FINDINGS, N_LESIONS
 from rectvlm.models import RectVLM
 from rectvlm.train import loop
+from rectvlm.train.budget import PhaseBudget
 from rectvlm.train.early_stopping import has_stopped_early
 from rectvlm.train.objectives import compute_losses
 from rectvlm.train.phases import PHASES
@@ -94,7 +97,7 @@ def test_patience(
 ) -> None:
     write_history(tmp_path, values, metric)
     plan = ValidationConfig(
-        every=2, cases=1, shown_cases=0, report_cases=0, best_metric=metric, patience=patience
+        every=0.5, cases=1, shown_cases=0, report_cases=0, best_metric=metric, patience=patience
     )
     assert has_stopped_early(tmp_path, plan) is stops
     assert not has_stopped_early(tmp_path / "elsewhere", plan)
@@ -214,7 +217,7 @@ def test_fitted_thresholds_reach_checkpoints_a_resumed_run_and_the_next_phase(
     shards, runs = tmp_path / "shards", tmp_path / "runs"
     splits: list[Split] = ["train"] * 4 + ["valid"] * 40
     write_shards([phantom_sample(seed, tiny, split) for seed, split in enumerate(splits)], shards)
-    choices = validation(1, every=2, cases=40, shown_cases=0)
+    choices = validation(1, every=0.3333, cases=40, shown_cases=0)
     command = [*TWO, "launch/phase1.py", *settings(1, shards, runs, 6), *choices]
     run(command, tmp_path)
     folder = runs / "tiny" / "phase1"
@@ -327,7 +330,7 @@ def test_weights_are_saved_before_they_are_validated(
     The thresholds that a validation fits are put into a checkpoint that was saved before it.
     """
     did: list[str] = []
-    phase = tiny.train.phases["phase1"].model_copy(update={"steps": 8, "save_every": 4})
+    phase = tiny.train.phases["phase1"].model_copy(update={"samples": 32, "save_every": 0.5})
     config = tiny.model_copy(
         update={"train": tiny.train.model_copy(update={"phases": {"phase1": phase}})}
     )
@@ -335,15 +338,17 @@ def test_weights_are_saved_before_they_are_validated(
     class FakeValidator:
         should_stop, is_done = False, False
 
-        def is_due(self, step: int) -> bool:
-            return step % 2 == 0 and not self.is_done
+        def is_due(self, position: TrainingPosition) -> bool:
+            return position.step % 2 == 0 and not self.is_done
 
-        def validate_if_due(self, step: int, heartbeat: Any) -> ValidationResult | None:
-            if not self.is_due(step):
+        def validate_if_due(
+            self, position: TrainingPosition, heartbeat: Any
+        ) -> ValidationResult | None:
+            if not self.is_due(position):
                 return None
             did.append("validate")
             self.is_done = True
-            return ValidationResult(step, {}, [], 1.0 if better else None)
+            return ValidationResult(position.step, {}, [], 1.0 if better else None)
 
         def keep_best(self, result: ValidationResult) -> None:
             did.append("best")
@@ -366,6 +371,7 @@ def test_weights_are_saved_before_they_are_validated(
     training = loop.TrainingLoop(
         phase=PHASES[1],
         config=config,
+        budget=PhaseBudget.plan(phase, sample_count=6, world_size=2),
         folder=Path(),
         saved_names=[],
         position=TrainingPosition(step, 4 * step),
@@ -390,13 +396,14 @@ def test_validation_leaves_the_training_alone(
     It keeps one checkpoint.
     """
     short = [
-        "train.phases.phase1.steps=6",
-        "train.phases.phase1.save_every=6",
+        "train.phases.phase1.samples=12",
+        "train.phases.phase1.global_batch=2",
+        "train.phases.phase1.save_every=1",
         f"data.shards={phantom_shards}",
         "train.keep_checkpoints=1",
     ]
     choices = [
-        *validation(1, every=2, cases=8, best_metric="loss"),
+        *validation(1, every=0.3333, cases=8, best_metric="loss"),
         "train.phases.phase1.ema_decay=0.5",
     ]
     run(
@@ -444,7 +451,7 @@ def test_a_validation_that_was_left_out_is_made_up(phantom_shards: Path, tmp_pat
         *ONE,
         "launch/phase1.py",
         *settings(1, phantom_shards, tmp_path, 8),
-        *validation(1, every=4, shown_cases=0),
+        *validation(1, every=0.5, shown_cases=0),
     ]
     run(command, tmp_path)
     folder = tmp_path / "tiny" / "phase1"
@@ -471,7 +478,7 @@ def test_a_validation_that_was_left_out_is_made_up(phantom_shards: Path, tmp_pat
 @pytest.mark.slow
 def test_patience_ends_a_run_and_the_next_begins_anew(phantom_shards: Path, tmp_path: Path) -> None:
     # Of one case no AUROC is known, so no validation is ever better.
-    choices = [*validation(1, every=2, cases=1, best_metric="macro_auroc", patience=2)]
+    choices = [*validation(1, every=2 / STEPS, cases=1, best_metric="macro_auroc", patience=2)]
     command = [*TWO, "launch/phase1.py", *settings(1, phantom_shards, tmp_path), *choices]
     run(command, tmp_path)
     folder = tmp_path / "tiny" / "phase1"
@@ -497,10 +504,10 @@ def outlined(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> 
 
 
 CHOICES = [
-    *validation(3, every=3, cases=3, shown_cases=1, report_cases=3, best_metric="clinical_f1"),
+    *validation(3, every=0.5, cases=3, shown_cases=1, report_cases=3, best_metric="clinical_f1"),
     "train.phases.phase3.ema_decay=0.8",
     "train.weighting=uncertainty",
-    "train.phases.phase3.unfreeze=[{part: encoder, last_blocks: 1, step: 4}]",
+    "train.phases.phase3.unfreeze=[{part: encoder, last_blocks: 1, start: 0.5}]",
     "generator.max_report_tokens=24",  # of which validation writes all
 ]
 
@@ -582,9 +589,8 @@ def test_sub_steps_train_their_part_alone_and_the_joint_phases_start_from_them(
 
     def go(phase: int, key: str, *more: str) -> Path:
         short = [
-            f"train.phases.{key}.steps=2",
-            f"train.phases.{key}.save_every=2",
-            *validation(key, every=2, cases=2),
+            *length(key, 2),
+            *validation(key, every=1, cases=2),
         ]
         common = ["--config", "tiny", f"data.shards={phantom_shards}", f"train.runs={tmp_path}"]
         run([*TWO, f"launch/phase{phase}.py", *common, *short, *more], tmp_path)

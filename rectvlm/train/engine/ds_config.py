@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rectvlm.config import PhaseConfig
 from rectvlm.files import read_json_object
+from rectvlm.train.budget import StepBatch
 from rectvlm.types import UserError
 
 MAX_PERSISTENT_NUMEL = 1_000_000
@@ -41,7 +41,7 @@ def find_ds_config(phase_number: int, chosen: Path | None = None) -> Path:
     return folder if folder.suffix == ".json" else folder / f"phase{phase_number}.json"
 
 
-def read_ds_config(path: Path, phase: PhaseConfig, max_gradient_norm: float) -> dict[str, Any]:
+def read_ds_config(path: Path, step_batch: StepBatch, max_gradient_norm: float) -> dict[str, Any]:
     """Read a DeepSpeed JSON and fill in batch sizes and gradient clipping.
 
     Raises:
@@ -50,8 +50,14 @@ def read_ds_config(path: Path, phase: PhaseConfig, max_gradient_norm: float) -> 
     settings = read_json_object(path, "give a DeepSpeed JSON, such as those in ds_configs/")
     _check_zero_settings(path, settings.get("zero_optimization"))
     values_by_key = {
-        "train_micro_batch_size_per_gpu": (phase.micro_batch, "train.phases.phaseN.micro_batch"),
-        "gradient_accumulation_steps": (phase.accumulation, "train.phases.phaseN.accumulation"),
+        "train_micro_batch_size_per_gpu": (
+            step_batch.micro_batch,
+            "train.phases.phaseN.micro_batch",
+        ),
+        "gradient_accumulation_steps": (
+            step_batch.accumulation,
+            "train.phases.phaseN.global_batch",
+        ),
         "gradient_clipping": (max_gradient_norm, "train.gradient_clipping"),
     }
     for key, (value, config_field) in values_by_key.items():

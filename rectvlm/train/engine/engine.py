@@ -28,7 +28,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from rectvlm.config import PhaseConfig
+from rectvlm.train.budget import StepBatch
 from rectvlm.train.engine.build_lock import load_extension_exclusively
 from rectvlm.train.engine.ds_config import choose_persistence_threshold, read_ds_config
 from rectvlm.train.engine.engine_memory import (
@@ -130,7 +130,7 @@ class Engine:
     def __init__(
         self,
         ds_config: Path,
-        phase: PhaseConfig,
+        step_batch: StepBatch,
         max_gradient_norm: float,
         run_folder: Path,
         timeout_seconds: float = 1800.0,
@@ -139,7 +139,7 @@ class Engine:
 
         Args:
             ds_config: DeepSpeed JSON; `auto` is filled in from the configuration.
-            phase: the phase's settings, for the batch sizes.
+            step_batch: the samples of a step, and how the ranks take them.
             max_gradient_norm: norm to which gradients are clipped.
             run_folder: Accelerate's project folder.
             timeout_seconds: how long a rank waits for the others.
@@ -151,7 +151,7 @@ class Engine:
         check_deepspeed_version(
             (deepspeed.__version_major__, deepspeed.__version_minor__, deepspeed.__version_patch__)
         )
-        settings = read_ds_config(ds_config, phase, max_gradient_norm)
+        settings = read_ds_config(ds_config, step_batch, max_gradient_norm)
         check_process_count(torch.cuda.device_count())
         is_alone_by_mistake = lacks_processes()
         _set_single_process_environment()

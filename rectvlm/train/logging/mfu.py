@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from rectvlm.config import Config
+from rectvlm.train.budget import read_world_size, split_step
 from rectvlm.train.phases import Phase
 from rectvlm.types import UserError
 
@@ -118,21 +119,21 @@ def count_step_flops(phase: Phase, config: Config) -> StepFlops | None:
     Returns:
         The FLOPs; None where no peak rate is known, and on ranks other than 0.
     """
-    peak, world_size = find_device_peak(), int(os.environ.get("WORLD_SIZE", "1"))
+    peak, world_size = find_device_peak(), read_world_size()
     if peak is None or os.environ.get("RANK", "0") != "0":
         return None
     # Imported here, since most runs do not need it.
     from rectvlm import pretrained
     from rectvlm.train.dry_run.dry_run import build_phase_meta_model, dry_run_micro_batch
 
-    settings = phase.get_settings(config)
+    step_batch = split_step(phase.get_settings(config), world_size)
     try:
         text_width = pretrained.read_model_config(config.text.model).hidden_size
         language = None
         if "generator" in phase.parts:
             language = pretrained.read_model_config(config.generator.model)
         model = build_phase_meta_model(config, phase, text_width, language)
-        dry_run = dry_run_micro_batch(config, phase, model, settings.micro_batch)
+        dry_run = dry_run_micro_batch(config, phase, model, step_batch.micro_batch)
     except (UserError, RuntimeError, ValueError) as error:
         # Only a figure is missing then, which is no reason not to train.
         log.warning("the FLOPs of a step cannot be counted, so no MFU is shown: %s", error)
@@ -148,7 +149,7 @@ def count_step_flops(phase: Phase, config: Config) -> StepFlops | None:
             other_flops += sum(costs.flops)
     positions = dry_run.positions - dry_run.patches
     return StepFlops(
-        micro_batches=settings.accumulation * world_size,
+        micro_batches=step_batch.accumulation * world_size,
         patches=dry_run.patches,
         flops=other_flops,
         flops_per_position=language_flops / positions if positions else 0.0,

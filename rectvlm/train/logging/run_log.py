@@ -50,6 +50,7 @@ class RunLog:
         config: Config,
         folder: Path,
         step: int,
+        last_step: int,
         step_flops: StepFlops | None = None,
     ) -> None:
         """Continue the files after `step`, dropping lines of later steps that will be done again.
@@ -57,9 +58,10 @@ class RunLog:
         Args:
             engine: the prepared engine.
             phase: the phase that trains.
-            config: the resolved configuration.
+            config: the configuration.
             folder: the phase's run folder.
             step: number of steps done.
+            last_step: number of the phase's last step.
             step_flops: FLOPs of a step, for the MFU.
         """
         self.engine, self.phase, self.folder = engine, phase, folder
@@ -79,7 +81,7 @@ class RunLog:
         if engine.is_main:
             self._truncate_files_of_former_ranks()
             (folder / RUN_CONFIG_FILE).write_text(config.to_yaml())
-            self._start_session(config, step_flops)
+            self._start_session(config, last_step, step_flops)
 
     def _truncate_files_of_former_ranks(self) -> None:
         """Drop later steps of ranks that exist no more, since there were more ranks before."""
@@ -87,21 +89,20 @@ class RunLog:
             if int(path.stem.removeprefix("rank-")) >= self.engine.world_size:
                 truncate_after_step(path, self._step)
 
-    def _start_session(self, config: Config, step_flops: StepFlops | None) -> None:
-        total_steps = self.phase.get_settings(config).steps
+    def _start_session(self, config: Config, last_step: int, step_flops: StepFlops | None) -> None:
         self._sessions = SessionLog(self.folder)
         facts = _describe_session(self.engine, self.phase, config, step_flops)
-        self._sessions.start_session(self._step, total_steps, facts)
+        self._sessions.start_session(self._step, last_step, facts)
         first_start = self._sessions.first_start
         self._trackers = ExperimentTrackers(
             choose_trackers(config), config, self.folder, self._step, first_start
         )
         loss_weights = config.train.loss_weights.model_dump()
-        self._meter = ProgressMeter(total_steps, step_flops, loss_weights)
+        self._meter = ProgressMeter(last_step, step_flops, loss_weights)
         name = f"phase {self.phase.number}"
         if self.phase.stage:
             name += f" {self.phase.stage}"
-        self._display = ProgressDisplay(name, total_steps, self._step)
+        self._display = ProgressDisplay(name, last_step, self._step)
 
     def __enter__(self) -> "RunLog":
         return self

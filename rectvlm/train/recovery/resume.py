@@ -23,8 +23,9 @@ from rectvlm.runs.run_files import (
     RANKS_FOLDER,
     SESSIONS_FILE,
 )
+from rectvlm.train.budget import PhaseBudget
 from rectvlm.train.early_stopping import has_stopped_early
-from rectvlm.train.phases import Phase, with_step_count
+from rectvlm.train.phases import Phase
 from rectvlm.train.recovery.position import TrainingPosition
 from rectvlm.train.recovery.run_session import on_main_rank
 from rectvlm.types import UserError
@@ -145,7 +146,12 @@ def read_position(resumed_from: Path | None) -> TrainingPosition:
 
 
 def prepare_run_folder(
-    folder: Path, phase: Phase, config: Config, sample_count: int, restart: bool, engine: Engine
+    folder: Path,
+    phase: Phase,
+    config: Config,
+    budget: PhaseBudget,
+    restart: bool,
+    engine: Engine,
 ) -> None:
     """Empty the run folder; an earlier run is deleted only with `restart`.
 
@@ -155,8 +161,8 @@ def prepare_run_folder(
     Args:
         folder: the phase's run folder.
         phase: the phase that trains.
-        config: the configuration as given, with epochs not yet counted as steps.
-        sample_count: number of samples in the training split.
+        config: the configuration.
+        budget: the phase's samples and steps.
         restart: whether to delete an earlier run.
         engine: the engine, for the ranks to agree.
 
@@ -168,9 +174,7 @@ def prepare_run_folder(
     def prepare() -> None:
         _require_run_folder(folder)
         if not restart:
-            unfinished = _describe_unfinished_run(
-                folder, phase, config, sample_count, engine.world_size
-            )
+            unfinished = _describe_unfinished_run(folder, phase, config, budget)
             if unfinished is not None:
                 raise UserError(
                     f"{folder} already holds an unfinished run ({unfinished}): go on with "
@@ -208,7 +212,7 @@ def _require_run_folder(folder: Path) -> None:
 
 
 def _describe_unfinished_run(
-    folder: Path, phase: Phase, config: Config, sample_count: int, world_size: int
+    folder: Path, phase: Phase, config: Config, budget: PhaseBudget
 ) -> str | None:
     """How far a run came that can go on; None where none can, or it is finished."""
     checkpoints = run_folder.list_checkpoints(folder)
@@ -216,13 +220,11 @@ def _describe_unfinished_run(
         return None
     # Progress is measured in samples: the run may have had another number of ranks.
     done = Checkpoint.open(checkpoints[-1]).training
-    counted_config = with_step_count(
-        config, phase, sample_count, world_size, done.step, done.samples_seen
-    )
-    settings = phase.get_settings(counted_config)
-    if done.step >= settings.steps or has_stopped_early(folder, settings.validation):
+    validation = phase.get_settings(config).validation
+    if budget.is_finished(done.samples_seen) or has_stopped_early(folder, validation):
         return None
-    return f"up to {checkpoints[-1].name} of {settings.steps} steps"
+    last_step = done.step + budget.count_steps_left(done.samples_seen)
+    return f"up to {checkpoints[-1].name} of {last_step} steps"
 
 
 def _has_records(folder: Path) -> bool:

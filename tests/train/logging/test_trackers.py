@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from launches import CHECKOUT, LAUNCH, TIMEOUT, environment, metrics, settings
+from launches import CHECKOUT, GLOBAL_BATCH, LAUNCH, TIMEOUT, environment, length, metrics, settings
 from PIL import Image
 
 from rectvlm import cli
@@ -32,7 +32,7 @@ def train(folder: Path, shards: Path, *more: str) -> str:
     }
     arguments = ["launch/phase1.py", *settings(1, shards, folder, STEPS)]
     validation = [
-        "train.phases.phase1.validation.every=4",
+        "train.phases.phase1.validation.every=1",
         "train.phases.phase1.validation.shown_cases=1",
     ]
     done = subprocess.run(
@@ -67,7 +67,7 @@ def test_the_last_line_says_it_all(seen: tuple[Path, str]) -> None:
         line,
     )
     lines = metrics(folder)[1:]  # without the first step
-    rate = 2 * len(lines) / sum(line["seconds"]["total"] for line in lines)
+    rate = GLOBAL_BATCH * len(lines) / sum(line["seconds"]["total"] for line in lines)
     told = re.search(r"([\d.e+]+) samples/s", line)
     assert told is not None and float(told[1]) == pytest.approx(rate, rel=0.01)
 
@@ -194,7 +194,7 @@ def test_a_resumed_run_goes_on_everywhere(
     folder, _ = seen
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
-    train(folder.parents[1], phantom_shards, "--resume", f"train.phases.phase1.steps={STEPS + 2}")
+    train(folder.parents[1], phantom_shards, "--resume", *length("phase1", STEPS + 2))
     sessions = json.loads((folder / "run.json").read_text())["sessions"]
     assert [session["state"] for session in sessions] == ["finished", "finished"]
     assert [(session["from_step"], session["last_step"]) for session in sessions] == [

@@ -31,6 +31,7 @@ from launches import (
     ending,
     finish,
     kill,
+    length,
     lines,
     metrics,
     ranks,
@@ -266,7 +267,10 @@ def test_one_rank_is_asked_to_end_and_all_save(
     largest = max(norms)
     limit = (largest + max(norm for norm in norms if norm != largest)) / 2
     process, folder, _ = interrupted(
-        1, f"train.limits.max_gradient_norm={limit}", "train.limits.max_bad_steps=1000"
+        1,
+        f"train.limits.max_gradient_norm={limit}",
+        "train.limits.max_bad_steps=1000",
+        f"train.phases.phase1.warmup={0.25 * STEPS / ENOUGH}",  # as many steps as in the other run
     )
     first = norms.index(largest) + 1
     wait_for(lambda: steps_done(folder) > max(first, SAVE_EVERY), process)
@@ -325,7 +329,7 @@ def test_signals_as_they_come(interrupted: Any, whom: str, number: signal.Signal
         f"SIGTERM: saved after step {done}" in stderr
         or f"{number.name}: saved after step {done}" in stderr
     )
-    run([*command, "--resume", "auto", f"train.phases.phase1.steps={done + 2}"], folder)
+    run([*command, "--resume", "auto", *length("phase1", done + 2)], folder)
     assert ending(folder)["code"] == ExitCode.FINISHED
     assert steps_done(folder) == done + 2
 
@@ -342,7 +346,7 @@ def test_a_run_that_is_killed_again_and_again_equals_one_that_is_not(
     steps = 24
     if phase > 1:
         shutil.copytree(trained(phase - 1), tmp_path / "tiny" / f"phase{phase - 1}")
-    more = [f"train.phases.phase{phase}.save_every=3", "--ds-config", "ds_configs/phase3.json"]
+    more = [*length(f"phase{phase}", steps, save_every=3), "--ds-config", "ds_configs/phase3.json"]
     script = f"launch/phase{phase}.py"
     command = [*TWO, script, *settings(phase, phantom_shards, tmp_path, steps), *more]
     folder = tmp_path / "tiny" / f"phase{phase}"
@@ -420,18 +424,16 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     more = [
         f"train.phases.phase{phase}.ema_decay=0.8",
         "train.weighting=uncertainty",
-        f"train.phases.phase{phase}.unfreeze=[{{part: {late}, last_blocks: null, step: 6}}]",
+        f"train.phases.phase{phase}.unfreeze=[{{part: {late}, last_blocks: null, start: 0.5}}]",
     ]
 
     def command(world: int) -> list[str]:
         launcher = {1: ONE, 2: TWO}[world]
-        share = [f"train.phases.phase{phase}.accumulation={WORLD // world}"]
         return [
             *launcher,
             f"launch/phase{phase}.py",
             *settings(phase, phantom_shards, tmp_path),
             *more,
-            *share,
         ]
 
     folder = tmp_path / "tiny" / f"phase{phase}"
@@ -471,7 +473,7 @@ def test_nonsense_in_the_images_is_skipped(
     """
     if phase > 1:
         shutil.copytree(trained(phase - 1), tmp_path / "tiny" / f"phase{phase - 1}")
-    more = ["train.keep_checkpoints=100", f"train.phases.phase{phase}.save_every=1"]
+    more = ["train.keep_checkpoints=100", *length(f"phase{phase}", STEPS, save_every=1)]
     if phase == 3:  # weights that are learnt are read after every step, whatever became of it
         more.append("train.weighting=uncertainty")
     run(
@@ -556,14 +558,14 @@ def test_a_rank_that_stops_ends_the_run(interrupted: Any, monkeypatch: pytest.Mo
     assert "loop.py" in stderr  # a stack
     assert ending(folder)["code"] == ExitCode.RANK_LOST
     last = steps_done(folder)
-    run([*command, "--resume", "auto", f"train.phases.phase1.steps={last + 2}"], folder)
+    run([*command, "--resume", "auto", *length("phase1", last + 2)], folder)
     assert steps_done(folder) == last + 2
 
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoints_before(interrupted: Any) -> None:
     """As on a full disk: no file may exceed a size that fits the log but not a checkpoint."""
-    process, folder, command = interrupted(2, f"train.phases.phase2.steps={3 * STEPS}")
+    process, folder, command = interrupted(2, *length("phase2", 3 * STEPS))
     wait_for(lambda: run_folder.list_checkpoints(folder), process)
     for rank in ranks(process):
         rank.rlimit(psutil.RLIMIT_FSIZE, (60_000, 60_000))

@@ -40,7 +40,7 @@ def test_of_two_starts_one_trains_and_the_other_says_who_does(
     phantom_shards: Path, tmp_path: Path, processes: list[subprocess.Popen[str]]
 ) -> None:
     """Before the first checkpoint, where "no checkpoint" could be taken for "no run"."""
-    save_never = "train.phases.phase1.save_every=100000"
+    save_never = "train.phases.phase1.save_every=1"
     arguments = [*settings(1, phantom_shards, tmp_path, MANY_STEPS), save_never]
     folder = tmp_path / "tiny" / "phase1"
     processes.append(start([*ONE_PROCESS, *arguments], tmp_path))
