@@ -7,7 +7,7 @@ from rich.table import Table
 
 from rectvlm.plan.hardware import HardwareRates, describe_assumed_rates
 from rectvlm.plan.memory_savings import MemorySaving
-from rectvlm.plan.planner import ResourcePlan
+from rectvlm.plan.planner import SECONDS_PER_DAY, ResourcePlan
 from rectvlm.terminal_tables import FoldingTable
 
 MEMORY_KIND_LABELS = {
@@ -88,8 +88,19 @@ def _list_figures(plan: ResourcePlan) -> list[tuple[str, str]]:
         ("  of the language model", f"{language_speed:,.0f}"),
         ("samples a day", f"{speed.samples_per_day:,.0f}"),
         ("samples of a step", _describe_step(plan)),
-        (f"{speed.steps:,.0f} steps", f"{speed.days:.2g} days, {speed.epochs:.1f} epochs"),
+        (
+            f"{speed.steps:,.0f} steps",
+            f"{_format_days(speed.days)}, {speed.epochs:.1f} epochs",
+        ),
     ]
+
+
+def _format_days(days: float) -> str:
+    """A duration in the largest unit of which it has at least one."""
+    for unit, in_a_day in (("days", 1), ("h", 24), ("min", 24 * 60)):
+        if days * in_a_day >= 1:
+            return f"{days * in_a_day:.1f} {unit}"
+    return f"{days * SECONDS_PER_DAY:.1f} s"
 
 
 def _describe_step(plan: ResourcePlan) -> str:
@@ -136,7 +147,7 @@ def print_scaling(plans: Sequence[ResourcePlan], console: Console) -> None:
     table = FoldingTable(title=_describe_phase(plans[0]), title_justify="left")
     for name in ("GPUs", "GB a GPU", "fits", "step s", "tokens/s"):
         table.add_column(name, justify="right")
-    for name in ("a GPU", "samples/step", "days", "epochs"):
+    for name in ("a GPU", "samples/step", "duration", "epochs"):
         table.add_column(name, justify="right")
     for plan in plans:
         speed = plan.speed
@@ -148,7 +159,7 @@ def print_scaling(plans: Sequence[ResourcePlan], console: Console) -> None:
             f"{speed.tokens_per_second:,.0f}",
             f"{speed.tokens_per_second_per_gpu:,.0f}",
             f"{speed.samples_per_step:,.0f}",
-            f"{speed.days:.1f}",
+            _format_days(speed.days),
             f"{speed.epochs:.1f}",
         )
     console.print(table)
