@@ -501,8 +501,11 @@ ZERO = {"zero_optimization": {"stage": 3}}
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
             "offload_optimizer",
         ),
-        (ZERO | {"gradient_accumulation_steps": 16}, "gradient_accumulation_steps to 16"),
-        (ZERO | {"train_micro_batch_size_per_gpu": 3}, "micro_batch to 2"),
+        (ZERO | {"gradient_accumulation_steps": 16}, "to 16, the configuration makes it 1"),
+        (
+            ZERO | {"train_micro_batch_size_per_gpu": 3},
+            "to 3, the configuration makes it 2 .*global_batch",
+        ),
     ],
 )
 def test_deepspeed_settings_that_training_would_not_follow_are_one_sentence(

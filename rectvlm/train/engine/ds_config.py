@@ -49,22 +49,18 @@ def read_ds_config(path: Path, step_batch: StepBatch, max_gradient_norm: float) 
     """
     settings = read_json_object(path, "give a DeepSpeed JSON, such as those in ds_configs/")
     _check_zero_settings(path, settings.get("zero_optimization"))
+    section = "train.phases.phaseN"
+    batch_fields = f"{section}.global_batch, {section}.micro_batch and the number of ranks"
     values_by_key = {
-        "train_micro_batch_size_per_gpu": (
-            step_batch.micro_batch,
-            "train.phases.phaseN.micro_batch",
-        ),
-        "gradient_accumulation_steps": (
-            step_batch.accumulation,
-            "train.phases.phaseN.global_batch",
-        ),
+        "train_micro_batch_size_per_gpu": (step_batch.micro_batch, batch_fields),
+        "gradient_accumulation_steps": (step_batch.accumulation, batch_fields),
         "gradient_clipping": (max_gradient_norm, "train.gradient_clipping"),
     }
-    for key, (value, config_field) in values_by_key.items():
+    for key, (value, decided_by) in values_by_key.items():
         if settings.get(key, "auto") not in ("auto", value):
             raise UserError(
-                f"{path} sets {key} to {settings[key]!r}, the configuration {config_field} to "
-                f'{value}: write "auto" there, and set the configuration.'
+                f"{path} sets {key} to {settings[key]!r}, the configuration makes it {value} "
+                f'({decided_by}): write "auto" there, and set the configuration.'
             )
         settings[key] = value
     return settings
