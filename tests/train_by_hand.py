@@ -86,6 +86,7 @@ class Run:
                 lr,
                 f"train.phases.phase1.samples={STEPS * GLOBAL_BATCH}",
                 f"train.phases.phase1.global_batch={GLOBAL_BATCH}",
+                f"train.phases.phase1.micro_batch={GLOBAL_BATCH}",
                 f"train.phases.phase1.warmup={2 / STEPS}",
                 f"train.phases.phase1.ema_decay={DECAY}",
                 f"train.phases.phase1.unfreeze={UNFREEZE}",
