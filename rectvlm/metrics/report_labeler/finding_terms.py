@@ -226,7 +226,8 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
     FindingTerm(
         "Atelectasis",
         _compile_alternatives(
-            r"(?<!\bfibro-)(?<!\bfibro )(?<!\bfibrotic )(?<!\bfibrous )\b(?!fibro)\w*atel[ae]cta\w*",
+            r"(?<!\bfibro-)(?<!\bfibro )(?<!\bfibrotic )(?<!\bfibrous )"
+            r"\b(?!fibro)\w*atel[ae]cta\w*",
             r"(?:lobar|lung|lobe) collapse|collaps\w+ (?:of )?(?:the )?(?:\w+ ){0,3}?(?:lobe|"
             r"lung|parenchyma)",
         ),

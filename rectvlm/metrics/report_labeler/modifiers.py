@@ -242,8 +242,9 @@ CLAUSE_END = re.compile(
     r"in addition to|aside from)\b"
 )
 NEGATED_PAIR = re.compile(
-    r"(?:^|(?<=[,;:.] ))(?:(?!(?:in|of|at|on|with|is|are|was|were|has|have|there|an?|the|stable|small|"
-    r"mild|minimal|moderate|large|no|not|without)\b)[a-z/-]+ ){1,4}(?:-|–|—) "
+    r"(?:^|(?<=[,;:.] ))"
+    r"(?:(?!(?:in|of|at|on|with|is|are|was|were|has|have|there|an?|the|stable|small|mild|minimal|"
+    r"moderate|large|no|not|without)\b)[a-z/-]+ ){1,4}(?:-|–|—) "
     r"(?:(?!(?:is|are|was|were|has|have|no|not|without|there)\b)[a-z/-]+ ){1,5}"
     rf"(?:(?:is|are|was|were|has been|have been) )?not (?:\w+ly )?{_SEEN_VERBS}"
 )
