@@ -80,8 +80,8 @@ _BONE = _compile_alternatives(
 )
 _WORD = r"[\w/%'-]+"
 _BRONCHIAL_WALL = (
-    r"(?:(?:bronch(?:ial|us|iolar|i)|airway)'?s? walls?"
-    r"|walls? of (?:(?:the|both|segmental|lobar|central) )*(?:bronch(?:i|us)\b|airways?))"
+    r"(?:(?:bronch(?:ial|us|iolar|i)|airway)'?s?,? walls?"
+    rf"|walls? of(?: (?!and\b){_WORD}){{0,4}}? (?:bronch(?:i|us)\b|airways?))"
 )
 _NOT_THICKENED = r"(?!(?:pleur|sept|inter-?lob|consolidat|nodul|ground|opacit|densit|esoph))"
 """Before a word between a bronchus and "thickening": the thickening is of something else."""
@@ -175,6 +175,8 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
             rf"(?:effusions?|fluid|collection)(?: {_WORD}){{0,12}}? (?:in|between|around|"
             rf"surrounding)(?: {_WORD}){{0,3}}? "
             r"(?:pericardi\w+\b(?! recess)|heart)",
+            r"pericardi\w+ (?:spaces?|areas?|cavity|region|leaves),?"
+            rf"(?: (?!no\b|not\b|without\b|pleur|hemi|thick){_WORD}){{0,6}}? (?:effusions?|fluid)",
             r"hemopericardium",
         ),
     ),
@@ -182,7 +184,7 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
         "Hiatal hernia",
         _compile_alternatives(
             rf"(?:hiat\w+|sliding|para-?esophageal|gastric)(?:[ -]{_WORD}){{0,3}}? hernia\w*",
-            r"hernia\w*(?: \w+){0,8}? (?:esophageal )?hiatus",
+            r"hernia\w*(?: \w+){0,8}? hiat(?:us|al)\b",
         ),
     ),
     FindingTerm(
@@ -191,7 +193,10 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
     ),
     FindingTerm(
         "Lymphadenopathy",
-        re.compile(r"(?<!sinus )\b(?:lymph[ -]?)?nodes?\b(?! dissect)"),
+        re.compile(
+            r"(?<!intrapulmonary )\blymph[ -]?nodes?\b(?! dissect)"
+            r"|(?<!sinus )(?<!lymph )\bnodes?\b"
+        ),
         convention="ct-rate",
     ),
     FindingTerm(
@@ -219,7 +224,7 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
         "Emphysema",
         re.compile(
             r"(?<!subcutaneous )(?<!mediastinal )(?<!soft tissue )(?<!surgical )(?<!muscular"
-            r" )emphysem\w*"
+            r" )emphysem\w*\b"
             r"(?! (?:in|of) the (?:subcutaneous|chest wall|soft|mediastin|neck|muscle))"
         ),
     ),
@@ -314,9 +319,10 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
         "Bronchiectasis",
         _compile_alternatives(
             r"bronchi(?:ol)?ecta\w*",
-            r"(?:dilat\w+|ectati\w+|widen\w+)(?: (?:of|in|the))* bronch(?:i|us|ial)\b",
-            r"\bbronch(?:i|us|ial)\b(?: \w+){0,4}? (?:dilat\w+|ectas\w+|ectati\w+|enlarge\w+|"
-            r"widen\w+)",
+            r"(?:dilat\w+|ectas\w+|ectati\w+|widen\w+)"
+            r"(?: (?:of|in|the|both|some|central|lobar|(?:sub)?segmental))* bronch(?:i|us|ial)\b",
+            r"\bbronch(?:i|us|ial)\b(?: (?!and\b|with\b|open\b|esoph|aort)\w+){0,7}? "
+            r"(?:dilat\w+|ectas\w+|ectati\w+|enlarge\w+|widen\w+)",
         ),
     ),
     FindingTerm(
