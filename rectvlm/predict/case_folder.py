@@ -24,8 +24,8 @@ from nibabel.orientations import (
 from numpy.typing import NDArray
 
 from rectvlm.data.nifti_affine import copy_position
+from rectvlm.data.nifti_file import parse_header
 from rectvlm.data.report_text import split_report_sections
-from rectvlm.data.volume import parse_header
 from rectvlm.files import printable_text, write_json
 from rectvlm.labels import LESIONS
 from rectvlm.lesion_bits import lesion_mask
