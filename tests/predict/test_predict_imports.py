@@ -9,6 +9,8 @@ UNUSED_IN_PREDICTION = (
     "bert_score",
     "matplotlib",
     "deepspeed",
+    "pydicom",
+    "SimpleITK",
 )
 
 

@@ -139,7 +139,7 @@ def read_series(series: DicomSeries, path: Path) -> Volume:
         InputError: its slices make no volume, see `stack_slices`; its size is absurd; its pixels
             are damaged; slices at one position differ.
     """
-    where = path if path.is_file() else Path(f"{path}, {series.label}")
+    where = Path(f"{path}, {series.label}")
     _require_possible_pixels(series.slices, where)
     stack = stack_slices(series.slices, where)
     array = _read_slices(stack, where)
