@@ -62,6 +62,8 @@ def _read_header_fields(path: Path, separator: str) -> dict[str, str]:
     """Fields of a text header by their names in lower case; the first of each counts."""
     with path.open("rb") as file:
         block = file.read(_MAX_HEADER_BYTES)
+    if block.lower().count(b"elementdatafile") > 1:
+        block = b""  # MetaIO takes other separators too, and may follow the other one
     fields: dict[str, str] = {}
     for line in block.split(b"\n"):
         text = line.decode("latin-1").strip()

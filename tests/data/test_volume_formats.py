@@ -12,7 +12,6 @@ import SimpleITK
 from numpy.typing import NDArray
 
 from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
-from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.volume import read_volume
 from rectvlm.types import InputError, Int16Volume
 from tests.data.chest_volume import RAS, chest, paint_chest
@@ -22,7 +21,7 @@ GRID, SPACING = (16, 48, 48), (16.0, 8.0, 8.0)
 
 def to_canonical(path: Path) -> Int16Volume:
     volume = read_volume(path)
-    hu, _ = to_hu(volume)
+    hu = volume.array.astype(np.int16)
     affine = canonical_affine(volume.affine, hu.shape, hu, GRID, SPACING)
     return resample_to_grid(hu, volume.affine, affine, GRID, "ct")
 

@@ -51,19 +51,21 @@ class HuReader:
     def _read_plain(self, piece: DicomSlice) -> NDArray[Any]:
         """Stored numbers (row, column)."""
         if piece.file != self.file or self.frames is None:
+            n_bytes = 0
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    self.frames = pydicom.dcmread(piece.file).pixel_array
-            except (
-                *(ValueError, AttributeError, KeyError, TypeError, NotImplementedError),
-                *(RuntimeError, EOFError, OSError),
-            ) as error:
+                    dataset = pydicom.dcmread(piece.file)
+                    n_bytes = len(dataset.get("PixelData") or b"")
+                    self.frames = dataset.pixel_array
+            except MemoryError:
+                raise
+            except Exception:  # pydicom has many for damaged data, and quotes the header in some
                 raise self._error(
                     piece,
                     "has pixels that are cut short or damaged",
                     f"{piece.rows} × {piece.columns} pixels of {piece.bits} bits",
-                    _first_line(error),
+                    f"{n_bytes} bytes of pixels",
                 ) from None
             self.file = piece.file
         frames: NDArray[Any] = self.frames
@@ -114,7 +116,3 @@ def rescale(stored: NDArray[Any], slope: float, intercept: float) -> NDArray[Any
         hu: NDArray[Any] = stored.astype(np.int64) * int(slope) + int(intercept)
         return hu
     return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0].rstrip(".")[:200] or type(error).__name__

@@ -42,8 +42,9 @@ def read_dicom(path: Path, wanted: str | None = None) -> Volume:
     Raises:
         InputError: there is no CT, or none that is wanted, or it cannot be used as it is.
     """
-    if path.is_dir() or path.name.upper() == "DICOMDIR":
-        folder = path if path.is_dir() else path.parent
+    is_directory = path.name.upper() == "DICOMDIR" and path.is_file()
+    if path.is_dir() or is_directory:
+        folder = path.parent if is_directory else path
         return read_series(choose_series(list_series(list_files(folder).files), path, wanted), path)
     return read_series(series_of_file(path), path)
 

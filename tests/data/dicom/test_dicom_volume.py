@@ -1,5 +1,6 @@
 """DICOM series become volumes on the right side, or are refused by name."""
 
+import copy
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def test_uneven_slices_are_resampled_at_their_true_positions(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A ramp along the body: linear interpolation gives it back, file order would not."""
-    positions = np.arange(16) * 16.0 + np.array([0, *([4, -3, 5, -4, 0, 6, -2] * 2), 0])
+    positions = np.arange(16) * 16.0 + np.array([0, *([2, -1, 3, -2, 0, 3, -1] * 2), 0])
     hu = np.broadcast_to(np.rint(positions * 4), (44, 40, 16)).astype(np.int16)
 
     def move(dataset: Dataset, number: int) -> None:
@@ -212,8 +213,7 @@ def _single(datasets: list[Dataset]) -> None:
 
 
 def _doubled(datasets: list[Dataset]) -> None:
-    datasets.append(pydicom.Dataset(datasets[4]))
-    datasets[-1].file_meta = datasets[4].file_meta
+    datasets.append(copy.deepcopy(datasets[4]))
     datasets[-1].PixelData = datasets[5].PixelData
 
 
