@@ -163,7 +163,8 @@ def _select_series(
     """One series of each study: the chest CT, or the one that is wanted."""
     from rectvlm.data.dicom.series import choose_chest_ct, group_by_study, is_wanted
 
-    chosen, skipped = [], []
+    chosen: list[DicomSeries] = []
+    skipped: list[SkippedPath] = []
     for study in group_by_study(listing.series):
         candidates = study
         if wanted_series is not None:
@@ -214,7 +215,8 @@ def _drop_results(
 
 def _drop_other_formats(files: Sequence[Path]) -> tuple[list[Path], list[SkippedPath]]:
     """Leave out files of other formats, by name, or by content where a name says nothing."""
-    known, others = [], []
+    known: list[Path] = []
+    others: list[SkippedPath] = []
     for file in files:
         name = file.name.lower()
         if name == "dicomdir":

@@ -61,7 +61,8 @@ def test_a_study_becomes_one_case_that_says_nothing_of_the_patient(
     caplog.set_level(logging.DEBUG)
     command = ["predict", str(tmp_path / "export"), "--checkpoint", str(tiny_run(3))]
     assert main([*command, "--out", str(out)]) == 0
-    (page,) = (Path(line) for line in capsys.readouterr().out.splitlines())
+    lines = capsys.readouterr().out.splitlines()
+    (page,) = (Path(line) for line in lines if line.endswith("index.html"))
     assert page.parent.name.startswith("ct-") and len(page.parent.name) == 15
 
     volume = read_volume(tmp_path / "export")

@@ -174,6 +174,9 @@ def _make_slice(dataset: Any, file: Path, frame: int | None, items: list[Any]) -
     intercept = _floats(items, "RescaleIntercept", 1) or (0.0,)
     if slope[0] == 0:
         raise NotACtSlice("has a RescaleSlope of 0")
+    transfer_syntax = str(dataset.file_meta.get("TransferSyntaxUID", ""))
+    if not UID(transfer_syntax).is_transfer_syntax:
+        raise NotACtSlice("has an unknown transfer syntax")
     identity = f"{dataset.get('PatientID') or ''}\n{dataset.get('PatientName') or ''}"
     kernel = _find(items, "ConvolutionKernel")
     padding = dataset.get("PixelPaddingValue")
@@ -191,7 +194,7 @@ def _make_slice(dataset: Any, file: Path, frame: int | None, items: list[Any]) -
         rows=int(dataset.Rows),
         columns=int(dataset.Columns),
         bits=int(dataset.BitsAllocated),
-        transfer_syntax=str(dataset.file_meta.TransferSyntaxUID),
+        transfer_syntax=transfer_syntax,
         position=position,
         orientation=orientation,
         spacing=spacing,
