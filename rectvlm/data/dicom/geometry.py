@@ -231,7 +231,7 @@ def _stack_direction(
     """
     corners = np.array([piece.position for group in groups for piece in group])
     along = np.repeat(positions, [len(group) for group in groups])
-    direction = (corners[-1] - corners[0]) / positions[-1]
+    direction: NDArray[np.float64] = (corners[-1] - corners[0]) / positions[-1]
     line = corners[0] + along[:, None] * direction
     distance = np.linalg.norm(corners - line, axis=1).max()
     if distance > _MAX_SIDESTEP_MM:
@@ -242,8 +242,8 @@ def _stack_direction(
             found=f"a slice {distance:.3g} mm beside it",
             remedy="export each acquisition as a series of its own",
         )
-    tilt = float(np.degrees(np.arccos(min(1.0, 1 / np.linalg.norm(direction)))))
+    length = float(np.linalg.norm(direction))
+    tilt = float(np.degrees(np.arccos(min(1.0, 1 / length))))
     if tilt > _MIN_TILT_DEGREES:
         log.info("%s: gantry tilt of %.1f°, kept in the affine", printable_line(where), tilt)
-    unit_direction: NDArray[np.float64] = direction
-    return unit_direction
+    return direction
