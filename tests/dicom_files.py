@@ -19,7 +19,7 @@ RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 PATIENT = "SECRETNAME^<script>alert(1)</script>"
 PATIENT_ID = "SECRETID-4711"
 BIRTH_DATE = "19010203"
-PERSONAL_WORDS = ("SECRETNAME", "SECRETID", "4711", BIRTH_DATE, "<script>alert")
+PERSONAL_WORDS = ("SECRETNAME", "SECRETID", BIRTH_DATE, "<script>alert(1)")
 """Words of a patient that no result may hold."""
 
 Edit = Callable[[Dataset, int], None]
