@@ -83,13 +83,12 @@ def file_identity(*paths: Path) -> tuple[str, ...]:
     system takes.
     """
     identity = []
-    files: list[Path] = []
     for path in paths:
-        files += list_files(path).files if os.path.isdir(path) else [path]
-    for path in files:
         if os.path.isfile(path):
             stat = path.stat()
             identity.append(f"{path}:{stat.st_size}:{stat.st_mtime_ns}")
+        elif os.path.isdir(path):
+            identity += file_identity(*list_files(path).files)
         else:
             identity.append(f"{path}:missing")
     return tuple(identity)

@@ -34,7 +34,7 @@ def make_slices(
     series_uid: str | None = None,
     study_uid: str | None = None,
     slope: float = 1.0,
-    intercept: float = -1024.0,
+    intercept: float = -2000.0,
 ) -> list[Dataset]:
     """Data sets of a volume (i, j, k) on a RAS affine: columns along i, rows along j."""
     series_uid, study_uid = series_uid or generate_uid(), study_uid or generate_uid()

@@ -30,6 +30,7 @@ SUFFIXES: dict[str, FileFormat] = {
     ".ima": "dicom",
 }
 """Formats by the end of a name, in lower case."""
+_SUFFIX_PATTERN = re.compile(rf"(?:{'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
 _DICOM_MAGIC = b"DICM"
 _MIN_EXTENT_MM = 100
 """Shortest of the longest sides of CTs of a chest; one in centimetres has 30 to 50."""
@@ -111,8 +112,7 @@ def has_dicom_magic(path: Path) -> bool:
 
 def strip_suffix(name: str) -> str:
     """Name of a CT without the suffix of its format."""
-    pattern = "|".join(re.escape(suffix) for suffix in SUFFIXES)
-    return re.sub(rf"(?:{pattern})$", "", name, flags=re.IGNORECASE)
+    return _SUFFIX_PATTERN.sub("", name)
 
 
 def require_chest(volume: Volume, path: Path) -> None:

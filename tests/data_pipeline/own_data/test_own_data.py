@@ -425,7 +425,7 @@ def test_missing_and_broken_cts_are_listed_and_set_aside(
     lines = (folder / "out/quarantine.jsonl").read_text().splitlines()
     reasons = {json.loads(line)["key"]: json.loads(line)["reason"] for line in lines}
     assert len(reasons) == 5 and reasons["missing"] == "does not exist"
-    assert reasons["series"] == "is a folder"
+    assert reasons["series"] == "is a folder or archive without a DICOM series of a CT"
 
 
 def test_a_changed_cell_makes_its_case_again(folder: Path) -> None:
