@@ -448,7 +448,8 @@ def test_a_ct_may_be_a_dicom_folder_a_file_of_it_or_an_npz(folder: Path) -> None
     samples = read_samples(folder)
     assert set(samples) == {"a", "P1", "IM0000", "P3"}
     for sample in samples.values():
-        np.testing.assert_array_equal(sample.ct, samples["a"].ct)
+        # Headers round positions, and half a HU may then round the other way.
+        np.testing.assert_allclose(sample.ct, samples["a"].ct, atol=1)
     before = {case.key: case.identity for case in list_table_cases(table).cases}
     (folder / "P2" / "IM0003.dcm").unlink()
     after = {case.key: case.identity for case in list_table_cases(table).cases}
