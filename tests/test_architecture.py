@@ -12,7 +12,6 @@ FILES = sorted((CHECKOUT / "rectvlm").rglob("*.py"))
 SHARED = {
     "chest_geometry",
     "config",
-    "file_search",
     "files",
     "finding_thresholds",
     "labels",

@@ -9,7 +9,6 @@ UNUSED_IN_PREDICTION = (
     "bert_score",
     "matplotlib",
     "deepspeed",
-    "SimpleITK",
 )
 
 
