@@ -88,8 +88,7 @@ def localization_loss(
 
 
 def _mean_over_lesions(values: Tensor, outlined: Tensor, counts: Sequence[float]) -> Tensor:
-    """Sum of the lesions' means, divided by the number of lesions: one that is rarely outlined
-    counts as much as others, and none more where the others are absent.
+    """Mean of the lesions' means: a lesion that is rarely outlined counts as much as others.
 
     Args:
         values: (B, L).
@@ -97,7 +96,8 @@ def _mean_over_lesions(values: Tensor, outlined: Tensor, counts: Sequence[float]
         counts: number of values in the mean of each lesion.
     """
     divisors = torch.tensor([count or 1.0 for count in counts], device=values.device)
-    return (values * outlined / divisors).sum() / N_LESIONS
+    outlined_lesions = sum(count > 0 for count in counts)
+    return (values * outlined / divisors).sum() / (outlined_lesions or 1)
 
 
 class ResolutionTerms(NamedTuple):

@@ -337,9 +337,8 @@ def test_a_lesion_of_100_voxels_that_is_drawn_perfectly_at_full_size_costs_littl
         loss = localization(found, targets, consistency=0.1)
         missed = found._replace(mask_logits=torch.full_like(found.mask_logits, -8.0))
         missed_loss = localization(missed, targets)
-    # The other four lesions are absent and cost nothing; the task's loss is the mean of all five.
-    assert N_LESIONS * missed_loss.value > 1
-    assert N_LESIONS * loss.value < 0.1
+    assert missed_loss.value > 1
+    assert loss.value < 0.1
 
 
 @pytest.mark.slow
@@ -347,7 +346,7 @@ def test_a_lesion_of_100_voxels_that_is_drawn_perfectly_at_full_size_costs_littl
 def test_a_speck_in_a_healthy_case_gets_the_gradient_of_one_beside_a_lesion(distance: int) -> None:
     """At full size, near the lesion and far from it; within a factor of 3.
 
-    In a step of these two cases, in which all lesions are annotated and one nodule is there.
+    In a step of these two cases, where one has a lesion of each kind and the other none.
     """
     lesion = torch.zeros(1, *FULL_SIZE, dtype=torch.uint8)
     lesion[0, 30:34, 200:205, 200:205] = 1 << NODULE
@@ -358,7 +357,7 @@ def test_a_speck_in_a_healthy_case_gets_the_gradient_of_one_beside_a_lesion(dist
         masks = found.mask_logits
         masks[speck] = 1.0
         masks.requires_grad_()
-        outlined = tuple(float(lesion.bit == NODULE) for lesion in LESIONS)
+        outlined = (1.0,) * N_LESIONS
         counts = TargetCounts(0.0, lesions=2.0 * N_LESIONS, reports=0.0, outlined=outlined)
         localization_loss(found, targets, TERMS, counts).value.backward()
         assert masks.grad is not None
