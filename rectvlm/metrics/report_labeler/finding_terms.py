@@ -6,11 +6,7 @@ together.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-
-from rectvlm.labels import LabelConvention
 
 _JOINED = (
     r"(?:\W+(?:and|or|nor|bilateral|left|right|both|sided|minimal|small|mild|moderate|large|"
@@ -45,8 +41,6 @@ class FindingTerm:
     """Whether it is absent after its removal."""
     is_weak: bool = False
     """Whether other terms win where their words cover it."""
-    convention: LabelConvention | None = None
-    """Convention in which the words name the finding; None for both."""
     min_short_axis_mm: float | None = None
     """Smallest short axis of a present finding, mm; words without a measurement state nothing."""
 
@@ -79,12 +73,6 @@ _BONE = _compile_alternatives(
     r"splenic|kidney|renal"
 )
 _WORD = r"[\w/%'-]+"
-_BRONCHIAL_WALL = (
-    r"(?:(?:bronch(?:ial|us|iolar|i)|airway)'?s?,? walls?"
-    rf"|walls? of(?: (?!and\b){_WORD}){{0,4}}? (?:bronch(?:i|us)\b|airways?))"
-)
-_NOT_THICKENED = r"(?!(?:pleur|sept|inter-?lob|consolidat|nodul|ground|opacit|densit|esoph))"
-"""Before a word between a bronchus and "thickening": the thickening is of something else."""
 VESSEL_PATTERN = _compile_alternatives(_AORTA.pattern, _CORONARY.pattern)
 _NOT_VASCULAR = (
     rf"(?!(?: (?!(?:and|or|with)\b|{VESSEL_PATTERN.pattern}){_WORD}){{0,4}} "
@@ -97,36 +85,23 @@ _CALCIFIED = (
     rf"(?<!pleural )\bplaques?\b{_NOT_VASCULAR}"
 )
 
-_FIBROATELECTATIC = r"\bfibro(?:tic|us)?[ -]?atel[ae]cta\w*"
-_OPACITY = (
-    r"\w*opacit(?:y|ies)|opacifications?"
-    r"|density increases?|increases? in density|increased (?:\w+ )?densit(?:y|ies)"
-)
-_NO_OPACITY = (
-    r"opacification of the (?:pulmonary arter|vessel|aort)|contrast opacif|fatty|fat planes?|muscle"
-)
-_SEQUELAE = r"sequel\w*|fibro\w*|pleuro-?parenchymal|scar\w*|atel[ae]cta\w*"
-_OF_SEQUELAE = rf"(?: {_WORD}){{0,3}}? (?:with|of|to|as)(?: {_WORD}){{0,3}}? (?:{_SEQUELAE})"
-"""After "density increases": they are sequelae."""
-
 FINDING_TERMS: tuple[FindingTerm, ...] = (
     FindingTerm(
         "Medical material",
         _compile_alternatives(
             r"pace-?makers?|pacing (?:wire|lead|electrode)s?|\bicds?\b|defibrillators?|"
-            r"electrodes?\b|\bbatter(?:y|ies)\b|stimulators?\b",
+            r"electrodes?\b",
             r"\bleads?(?= (?:in|within|terminat|extend|are|is|tip))",
             r"port-?a-?cath\w*|\bport catheters?|(?:chest|venous|subclavian|jugular|infusion|"
             r"left|"
-            r"right)(?: wall)? port\b|\bport (?:chamber|reservoir)s?\b",
+            r"right)(?: wall)? port\b",
             r"catheters?|cannulas?|\bpicc\b|central (?:venous )?lines?|swan-?ganz|balloon pump",
             r"\bstents?\b|\bstent-?grafts?|bypass grafts?|vascular grafts?|"
             r"embolization coils?|\bfilter\b",
             r"sternotom\w*|sternal (?:wires?|sutures?|cerclage)|cerclage",
-            r"sutures?\b|staples?\b|\bclips?\b|"
-            r"(?:surgical|surgery|operati(?:on|ve)|metal(?:lic)?|fixation|orthop\w+|"
-            r"vertebroplasty|embolization|prosthetic) (?:materials?|devices?|hardware|plates?|"
-            r"valves?|objects?)",
+            r"sutures?\b|staples?\b|surgical (?:clips?|materials?|material)|\bclips?\b|"
+            r"metallic (?:clips?|materials?|"
+            r"implants?)",
             r"prosthe\w+|implants?\b|mechanical valve|valve replacement|osteosynthesis|screws?\b",
             r"(?:endotracheal|tracheostomy|tracheal|nasogastric|feeding|chest|thoracostomy|"
             r"thorax|drainage|enteric|ng|"
@@ -170,13 +145,11 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
     FindingTerm(
         "Pericardial effusion",
         _compile_alternatives(
-            rf"pericardi\w+\b(?! recess){_JOINED}(?:effusions?|fluid|collections?)",
+            rf"pericardi\w+{_JOINED}(?:effusions?|fluid|collections?)",
             r"pericardi\w+(?:\W+(?:or|and|pleural))*\W+thickening\s*(?:-|/|or|and)\s*effusions?",
-            rf"(?:effusions?|fluid|collection)(?: {_WORD}){{0,12}}? (?:in|between|around|"
+            rf"(?:effusions?|fluid|collection)(?: {_WORD}){{0,6}}? (?:in|between|around|"
             rf"surrounding)(?: {_WORD}){{0,3}}? "
-            r"(?:pericardi\w+\b(?! recess)|heart)",
-            r"pericardi\w+ (?:spaces?|areas?|cavity|region|leaves),?"
-            rf"(?: (?!no\b|not\b|without\b|pleur|hemi|thick){_WORD}){{0,6}}? (?:effusions?|fluid)",
+            r"(?:pericardi\w+|heart)",
             r"hemopericardium",
         ),
     ),
@@ -184,25 +157,14 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
         "Hiatal hernia",
         _compile_alternatives(
             rf"(?:hiat\w+|sliding|para-?esophageal|gastric)(?:[ -]{_WORD}){{0,3}}? hernia\w*",
-            r"hernia\w*(?: \w+){0,8}? hiat(?:us|al)\b",
+            r"hernia\w*(?: \w+){0,4}? (?:esophageal )?hiatus",
         ),
-    ),
-    FindingTerm(
-        "Lymphadenopathy",
-        re.compile(r"\w*adenopath\w*|lymphadenomegal\w*|\blaps?\b"),
-    ),
-    FindingTerm(
-        "Lymphadenopathy",
-        re.compile(
-            r"(?<!intrapulmonary )\blymph[ -]?nodes?\b(?! dissect)"
-            r"|(?<!sinus )(?<!lymph )\bnodes?\b"
-        ),
-        convention="ct-rate",
     ),
     FindingTerm(
         "Lymphadenopathy",
         _compile_alternatives(
-            rf"(?:enlarge\w*|bulky|(?:\bnon-?)?patholog\w+)(?: (?!lymph|"
+            r"\w*adenopath\w*|lymphadenomegal\w*|\blaps?\b",
+            rf"(?:enlarge\w*|bulky|patholog\w+)(?: (?!lymph|"
             rf"node){_WORD},?){{0,5}} (?:lymph[ -]?)?nod(?:e|es|al)\b"
             rf"(?:(?: {_WORD},?){{0,16}}? patholog\w+(?: \w+)?)?",
             rf"(?:lymph[ -]?)nodes?\b(?: (?!nodul){_WORD},?){{0,16}}? (?:enlarge\w*|bulky|"
@@ -211,33 +173,29 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
             r"enlarge\w*(?: \w+){0,3}? (?:lymph[ -]?)?nodes?",
         ),
         excluded_in_phrase=re.compile(r"sinus node"),
-        convention="clinical",
     ),
     FindingTerm(
         "Lymphadenopathy",
         re.compile(r"\b(?:lymph[ -]?)?nodes?\b"),
         is_weak=True,
-        convention="clinical",
         min_short_axis_mm=10.0,
     ),
     FindingTerm(
         "Emphysema",
         re.compile(
             r"(?<!subcutaneous )(?<!mediastinal )(?<!soft tissue )(?<!surgical )(?<!muscular"
-            r" )emphysem\w*\b"
+            r" )emphysem\w*"
             r"(?! (?:in|of) the (?:subcutaneous|chest wall|soft|mediastin|neck|muscle))"
         ),
     ),
     FindingTerm(
         "Atelectasis",
         _compile_alternatives(
-            r"(?<!\bfibro-)(?<!\bfibro )(?<!\bfibrotic )(?<!\bfibrous )"
-            r"\b(?!fibro)\w*atel[ae]cta\w*",
+            r"\w*atelecta\w*|\w*atelacta\w*",
             r"(?:lobar|lung|lobe) collapse|collaps\w+ (?:of )?(?:the )?(?:\w+ ){0,3}?(?:lobe|"
             r"lung|parenchyma)",
         ),
     ),
-    FindingTerm("Atelectasis", re.compile(_FIBROATELECTATIC), convention="clinical"),
     FindingTerm(
         "Lung nodule",
         _compile_alternatives(
@@ -249,33 +207,24 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
     ),
     FindingTerm(
         "Lung opacity",
-        re.compile(
-            r"(?:ground|frosted)[ -]?glass\w*|crazy[ -]?paving|infiltrat(?:es?|ions?|ive)\b"
+        _compile_alternatives(
+            r"ground[ -]?glass\w*|crazy[ -]?paving",
+            r"\w*opacit(?:y|ies)|opacifications?",
+            r"density increases?|increases? in density|increased (?:\w+ )?densit(?:y|ies)",
+            r"infiltrat(?:es?|ions?|ive)\b",
         ),
-        excluded_in_phrase=re.compile(_NO_OPACITY),
+        excluded_in_phrase=re.compile(
+            r"opacification of the (?:pulmonary arter|vessel|aort)|contrast opacif|fatty|"
+            r"fat planes?|muscle"
+        ),
         excluded_organs=_OTHER_ORGAN,
-    ),
-    FindingTerm(
-        "Lung opacity",
-        re.compile(_OPACITY),
-        excluded_in_phrase=re.compile(_NO_OPACITY),
-        excluded_organs=_OTHER_ORGAN,
-        convention="clinical",
-    ),
-    FindingTerm(
-        "Lung opacity",
-        re.compile(rf"(?:{_OPACITY})\b(?!{_OF_SEQUELAE})"),
-        excluded_in_phrase=re.compile(rf"{_NO_OPACITY}|{_SEQUELAE}"),
-        excluded_organs=_OTHER_ORGAN,
-        convention="ct-rate",
     ),
     FindingTerm(
         "Pulmonary fibrotic sequela",
         _compile_alternatives(
             r"sequel\w*\b(?!(?: \w+)? lymph)",
             r"fibro(?:tic|s[ie]s|-?atel\w*|-?linear\w*|-?retract\w*)",
-            r"scars?\b|scarring|honeycomb\w*|(?:pleuro-?)?parenchymal bands?|fibrous",
-            r"pleuro-?parenchymal (?:\w+ )?(?:densit\w+|recessions?|retractions?)",
+            r"scars?\b|scarring|honeycomb\w*|(?:pleuro-?)?parenchymal bands?",
         ),
         excluded_in_phrase=re.compile(
             r"surgical scar|incision|cystic fibrosis|retroperitoneal|myocard|infarct"
@@ -288,7 +237,7 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
             rf"\bpleura\w*{_JOINED}(?:effusions?|fluid|collections?)",
             r"\bpleura\w*(?:\W+(?:or|and|pericardial))*\W+thickening\s*(?:-|/|or|"
             r"and)\s*effusions?",
-            rf"(?:effusions?|fluid|collection)(?: {_WORD}){{0,12}}? (?:in|between|"
+            rf"(?:effusions?|fluid|collection)(?: {_WORD}){{0,6}}? (?:in|between|"
             rf"within)(?: {_WORD}){{0,4}}? "
             r"(?:pleura\w*|hemi-?thora\w+|fissures?|costophrenic)",
             r"hydro-?thorax|hemothorax|hydropneumothorax|empyema",
@@ -298,8 +247,7 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
         "Pleural effusion",
         re.compile(r"(?<!joint )(?<!pericardial )\beffusions?"),
         excluded_in_phrase=re.compile(
-            r"perihepatic|perisplenic|ascit|abdom\w+|pelvi[cs]|peritone|intraarticular|subdural|"
-            r"pericardi\w+ recess"
+            r"perihepatic|perisplenic|ascit|abdom\w+|pelvi[cs]|peritone|intraarticular|subdural"
         ),
         is_weak=True,
     ),
@@ -307,10 +255,11 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
     FindingTerm(
         "Peribronchial thickening",
         _compile_alternatives(
-            rf"peri-?bronch\w*(?: {_NOT_THICKENED}{_WORD}){{0,5}}? (?:thick\w*|cuff\w*|sheath\w*)",
-            rf"{_BRONCHIAL_WALL}(?: {_NOT_THICKENED}{_WORD}){{0,5}}? thick\w*",
-            rf"thick\w*(?: (?!and\b|main\b){_NOT_THICKENED}{_WORD}){{0,6}}? "
-            rf"(?:peri-?bronch\w*|{_BRONCHIAL_WALL}|around the bronch(?:i|us)\b)",
+            rf"peri-?bronch\w*(?: {_WORD}){{0,4}}? (?:thick\w*|cuff\w*)",
+            rf"(?:bronch(?:ial|us|iolar|i)|airway)'?s? walls?(?: {_WORD}){{0,4}}? thick\w*",
+            r"thick\w*(?: (?:increase|in|of|the|both))* (?:peri-?bronch\w*|bronch(?:ial|us|"
+            r"iolar) walls?|airway walls?|"
+            r"walls? of the bronchi)",
             r"bronchial thickening",
         ),
     ),
@@ -319,10 +268,9 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
         "Bronchiectasis",
         _compile_alternatives(
             r"bronchi(?:ol)?ecta\w*",
-            r"(?:dilat\w+|ectas\w+|ectati\w+|widen\w+)"
-            r"(?: (?:of|in|the|both|some|central|lobar|(?:sub)?segmental))* bronch(?:i|us|ial)\b",
-            r"\bbronch(?:i|us|ial)\b(?: (?!and\b|with\b|open\b|esoph|aort)\w+){0,7}? "
-            r"(?:dilat\w+|ectas\w+|ectati\w+|enlarge\w+|widen\w+)",
+            r"(?:dilat\w+|ectati\w+|widen\w+)(?: (?:of|in|the))* bronch(?:i|us|ial)\b",
+            r"\bbronch(?:i|us|ial)\b(?: \w+){0,4}? (?:dilat\w+|ectas\w+|ectati\w+|enlarge\w+|"
+            r"widen\w+)",
         ),
     ),
     FindingTerm(
@@ -333,24 +281,13 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
             rf"thick\w*(?: (?!bronch|pleura){_WORD}){{0,5}}? (?:inter-?lobular|sept(?:a|al|"
             rf"um|ae)?\b)",
             r"inter-?lobular(?: \w+){0,2} thick\w*|crazy[ -]?paving",
-            rf"\binter-?lobular sept(?:a|al|um|ae)?\b(?: {_WORD}){{0,3}}? prominen\w+",
-            r"prominen\w+(?: (?:of|in|the|both|all))* inter-?lobular sept(?:a|al|um|ae)?\b",
         ),
         excluded_in_phrase=re.compile(r"interatrial|interventricular|nasal|gall"),
     ),
 )
 
-IMPLIED_FINDINGS: Mapping[LabelConvention, Mapping[str, str]] = {
-    "ct-rate": {},
-    "clinical": {"Consolidation": "Lung opacity"},
-}
+IMPLIED_FINDINGS = {"Consolidation": "Lung opacity"}
 """Findings that are a kind of another: present or uncertain, they make the other at least that."""
-
-
-@cache
-def select_terms(convention: LabelConvention) -> tuple[FindingTerm, ...]:
-    """Terms of a convention, in the order of `FINDING_TERMS`."""
-    return tuple(term for term in FINDING_TERMS if term.convention in (None, convention))
 
 
 @dataclass(frozen=True)
@@ -405,8 +342,7 @@ NORMAL_STRUCTURES: tuple[NormalStructure, ...] = (
         re.compile(
             r"(?:\b(?:peri-?bronch\w+|(?:bronch(?:ial|us|i)|airway)'?s?) walls?"
             r"|\b(?:peri-?bronch\w+|bronchial) thickness(?:es)?"
-            r"|thickness(?:es)? of (?:(?:the|both|all) )*(?:peri-?bronch\w+|bronch(?:ial|us|i)|"
-            r"airway))"
+            r"|thickness(?:es)? of (?:the )?(?:peri-?bronch\w+|bronch(?:ial|us|i)|airway))"
             rf"(?: (?!thicken|increas){_WORD}){{0,4}}? {_IS_NORMAL}"
         ),
         ("Peribronchial thickening",),
