@@ -159,8 +159,8 @@ def plan_learning_commands(
         UserError: the configuration is wrong, or has no section for a phase.
     """
     shards, *phases, evaluation, _ = plan_commands(source, overrides, PHASES, TWO_CPU_PROCESSES)
-    style_name = CASES_BY_SUPERVISION[supervision].style.name
-    style = ("--phantom-style", style_name, "--phantom-supervision", supervision)
+    phantom_style = CASES_BY_SUPERVISION[supervision].style
+    style = ("--phantom-style", phantom_style.name, "--phantom-supervision", supervision)
     counts = ("--phantoms", str(phantoms), "--valid-phantoms", str(valid_phantoms))
     shards_command = (*shards.command, "--no-samples", *style, *counts, "--samples-per-shard", "24")
     # The language model is not packed to 4 bits, so its layers need not be gathered either: each
@@ -174,7 +174,8 @@ def plan_learning_commands(
     paths = ("--checkpoint", str(folder / "phase3"), "--out", str(folder / EVALUATION_FILE))
     batch = ("--batch-size", str(EVALUATION_BATCH_SIZE))
     limits = ("--report-limit", str(REPORT_CASES), "--fit-limit", str(valid_phantoms))
-    evaluate = ("-m", "rectvlm", "evaluate", *paths, *batch, *limits)
+    convention = ("--convention", phantom_style.convention)
+    evaluate = ("-m", "rectvlm", "evaluate", *paths, *batch, *limits, *convention)
     evaluate_command = (*torchrun, "--nproc-per-node", "2", *evaluate)
     return [
         replace(shards, command=shards_command),

@@ -298,6 +298,23 @@ def _add_weights_actions(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("targets", nargs="+", metavar="NAME_OR_FOLDER")
     verify.set_defaults(run=_run_weights_verify)
 
+    converter = actions.add_parser(
+        "convert-labeler",
+        help="CT-RATE's official text classifier as a folder for `rectvlm evaluate --labeler`",
+    )
+    converter.add_argument("weights", type=Path, metavar="FILE.pth", help="its published weights")
+    converter.add_argument(
+        "--encoder",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder with RadBERT's config.json and tokenizer",
+    )
+    converter.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="new folder of the classifier"
+    )
+    converter.set_defaults(run=_run_weights_convert_labeler)
+
     lister = actions.add_parser("list", help="all names, and what can be had of them now")
     lister.add_argument("--from", **origin, help="ask this mirror, or look into this folder")
     lister.set_defaults(run=_run_weights_list)
@@ -498,6 +515,13 @@ def _run_weights_verify(options: argparse.Namespace) -> None:
             f"{damaged_count} of {len(options.targets)} do not verify: pull again to repair what "
             "was pulled."
         )
+
+
+def _run_weights_convert_labeler(options: argparse.Namespace) -> None:
+    from rectvlm.pretrained.text_classifier import convert_text_classifier
+
+    folder = convert_text_classifier(options.weights, options.encoder, options.out)
+    sys.stdout.write(f"{folder}\n")
 
 
 def _run_weights_list(options: argparse.Namespace) -> None:

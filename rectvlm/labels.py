@@ -8,6 +8,15 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 BodySide = Literal["left", "right"]
+LabelConvention = Literal["ct-rate", "clinical"]
+"""What counts as a finding.
+
+In `ct-rate`, as in CT-RATE's label table, every lymph node that is described is lymphadenopathy, a
+consolidation alone is no lung opacity, and fibroatelectatic changes are sequelae but no
+atelectasis. In `clinical` a lymph node counts from a short axis of 10 mm, a consolidation is a lung
+opacity, and fibroatelectatic changes are both."""
+DEFAULT_CONVENTION: LabelConvention = "ct-rate"
+"""Convention of the labels that models are trained with and evaluated against."""
 
 FINDINGS: tuple[str, ...] = (
     "Medical material",

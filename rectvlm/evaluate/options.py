@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from rectvlm.cli_options import argument
+from rectvlm.labels import DEFAULT_CONVENTION, LabelConvention
 from rectvlm.metrics.surface_distances import SURFACE_TOLERANCE_MM
 from rectvlm.types import Split, UserError
 
@@ -43,6 +44,8 @@ class EvaluationOptions:
     """Largest number of cases that thresholds are fitted on."""
     labeler: str = field(default="rules", metadata=argument(metavar="DIR_OR_ID"))
     """Labeler of findings in reports: `rules`, or the folder or hub id of a classifier."""
+    convention: LabelConvention = DEFAULT_CONVENTION
+    """What the rules count as a finding: as in CT-RATE's label table, or as a radiologist would."""
     bootstrap: int = field(default=1000, metadata=argument(metavar="N", minimum=0))
     """Number of bootstrap resamples for the intervals, 0 for none."""
     seed: int = 0

@@ -9,6 +9,7 @@ import numpy as np
 from rectvlm import pretrained
 from rectvlm.config import Config
 from rectvlm.evaluate.scans import ScanResults
+from rectvlm.labels import LabelConvention
 from rectvlm.metrics.arrays import FloatArray
 from rectvlm.metrics.bootstrap import ResampleWeights, iterate_chunks, percentile_interval
 from rectvlm.metrics.report_labeler.labeler import ReportLabeler
@@ -24,7 +25,11 @@ log = logging.getLogger(__name__)
 
 
 def evaluate_reports(
-    scans: ScanResults, config: Config, labeler: ReportLabeler, weights: ResampleWeights | None
+    scans: ScanResults,
+    config: Config,
+    labeler: ReportLabeler,
+    convention: LabelConvention,
+    weights: ResampleWeights | None,
 ) -> JsonObject:
     """Figures of the reports (`image`), of the control (`image_ablated`), and their `difference`.
 
@@ -34,6 +39,7 @@ def evaluate_reports(
         scans: results of the evaluation by scan.
         config: configuration that names the encoder of BERTScore.
         labeler: labeler that reads findings in the texts.
+        convention: convention of the rules that read sides.
         weights: resamples of the N scans with a generated report, (R, N); None for no intervals.
     """
     numbers, records = scans.select_report_cases()
@@ -49,7 +55,13 @@ def evaluate_reports(
     samples: dict[str, dict[str, FloatArray]] = {}
     for kind, texts in texts_by_kind.items():
         statistics = compute_report_statistics(
-            texts, references, encoder, labels=labels, known=known, labeler=labeler
+            texts,
+            references,
+            encoder,
+            labels=labels,
+            known=known,
+            labeler=labeler,
+            convention=convention,
         )
         scores = headline_scores(statistics)
         result[kind] = summarize_reports(statistics) | {"scores": scores}

@@ -151,7 +151,8 @@ def _evaluate_cases(
     ranks, options = run.ranks, run.options
     labeler = None
     if ranks.is_main and run.has_reports:
-        labeler = load_labeler(options.labeler)  # before the hours of prediction: it may not load
+        # Before the hours of prediction: it may not load.
+        labeler = load_labeler(options.labeler, options.convention)
     run.predict_missing_cases()
     if not ranks.is_main:
         return None
@@ -295,7 +296,7 @@ def _compute_metrics(
     if labeler is not None:
         patients = [record.patient for record in scans.select_report_cases()[1]]
         report_weights = summary.draw_resamples(patients, options)
-        reports = evaluate_reports(scans, run.config, labeler, report_weights)
+        reports = evaluate_reports(scans, run.config, labeler, options.convention, report_weights)
 
     records = list(itertools.chain.from_iterable(scans.volumes))
     return EvaluationResult(

@@ -312,7 +312,10 @@ def _render_reports(reports: Mapping[str, Any]) -> str:
             difference = format_with_interval(differences, score)
         rows.append([score.replace("_", " "), *values, difference])
     header = ["", "with the image", "without (air)", "difference"]
-    note = f"{image['n']:,} reports. What the control scores was not read from the image."
+    note = (
+        f"{image['n']:,} reports. What the control scores was not read from the image. Sides are "
+        f"read by the rules in the {image['convention']} convention."
+    )
     return f"{_render_table(header, rows)}\n\n{note}"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rectvlm.labels import N_FINDINGS
+from rectvlm.labels import DEFAULT_CONVENTION, N_FINDINGS, LabelConvention
 from rectvlm.metrics import text_overlap
 from rectvlm.metrics.arrays import BoolArray, CountArray
 from rectvlm.metrics.clinical_efficacy import count_confusions, score_clinical_efficacy
@@ -54,6 +54,8 @@ class ReportStatistics:
     """Counts of `count_confusions` against the findings of the reference reports, (N, 18, 4)."""
     side_counts: CountArray
     """Counts of `count_side_outcomes`, (N, 11, 5)."""
+    convention: LabelConvention
+    """Convention of the rules that read findings and sides."""
     signatures: dict[str, str]
     """Libraries, versions and settings by score."""
     left_out: dict[str, str]
@@ -71,6 +73,7 @@ def compute_report_statistics(
     labels: NDArray[Any] | None = None,
     known: BoolArray | None = None,
     labeler: str | Path | ReportLabeler = "rules",
+    convention: LabelConvention = DEFAULT_CONVENTION,
     uncertain_is_present: bool = True,
 ) -> ReportStatistics:
     """Read the texts and keep what each case contributes; arguments as for `score_reports`.
@@ -85,7 +88,7 @@ def compute_report_statistics(
             texts.append(text)
             truths.append(reference)
 
-    labeler = load_labeler(labeler)
+    labeler = load_labeler(labeler, convention)
     lowest_state = FindingState.UNCERTAIN if uncertain_is_present else FindingState.PRESENT
     called = labeler.label_reports(generated) >= lowest_state
     stated = _scatter_to_all_cases(labeler.label_reports(truths) >= lowest_state, has_reference)
@@ -115,7 +118,8 @@ def compute_report_statistics(
         bertscore_f1=bertscore,
         label_counts=label_counts,
         reference_counts=count_confusions(called, stated, has_reference_by_finding),
-        side_counts=count_side_outcomes(generated, references),
+        side_counts=count_side_outcomes(generated, references, convention),
+        convention=convention,
         signatures=signatures,
         left_out=left_out,
     )
@@ -129,6 +133,7 @@ def score_reports(
     labels: NDArray[Any] | None = None,
     known: BoolArray | None = None,
     labeler: str | Path | ReportLabeler = "rules",
+    convention: LabelConvention = DEFAULT_CONVENTION,
     uncertain_is_present: bool = True,
 ) -> JsonObject:
     """Score text overlap, findings and sides of generated reports.
@@ -148,6 +153,7 @@ def score_reports(
         labels: labels, (N, 18), 0 or 1; read only where known.
         known: whether each label is known, (N, 18); by default all are.
         labeler: `rules`, the folder or hub id of a classifier, or a `ReportLabeler`.
+        convention: convention of the rules, which read the sides beside any labeler.
         uncertain_is_present: whether an uncertain finding counts as present.
 
     Raises:
@@ -160,6 +166,7 @@ def score_reports(
         labels=labels,
         known=known,
         labeler=labeler,
+        convention=convention,
         uncertain_is_present=uncertain_is_present,
     )
     return summarize_reports(statistics)
@@ -175,6 +182,7 @@ def summarize_reports(statistics: ReportStatistics) -> JsonObject:
         "n": n_references,
         "n_without_reference": len(statistics) - n_references,
         **_text_overlap_scores(statistics),
+        "convention": statistics.convention,
         "clinical": {
             "labels": by_labels,
             "reference_reports": score_clinical_efficacy(statistics.reference_counts),

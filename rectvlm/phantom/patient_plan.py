@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from rectvlm.labels import FINDINGS, LESIONS, LOBES, BodySide
+from rectvlm.labels import FINDINGS, LESIONS, LOBES, BodySide, LabelConvention
 from rectvlm.phantom.canvas import PatientBuild
 from rectvlm.phantom.incidental_findings import draw_incidental_sentences
 
@@ -72,8 +72,8 @@ class PhantomStyle:
     """Whether a report has only the present findings, in the shortest phrasing and one order."""
     prevalence: Mapping[str, float]
     """Chance of each finding; that of lung opacity is the chance of ground glass."""
-    consolidation_is_opacity: bool = True
-    """Whether a consolidation alone makes a lung opacity; in CT-RATE's labels it does not."""
+    convention: LabelConvention = "clinical"
+    """Convention of the labels: in `clinical` a consolidation alone makes a lung opacity."""
     has_incidental_findings: bool = False
     """Whether a report mentions incidental findings that are none of the 18."""
 
@@ -114,7 +114,7 @@ CT_RATE_STYLE = replace(
     name="ct-rate",
     is_terse=False,
     prevalence=CT_RATE_PREVALENCE,
-    consolidation_is_opacity=False,
+    convention="ct-rate",
     has_incidental_findings=True,
 )
 PHANTOM_STYLES = {style.name: style for style in (VARIED_STYLE, PLAIN_STYLE, CT_RATE_STYLE)}
@@ -180,7 +180,7 @@ def draw_patient_plan(seed: int, style: PhantomStyle = VARIED_STYLE) -> PatientP
         is_drawn = rng.random() < style.prevalence[finding]
         present[finding] = bool(is_drawn and finding in style.findings)
     has_ground_glass = bool(rng.random() < style.prevalence["Lung opacity"])
-    has_other_opacity = style.consolidation_is_opacity and present["Consolidation"]
+    has_other_opacity = style.convention == "clinical" and present["Consolidation"]
     present["Lung opacity"] = has_ground_glass or has_other_opacity
 
     effusions: dict[BodySide, float] = {}

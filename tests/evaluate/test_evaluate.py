@@ -91,6 +91,8 @@ def test_reports_stand_beside_their_references_and_the_control(evaluated, phanto
     image, ablated = result["reports"]["image"], result["reports"]["image_ablated"]
     assert image["n"] == ablated["n"] == 3
     assert 0 < image["bertscore_f1"] < 1 and "tiny-bert" in image["signatures"]["bertscore_f1"]
+    assert image["convention"] == "ct-rate" == ablated["convention"]
+    assert "read by the rules in the ct-rate convention" in out.with_name("metrics.md").read_text()
     assert image["clinical"]["labels"]["n_labels"] == sum(
         row["n_known"] for row in result["classification"]["per_finding"].values()
     )

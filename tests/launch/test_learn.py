@@ -108,6 +108,7 @@ def test_the_commands_are_the_demos_with_plain_cases() -> None:
     shards, *phases, evaluation = stages
     assert "--no-samples" in shards.command
     assert shards.command[shards.command.index("--phantom-style") + 1] == "plain"
+    assert evaluation.command[evaluation.command.index("--convention") + 1] == "clinical"
     assert shards.command[shards.command.index("--phantoms") + 1] == "40"
     assert all("name=other" in stage.command for stage in (shards, *phases))
     assert "runs/other/phase3" in evaluation.command
@@ -122,6 +123,7 @@ def test_a_supervision_has_its_own_cases_shards_and_run() -> None:
     shards, evaluation = stages[0].command, stages[-1].command
     assert shards[shards.index("--phantom-style") + 1] == "ct-rate"
     assert shards[shards.index("--phantom-supervision") + 1] == "ct-rate"
+    assert evaluation[evaluation.index("--convention") + 1] == "ct-rate"
     assert "runs/learn-ct-rate/phase3" in evaluation
     assert add_run_overrides("learn", ["name=other"], "complete") == ["name=other"]
     mine = load_config("learn", add_run_overrides("learn", ["name=other"], "ct-rate"))
@@ -261,7 +263,7 @@ def test_reports_of_held_out_cases_say_what_the_image_shows(learnt: tuple) -> No
     freeze_all_but(model, {"generator": 2e-3})
     fit(model, config, train, 3, 48, {"generator": 2e-3})
 
-    labeler = load_labeler()
+    labeler = load_labeler("rules", "clinical")
     present, known = held_out.labels.bool().numpy(), held_out.labels_known.numpy()
 
     def measured(ablate_image: bool) -> tuple[float, float | None]:

@@ -1,10 +1,11 @@
 """Incidental sentences: none of the 18 findings, few of them often and most of them rarely."""
 
 from collections import Counter
+from typing import get_args
 
 import numpy as np
 
-from rectvlm.labels import FINDINGS
+from rectvlm.labels import FINDINGS, LabelConvention
 from rectvlm.metrics.report_labeler.labeler import load_labeler
 from rectvlm.metrics.report_labeler.laterality import count_side_outcomes
 from rectvlm.phantom.incidental_findings import (
@@ -15,10 +16,11 @@ from rectvlm.phantom.incidental_findings import (
 
 
 def test_no_sentence_asserts_or_denies_one_of_the_18_findings() -> None:
-    states = load_labeler().label_reports(INCIDENTAL_SENTENCES)
-    for sentence, row in zip(INCIDENTAL_SENTENCES, states, strict=True):
-        named = [finding for finding, state in zip(FINDINGS, row, strict=True) if state]
-        assert not named, f"{sentence} names {named}"
+    for convention in get_args(LabelConvention):
+        states = load_labeler("rules", convention).label_reports(INCIDENTAL_SENTENCES)
+        for sentence, row in zip(INCIDENTAL_SENTENCES, states, strict=True):
+            named = [finding for finding, state in zip(FINDINGS, row, strict=True) if state]
+            assert not named, f"{sentence} names {named}"
 
 
 def test_no_sentence_states_the_side_of_a_lesion() -> None:

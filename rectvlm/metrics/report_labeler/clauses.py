@@ -22,7 +22,10 @@ def split_clauses(text: str, names: Sequence[Span]) -> list[Span]:
         names: spans of the findings' names.
     """
     cuts = {0, len(text)}
-    cuts.update(match.end() for match in modifiers.CLAUSE_END.finditer(text))
+    negated_pairs = [match.span() for match in modifiers.NEGATED_PAIR.finditer(text)]
+    for match in modifiers.CLAUSE_END.finditer(text):
+        if not _is_within(match.start(), negated_pairs):
+            cuts.add(match.end())
     for opener in modifiers.CLAUSE_OPENER.finditer(text):
         if _opens_clause(text, opener.start(), names, cuts):
             cuts.add(opener.start())

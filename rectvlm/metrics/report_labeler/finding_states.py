@@ -36,7 +36,10 @@ def classify_mention(clause: str, start: int, end: int, following: str) -> Findi
         return FindingState.NOT_MENTIONED
     if modifiers.NOT_ASSESSED.search(clause):
         return FindingState.NOT_MENTIONED
-    if _is_negated(clause, start, end) or modifiers.NEGATION_RIGHT_AFTER.match(following):
+    is_denied_right_after = modifiers.NEGATION_RIGHT_AFTER.match(
+        following
+    ) or modifiers.PAIRED_NEGATION_AFTER.match(following)
+    if is_denied_right_after or _is_negated(clause, start, end):
         if _is_only_new_denied(clause, start):
             return FindingState.NOT_MENTIONED
         return FindingState.ABSENT

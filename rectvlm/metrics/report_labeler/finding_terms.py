@@ -6,7 +6,11 @@ together.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+
+from rectvlm.labels import LabelConvention
 
 _JOINED = (
     r"(?:\W+(?:and|or|nor|bilateral|left|right|both|sided|minimal|small|mild|moderate|large|"
@@ -41,6 +45,8 @@ class FindingTerm:
     """Whether it is absent after its removal."""
     is_weak: bool = False
     """Whether other terms win where their words cover it."""
+    convention: LabelConvention | None = None
+    """Convention in which the words name the finding; None for both."""
     min_short_axis_mm: float | None = None
     """Smallest short axis of a present finding, mm; words without a measurement state nothing."""
 
@@ -73,6 +79,12 @@ _BONE = _compile_alternatives(
     r"splenic|kidney|renal"
 )
 _WORD = r"[\w/%'-]+"
+_BRONCHIAL_WALL = (
+    r"(?:(?:bronch(?:ial|us|iolar|i)|airway)'?s?,? walls?"
+    rf"|walls? of(?: (?!and\b){_WORD}){{0,4}}? (?:bronch(?:i|us)\b|airways?))"
+)
+_NOT_THICKENED = r"(?!(?:pleur|sept|inter-?lob|consolidat|nodul|ground|opacit|densit|esoph))"
+"""Before a word between a bronchus and "thickening": the thickening is of something else."""
 VESSEL_PATTERN = _compile_alternatives(_AORTA.pattern, _CORONARY.pattern)
 _NOT_VASCULAR = (
     rf"(?!(?: (?!(?:and|or|with)\b|{VESSEL_PATTERN.pattern}){_WORD}){{0,4}} "
@@ -85,23 +97,36 @@ _CALCIFIED = (
     rf"(?<!pleural )\bplaques?\b{_NOT_VASCULAR}"
 )
 
+_FIBROATELECTATIC = r"\bfibro(?:tic|us)?[ -]?atel[ae]cta\w*"
+_OPACITY = (
+    r"\w*opacit(?:y|ies)|opacifications?"
+    r"|density increases?|increases? in density|increased (?:\w+ )?densit(?:y|ies)"
+)
+_NO_OPACITY = (
+    r"opacification of the (?:pulmonary arter|vessel|aort)|contrast opacif|fatty|fat planes?|muscle"
+)
+_SEQUELAE = r"sequel\w*|fibro\w*|pleuro-?parenchymal|scar\w*|atel[ae]cta\w*"
+_OF_SEQUELAE = rf"(?: {_WORD}){{0,3}}? (?:with|of|to|as)(?: {_WORD}){{0,3}}? (?:{_SEQUELAE})"
+"""After "density increases": they are sequelae."""
+
 FINDING_TERMS: tuple[FindingTerm, ...] = (
     FindingTerm(
         "Medical material",
         _compile_alternatives(
             r"pace-?makers?|pacing (?:wire|lead|electrode)s?|\bicds?\b|defibrillators?|"
-            r"electrodes?\b",
+            r"electrodes?\b|\bbatter(?:y|ies)\b|stimulators?\b",
             r"\bleads?(?= (?:in|within|terminat|extend|are|is|tip))",
             r"port-?a-?cath\w*|\bport catheters?|(?:chest|venous|subclavian|jugular|infusion|"
             r"left|"
-            r"right)(?: wall)? port\b",
+            r"right)(?: wall)? port\b|\bport (?:chamber|reservoir)s?\b",
             r"catheters?|cannulas?|\bpicc\b|central (?:venous )?lines?|swan-?ganz|balloon pump",
             r"\bstents?\b|\bstent-?grafts?|bypass grafts?|vascular grafts?|"
             r"embolization coils?|\bfilter\b",
             r"sternotom\w*|sternal (?:wires?|sutures?|cerclage)|cerclage",
-            r"sutures?\b|staples?\b|surgical (?:clips?|materials?|material)|\bclips?\b|"
-            r"metallic (?:clips?|materials?|"
-            r"implants?)",
+            r"sutures?\b|staples?\b|\bclips?\b|"
+            r"(?:surgical|surgery|operati(?:on|ve)|metal(?:lic)?|fixation|orthop\w+|"
+            r"vertebroplasty|embolization|prosthetic) (?:materials?|devices?|hardware|plates?|"
+            r"valves?|objects?)",
             r"prosthe\w+|implants?\b|mechanical valve|valve replacement|osteosynthesis|screws?\b",
             r"(?:endotracheal|tracheostomy|tracheal|nasogastric|feeding|chest|thoracostomy|"
             r"thorax|drainage|enteric|ng|"
@@ -145,11 +170,13 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
     FindingTerm(
         "Pericardial effusion",
         _compile_alternatives(
-            rf"pericardi\w+{_JOINED}(?:effusions?|fluid|collections?)",
+            rf"pericardi\w+\b(?! recess){_JOINED}(?:effusions?|fluid|collections?)",
             r"pericardi\w+(?:\W+(?:or|and|pleural))*\W+thickening\s*(?:-|/|or|and)\s*effusions?",
-            rf"(?:effusions?|fluid|collection)(?: {_WORD}){{0,6}}? (?:in|between|around|"
+            rf"(?:effusions?|fluid|collection)(?: {_WORD}){{0,12}}? (?:in|between|around|"
             rf"surrounding)(?: {_WORD}){{0,3}}? "
-            r"(?:pericardi\w+|heart)",
+            r"(?:pericardi\w+\b(?! recess)|heart)",
+            r"pericardi\w+ (?:spaces?|areas?|cavity|region|leaves),?"
+            rf"(?: (?!no\b|not\b|without\b|pleur|hemi|thick){_WORD}){{0,6}}? (?:effusions?|fluid)",
             r"hemopericardium",
         ),
     ),
@@ -157,14 +184,25 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
         "Hiatal hernia",
         _compile_alternatives(
             rf"(?:hiat\w+|sliding|para-?esophageal|gastric)(?:[ -]{_WORD}){{0,3}}? hernia\w*",
-            r"hernia\w*(?: \w+){0,4}? (?:esophageal )?hiatus",
+            r"hernia\w*(?: \w+){0,8}? hiat(?:us|al)\b",
         ),
     ),
     FindingTerm(
         "Lymphadenopathy",
+        re.compile(r"\w*adenopath\w*|lymphadenomegal\w*|\blaps?\b"),
+    ),
+    FindingTerm(
+        "Lymphadenopathy",
+        re.compile(
+            r"(?<!intrapulmonary )\blymph[ -]?nodes?\b(?! dissect)"
+            r"|(?<!sinus )(?<!lymph )\bnodes?\b"
+        ),
+        convention="ct-rate",
+    ),
+    FindingTerm(
+        "Lymphadenopathy",
         _compile_alternatives(
-            r"\w*adenopath\w*|lymphadenomegal\w*|\blaps?\b",
-            rf"(?:enlarge\w*|bulky|patholog\w+)(?: (?!lymph|"
+            rf"(?:enlarge\w*|bulky|(?:\bnon-?)?patholog\w+)(?: (?!lymph|"
             rf"node){_WORD},?){{0,5}} (?:lymph[ -]?)?nod(?:e|es|al)\b"
             rf"(?:(?: {_WORD},?){{0,16}}? patholog\w+(?: \w+)?)?",
             rf"(?:lymph[ -]?)nodes?\b(?: (?!nodul){_WORD},?){{0,16}}? (?:enlarge\w*|bulky|"
@@ -173,29 +211,33 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
             r"enlarge\w*(?: \w+){0,3}? (?:lymph[ -]?)?nodes?",
         ),
         excluded_in_phrase=re.compile(r"sinus node"),
+        convention="clinical",
     ),
     FindingTerm(
         "Lymphadenopathy",
         re.compile(r"\b(?:lymph[ -]?)?nodes?\b"),
         is_weak=True,
+        convention="clinical",
         min_short_axis_mm=10.0,
     ),
     FindingTerm(
         "Emphysema",
         re.compile(
             r"(?<!subcutaneous )(?<!mediastinal )(?<!soft tissue )(?<!surgical )(?<!muscular"
-            r" )emphysem\w*"
+            r" )emphysem\w*\b"
             r"(?! (?:in|of) the (?:subcutaneous|chest wall|soft|mediastin|neck|muscle))"
         ),
     ),
     FindingTerm(
         "Atelectasis",
         _compile_alternatives(
-            r"\w*atelecta\w*|\w*atelacta\w*",
+            r"(?<!\bfibro-)(?<!\bfibro )(?<!\bfibrotic )(?<!\bfibrous )"
+            r"\b(?!fibro)\w*atel[ae]cta\w*",
             r"(?:lobar|lung|lobe) collapse|collaps\w+ (?:of )?(?:the )?(?:\w+ ){0,3}?(?:lobe|"
             r"lung|parenchyma)",
         ),
     ),
+    FindingTerm("Atelectasis", re.compile(_FIBROATELECTATIC), convention="clinical"),
     FindingTerm(
         "Lung nodule",
         _compile_alternatives(
@@ -207,24 +249,33 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
     ),
     FindingTerm(
         "Lung opacity",
-        _compile_alternatives(
-            r"ground[ -]?glass\w*|crazy[ -]?paving",
-            r"\w*opacit(?:y|ies)|opacifications?",
-            r"density increases?|increases? in density|increased (?:\w+ )?densit(?:y|ies)",
-            r"infiltrat(?:es?|ions?|ive)\b",
+        re.compile(
+            r"(?:ground|frosted)[ -]?glass\w*|crazy[ -]?paving|infiltrat(?:es?|ions?|ive)\b"
         ),
-        excluded_in_phrase=re.compile(
-            r"opacification of the (?:pulmonary arter|vessel|aort)|contrast opacif|fatty|"
-            r"fat planes?|muscle"
-        ),
+        excluded_in_phrase=re.compile(_NO_OPACITY),
         excluded_organs=_OTHER_ORGAN,
+    ),
+    FindingTerm(
+        "Lung opacity",
+        re.compile(_OPACITY),
+        excluded_in_phrase=re.compile(_NO_OPACITY),
+        excluded_organs=_OTHER_ORGAN,
+        convention="clinical",
+    ),
+    FindingTerm(
+        "Lung opacity",
+        re.compile(rf"(?:{_OPACITY})\b(?!{_OF_SEQUELAE})"),
+        excluded_in_phrase=re.compile(rf"{_NO_OPACITY}|{_SEQUELAE}"),
+        excluded_organs=_OTHER_ORGAN,
+        convention="ct-rate",
     ),
     FindingTerm(
         "Pulmonary fibrotic sequela",
         _compile_alternatives(
             r"sequel\w*\b(?!(?: \w+)? lymph)",
             r"fibro(?:tic|s[ie]s|-?atel\w*|-?linear\w*|-?retract\w*)",
-            r"scars?\b|scarring|honeycomb\w*|(?:pleuro-?)?parenchymal bands?",
+            r"scars?\b|scarring|honeycomb\w*|(?:pleuro-?)?parenchymal bands?|fibrous",
+            r"pleuro-?parenchymal (?:\w+ )?(?:densit\w+|recessions?|retractions?)",
         ),
         excluded_in_phrase=re.compile(
             r"surgical scar|incision|cystic fibrosis|retroperitoneal|myocard|infarct"
@@ -237,7 +288,7 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
             rf"\bpleura\w*{_JOINED}(?:effusions?|fluid|collections?)",
             r"\bpleura\w*(?:\W+(?:or|and|pericardial))*\W+thickening\s*(?:-|/|or|"
             r"and)\s*effusions?",
-            rf"(?:effusions?|fluid|collection)(?: {_WORD}){{0,6}}? (?:in|between|"
+            rf"(?:effusions?|fluid|collection)(?: {_WORD}){{0,12}}? (?:in|between|"
             rf"within)(?: {_WORD}){{0,4}}? "
             r"(?:pleura\w*|hemi-?thora\w+|fissures?|costophrenic)",
             r"hydro-?thorax|hemothorax|hydropneumothorax|empyema",
@@ -247,7 +298,8 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
         "Pleural effusion",
         re.compile(r"(?<!joint )(?<!pericardial )\beffusions?"),
         excluded_in_phrase=re.compile(
-            r"perihepatic|perisplenic|ascit|abdom\w+|pelvi[cs]|peritone|intraarticular|subdural"
+            r"perihepatic|perisplenic|ascit|abdom\w+|pelvi[cs]|peritone|intraarticular|subdural|"
+            r"pericardi\w+ recess"
         ),
         is_weak=True,
     ),
@@ -255,11 +307,10 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
     FindingTerm(
         "Peribronchial thickening",
         _compile_alternatives(
-            rf"peri-?bronch\w*(?: {_WORD}){{0,4}}? (?:thick\w*|cuff\w*)",
-            rf"(?:bronch(?:ial|us|iolar|i)|airway)'?s? walls?(?: {_WORD}){{0,4}}? thick\w*",
-            r"thick\w*(?: (?:increase|in|of|the|both))* (?:peri-?bronch\w*|bronch(?:ial|us|"
-            r"iolar) walls?|airway walls?|"
-            r"walls? of the bronchi)",
+            rf"peri-?bronch\w*(?: {_NOT_THICKENED}{_WORD}){{0,5}}? (?:thick\w*|cuff\w*|sheath\w*)",
+            rf"{_BRONCHIAL_WALL}(?: {_NOT_THICKENED}{_WORD}){{0,5}}? thick\w*",
+            rf"thick\w*(?: (?!and\b|main\b){_NOT_THICKENED}{_WORD}){{0,6}}? "
+            rf"(?:peri-?bronch\w*|{_BRONCHIAL_WALL}|around the bronch(?:i|us)\b)",
             r"bronchial thickening",
         ),
     ),
@@ -268,9 +319,10 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
         "Bronchiectasis",
         _compile_alternatives(
             r"bronchi(?:ol)?ecta\w*",
-            r"(?:dilat\w+|ectati\w+|widen\w+)(?: (?:of|in|the))* bronch(?:i|us|ial)\b",
-            r"\bbronch(?:i|us|ial)\b(?: \w+){0,4}? (?:dilat\w+|ectas\w+|ectati\w+|enlarge\w+|"
-            r"widen\w+)",
+            r"(?:dilat\w+|ectas\w+|ectati\w+|widen\w+)"
+            r"(?: (?:of|in|the|both|some|central|lobar|(?:sub)?segmental))* bronch(?:i|us|ial)\b",
+            r"\bbronch(?:i|us|ial)\b(?: (?!and\b|with\b|open\b|esoph|aort)\w+){0,7}? "
+            r"(?:dilat\w+|ectas\w+|ectati\w+|enlarge\w+|widen\w+)",
         ),
     ),
     FindingTerm(
@@ -281,13 +333,24 @@ FINDING_TERMS: tuple[FindingTerm, ...] = (
             rf"thick\w*(?: (?!bronch|pleura){_WORD}){{0,5}}? (?:inter-?lobular|sept(?:a|al|"
             rf"um|ae)?\b)",
             r"inter-?lobular(?: \w+){0,2} thick\w*|crazy[ -]?paving",
+            rf"\binter-?lobular sept(?:a|al|um|ae)?\b(?: {_WORD}){{0,3}}? prominen\w+",
+            r"prominen\w+(?: (?:of|in|the|both|all))* inter-?lobular sept(?:a|al|um|ae)?\b",
         ),
         excluded_in_phrase=re.compile(r"interatrial|interventricular|nasal|gall"),
     ),
 )
 
-IMPLIED_FINDINGS = {"Consolidation": "Lung opacity"}
+IMPLIED_FINDINGS: Mapping[LabelConvention, Mapping[str, str]] = {
+    "ct-rate": {},
+    "clinical": {"Consolidation": "Lung opacity"},
+}
 """Findings that are a kind of another: present or uncertain, they make the other at least that."""
+
+
+@cache
+def select_terms(convention: LabelConvention) -> tuple[FindingTerm, ...]:
+    """Terms of a convention, in the order of `FINDING_TERMS`."""
+    return tuple(term for term in FINDING_TERMS if term.convention in (None, convention))
 
 
 @dataclass(frozen=True)
@@ -342,7 +405,8 @@ NORMAL_STRUCTURES: tuple[NormalStructure, ...] = (
         re.compile(
             r"(?:\b(?:peri-?bronch\w+|(?:bronch(?:ial|us|i)|airway)'?s?) walls?"
             r"|\b(?:peri-?bronch\w+|bronchial) thickness(?:es)?"
-            r"|thickness(?:es)? of (?:the )?(?:peri-?bronch\w+|bronch(?:ial|us|i)|airway))"
+            r"|thickness(?:es)? of (?:(?:the|both|all) )*(?:peri-?bronch\w+|bronch(?:ial|us|i)|"
+            r"airway))"
             rf"(?: (?!thicken|increas){_WORD}){{0,4}}? {_IS_NORMAL}"
         ),
         ("Peribronchial thickening",),

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from rectvlm.labels import DEFAULT_CONVENTION, LabelConvention
 from rectvlm.metrics.report_labeler.rule_labeler import RuleLabeler
 
 
@@ -20,12 +21,16 @@ class ReportLabeler(Protocol):
         """States of the findings, (N, 18): values of `FindingState` in the order of `FINDINGS`."""
 
 
-def load_labeler(labeler: "str | Path | ReportLabeler" = "rules") -> ReportLabeler:
+def load_labeler(
+    labeler: "str | Path | ReportLabeler" = "rules",
+    convention: LabelConvention = DEFAULT_CONVENTION,
+) -> ReportLabeler:
     """Load a labeler by name.
 
     Args:
         labeler: `rules`, the folder or hub id of a sequence classifier with 18 labels, or a
             labeler, which is returned as it is.
+        convention: convention of the rules; a classifier has that of its training labels.
 
     Raises:
         UserError: The classifier cannot be loaded, or its labels are not the 18 findings.
@@ -33,7 +38,7 @@ def load_labeler(labeler: "str | Path | ReportLabeler" = "rules") -> ReportLabel
     if not isinstance(labeler, str | Path):
         return labeler
     if str(labeler) == "rules":
-        return RuleLabeler()
+        return RuleLabeler(convention)
     # Transformers takes seconds to import.
     from rectvlm.metrics.report_labeler.classifier_labeler import ClassifierLabeler
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from rectvlm.labels import FINDINGS, LESIONS, BodySide
+from rectvlm.labels import DEFAULT_CONVENTION, FINDINGS, LESIONS, BodySide, LabelConvention
 from rectvlm.metrics.arrays import CountArray
 from rectvlm.metrics.report_labeler import modifiers
 from rectvlm.metrics.report_labeler.clauses import Span
@@ -67,7 +67,9 @@ _SIDE_SETS: dict[str, BodySides] = {
 }
 
 
-def read_sides(report: str) -> dict[str, BodySides]:
+def read_sides(
+    report: str, convention: LabelConvention = DEFAULT_CONVENTION
+) -> dict[str, BodySides]:
     """Read the sides of each sided finding that a report calls present or uncertain.
 
     The set is empty where the report states no side. A side belongs to the name that it stands
@@ -78,7 +80,7 @@ def read_sides(report: str) -> dict[str, BodySides]:
     all sentences are put together.
     """
     sides_by_finding: dict[str, BodySides] = {}
-    for sentence in parse_report(report):
+    for sentence in parse_report(report, convention):
         for mention, sides in _assign_sides(sentence):
             if mention.finding in SIDED_FINDINGS and mention.state >= FindingState.UNCERTAIN:
                 previous = sides_by_finding.get(mention.finding, frozenset())
@@ -86,7 +88,11 @@ def read_sides(report: str) -> dict[str, BodySides]:
     return sides_by_finding
 
 
-def count_side_outcomes(generated: Sequence[str], references: Sequence[str | None]) -> CountArray:
+def count_side_outcomes(
+    generated: Sequence[str],
+    references: Sequence[str | None],
+    convention: LabelConvention = DEFAULT_CONVENTION,
+) -> CountArray:
     """Count the outcome of each sided finding in each case.
 
     correct: the same set of sides; partial: one side in common; opposite: none in common; unstated:
@@ -95,6 +101,7 @@ def count_side_outcomes(generated: Sequence[str], references: Sequence[str | Non
     Args:
         generated: generated report of each case, (N,).
         references: true report of each case, (N,); None where there is none.
+        convention: convention of the rules that read both.
 
     Returns:
         Counts by finding of `SIDED_FINDINGS` and by `SIDE_OUTCOMES`, (N, 11, 5), 0 or 1; all 0
@@ -105,8 +112,8 @@ def count_side_outcomes(generated: Sequence[str], references: Sequence[str | Non
     for case_counts, text, reference in zip(counts, generated, references, strict=True):
         if reference is None:
             continue
-        stated_sides = read_sides(text)
-        for finding, true_sides in read_sides(reference).items():
+        stated_sides = read_sides(text, convention)
+        for finding, true_sides in read_sides(reference, convention).items():
             if true_sides:
                 outcome = _classify_side(stated_sides.get(finding), true_sides)
                 i, j = SIDED_FINDINGS.index(finding), SIDE_OUTCOMES.index(outcome)

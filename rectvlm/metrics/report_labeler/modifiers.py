@@ -121,13 +121,17 @@ NEGATION_AFTER = re.compile(
     r"(?:completely|totally) (?:resolved|disappeared|regressed|cleared)|"
     r"(?:is|are|was|were) (?:now )?(?:absent|negative|excluded|ruled out|resolved)|"
     r"not (?:present|any)|absent|"
-    r"(?:at|in|within) (?:the )?physiologic\w* (?:limits?|levels?|range|amounts?|quantit\w+))\b"
+    r"(?:at|in|within|of) (?:the )?physiologic\w* (?:limits?|levels?|range|amounts?|quantit\w+))\b"
 )
 """Negation with a back scope."""
 NEGATION_RIGHT_AFTER = re.compile(
     rf"\s*:\s*(?:(?:none|no|nil|absent|negative)\s*(?:[.,;]|$)|not {_SEEN_VERBS})"
 )
 """Negation in a form: "Effusion: none". Back scope over a list without `FORM_STATEMENT`."""
+PAIRED_NEGATION_AFTER = re.compile(r"\s*[-–—/]\s*no (?:\w+ )?(?:effusions?|thick\w+)\b")
+"""Right after one of the pair of effusion and thickening, whose one negation covers both.
+
+Translated reports say "pleural effusion - no thickening is seen"."""
 FORM_STATEMENT = re.compile(
     r"[;.()?]|\b(?:an?|there|in|at|on|with|from|no|not|without|mild|minimal|small|moderate|"
     r"severe|subtle|linear|stable|"
@@ -237,6 +241,17 @@ CLAUSE_END = re.compile(
     r"despite|in spite of|because|"
     r"in addition to|aside from)\b"
 )
+NEGATED_PAIR = re.compile(
+    r"(?:^|(?<=[,;:.] ))"
+    r"(?:(?!(?:in|of|at|on|with|is|are|was|were|has|have|there|an?|the|stable|small|mild|minimal|"
+    r"moderate|large|no|not|without)\b)[a-z/-]+ ){1,4}(?:-|–|—) "
+    r"(?:(?!(?:is|are|was|were|has|have|no|not|without|there)\b)[a-z/-]+ ){1,5}"
+    rf"(?:(?:is|are|was|were|has been|have been) )?not (?:\w+ly )?{_SEEN_VERBS}"
+)
+"""Two things on either side of a dash that one negation covers.
+
+"Pleural effusion - thickening was not observed": the dash stands for a slash, and no clause ends
+there."""
 CLAUSE_OPENER = re.compile(
     r"(?:,|\band\b|\bor\b|,\s*(?:and|or))\s*(?=(?:there (?:is|are|was|were)|no|without|"
     r"neither)\b)"

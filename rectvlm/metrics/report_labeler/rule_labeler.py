@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from rectvlm.labels import FINDINGS, N_FINDINGS
+from rectvlm.labels import DEFAULT_CONVENTION, FINDINGS, N_FINDINGS, LabelConvention
 from rectvlm.metrics.report_labeler import modifiers
 from rectvlm.metrics.report_labeler.clauses import (
     Span,
@@ -32,12 +32,12 @@ from rectvlm.metrics.report_labeler.finding_states import (
     is_device_removed,
 )
 from rectvlm.metrics.report_labeler.finding_terms import (
-    FINDING_TERMS,
     IMPLIED_FINDINGS,
     LUNG_PATTERN,
     NORMAL_STRUCTURES,
     VESSEL_PATTERN,
     FindingTerm,
+    select_terms,
 )
 
 MAX_SENTENCE_CHARACTERS = 1000
@@ -83,31 +83,39 @@ class _NamedTerm:
 class RuleLabeler:
     """The rules of this project, for English reports."""
 
-    signature = "rules of rectvlm for English chest-CT reports, version 3"
+    def __init__(self, convention: LabelConvention = DEFAULT_CONVENTION) -> None:
+        self.convention = convention
+        self.signature = (
+            f"rules of rectvlm for English chest-CT reports, version 4, {convention} convention"
+        )
 
     def label_reports(self, reports: Sequence[str]) -> NDArray[np.int8]:
         """States of the findings, (N, 18)."""
         states = np.zeros((len(reports), N_FINDINGS), dtype=np.int8)
         for row, report in zip(states, reports, strict=True):
-            for sentence in parse_report(report):
+            for sentence in parse_report(report, self.convention):
                 for mention in sentence.mentions:
                     i = FINDINGS.index(mention.finding)
                     row[i] = max(row[i], mention.state)
-            for finding, implied in IMPLIED_FINDINGS.items():
+            for finding, implied in IMPLIED_FINDINGS[self.convention].items():
                 i, j = FINDINGS.index(finding), FINDINGS.index(implied)
                 if row[i] >= FindingState.UNCERTAIN:
                     row[j] = max(row[i], row[j])
         return states
 
 
-def label_report(report: str) -> dict[str, FindingState]:
+def label_report(
+    report: str, convention: LabelConvention = DEFAULT_CONVENTION
+) -> dict[str, FindingState]:
     """Read one report by the rules: states by finding."""
-    row = RuleLabeler().label_reports([report])[0]
+    row = RuleLabeler(convention).label_reports([report])[0]
     return {finding: FindingState(int(state)) for finding, state in zip(FINDINGS, row, strict=True)}
 
 
 @lru_cache(maxsize=8192)
-def parse_report(report: str) -> tuple[ReportSentence, ...]:
+def parse_report(
+    report: str, convention: LabelConvention = DEFAULT_CONVENTION
+) -> tuple[ReportSentence, ...]:
     """Parse the sentences that describe this examination, with the findings that they name.
 
     The result is cached, since findings and sides are read from the same reports, and a reference
@@ -115,7 +123,7 @@ def parse_report(report: str) -> tuple[ReportSentence, ...]:
     """
     sentences = []
     for text in _split_sentences(report):
-        sentences.append(ReportSentence(text, tuple(_find_mentions(text))))
+        sentences.append(ReportSentence(text, tuple(_find_mentions(text, convention))))
     return tuple(sentences)
 
 
@@ -147,11 +155,11 @@ def _select_sections(text: str) -> list[str]:
     return sections
 
 
-def _find_mentions(sentence: str) -> list[FindingMention]:
+def _find_mentions(sentence: str, convention: LabelConvention) -> list[FindingMention]:
     """Names of findings in a sentence with their states."""
     current = modifiers.PRIOR_EXAMINATION_ASIDE.sub(_blank_out, sentence)
     text = modifiers.PSEUDO_NEGATION.sub(_blank_out, current)
-    matches = _match_terms(text)
+    matches = _match_terms(text, convention)
     clauses = split_clauses(text, [match.name for match in matches])
     mentions = _find_normal_structures(current, clauses)
     named = []
@@ -246,11 +254,11 @@ def _is_term_meant(named: _NamedTerm, text: str) -> bool:
     return bool(LUNG_PATTERN.search(clause)) or not term.excluded_organs.search(clause)
 
 
-def _match_terms(text: str) -> list[_NamedTerm]:
+def _match_terms(text: str, convention: LabelConvention) -> list[_NamedTerm]:
     """Matches of every term; of a weak term only where no other term's words cover it."""
     strong: list[_NamedTerm] = []
     weak: list[_NamedTerm] = []
-    for term in FINDING_TERMS:
+    for term in select_terms(convention):
         matches = [_NamedTerm(term, match.span()) for match in term.name_pattern.finditer(text)]
         (weak if term.is_weak else strong).extend(matches)
     covered = [match.name for match in strong]

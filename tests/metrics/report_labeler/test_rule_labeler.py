@@ -1,4 +1,4 @@
-"""Rule labeler: right on all tuning sentences, measured on held-out ones."""
+"""Rule labeler in the clinical convention: right on tuning sentences, measured on others."""
 
 import time
 
@@ -23,7 +23,7 @@ def gold(labels: str) -> dict[str, FindingState]:
     """All 18 states of a line such as `+PLE -CO`."""
     states = dict.fromkeys(FINDINGS, FindingState.NOT_MENTIONED)
     states |= {CODES[label[1:]]: SIGNS[label[0]] for label in labels.split()}
-    for kind, whole in IMPLIED_FINDINGS.items():
+    for kind, whole in IMPLIED_FINDINGS["clinical"].items():
         if states[kind] >= FindingState.UNCERTAIN:
             states[whole] = max(states[kind], states[whole])
     return states
@@ -32,19 +32,19 @@ def gold(labels: str) -> dict[str, FindingState]:
 def mentioned(report: str) -> dict[str, FindingState]:
     return {
         finding: state
-        for finding, state in label_report(report).items()
+        for finding, state in label_report(report, "clinical").items()
         if state != FindingState.NOT_MENTIONED
     }
 
 
 @pytest.mark.parametrize(("sentence", "labels"), TUNING)
 def test_the_sentences_that_the_rules_were_made_with(sentence: str, labels: str) -> None:
-    assert label_report(sentence) == gold(labels)
+    assert label_report(sentence, "clinical") == gold(labels)
 
 
 def scores(sentences: tuple[tuple[str, str], ...]) -> dict[str, float]:
     """Counts of present findings, and of the states that labels or rules mention."""
-    said = RuleLabeler().label_reports([sentence for sentence, _ in sentences])
+    said = RuleLabeler("clinical").label_reports([sentence for sentence, _ in sentences])
     true = np.array([list(gold(labels).values()) for _, labels in sentences])
     called, there = said == FindingState.PRESENT, true == FindingState.PRESENT
     either = (said != FindingState.NOT_MENTIONED) | (true != FindingState.NOT_MENTIONED)
@@ -63,7 +63,7 @@ def scores(sentences: tuple[tuple[str, str], ...]) -> dict[str, float]:
 def test_sentences_that_no_rule_has_seen() -> None:
     """Measured once: precision 0.970, recall 1.000, F1 0.985 of 64 present findings; 0.917 of 121
     states. `stent` was mended afterwards, which is the only use that was made of them. Versions 2
-    and 3 of the rules give the same: 1.000, 1.000, 1.000, and 0.933 of 119."""
+    to 4 of the rules give the same: 1.000, 1.000, 1.000, and 0.933 of 119."""
     found = scores(HELD_OUT)
     assert found["n_present"] == 64
     assert found["precision"] >= 0.96 and found["recall"] >= 0.98 and found["f1"] >= 0.98
@@ -89,7 +89,7 @@ def test_consistent_holds_no_stent() -> None:
     ],
 )
 def test_negation_and_doubt_reach_as_far_as_they_should(report: str, labels: str) -> None:
-    assert label_report(report) == gold(labels)
+    assert label_report(report, "clinical") == gold(labels)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_negation_and_doubt_reach_as_far_as_they_should(report: str, labels: str
     ],
 )
 def test_a_lymph_node_is_judged_by_its_own_short_axis(sentence: str, state: FindingState) -> None:
-    assert label_report(sentence)["Lymphadenopathy"] == state
+    assert label_report(sentence, "clinical")["Lymphadenopathy"] == state
 
 
 def test_what_is_not_of_this_examination_is_not_read() -> None:
@@ -162,7 +162,7 @@ def test_what_is_not_of_this_examination_is_not_read() -> None:
     ],
 )
 def test_a_line_break_ends_a_sentence_unless_the_text_is_wrapped(report: str, labels: str) -> None:
-    assert label_report(report) == gold(labels)
+    assert label_report(report, "clinical") == gold(labels)
 
 
 def test_the_strongest_statement_of_a_report_counts() -> None:
