@@ -17,6 +17,7 @@ from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
 from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.mask_placement import require_on_volume
 from rectvlm.data.sample import preprocessing_versions
+from rectvlm.file_search import list_files
 from rectvlm.files import printable_text
 from rectvlm.labels import FINDINGS
 from rectvlm.lesion_bits import present_lesions
@@ -78,13 +79,16 @@ class Case:
 def file_identity(*paths: Path) -> tuple[str, ...]:
     """Name, size and modification time of each file, for `Case.identity`.
 
-    A file may be missing, and a path may be none that the system takes.
+    A folder stands for the files in it. A file may be missing, and a path may be none that the
+    system takes.
     """
     identity = []
     for path in paths:
         if os.path.isfile(path):
             stat = path.stat()
             identity.append(f"{path}:{stat.st_size}:{stat.st_mtime_ns}")
+        elif os.path.isdir(path):
+            identity += file_identity(*list_files(path).files)
         else:
             identity.append(f"{path}:missing")
     return tuple(identity)

@@ -116,7 +116,10 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _add_predict_arguments(predict: argparse.ArgumentParser) -> None:
     predict.add_argument(
-        "source", type=Path, metavar="FILE_OR_FOLDER", help=".nii or .nii.gz, or a folder of them"
+        "source",
+        type=Path,
+        metavar="FILE_OR_FOLDER",
+        help="a CT (DICOM, .nii.gz, .mha, .nrrd, .npz, .zip of DICOM), or a folder of them",
     )
     predict.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder"
@@ -132,6 +135,11 @@ def _add_predict_arguments(predict: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="thresholds.json for calls and prompts; by default the model's own thresholds",
+    )
+    predict.add_argument(
+        "--series",
+        metavar="NUMBER_OR_UID",
+        help="DICOM series of each study; by default the chest CT is chosen",
     )
     predict.set_defaults(run=_run_predict)
 
@@ -360,14 +368,19 @@ def _run_predict(options: argparse.Namespace) -> None:
 
     if not options.source.exists():
         raise UserError(
-            f"{options.source} does not exist: give a CT (.nii or .nii.gz) or a folder of them."
+            f"{options.source} does not exist: give a CT (DICOM, .nii.gz, …) or a folder of them."
         )
     _check_checkpoint(options.checkpoint)
     _check_device(options.device)
     from rectvlm.predict.run import predict_cases
 
     folders = predict_cases(
-        options.source, options.checkpoint, options.out, options.device, options.thresholds
+        options.source,
+        options.checkpoint,
+        options.out,
+        options.device,
+        options.thresholds,
+        options.series,
     )
     for folder in folders:
         sys.stdout.write(f"{folder / 'index.html'}\n")

@@ -98,6 +98,9 @@ class Volume:
     """Name of the file or case in messages."""
     nifti_header: bytes | None = None
     """Header of the file that the affine was read from; None for an affine from elsewhere."""
+    pseudonym: str | None = None
+    """Name of a DICOM series in results, which says nothing of the patient; None for other files,
+    which have their own names."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ FILES = sorted((CHECKOUT / "rectvlm").rglob("*.py"))
 SHARED = {
     "chest_geometry",
     "config",
+    "file_search",
     "files",
     "finding_thresholds",
     "labels",

@@ -25,10 +25,11 @@ from data_pipeline.ct_rate.download_folder import (
 )
 from data_pipeline.ct_rate.options import CtRateOptions, options_for_manifest
 from data_pipeline.ct_rate.selection import SelectedVolume, select_volumes
-from data_pipeline.ct_rate.series import kernel_class, series_affine
+from data_pipeline.ct_rate.series import series_affine
 from data_pipeline.ct_rate.tables import FindingLabels, ReportSections, SeriesMetadata
 from data_pipeline.ct_rate.volume_names import VolumeName
 from data_pipeline.masks.mask_files import CaseMaskFiles
+from rectvlm.data.kernels import kernel_class
 from rectvlm.data.volume import read_volume
 from rectvlm.files import json_sha256
 from rectvlm.labels import FINDINGS

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.ct_rate.series import KernelClass
 from data_pipeline.ct_rate.volume_names import ReleasedSplit
 from data_pipeline.masks.mask_folders import MaskFolders
 from rectvlm.cli_options import add_options, argument
+from rectvlm.data.kernels import KernelClass
 from rectvlm.types import UserError
 
 TreeLayout = Literal["auto", "fixed", "v1"]

@@ -14,6 +14,7 @@ from data_pipeline.own_data.table_columns import CT_COLUMN, TableColumns
 from data_pipeline.own_data.table_mapping import TableMapping
 from data_pipeline.patient_hash import patient_fraction
 from rectvlm.data.sample import SAMPLE_KEY_PATTERN
+from rectvlm.data.volume import strip_suffix
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
 from rectvlm.types import InputError, Split
 
@@ -106,7 +107,7 @@ class _CellReader:
     def _read_key(self, row: TableRow, texts: dict[str, str]) -> str:
         key = texts.get("key", "")
         if not key:
-            name = _NIFTI_SUFFIX.sub("", re.split(r"[/\\]", texts[CT_COLUMN])[-1])
+            name = strip_suffix(re.split(r"[/\\]", texts[CT_COLUMN].rstrip("/\\"))[-1])
             return re.sub(r"[^A-Za-z0-9_-]", "_", name)[-80:]
         if not SAMPLE_KEY_PATTERN.fullmatch(key):
             wanted = "1 to 80 letters (a to z), digits, '_' or '-'"

@@ -25,7 +25,7 @@ from data_pipeline.own_data.delimited_file import decode_text, read_delimited_fi
 from data_pipeline.own_data.table_columns import recognise_columns
 from data_pipeline.own_data.table_mapping import TableMapping, read_table_mapping
 from rectvlm.data.report_text import split_report_sections
-from rectvlm.data.volume import read_volume
+from rectvlm.data.volume import detect_format, read_volume
 from rectvlm.files import json_sha256
 from rectvlm.labels import LESION_BY_KEY, Lesion
 from rectvlm.types import InputError
@@ -124,8 +124,19 @@ def _build_case(case: TableCase, path: Path, mask_folders: MaskFolders) -> Case:
         patient=case.patient,
         source=f"{path.name} {case.ct_text}",
         load=partial(load_table_case, case.ct, case.labels, texts, masks, case.masks),
-        identity=(*file_identity(case.ct, *masks.paths, *text_files), row_digest),
+        identity=(*file_identity(*_ct_paths(case.ct), *masks.paths, *text_files), row_digest),
     )
+
+
+def _ct_paths(ct: Path) -> list[Path]:
+    """What a CT is read from: its file, with the voxels of a `.mhd`, or the folder of a series."""
+    if not os.path.exists(ct):
+        return [ct]
+    if detect_format(ct) == "dicom":
+        return [ct if ct.is_dir() else ct.parent]
+    if ct.name.lower().endswith(".mhd"):
+        return [ct, *sorted(ct.parent.glob("*raw"))]
+    return [ct]
 
 
 # What a worker does

@@ -71,7 +71,7 @@ def read_affine(
     elif header["qform_code"] > 0:
         affine, form = _scale_affine(_require_qform(header, path), unit_mm), "qform"
     if affine is not None and not _is_made_up(affine, shape):
-        _require_possible_affine(affine, shape, path, f"({unit_name} by its {form})")
+        require_possible_affine(affine, shape, path, f"({unit_name} by its {form})")
         if form == "sform":
             _require_agreement(header, affine, unit_mm, shape, path)
         return affine, True
@@ -80,7 +80,7 @@ def read_affine(
     for sizes in (_pixdim(header) * unit_mm, None if affine is None else _voxel_size(affine)):
         if sizes is not None:
             _require_same_size(sizes, default_affine, path)
-    _require_possible_affine(default_affine, shape, path, "(by the metadata)")
+    require_possible_affine(default_affine, shape, path, "(by the metadata)")
     return default_affine, False
 
 
@@ -198,8 +198,24 @@ def _is_made_up(affine: Affine, shape: Sequence[int]) -> bool:
     return bool(is_centred)
 
 
-def _require_possible_affine(affine: Affine, shape: Sequence[int], path: Path, source: str) -> None:
+def require_stated_affine(affine: Affine, shape: Sequence[int], path: Path) -> None:
+    """Refuse an affine that a program made up for a file without an orientation.
+
+    Raises:
+        InputError: it holds a voxel size at most, so left and right are unknown.
+    """
+    if _is_made_up(affine, shape):
+        raise _blank_header_error(affine, path)
+
+
+def require_possible_affine(affine: Affine, shape: Sequence[int], path: Path, source: str) -> None:
     """Refuse voxels and volumes of sizes that no CT has, before anything is allocated for them.
+
+    Args:
+        affine: 4 × 4, index (i, j, k, 1) to RAS+ mm.
+        shape: shape (i, j, k) of the volume.
+        path: file in the message.
+        source: where the affine is from, in brackets, for the message.
 
     Raises:
         InputError: numbers that are not finite, an impossible voxel size, extent or position, or

@@ -1,51 +1,63 @@
-"""Reading of CT and mask files (NIfTI), with a clear error for every file that cannot be used.
+"""Reading of CTs and masks, with a clear error for every file that cannot be used.
 
-`nifti_affine` reads their position, `hounsfield` converts the numbers to HU, `canonical_grid`
-brings them to the grid of a sample.
+Formats: DICOM (`dicom`), NIfTI (`nifti_file`), MetaImage and NRRD (`itk_file`), NumPy archives
+(`npz_file`), zip archives of DICOM (`zip_archive`). `hounsfield` converts the numbers to HU,
+`canonical_grid` brings them to the grid of a sample.
 """
 
-import gzip
-import stat
-import threading
-import zlib
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import deflate
-import nibabel as nib
 import numpy as np
-import psutil
-from nibabel.spatialimages import HeaderDataError
-from numpy.typing import NDArray
 
-from rectvlm.data.nifti_affine import read_affine
+from rectvlm.data.nifti_file import read_nifti
 from rectvlm.types import Affine, InputError, Volume
 
-_MAX_VOLUME_BYTES = 16 << 30
+FileFormat = Literal["dicom", "nifti", "itk", "npz", "zip"]
+"""Kinds of files that `read_volume` reads, each by a reader of its own."""
+SUFFIXES: dict[str, FileFormat] = {
+    ".nii.gz": "nifti",
+    ".nii": "nifti",
+    ".mha": "itk",
+    ".mhd": "itk",
+    ".nrrd": "itk",
+    ".npz": "npz",
+    ".zip": "zip",
+    ".dcm": "dicom",
+    ".dicom": "dicom",
+    ".ima": "dicom",
+}
+"""Formats by the end of a name, in lower case."""
+_SUFFIX_PATTERN = re.compile(rf"(?:{'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
+_DICOM_MAGIC = b"DICM"
 _MIN_EXTENT_MM = 100
 """Shortest of the longest sides of CTs of a chest; one in centimetres has 30 to 50."""
-_MAX_DEFLATE_RATIO = 1032
-"""Largest factor by which DEFLATE can expand data."""
-_HEADER_BYTES = 540
-_HEADER_CLASSES: dict[int, type[nib.Nifti1Header]] = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 
 
-def read_volume(path: Path, default_affine: Affine | None = None) -> Volume:
-    """Read a CT from a NIfTI file; unscaled voxels keep their stored type.
+def read_volume(
+    path: Path, default_affine: Affine | None = None, series: str | None = None
+) -> Volume:
+    """Read a CT of any format; NIfTI, MetaImage, NRRD and NumPy voxels keep their stored type.
 
     Args:
-        path: `.nii` or `.nii.gz` file.
-        default_affine: index to world for a file whose header is blank, when it is known from
+        path: `.nii`, `.nii.gz`, `.mha`, `.mhd`, `.nrrd` or `.npz` file; folder of a DICOM series,
+            one of its files, DICOMDIR, or `.zip` of it.
+        default_affine: index to world for a NIfTI file whose header is blank, when it is known from
             elsewhere.
+        series: number or SeriesInstanceUID of the DICOM series; by default that of the file, or
+            the chest CT of the folder or archive.
+
+    Returns:
+        The array (i, j, k) with its affine; HU for DICOM.
 
     Raises:
-        InputError: the file does not exist, is not NIfTI, is shorter or longer than its header
-            says, is not 3-D, is a single slice or too small for a chest, does not fit in memory,
-            has no affine that `read_affine` believes, holds voxels that are not finite, or holds
-            one value throughout.
+        InputError: the file does not exist, cannot be read in its format, has no position that can
+            be believed, is a single slice or too small for a chest, does not fit in memory, holds
+            voxels that are not finite, or holds one value throughout.
     """
-    volume = _read_nifti(path, default_affine)
+    volume = _read_format(path, default_affine, series)
     if min(volume.array.shape) == 1:
         raise InputError(
             path,
@@ -54,6 +66,61 @@ def read_volume(path: Path, default_affine: Affine | None = None) -> Volume:
             found=f"shape {volume.array.shape}",
             remedy="give the whole series",
         )
+    require_chest(volume, path)
+    return volume
+
+
+def _read_format(path: Path, default_affine: Affine | None, series: str | None) -> Volume:
+    """Read by the reader of the format; pydicom and SimpleITK are loaded when they are needed."""
+    file_format = detect_format(path)
+    if file_format == "nifti":
+        return read_nifti(path, default_affine)
+    if file_format == "npz":
+        from rectvlm.data.npz_file import read_npz
+
+        return read_npz(path)
+    if file_format == "itk":
+        from rectvlm.data.itk_file import read_itk_file
+
+        return read_itk_file(path)
+    from rectvlm.data.dicom.volume import read_dicom, read_dicom_archive
+
+    return (read_dicom_archive if file_format == "zip" else read_dicom)(path, series)
+
+
+def detect_format(path: Path) -> FileFormat:
+    """Format of a path by its name, and by its content where the name says nothing."""
+    if path.is_dir() or path.name.upper() == "DICOMDIR":
+        return "dicom"
+    name = path.name.lower()
+    for suffix, file_format in SUFFIXES.items():
+        if name.endswith(suffix):
+            return file_format
+    return "dicom" if has_dicom_magic(path) else "nifti"
+
+
+def has_dicom_magic(path: Path) -> bool:
+    """Whether a readable file begins as DICOM files do."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as stream:
+            return stream.read(132)[128:] == _DICOM_MAGIC
+    except OSError:
+        return False
+
+
+def strip_suffix(name: str) -> str:
+    """Name of a CT without the suffix of its format."""
+    return _SUFFIX_PATTERN.sub("", name)
+
+
+def require_chest(volume: Volume, path: Path) -> None:
+    """Refuse a volume that no chest CT can be.
+
+    Raises:
+        InputError: it is too small, or holds one value throughout.
+    """
     extents = np.linalg.norm(volume.affine[:3, :3], axis=0) * volume.array.shape
     if extents.max() < _MIN_EXTENT_MM:
         raise InputError(
@@ -73,16 +140,15 @@ def read_volume(path: Path, default_affine: Affine | None = None) -> Volume:
             found=f"{volume.array.flat[0]} in every voxel",
             remedy="export the series again",
         )
-    return volume
 
 
 def read_mask(path: Path) -> Volume:
-    """Read a mask of whole numbers from 0 to 255 as uint8; it may be empty.
+    """Read a NIfTI mask of whole numbers from 0 to 255 as uint8; it may be empty.
 
     Raises:
-        InputError: as `read_volume`, or other values.
+        InputError: the file cannot be read as NIfTI, or holds other values.
     """
-    volume = _read_nifti(path)
+    volume = read_nifti(path)
     array = volume.array.astype(np.uint8)
     if (array != volume.array).any():
         low, high = volume.array.min(), volume.array.max()
@@ -94,284 +160,3 @@ def read_mask(path: Path) -> Volume:
             remedy="give the file of the mask",
         )
     return replace(volume, array=array)
-
-
-def _read_nifti(path: Path, default_affine: Affine | None = None) -> Volume:
-    is_gzip = _is_gzip(path)
-    header = _read_header(path, is_gzip)
-    shape = _read_shape(header, path, is_gzip)
-    affine, is_of_header = read_affine(header, shape, path, default_affine)
-    slope, intercept = _read_scaling(header, path)
-    array = _read_voxels(header, shape, path, is_gzip)
-    if slope is not None and (slope, intercept) != (1, 0):
-        array = array.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-    bad = 0
-    if array.dtype.kind == "f":
-        bad = array.size - int(np.count_nonzero(np.isfinite(array)))
-    if bad:
-        raise InputError(
-            path,
-            "has voxels that are no numbers",
-            expected="finite HU",
-            found=f"{bad} voxels that are NaN or infinite",
-            remedy="export the series again",
-        )
-    return Volume(array, affine, str(path), header.binaryblock if is_of_header else None)
-
-
-def parse_header(block: bytes) -> nib.Nifti1Header:
-    """Parse the first bytes of a NIfTI file, unchecked, in their byte order.
-
-    nibabel's check would turn a spacing of 0 into 1 mm with only a log line.
-
-    Raises:
-        HeaderDataError: the bytes are no header, or too few.
-    """
-    little, big = int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")
-    kind = _HEADER_CLASSES.get(little) or _HEADER_CLASSES.get(big)
-    if kind is None:
-        raise HeaderDataError("a file that starts with something else")
-    if len(block) < kind.template_dtype.itemsize:
-        raise HeaderDataError(f"an end after {len(block)} bytes, inside the header")
-    return kind(block[: kind.template_dtype.itemsize], check=False)
-
-
-def _is_gzip(path: Path) -> bool:
-    """Whether a file is gzip. Anything but a readable, regular, non-empty file is refused."""
-    wanted = "a NIfTI file (.nii or .nii.gz)"
-    try:
-        kind = path.stat()
-        if stat.S_ISDIR(kind.st_mode):
-            raise InputError(
-                path,
-                "is a folder",
-                expected=wanted,
-                found="a folder",
-                remedy="convert DICOM with dcm2niix",
-            )
-        if not stat.S_ISREG(kind.st_mode):
-            # Opening a pipe would wait forever.
-            raise InputError(
-                path,
-                "is not a file",
-                expected=wanted,
-                found="a pipe or device",
-                remedy="copy it again",
-            )
-        if kind.st_size == 0:
-            raise InputError(
-                path, "is empty", expected=wanted, found="0 bytes", remedy="copy or export it again"
-            )
-        with path.open("rb") as file:
-            return file.read(2) == b"\x1f\x8b"
-    except FileNotFoundError:
-        raise InputError(
-            path,
-            "does not exist",
-            expected=wanted,
-            found="nothing",
-            remedy="download it or correct the path",
-        ) from None
-    except OSError as error:
-        raise _unreadable_error(path, error) from None
-
-
-def _unreadable_error(path: Path, error: OSError) -> InputError:
-    return InputError(
-        path,
-        "cannot be read",
-        expected="a readable file",
-        found=f"the system's answer {error.strerror or error!r}",
-        remedy="check the disk and the permissions",
-    )
-
-
-def _read_header(path: Path, is_gzip: bool) -> nib.Nifti1Header:
-    try:
-        with gzip.open(path, "rb") if is_gzip else path.open("rb") as file:
-            block = file.read(_HEADER_BYTES)
-        header = parse_header(block)
-        if int(header["datatype"]) not in nib.nifti1.data_type_codes.dtype:
-            raise HeaderDataError(f"the unknown voxel type {int(header['datatype'])}")
-        if not int(header["sizeof_hdr"]) + 4 <= header["vox_offset"] < 1 << 20:
-            raise HeaderDataError(
-                f"voxels that would start at byte {float(header['vox_offset']):g}"
-            )
-    except (
-        HeaderDataError,
-        nib.spatialimages.HeaderTypeError,
-        EOFError,
-        zlib.error,
-        OSError,
-        ValueError,
-    ) as error:
-        raise InputError(
-            path,
-            "is not a NIfTI file",
-            expected="a NIfTI header",
-            found=str(error),
-            remedy="convert it or copy it again",
-        ) from None
-    if not header["magic"].item().startswith((b"n+1", b"n+2")):
-        raise InputError(
-            path,
-            "is not a single-file NIfTI",
-            expected=".nii or .nii.gz",
-            found="a pair of .hdr and .img, or another magic number",
-            remedy="convert it to .nii.gz",
-        )
-    return header
-
-
-def _read_shape(header: nib.Nifti1Header, path: Path, is_gzip: bool) -> tuple[int, int, int]:
-    """Shape (i, j, k). Sizes are compared with file and memory before anything is allocated."""
-    shape = tuple(int(n) for n in header.get_data_shape())
-    if len(shape) < 3 or set(shape[3:]) - {1} or min(shape) < 1:
-        raise InputError(
-            path,
-            "is not one volume",
-            expected="3 dimensions",
-            found=f"shape {shape}",
-            remedy="split a series of volumes first",
-        )
-    dtype = header.get_data_dtype()
-    if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise InputError(
-            path,
-            "has voxels of a strange type",
-            expected="integers or real numbers",
-            found=str(dtype),
-            remedy="convert it to int16",
-        )
-    size = path.stat().st_size
-    needed = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    end = needed + int(header["vox_offset"])
-    room = min(_MAX_VOLUME_BYTES, psutil.virtual_memory().available)
-    if not is_gzip and end > size:
-        raise _truncated_error(path, end, size)
-    if not is_gzip and size - end >= needed // shape[2]:
-        raise _trailing_bytes_error(path, end, size)
-    if needed > room or needed > size * _MAX_DEFLATE_RATIO:
-        raise InputError(
-            path,
-            "has a header that asks for too much",
-            expected=f"a size that a file of {size} bytes and {room / 2**30:.1f} GiB of free "
-            "memory can hold",
-            found=f"{shape} voxels, {needed / 2**30:.1f} GiB",
-            remedy="copy it again, or crop the volume",
-        )
-    return shape[0], shape[1], shape[2]
-
-
-def _truncated_error(path: Path, expected: int, found: int) -> InputError:
-    return InputError(
-        path,
-        "is cut short",
-        expected=f"{expected} bytes by its header",
-        found=f"{found}",
-        remedy="copy it again",
-    )
-
-
-def _trailing_bytes_error(path: Path, expected: int, found: int) -> InputError:
-    return InputError(
-        path,
-        "holds more than its header says",
-        expected=f"{expected} bytes, with less than a slice after them",
-        found=f"at least {found}",
-        remedy="export the series again",
-    )
-
-
-def _read_scaling(header: nib.Nifti1Header, path: Path) -> tuple[float | None, float | None]:
-    """Slope and intercept of the header; None for both without scaling."""
-    try:
-        slope, intercept = header.get_slope_inter()
-    except HeaderDataError:
-        raise InputError(
-            path,
-            "has an impossible scaling",
-            expected="a finite slope and intercept",
-            found=f"slope {header['scl_slope']:g} and intercept {header['scl_inter']:g}",
-            remedy="export the series again",
-        ) from None
-    return slope, intercept
-
-
-def _read_voxels(
-    header: nib.Nifti1Header, shape: tuple[int, int, int], path: Path, is_gzip: bool
-) -> NDArray[Any]:
-    """Stored numbers (i, j, k) in Fortran order, never as float64."""
-    dtype, offset = header.get_data_dtype(), int(header["vox_offset"])
-    count = int(np.prod(shape))
-    if is_gzip:
-        data = _decompress_gzip(
-            path, offset + count * dtype.itemsize, count // shape[2] * dtype.itemsize
-        )
-        array = np.frombuffer(data, dtype, count, offset)
-    else:
-        array = np.fromfile(path, dtype, count, offset=offset)
-    if dtype.kind == "f" and dtype.itemsize == 8:
-        array = array.astype(np.float32)
-    return array.astype(array.dtype.newbyteorder("="), copy=False).reshape(shape, order="F")
-
-
-class _ReadBuffer(threading.local):
-    """Memory for the bytes of one file at a time: fresh memory costs more than reading them."""
-
-    def __init__(self) -> None:
-        self.memory = bytearray()
-
-    def read_file(self, path: Path) -> memoryview:
-        """Read a file; its bytes are valid until the next call."""
-        size, done = path.stat().st_size, 0
-        if len(self.memory) < size:
-            self.memory = bytearray(size)
-        view = memoryview(self.memory)[:size]
-        with path.open("rb", buffering=0) as file:
-            while done < size and (count := file.readinto(view[done:])):
-                done += count
-        return view[:done]
-
-
-_read_buffer = _ReadBuffer()
-
-
-def _decompress_gzip(path: Path, needed: int, surplus: int) -> bytes | bytearray:
-    """Decompress a gzip file to `needed` bytes; fewer than `surplus` bytes may follow them.
-
-    libdeflate decompresses files of one member, the standard library all others.
-
-    Raises:
-        InputError: the file cannot be read, is damaged, or has another length.
-    """
-    try:
-        data = _read_buffer.read_file(path)
-    except OSError as error:
-        raise _unreadable_error(path, error) from None
-    # The trailer holds the size of the last member, which nearly always is the only one.
-    if int.from_bytes(data[-4:], "little") == needed:
-        try:
-            content: bytearray = deflate.gzip_decompress(data)
-        except deflate.DeflateError:
-            content = bytearray()
-        if len(content) == needed:
-            return content
-    try:
-        with gzip.open(path, "rb") as file:
-            part = file.read(needed)
-            # Reading on checks the checksum at the end, but stops early in a decompression bomb.
-            surplus_read = len(file.read(surplus))
-    except (EOFError, zlib.error, OSError) as error:
-        raise InputError(
-            path,
-            "is cut short or damaged",
-            expected="a whole gzip file",
-            found=str(error),
-            remedy="copy it again",
-        ) from None
-    if len(part) < needed:
-        raise _truncated_error(path, needed, len(part))
-    if surplus_read >= surplus:
-        raise _trailing_bytes_error(path, needed, needed + surplus_read)
-    return part

@@ -12,7 +12,7 @@ class EmbedOptions:
     """What is embedded, by which encoder, and where it goes."""
 
     source: str = field(metadata=argument(is_positional=True, metavar="CT_FOLDER_OR_SHARDS"))
-    """CT (.nii or .nii.gz), folder of CTs, or folder or URL of shards."""
+    """CT (NIfTI, DICOM, …), folder of CTs, or folder or URL of shards."""
     out: Path = field(kw_only=True, metadata=argument(metavar="FILE"))
     """Features, `.safetensors` or `.npz`."""
     checkpoint: Path | None = field(
@@ -44,7 +44,7 @@ class EmbedOptions:
         """
         if not self.is_url and not Path(self.source).exists():
             raise UserError(
-                f"{self.source} does not exist: give a CT (.nii or .nii.gz), a folder of them, or "
+                f"{self.source} does not exist: give a CT (NIfTI, DICOM, …), a folder of them, or "
                 "shards."
             )
         if self.checkpoint is None and not self.config:

@@ -18,7 +18,6 @@ from rectvlm.data.dataset import ShardDataset, collate_samples
 from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.loader import BatchLoader
 from rectvlm.data.shards import SHARD_INDEX_FILE, read_index
-from rectvlm.data.volume import read_volume
 from rectvlm.embed.features import FeatureTable, require_feature_path, write_features
 from rectvlm.embed.options import EmbedOptions
 from rectvlm.files import (
@@ -32,6 +31,7 @@ from rectvlm.models import load_part
 from rectvlm.models.encoder import build_encoder, load_starting_weights
 from rectvlm.models.language_model import resolve_device
 from rectvlm.predict.case import make_sample
+from rectvlm.predict.ct_source import CtSource
 from rectvlm.predict.find_volumes import case_names, find_volumes
 from rectvlm.predict.run import FailedFile
 from rectvlm.types import Batch, Sample, SampleMeta, Split, UserError
@@ -135,29 +135,29 @@ def _embed_shards(loaded: LoadedEncoder, options: EmbedOptions) -> Iterator[Feat
 
 
 def _embed_files(loaded: LoadedEncoder, source: Path, out: Path) -> Iterator[FeatureRow]:
-    content = find_volumes(source, out)
-    for path in content.skipped:
+    found = find_volumes(source, out)
+    for path in found.skipped:
         log.warning("skipped: %s %s", printable_line(path.path), printable_line(path.reason))
     failed_file = out.with_name(f"{out.name}.failed.jsonl")
     failed_file.unlink(missing_ok=True)
-    for name, file in zip(case_names(content.files), content.files, strict=True):
+    for name, ct in zip(case_names(found.sources), found.sources, strict=True):
         try:
-            sample = _read_sample(name, file, loaded.config)
+            sample = _read_sample(name, ct, loaded.config)
             tokens = _embed_batch(loaded, collate_samples([sample]))
         except Exception as error:
-            failure = FailedFile.from_error(file, error)
+            failure = FailedFile.from_error(ct.place, error)
             if source.is_file():
                 raise UserError(failure.reason) from error
             log.error("%s", printable_line(failure.reason))
-            log.debug("%s failed", file, exc_info=True)
+            log.debug("%s failed", ct.place, exc_info=True)
             append_json_line(failed_file, vars(failure))
         else:
             yield sample.meta, "", tokens[0]
 
 
-def _read_sample(name: str, file: Path, config: Config) -> Sample:
+def _read_sample(name: str, source: CtSource, config: Config) -> Sample:
     """Read a CT onto the grid of the encoder, through the same checks as a prediction."""
-    volume = read_volume(file)
+    volume = source.read()
     hu, decision = to_hu(volume)
     return make_sample(name, volume, hu, decision, config)
 

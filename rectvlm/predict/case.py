@@ -4,7 +4,6 @@ Index order: (i, j, k) as in the file, (z, y, x) canonical.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -13,9 +12,9 @@ from rectvlm.config import Config
 from rectvlm.data.canonical_grid import canonical_affine, mask_to_native, resample_to_grid
 from rectvlm.data.dataset import collate_samples
 from rectvlm.data.hounsfield import to_hu
-from rectvlm.data.volume import read_volume
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.models import RectVLM
+from rectvlm.predict.ct_source import CtSource
 from rectvlm.types import (
     Affine,
     GridGeometry,
@@ -54,13 +53,13 @@ class PredictedCase:
     """Generated text; None when the model has no report generator."""
 
 
-def predict_case(loaded: LoadedModel, name: str, file: Path) -> PredictedCase:
+def predict_case(loaded: LoadedModel, name: str, source: CtSource) -> PredictedCase:
     """Predict on one CT.
 
     Raises:
-        UserError: the file is no chest CT in HU, or the model's probabilities are not finite.
+        UserError: the source is no chest CT in HU, or the model's probabilities are not finite.
     """
-    volume = read_volume(file)
+    volume = source.read()
     hu, decision = to_hu(volume)
     sample = make_sample(name, volume, hu, decision, loaded.checkpoint.config)
     device = next(loaded.model.parameters()).device

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rectvlm.checkpoint import Checkpoint
+from rectvlm.data.volume import detect_format
 from rectvlm.file_search import SkippedPath
 from rectvlm.files import (
     atomic_file,
@@ -30,6 +31,7 @@ from rectvlm.predict.case_folder import (
     remove_stale_folders,
     write_case_folder,
 )
+from rectvlm.predict.ct_source import CtSource
 from rectvlm.predict.find_volumes import (
     FAILED_FILE,
     RUN_SUMMARY_FILE,
@@ -53,6 +55,7 @@ class PredictedFile:
     name: str
     """Name of the case's folder."""
     file: str
+    """Path of the CT, with the number of a DICOM series."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +68,19 @@ class FailedFile:
     """Kind of fault, in the same words for every file that has it."""
 
     @classmethod
-    def from_error(cls, file: Path, error: Exception) -> "FailedFile":
+    def from_error(cls, file: str, error: Exception) -> "FailedFile":
         """Describe a file by the exception that it raised."""
         if isinstance(error, InputError):
-            return cls(str(file), str(error), error.reason)
+            return cls(file, str(error), error.reason)
         if isinstance(error, UserError):
-            return cls(str(file), str(error), "cannot be used")
+            return cls(file, str(error), "cannot be used")
         message = " ".join(str(error).split()).removesuffix(".") or "no message"
         if isinstance(error, MemoryError):
             kind, remedy = "needs too much memory", "look at its size and its header"
         else:
             kind = f"met an unexpected {type(error).__name__}"
             remedy = "--verbose shows where; report it if the file is sound"
-        return cls(str(file), f"{file} {kind} ({message}): {remedy}.", kind)
+        return cls(file, f"{file} {kind} ({message}): {remedy}.", kind)
 
 
 @dataclass
@@ -99,6 +102,7 @@ def predict_cases(
     out: str | Path,
     device: str | None = None,
     thresholds: str | Path | None = None,
+    series: str | None = None,
 ) -> list[Path]:
     """Predict on one CT or on every CT below a folder.
 
@@ -108,11 +112,14 @@ def predict_cases(
     `out/predict-summary.json` names the predicted, failed and skipped files.
 
     Args:
-        source: a .nii or .nii.gz, or a folder that is searched through.
+        source: a CT (NIfTI, DICOM, MetaImage, NRRD, NumPy archive, zip of DICOM), or a folder that
+            is searched through.
         checkpoint: a run's phase folder, a checkpoint or an exported model.
         out: folder of the results.
         device: device of the model, by default the GPU if there is one.
         thresholds: file of thresholds for calls and prompts; by default those of the model.
+        series: number or SeriesInstanceUID of the DICOM series of each study; by default the chest
+            CT is chosen.
 
     Returns:
         The folders of the cases.
@@ -123,9 +130,9 @@ def predict_cases(
             and holds something else.
     """
     source, out = Path(source), Path(out)
-    content = find_volumes(source, out)
-    _log_skipped_paths(content.skipped, out)
-    names = case_names(content.files)
+    found = find_volumes(source, out, series)
+    _log_skipped_paths(found.skipped, out)
+    names = case_names(found.sources)
     for name in names:
         refuse_to_replace(out / name)
     opened = Checkpoint.open(checkpoint)
@@ -136,13 +143,14 @@ def predict_cases(
     if own_thresholds is not None:
         model.thresholds = own_thresholds
     loaded = LoadedModel(model, opened)
-    if source.is_file():
-        return [_predict_single_file(loaded, names[0], source, out)]
+    is_one_file = source.is_file() and detect_format(source) != "zip"
+    if is_one_file and source.name.upper() != "DICOMDIR":
+        return [_predict_single_file(loaded, names[0], found.sources[0], out)]
 
-    summary = PredictSummary(str(source), str(opened.folder), len(content.files))
-    summary.skipped = content.skipped
+    summary = PredictSummary(str(source), str(opened.folder), len(found.sources))
+    summary.skipped = found.skipped
     try:
-        case_folders = _predict_folder(loaded, content.files, names, out, summary)
+        case_folders = _predict_folder(loaded, found.sources, names, out, summary)
         write_json(out / RUN_SUMMARY_FILE, asdict(summary))
     except OSError as error:
         raise UserError(
@@ -158,14 +166,14 @@ def predict_cases(
     return case_folders
 
 
-def _predict_single_file(loaded: LoadedModel, name: str, file: Path, out: Path) -> Path:
+def _predict_single_file(loaded: LoadedModel, name: str, source: CtSource, out: Path) -> Path:
     try:
-        case = predict_case(loaded, name, file)
+        case = predict_case(loaded, name, source)
     except UserError:
         raise
     except Exception as error:
-        log.debug("%s failed", file, exc_info=True)
-        raise UserError(FailedFile.from_error(file, error).reason) from error
+        log.debug("%s failed", source.place, exc_info=True)
+        raise UserError(FailedFile.from_error(source.place, error).reason) from error
     try:
         return write_case_folder(loaded, case, out)
     except OSError as error:
@@ -174,7 +182,7 @@ def _predict_single_file(loaded: LoadedModel, name: str, file: Path, out: Path) 
 
 def _predict_folder(
     loaded: LoadedModel,
-    files: Sequence[Path],
+    sources: Sequence[CtSource],
     names: Sequence[str],
     out: Path,
     summary: PredictSummary,
@@ -187,25 +195,25 @@ def _predict_folder(
     for former_file in (FAILED_FILE, RUN_SUMMARY_FILE):
         (out / former_file).unlink(missing_ok=True)
     case_folders: list[Path] = []
-    for number, (name, file) in enumerate(zip(names, files, strict=True), start=1):
+    for number, (name, source) in enumerate(zip(names, sources, strict=True), start=1):
         is_predicted = False
         try:
-            case = predict_case(loaded, name, file)
+            case = predict_case(loaded, name, source)
             is_predicted = True
             case_folders.append(write_case_folder(loaded, case, out))
         except Exception as error:
             is_output_error = isinstance(error, OSError) and error.errno not in _CASE_ERRNOS
             if is_predicted and is_output_error:
                 raise
-            failure = FailedFile.from_error(file, error)
-            log.error("%d of %d: %s", number, len(files), printable_line(failure.reason))
-            log.debug("%s failed", file, exc_info=True)
+            failure = FailedFile.from_error(source.place, error)
+            log.error("%d of %d: %s", number, len(sources), printable_line(failure.reason))
+            log.debug("%s failed", source.place, exc_info=True)
             summary.failed.append(failure)
             _write_failed(out, summary.failed)
         else:
-            summary.predicted.append(PredictedFile(name, str(file)))
+            summary.predicted.append(PredictedFile(name, source.place))
             page = printable_line(case_folders[-1] / PAGE_FILE)
-            log.info("%d of %d: %s", number, len(files), page)
+            log.info("%d of %d: %s", number, len(sources), page)
     return case_folders
 
 

@@ -20,6 +20,7 @@ from rectvlm.cli import main
 from rectvlm.predict import run
 from rectvlm.predict.case import predict_case
 from rectvlm.predict.case_folder import remove_stale_folders
+from rectvlm.predict.ct_source import CtSource
 from rectvlm.predict.find_volumes import case_names, find_volumes
 from rectvlm.types import UserError
 from tests.small_cases import AFFINE, body
@@ -98,7 +99,7 @@ def test_linked_patients_are_predicted_and_what_is_skipped_is_listed(
         (root / "P4" / f"{number}.dcm").write_bytes(b"\0" * 128 + b"DICM")
     (root / "P5").mkdir()
     (root / "P5" / "IM0001").write_bytes(b"\0" * 128 + b"DICM")
-    (root / "P6.nrrd").write_text("NRRD0004")
+    (root / "P6.png").write_text("no CT")
     (root / "._P1.nii.gz").write_bytes(b"AppleDouble")
 
     cases = run.predict_cases(root, tiny_run(1), tmp_path / "out", device="cpu")
@@ -108,18 +109,19 @@ def test_linked_patients_are_predicted_and_what_is_skipped_is_listed(
     found = {os.path.relpath(row["path"], root): row["reason"] for row in summary["skipped"]}
     assert found.keys() == {
         *("again.nii.gz", "P1/same.nii.gz", "P1/up", "gone.nii.gz"),
-        *("P4", "P5", "P6.nrrd", "._P1.nii.gz"),
+        *("P4", "P5", "P6.png", "._P1.nii.gz"),
     }
     assert f"same file as {root / 'P3.nii.gz'}" in found["again.nii.gz"]
-    assert "DICOM (3 files)" in found["P4"] and "DICOM (1 files)" in found["P5"]
+    assert "3 files, each of which is no CT slice" in found["P4"]
+    assert "a file that is no CT slice" in found["P5"]
     for row in summary["skipped"]:
         assert row["path"] in caplog.text and row["reason"] in caplog.text
 
 
-def test_a_folder_of_dicom_alone_says_so(tmp_path):
+def test_a_folder_of_files_that_only_look_like_dicom_says_so(tmp_path):
     (tmp_path / "P1").mkdir()
     (tmp_path / "P1" / "1.dcm").write_bytes(b"")
-    with pytest.raises(UserError, match=r"No \.nii .*P1 holds DICOM \(1 files\)"):
+    with pytest.raises(UserError, match=r"No CT in .*P1 holds a file that is not a DICOM file"):
         find_volumes(tmp_path, tmp_path / "out")
 
 
@@ -162,7 +164,7 @@ def test_results_are_no_inputs(tmp_path, chest):
         (root / folder / "findings.json").write_text("{}")
         copy(chest, root / folder / "lesions.nii.gz")
     content = find_volumes(root, root / "out")
-    assert content.files == [root / "P1.nii.gz"]
+    assert content.sources == [CtSource(root / "P1.nii.gz")]
     assert {path.path: path.reason for path in content.skipped} == {
         str(root / "out"): "is the folder of the results",
         str(root / "earlier" / "P1"): "is the result of a prediction",
@@ -203,7 +205,7 @@ def test_equal_file_names_get_different_folders(tmp_path):
         *(tmp_path / "a" / "ct.nii.gz", tmp_path / "b" / "ct.nii", tmp_path / "b" / "other.nii"),
         *(tmp_path / "a_ct.nii", tmp_path / "a_ct-2.nii", tmp_path / "failed.jsonl.nii"),
     ]
-    names = case_names(files)
+    names = case_names([CtSource(file) for file in files])
     assert names == ["a_ct", "b_ct", "other", "a_ct-2", "a_ct-2-2", "failed.jsonl-2"]
 
 

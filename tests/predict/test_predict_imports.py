@@ -9,6 +9,7 @@ UNUSED_IN_PREDICTION = (
     "bert_score",
     "matplotlib",
     "deepspeed",
+    "SimpleITK",
 )
 
 

@@ -15,12 +15,13 @@ import torch
 from data_pipeline.cases import Case, case_to_sample
 from data_pipeline.ct_rate.cases import CtRateCases, list_ct_rate_cases
 from data_pipeline.ct_rate.options import CtRateOptions, add_ct_rate_options
-from data_pipeline.ct_rate.series import choose_reconstruction, kernel_class, siemens_kernel_number
+from data_pipeline.ct_rate.series import choose_reconstruction
 from data_pipeline.ct_rate.tables import SeriesMetadata
 from data_pipeline.ct_rate.volume_names import VolumeName, parse_volume_name
 from data_pipeline.masks.mask_folders import MaskFolders
 from rectvlm.cli_options import options_from_namespace
 from rectvlm.data.dataset import collate_samples
+from rectvlm.data.kernels import kernel_class, siemens_kernel_number
 from rectvlm.data.shards import read_index, read_sample, write_shards
 from rectvlm.labels import FINDINGS
 from rectvlm.models.cues import describe_batch_cues

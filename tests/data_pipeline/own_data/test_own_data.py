@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import dicom_files
 import nibabel as nib
 import numpy as np
 import pytest
@@ -424,7 +425,7 @@ def test_missing_and_broken_cts_are_listed_and_set_aside(
     lines = (folder / "out/quarantine.jsonl").read_text().splitlines()
     reasons = {json.loads(line)["key"]: json.loads(line)["reason"] for line in lines}
     assert len(reasons) == 5 and reasons["missing"] == "does not exist"
-    assert reasons["series"] == "is a folder"
+    assert reasons["series"] == "is a folder or archive without a DICOM series of a CT"
 
 
 def test_a_changed_cell_makes_its_case_again(folder: Path) -> None:
@@ -434,6 +435,25 @@ def test_a_changed_cell_makes_its_case_again(folder: Path) -> None:
     assert preprocess(write_table(folder, text.replace("b.nii.gz,0", "b.nii.gz,"))) == 0
     assert read_samples(folder)["b"].meta.labels["Lung nodule"] is None
     assert before != (folder / "out/train-000000.tar").stat().st_mtime_ns
+
+
+def test_a_ct_may_be_a_dicom_folder_a_file_of_it_or_an_npz(folder: Path) -> None:
+    hu, _ = body(0)
+    dicom_files.write_series(hu, AFFINE, folder / "P1" / "3", suffix="")
+    dicom_files.write_series(hu, AFFINE, folder / "P2")
+    np.savez(folder / "P3.npz", ct=hu, affine=AFFINE)
+    lines = ["ct,split", "a.nii.gz,train", "P1/,train", "P2/IM0000.dcm,valid", "P3.npz,train"]
+    table = write_table(folder, "\n".join(lines))
+    assert preprocess(table) == 0
+    samples = read_samples(folder)
+    assert set(samples) == {"a", "P1", "IM0000", "P3"}
+    for sample in samples.values():
+        # Headers round positions, and half a HU may then round the other way.
+        np.testing.assert_allclose(sample.ct, samples["a"].ct, atol=1)
+    before = {case.key: case.identity for case in list_table_cases(table).cases}
+    (folder / "P2" / "IM0003.dcm").unlink()
+    after = {case.key: case.identity for case in list_table_cases(table).cases}
+    assert {key for key in before if before[key] != after[key]} == {"IM0000"}
 
 
 def test_ten_thousand_rows_are_read_in_a_moment(folder: Path) -> None:

@@ -1,0 +1,4 @@
+"""DICOM series of CTs: headers, choice of a series, position of its slices, pixels.
+
+Patients' names, ids and dates of birth are not kept: slices are told apart by a hash of them.
+"""

@@ -1,0 +1,46 @@
+"""One CT among the files that a command was given."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rectvlm.data.volume import read_volume, require_chest
+from rectvlm.types import Volume
+
+if TYPE_CHECKING:
+    from rectvlm.data.dicom.series import DicomSeries  # loads pydicom
+
+
+@dataclass(frozen=True)
+class CtSource:
+    """Where one CT is read from."""
+
+    path: Path
+    """File, archive, or folder of a DICOM series."""
+    series: "DicomSeries | None" = None
+    """DICOM series with the headers of its files, which lie in a folder; None for other formats."""
+    archived_uid: str | None = None
+    """SeriesInstanceUID of a series in an archive; None elsewhere."""
+    pseudonym: str | None = None
+    """Name of a DICOM series that says nothing of the patient; None for other formats."""
+    label: str = ""
+    """Number of a DICOM series, in words."""
+
+    @property
+    def place(self) -> str:
+        """Path of the CT, with the number of its series where it has one."""
+        return f"{self.path}, {self.label}" if self.label else str(self.path)
+
+    def read(self) -> Volume:
+        """Read the CT.
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        if self.series is None:
+            return read_volume(self.path, series=self.archived_uid)
+        from rectvlm.data.dicom.volume import read_series
+
+        volume = read_series(self.series, self.path)
+        require_chest(volume, Path(self.place))
+        return volume
