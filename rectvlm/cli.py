@@ -105,7 +105,7 @@ def _build_parser() -> argparse.ArgumentParser:
         add_arguments=_add_plan_arguments,
     )
 
-    runs = commands.add_parser("runs", help="list and compare runs, plot their curves")
+    runs = commands.add_parser("runs", help="list, compare and plot runs; test two evaluations")
     _add_runs_actions(runs)
 
     commands.add_parser("version", help="versions of rectvlm, Python and torch").set_defaults(
@@ -237,6 +237,18 @@ def _add_runs_actions(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="by default curves.png in the folder of a single run",
     )
+    actions.add_parser(
+        "test",
+        help="is A better than B? Two evaluations of the same cases, by patient",
+        add_arguments=_add_comparison_arguments,
+    )
+
+
+def _add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
+    from rectvlm.evaluate.comparison_options import ComparisonOptions
+
+    add_options(parser, ComparisonOptions)
+    parser.set_defaults(run=_run_comparison)
 
 
 def _add_evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
@@ -564,6 +576,16 @@ def _run_runs(options: argparse.Namespace) -> None:
     from rectvlm.runs.command import run
 
     run(options)
+
+
+def _run_comparison(namespace: argparse.Namespace) -> None:
+    from rectvlm.evaluate.comparison import compare_evaluations
+    from rectvlm.evaluate.comparison_options import ComparisonOptions
+    from rectvlm.evaluate.comparison_table import make_comparison_table
+    from rectvlm.terminal_tables import make_stdout_console
+
+    comparison = compare_evaluations(options_from_namespace(ComparisonOptions, namespace))
+    make_stdout_console().print(make_comparison_table(comparison))
 
 
 def _print_versions(_options: argparse.Namespace) -> None:

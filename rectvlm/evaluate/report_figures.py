@@ -30,10 +30,11 @@ def evaluate_reports(
     labeler: ReportLabeler,
     convention: LabelConvention,
     weights: ResampleWeights | None,
-) -> JsonObject:
+) -> tuple[JsonObject, ReportStatistics]:
     """Figures of the reports (`image`), of the control (`image_ablated`), and their `difference`.
 
-    The difference is image minus control, on the same resamples of the patients.
+    The difference is image minus control, on the same resamples of the patients. The statistics of
+    the reports by case are returned beside the figures.
 
     Args:
         scans: results of the evaluation by scan.
@@ -52,6 +53,7 @@ def evaluate_reports(
     encoder = resolve_bertscore_encoder(config)
 
     result: JsonObject = {}
+    statistics_by_kind: dict[str, ReportStatistics] = {}
     samples: dict[str, dict[str, FloatArray]] = {}
     for kind, texts in texts_by_kind.items():
         statistics = compute_report_statistics(
@@ -63,6 +65,7 @@ def evaluate_reports(
             labeler=labeler,
             convention=convention,
         )
+        statistics_by_kind[kind] = statistics
         scores = headline_scores(statistics)
         result[kind] = summarize_reports(statistics) | {"scores": scores}
         if weights is not None:
@@ -70,7 +73,7 @@ def evaluate_reports(
             scored = [name for name, value in scores.items() if value is not None]
             result[kind]["ci95"] = _score_intervals(samples[kind], scored)
     result["difference"] = _score_differences(result, samples)
-    return result
+    return result, statistics_by_kind["image"]
 
 
 def resample_report_scores(

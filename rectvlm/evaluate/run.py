@@ -35,6 +35,13 @@ from rectvlm.evaluate.report_figures import evaluate_reports
 from rectvlm.evaluate.result import BootstrapSettings, EvaluationResult
 from rectvlm.evaluate.scans import ScanResults, group_by_scan
 from rectvlm.evaluate.selection import are_same_shards, was_selected_on
+from rectvlm.evaluate.stored_evaluation import (
+    CASES_FILE,
+    REPORTS_FILE,
+    STATISTICS_FILE,
+    TEXT_FIELDS,
+    write_report_statistics,
+)
 from rectvlm.evaluate.thresholds import choose_thresholds
 from rectvlm.files import (
     atomic_file,
@@ -47,6 +54,7 @@ from rectvlm.finding_thresholds import THRESHOLDS_FILE, FindingThresholds
 from rectvlm.folder_lock import FolderLock
 from rectvlm.machine import describe_machine, package_versions
 from rectvlm.metrics.report_labeler.labeler import ReportLabeler, load_labeler
+from rectvlm.metrics.reports import ReportStatistics
 from rectvlm.models import RectVLM
 from rectvlm.types import JsonObject, Split
 
@@ -64,8 +72,7 @@ METRIC_PACKAGES = (
     "bert-score",
 )
 """Packages that decide a figure, besides those that decide a prediction."""
-CASES_FILE, REPORTS_FILE, TABLE_FILE = "cases.jsonl", "reports.jsonl", "metrics.md"
-_TEXT_FIELDS = ("reference", "generated", "without_image")
+TABLE_FILE = "metrics.md"
 
 
 @dataclass(frozen=True)
@@ -166,8 +173,8 @@ def _evaluate_cases(
         options.hide_regions,
     )
     scans = group_by_scan(records)
-    result = _compute_metrics(run, scans, thresholds, labeler, start_time)
-    _write_results(metrics_path, result, records, scans, options)
+    result, report_statistics = _compute_metrics(run, scans, thresholds, labeler, start_time)
+    _write_results(metrics_path, result, report_statistics, records, scans, options)
     return result
 
 
@@ -286,20 +293,22 @@ def _compute_metrics(
     thresholds: FindingThresholds,
     labeler: ReportLabeler | None,
     start_time: float,
-) -> EvaluationResult:
-    """All figures, with a description of what was measured where."""
+) -> tuple[EvaluationResult, ReportStatistics | None]:
+    """All figures, with a description of what was measured where; the reports' by case too."""
     options = run.options
     weights = summary.draw_resamples(scans.patients, options)
-    lesions, reports = None, None
+    lesions, reports, report_statistics = None, None, None
     if "localizer" in run.checkpoint.parts:
         lesions = summary.summarize_lesions(scans, weights, options)
     if labeler is not None:
         patients = [record.patient for record in scans.select_report_cases()[1]]
         report_weights = summary.draw_resamples(patients, options)
-        reports = evaluate_reports(scans, run.config, labeler, options.convention, report_weights)
+        reports, report_statistics = evaluate_reports(
+            scans, run.config, labeler, options.convention, report_weights
+        )
 
     records = list(itertools.chain.from_iterable(scans.volumes))
-    return EvaluationResult(
+    result = EvaluationResult(
         checkpoint=str(run.folder),
         config=run.config.name,
         step=run.state.step,
@@ -332,6 +341,7 @@ def _compute_metrics(
         versions=package_versions(*METRIC_PACKAGES),
         seconds=round(time.monotonic() - start_time, 1),
     )
+    return result, report_statistics
 
 
 def _find_threshold_split(run: _EvaluationRun, thresholds: FindingThresholds) -> Split | None:
@@ -346,13 +356,15 @@ def _find_threshold_split(run: _EvaluationRun, thresholds: FindingThresholds) ->
 def _write_results(
     metrics_path: Path,
     result: EvaluationResult,
+    report_statistics: ReportStatistics | None,
     records: list[CaseRecord],
     scans: ScanResults,
     options: EvaluationOptions,
 ) -> None:
     """Write the results, the metrics last: a folder with metrics is complete."""
     _write_jsonl(metrics_path.with_name(CASES_FILE), map(_without_texts, records))
-    if result.reports is not None:
+    if report_statistics is not None:
+        write_report_statistics(metrics_path.with_name(STATISTICS_FILE), report_statistics)
         report_records = scans.select_report_cases()[1]
         _write_jsonl(metrics_path.with_name(REPORTS_FILE), map(_report_texts, report_records))
     _write_text(metrics_path.with_name(TABLE_FILE), tables.render_markdown(result))
@@ -366,7 +378,7 @@ def _write_results(
 
 def _without_texts(record: CaseRecord) -> JsonObject:
     row = record.as_dict()
-    for name in _TEXT_FIELDS:
+    for name in TEXT_FIELDS:
         del row[name]
     return row
 

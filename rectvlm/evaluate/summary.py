@@ -70,13 +70,10 @@ def summarize_lesions(
     rows = scans.select_lesions()
     n_lost: Counter[str] = Counter()
     truth_sources: Counter[str] = Counter()
-    comparisons: list[LesionRow] = []
-    sources: list[SourceRow] = []
+    comparisons, sources = select_native_lesions(scans)
     counts = np.zeros((len(rows), N_LESIONS, 3), np.int64)
     annotated = np.zeros((len(rows), N_LESIONS), bool)
     for number, row in enumerate(rows):
-        comparisons.append([None] * N_LESIONS)
-        sources.append([None] * N_LESIONS)
         for lesion in LESIONS:
             record = row[lesion.bit]
             if record is None:
@@ -84,15 +81,11 @@ def summarize_lesions(
             truth_sources[record.truth] += 1
             counts[number, lesion.bit] = record.grid
             annotated[number, lesion.bit] = True
-            if _is_lost_on_native_grid(record):
-                n_lost[lesion.key] += 1
-            else:
-                comparisons[number][lesion.bit] = record.native
-                sources[number][lesion.bit] = record.source
+            n_lost[lesion.key] += _is_lost_on_native_grid(record)
 
     scores = score_lesions(comparisons, weights)
     scores["rexgrounding"] = score_grounding(
-        _select_source(comparisons, sources, REXGROUNDING_OUTLINES), weights
+        select_source(comparisons, sources, REXGROUNDING_OUTLINES), weights
     )
     for lesion in LESIONS:
         lesion_scores = scores["per_lesion"][lesion.key]
@@ -107,6 +100,22 @@ def summarize_lesions(
         "truth": dict(truth_sources),
         "model_grid": score_lesion_overlap(counts, annotated),
     }
+
+
+def select_native_lesions(scans: ScanResults) -> tuple[list[LesionRow], list[SourceRow]]:
+    """Comparisons of each scan on the native grid, and the sources of their outlines.
+
+    A lesion that is lost there is not compared.
+    """
+    comparisons: list[LesionRow] = []
+    sources: list[SourceRow] = []
+    for row in scans.select_lesions():
+        compared = [
+            None if record and _is_lost_on_native_grid(record) else record for record in row
+        ]
+        comparisons.append([record and record.native for record in compared])
+        sources.append([record and record.source for record in compared])
+    return comparisons, sources
 
 
 def _score_by_source(
@@ -127,12 +136,12 @@ def _score_by_source(
     counts = Counter(source for source in sources_of_lesion if source is not None)
     per_source: JsonObject = {}
     for source in sorted(counts):
-        rows = _select_source(comparisons, sources, source)
+        rows = select_source(comparisons, sources, source)
         per_source[source] = score_lesions(rows, weights)["per_lesion"][lesion.key]
     return {"sources": dict(sorted(counts.items())), "per_source": per_source}
 
 
-def _select_source(
+def select_source(
     comparisons: Sequence[LesionRow], sources: Sequence[SourceRow], source: str
 ) -> list[LesionRow]:
     """The same rows with the lesions that one source outlined; the others are None."""

@@ -109,7 +109,8 @@ def score_findings(
         "per_finding": per_finding,
     }
     if weights is not None and len(weights):
-        samples = _resample_scores(probabilities, labels, known, thresholds, weights)
+        called = probabilities >= thresholds
+        samples = resample_finding_scores(probabilities, labels, known, called, weights)
         _add_intervals(result, samples)
     return result
 
@@ -154,46 +155,61 @@ def _mean_scores(per_finding: dict[str, JsonObject], weighted: bool) -> JsonObje
     return means
 
 
-def _resample_scores(
+def resample_finding_scores(
     probabilities: FloatArray,
     labels: FloatArray,
     known: BoolArray,
-    thresholds: FloatArray,
+    called: BoolArray,
     weights: ResampleWeights,
+    ranks: FloatArray | None = None,
 ) -> dict[str, FloatArray]:
     """Each score of each finding in each resample, and `positives`, the number of positives.
+
+    Args:
+        probabilities: predicted probabilities, (N, 18).
+        labels: labels, (N, 18), 0 or 1; read only where known.
+        known: whether each label is known, (N, 18).
+        called: whether each finding is called present, (N, 18).
+        weights: how often each case counts in each resample, (R, N).
+        ranks: values that order the cases for AUROC and average precision, (N, 18); by default the
+            probabilities.
 
     Returns:
         Arrays (R, 18) by score; NaN where a resample has no value.
     """
+    ranks = probabilities if ranks is None else ranks
     samples = {}
     for score in (*FINDING_SCORES, "positives"):
         samples[score] = np.full((len(weights), N_FINDINGS), np.nan)
 
     for i in range(N_FINDINGS):
-        scores, truth = _select_known(probabilities, labels, known, i)
+        cases = known[:, i]
+        columns = ranks[cases, i], probabilities[cases, i], labels[cases, i] > 0.5, called[cases, i]
         start = 0
-        for chunk in bootstrap.iterate_chunks(weights[:, known[:, i]]):
+        for chunk in bootstrap.iterate_chunks(weights[:, cases]):
             rows = slice(start, start + len(chunk))
             start = rows.stop
-            chunk_scores = _weighted_scores(chunk, scores, truth, float(thresholds[i]))
-            for score, values in chunk_scores.items():
+            for score, values in _weighted_scores(chunk, *columns).items():
                 samples[score][rows, i] = values
     return samples
 
 
 def _weighted_scores(
-    weights: FloatArray, scores: FloatArray, truth: BoolArray, threshold: float
+    weights: FloatArray,
+    ranks: FloatArray,
+    probabilities: FloatArray,
+    truth: BoolArray,
+    called: BoolArray,
 ) -> dict[str, FloatArray]:
     """The scores of one finding in each resample, (R,)."""
-    called = scores >= threshold
     cells = [called & truth, called, truth, called == truth, np.ones_like(truth)]
     hits, calls, positives, correct, total = (weights @ np.stack(cells, axis=1).astype(float)).T
     has_positive, has_case = positives > 0, total > 0
 
-    auroc = bootstrap.auroc(weights, scores, truth)
-    average_precision = bootstrap.average_precision(weights, scores, truth)
-    squared_errors = weights @ (scores - truth) ** 2
+    auroc = bootstrap.auroc(weights, ranks, truth)
+    average_precision = bootstrap.average_precision(weights, ranks, truth)
+    squared_errors = weights @ (probabilities - truth) ** 2
+    reliability = compute_reliability(weights, probabilities, truth)
     return {
         "auroc": auroc,
         "average_precision": np.where(np.isnan(auroc), np.nan, average_precision),
@@ -201,7 +217,7 @@ def _weighted_scores(
         "precision": _divide_where(hits, calls, has_positive),
         "recall": _divide_where(hits, positives, has_positive),
         "accuracy": _divide_where(correct, total, has_case),
-        "ece": compute_reliability(weights, scores, truth).expected_calibration_error(),
+        "ece": reliability.expected_calibration_error(),
         "brier": _divide_where(squared_errors, total, has_case),
         "positives": positives,
     }
@@ -231,12 +247,17 @@ def _add_intervals(result: JsonObject, samples: dict[str, FloatArray]) -> None:
                 continue
             scored = [i for i, row in enumerate(rows) if row[score] is not None]
             positives = samples["positives"][:, scored] if kind == "weighted" else 1.0
-            means = _mean_over_findings(samples[score][:, scored], positives)
+            means = mean_over_findings(samples[score][:, scored], positives)
             mean["ci95"][score] = percentile_interval(means)
 
 
-def _mean_over_findings(values: FloatArray, weights: FloatArray | float) -> FloatArray:
-    """Weighted mean of the finite values of each resample, (R,); NaN where there is none."""
+def mean_over_findings(values: FloatArray, weights: FloatArray | float) -> FloatArray:
+    """Weighted mean of the finite values of each resample, (R,); NaN where there is none.
+
+    Args:
+        values: value of each finding, (R, K); NaN where it has none.
+        weights: weight of each finding, (R, K), or 1 for the plain mean.
+    """
     is_known = np.isfinite(values)
     shares = is_known * weights
     sums = (np.where(is_known, values, 0) * shares).sum(axis=1)

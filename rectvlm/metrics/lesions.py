@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import ndimage, sparse
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
-from rectvlm.labels import LESIONS, N_LESIONS
+from rectvlm.labels import LESIONS, N_LESIONS, Lesion
 from rectvlm.metrics import bootstrap, surface_distances
 from rectvlm.metrics.arrays import BoolArray, FloatArray, divide_or_nan
 from rectvlm.metrics.bootstrap import ResampleWeights, percentile_interval
@@ -182,12 +182,7 @@ def score_lesions(
         weights = None
     samples: dict[str, _LesionSamples] = {}
     for lesion in LESIONS:
-        numbers, comparisons = [], []
-        for number, row in enumerate(cases):
-            comparison = row[lesion.bit]
-            if comparison is not None:
-                numbers.append(number)
-                comparisons.append(comparison)
+        numbers, comparisons = _select_annotated(cases, lesion)
         case_weights = None if weights is None else weights[:, numbers]
         samples[lesion.key] = _score_lesion(comparisons, case_weights)
 
@@ -202,6 +197,28 @@ def score_lesions(
             macro.setdefault("ci95", {})[score] = percentile_interval(means)
     per_lesion = {key: lesion.scores for key, lesion in samples.items()}
     return {"n_cases": len(cases), "macro": macro, "per_lesion": per_lesion}
+
+
+def resample_lesion_scores(
+    cases: Sequence[Sequence[LesionComparison | None]], weights: ResampleWeights
+) -> dict[str, dict[str, FloatArray]]:
+    """Each score of each lesion in each resample, and of the mean over lesions, `macro`.
+
+    Args:
+        cases: five lesions of each case, None where a lesion was not annotated.
+        weights: how often each case counts in each resample, (R, N).
+
+    Returns:
+        Arrays (R,) by lesion key or `macro`, and score; NaN where a resample has no value.
+    """
+    samples: dict[str, dict[str, FloatArray]] = {}
+    for lesion in LESIONS:
+        numbers, comparisons = _select_annotated(cases, lesion)
+        samples[lesion.key] = _resample_ratios(comparisons, weights[:, numbers])
+    macro = {}
+    for score in LESION_SCORES:
+        macro[score] = _mean_over_lesions([samples[lesion.key][score] for lesion in LESIONS])
+    return samples | {"macro": macro}
 
 
 def score_grounding(
@@ -225,12 +242,7 @@ def score_grounding(
     Returns:
         Figures, `n_findings` and `n_scans`; None without a true lesion.
     """
-    numbers, comparisons = [], []
-    for number, row in enumerate(cases):
-        for comparison in row:
-            if comparison is not None and comparison.truth:
-                numbers.append(number)
-                comparisons.append(comparison)
+    numbers, comparisons = _select_true_lesions(cases)
     if not comparisons:
         return None
     if weights is not None and not len(weights):
@@ -243,6 +255,46 @@ def score_grounding(
         known = [name for name in GROUNDING_SCORES if scores[name] is not None]
         scores["ci95"] = {name: intervals[GROUNDING_SCORES[name]] for name in known}
     return scores | {"n_findings": len(comparisons), "n_scans": len(set(numbers))}
+
+
+def resample_grounding_scores(
+    cases: Sequence[Sequence[LesionComparison | None]], weights: ResampleWeights
+) -> dict[str, FloatArray]:
+    """Each score of `score_grounding` in each resample, (R,); NaN where one has no value.
+
+    Args:
+        cases: as for `score_grounding`.
+        weights: how often each case counts in each resample, (R, N).
+    """
+    numbers, comparisons = _select_true_lesions(cases)
+    samples = _resample_ratios(comparisons, weights[:, numbers])
+    return {name: samples[score] for name, score in GROUNDING_SCORES.items()}
+
+
+def _select_true_lesions(
+    cases: Sequence[Sequence[LesionComparison | None]],
+) -> tuple[list[int], list[LesionComparison]]:
+    """Comparisons of all kinds that have a true voxel, with the number of the case of each."""
+    numbers, comparisons = [], []
+    for number, row in enumerate(cases):
+        for comparison in row:
+            if comparison is not None and comparison.truth:
+                numbers.append(number)
+                comparisons.append(comparison)
+    return numbers, comparisons
+
+
+def _select_annotated(
+    cases: Sequence[Sequence[LesionComparison | None]], lesion: Lesion
+) -> tuple[list[int], list[LesionComparison]]:
+    """Numbers of the cases in which a lesion was annotated, and its comparisons there."""
+    numbers, comparisons = [], []
+    for number, row in enumerate(cases):
+        comparison = row[lesion.bit]
+        if comparison is not None:
+            numbers.append(number)
+            comparisons.append(comparison)
+    return numbers, comparisons
 
 
 def _mean_over_lesions(values_by_lesion: Sequence[FloatArray]) -> FloatArray:
@@ -268,9 +320,7 @@ def _score_lesion(
 
     by_resample: dict[str, FloatArray] = {}
     if weights is not None:
-        chunks = bootstrap.iterate_chunks(weights)
-        ratios = [bootstrap.weighted_ratio(chunk, numerators, denominators) for chunk in chunks]
-        by_resample = dict(zip(LESION_SCORES, np.concatenate(ratios).T, strict=True))
+        by_resample = _resample_ratios(comparisons, weights)
         scored = [score for score in LESION_SCORES if scores[score] is not None]
         scores["ci95"] = {score: percentile_interval(by_resample[score]) for score in scored}
     false_positives_ml = _column(comparisons, "predicted_ml")[~is_present]
@@ -289,6 +339,16 @@ def _score_lesion(
         "n_lesions_predicted": int(_column(comparisons, "parts_predicted").sum()),
     }
     return _LesionSamples(scores, by_resample)
+
+
+def _resample_ratios(
+    comparisons: Sequence[LesionComparison], weights: ResampleWeights
+) -> dict[str, FloatArray]:
+    """Scores of one lesion in each resample of its annotated cases, (R,)."""
+    numerators, denominators = _score_ratios(comparisons)
+    chunks = bootstrap.iterate_chunks(weights)
+    ratios = [bootstrap.weighted_ratio(chunk, numerators, denominators) for chunk in chunks]
+    return dict(zip(LESION_SCORES, np.concatenate(ratios).T, strict=True))
 
 
 def _score_ratios(comparisons: Sequence[LesionComparison]) -> tuple[FloatArray, FloatArray]:
