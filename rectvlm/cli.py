@@ -581,11 +581,12 @@ def _run_runs(options: argparse.Namespace) -> None:
 def _run_comparison(namespace: argparse.Namespace) -> None:
     from rectvlm.evaluate.comparison import compare_evaluations
     from rectvlm.evaluate.comparison_options import ComparisonOptions
-    from rectvlm.evaluate.comparison_table import make_comparison_table
+    from rectvlm.evaluate.comparison_table import describe_comparison, make_comparison_table
     from rectvlm.terminal_tables import make_stdout_console
 
     comparison = compare_evaluations(options_from_namespace(ComparisonOptions, namespace))
     make_stdout_console().print(make_comparison_table(comparison))
+    sys.stdout.writelines(f"{line}\n" for line in describe_comparison(comparison))
 
 
 def _print_versions(_options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ turn comes in a worker process.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,13 +26,14 @@ from data_pipeline.ct_rate.download_folder import (
 from data_pipeline.ct_rate.options import CtRateOptions, options_for_manifest
 from data_pipeline.ct_rate.selection import SelectedVolume, select_volumes
 from data_pipeline.ct_rate.series import series_affine
-from data_pipeline.ct_rate.tables import FindingLabels, ReportSections, SeriesMetadata
-from data_pipeline.ct_rate.volume_names import VolumeName
+from data_pipeline.ct_rate.tables import ReportSections, SeriesMetadata
 from data_pipeline.masks.mask_files import CaseMaskFiles
 from rectvlm.data.kernels import kernel_class
 from rectvlm.data.volume import read_volume
 from rectvlm.files import json_sha256
+from rectvlm.label_table import FindingLabels, read_label_table
 from rectvlm.labels import FINDINGS
+from rectvlm.volume_names import VolumeName
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,12 @@ def list_ct_rate_cases(root: Path, options: CtRateOptions) -> CtRateCases:
     tables = read_tables(dataset, splits, options, counts)
     selection = select_volumes(files.keys(), tables, options, counts)
 
+    if options.labels:
+        keys = [volume.name.key for volume in selection.volumes]
+        other_labels = _read_other_labels(keys, options.labels, counts)
+        scans = [volume.name.scan for volume in selection.volumes]
+        tables.labels = dict(zip(scans, other_labels, strict=True))
+
     mask_folders = options.masks
     if mask_folders.ts_seg is None and (dataset / "ts_seg").is_dir():
         mask_folders = replace(mask_folders, ts_seg=dataset / "ts_seg")
@@ -109,6 +116,21 @@ def list_ct_rate_cases(root: Path, options: CtRateOptions) -> CtRateCases:
         counts=dict(counts),
         policy=options_for_manifest(options),
     )
+
+
+def _read_other_labels(
+    keys: Sequence[str], paths: Sequence[Path], counts: Counter[str]
+) -> list[FindingLabels]:
+    """Labels of volumes from other tables than the download's.
+
+    Raises:
+        InputError: a table cannot be used, or they lack a volume.
+    """
+    scan_labels = read_label_table(paths).labels_of([[key] for key in keys])
+    counts["labels set to unknown since rows of a scan contradict each other"] = (
+        scan_labels.n_conflicting
+    )
+    return scan_labels.rows
 
 
 def _build_case(

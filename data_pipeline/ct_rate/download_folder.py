@@ -9,21 +9,21 @@ from pathlib import Path
 
 from data_pipeline.ct_rate.options import CtRateOptions, TableName
 from data_pipeline.ct_rate.tables import (
-    FindingLabels,
     ReportSections,
     SeriesMetadata,
     read_labels,
     read_metadata,
     read_reports,
 )
-from data_pipeline.ct_rate.volume_names import (
+from rectvlm.label_table import FindingLabels
+from rectvlm.labels import FINDINGS
+from rectvlm.types import InputError, UserError
+from rectvlm.volume_names import (
     ReleasedSplit,
     VolumeName,
     parse_volume_name,
     read_volume_list,
 )
-from rectvlm.labels import FINDINGS
-from rectvlm.types import InputError, UserError
 
 _VOLUME_FOLDERS: dict[tuple[ReleasedSplit, str], tuple[str, ...]] = {
     ("train", "fixed"): ("train_fixed",),
@@ -193,7 +193,7 @@ def read_tables(
     tables = CtRateTables()
     volume_labels: dict[VolumeName, FindingLabels] = {}
     for split in splits:
-        if path := _find_table(dataset, split, "labels", options):
+        if not options.labels and (path := _find_table(dataset, split, "labels", options)):
             volume_labels |= read_labels(path)
         if path := _find_table(dataset, split, "reports", options):
             tables.reports |= read_reports(path)

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.ct_rate.volume_names import ReleasedSplit
 from data_pipeline.masks.mask_folders import MaskFolders
 from rectvlm.cli_options import add_options, argument
 from rectvlm.data.kernels import KernelClass
+from rectvlm.files import file_sha256
 from rectvlm.types import UserError
+from rectvlm.volume_names import ReleasedSplit
 
 TreeLayout = Literal["auto", "fixed", "v1"]
 TableName = Literal["labels", "reports", "metadata", "no-chest"]
@@ -41,6 +42,11 @@ class CtRateOptions:
     )
     """ReXGroundingCT dataset.json whose validation and test patients stay out of training; with
     `masks.rexgrounding` that folder's tables count as well."""
+    labels: tuple[Path, ...] = field(
+        default=(), metadata=argument(metavar="FILE", is_repeated=True)
+    )
+    """CSV with the 18 findings by case, such as refined labels, in place of the download's; may be
+    given several times."""
     masks: MaskFolders = field(default_factory=MaskFolders)
     """Folders of masks; where `ts_seg` is None, the download's own is used if there is one."""
     without: tuple[TableName, ...] = ()
@@ -81,8 +87,13 @@ def options_for_manifest(options: CtRateOptions) -> dict[str, str | float | bool
         "grid_spacing": options.grid_spacing_mm if is_one_chosen else None,
         "exclude": ", ".join(path.name for path in options.exclude) or None,
         "hold_out": ", ".join(path.name for path in options.hold_out) or None,
+        "labels": ", ".join(_describe_file(path) for path in options.labels) or None,
         "rexgrounding_masks": options.masks.rexgrounding is not None,
         "without": ", ".join(options.without) or None,
         "require_all": options.require_all,
         "limit": options.limit,
     }
+
+
+def _describe_file(path: Path) -> str:
+    return f"{path.name} (SHA-256 {file_sha256(path)})"

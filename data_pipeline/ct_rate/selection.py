@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 from data_pipeline.ct_rate.download_folder import CtRateTables
 from data_pipeline.ct_rate.options import CtRateOptions
 from data_pipeline.ct_rate.series import choose_reconstruction
-from data_pipeline.ct_rate.volume_names import (
+from data_pipeline.masks.rexgrounding import find_tables, has_exhaustive_outlines
+from data_pipeline.patient_hash import patient_fraction
+from rectvlm.types import SPLITS, Split
+from rectvlm.volume_names import (
     VolumeName,
     read_held_out_volumes,
     read_volume_list,
 )
-from data_pipeline.masks.rexgrounding import find_tables, has_exhaustive_outlines
-from data_pipeline.patient_hash import patient_fraction
-from rectvlm.types import SPLITS, Split
 
 UNUSABLE_VOLUMES = {
     "train_14384_a_2": "not in the data set",

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.ct_rate.tables import SeriesMetadata
-from data_pipeline.ct_rate.volume_names import VolumeName
 from rectvlm.data.kernels import KernelClass, kernel_class, siemens_kernel_number
 from rectvlm.types import Affine
+from rectvlm.volume_names import VolumeName
 
 _USUAL_KERNEL_NUMBER = {"soft": 40, "sharp": 60}
 """The commonest Siemens number of each class."""

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_pipeline.ct_rate.volume_names import VolumeName, require_volume_name
+from rectvlm.label_table import UNKNOWN_VALUES, FindingLabels, parse_label
 from rectvlm.labels import FINDINGS
 from rectvlm.types import InputError, UserError
+from rectvlm.volume_names import VolumeName, require_volume_name
 
 NAME_COLUMNS = ("VolumeName", "AccessionNo")
 """Columns that may hold the name; the first one that a table has is used."""
@@ -30,12 +31,7 @@ _METADATA_COLUMNS = (
     "ImagePositionPatient",
     "ImageOrientationPatient",
 )
-_UNKNOWN_VALUES = {"", "nan", "na", "n/a", "none", "null"}
-"""Cells, in lower case, that stand for no value."""
 RowT = TypeVar("RowT")
-
-FindingLabels = tuple[int | None, ...]
-"""Labels in the order of `FINDINGS`: 1, 0, or None for unknown."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +85,7 @@ def read_labels(path: Path) -> dict[VolumeName, FindingLabels]:
     """
 
     def parse_labels(cells: Mapping[str, str], row_number: int) -> FindingLabels:
-        return tuple(
-            _parse_label(cells[finding], path, row_number, finding) for finding in FINDINGS
-        )
+        return tuple(parse_label(cells[finding], path, row_number, finding) for finding in FINDINGS)
 
     return _read_table(path, FINDINGS, parse_labels)
 
@@ -246,33 +240,16 @@ def _hide_progress_bars(datasets: Any) -> Iterator[None]:
 # Cells
 
 
-def _parse_label(text: str, path: Path, row_number: int, finding: str) -> int | None:
-    value = text.strip().lower()
-    if value in ("0", "0.0"):
-        return 0
-    if value in ("1", "1.0"):
-        return 1
-    if value in _UNKNOWN_VALUES:
-        return None
-    raise InputError(
-        path,
-        f"has a label that is none in row {row_number}, column {finding!r}",
-        expected="0, 1 or nothing",
-        found=repr(text),
-        remedy="correct it, or empty the cell where it is unknown",
-    )
-
-
 def parse_report_section(text: str) -> str | None:
     """Read a section of a report; None for an empty one and for CT-RATE's `Not given.`"""
     section = text.strip()
     value = section.lower().rstrip(".").strip()
-    return None if value in _UNKNOWN_VALUES or value == "not given" else section
+    return None if value in UNKNOWN_VALUES or value == "not given" else section
 
 
 def _parse_text(text: str) -> str | None:
     value = text.strip()
-    return None if value.lower() in _UNKNOWN_VALUES else value
+    return None if value.lower() in UNKNOWN_VALUES else value
 
 
 def _parse_kernel(text: str) -> str | None:
@@ -292,7 +269,7 @@ def _parse_numbers(
 ) -> tuple[float, ...] | None:
     """Read `count` numbers written as `0.5` or `[0.5, 0.5]`; None if one is not finite."""
     value = text.strip()
-    if value.lower() in _UNKNOWN_VALUES:
+    if value.lower() in UNKNOWN_VALUES:
         return None
     try:
         numbers = tuple(float(part) for part in value.strip("[]()").split(","))

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipeline.own_data.delimited_file import DelimitedFile, TableRow
 from data_pipeline.own_data.table_columns import CT_COLUMN, TableColumns
 from data_pipeline.own_data.table_mapping import TableMapping
 from data_pipeline.patient_hash import patient_fraction
 from rectvlm.data.sample import SAMPLE_KEY_PATTERN
 from rectvlm.data.volume import strip_suffix
+from rectvlm.delimited_file import DelimitedFile, TableRow
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
 from rectvlm.types import InputError, Split
 

@@ -21,11 +21,11 @@ from data_pipeline.masks.loaded_masks import LoadedMasks
 from data_pipeline.masks.mask_files import CaseMaskFiles
 from data_pipeline.masks.mask_folders import MaskFolders
 from data_pipeline.own_data.case_table import TableCase, count_cases, read_cases, resolve_path
-from data_pipeline.own_data.delimited_file import decode_text, read_delimited_file
 from data_pipeline.own_data.table_columns import recognise_columns
 from data_pipeline.own_data.table_mapping import TableMapping, read_table_mapping
 from rectvlm.data.report_text import split_report_sections
 from rectvlm.data.volume import detect_format, read_volume
+from rectvlm.delimited_file import decode_text, read_delimited_file
 from rectvlm.files import json_sha256
 from rectvlm.labels import LESION_BY_KEY, Lesion
 from rectvlm.types import InputError

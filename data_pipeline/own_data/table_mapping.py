@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from data_pipeline.own_data.delimited_file import decode_text
+from rectvlm.delimited_file import decode_text
 from rectvlm.types import InputError
 
 IGNORED_COLUMN = "ignore"

@@ -26,29 +26,33 @@ _MAIN_SCORES_BY_PLACE = {
 
 
 def make_comparison_table(comparison: ModelComparison) -> Table:
-    """Table of the main figures and of all others that differ, with the verdict below."""
+    """Table of the main figures and of all others that differ."""
     names = [f"{model['config']}, step {model['step']}" for model in (comparison.a, comparison.b)]
     title = (
         f"A ({names[0]}) and B ({names[1]}): {comparison.split} split, {comparison.n_scans} scans "
         f"of {comparison.n_patients} patients"
     )
-    table = FoldingTable(title=title, title_justify="left", caption_justify="left")
+    table = FoldingTable(title=title, title_justify="left")
     table.add_column("figure")
     for column in ("A", "B", "A − B", "95%", "p", "p corrected"):
         table.add_column(column, justify="right")
     table.add_column("better")
     for path, figure in comparison.figures.items():
-        if figure.better or _is_main(path):
+        if _is_shown(path, figure):
             table.add_row(describe_figure(path), *_format_figure(figure))
-    hidden = len(comparison.figures) - table.row_count
-    notes = [
-        comparison.verdict,
-        f"{hidden} more figures without a difference: see --out." if hidden else "",
-        *(f"Not compared: {group}: {reason}." for group, reason in comparison.left_out.items()),
-        "Patients are drawn: other seeds and other training data are not covered.",
-    ]
-    table.caption = "\n".join(filter(None, notes))
     return table
+
+
+def describe_comparison(comparison: ModelComparison) -> list[str]:
+    """Lines below the table: the verdict, and what the table does not show."""
+    lines = [comparison.verdict]
+    shown = [_is_shown(path, figure) for path, figure in comparison.figures.items()]
+    if not all(shown):
+        lines.append(f"{shown.count(False)} more figures show no difference: see --out.")
+    for group, reason in comparison.left_out.items():
+        lines.append(f"Not compared: {group}: {reason}.")
+    lines.append("Patients are drawn: other seeds and other training data are not covered.")
+    return lines
 
 
 def describe_figure(path: str) -> str:
@@ -67,12 +71,13 @@ def describe_figure(path: str) -> str:
     return f"{score_names[score]}, {subject}"
 
 
-def _is_main(path: str) -> bool:
+def _is_shown(path: str, figure: ComparedFigure) -> bool:
+    """Whether a figure is a main one, or differs."""
     group, place, *rest = path.split(".")
     scores = _MAIN_SCORES_BY_PLACE[place]
     if group == "localization" and place == "macro":
         scores = ("dice", "hit_rate")
-    return rest[-1] in scores
+    return figure.better is not None or rest[-1] in scores
 
 
 def _format_figure(figure: ComparedFigure) -> list[str]:

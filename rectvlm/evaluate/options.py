@@ -31,6 +31,9 @@ class EvaluationOptions:
     """Number of cases that are predicted together."""
     truth: Path | None = field(default=None, metadata=argument(metavar="DIR"))
     """Folder of lesion outlines as drawn, KEY/LESION.nii.gz; by default those of the shards."""
+    labels: Path | None = field(default=None, metadata=argument(metavar="FILE"))
+    """CSV with the 18 findings by case, such as refined labels: figures against them stand beside
+    those against the labels of the shards."""
     hide_regions: bool = False
     """Treat every region map as unknown, as prediction does; thresholds are fitted so, too."""
     surface_tolerance: float = field(

@@ -51,6 +51,8 @@ class EvaluationResult:
     """Figures of `score_findings`."""
     other_thresholds: JsonObject
     """Figures of `compare_thresholds`: at the model's thresholds (`model`) and at 0.5 (`0.5`)."""
+    other_labels: JsonObject | None
+    """Figures of `summarize_other_labels`, with file and SHA-256; None without another table."""
     thresholds: FindingThresholds
     localization: JsonObject | None
     """Figures of `summarize_lesions`; None without a localizer."""

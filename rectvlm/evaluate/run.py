@@ -29,6 +29,7 @@ from rectvlm.evaluate.case_records import (
 from rectvlm.evaluate.fingerprint import compute_fingerprint
 from rectvlm.evaluate.journal import CaseId, EvaluationJournal
 from rectvlm.evaluate.options import EvaluationOptions, require_truth_folder
+from rectvlm.evaluate.other_labels import summarize_other_labels
 from rectvlm.evaluate.process_ranks import ProcessRanks, read_ranks_from_environment
 from rectvlm.evaluate.region_maps import RegionMapUsage
 from rectvlm.evaluate.report_figures import evaluate_reports
@@ -52,6 +53,7 @@ from rectvlm.files import (
 )
 from rectvlm.finding_thresholds import THRESHOLDS_FILE, FindingThresholds
 from rectvlm.folder_lock import FolderLock
+from rectvlm.label_table import LabelTable, read_label_table
 from rectvlm.machine import describe_machine, package_versions
 from rectvlm.metrics.report_labeler.labeler import ReportLabeler, load_labeler
 from rectvlm.metrics.reports import ReportStatistics
@@ -160,6 +162,7 @@ def _evaluate_cases(
     if ranks.is_main and run.has_reports:
         # Before the hours of prediction: it may not load.
         labeler = load_labeler(options.labeler, options.convention)
+    label_table = run.read_other_labels()
     run.predict_missing_cases()
     if not ranks.is_main:
         return None
@@ -173,7 +176,9 @@ def _evaluate_cases(
         options.hide_regions,
     )
     scans = group_by_scan(records)
-    result, report_statistics = _compute_metrics(run, scans, thresholds, labeler, start_time)
+    result, report_statistics = _compute_metrics(
+        run, scans, thresholds, labeler, label_table, start_time
+    )
     _write_results(metrics_path, result, report_statistics, records, scans, options)
     return result
 
@@ -219,6 +224,19 @@ class _EvaluationRun:
     def has_training_shards(self) -> bool | None:
         """Whether the shards are those of the training; None where that cannot be known."""
         return are_same_shards(self.data.shards, self.config.data.shards)
+
+    def read_other_labels(self) -> LabelTable | None:
+        """Read the other labels before the hours of prediction; None where none are wanted.
+
+        Raises:
+            UserError: the table cannot be used, or lacks a case.
+        """
+        if self.options.labels is None:
+            return None
+        table = read_label_table([self.options.labels])
+        locations = self.datasets["evaluate"].locations[: self.options.limit]
+        table.labels_of([[location.key] for location in locations])
+        return table
 
     def predict_missing_cases(self) -> None:
         """Predict this process's cases without a record; load the model only if there are any."""
@@ -292,6 +310,7 @@ def _compute_metrics(
     scans: ScanResults,
     thresholds: FindingThresholds,
     labeler: ReportLabeler | None,
+    label_table: LabelTable | None,
     start_time: float,
 ) -> tuple[EvaluationResult, ReportStatistics | None]:
     """All figures, with a description of what was measured where; the reports' by case too."""
@@ -330,6 +349,8 @@ def _compute_metrics(
         limit=options.limit,
         classification=summary.summarize_findings(scans, thresholds, weights),
         other_thresholds=summary.compare_thresholds(scans, run.model_thresholds),
+        other_labels=label_table
+        and summarize_other_labels(scans, label_table, thresholds, weights, labeler),
         thresholds=thresholds,
         localization=lesions,
         reports=reports,

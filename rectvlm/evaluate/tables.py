@@ -50,6 +50,8 @@ LESION_COUNT_NAMES = {
 }
 MAIN_FINDING_SCORES = ("auroc", "average_precision", "f1", "precision", "recall", "ece")
 """Scores of the findings in the terminal."""
+OTHER_LABEL_SCORES = ("auroc", "f1")
+"""Scores that are shown against both sets of labels."""
 OTHER_THRESHOLD_NAMES = {"model": "the model's thresholds", "0.5": "0.5"}
 MAIN_REPORT_SCORES = (
     "bleu_1",
@@ -96,6 +98,8 @@ def render_markdown(result: EvaluationResult) -> str:
         "## Findings",
         _render_findings(result),
     ]
+    if result.other_labels is not None:
+        sections += ["## Findings by both sets of labels", _render_other_labels(result)]
     if result.localization is not None:
         sections += ["## Lesions", _render_lesions(result.localization)]
     if result.reports is not None:
@@ -124,6 +128,8 @@ def terminal_table(result: EvaluationResult) -> Table:
             name = f"{kind} {FINDING_SCORE_NAMES[score]}"
             interval = format_interval(mean, score)
             table.add_row(name, format_score(mean[score]), interval, "", count)
+    if result.other_labels is not None:
+        _add_other_label_rows(table, result.other_labels)
     for choice, values in result.other_thresholds.items():
         name = f"macro F1 at {OTHER_THRESHOLD_NAMES[choice]}"
         count = f"{values['macro']['n_findings_f1']} of {len(FINDINGS)}"
@@ -238,6 +244,48 @@ def _render_findings(result: EvaluationResult) -> str:
     if result.is_fitted_on_split:
         note += " **They were fitted on the evaluated split.**"
     return f"{_render_table(header, rows)}\n\n{note}"
+
+
+def _render_other_labels(result: EvaluationResult) -> str:
+    """AUROC and F1 against the labels of the shards and against those of the other table."""
+    other = result.other_labels
+    assert other is not None
+    header = ["finding", "positive", "positive, file", "alike"]
+    for score in OTHER_LABEL_SCORES:
+        name = FINDING_SCORE_NAMES[score]
+        header += [name, f"{name}, file"]
+    both = (result.classification, other["classification"])
+    rows = []
+    for kind in ("macro", "weighted"):
+        rows.append([f"**{kind} mean**", "", "", "", *_format_both(*(one[kind] for one in both))])
+    for finding, counts in other["agreement"].items():
+        of_shards, of_file = (one["per_finding"][finding] for one in both)
+        positives = [str(row["n_positive"]) for row in (of_shards, of_file)]
+        alike = f"{counts['n_alike']} of {counts['n_known']}"
+        rows.append([finding, *positives, alike, *_format_both(of_shards, of_file)])
+    note = (
+        f"Labels of the shards beside those of `{other['file']}` (SHA-256 {other['sha256']}), at "
+        "the same thresholds. alike: scans that both label alike, of those that both label."
+    )
+    if other["report_findings"] is not None:
+        f1 = format_score(other["report_findings"]["macro"]["f1"])
+        note += f" Findings of the reports against the file: macro F1 {f1}."
+    return f"{_render_table(header, rows)}\n\n{note}"
+
+
+def _format_both(of_shards: Mapping[str, Any], of_file: Mapping[str, Any]) -> list[str]:
+    values = []
+    for score in OTHER_LABEL_SCORES:
+        values += [format_with_interval(row, score) for row in (of_shards, of_file)]
+    return values
+
+
+def _add_other_label_rows(table: Table, other: Mapping[str, Any]) -> None:
+    mean = other["classification"]["macro"]
+    for score in OTHER_LABEL_SCORES:
+        name = f"macro {FINDING_SCORE_NAMES[score]}, labels of {other['file']}"
+        count = f"{mean[f'n_findings_{score}']} of {len(FINDINGS)}"
+        table.add_row(name, format_score(mean[score]), format_interval(mean, score), "", count)
 
 
 def _render_lesions(scores: Mapping[str, Any]) -> str:

@@ -113,8 +113,12 @@ def max_t_p_values(differences: FloatArray, exchanged: FloatArray) -> FloatArray
 
 
 def _standardize(differences: FloatArray, exchanged: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Absolute differences over their standard deviation in the exchanges; 0 where it is 0."""
-    scale = np.sqrt((exchanged**2).mean(axis=0))
+    """Absolute differences over their standard deviation; 0 where it is 0.
+
+    The deviation is over the exchanges and the pair as it is: where the models are alike these are
+    interchangeable, so the level is exact.
+    """
+    scale = np.sqrt((exchanged**2).sum(axis=0) + differences**2) / np.sqrt(1 + len(exchanged))
     is_constant = scale <= _ROUNDING
     scale = np.where(is_constant, 1.0, scale)
     statistics = np.where(is_constant, 0.0, np.abs(differences) / scale)

@@ -113,7 +113,11 @@ def write_evaluation(folder: Path, records: Records) -> Path:
 
 
 def stored(records: Records) -> StoredEvaluation:
-    return StoredEvaluation(Path("x"), make_metrics(records), group_by_scan(records), None)
+    """An evaluation of findings alone, at thresholds of 0.5."""
+    per_finding = {finding: {"threshold": 0.5} for finding in FINDINGS}
+    metrics: JsonObject = {"split": "valid", "classification": {"per_finding": per_finding}}
+    metrics |= {"localization": None, "reports": None}
+    return StoredEvaluation(Path("x"), metrics, group_by_scan(records), None)
 
 
 def look_up(tree: JsonObject, path: str) -> float:
@@ -122,6 +126,7 @@ def look_up(tree: JsonObject, path: str) -> float:
     return float(tree)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_equal_models_are_told_apart_in_at_most_five_of_a_hundred_repetitions() -> None:
     options = ComparisonOptions(Path("a"), Path("b"), bootstrap=1, permutations=100)
     n_different = 0
@@ -180,13 +185,13 @@ def test_figures_are_those_of_the_metrics_and_stand_in_table_and_file(
     } <= groups
     assert result["n_tested"] > 150 and result["n_reports"] == 60
     text = capsys.readouterr().out
-    assert result["verdict"] in text and "macro AUROC" in text and "report laterality" in text
+    assert result["verdict"] in text and "macro AUROC" in text and "report rouge l" in text
 
 
-def _drop_case(folder: Path) -> None:
-    lines = (folder / CASES_FILE).read_text().splitlines(keepends=True)
-    (folder / CASES_FILE).write_text("".join(lines[1:]))
-    _edit_metrics(folder, lambda tree: tree.update(n_cases=len(lines) - 1))
+def _rename_first_case(folder: Path) -> None:
+    for name in (CASES_FILE, REPORTS_FILE):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace("case_0", "case_x"))
 
 
 def _edit_metrics(folder: Path, edit: Callable[[JsonObject], object]) -> None:
@@ -207,7 +212,10 @@ def _edit_image(folder: Path, edit: Callable[[JsonObject], object]) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "other cases": (_drop_case, "same scans, found 1 in the first alone"),
+    "other cases": (
+        _rename_first_case,
+        "same scans, found 1 in the first alone and 1 in the second alone, such as case_0",
+    ),
     "other labels": (
         lambda folder: _edit_first_case(folder, lambda row: row["labels"].__setitem__(9, None)),
         f"same labels, found 1 that differ, the first one {FINDINGS[9]!r} of scan case_0",

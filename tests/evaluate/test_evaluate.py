@@ -13,6 +13,8 @@ from rectvlm.checkpoint import Checkpoint, run_folder
 from rectvlm.data.shard_manifest import read_manifest
 from rectvlm.data.shards import read_index, write_shards
 from rectvlm.evaluate import tables
+from rectvlm.evaluate.comparison import compare_evaluations
+from rectvlm.evaluate.comparison_options import ComparisonOptions
 from rectvlm.evaluate.options import EvaluationOptions
 from rectvlm.evaluate.run import evaluate_checkpoint
 from rectvlm.finding_thresholds import THRESHOLDS_FILE
@@ -47,6 +49,20 @@ def test_the_file_holds_what_is_returned_and_where_it_came_from(evaluated, tiny_
     )
     assert set(result["classification"]["per_finding"]) == set(FINDINGS)
     assert set(result["localization"]["per_lesion"]) == {lesion.key for lesion in LESIONS}
+
+
+def test_a_model_does_not_differ_from_itself(evaluated):
+    result, out = evaluated
+    options = ComparisonOptions(out.parent, out, bootstrap=10, permutations=100)
+    comparison = compare_evaluations(options)
+    assert comparison.verdict.startswith("No difference")
+    assert comparison.n_scans == comparison.n_reports == 3
+    for path, figure in comparison.figures.items():
+        value = result
+        for name in path.split("."):
+            value = value[name]
+        assert figure.a == figure.b == pytest.approx(value), path
+    assert "reports.image.scores.rouge_l" in comparison.figures
 
 
 def test_unknown_labels_and_unannotated_lesions_are_not_counted(evaluated, phantom_shards):

@@ -17,7 +17,6 @@ from data_pipeline.ct_rate.cases import CtRateCases, list_ct_rate_cases
 from data_pipeline.ct_rate.options import CtRateOptions, add_ct_rate_options
 from data_pipeline.ct_rate.series import choose_reconstruction
 from data_pipeline.ct_rate.tables import SeriesMetadata
-from data_pipeline.ct_rate.volume_names import VolumeName, parse_volume_name
 from data_pipeline.masks.mask_folders import MaskFolders
 from rectvlm.cli_options import options_from_namespace
 from rectvlm.data.dataset import collate_samples
@@ -29,6 +28,7 @@ from rectvlm.models.language_model import load_tokenizer
 from rectvlm.models.report_prompt import encode_report_prompt
 from rectvlm.pretrained import resolve_model
 from rectvlm.types import OWN_OUTLINES, InputError, Sample, UserError
+from rectvlm.volume_names import VolumeName, parse_volume_name
 from tests.ct_rate_tree import Tree, phantom
 
 GRID, SPACING = (16, 48, 48), (16.0, 7.2, 7.2)
