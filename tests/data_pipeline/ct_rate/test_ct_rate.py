@@ -22,6 +22,7 @@ from rectvlm.cli_options import options_from_namespace
 from rectvlm.data.dataset import collate_samples
 from rectvlm.data.kernels import kernel_class, siemens_kernel_number
 from rectvlm.data.shards import read_index, read_sample, write_shards
+from rectvlm.files import file_sha256
 from rectvlm.labels import FINDINGS
 from rectvlm.models.cues import describe_batch_cues
 from rectvlm.models.language_model import load_tokenizer
@@ -202,6 +203,20 @@ def test_reconstructions_that_contradict_each_other_leave_a_label_unknown(tree: 
         result.counts["labels set to unknown since reconstructions of a scan contradict each other"]
         == 1
     )
+
+
+def test_other_labels_replace_those_of_the_download(tree: Tree, tmp_path: Path) -> None:
+    tables = [tmp_path / "train.csv", tmp_path / "valid.csv"]
+    for path in tables:
+        rows = [f"{path.stem}_{scan}.nii.gz{',1' * len(FINDINGS)}" for scan in ("1_a_9", "1_b_1")]
+        path.write_text("\n".join([",".join(["VolumeName", *FINDINGS]), *rows]) + "\n")
+    result = read(tree, labels=tuple(tables))
+    for case in result.cases:
+        assert set(row(case)[0].values()) == {1}, case.key
+    stated = str(result.policy["labels"])
+    assert f"train.csv (SHA-256 {file_sha256(tables[0])}), valid.csv" in stated
+    with pytest.raises(InputError, match=r"train\.csv lacks 1 of 3 cases.*valid_1_a_1"):
+        read(tree, labels=(tables[0],))
 
 
 def test_a_row_twice_is_fine_only_when_it_says_the_same(tree: Tree) -> None:
