@@ -113,14 +113,14 @@ def _read_rows(path: Path) -> Iterator[tuple[str, FindingLabels]]:
         yield _simplify_name(written_name), tuple(labels)
 
 
-def parse_label(text: str, path: Path, row_number: int, finding: str) -> int | None:
+def parse_label(text: str, path: Path, row_number: int, column: str) -> int | None:
     """Read the cell of a label.
 
     Args:
         text: content of the cell.
         path: of the table, for the error.
         row_number: number of the row, for the error.
-        finding: column of the cell.
+        column: name of the column, for the error.
 
     Raises:
         InputError: the cell holds neither 0, 1 nor nothing.
@@ -134,7 +134,7 @@ def parse_label(text: str, path: Path, row_number: int, finding: str) -> int | N
         return None
     raise InputError(
         path,
-        f"has a label that is none in row {row_number}, column {finding!r}",
+        f"has a label that is none in row {row_number}, column {column!r}",
         expected="0, 1 or nothing",
         found=repr(text),
         remedy="correct it, or empty the cell where it is unknown",
