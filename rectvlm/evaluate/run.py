@@ -31,6 +31,11 @@ from rectvlm.evaluate.journal import CaseId, EvaluationJournal
 from rectvlm.evaluate.options import EvaluationOptions, require_truth_folder
 from rectvlm.evaluate.process_ranks import ProcessRanks, read_ranks_from_environment
 from rectvlm.evaluate.region_maps import RegionMapUsage
+from rectvlm.evaluate.report_baselines import (
+    BaselineReports,
+    choose_baseline_reports,
+    read_training_reports,
+)
 from rectvlm.evaluate.report_figures import evaluate_reports
 from rectvlm.evaluate.result import BootstrapSettings, EvaluationResult
 from rectvlm.evaluate.scans import ScanResults, group_by_scan
@@ -65,7 +70,8 @@ METRIC_PACKAGES = (
 )
 """Packages that decide a figure, besides those that decide a prediction."""
 CASES_FILE, REPORTS_FILE, TABLE_FILE = "cases.jsonl", "reports.jsonl", "metrics.md"
-_TEXT_FIELDS = ("reference", "generated", "without_image")
+_OMITTED_FIELDS = ("reference", "generated", "without_image", "features")
+"""Fields of a record that its line in `cases.jsonl` lacks."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +172,11 @@ def _evaluate_cases(
         options.hide_regions,
     )
     scans = group_by_scan(records)
-    result = _compute_metrics(run, scans, thresholds, labeler, start_time)
-    _write_results(metrics_path, result, records, scans, options)
+    baselines = None
+    if run.has_reports:
+        baselines = run.choose_baselines(scans, thresholds, all_records)
+    result = _compute_metrics(run, scans, thresholds, labeler, baselines, start_time)
+    _write_results(metrics_path, result, records, scans, baselines, options)
     return result
 
 
@@ -199,12 +208,13 @@ class _EvaluationRun:
         self.data: DataConfig = self.config.data
         if shards is not None:
             self.data = self.data.model_copy(update={"shards": str(shards)})
-        self.index = read_index(self.data.shards)
+        self.store = ShardStore(self.data.shards)
+        self.index = read_index(self.store)
+        self.has_reports = "generator" in self.checkpoint.parts and options.reports
         self.datasets = self._open_datasets()
         self.batches = self._plan_batches()
-        self.has_reports = "generator" in self.checkpoint.parts and options.reports
         self.fingerprint = compute_fingerprint(
-            folder, self.config, ShardStore(self.data.shards), device, options, self.has_reports
+            folder, self.config, self.store, device, options, self.has_reports
         )
         self.journal = EvaluationJournal(out, self.fingerprint, ranks.rank)
 
@@ -212,6 +222,36 @@ class _EvaluationRun:
     def has_training_shards(self) -> bool | None:
         """Whether the shards are those of the training; None where that cannot be known."""
         return are_same_shards(self.data.shards, self.config.data.shards)
+
+    @cached_property
+    def lack_of_baselines(self) -> str | None:
+        """Why no baseline can be learned from the training cases; None where they can be."""
+        if self.options.split == "train":
+            return "the evaluated cases are those that baselines learn from"
+        locations = self.index.select_split("train")
+        if not locations:
+            return f"{self.store} holds no training case"
+        if self.store.file_size(locations[0].shard) is None:
+            return f"the training case {self.store / locations[0].shard} is not there"
+        return None
+
+    def choose_baselines(
+        self,
+        scans: ScanResults,
+        thresholds: FindingThresholds,
+        records: dict[CaseId, CaseRecord],
+    ) -> BaselineReports:
+        """Reports of the baselines for the scans with a report, in their order."""
+        if self.lack_of_baselines is not None:
+            return BaselineReports.left_out_for(self.lack_of_baselines)
+        numbers, cases = scans.select_report_cases()
+        purpose: CasePurpose = "neighbor" if "neighbor" in self.datasets else "fit"
+        return choose_baseline_reports(
+            scans.probabilities[numbers] >= thresholds.values,
+            cases,
+            read_training_reports(self.store, self.index.select_split("train")),
+            self.select_records(records, purpose),
+        )
 
     def predict_missing_cases(self) -> None:
         """Predict this process's cases without a record; load the model only if there are any."""
@@ -262,10 +302,14 @@ class _EvaluationRun:
         can_fit = self.options.thresholds == "fit"
         if can_fit and self.index.select_split(self.index.threshold_split):
             datasets["fit"] = ShardDataset(self.data, self.index.threshold_split)
+        has_training_cases = "fit" in datasets and datasets["fit"].split == "train"
+        if self.has_reports and self.lack_of_baselines is None and not has_training_cases:
+            datasets["neighbor"] = ShardDataset(self.data, "train")
         return datasets
 
     def _plan_batches(self) -> list[PlannedBatch]:
-        limits = {"evaluate": self.options.limit, "fit": self.options.fit_limit}
+        fit_limit = self.options.fit_limit
+        limits = {"evaluate": self.options.limit, "fit": fit_limit, "neighbor": fit_limit}
         batches = []
         for purpose, dataset in self.datasets.items():
             n_cases = min(len(dataset), limits[purpose] or len(dataset))
@@ -285,6 +329,7 @@ def _compute_metrics(
     scans: ScanResults,
     thresholds: FindingThresholds,
     labeler: ReportLabeler | None,
+    baselines: BaselineReports | None,
     start_time: float,
 ) -> EvaluationResult:
     """All figures, with a description of what was measured where."""
@@ -293,10 +338,12 @@ def _compute_metrics(
     lesions, reports = None, None
     if "localizer" in run.checkpoint.parts:
         lesions = summary.summarize_lesions(scans, weights, options)
-    if labeler is not None:
+    if labeler is not None and baselines is not None:
         patients = [record.patient for record in scans.select_report_cases()[1]]
         report_weights = summary.draw_resamples(patients, options)
-        reports = evaluate_reports(scans, run.config, labeler, options.convention, report_weights)
+        reports = evaluate_reports(
+            scans, run.config, labeler, options.convention, report_weights, baselines
+        )
 
     records = list(itertools.chain.from_iterable(scans.volumes))
     return EvaluationResult(
@@ -348,13 +395,13 @@ def _write_results(
     result: EvaluationResult,
     records: list[CaseRecord],
     scans: ScanResults,
+    baselines: BaselineReports | None,
     options: EvaluationOptions,
 ) -> None:
     """Write the results, the metrics last: a folder with metrics is complete."""
-    _write_jsonl(metrics_path.with_name(CASES_FILE), map(_without_texts, records))
-    if result.reports is not None:
-        report_records = scans.select_report_cases()[1]
-        _write_jsonl(metrics_path.with_name(REPORTS_FILE), map(_report_texts, report_records))
+    _write_jsonl(metrics_path.with_name(CASES_FILE), map(_make_case_row, records))
+    if baselines is not None:
+        _write_jsonl(metrics_path.with_name(REPORTS_FILE), _report_texts(scans, baselines))
     _write_text(metrics_path.with_name(TABLE_FILE), tables.render_markdown(result))
     if options.plots:
         from rectvlm.evaluate import plots  # matplotlib takes its time
@@ -364,20 +411,26 @@ def _write_results(
     write_json(metrics_path, result.as_dict())
 
 
-def _without_texts(record: CaseRecord) -> JsonObject:
+def _make_case_row(record: CaseRecord) -> JsonObject:
     row = record.as_dict()
-    for name in _TEXT_FIELDS:
+    for name in _OMITTED_FIELDS:
         del row[name]
     return row
 
 
-def _report_texts(record: CaseRecord) -> JsonObject:
-    return {
-        "key": record.key,
-        "reference": record.reference,
-        "generated": record.generated,
-        "generated_without_image": record.without_image,
-    }
+def _report_texts(scans: ScanResults, baselines: BaselineReports) -> list[JsonObject]:
+    rows = []
+    for number, record in enumerate(scans.select_report_cases()[1]):
+        row = {
+            "key": record.key,
+            "reference": record.reference,
+            "generated": record.generated,
+            "generated_without_image": record.without_image,
+        }
+        for name, texts in baselines.texts.items():
+            row[name] = texts[number]
+        rows.append(row)
+    return rows
 
 
 def _write_jsonl(path: Path, rows: Iterable[JsonObject]) -> None:
