@@ -97,8 +97,9 @@ def read_training_reports(
     labels: list[list[int]] = []
     for meta in metas:
         text = join_report_sections(meta.findings, meta.impression)
-        if text is not None and meta.scan not in texts_by_scan:
-            texts_by_scan[meta.scan] = text
+        scan = meta.scan or meta.key
+        if text is not None and scan not in texts_by_scan:
+            texts_by_scan[scan] = text
             labels.append(_encode_labels(meta))
     return TrainingReports(
         list(texts_by_scan.values()), np.array(labels, np.int8).reshape(-1, len(FINDINGS))

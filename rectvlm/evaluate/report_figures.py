@@ -20,6 +20,7 @@ from rectvlm.metrics.reports import (
     headline_scores,
     summarize_reports,
 )
+from rectvlm.metrics.text_diversity import measure_diversity
 from rectvlm.types import JsonObject, UserError
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def evaluate_reports(
     """Figures of the reports (`image`), of the control (`image_ablated`), and of each baseline.
 
     `difference` is image minus control, and in a baseline image minus baseline, on the same
-    resamples of the patients.
+    resamples of the patients. `reference_diversity` is what `diversity` is compared with.
 
     Args:
         scans: results of the evaluation by scan.
@@ -88,6 +89,7 @@ def evaluate_reports(
         "difference": _score_differences(image, control),
         "baselines": baseline_figures,
         "left_out_baselines": baselines.left_out,
+        "reference_diversity": measure_diversity([text for text in references if text is not None]),
     }
 
 

@@ -28,6 +28,8 @@ MAIN_REPORT_SCORES = (
     "laterality",
 )
 """Scores of the reports in the terminal, and those in which the table is to be beaten."""
+DIVERSITY_NAMES = {"distinct_share": "distinct reports, share", "self_bleu_4": "self-BLEU-4"}
+"""Names of the figures that compare the reports with each other; they have no intervals."""
 REPORT_FINDING_SCORES = ("precision", "recall", "f1")
 """Scores of the findings in the reports."""
 
@@ -69,6 +71,7 @@ def render_baselines(reports: Mapping[str, Any]) -> str:
         return sources
     header = ["", *_name_baseline_columns(reports)]
     rows = [_baseline_row(reports, score) for score in reports["image"]["scores"]]
+    rows += _diversity_rows(reports)
     return "\n\n".join([describe_table_comparison(reports), render_table(header, rows), sources])
 
 
@@ -81,6 +84,8 @@ def make_baseline_table(reports: Mapping[str, Any]) -> Table:
     for score in MAIN_REPORT_SCORES:
         if score in reports["image"]["scores"]:
             table.add_row(*_baseline_row(reports, score))
+    for row in _diversity_rows(reports):
+        table.add_row(*row)
     return table
 
 
@@ -132,6 +137,17 @@ def _baseline_row(reports: Mapping[str, Any], score: str) -> list[str]:
     return cells
 
 
+def _diversity_rows(reports: Mapping[str, Any]) -> list[list[str]]:
+    """Diversity of the language model's reports, then of each baseline's."""
+    rows = []
+    for figure, name in DIVERSITY_NAMES.items():
+        row = [name, format_score(reports["image"]["diversity"][figure])]
+        for baseline in reports["baselines"].values():
+            row += [format_score(baseline["diversity"][figure]), ""]
+        rows.append(row)
+    return rows
+
+
 def _join_names(scores: Sequence[str]) -> str:
     return ", ".join(map(name_score, scores))
 
@@ -152,7 +168,14 @@ def _describe_sources(reports: Mapping[str, Any]) -> str:
         words.append(f"{BASELINE_NAMES[name]}: {baseline['source']}")
     for name, reason in reports["left_out_baselines"].items():
         words.append(f"{BASELINE_NAMES[name]}: left out, as {reason}")
-    return f"Reports of the baselines: {'; '.join(words)}."
+    diversity = reports["reference_diversity"]
+    references = [
+        f"{DIVERSITY_NAMES[name]} {format_score(diversity[name])}" for name in DIVERSITY_NAMES
+    ]
+    return (
+        f"Reports of the baselines: {'; '.join(words)}. Of the reference reports: "
+        f"{', '.join(references)}."
+    )
 
 
 def render_report_findings(reports: Mapping[str, Any]) -> str:
