@@ -37,7 +37,7 @@ def read_npz(path: Path) -> Volume:
         InputError: the file is broken, larger than the memory, without exactly one 3-D array of
             numbers, or does not say where its voxels lie.
     """
-    require_regular_file(path)
+    require_regular_file(path, "an archive of NumPy arrays (.npz)")
     try:
         with zipfile.ZipFile(path) as archive:
             headers = {
