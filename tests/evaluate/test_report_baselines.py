@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from conftest import phantom_sample
 
 from rectvlm.checkpoint import run_folder
 from rectvlm.config import Config
-from rectvlm.data.dataset import ShardDataset
 from rectvlm.data.shards import read_index, write_shards
 from rectvlm.data.store import ShardStore
 from rectvlm.evaluate.case_records import CaseRecord
@@ -24,7 +24,7 @@ from rectvlm.evaluate.report_baselines import (
 )
 from rectvlm.evaluate.report_tables import describe_table_comparison, render_baselines
 from rectvlm.evaluate.run import evaluate_checkpoint
-from rectvlm.labels import N_FINDINGS
+from rectvlm.labels import FINDINGS, N_FINDINGS
 from rectvlm.metrics.arrays import BoolArray
 from rectvlm.types import JsonObject
 
@@ -95,15 +95,23 @@ def test_what_cannot_be_learned_is_left_out_with_its_reason() -> None:
     assert set(choose([findings()], empty).left_out) == {"table", "prevalence", "nearest"}
 
 
-def test_training_reports_are_those_of_the_samples(tiny: Config, phantom_shards: Path) -> None:
-    locations = read_index(phantom_shards).select_split("train")
-    table = read_training_reports(ShardStore(phantom_shards), [*locations, locations[0]])
-    data = tiny.data.model_copy(update={"shards": str(phantom_shards)})
-    batch = ShardDataset(data, "train").read_batch(range(6))
-    assert table.texts == batch.reports, "a scan counts once"
-    known = batch.labels_known.numpy()
-    assert np.array_equal(table.labels != UNKNOWN_LABEL, known) and not known.all()
-    assert np.array_equal(table.labels[known], batch.labels.numpy()[known])
+def test_training_reports_are_those_of_the_scans(tiny: Config, tmp_path: Path) -> None:
+    sample = phantom_sample(0, tiny, "train")
+    first = replace(sample.meta, labels=sample.meta.labels | {"Cardiomegaly": None})
+    metas = [
+        first,
+        replace(first, key="again", findings="Another kernel."),
+        replace(first, key="silent", scan="silent", findings=None, impression=None),
+        replace(first, key="other", scan="other", findings="None.", impression=None),
+    ]
+    write_shards([replace(sample, meta=meta) for meta in metas], tmp_path)
+    locations = read_index(tmp_path).select_split("train")
+    table = read_training_reports(ShardStore(tmp_path), locations)
+    both = f"Findings: {first.findings}\nImpression: {first.impression}"
+    assert table.texts == [both, "Findings: None."]
+    expected = [first.labels[name] for name in FINDINGS]
+    expected[FINDINGS.index("Cardiomegaly")] = UNKNOWN_LABEL
+    assert table.labels.tolist() == [expected] * 2 and 1 in expected
 
 
 def report_figures(intervals: dict[str, list[float] | None]) -> JsonObject:
