@@ -231,8 +231,13 @@ class _EvaluationRun:
         locations = self.index.select_split("train")
         if not locations:
             return f"{self.store} holds no training case"
-        if self.store.file_size(locations[0].shard) is None:
-            return f"the training case {self.store / locations[0].shard} is not there"
+        shard = locations[0].shard
+        try:
+            self.store.read_range(shard, 0, 1)
+        except OSError as error:
+            return (
+                f"training cases cannot be read ({self.store / shard}: {error.strerror or error})"
+            )
         return None
 
     def choose_baselines(
