@@ -379,7 +379,8 @@ def _select_main_figures(metrics: JsonObject, path: Path) -> EvaluationFigures:
     for lesion, scores in (metrics["localization"] or {"per_lesion": {}})["per_lesion"].items():
         dice[lesion] = scores["dice"]
     reports: dict[str, JsonObject] = {}
-    for name, scores in (metrics["reports"] or {}).items():
+    for name in ("image", "image_ablated", "difference") if metrics["reports"] else ():
+        scores = metrics["reports"][name]
         score_names = ("n", "bleu_1", "bleu_4", "rouge_l", "bertscore_f1")
         reports[name] = {score: scores[score] for score in score_names if score in scores}
     return EvaluationFigures(

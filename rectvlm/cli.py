@@ -409,6 +409,7 @@ def _run_evaluate(namespace: argparse.Namespace) -> None:
         read_index(namespace.shards)
     _check_device(namespace.device)
 
+    from rectvlm.evaluate.report_tables import describe_table_comparison, make_baseline_table
     from rectvlm.evaluate.run import evaluate_checkpoint, output_path
     from rectvlm.evaluate.tables import terminal_table
     from rectvlm.terminal_tables import make_stdout_console
@@ -421,7 +422,11 @@ def _run_evaluate(namespace: argparse.Namespace) -> None:
         options=options,
     )
     if result is not None:  # the first of several processes
-        make_stdout_console().print(terminal_table(result))
+        console = make_stdout_console()
+        console.print(terminal_table(result))
+        if result.reports is not None and result.reports["baselines"]:
+            console.print(make_baseline_table(result.reports))
+            console.print(describe_table_comparison(result.reports))
         sys.stdout.write(f"{output_path(namespace.checkpoint, options.split, namespace.out)}\n")
 
 

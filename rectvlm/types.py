@@ -258,6 +258,8 @@ class BatchPrediction:
     reports: list[str] | None
     """Generated reports, sections included; None when none was asked for or the model has no
     generator."""
+    global_tokens: "torch.Tensor"
+    """(B, C) float32: the encoder's summary of each volume."""
 
     def require_finite(self, keys: list[str]) -> None:
         """Refuse NaN: compared with a threshold, it would read as "absent".

@@ -24,7 +24,7 @@ from rectvlm.embed.options import ProbeOptions
 from rectvlm.evaluate.case_records import CaseRecord
 from rectvlm.evaluate.result import BootstrapSettings
 from rectvlm.evaluate.scans import ScanResults, group_by_scan
-from rectvlm.evaluate.tables import format_score
+from rectvlm.evaluate.score_format import format_score
 from rectvlm.files import require_writable_file, write_json
 from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.labels import N_FINDINGS

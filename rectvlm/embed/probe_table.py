@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from rectvlm.embed.probe import ProbeResult
-from rectvlm.evaluate.tables import FINDING_SCORE_NAMES, format_interval, format_score
+from rectvlm.evaluate.score_format import FINDING_SCORE_NAMES, format_interval, format_score
 from rectvlm.terminal_tables import FoldingTable
 
 SHOWN_SCORES = ("auroc", "average_precision", "f1")

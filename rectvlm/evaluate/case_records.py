@@ -23,8 +23,9 @@ from rectvlm.types import (
     SampleMeta,
 )
 
-CasePurpose = Literal["fit", "evaluate"]
-"""Use of a case: `fit` is a case of the dev or train split on which thresholds are fitted."""
+CasePurpose = Literal["fit", "neighbor", "evaluate"]
+"""Use of a case: `fit` is a case of the dev or train split on which thresholds are fitted;
+`neighbor` one of the train split whose report stands for an evaluated case with like features."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class CaseRecord:
     """Report of the model on a volume of air."""
     regions: str | None
     """Source of the region map that the model was given; None where it had none."""
+    features: list[float] | None = None
+    """Global token of the encoder, (C,); None where no reports are evaluated."""
 
     def as_dict(self) -> JsonObject:
         """Tree for JSON."""
@@ -87,7 +90,7 @@ def evaluate_batch(
         model: in eval mode, on its device.
         batch: on the CPU.
         positions: number of each of its samples in the split.
-        purpose: with `fit`, lesions and reports are left out.
+        purpose: with any but `evaluate`, lesions and reports are left out.
         options: options of the evaluation.
 
     Raises:
@@ -111,6 +114,7 @@ def evaluate_batch(
         control = model.predict_batch(device_batch, generate=True, ablate_image=True)
         without_image = control.reports
 
+    has_baselines = options.reports and model.has_generator
     probabilities = prediction.finding_probabilities.float().cpu().numpy()
     records = []
     for i, meta in enumerate(batch.metas):
@@ -134,6 +138,7 @@ def evaluate_batch(
             generated=generated[i] if has_report and generated else None,
             without_image=without_image[i] if has_report and without_image else None,
             regions=meta.regions_source if batch.regions_known[i] else None,
+            features=prediction.global_tokens[i].tolist() if has_baselines else None,
         )
         records.append(record)
     return records

@@ -3,13 +3,12 @@
 from rich.table import Table
 
 from rectvlm.evaluate.comparison import ComparedFigure, ModelComparison
+from rectvlm.evaluate.report_tables import MAIN_REPORT_SCORES
+from rectvlm.evaluate.score_format import FINDING_SCORE_NAMES, format_score
 from rectvlm.evaluate.tables import (
-    FINDING_SCORE_NAMES,
     GROUNDING_SCORE_NAMES,
     LESION_SCORE_NAMES,
     MAIN_FINDING_SCORES,
-    MAIN_REPORT_SCORES,
-    format_score,
 )
 from rectvlm.labels import LESION_BY_KEY
 from rectvlm.terminal_tables import FoldingTable

@@ -44,7 +44,8 @@ class EvaluationOptions:
     """Thresholds of the findings: fitted on the dev split, or on train where there is no dev; or
     those that the model carries."""
     fit_limit: int = field(default=512, metadata=argument(metavar="N", minimum=1))
-    """Largest number of cases that thresholds are fitted on."""
+    """Largest number of cases that thresholds are fitted on, and of training volumes among which
+    the baseline of reports finds the nearest one."""
     labeler: str = field(default="rules", metadata=argument(metavar="DIR_OR_ID"))
     """Labeler of findings in reports: `rules`, or the folder or hub id of a classifier."""
     convention: LabelConvention = DEFAULT_CONVENTION

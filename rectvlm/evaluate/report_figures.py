@@ -1,13 +1,14 @@
-"""Figures of generated reports and of the control without the image, with paired intervals."""
+"""Figures of generated reports, their control and their baselines, with paired intervals."""
 
 import logging
-from collections.abc import Iterable
-from dataclasses import fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from rectvlm import pretrained
 from rectvlm.config import Config
+from rectvlm.evaluate.report_baselines import BaselineReports
 from rectvlm.evaluate.scans import ScanResults
 from rectvlm.labels import LabelConvention
 from rectvlm.metrics.arrays import FloatArray
@@ -19,9 +20,22 @@ from rectvlm.metrics.reports import (
     headline_scores,
     summarize_reports,
 )
+from rectvlm.metrics.text_diversity import measure_diversity
 from rectvlm.types import JsonObject, UserError
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoredReports:
+    """Figures of one set of reports on the evaluated cases."""
+
+    figures: JsonObject
+    """Figures of `summarize_reports`, headline `scores`, and their intervals (`ci95`)."""
+    samples: dict[str, FloatArray]
+    """Headline scores in each resample, (R,); empty where no intervals are wanted."""
+    statistics: ReportStatistics
+    """What each case adds to the figures."""
 
 
 def evaluate_reports(
@@ -30,11 +44,13 @@ def evaluate_reports(
     labeler: ReportLabeler,
     convention: LabelConvention,
     weights: ResampleWeights | None,
+    baselines: BaselineReports,
 ) -> tuple[JsonObject, ReportStatistics]:
-    """Figures of the reports (`image`), of the control (`image_ablated`), and their `difference`.
+    """Figures of the reports (`image`), of the control (`image_ablated`), and of each baseline.
 
-    The difference is image minus control, on the same resamples of the patients. The statistics of
-    the reports by case are returned beside the figures.
+    `difference` is image minus control, and in a baseline image minus baseline, on the same
+    resamples of the patients. `reference_diversity` is what `diversity` is compared with. The
+    statistics of the reports by case are returned beside the figures.
 
     Args:
         scans: results of the evaluation by scan.
@@ -42,20 +58,14 @@ def evaluate_reports(
         labeler: labeler that reads findings in the texts.
         convention: convention of the rules that read sides.
         weights: resamples of the N scans with a generated report, (R, N); None for no intervals.
+        baselines: reports of the baselines for the N scans.
     """
     numbers, records = scans.select_report_cases()
     references = [record.reference for record in records]
-    texts_by_kind = {
-        "image": [record.generated or "" for record in records],
-        "image_ablated": [record.without_image or "" for record in records],
-    }
     labels, known = scans.labels[numbers], scans.known[numbers]
     encoder = resolve_bertscore_encoder(config)
 
-    result: JsonObject = {}
-    statistics_by_kind: dict[str, ReportStatistics] = {}
-    samples: dict[str, dict[str, FloatArray]] = {}
-    for kind, texts in texts_by_kind.items():
+    def score_texts(texts: Sequence[str]) -> ScoredReports:
         statistics = compute_report_statistics(
             texts,
             references,
@@ -65,15 +75,39 @@ def evaluate_reports(
             labeler=labeler,
             convention=convention,
         )
-        statistics_by_kind[kind] = statistics
-        scores = headline_scores(statistics)
-        result[kind] = summarize_reports(statistics) | {"scores": scores}
-        if weights is not None:
-            samples[kind] = resample_report_scores(statistics, weights)
-            scored = [name for name, value in scores.items() if value is not None]
-            result[kind]["ci95"] = _score_intervals(samples[kind], scored)
-    result["difference"] = _score_differences(result, samples)
-    return result, statistics_by_kind["image"]
+        return _score_statistics(statistics, weights)
+
+    image = score_texts([record.generated or "" for record in records])
+    control = score_texts([record.without_image or "" for record in records])
+    baseline_figures: JsonObject = {}
+    for name, texts in baselines.texts.items():
+        baseline = score_texts(texts)
+        baseline_figures[name] = baseline.figures | {
+            "difference": _score_differences(image, baseline),
+            "source": baselines.sources[name],
+        }
+    figures: JsonObject = {
+        "image": image.figures,
+        "image_ablated": control.figures,
+        "difference": _score_differences(image, control),
+        "baselines": baseline_figures,
+        "left_out_baselines": baselines.left_out,
+        "reference_diversity": measure_diversity([text for text in references if text is not None]),
+    }
+    return figures, image.statistics
+
+
+def _score_statistics(
+    statistics: ReportStatistics, weights: ResampleWeights | None
+) -> ScoredReports:
+    scores = headline_scores(statistics)
+    figures = summarize_reports(statistics) | {"scores": scores}
+    if weights is None:
+        return ScoredReports(figures, {}, statistics)
+    samples = resample_report_scores(statistics, weights)
+    scored = [name for name, value in scores.items() if value is not None]
+    figures["ci95"] = _score_intervals(samples, scored)
+    return ScoredReports(figures, samples, statistics)
 
 
 def resample_report_scores(
@@ -130,18 +164,18 @@ def _score_intervals(samples: dict[str, FloatArray], names: Iterable[str]) -> Js
     return {name: percentile_interval(samples[name]) for name in names}
 
 
-def _score_differences(result: JsonObject, samples: dict[str, dict[str, FloatArray]]) -> JsonObject:
-    """Image minus control of each score that both have, with intervals on the same resamples."""
-    image, control = result["image"]["scores"], result["image_ablated"]["scores"]
+def _score_differences(image: ScoredReports, other: ScoredReports) -> JsonObject:
+    """Image minus other of each score that both have, with intervals on the same resamples."""
+    image_scores, other_scores = image.figures["scores"], other.figures["scores"]
     differences: JsonObject = {}
-    for name, value in image.items():
-        if value is not None and control.get(name) is not None:
-            differences[name] = value - control[name]
-    if samples:
+    for name, value in image_scores.items():
+        if value is not None and other_scores.get(name) is not None:
+            differences[name] = value - other_scores[name]
+    if image.samples:
         names = list(differences)
         pairs: dict[str, FloatArray] = {}
         for name in names:
-            pairs[name] = samples["image"][name] - samples["image_ablated"][name]
+            pairs[name] = image.samples[name] - other.samples[name]
         differences["ci95"] = _score_intervals(pairs, names)
     return differences
 

@@ -32,15 +32,20 @@ from rectvlm.evaluate.options import EvaluationOptions, require_truth_folder
 from rectvlm.evaluate.other_labels import summarize_other_labels
 from rectvlm.evaluate.process_ranks import ProcessRanks, read_ranks_from_environment
 from rectvlm.evaluate.region_maps import RegionMapUsage
+from rectvlm.evaluate.report_baselines import (
+    BaselineReports,
+    choose_baseline_reports,
+    read_training_reports,
+)
 from rectvlm.evaluate.report_figures import evaluate_reports
 from rectvlm.evaluate.result import BootstrapSettings, EvaluationResult
 from rectvlm.evaluate.scans import ScanResults, group_by_scan
 from rectvlm.evaluate.selection import are_same_shards, was_selected_on
 from rectvlm.evaluate.stored_evaluation import (
     CASES_FILE,
+    OMITTED_FIELDS,
     REPORTS_FILE,
     STATISTICS_FILE,
-    TEXT_FIELDS,
     write_report_statistics,
 )
 from rectvlm.evaluate.thresholds import choose_thresholds
@@ -176,10 +181,13 @@ def _evaluate_cases(
         options.hide_regions,
     )
     scans = group_by_scan(records)
+    baselines = None
+    if run.has_reports:
+        baselines = run.choose_baselines(scans, thresholds, all_records)
     result, report_statistics = _compute_metrics(
-        run, scans, thresholds, labeler, label_table, start_time
+        run, scans, thresholds, labeler, label_table, baselines, start_time
     )
-    _write_results(metrics_path, result, report_statistics, records, scans, options)
+    _write_results(metrics_path, result, report_statistics, records, scans, baselines, options)
     return result
 
 
@@ -211,12 +219,13 @@ class _EvaluationRun:
         self.data: DataConfig = self.config.data
         if shards is not None:
             self.data = self.data.model_copy(update={"shards": str(shards)})
-        self.index = read_index(self.data.shards)
+        self.store = ShardStore(self.data.shards)
+        self.index = read_index(self.store)
+        self.has_reports = "generator" in self.checkpoint.parts and options.reports
         self.datasets = self._open_datasets()
         self.batches = self._plan_batches()
-        self.has_reports = "generator" in self.checkpoint.parts and options.reports
         self.fingerprint = compute_fingerprint(
-            folder, self.config, ShardStore(self.data.shards), device, options, self.has_reports
+            folder, self.config, self.store, device, options, self.has_reports
         )
         self.journal = EvaluationJournal(out, self.fingerprint, ranks.rank)
 
@@ -237,6 +246,41 @@ class _EvaluationRun:
         locations = self.datasets["evaluate"].locations[: self.options.limit]
         table.labels_of([[location.key] for location in locations])
         return table
+
+    @cached_property
+    def lack_of_baselines(self) -> str | None:
+        """Why no baseline can be learned from the training cases; None where they can be."""
+        if self.options.split == "train":
+            return "the evaluated cases are those that baselines learn from"
+        locations = self.index.select_split("train")
+        if not locations:
+            return f"{self.store} holds no training case"
+        shard = locations[0].shard
+        try:
+            self.store.read_range(shard, 0, 1)
+        except OSError as error:
+            return (
+                f"training cases cannot be read ({self.store / shard}: {error.strerror or error})"
+            )
+        return None
+
+    def choose_baselines(
+        self,
+        scans: ScanResults,
+        thresholds: FindingThresholds,
+        records: dict[CaseId, CaseRecord],
+    ) -> BaselineReports:
+        """Reports of the baselines for the scans with a report, in their order."""
+        if self.lack_of_baselines is not None:
+            return BaselineReports.left_out_for(self.lack_of_baselines)
+        numbers, cases = scans.select_report_cases()
+        purpose: CasePurpose = "neighbor" if "neighbor" in self.datasets else "fit"
+        return choose_baseline_reports(
+            scans.probabilities[numbers] >= thresholds.values,
+            cases,
+            read_training_reports(self.store, self.index.select_split("train")),
+            self.select_records(records, purpose),
+        )
 
     def predict_missing_cases(self) -> None:
         """Predict this process's cases without a record; load the model only if there are any."""
@@ -287,10 +331,14 @@ class _EvaluationRun:
         can_fit = self.options.thresholds == "fit"
         if can_fit and self.index.select_split(self.index.threshold_split):
             datasets["fit"] = ShardDataset(self.data, self.index.threshold_split)
+        has_training_cases = "fit" in datasets and datasets["fit"].split == "train"
+        if self.has_reports and self.lack_of_baselines is None and not has_training_cases:
+            datasets["neighbor"] = ShardDataset(self.data, "train")
         return datasets
 
     def _plan_batches(self) -> list[PlannedBatch]:
-        limits = {"evaluate": self.options.limit, "fit": self.options.fit_limit}
+        fit_limit = self.options.fit_limit
+        limits = {"evaluate": self.options.limit, "fit": fit_limit, "neighbor": fit_limit}
         batches = []
         for purpose, dataset in self.datasets.items():
             n_cases = min(len(dataset), limits[purpose] or len(dataset))
@@ -311,6 +359,7 @@ def _compute_metrics(
     thresholds: FindingThresholds,
     labeler: ReportLabeler | None,
     label_table: LabelTable | None,
+    baselines: BaselineReports | None,
     start_time: float,
 ) -> tuple[EvaluationResult, ReportStatistics | None]:
     """All figures, with a description of what was measured where; the reports' by case too."""
@@ -319,11 +368,11 @@ def _compute_metrics(
     lesions, reports, report_statistics = None, None, None
     if "localizer" in run.checkpoint.parts:
         lesions = summary.summarize_lesions(scans, weights, options)
-    if labeler is not None:
+    if labeler is not None and baselines is not None:
         patients = [record.patient for record in scans.select_report_cases()[1]]
         report_weights = summary.draw_resamples(patients, options)
         reports, report_statistics = evaluate_reports(
-            scans, run.config, labeler, options.convention, report_weights
+            scans, run.config, labeler, options.convention, report_weights, baselines
         )
 
     records = list(itertools.chain.from_iterable(scans.volumes))
@@ -380,14 +429,14 @@ def _write_results(
     report_statistics: ReportStatistics | None,
     records: list[CaseRecord],
     scans: ScanResults,
+    baselines: BaselineReports | None,
     options: EvaluationOptions,
 ) -> None:
     """Write the results, the metrics last: a folder with metrics is complete."""
-    _write_jsonl(metrics_path.with_name(CASES_FILE), map(_without_texts, records))
-    if report_statistics is not None:
+    _write_jsonl(metrics_path.with_name(CASES_FILE), map(_make_case_row, records))
+    if report_statistics is not None and baselines is not None:
         write_report_statistics(metrics_path.with_name(STATISTICS_FILE), report_statistics)
-        report_records = scans.select_report_cases()[1]
-        _write_jsonl(metrics_path.with_name(REPORTS_FILE), map(_report_texts, report_records))
+        _write_jsonl(metrics_path.with_name(REPORTS_FILE), _report_texts(scans, baselines))
     _write_text(metrics_path.with_name(TABLE_FILE), tables.render_markdown(result))
     if options.plots:
         from rectvlm.evaluate import plots  # matplotlib takes its time
@@ -397,20 +446,26 @@ def _write_results(
     write_json(metrics_path, result.as_dict())
 
 
-def _without_texts(record: CaseRecord) -> JsonObject:
+def _make_case_row(record: CaseRecord) -> JsonObject:
     row = record.as_dict()
-    for name in TEXT_FIELDS:
+    for name in OMITTED_FIELDS:
         del row[name]
     return row
 
 
-def _report_texts(record: CaseRecord) -> JsonObject:
-    return {
-        "key": record.key,
-        "reference": record.reference,
-        "generated": record.generated,
-        "generated_without_image": record.without_image,
-    }
+def _report_texts(scans: ScanResults, baselines: BaselineReports) -> list[JsonObject]:
+    rows = []
+    for number, record in enumerate(scans.select_report_cases()[1]):
+        row = {
+            "key": record.key,
+            "reference": record.reference,
+            "generated": record.generated,
+            "generated_without_image": record.without_image,
+        }
+        for name, texts in baselines.texts.items():
+            row[name] = texts[number]
+        rows.append(row)
+    return rows
 
 
 def _write_jsonl(path: Path, rows: Iterable[JsonObject]) -> None:

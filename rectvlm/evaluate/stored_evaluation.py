@@ -17,12 +17,12 @@ from rectvlm.types import InputError, JsonObject
 
 METRICS_FILE = "metrics.json"
 CASES_FILE = "cases.jsonl"
-"""One line a volume, without the texts."""
+"""One line a volume, without texts and features."""
 REPORTS_FILE = "reports.jsonl"
 """Texts of each scan with a generated report."""
 STATISTICS_FILE = "report_statistics.npz"
 """Arrays of `ReportStatistics` of the generated reports, in the order of `REPORTS_FILE`."""
-TEXT_FIELDS = ("reference", "generated", "without_image")
+OMITTED_FIELDS = ("reference", "generated", "without_image", "features")
 """Fields of a case record that `CASES_FILE` lacks."""
 _REMEDY = "evaluate again, or give the folder or metrics.json that `rectvlm evaluate` wrote"
 
@@ -116,9 +116,9 @@ def _read_lines(path: Path) -> list[JsonObject]:
 
 
 def _read_case_records(path: Path) -> list[CaseRecord]:
-    texts = dict.fromkeys(TEXT_FIELDS)
+    omitted = dict.fromkeys(OMITTED_FIELDS)
     try:
-        return [CASE_RECORD_ADAPTER.validate_python(row | texts) for row in _read_lines(path)]
+        return [CASE_RECORD_ADAPTER.validate_python(row | omitted) for row in _read_lines(path)]
     except (ValidationError, TypeError) as error:
         raise _missing_records(path, error) from None
 

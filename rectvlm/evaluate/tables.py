@@ -1,24 +1,27 @@
 """Figures of an evaluation as Markdown, for people, and as a table, for the terminal."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.table import Table
 
+from rectvlm.evaluate.report_tables import (
+    add_report_rows,
+    render_baselines,
+    render_report_findings,
+    render_reports,
+)
 from rectvlm.evaluate.result import EvaluationResult
+from rectvlm.evaluate.score_format import (
+    FINDING_SCORE_NAMES,
+    format_interval,
+    format_score,
+    format_with_interval,
+    render_table,
+)
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
 from rectvlm.terminal_tables import FoldingTable
 
-FINDING_SCORE_NAMES = {
-    "auroc": "AUROC",
-    "average_precision": "AP",
-    "f1": "F1",
-    "precision": "precision",
-    "recall": "recall",
-    "accuracy": "accuracy",
-    "ece": "ECE",
-    "brier": "Brier",
-}
 LESION_SCORE_NAMES = {
     "dice": "Dice",
     "iou": "IoU",
@@ -53,37 +56,6 @@ MAIN_FINDING_SCORES = ("auroc", "average_precision", "f1", "precision", "recall"
 OTHER_LABEL_SCORES = ("auroc", "f1")
 """Scores that are shown against both sets of labels."""
 OTHER_THRESHOLD_NAMES = {"model": "the model's thresholds", "0.5": "0.5"}
-MAIN_REPORT_SCORES = (
-    "bleu_1",
-    "bleu_4",
-    "rouge_l",
-    "meteor",
-    "cider",
-    "bertscore_f1",
-    "clinical_labels_micro_f1",
-    "clinical_labels_macro_f1",
-    "clinical_labels_crg",
-    "laterality",
-)
-"""Scores of the reports in the terminal."""
-REPORT_FINDING_SCORES = ("precision", "recall", "f1")
-"""Scores of the findings in the reports."""
-
-
-def format_score(value: float | None) -> str:
-    """Three decimals; a dash where there is no value."""
-    return "–" if value is None else f"{value:.3f}"
-
-
-def format_interval(row: Mapping[str, Any], score: str) -> str:
-    """The 95% interval of a score in brackets; empty where there is none."""
-    bounds = row.get("ci95", {}).get(score)
-    return f"[{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else ""
-
-
-def format_with_interval(row: Mapping[str, Any], score: str) -> str:
-    """A score with its 95% interval, where there is one."""
-    return f"{format_score(row[score])} {format_interval(row, score)}".strip()
 
 
 def render_markdown(result: EvaluationResult) -> str:
@@ -103,8 +75,9 @@ def render_markdown(result: EvaluationResult) -> str:
     if result.localization is not None:
         sections += ["## Lesions", _render_lesions(result.localization)]
     if result.reports is not None:
-        sections += ["## Reports", _render_reports(result.reports)]
-        sections += ["### Findings in the reports", _render_report_findings(result.reports)]
+        sections += ["## Reports", render_reports(result.reports)]
+        sections += ["### Baselines", render_baselines(result.reports)]
+        sections += ["### Findings in the reports", render_report_findings(result.reports)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -140,7 +113,7 @@ def terminal_table(result: EvaluationResult) -> Table:
         if result.localization["rexgrounding"] is not None:
             _add_grounding_rows(table, result.localization["rexgrounding"])
     if result.reports:
-        _add_report_rows(table, result.reports)
+        add_report_rows(table, result.reports)
     return table
 
 
@@ -176,19 +149,6 @@ def _add_grounding_rows(table: Table, grounding: Mapping[str, Any]) -> None:
 def format_grounding_count(grounding: Mapping[str, Any]) -> str:
     """Number of findings that ReXGroundingCT's protocol scored."""
     return f"{grounding['n_findings']} findings, {grounding['n_scans']} scans"
-
-
-def _add_report_rows(table: Table, reports: Mapping[str, Any]) -> None:
-    image, control = reports["image"], reports["image_ablated"]
-    for score in MAIN_REPORT_SCORES:
-        if score in image["scores"]:
-            table.add_row(
-                score.replace("_", " "),
-                format_score(image["scores"][score]),
-                format_interval(image, score),
-                format_score(control["scores"][score]),
-                str(image["n"]),
-            )
 
 
 def _render_title(result: EvaluationResult) -> str:
@@ -243,7 +203,7 @@ def _render_findings(result: EvaluationResult) -> str:
         note += f" Not fitted, 0.5: {', '.join(thresholds.not_fitted)}."
     if result.is_fitted_on_split:
         note += " **They were fitted on the evaluated split.**"
-    return f"{_render_table(header, rows)}\n\n{note}"
+    return f"{render_table(header, rows)}\n\n{note}"
 
 
 def _render_other_labels(result: EvaluationResult) -> str:
@@ -270,7 +230,7 @@ def _render_other_labels(result: EvaluationResult) -> str:
     if other["report_findings"] is not None:
         f1 = format_score(other["report_findings"]["macro"]["f1"])
         note += f" Findings of the reports against the file: macro F1 {f1}."
-    return f"{_render_table(header, rows)}\n\n{note}"
+    return f"{render_table(header, rows)}\n\n{note}"
 
 
 def _format_both(of_shards: Mapping[str, Any], of_file: Mapping[str, Any]) -> list[str]:
@@ -313,7 +273,7 @@ def _render_lesions(scores: Mapping[str, Any]) -> str:
         f"{scores['surface_tolerance_mm']:g} mm; a hit is a Dice of {scores['hit_dice']}, a lesion "
         f"matches at {scores['match_dice']}. Outlines: {truth or 'none'}."
     )
-    tables = [_render_table(header, rows), note]
+    tables = [render_table(header, rows), note]
     if scores["rexgrounding"] is not None:
         tables.append(_render_grounding(scores["rexgrounding"]))
     return "\n\n".join(tables)
@@ -327,7 +287,7 @@ def _render_grounding(grounding: Mapping[str, Any]) -> str:
         "By the protocol of ReXGroundingCT's leaderboard, but for its unit: a finding is a kind of "
         "lesion in a scan here, a sentence of the report there."
     )
-    table = _render_table([format_grounding_count(grounding), "against people"], rows)
+    table = render_table([format_grounding_count(grounding), "against people"], rows)
     return f"{table}\n\n{note}"
 
 
@@ -346,62 +306,5 @@ def _render_source_rows(lesions: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _render_reports(reports: Mapping[str, Any]) -> str:
-    image, control = reports["image"], reports["image_ablated"]
-    differences = reports["difference"]
-    rows = []
-    for score in image["scores"]:
-        values = []
-        for kind in (image, control):
-            value = format_score(kind["scores"][score])
-            values.append(f"{value} {format_interval(kind, score)}".strip())
-        difference = "–"
-        if score in differences:
-            difference = format_with_interval(differences, score)
-        rows.append([score.replace("_", " "), *values, difference])
-    header = ["", "with the image", "without (air)", "difference"]
-    note = (
-        f"{image['n']:,} reports. What the control scores was not read from the image. Sides are "
-        f"read by the rules in the {image['convention']} convention."
-    )
-    return f"{_render_table(header, rows)}\n\n{note}"
-
-
-def _render_report_findings(reports: Mapping[str, Any]) -> str:
-    """Findings that are read in the reports against the labels, with the image and without."""
-    image, control = (reports[kind]["clinical"]["labels"] for kind in ("image", "image_ablated"))
-    header = ["finding", "n", "positive", "called", "called, air"]
-    for score in REPORT_FINDING_SCORES:
-        header += [FINDING_SCORE_NAMES[score], f"{FINDING_SCORE_NAMES[score]}, air"]
-    rows = []
-    for kind in ("micro", "macro", "weighted"):
-        values = _format_score_pairs(image[kind], control[kind])
-        rows.append([f"**{kind}**", "", "", "", "", *values])
-    for name, row in image["per_finding"].items():
-        control_row = control["per_finding"][name]
-        counts = [row["n_known"], row["n_positive"], row["n_called"], control_row["n_called"]]
-        rows.append([name, *map(str, counts), *_format_score_pairs(row, control_row)])
-    note = (
-        f"Against the labels of {image['n_cases']:,} scans; read by "
-        f"{reports['image']['signatures']['clinical']}. n: scans with a known label; called: "
-        "reports that say it is there; air: without the image."
-    )
-    return f"{_render_table(header, rows)}\n\n{note}"
-
-
 def _format_scores(row: Mapping[str, Any], scores: Iterable[str]) -> list[str]:
     return [format_with_interval(row, score) for score in scores]
-
-
-def _format_score_pairs(image: Mapping[str, Any], control: Mapping[str, Any]) -> list[str]:
-    """Each score with the image and without it."""
-    values = []
-    for score in REPORT_FINDING_SCORES:
-        values += [format_score(image[score]), format_score(control[score])]
-    return values
-
-
-def _render_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    rule = "|" + "---|" + "---:|" * (len(header) - 1)
-    return "\n".join(["| " + " | ".join(header) + " |", rule, *lines])

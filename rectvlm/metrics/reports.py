@@ -23,6 +23,7 @@ from rectvlm.metrics.report_labeler.laterality import (
     score_laterality,
     score_lesion_laterality,
 )
+from rectvlm.metrics.text_diversity import measure_diversity
 from rectvlm.types import JsonObject, UserError
 
 CIDER_LEFT_OUT_REASON = "needs at least two cases: with one, every word has weight 0"
@@ -54,6 +55,8 @@ class ReportStatistics:
     """Counts of `count_confusions` against the findings of the reference reports, (N, 18, 4)."""
     side_counts: CountArray
     """Counts of `count_side_outcomes`, (N, 11, 5)."""
+    diversity: JsonObject
+    """Figures of `measure_diversity` of the generated reports."""
     convention: LabelConvention
     """Convention of the rules that read findings and sides."""
     signatures: dict[str, str]
@@ -119,6 +122,7 @@ def compute_report_statistics(
         label_counts=label_counts,
         reference_counts=count_confusions(called, stated, has_reference_by_finding),
         side_counts=count_side_outcomes(generated, references, convention),
+        diversity=measure_diversity(generated),
         convention=convention,
         signatures=signatures,
         left_out=left_out,
@@ -142,8 +146,8 @@ def score_reports(
     BERTScore are means over the cases with a reference report; the others are counted. `clinical`
     compares the findings that the labeler reads in the generated report with the cases' labels
     (`labels`, every case; None without labels) and with those that it reads in the reference
-    (`reference_reports`). `laterality` compares sides. The signatures state libraries, versions and
-    tokens.
+    (`reference_reports`). `laterality` compares sides. `diversity` compares the generated reports
+    with each other. The signatures state libraries, versions and tokens.
 
     Args:
         generated: generated report of each case, (N,).
@@ -188,6 +192,7 @@ def summarize_reports(statistics: ReportStatistics) -> JsonObject:
             "reference_reports": score_clinical_efficacy(statistics.reference_counts),
         },
         "laterality": score_laterality(statistics.side_counts),
+        "diversity": statistics.diversity,
         "signatures": statistics.signatures,
         "left_out": statistics.left_out,
     }

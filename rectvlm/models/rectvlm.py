@@ -285,7 +285,7 @@ class RectVLM(nn.Module):
             thresholds = self.thresholds.values.tolist()
             cues = describe_batch_cues(batch, findings, thresholds, lesion_bits)
             reports = self.generator.generate_reports(features, cues)
-        return BatchPrediction(findings, lesions, reports)
+        return BatchPrediction(findings, lesions, reports, features.global_token.float())
 
     def _describe_training_cues(
         self, batch: Batch, logits: Tensor, localization: LocalizerOutput | None

@@ -19,9 +19,9 @@ from rectvlm.evaluate.pairing import pair_evaluations
 from rectvlm.evaluate.scans import group_by_scan
 from rectvlm.evaluate.stored_evaluation import (
     CASES_FILE,
+    OMITTED_FIELDS,
     REPORTS_FILE,
     STATISTICS_FILE,
-    TEXT_FIELDS,
     StoredEvaluation,
     write_report_statistics,
 )
@@ -105,7 +105,7 @@ def write_evaluation(folder: Path, records: Records) -> Path:
         (folder / REPORTS_FILE).write_text("".join(lines))
     rows = [asdict(record) for record in records]
     for row in rows:
-        for name in TEXT_FIELDS:
+        for name in OMITTED_FIELDS:
             del row[name]
     (folder / CASES_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_json(folder / "metrics.json", metrics)

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from conftest import phantom_sample, write_nifti
 from rich.console import Console
+from sacrebleu.metrics import BLEU
 
 from rectvlm.checkpoint import Checkpoint, run_folder
+from rectvlm.data.dataset import ShardDataset
 from rectvlm.data.shard_manifest import read_manifest
 from rectvlm.data.shards import read_index, write_shards
-from rectvlm.evaluate import tables
+from rectvlm.evaluate import report_tables, tables
 from rectvlm.evaluate.comparison import compare_evaluations
 from rectvlm.evaluate.comparison_options import ComparisonOptions
 from rectvlm.evaluate.options import EvaluationOptions
@@ -119,6 +121,53 @@ def test_reports_stand_beside_their_references_and_the_control(evaluated, phanto
         assert low <= high
 
 
+def test_baselines_stand_beside_the_reports_of_the_same_cases(evaluated, tiny, phantom_shards):
+    result, out = evaluated
+    data = tiny.data.model_copy(update={"shards": str(phantom_shards)})
+    train = ShardDataset(data, "train").read_batch(range(6))
+    cases = [json.loads(line) for line in out.with_name("cases.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in out.with_name("reports.jsonl").read_text().splitlines()]
+    assert "features" not in cases[0]
+    (journal,) = out.parent.glob("cases/*/rank-0000.jsonl")
+    records = [json.loads(line) for line in journal.read_text().splitlines()]
+    train_features = [row["features"] for row in records if row["purpose"] == "fit"]
+    features = {row["key"]: row["features"] for row in records if row["purpose"] == "evaluate"}
+    for case, row in zip(cases, rows, strict=True):
+        called = np.array(case["probabilities"]) >= list(result["thresholds"]["values"].values())
+        agreeing = [
+            sum(meta.labels[name] == int(called[i]) for i, name in enumerate(FINDINGS))
+            for meta in train.metas
+        ]
+        assert row["table"] == train.reports[agreeing.index(max(agreeing))]
+        angles = [
+            np.dot(features[row["key"]], other) / np.linalg.norm(other) for other in train_features
+        ]
+        assert row["nearest"] == train.reports[int(np.argmax(angles))]
+    assert len({row["prevalence"] for row in rows}) == 1
+
+    image, baselines = result["reports"]["image"], result["reports"]["baselines"]
+    assert set(baselines) == {"table", "prevalence", "nearest"}
+    assert result["reports"]["left_out_baselines"] == {}
+    page = out.with_name("metrics.md").read_text().split("### Baselines\n\n")[1]
+    for name, baseline in baselines.items():
+        texts, references = ([row[kind] for row in rows] for kind in (name, "reference"))
+        bleu = BLEU(lowercase=True).corpus_score(texts, [references]).score / 100
+        assert baseline["scores"]["bleu_4"] == pytest.approx(bleu)
+        difference = baseline["difference"]
+        assert difference["bleu_4"] == image["scores"]["bleu_4"] - baseline["scores"]["bleu_4"]
+        low, high = difference["ci95"]["clinical_labels_micro_f1"]
+        assert low <= high
+        assert f"{baseline['scores']['bleu_4']:.3f} [{baseline['ci95']['bleu_4'][0]:.3f}, " in page
+        assert baseline["source"] in page
+    assert baselines["prevalence"]["diversity"]["n_distinct"] == 1
+    assert result["reports"]["reference_diversity"]["n_distinct"] == 3
+    assert page.startswith(report_tables.describe_table_comparison(result["reports"]))
+    console = Console(width=200, file=io.StringIO(), color_system=None)
+    console.print(report_tables.make_baseline_table(result["reports"]))
+    printed = console.file.getvalue()
+    assert "classifier and table" in printed and "distinct reports, share" in printed
+
+
 def test_a_limit_cuts_a_batch_and_the_batch_size_changes_nothing(tiny_run, tmp_path):
     def run(**options):
         result = evaluate_checkpoint(
@@ -165,6 +214,9 @@ def test_without_a_train_split_thresholds_stay_at_one_half(tiny_run, tiny, tmp_p
         1,
         1,
     )
+    assert result["reports"]["baselines"] == {}
+    reasons = result["reports"]["left_out_baselines"]
+    assert all("holds no training case" in reason for reason in reasons.values()) and reasons
 
 
 def test_thresholds_come_from_the_dev_split_where_there_is_one(tiny_run, tiny, tmp_path):
