@@ -375,6 +375,10 @@ def _compute_metrics(
             scans, run.config, labeler, options.convention, report_weights, baselines
         )
 
+    other_labels = None
+    if label_table is not None:
+        other_labels = summarize_other_labels(scans, label_table, thresholds, weights, labeler)
+
     records = list(itertools.chain.from_iterable(scans.volumes))
     result = EvaluationResult(
         checkpoint=str(run.folder),
@@ -398,8 +402,7 @@ def _compute_metrics(
         limit=options.limit,
         classification=summary.summarize_findings(scans, thresholds, weights),
         other_thresholds=summary.compare_thresholds(scans, run.model_thresholds),
-        other_labels=label_table
-        and summarize_other_labels(scans, label_table, thresholds, weights, labeler),
+        other_labels=other_labels,
         thresholds=thresholds,
         localization=lesions,
         reports=reports,

@@ -113,8 +113,8 @@ def select_native_lesions(scans: ScanResults) -> tuple[list[LesionRow], list[Sou
         compared = [
             None if record and _is_lost_on_native_grid(record) else record for record in row
         ]
-        comparisons.append([record and record.native for record in compared])
-        sources.append([record and record.source for record in compared])
+        comparisons.append([record.native if record else None for record in compared])
+        sources.append([record.source if record else None for record in compared])
     return comparisons, sources
 
 
