@@ -70,7 +70,7 @@ def write_challenge_results(
             needs, two CTs have one name, or a CT cannot be used.
     """
     task_format = TASK_FORMATS[task]
-    found = find_volumes(source, out.parent)
+    found = find_volumes(source, out)
     for path in found.skipped:
         log.warning("skipped: %s %s", printable_line(path.path), printable_line(path.reason))
     names = [task_format.name_case(ct.path) for ct in found.sources]

@@ -1,13 +1,18 @@
 """Rad-ChestCT's volumes and tables to shards: sides, labels, and what is refused by name."""
 
 import csv
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
+from conftest import write_nifti
+from numpy.typing import NDArray
 from rad_chestct_tree import ABNORMALITIES, LOCATIONS, write_archive, write_table
+from scipy import ndimage
 
 from data_pipeline import preprocess as pipeline
 from data_pipeline.rad_chestct import (
@@ -17,8 +22,10 @@ from data_pipeline.rad_chestct import (
     read_finding_labels,
 )
 from data_pipeline.verify.verify import main as verify_main
+from rectvlm.cli import main
 from rectvlm.data.shards import read_index, read_sample
 from rectvlm.labels import FINDINGS
+from rectvlm.phantom.phantom import PhantomCase
 from rectvlm.types import UserError
 
 TRAIN_TABLE, VALID_TABLE, TEST_TABLE = LABEL_TABLES
@@ -183,6 +190,67 @@ def test_a_broken_archive_is_set_aside_alone(download: Path) -> None:
     assert preprocess(download) == 0
     quarantine = (download.parent / "shards" / "quarantine.jsonl").read_text()
     assert "trn00001" in quarantine and "damaged" in quarantine
+
+
+# From the download to figures and results
+
+
+def place_in_archive(hu: NDArray[np.int16], affine: NDArray[np.float64]) -> NDArray[np.int16]:
+    """A CT as the data set has it: axes to inferior, posterior and left, 0.8 mm, ±1000 HU."""
+    image = nib.Nifti1Image(hu, affine)
+    turn = nib.orientations.ornt_transform(
+        nib.io_orientation(affine), nib.orientations.axcodes2ornt("IPL")
+    )
+    turned = image.as_reoriented(turn)
+    zoom = np.array(nib.affines.voxel_sizes(turned.affine)) / 0.8
+    array = ndimage.zoom(np.asarray(turned.dataobj), zoom, order=1, mode="nearest", grid_mode=True)
+    return np.clip(array, -1000, 1000)
+
+
+@pytest.mark.slow
+def test_phantoms_go_from_a_download_to_figures_and_from_images_to_results(
+    tmp_path: Path,
+    tiny_run: Callable[[int], Path],
+    phantoms: Callable[[int], PhantomCase],
+) -> None:
+    """Both ways read the same chests, so that the model says the same of them."""
+    download, images = tmp_path / "Rad-ChestCT", tmp_path / "images"
+    download.mkdir()
+    images.mkdir()
+    present: dict[str, set[str]] = {}
+    for seed in (3, 4):
+        phantom, name = phantoms(seed), f"trn0000{seed}"
+        np.savez(download / f"{name}.npz", ct=place_in_archive(phantom.hu, phantom.affine))
+        found = [finding for finding, label in phantom.labels.items() if label == 1]
+        mapped = [finding for finding in found if finding in ABNORMALITIES_BY_FINDING]
+        present[name] = {f"{ABNORMALITIES_BY_FINDING[finding][0]}*lung" for finding in mapped}
+        write_nifti(phantom.hu, phantom.affine, images / f"{name}.nii.gz")
+    write_table(download / TRAIN_TABLE, present)
+    assert preprocess(download) == 0
+
+    shards, metrics_path = tmp_path / "shards", tmp_path / "evaluation" / "metrics.json"
+    checkpoint = ["--checkpoint", str(tiny_run(1)), "--device", "cpu"]
+    where = ["--shards", str(shards), "--out", str(metrics_path)]
+    assert main(["evaluate", *checkpoint, *where, "--no-plots", "--bootstrap", "0"]) == 0
+    metrics = json.loads(metrics_path.read_text())
+    protocol = metrics["classification"]["vlm3d"]
+    assert protocol["n_findings"] == 16 and not UNMAPPED & protocol["per_finding"].keys()
+    assert "by VLM3D's protocol" in metrics_path.with_name("metrics.md").read_text()
+
+    out = tmp_path / "results.json"
+    words = [str(images), "--task", "classification", "--out", str(out)]
+    assert main(["challenge", *words, *checkpoint]) == 0
+    rows = json.loads(out.read_text())["predictions"]
+    lines = (tmp_path / "evaluation" / "cases.jsonl").read_text().splitlines()
+    cases = {case["key"]: case for case in map(json.loads, lines)}
+    assert [row["input_image_name"] for row in rows] == sorted(cases)
+    for row in rows:
+        case = cases[row["input_image_name"]]
+        expected = phantoms(int(row["input_image_name"][-1])).labels
+        for finding, label in zip(FINDINGS, case["labels"], strict=True):
+            assert label == (None if finding in UNMAPPED else expected[finding])
+        probabilities = list(row["probabilities"].values())
+        assert probabilities == pytest.approx(case["probabilities"], abs=0.02)
 
 
 def test_the_tables_of_these_tests_have_the_published_form() -> None:

@@ -80,7 +80,7 @@ def test_classification_gives_18_probabilities_of_each_ct(inputs, tiny_run, tmp_
     for folder, row in zip(folders, rows, strict=True):
         findings = json.loads((folder / "findings.json").read_text())["findings"]
         for name, probability in row["probabilities"].items():
-            assert probability == pytest.approx(findings[name]["probability"], abs=1e-6)
+            assert probability == pytest.approx(findings[name]["probability"], abs=1e-4)
 
 
 def test_reports_are_one_line_and_named_by_their_series(inputs, tiny_run, tmp_path) -> None:
@@ -92,8 +92,9 @@ def test_reports_are_one_line_and_named_by_their_series(inputs, tiny_run, tmp_pa
     assert all("\n" not in row["report"] and row["report"] for row in rows)
 
 
-def test_localization_lists_boxes_of_all_five_lesions(inputs, tiny_run, tmp_path) -> None:
-    results = challenge(inputs, tiny_run(2), tmp_path / "results.json", "localization")
+def test_localization_lists_boxes_of_all_five_lesions(inputs, tiny_run) -> None:
+    beside_inputs = inputs.parent / "results.json"
+    results = challenge(inputs, tiny_run(2), beside_inputs, "localization")
     rows = read_as_the_evaluation_does(results)["predictions"]
     assert [row["input_image_name"] for row in rows] == [f"a_7_{SERIES}.nii.gz", "b1.2.mha"]
     for row in rows:
