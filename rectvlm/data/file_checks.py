@@ -14,11 +14,14 @@ from rectvlm.types import InputError
 MAX_DEFLATE_RATIO = 1032
 """Largest factor by which DEFLATE can expand data."""
 _MAX_VOLUME_BYTES = 16 << 30
-_FORMATS = "a CT as DICOM, .nii, .nii.gz, .mha, .mhd, .nrrd or .npz"
 
 
-def require_regular_file(path: Path) -> None:
+def require_regular_file(path: Path, expected: str) -> None:
     """Refuse what is not a readable, regular, non-empty file.
+
+    Args:
+        path: the file.
+        expected: kind of file, with its article, for the message.
 
     Raises:
         InputError: it is missing, a folder, a pipe, empty or unreadable.
@@ -29,7 +32,7 @@ def require_regular_file(path: Path) -> None:
             raise InputError(
                 path,
                 "is a folder",
-                expected="a file",
+                expected=expected,
                 found="a folder",
                 remedy="name the file in it",
             )
@@ -38,7 +41,7 @@ def require_regular_file(path: Path) -> None:
             raise InputError(
                 path,
                 "is not a file",
-                expected=_FORMATS,
+                expected=expected,
                 found="a pipe or device",
                 remedy="copy it again",
             )
@@ -46,7 +49,7 @@ def require_regular_file(path: Path) -> None:
             raise InputError(
                 path,
                 "is empty",
-                expected=_FORMATS,
+                expected=expected,
                 found="0 bytes",
                 remedy="copy or export it again",
             )
@@ -56,7 +59,7 @@ def require_regular_file(path: Path) -> None:
         raise InputError(
             path,
             "does not exist",
-            expected=_FORMATS,
+            expected=expected,
             found="nothing",
             remedy="download it or correct the path",
         ) from None

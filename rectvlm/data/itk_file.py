@@ -35,7 +35,7 @@ def read_itk_file(path: Path) -> Volume:
         InputError: the file is broken, cut short, no single 3-D volume of numbers, larger than the
             memory, without an orientation, or names data in another place.
     """
-    require_regular_file(path)
+    require_regular_file(path, "a MetaImage or NRRD file (.mha, .mhd or .nrrd)")
     is_meta_image = path.name.lower().endswith(META_IMAGE_SUFFIXES)
     fields = _read_header_fields(path, "=" if is_meta_image else ":")
     data_file = _meta_image_data(path, fields) if is_meta_image else path
@@ -97,7 +97,7 @@ def _meta_image_data(path: Path, fields: dict[str, str]) -> Path:
             remedy="save it as .mha",
         )
     data_file = path.with_name(name)
-    require_regular_file(data_file)
+    require_regular_file(data_file, "a file of voxels")
     return data_file
 
 

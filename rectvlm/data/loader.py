@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rectvlm.config import DataConfig
 from rectvlm.data.dataset import ShardDataset, build_batch
-from rectvlm.data.order import TrainOrder
+from rectvlm.data.order import TrainOrder, repeat_rare_lesions
 from rectvlm.data.sample import VOLUME_DTYPES
 from rectvlm.data.shared_batches import BatchPool, find_pool
 from rectvlm.types import Batch, Sample, SampleMeta, Split, UserError
@@ -40,15 +40,29 @@ def build_train_loader(
     seed: int,
     samples_seen: int = 0,
     pin_memory: bool = False,
+    repeat_threshold: float = 0.0,
 ) -> "BatchLoader":
     """Make the loader of one rank's micro-batches, without end, after `samples_seen` samples.
+
+    Args:
+        config: shards and workers.
+        micro_batch: number of samples of a micro-batch.
+        rank: this rank.
+        world_size: number of ranks.
+        seed: seed of the order.
+        samples_seen: number of samples of all ranks before the first.
+        pin_memory: whether batches come in pinned memory.
+        repeat_threshold: share of the cases below which an outlined lesion repeats its cases; see
+            `repeat_rare_lesions`.
 
     Raises:
         UserError: as `ShardDataset`, or shared memory is too small for the workers' batches.
     """
     dataset = ShardDataset(config, "train")
     _require_shared_memory(config, micro_batch)
-    order = TrainOrder(len(dataset), micro_batch, rank, world_size, seed, samples_seen)
+    outlined = [location.outlined for location in dataset.locations]
+    numbers = repeat_rare_lesions(outlined, repeat_threshold)
+    order = TrainOrder(numbers, micro_batch, rank, world_size, seed, samples_seen)
     return BatchLoader(dataset, order, config.workers, pin_memory)
 
 

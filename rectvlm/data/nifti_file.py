@@ -39,7 +39,7 @@ def read_nifti(path: Path, default_affine: Affine | None = None) -> Volume:
             does not fit in memory, has no affine that `read_affine` believes, or holds voxels that
             are not finite.
     """
-    require_regular_file(path)
+    require_regular_file(path, "a NIfTI file (.nii or .nii.gz)")
     is_gzip = _is_gzip(path)
     header = _read_header(path, is_gzip)
     shape = _read_shape(header, path, is_gzip)

@@ -42,7 +42,7 @@ def read_npz(path: Path, default_affine: Affine | None = None) -> Volume:
         InputError: the file is broken, larger than the memory, without exactly one 3-D array of
             numbers, or does not say where its voxels lie.
     """
-    require_regular_file(path)
+    require_regular_file(path, "an archive of NumPy arrays (.npz)")
     try:
         with zipfile.ZipFile(path) as archive:
             headers = {

@@ -65,6 +65,8 @@ class SampleLocation:
     """File name of the tar in the index's folder."""
     members: dict[str, tuple[int, int]]
     """Offset and size in the tar, bytes, of `ct`, `lesions`, `regions` and `json`."""
+    outlined: tuple[str, ...] = ()
+    """Keys of the lesions that at least one voxel carries."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def write_shard(
     if first is None:
         return None
     metas: dict[str, SampleMeta] = {}
+    outlined: dict[str, tuple[str, ...]] = {}
     counts = sum_counts([])
     with ShardStore(folder).open_for_writing(name) as file:
         with webdataset.TarWriter(
@@ -182,6 +185,7 @@ def write_shard(
                     )
                 tar.write({"__key__": key, **packed.members})
                 metas[key] = packed.meta
+                outlined[key] = tuple(lesion.key for lesion in packed.lesions)
                 add_sample_counts(counts, packed.meta, packed.lesions)
 
         file.flush()
@@ -193,7 +197,9 @@ def write_shard(
     locations = []
     for key, meta in metas.items():
         members = {member: positions[f"{key}.{member}"] for member in SAMPLE_MEMBERS}
-        locations.append(SampleLocation(key, meta.split, meta.patient, name, members))
+        locations.append(
+            SampleLocation(key, meta.split, meta.patient, name, members, outlined[key])
+        )
     entry = ManifestShard(name, first.meta.split, len(metas), size, digest)
     return WrittenShard(entry, locations, counts)
 

@@ -33,7 +33,7 @@ def unpacked_dicom(path: Path) -> Iterator[list[Path]]:
         InputError: the archive is broken, encrypted, a decompression bomb, too large for the disk,
             or names paths outside itself.
     """
-    require_regular_file(path)
+    require_regular_file(path, "a zip archive of DICOM files")
     with tempfile.TemporaryDirectory(prefix="rectvlm-zip-") as folder:
         try:
             with zipfile.ZipFile(path) as archive:

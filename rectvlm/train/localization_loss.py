@@ -251,8 +251,8 @@ def _compute_resolution_terms(
     is_far = is_empty & ~near
     probabilities = logits.sigmoid()
     squares = probabilities.square()
-    drawn = cell_share * torch.where(is_far, squares, 0.0).flatten(1).sum(1)
-    in_place = cell_share * torch.where(possible, squares, 0.0).flatten(1).sum(1)
+    drawn = cell_share * _sum_where(is_far, squares)
+    in_place = cell_share * _sum_where(possible, squares)
     missing = torch.log1p(1 / in_place.clamp_min(1e-12))
     volume = torch.log1p(drawn) + torch.where(knowledge.missed, missing, 0.0)
     overlap = _dice_loss(probabilities, squares, mask, near)
@@ -262,9 +262,8 @@ def _compute_resolution_terms(
 
 def _dice_loss(probabilities: Tensor, squares: Tensor, mask: Tensor, near: Tensor) -> Tensor:
     """1 − 2 Σ p g / (Σ p² + Σ g) around the outline (Milletari et al., 2016), (B,)."""
-    shared = torch.where(mask, probabilities, 0.0).flatten(1).sum(1)
-    drawn = torch.where(near, squares, 0.0).flatten(1).sum(1)
-    return 1 - (2 * shared + 1e-5) / (drawn + mask.flatten(1).sum(1) + 1e-5)
+    shared, drawn = _sum_where(mask, probabilities), _sum_where(near, squares)
+    return 1 - (2 * shared + 1e-5) / (drawn + _count(mask) + 1e-5)
 
 
 def _cross_entropy(logits: Tensor, mask: Tensor, near: Tensor) -> Tensor:
@@ -272,16 +271,23 @@ def _cross_entropy(logits: Tensor, mask: Tensor, near: Tensor) -> Tensor:
     inside and outside. The plain mean alone learns a small lesion too late, the balanced one alone
     draws beyond its border.
     """
-    inside, outside = F.softplus(-logits), F.softplus(logits)
-    plain = _mean_where(near, torch.where(mask, inside, outside))
-    balanced = (_mean_where(mask, inside) + _mean_where(near & ~mask, outside)) / 2
-    return (plain + balanced) / 2
+    border = near & ~mask
+    missed = F.softplus(-logits)
+    inside, outside = _sum_where(mask, missed), _sum_where(border, missed + logits)
+    voxels_inside, voxels_outside = _count(mask), _count(border)
+    plain = (inside + outside) / (voxels_inside + voxels_outside).clamp_min(1)
+    balanced = inside / voxels_inside.clamp_min(1) + outside / voxels_outside.clamp_min(1)
+    return (plain + balanced / 2) / 2
 
 
-def _mean_where(mask: Tensor, values: Tensor) -> Tensor:
-    """Mean of a sample's values where the mask is True, (B,); 0 where it never is."""
-    total = torch.where(mask, values, 0.0).flatten(1).sum(1)
-    return total / mask.flatten(1).sum(1).clamp_min(1)
+def _sum_where(mask: Tensor, values: Tensor) -> Tensor:
+    """Sum of a sample's values where the mask is True, (B,)."""
+    return (values * mask).flatten(1).sum(1)
+
+
+def _count(mask: Tensor) -> Tensor:
+    """Number of a sample's True values, (B,)."""
+    return mask.flatten(1).sum(1)
 
 
 def _compare_resolutions(full: Tensor, coarser: Tensor) -> Tensor:
@@ -290,15 +296,26 @@ def _compare_resolutions(full: Tensor, coarser: Tensor) -> Tensor:
     return (coarser.sigmoid() - pooled).square().flatten(1).mean(1)
 
 
-def _split_into_cells(volume: Tensor, grid: torch.Size) -> Tensor:
-    """View (B, Z, Y, X) as (B, z, Z / z, y, Y / y, x, X / x)."""
-    z, y, x = grid
-    return volume.unflatten(3, (x, -1)).unflatten(2, (y, -1)).unflatten(1, (z, -1))
+def _reduce_cells(
+    volume: Tensor, grid: torch.Size, reduce: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """Reduce (B, Z, Y, X) to one value a cell, (B, *grid).
+
+    One axis after the other, which a CPU does three times as fast as all in one.
+
+    Args:
+        volume: (B, Z, Y, X).
+        grid: number of cells along each axis.
+        reduce: reduces a tensor along one axis, which goes.
+    """
+    for axis, size in zip((3, 2, 1), reversed(grid), strict=True):
+        volume = reduce(volume.unflatten(axis, (size, -1)), axis + 1)
+    return volume
 
 
 def _any_in_cells(mask: Tensor, grid: torch.Size) -> Tensor:
     """Cells that hold a True voxel: a nodule smaller than a cell still marks it."""
-    return mask if mask.shape[1:] == grid else _split_into_cells(mask, grid).amax((2, 4, 6))
+    return mask if mask.shape[1:] == grid else _reduce_cells(mask, grid, torch.any)
 
 
 def _mark_neighbour_cells(cells: Tensor) -> Tensor:
@@ -328,8 +345,8 @@ def _pool_probabilities(probabilities: Tensor, grid: torch.Size) -> Tensor:
     Returns:
         (B, *grid).
     """
-    cells = _split_into_cells(probabilities, grid)
-    return cells.square().sum((2, 4, 6)) / cells.sum((2, 4, 6)).clamp_min(1e-12)
+    squares = _reduce_cells(probabilities.square(), grid, torch.sum)
+    return squares / _reduce_cells(probabilities, grid, torch.sum).clamp_min(1e-12)
 
 
 def _check_localization_shapes(predicted: LocalizerOutput, targets: LesionTargets) -> None:

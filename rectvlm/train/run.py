@@ -144,6 +144,7 @@ def train_phase(
             config.train.seed,
             samples_seen=position.samples_seen,
             pin_memory=engine.device.type == "cuda",
+            repeat_threshold=settings.repeat_threshold,
         )
         budget = PhaseBudget.plan(settings, len(loader.dataset), engine.world_size)
         assert budget.step_batch == step_batch

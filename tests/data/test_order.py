@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rectvlm.data.order import TrainOrder
+from rectvlm.data.order import TrainOrder, repeat_rare_lesions
 
 
 def global_order(
@@ -16,7 +16,9 @@ def global_order(
     steps = -(-count // (micro_batch * world))
     ranks = []
     for rank in range(world):
-        ranks.append(islice(TrainOrder(samples, micro_batch, rank, world, seed, seen), steps))
+        ranks.append(
+            islice(TrainOrder(range(samples), micro_batch, rank, world, seed, seen), steps)
+        )
     numbers: list[int] = []
     for micro_batches in zip(*ranks, strict=True):
         for micro_batch_numbers in micro_batches:
@@ -48,3 +50,27 @@ def test_resume_goes_on_exactly_on_another_number_of_ranks(
     unbroken = global_order(samples, before[1], before[0], seed, seen=0, count=seen + 30)
     resumed = global_order(samples, after[1], after[0], seed, seen=seen, count=30)
     assert resumed == unbroken[seen:]
+
+
+def test_a_case_stands_as_often_as_its_rarest_outlined_lesion_asks() -> None:
+    outlined: list[tuple[str, ...]] = [()] * 80
+    outlined += [("lung_nodule",)] * 16
+    outlined += [("lung_nodule", "consolidation")] * 4
+    # √(0.16 / 0.04) = 2; nodules are outlined in 0.20 of the cases, which is not rare.
+    assert repeat_rare_lesions(outlined, 0.16) == sorted([*range(100), *range(96, 100)])
+    assert repeat_rare_lesions(outlined, 0.0) == list(range(100))
+
+
+def test_fractions_of_repeats_add_up_from_case_to_case() -> None:
+    outlined: list[tuple[str, ...]] = [("consolidation",)] * 40 + [()] * 60
+    # √(0.9 / 0.4) = 1.5 of each.
+    numbers = repeat_rare_lesions(outlined, 0.9)
+    assert len(numbers) == 40 * 1.5 + 60
+    assert set(numbers) == set(range(100)) and numbers.count(0) + numbers.count(1) == 3
+
+
+def test_an_epoch_with_repeats_holds_each_number_as_often_as_it_stands() -> None:
+    numbers = [0, 1, 1, 2, 5]
+    order = islice(TrainOrder(numbers, 1, 0, 1, seed=3), 10)
+    drawn = [number for micro_batch in order for number in micro_batch]
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == numbers

@@ -65,7 +65,7 @@ def series_of_file(file: Path) -> DicomSeries:
     Raises:
         InputError: the file holds no slice of a CT.
     """
-    require_regular_file(file)
+    require_regular_file(file, "a DICOM file")
     try:
         uid = read_dicom_slices(file)[0].series_uid
     except NotACtSlice as reason:

@@ -156,7 +156,13 @@ KINDS = [
         NIFTI,
         "nothing",
     ),
-    Broken("folder", lambda f: in_place(f.ct, Path.mkdir), "is a folder", NIFTI, "a folder"),
+    Broken(
+        "folder",
+        lambda f: in_place(f.ct, Path.mkdir),
+        "is a folder or archive without a DICOM series of a CT",
+        "slices of a CT",
+        "no DICOM files",
+    ),
     Broken("pipe", lambda f: in_place(f.ct, os.mkfifo), "is not a file", NIFTI, "a pipe"),
     Broken(
         "link to itself",
