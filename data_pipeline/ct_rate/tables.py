@@ -89,9 +89,7 @@ def read_labels(path: Path) -> dict[VolumeName, FindingLabels]:
     """
 
     def parse_labels(cells: Mapping[str, str], row_number: int) -> FindingLabels:
-        return tuple(
-            _parse_label(cells[finding], path, row_number, finding) for finding in FINDINGS
-        )
+        return tuple(parse_label(cells[finding], path, row_number, finding) for finding in FINDINGS)
 
     return _read_table(path, FINDINGS, parse_labels)
 
@@ -246,7 +244,18 @@ def _hide_progress_bars(datasets: Any) -> Iterator[None]:
 # Cells
 
 
-def _parse_label(text: str, path: Path, row_number: int, finding: str) -> int | None:
+def parse_label(text: str, path: Path, row_number: int, column: str) -> int | None:
+    """Read a cell of a table of labels; None for an empty one.
+
+    Args:
+        text: content of the cell.
+        path: of the table, for errors.
+        row_number: number of the row, from 1 without the header, for errors.
+        column: name of the column, for errors.
+
+    Raises:
+        InputError: it is neither 0 nor 1.
+    """
     value = text.strip().lower()
     if value in ("0", "0.0"):
         return 0
@@ -256,7 +265,7 @@ def _parse_label(text: str, path: Path, row_number: int, finding: str) -> int | 
         return None
     raise InputError(
         path,
-        f"has a label that is none in row {row_number}, column {finding!r}",
+        f"has a label that is none in row {row_number}, column {column!r}",
         expected="0, 1 or nothing",
         found=repr(text),
         remedy="correct it, or empty the cell where it is unknown",
