@@ -3,6 +3,7 @@
     python -m data_pipeline.preprocess [--config demo] [--out DIR_OR_URL] [part.field=value …]
     python -m data_pipeline.preprocess --config large --ct-rate /data/CT-RATE --out /data/shards
     python -m data_pipeline.preprocess --table cases.csv --out shards
+    python -m data_pipeline.preprocess --rad-chestct /data/Rad-ChestCT --out shards
 
 With no arguments it takes two real chest CTs and seeded phantoms to the grid and the folder of the
 `demo` configuration. Shards are made in parallel, each by one process. A finished shard is recorded
@@ -33,6 +34,7 @@ from data_pipeline.masks.mask_folders import MaskFolders
 from data_pipeline.own_data.case_function import list_function_cases
 from data_pipeline.own_data.options import OwnDataOptions, add_own_data_options
 from data_pipeline.own_data.table_cases import list_table_cases
+from data_pipeline.rad_chestct import ABNORMALITIES_BY_FINDING, list_rad_chestct_cases
 from data_pipeline.sample_cts import SAMPLE_CT_FOLDER
 from rectvlm.cli_options import CommandParser, add_options, argument, options_from_namespace
 from rectvlm.config import load_config
@@ -142,6 +144,16 @@ def _list_ct_rate_selection(
     return CaseSelection(ct_rate.cases + _list_extra_phantoms(options), policy, dropped)
 
 
+def _list_rad_chestct_selection(folder: Path, options: PreprocessOptions) -> CaseSelection:
+    """List the cases of a Rad-ChestCT download and the phantoms that are asked for."""
+    rad_chestct = list_rad_chestct_cases(folder)
+    for subject, count in rad_chestct.counts.items():
+        log.info("%s: %d", subject, count)
+    policy = {"labels": ABNORMALITIES_BY_FINDING, "counts": rad_chestct.counts}
+    phantoms = _list_extra_phantoms(options)
+    return CaseSelection(rad_chestct.cases + phantoms, {"Rad-ChestCT": policy})
+
+
 def _list_own_selection(
     own_data: OwnDataOptions, masks: MaskFolders, options: PreprocessOptions
 ) -> CaseSelection:
@@ -181,7 +193,7 @@ def _list_selection(
     own_data = options_from_namespace(OwnDataOptions, namespace)
     ct_rate = options_from_namespace(CtRateOptions, namespace)
     data_sets = {"--ct-rate": namespace.ct_rate, "--table": own_data.table}
-    data_sets["--cases"] = own_data.cases
+    data_sets |= {"--cases": own_data.cases, "--rad-chestct": namespace.rad_chestct}
     named = [flag for flag, value in data_sets.items() if value is not None]
     if len(named) > 1:
         raise UserError(
@@ -194,6 +206,8 @@ def _list_selection(
     if "--ct-rate" in named:
         ct_rate = replace(ct_rate, grid_spacing_mm=grid_spacing_mm)
         return _list_ct_rate_selection(namespace.ct_rate, ct_rate, options)
+    if "--rad-chestct" in named:
+        return _list_rad_chestct_selection(namespace.rad_chestct, options)
     if named:
         return _list_own_selection(own_data, ct_rate.masks, options)
     return _list_demo_selection(options)
@@ -239,6 +253,12 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=PHANTOM_STYLES,
         default=VARIED_STYLE.name,
         help="look of the phantoms (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rad-chestct",
+        type=Path,
+        metavar="DIR",
+        help="Rad-ChestCT download: volumes and label tables, an external test set",
     )
     add_own_data_options(parser)
     add_ct_rate_options(parser)

@@ -73,6 +73,11 @@ def _build_parser() -> argparse.ArgumentParser:
         add_arguments=_add_predict_arguments,
     )
     commands.add_parser(
+        "challenge",
+        help="results.json of a folder of CTs for a task of the VLM3D challenge",
+        add_arguments=_add_challenge_arguments,
+    )
+    commands.add_parser(
         "evaluate",
         help="metrics of a checkpoint on shards: JSON, tables and plots",
         add_arguments=_add_evaluate_arguments,
@@ -142,6 +147,29 @@ def _add_predict_arguments(predict: argparse.ArgumentParser) -> None:
         help="DICOM series of each study; by default the chest CT is chosen",
     )
     predict.set_defaults(run=_run_predict)
+
+
+def _add_challenge_arguments(challenge: argparse.ArgumentParser) -> None:
+    challenge.add_argument(
+        "source", type=Path, metavar="FILE_OR_FOLDER", help="a folder of CTs, which is only read"
+    )
+    challenge.add_argument(
+        "--task", choices=("classification", "localization", "reports"), required=True
+    )
+    challenge.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a run's phase folder, or an exported model",
+    )
+    challenge.add_argument(
+        "--out", type=Path, default=Path("results.json"), metavar="FILE", help="file to write"
+    )
+    challenge.add_argument(
+        "--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one"
+    )
+    challenge.set_defaults(run=_run_challenge)
 
 
 def _add_programs(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -396,6 +424,17 @@ def _run_predict(options: argparse.Namespace) -> None:
     )
     for folder in folders:
         sys.stdout.write(f"{folder / 'index.html'}\n")
+
+
+def _run_challenge(options: argparse.Namespace) -> None:
+    _check_checkpoint(options.checkpoint)
+    _check_device(options.device)
+    from rectvlm.predict.challenge import write_challenge_results
+
+    write_challenge_results(
+        options.source, options.checkpoint, options.out, options.task, options.device
+    )
+    sys.stdout.write(f"{options.out}\n")
 
 
 def _run_evaluate(namespace: argparse.Namespace) -> None:

@@ -30,8 +30,13 @@ _GEOMETRY_KEYS = ("affine", "spacing", "orientation", "direction", "origin")
 _MAX_GEOMETRY_BYTES = 4096
 
 
-def read_npz(path: Path) -> Volume:
+def read_npz(path: Path, default_affine: Affine | None = None) -> Volume:
     """Read a CT from an archive of NumPy arrays; voxels keep their type, never float64.
+
+    Args:
+        path: of the archive.
+        default_affine: index to RAS+ mm for an archive that declares nothing, when it is known
+            from elsewhere.
 
     Raises:
         InputError: the file is broken, larger than the memory, without exactly one 3-D array of
@@ -58,7 +63,7 @@ def read_npz(path: Path) -> Volume:
         ]
         with np.load(path, allow_pickle=False) as arrays:
             geometry = {name: arrays[name] for name in geometry_names}
-            affine = _read_geometry(geometry, shape, path)
+            affine = _read_geometry(geometry, shape, path, default_affine)
             array = arrays[key]
     except (
         *(zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError),
@@ -115,13 +120,20 @@ def _find_volume(
     return volumes[0]
 
 
-def _read_geometry(arrays: dict[str, NDArray[Any]], shape: tuple[int, ...], path: Path) -> Affine:
-    """Index (i, j, k, 1) to RAS+ mm, as declared.
+def _read_geometry(
+    arrays: dict[str, NDArray[Any]],
+    shape: tuple[int, ...],
+    path: Path,
+    default_affine: Affine | None,
+) -> Affine:
+    """Index (i, j, k, 1) to RAS+ mm, as declared; the default where nothing is.
 
     Raises:
         InputError: nothing is declared, or no valid geometry.
     """
     affine = np.eye(4)
+    if not arrays and default_affine is not None:
+        return default_affine
     if "affine" in arrays:
         affine = arrays["affine"].astype(np.float64)
         if affine.shape != (4, 4) or not np.array_equal(affine[3], [0, 0, 0, 1]):

@@ -44,8 +44,8 @@ def read_volume(
     Args:
         path: `.nii`, `.nii.gz`, `.mha`, `.mhd`, `.nrrd` or `.npz` file; folder of a DICOM series,
             one of its files, DICOMDIR, or `.zip` of it.
-        default_affine: index to world for a NIfTI file whose header is blank, when it is known from
-            elsewhere.
+        default_affine: index to world for a NIfTI file whose header is blank, or a NumPy archive
+            that declares nothing, when it is known from elsewhere.
         series: number or SeriesInstanceUID of the DICOM series; by default that of the file, or
             the chest CT of the folder or archive.
 
@@ -78,7 +78,7 @@ def _read_format(path: Path, default_affine: Affine | None, series: str | None) 
     if file_format == "npz":
         from rectvlm.data.npz_file import read_npz
 
-        return read_npz(path)
+        return read_npz(path, default_affine)
     if file_format == "itk":
         from rectvlm.data.itk_file import read_itk_file
 

@@ -20,6 +20,7 @@ from rectvlm.metrics.lesions import (
     score_grounding,
     score_lesions,
 )
+from rectvlm.metrics.vlm3d_protocol import score_by_protocol
 from rectvlm.types import REXGROUNDING_OUTLINES, JsonObject
 
 LesionRow = list[LesionComparison | None]
@@ -38,11 +39,14 @@ def draw_resamples(patients: list[str], options: EvaluationOptions) -> ResampleW
 def summarize_findings(
     scans: ScanResults, thresholds: FindingThresholds, weights: ResampleWeights | None
 ) -> JsonObject:
-    """Classification figures by scan."""
+    """Classification figures by scan; `vlm3d` has those of the VLM3D challenge's protocol."""
     scores = score_findings(
         scans.probabilities, scans.labels, scans.known, thresholds.values, weights
     )
-    return scores | {"n_conflicting_labels": scans.n_conflicting_labels}
+    return scores | {
+        "n_conflicting_labels": scans.n_conflicting_labels,
+        "vlm3d": score_by_protocol(scans.probabilities, scans.labels, scans.known),
+    }
 
 
 def compare_thresholds(scans: ScanResults, model_thresholds: FindingThresholds) -> JsonObject:

@@ -198,7 +198,13 @@ def _render_findings(result: EvaluationResult) -> str:
     for choice, values in result.other_thresholds.items():
         macro = _format_scores(values["macro"], FINDING_SCORE_NAMES)
         rows.append([f"**macro mean** at {OTHER_THRESHOLD_NAMES[choice]}", "", "", *macro])
-    note = f"Thresholds: {thresholds.source}."
+    protocol = scores["vlm3d"]
+    by_protocol = _format_scores(
+        dict.fromkeys(FINDING_SCORE_NAMES) | protocol["macro"], FINDING_SCORE_NAMES
+    )
+    rows.append(["**macro mean** by VLM3D's protocol", "", "", *by_protocol])
+    note = f"CRG by VLM3D's protocol: {format_score(protocol['crg'])}. "
+    note += f"Thresholds: {thresholds.source}."
     if thresholds.not_fitted:
         note += f" Not fitted, 0.5: {', '.join(thresholds.not_fitted)}."
     if result.is_fitted_on_split:

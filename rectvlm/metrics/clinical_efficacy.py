@@ -45,7 +45,7 @@ def score_clinical_efficacy(counts: CountArray) -> JsonObject:
         counts: counts of `count_confusions`, (N, 18, 4).
     """
     totals = counts.sum(axis=0)
-    scores = _precision_recall_f1(totals)
+    scores = precision_recall_f1(totals)
     positives = totals[:, TP] + totals[:, FN]
     per_finding: dict[str, JsonObject] = {}
     for i, finding in enumerate(FINDINGS):
@@ -60,7 +60,7 @@ def score_clinical_efficacy(counts: CountArray) -> JsonObject:
     micro = macro = weighted = None
     if has_positive.any():
         defined, weights = scores[has_positive], positives[has_positive]
-        micro = _precision_recall_f1(all_findings[None])[0]
+        micro = precision_recall_f1(all_findings[None])[0]
         macro = defined.mean(axis=0)
         weighted = np.average(defined, axis=0, weights=weights)
     return {
@@ -96,7 +96,7 @@ def crg_score(totals: CountArray) -> float | None:
     return upper_bound / (2 * upper_bound - score)
 
 
-def _precision_recall_f1(totals: CountArray) -> NDArray[np.float64]:
+def precision_recall_f1(totals: CountArray) -> NDArray[np.float64]:
     """Precision, recall and F1, (M, 3), of counts (M, 4); 0 where undefined."""
     tp, fp, fn = totals[:, TP], totals[:, FP], totals[:, FN]
     precision = _ratio_or_zero(tp, tp + fp)
