@@ -134,6 +134,7 @@ def _read_reports(
             columns |= {name: arrays[name] for name in arrays.files}
         statistics = ReportStatistics(
             **columns,
+            diversity=image_figures["diversity"],
             convention=image_figures["convention"],
             signatures=image_figures["signatures"],
             left_out=image_figures["left_out"],
