@@ -13,6 +13,7 @@ RUN/learn.json and, as tables, to RUN/learn.md:
     supervision   of the training cases
     targets    for each target: name, wanted, found (None where there is nothing to measure), met
     beside     figures that belong to them, by name
+    table_comparison    whether the language model's reports beat a table of texts, in words
     findings   those that the synthesis draws, with the AUROC of each
     lesions    Dice, sensitivity, instance F1 and false-positive volume of each lesion
     cases      train, valid, reports
@@ -46,6 +47,8 @@ from launch.learning_targets import LearningFigures, LearningTarget, LesionScore
 from rectvlm.cli_options import CommandParser
 from rectvlm.config import load_config
 from rectvlm.data.shards import read_index
+from rectvlm.evaluate.report_baselines import BASELINE_NAMES
+from rectvlm.evaluate.report_tables import describe_table_comparison
 from rectvlm.files import read_json_object, write_json
 from rectvlm.phantom.patient_plan import CT_RATE_STYLE, PLAIN_STYLE, PhantomStyle
 from rectvlm.phantom.supervision import TrainingSupervision
@@ -108,6 +111,8 @@ class LearningSummary:
     supervision: TrainingSupervision
     targets: list[LearningTarget]
     beside: dict[str, float | None]
+    table_comparison: str
+    """Whether the language model's reports beat a table of texts, in words."""
     findings: dict[str, float | None]
     """AUROC by finding."""
     lesions: dict[str, LesionScores]
@@ -218,8 +223,10 @@ def summarize_learning(
                 "clinical_labels_macro_f1"
             ],
             "F1 of the findings in the reports without the image": figures.report_f1_without_image,
+            **_select_baseline_figures(metrics["reports"]),
             "BLEU-4 of the reports": image_scores["bleu_4"],
         },
+        table_comparison=describe_table_comparison(metrics["reports"]),
         findings=dict(figures.auroc_by_finding),
         lesions=dict(figures.lesions),
         cases=CaseCounts(
@@ -233,6 +240,15 @@ def summarize_learning(
         stages=list(commands),
         seconds=total_seconds,
     )
+
+
+def _select_baseline_figures(reports: JsonObject) -> dict[str, float | None]:
+    """F1 of the reports of each baseline, by name."""
+    figures = {}
+    for key, baseline in reports["baselines"].items():
+        name = f"F1 of the findings in the reports of the baseline {BASELINE_NAMES[key]}"
+        figures[name] = baseline["scores"]["clinical_labels_micro_f1"]
+    return figures
 
 
 def _select_figures(
@@ -270,7 +286,7 @@ def to_markdown(summary: LearningSummary) -> str:
         met = "yes" if target.is_met else "no"
         lines.append(f"| {target.name} | {wanted} | {format_number(target.found, 3)} | {met} |")
     lines += ["", "| beside them | found |", "|---|---|"]
-    lines += _figure_rows(summary.beside)
+    lines += [*_figure_rows(summary.beside), "", summary.table_comparison]
     lines += ["", "| finding | AUROC |", "|---|---|"]
     lines += _figure_rows(summary.findings)
 

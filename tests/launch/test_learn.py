@@ -365,6 +365,7 @@ def test_the_tables_say_what_is_missing() -> None:
         supervision="complete",
         targets=[LearningTarget("good", 0.95, 0.97), LearningTarget("bad", 0.95, None)],
         beside={"another figure": 0.5},
+        table_comparison="The table wins.",
         findings={"Emphysema": None},
         lesions={"lung_nodule": LesionScores(0.7, 0.6, 0.8, 0.5, 12.5)},
         cases=CaseCounts(train=4, valid=2, reports=1),
@@ -377,6 +378,7 @@ def test_the_tables_say_what_is_missing() -> None:
     text = to_markdown(summary)
     assert "| good | ≥ 0.95 | 0.970 | yes |" in text and "| bad | ≥ 0.95 | – | no |" in text
     assert "| all | 3 | 5 |" in text
+    assert "\nThe table wins.\n" in text
     assert "| lung nodule | 0.700 | 0.600 | 0.800 | 0.500 | 12.500 |" in text
     assert len(make_target_table(summary).rows) == 2
     tree = json.loads(json.dumps(summary.to_json(), allow_nan=False))
