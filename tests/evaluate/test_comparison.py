@@ -164,8 +164,9 @@ def test_the_answer_is_the_same_whichever_model_is_named_first(tmp_path: Path) -
 
 
 def test_figures_are_those_of_the_metrics_and_stand_in_table_and_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # no cell of the table is folded
     a = write_evaluation(tmp_path / "a", make_records(0, texts=True))
     b = write_evaluation(tmp_path / "b", make_records(1, texts=True))
     out = tmp_path / "comparison.json"
