@@ -249,7 +249,7 @@ def test_findings_and_outlines_of_held_out_cases_are_learnt(learnt: tuple) -> No
 
 @pytest.mark.slow
 def test_reports_of_held_out_cases_say_what_the_image_shows(learnt: tuple) -> None:
-    """Phase 3 in three minutes: findings and sides in the reports.
+    """Phase 3 in five minutes: findings and sides in the reports.
 
     And what is left of them without the image.
     """
@@ -261,7 +261,7 @@ def test_reports_of_held_out_cases_say_what_the_image_shows(learnt: tuple) -> No
     model = RectVLM(config, PHASES[3].parts, vision.prompts, language)
     model.load_state_dict(vision.state_dict(), strict=False)
     freeze_all_but(model, {"generator": 2e-3})
-    fit(model, config, train, 3, 48, {"generator": 2e-3})
+    fit(model, config, train, 3, 72, {"generator": 2e-3})
 
     labeler = load_labeler("rules", "clinical")
     present, known = held_out.labels.bool().numpy(), held_out.labels_known.numpy()
