@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rectvlm.data.volume import strip_suffix
 from rectvlm.delimited_file import TableRow, read_delimited_file
 from rectvlm.labels import FINDINGS
 from rectvlm.types import InputError
@@ -25,7 +26,6 @@ NAME_COLUMNS = ("VolumeName", "AccessionNo", "key", "case", "scan")
 """Columns that may hold the name of the case; the first one that a table has is used."""
 UNKNOWN_VALUES = frozenset({"", "nan", "na", "n/a", "none", "null"})
 """Cells, in lower case, that stand for no value."""
-_FILE_SUFFIX = re.compile(r"\.(nii(\.gz)?|npz|mha|nrrd)$", re.IGNORECASE)
 _SHOWN_NAMES = 3
 """Number of names that a message shows."""
 
@@ -175,7 +175,7 @@ def _wrong_row(path: Path, row: TableRow, fault: str, expected: str, found: str)
 
 def _strip_name(text: str) -> str:
     """A name without folder and suffix."""
-    return _FILE_SUFFIX.sub("", re.split(r"[/\\]", text.strip())[-1])
+    return strip_suffix(re.split(r"[/\\]", text.strip())[-1])
 
 
 def _simplify_name(text: str) -> str:

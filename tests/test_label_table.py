@@ -22,7 +22,7 @@ def row(name: str, first: str = "1") -> list[str]:
 
 
 def test_a_case_is_found_by_any_of_its_names(tmp_path: Path) -> None:
-    rows = [row("validation_1_a_1.nii.gz"), row("dataset/train_2_b", "0.0"), row("scan7.npz", "")]
+    rows = [row("validation_1_a_1.nii.gz"), row("dataset/train_2_b", "0.0"), row("scan7.mhd", "")]
     table = read_label_table([write_table(tmp_path / "labels.csv", rows)])
     labels = table.labels_of([["valid_1_a_2"], ["train_2_b_1"], ["scan7"], ["x", "scan7"]])
     assert [values[0] for values in labels.rows] == [1, 0, None, None]

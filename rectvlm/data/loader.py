@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import itertools
+import logging
 import math
 import shutil
 import signal
@@ -21,6 +22,8 @@ from rectvlm.data.order import TrainOrder, repeat_rare_lesions
 from rectvlm.data.sample import VOLUME_DTYPES
 from rectvlm.data.shared_batches import BatchPool, find_pool
 from rectvlm.types import Batch, Sample, SampleMeta, Split, UserError
+
+log = logging.getLogger(__name__)
 
 _PREFETCH_BATCHES = 2
 """Number of batches that each worker holds ready."""
@@ -61,6 +64,13 @@ def build_train_loader(
     dataset = ShardDataset(config, "train")
     _require_shared_memory(config, micro_batch)
     outlined = [location.outlined for location in dataset.locations]
+    if repeat_threshold and rank == 0 and not any(outlined):
+        log.warning(
+            "the index of %s lists no outlined lesion, so repeat_threshold = %g repeats no case: "
+            "if the shards hold outlines, they are of an earlier version; preprocess again",
+            dataset.store,
+            repeat_threshold,
+        )
     numbers = repeat_rare_lesions(outlined, repeat_threshold)
     order = TrainOrder(numbers, micro_batch, rank, world_size, seed, samples_seen)
     return BatchLoader(dataset, order, config.workers, pin_memory)

@@ -257,3 +257,18 @@ def test_the_loader_repeats_cases_whose_lesions_few_have_outlined(
     loader = build_train_loader(data, 1, 0, 1, seed=0, repeat_threshold=1.0)
     keys = [batch.keys[0] for batch in islice(loader, 5)]
     assert sorted(keys) == sorted([*(s.meta.key for s in samples), samples[2].meta.key])
+
+
+def test_an_index_without_outlines_is_named_where_rare_ones_should_be_repeated(
+    tiny: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = [phantom_sample(number, tiny) for number in range(2)]
+    for sample in samples:
+        sample.lesions[:] = 0
+    write_shards(samples, tmp_path)
+    data = tiny.data.model_copy(update={"shards": str(tmp_path)})
+    build_train_loader(data, 1, 0, 1, seed=0, repeat_threshold=0.0)
+    build_train_loader(data, 1, 1, 2, seed=0, repeat_threshold=0.4)
+    assert not caplog.records
+    build_train_loader(data, 1, 0, 1, seed=0, repeat_threshold=0.4)
+    assert "lists no outlined lesion" in caplog.text and str(tmp_path) in caplog.text
