@@ -1,6 +1,6 @@
 """Small models that need no hub, prepared once.
 
-MiniLM and SmolLM2-135M come from packages of the package index; `smollm2-16-layers` is a half of
+MiniLM and SmolLM2-135M come from packages of the package index; `smollm2-20-layers` is a part of
 the latter; `tiny-bert` and `tiny-llama` are built here with seeded random weights, for tests.
 """
 
@@ -39,8 +39,8 @@ CHAT_TEMPLATE = (
 )
 
 
-SMOLLM2_FIRST_LAYERS, SMOLLM2_LAST_LAYERS = 10, 6
-"""Layers of `smollm2-16-layers`: the first and the last of the 30."""
+SMOLLM2_FIRST_LAYERS, SMOLLM2_LAST_LAYERS = 12, 8
+"""Layers of `smollm2-20-layers`: the first and the last of the 30."""
 MINILM_FILES = (
     "config.json",
     "model.safetensors",
@@ -203,7 +203,7 @@ def _build_tiny_bert(folder: Path) -> None:
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "minilm-l6-v2": _fetch_minilm,
     "smollm2-135m-instruct": _fetch_smollm2,
-    "smollm2-16-layers": _halve_smollm2,
+    "smollm2-20-layers": _halve_smollm2,
     "tiny-bert": _build_tiny_bert,
     "tiny-llama": _build_tiny_llama,
 }

@@ -128,11 +128,11 @@ def start_tracker(name: str, project: str, /, **settings: Any) -> GeneralTracker
 
 def find_decoder_layer_class(model: nn.Module) -> type[nn.Module] | None:
     """Class of the layers of the language model inside a model; None where there is none."""
-    layer_lists = []
+    layer_lists: list[Sequence[nn.Module]] = []
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            layer_lists += [part for part in module.modules() if isinstance(part, nn.ModuleList)]
-    longest: Sequence[nn.Module] = max(layer_lists, key=len, default=[])
+            layer_lists += [list(m) for m in module.modules() if isinstance(m, nn.ModuleList)]
+    longest = max(layer_lists, key=len, default=[])
     return type(longest[0]) if longest else None
 
 

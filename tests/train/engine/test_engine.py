@@ -4,8 +4,16 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from rectvlm.train.engine.engine import MIN_DEEPSPEED_VERSION, check_deepspeed_version
+from rectvlm import pretrained
+from rectvlm.config import load_config
+from rectvlm.models.language_model import load_language_model
+from rectvlm.train.engine.engine import (
+    MIN_DEEPSPEED_VERSION,
+    check_deepspeed_version,
+    find_decoder_layer_class,
+)
 from rectvlm.types import UserError
 
 CHECKOUT = Path(__file__).parents[3]
@@ -23,3 +31,13 @@ def test_the_package_asks_for_the_deepspeed_that_training_asks_for() -> None:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     least = ".".join(map(str, MIN_DEEPSPEED_VERSION))
     assert f"deepspeed>={least}" in project["dependencies"]
+
+
+def test_the_layers_of_the_language_model_are_found_behind_its_adapters() -> None:
+    settings = load_config("tiny").generator
+    language = load_language_model(settings, pretrained.resolve_model(settings.model))
+    encoder_blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(9))
+    model = nn.ModuleDict({"encoder": encoder_blocks, "generator": language.model})
+    layer_class = find_decoder_layer_class(model)
+    assert layer_class is not None and layer_class.__name__ == "LlamaDecoderLayer"
+    assert find_decoder_layer_class(encoder_blocks) is None
