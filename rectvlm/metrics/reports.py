@@ -252,7 +252,7 @@ def headline_scores(statistics: ReportStatistics) -> dict[str, float | None]:
                 scores[f"clinical_{truth}_{mean}_{score}"] = value
         scores[f"clinical_{truth}_crg"] = efficacy["crg"]
     scores["laterality"] = score_lesion_laterality(statistics.side_counts)["accuracy"]
-    scores["sizes"] = size_accuracy(statistics.size_counts)
+    scores["size_accuracy"] = size_accuracy(statistics.size_counts)
     scores["other_findings_f1"] = _entity_f1(statistics.entity_counts)
     rare_findings = statistics.prevalence_groups["rare"]
     scores["rare_findings_recall"] = recall_of(_best_truth(statistics), rare_findings)
