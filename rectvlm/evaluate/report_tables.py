@@ -13,6 +13,7 @@ from rectvlm.evaluate.score_format import (
     format_with_interval,
     render_table,
 )
+from rectvlm.metrics.vlm3d_protocol import CALL_SCORES
 from rectvlm.terminal_tables import FoldingTable
 
 MAIN_REPORT_SCORES = (
@@ -33,16 +34,24 @@ MAIN_REPORT_SCORES = (
 """Scores of the reports in the terminal, and those in which the table is to be beaten."""
 DIVERSITY_NAMES = {"distinct_share": "distinct reports, share", "self_bleu_4": "self-BLEU-4"}
 """Names of the figures that compare the reports with each other; they have no intervals."""
-PROTOCOL_SCORE_NAMES = {
+_WORD_SCORE_NAMES = {
     "bleu_1": "BLEU-1",
     "bleu_2": "BLEU-2",
     "bleu_3": "BLEU-3",
     "bleu_4": "BLEU-4",
-    "bleu_mean": "BLEU, mean",
     "rouge_l": "ROUGE-L",
     "meteor": "METEOR",
     "cider": "CIDEr",
 }
+SCORE_NAMES = _WORD_SCORE_NAMES | {
+    "bertscore_f1": "BERTScore F1",
+    "size_accuracy": "sizes within tolerance",
+    "other_findings_f1": "findings beyond the 18, F1",
+    "rare_findings_recall": "rare findings, recall",
+}
+"""Names of headline scores that are not findings'."""
+_CLINICAL_TRUTHS = {"clinical_labels_": "labels", "clinical_reference_": "references"}
+PROTOCOL_SCORE_NAMES = _WORD_SCORE_NAMES | {"bleu_mean": "BLEU, mean"}
 """Names of the figures of the VLM3D challenge's protocol."""
 REPORT_FINDING_SCORES = ("precision", "recall", "f1")
 """Scores of the findings in the reports."""
@@ -133,6 +142,12 @@ def describe_table_comparison(reports: Mapping[str, Any]) -> str:
 
 def name_score(score: str) -> str:
     """Name of a headline score in tables."""
+    if score in SCORE_NAMES:
+        return SCORE_NAMES[score]
+    for prefix, truth in _CLINICAL_TRUTHS.items():
+        if score.startswith(prefix):
+            name = score.removeprefix(prefix).replace("_", " ")
+            return f"findings by {truth}, {name.replace('f1', 'F1').replace('crg', 'CRG')}"
     return score.replace("_", " ")
 
 
@@ -205,9 +220,10 @@ def render_report_protocol(reports: Mapping[str, Any]) -> str:
     for score, name in PROTOCOL_SCORE_NAMES.items():
         values = [format_score(kind["vlm3d"][score]) for kind in kinds.values()]
         rows.append([name, *values])
-    for score in ("f1", "precision", "recall", "accuracy"):
+    for score in CALL_SCORES:
         macros = [kind["vlm3d"]["findings"]["macro"] for kind in kinds.values()]
-        rows.append([f"macro {score}", *(format_score(macro[score]) for macro in macros)])
+        name = f"macro {FINDING_SCORE_NAMES[score]}"
+        rows.append([name, *(format_score(macro[score]) for macro in macros)])
     crg = [format_score(kind["vlm3d"]["findings"]["crg"]) for kind in kinds.values()]
     rows.append(["CRG", *crg])
     note = (

@@ -130,9 +130,9 @@ def test_one_sentence_says_in_what_the_language_model_beats_the_table() -> None:
         "cider": None,
     }
     sentence = describe_table_comparison(report_figures(mixed))
-    better = "bleu 4 +0.100 [0.010, 0.200], laterality +0.200 [0.100, 0.300]"
+    better = "BLEU-4 +0.100 [0.010, 0.200], laterality +0.200 [0.100, 0.300]"
     assert f"beats the classifier with a table of texts in {better};" in sentence
-    assert "the table beats it in clinical labels crg -0.200 [-0.300, -0.100] (" in sentence
+    assert "the table beats it in findings by labels, CRG -0.200 [-0.300, -0.100] (" in sentence
     none = describe_table_comparison(report_figures({"bleu_4": [0.0, 0.2]}))
     assert "in none of 1 scores (difference" in none
     assert "is unknown: there are no intervals" in describe_table_comparison(report_figures({}))
