@@ -214,7 +214,7 @@ def _describe_sources(reports: Mapping[str, Any]) -> str:
 
 
 def render_report_protocol(reports: Mapping[str, Any]) -> str:
-    """Render the figures of the VLM3D challenge's protocol: the language model and its baselines."""
+    """Render the figures of the VLM3D challenge's protocol for all sets of reports."""
     kinds = list_report_kinds(reports)
     rows = []
     for score, name in PROTOCOL_SCORE_NAMES.items():

@@ -37,6 +37,9 @@ REPORT_PROTOCOL_SCORES = (
 )
 METEOR_JAR = "meteor/meteor-1.5.jar"
 """The METEOR program in the package pycocoevalcap, beside its paraphrases."""
+METEOR_JAVA_OPTIONS = ("-Xmx2G", "-Dfile.encoding=UTF-8")
+METEOR_OPTIONS = ("-", "-", "-stdio", "-l", "en", "-norm")
+"""Options with which pycocoevalcap starts the program."""
 _NO_TEXT, _NO_GUESS = 1e-15, 1e-9
 """Numbers that pycocoevalcap adds to numerators and denominators of BLEU."""
 
@@ -52,8 +55,7 @@ class MeteorProgram:
         self._process: subprocess.Popen[str] | None = None
         if self.missing is None:
             self._process = subprocess.Popen(
-                ["java", "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", str(jar)]
-                + ["-", "-", "-stdio", "-l", "en", "-norm"],
+                ["java", *METEOR_JAVA_OPTIONS, "-jar", str(jar), *METEOR_OPTIONS],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

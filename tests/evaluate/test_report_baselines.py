@@ -137,7 +137,9 @@ def test_one_sentence_says_in_what_the_language_model_beats_the_table() -> None:
     assert "in none of 1 scores (difference" in none
     assert "is unknown: there are no intervals" in describe_table_comparison(report_figures({}))
     without: JsonObject = {"baselines": {}, "left_out_baselines": {"table": "nothing is there"}}
-    assert describe_table_comparison(without).endswith("the table is left out, as nothing is there.")
+    assert describe_table_comparison(without).endswith(
+        "the table is left out, as nothing is there."
+    )
 
 
 def test_training_cases_are_embedded_where_thresholds_come_from_others(

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from rectvlm.evaluate.case_records import CaseRecord
+from rectvlm.evaluate.options import EvaluationOptions
+from rectvlm.evaluate.result import EvaluationResult
 from rectvlm.evaluate.results_page import (
     MAX_DISAGREEMENTS_OF_FINDING,
     find_disagreements,
     render_results_page,
 )
-from rectvlm.evaluate.options import EvaluationOptions
-from rectvlm.evaluate.result import EvaluationResult
 from rectvlm.evaluate.run import evaluate_checkpoint
 from rectvlm.evaluate.scans import ScanResults, group_by_scan
 from rectvlm.labels import FINDINGS, N_FINDINGS

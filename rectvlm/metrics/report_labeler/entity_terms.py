@@ -71,7 +71,8 @@ ENTITY_TERMS: tuple[FindingTerm, ...] = (
     ),
     _name(
         "Valve prosthesis",
-        r"\b(?:prosthetic|mechanical|artificial) (?:\w+ )?valves?\b|\bvalve (?:prosthe\w+|replac\w+)",
+        r"\b(?:prosthetic|mechanical|artificial) (?:\w+ )?valves?\b",
+        r"\bvalve (?:prosthe\w+|replac\w+)",
     ),
     _name("Mastectomy", r"\bmastectom\w+"),
     _name("Lung resection", r"\blobectom\w+|\bpneumonectom\w+|\bwedge resection|\bsegmentectom\w+"),

@@ -5,7 +5,7 @@ import pytest
 from rectvlm.metrics.report_labeler.entity_terms import ENTITIES
 from rectvlm.metrics.report_labeler.finding_states import FindingState
 from rectvlm.metrics.report_labeler.rule_labeler import label_entities
-from rectvlm.metrics.reports import headline_scores, compute_report_statistics, summarize_reports
+from rectvlm.metrics.reports import compute_report_statistics, headline_scores, summarize_reports
 
 PRESENT, ABSENT, UNCERTAIN = FindingState.PRESENT, FindingState.ABSENT, FindingState.UNCERTAIN
 SENTENCES: list[tuple[str, dict[str, FindingState]]] = [

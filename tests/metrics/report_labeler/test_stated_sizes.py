@@ -56,9 +56,7 @@ def test_a_size_belongs_to_the_finding_that_it_measures(
         ("No nodule.", "Nodule of 30 mm.", "not_mentioned"),
     ],
 )
-def test_sizes_agree_within_two_mm_or_a_fifth(
-    generated: str, reference: str, outcome: str
-) -> None:
+def test_sizes_agree_within_two_mm_or_a_fifth(generated: str, reference: str, outcome: str) -> None:
     counts = count_size_outcomes([generated], [reference])
     totals = dict(zip(SIZE_OUTCOMES, counts.sum(axis=(0, 1)), strict=True))
     assert totals == {name: int(name == outcome) for name in SIZE_OUTCOMES}
