@@ -463,8 +463,9 @@ def _run_evaluate(namespace: argparse.Namespace) -> None:
     if result is not None:  # the first of several processes
         console = make_stdout_console()
         console.print(terminal_table(result))
-        if result.reports is not None and result.reports["baselines"]:
-            console.print(make_baseline_table(result.reports))
+        if result.reports is not None:
+            if result.reports["baselines"]:
+                console.print(make_baseline_table(result.reports))
             console.print(describe_table_comparison(result.reports))
         sys.stdout.write(f"{output_path(namespace.checkpoint, options.split, namespace.out)}\n")
 

@@ -47,28 +47,28 @@ class _PanelFigure:
     draw: DrawPanel
 
 
-def write_plots(folder: Path, result: EvaluationResult, scans: ScanResults) -> list[Path]:
-    """Write all plots to a folder.
+def draw_plots(result: EvaluationResult, scans: ScanResults) -> dict[str, Figure]:
+    """Draw all plots: figures by the stem of their file.
 
     Args:
-        folder: folder of the evaluation.
         result: metrics of `evaluate_checkpoint`.
         scans: results by scan.
-
-    Returns:
-        The files that were written.
     """
     figures = {
-        "roc.png": plot_roc(result, scans),
-        "precision_recall.png": plot_precision_recall(result, scans),
-        "calibration.png": plot_calibration(result, scans),
+        "roc": plot_roc(result, scans),
+        "precision_recall": plot_precision_recall(result, scans),
+        "calibration": plot_calibration(result, scans),
     }
     if result.localization is not None:
-        figures["dice.png"] = plot_dice(result, scans)
+        figures["dice"] = plot_dice(result, scans)
+    return figures
+
+
+def write_plots(folder: Path, figures: Mapping[str, Figure]) -> None:
+    """Write the figures of `draw_plots` to a folder, as PNG."""
     for name, figure in figures.items():
-        with atomic_file(folder / name) as file:
+        with atomic_file(folder / f"{name}.png") as file:
             figure.savefig(file, format="png", dpi=DPI)
-    return [folder / name for name in figures]
 
 
 def plot_roc(result: EvaluationResult, scans: ScanResults) -> Figure:

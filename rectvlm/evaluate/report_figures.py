@@ -21,6 +21,7 @@ from rectvlm.metrics.reports import (
     summarize_reports,
 )
 from rectvlm.metrics.text_diversity import measure_diversity
+from rectvlm.metrics.vlm3d_report_protocol import MeteorProgram, score_reports_by_protocol
 from rectvlm.types import JsonObject, UserError
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ class ScoredReports:
     """Figures of one set of reports on the evaluated cases."""
 
     figures: JsonObject
-    """Figures of `summarize_reports`, headline `scores`, and their intervals (`ci95`)."""
+    """Figures of `summarize_reports`, headline `scores`, their intervals (`ci95`), and those of the
+    VLM3D challenge's protocol (`vlm3d`)."""
     samples: dict[str, FloatArray]
     """Headline scores in each resample, (R,); empty where no intervals are wanted."""
     statistics: ReportStatistics
@@ -65,7 +67,7 @@ def evaluate_reports(
     labels, known = scans.labels[numbers], scans.known[numbers]
     encoder = resolve_bertscore_encoder(config)
 
-    def score_texts(texts: Sequence[str]) -> ScoredReports:
+    def score_texts(texts: Sequence[str], meteor: MeteorProgram) -> ScoredReports:
         statistics = compute_report_statistics(
             texts,
             references,
@@ -75,17 +77,22 @@ def evaluate_reports(
             labeler=labeler,
             convention=convention,
         )
-        return _score_statistics(statistics, weights)
+        scored = _score_statistics(statistics, weights)
+        scored.figures["vlm3d"] = score_reports_by_protocol(
+            texts, references, statistics.label_counts, meteor
+        )
+        return scored
 
-    image = score_texts([record.generated or "" for record in records])
-    control = score_texts([record.without_image or "" for record in records])
     baseline_figures: JsonObject = {}
-    for name, texts in baselines.texts.items():
-        baseline = score_texts(texts)
-        baseline_figures[name] = baseline.figures | {
-            "difference": _score_differences(image, baseline),
-            "source": baselines.sources[name],
-        }
+    with MeteorProgram() as meteor:
+        image = score_texts([record.generated or "" for record in records], meteor)
+        control = score_texts([record.without_image or "" for record in records], meteor)
+        for name, texts in baselines.texts.items():
+            baseline = score_texts(texts, meteor)
+            baseline_figures[name] = baseline.figures | {
+                "difference": _score_differences(image, baseline),
+                "source": baselines.sources[name],
+            }
     figures: JsonObject = {
         "image": image.figures,
         "image_ablated": control.figures,

@@ -13,6 +13,7 @@ from rectvlm.evaluate.score_format import (
     format_with_interval,
     render_table,
 )
+from rectvlm.metrics.vlm3d_protocol import CALL_SCORES
 from rectvlm.terminal_tables import FoldingTable
 
 MAIN_REPORT_SCORES = (
@@ -26,10 +27,32 @@ MAIN_REPORT_SCORES = (
     "clinical_labels_macro_f1",
     "clinical_labels_crg",
     "laterality",
+    "size_accuracy",
+    "other_findings_f1",
+    "rare_findings_recall",
 )
 """Scores of the reports in the terminal, and those in which the table is to be beaten."""
 DIVERSITY_NAMES = {"distinct_share": "distinct reports, share", "self_bleu_4": "self-BLEU-4"}
 """Names of the figures that compare the reports with each other; they have no intervals."""
+_WORD_SCORE_NAMES = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "meteor": "METEOR",
+    "cider": "CIDEr",
+}
+SCORE_NAMES = _WORD_SCORE_NAMES | {
+    "bertscore_f1": "BERTScore F1",
+    "size_accuracy": "sizes within tolerance",
+    "other_findings_f1": "findings beyond the 18, F1",
+    "rare_findings_recall": "rare findings, recall",
+}
+"""Names of headline scores that are not findings'."""
+_CLINICAL_TRUTHS = {"clinical_labels_": "labels", "clinical_reference_": "references"}
+PROTOCOL_SCORE_NAMES = _WORD_SCORE_NAMES | {"bleu_mean": "BLEU, mean"}
+"""Names of the figures of the VLM3D challenge's protocol."""
 REPORT_FINDING_SCORES = ("precision", "recall", "f1")
 """Scores of the findings in the reports."""
 
@@ -68,7 +91,7 @@ def render_baselines(reports: Mapping[str, Any]) -> str:
     """Render all scores of the baselines, and those of the language model minus each of them."""
     sources = _describe_sources(reports)
     if not reports["baselines"]:
-        return sources
+        return f"{describe_table_comparison(reports)}\n\n{sources}"
     header = ["", *_name_baseline_columns(reports)]
     rows = [_baseline_row(reports, score) for score in reports["image"]["scores"]]
     rows += _diversity_rows(reports)
@@ -95,29 +118,36 @@ def describe_table_comparison(reports: Mapping[str, Any]) -> str:
     It does in a score whose difference, paired by patient, has a 95% interval above 0.
 
     Args:
-        reports: figures of `evaluate_reports`, with the baseline `table`.
+        reports: figures of `evaluate_reports`.
     """
-    intervals = reports["baselines"]["table"]["difference"].get("ci95", {})
-    bounds_by_score = {}
-    for score in MAIN_REPORT_SCORES:
-        if intervals.get(score) is not None:
-            bounds_by_score[score] = intervals[score]
-    if not bounds_by_score:
+    unknown = "Whether the language model beats the classifier with a table of texts is unknown"
+    if "table" not in reports["baselines"]:
+        return f"{unknown}: the table is left out, as {reports['left_out_baselines']['table']}."
+    differences = reports["baselines"]["table"]["difference"]
+    intervals = differences.get("ci95", {})
+    compared = [score for score in MAIN_REPORT_SCORES if intervals.get(score) is not None]
+    if not compared:
         return (
-            "Whether the language model beats the classifier with a table of texts is unknown: "
-            "there are no intervals, which need two patients and resamples (`--bootstrap`)."
+            f"{unknown}: there are no intervals, which need two patients and resamples "
+            "(`--bootstrap`)."
         )
-    better = [score for score, (low, _) in bounds_by_score.items() if low > 0]
-    worse = [score for score, (_, high) in bounds_by_score.items() if high < 0]
+    better = [score for score in compared if intervals[score][0] > 0]
+    worse = [score for score in compared if intervals[score][1] < 0]
     sentence = "The language model beats the classifier with a table of texts in "
-    sentence += _join_names(better) or f"none of {len(bounds_by_score)} scores"
+    sentence += _join_differences(better, differences) or f"none of {len(compared)} scores"
     if worse:
-        sentence += f"; the table beats it in {_join_names(worse)}"
-    return f"{sentence} (95% interval of the difference, paired by patient)."
+        sentence += f"; the table beats it in {_join_differences(worse, differences)}"
+    return f"{sentence} (difference with its 95% interval, paired by patient)."
 
 
 def name_score(score: str) -> str:
     """Name of a headline score in tables."""
+    if score in SCORE_NAMES:
+        return SCORE_NAMES[score]
+    for prefix, truth in _CLINICAL_TRUTHS.items():
+        if score.startswith(prefix):
+            name = score.removeprefix(prefix).replace("_", " ")
+            return f"findings by {truth}, {name.replace('f1', 'F1').replace('crg', 'CRG')}"
     return score.replace("_", " ")
 
 
@@ -148,8 +178,13 @@ def _diversity_rows(reports: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _join_names(scores: Sequence[str]) -> str:
-    return ", ".join(map(name_score, scores))
+def _join_differences(scores: Sequence[str], differences: Mapping[str, Any]) -> str:
+    """Names of scores with their differences and intervals."""
+    words = []
+    for score in scores:
+        interval = format_interval(differences, score)
+        words.append(f"{name_score(score)} {differences[score]:+.3f} {interval}")
+    return ", ".join(words)
 
 
 def _format_kind(kind: Mapping[str, Any], score: str) -> str:
@@ -176,6 +211,62 @@ def _describe_sources(reports: Mapping[str, Any]) -> str:
         f"Reports of the baselines: {'; '.join(words)}. Of the reference reports: "
         f"{', '.join(references)}."
     )
+
+
+def render_report_protocol(reports: Mapping[str, Any]) -> str:
+    """Render the figures of the VLM3D challenge's protocol for all sets of reports."""
+    kinds = list_report_kinds(reports)
+    rows = []
+    for score, name in PROTOCOL_SCORE_NAMES.items():
+        values = [format_score(kind["vlm3d"][score]) for kind in kinds.values()]
+        rows.append([name, *values])
+    for score in CALL_SCORES:
+        macros = [kind["vlm3d"]["findings"]["macro"] for kind in kinds.values()]
+        name = f"macro {FINDING_SCORE_NAMES[score]}"
+        rows.append([name, *(format_score(macro[score]) for macro in macros)])
+    crg = [format_score(kind["vlm3d"]["findings"]["crg"]) for kind in kinds.values()]
+    rows.append(["CRG", *crg])
+    note = (
+        "As the challenge's evaluation computes them (pycocoevalcap 1.2, words at white space, "
+        "calls of the labeler, means over all 18 findings)."
+    )
+    left_out = reports["image"]["vlm3d"]["left_out"]
+    for score, reason in left_out.items():
+        note += f" {PROTOCOL_SCORE_NAMES[score]} is left out: it {reason}."
+    return f"{render_table(['', *kinds], rows)}\n\n{note}"
+
+
+def list_report_kinds(reports: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of the language model, of its control and of each baseline, by name in tables."""
+    kinds = {"language model": reports["image"]}
+    for name, baseline in reports["baselines"].items():
+        kinds[BASELINE_NAMES[name]] = baseline
+    return kinds | {"without the image": reports["image_ablated"]}
+
+
+def render_other_findings(reports: Mapping[str, Any]) -> str:
+    """Render sizes, findings beyond the 18, and the recall of rare and of common findings."""
+    image = reports["image"]
+    sizes = image["sizes"]
+    parts = [
+        f"Sizes within {sizes['tolerance_mm']:g} mm or {sizes['tolerance_share']:.0%}: "
+        f"{sizes['n_within']} of {sizes['n']} ({sizes['n_unstated']} without a size); "
+        f"{sizes['n_not_mentioned']} findings with a size are not mentioned."
+    ]
+    for name, row in image["by_prevalence"].items():
+        findings = ", ".join(row["findings"]) or "none"
+        recall = f"{format_score(row['recall'])} of {row['n_positive']}"
+        parts.append(f"Recall of the {name} findings ({findings}): {recall}.")
+    rows = []
+    for name, row in image["other_findings"]["per_finding"].items():
+        counts = [str(row["n_positive"]), str(row["n_called"])]
+        rows.append([name, *counts, *(format_score(row[one]) for one in REPORT_FINDING_SCORES)])
+    paragraph = " ".join(parts)
+    if not rows:
+        return f"{paragraph} No report names a finding beyond the 18."
+    header = ["beyond the 18", "in the references", "in the reports"]
+    header += [FINDING_SCORE_NAMES[score] for score in REPORT_FINDING_SCORES]
+    return f"{paragraph}\n\n{render_table(header, rows)}"
 
 
 def render_report_findings(reports: Mapping[str, Any]) -> str:

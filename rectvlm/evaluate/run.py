@@ -80,6 +80,7 @@ METRIC_PACKAGES = (
 )
 """Packages that decide a figure, besides those that decide a prediction."""
 TABLE_FILE = "metrics.md"
+PAGE_FILE = "results.html"
 
 
 @dataclass(frozen=True)
@@ -441,10 +442,12 @@ def _write_results(
         write_report_statistics(metrics_path.with_name(STATISTICS_FILE), report_statistics)
         _write_jsonl(metrics_path.with_name(REPORTS_FILE), _report_texts(scans, baselines))
     _write_text(metrics_path.with_name(TABLE_FILE), tables.render_markdown(result))
-    if options.plots:
-        from rectvlm.evaluate import plots  # matplotlib takes its time
+    from rectvlm.evaluate import plots, results_page  # matplotlib takes its time
 
-        plots.write_plots(metrics_path.parent, result, scans)
+    figures = plots.draw_plots(result, scans) if options.plots else {}
+    plots.write_plots(metrics_path.parent, figures)
+    page = results_page.render_results_page(result, scans, figures, metrics_path.parent)
+    _write_text(metrics_path.with_name(PAGE_FILE), page)
     result.thresholds.write(metrics_path.with_name(THRESHOLDS_FILE))
     write_json(metrics_path, result.as_dict())
 

@@ -134,6 +134,9 @@ def _read_reports(
             columns |= {name: arrays[name] for name in arrays.files}
         statistics = ReportStatistics(
             **columns,
+            prevalence_groups={
+                name: row["findings"] for name, row in image_figures["by_prevalence"].items()
+            },
             diversity=image_figures["diversity"],
             convention=image_figures["convention"],
             signatures=image_figures["signatures"],

@@ -8,7 +8,9 @@ from rich.table import Table
 from rectvlm.evaluate.report_tables import (
     add_report_rows,
     render_baselines,
+    render_other_findings,
     render_report_findings,
+    render_report_protocol,
     render_reports,
 )
 from rectvlm.evaluate.result import EvaluationResult
@@ -78,6 +80,8 @@ def render_markdown(result: EvaluationResult) -> str:
         sections += ["## Reports", render_reports(result.reports)]
         sections += ["### Baselines", render_baselines(result.reports)]
         sections += ["### Findings in the reports", render_report_findings(result.reports)]
+        sections += ["### Sizes and other findings", render_other_findings(result.reports)]
+        sections += ["### By VLM3D's protocol", render_report_protocol(result.reports)]
     return "\n\n".join(sections) + "\n"
 
 

@@ -1,18 +1,23 @@
 """Clinical efficacy of generated reports: precision, recall, F1 over the 18 findings; CRG.
 
 All scores are computed from counts of true positives, false positives, false negatives and known
-labels of each finding, so that cases can be resampled by adding rows. Shapes: N cases, 18 findings.
+labels of each finding, so that cases can be resampled by adding rows. Shapes: N cases, F findings:
+the 18, or those beyond them.
 """
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rectvlm.labels import FINDINGS, N_FINDINGS
+from rectvlm.labels import FINDINGS
 from rectvlm.metrics.arrays import BoolArray, CountArray
 from rectvlm.types import JsonObject
 
 TP, FP, FN, KNOWN = range(4)
 """Columns of the counts."""
+PREVALENCE_GROUPS = ("rare", "middle", "common")
+"""Thirds of the findings by prevalence."""
 SCORE_NAMES = ("precision", "recall", "f1")
 
 
@@ -20,21 +25,20 @@ def count_confusions(called: BoolArray, truth: BoolArray, known: BoolArray) -> C
     """Count the outcomes of each case.
 
     Args:
-        called: findings that the generated report states, (N, 18).
-        truth: true findings, (N, 18), read only where known.
-        known: whether each true finding is known, (N, 18).
+        called: findings that the generated report states, (N, F).
+        truth: true findings, (N, F), read only where known.
+        known: whether each true finding is known, (N, F).
 
     Returns:
-        True positives, false positives, false negatives and known labels, (N, 18, 4), 0 or 1.
+        True positives, false positives, false negatives and known labels, (N, F, 4), 0 or 1.
     """
     assert called.shape == truth.shape == known.shape, (called.shape, truth.shape, known.shape)
-    assert called.shape[1:] == (N_FINDINGS,), called.shape
     assert called.dtype == truth.dtype == known.dtype == np.bool_
     outcomes = [called & truth & known, called & ~truth & known, ~called & truth & known, known]
     return np.stack(outcomes, axis=-1).astype(np.int64)
 
 
-def score_clinical_efficacy(counts: CountArray) -> JsonObject:
+def score_clinical_efficacy(counts: CountArray, names: Sequence[str] = FINDINGS) -> JsonObject:
     """Precision, recall and F1: micro, macro, weighted and of each finding; CRG.
 
     micro counts all pairs of case and finding together. macro is the plain mean, and weighted the
@@ -42,13 +46,14 @@ def score_clinical_efficacy(counts: CountArray) -> JsonObject:
     has no F1. Precision is 0 where nothing was called.
 
     Args:
-        counts: counts of `count_confusions`, (N, 18, 4).
+        counts: counts of `count_confusions`, (N, F, 4).
+        names: names of the findings, F.
     """
     totals = counts.sum(axis=0)
     scores = precision_recall_f1(totals)
     positives = totals[:, TP] + totals[:, FN]
     per_finding: dict[str, JsonObject] = {}
-    for i, finding in enumerate(FINDINGS):
+    for i, finding in enumerate(names):
         per_finding[finding] = _name_scores(scores[i] if positives[i] else None) | {
             "n_known": int(totals[i, KNOWN]),
             "n_positive": int(positives[i]),
@@ -74,6 +79,53 @@ def score_clinical_efficacy(counts: CountArray) -> JsonObject:
         "crg": crg_score(all_findings),
         "per_finding": per_finding,
     }
+
+
+def group_by_prevalence(counts: CountArray) -> dict[str, list[str]]:
+    """The findings with a known positive in thirds by their share of positives, rarest first.
+
+    Args:
+        counts: counts of `count_confusions`, (N, 18, 4).
+    """
+    totals = counts.sum(axis=0)
+    positives = totals[:, TP] + totals[:, FN]
+    shares = positives / np.maximum(totals[:, KNOWN], 1)
+    ordered = [int(i) for i in np.argsort(shares, kind="stable") if positives[i]]
+    thirds = np.array_split(np.array(ordered, dtype=np.int64), len(PREVALENCE_GROUPS))
+    groups = {}
+    for name, numbers in zip(PREVALENCE_GROUPS, thirds, strict=True):
+        groups[name] = [FINDINGS[i] for i in numbers]
+    return groups
+
+
+def recall_of(counts: CountArray, findings: Sequence[str]) -> float | None:
+    """Share of the true occurrences of some findings that the reports name; None without one.
+
+    Args:
+        counts: counts of `count_confusions`, (N, 18, 4).
+        findings: names of the findings.
+    """
+    rows = counts[:, [FINDINGS.index(finding) for finding in findings]]
+    n_hit, n_missed = int(rows[..., TP].sum()), int(rows[..., FN].sum())
+    return n_hit / (n_hit + n_missed) if n_hit + n_missed else None
+
+
+def score_prevalence_groups(counts: CountArray, groups: Mapping[str, list[str]]) -> JsonObject:
+    """Recall of each group of `group_by_prevalence`, with its findings and their positives.
+
+    Args:
+        counts: counts of `count_confusions`, (N, 18, 4).
+        groups: findings by group.
+    """
+    scores: JsonObject = {}
+    for name, findings in groups.items():
+        rows = counts[:, [FINDINGS.index(finding) for finding in findings]]
+        scores[name] = {
+            "recall": recall_of(counts, findings),
+            "n_positive": int(rows[..., [TP, FN]].sum()),
+            "findings": findings,
+        }
+    return scores
 
 
 def crg_score(totals: CountArray) -> float | None:

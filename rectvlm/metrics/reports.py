@@ -1,4 +1,4 @@
-"""Metrics of generated reports: text overlap, findings, sides (`docs/concepts/report-metrics.md`).
+"""Metrics of generated reports: words, findings, sides, sizes (`docs/concepts/report-metrics.md`).
 
 `compute_report_statistics` reads the texts once and keeps what each case contributes;
 `summarize_reports` and `headline_scores` only add rows up.
@@ -15,13 +15,29 @@ from numpy.typing import NDArray
 from rectvlm.labels import DEFAULT_CONVENTION, N_FINDINGS, LabelConvention
 from rectvlm.metrics import text_overlap
 from rectvlm.metrics.arrays import BoolArray, CountArray
-from rectvlm.metrics.clinical_efficacy import count_confusions, score_clinical_efficacy
+from rectvlm.metrics.clinical_efficacy import (
+    FN,
+    TP,
+    count_confusions,
+    group_by_prevalence,
+    precision_recall_f1,
+    recall_of,
+    score_clinical_efficacy,
+    score_prevalence_groups,
+)
+from rectvlm.metrics.report_labeler.entity_terms import ENTITIES
 from rectvlm.metrics.report_labeler.finding_states import FindingState
 from rectvlm.metrics.report_labeler.labeler import ReportLabeler, load_labeler
 from rectvlm.metrics.report_labeler.laterality import (
     count_side_outcomes,
     score_laterality,
     score_lesion_laterality,
+)
+from rectvlm.metrics.report_labeler.rule_labeler import label_entities
+from rectvlm.metrics.report_labeler.stated_sizes import (
+    count_size_outcomes,
+    score_sizes,
+    size_accuracy,
 )
 from rectvlm.metrics.text_diversity import measure_diversity
 from rectvlm.types import JsonObject, UserError
@@ -55,6 +71,14 @@ class ReportStatistics:
     """Counts of `count_confusions` against the findings of the reference reports, (N, 18, 4)."""
     side_counts: CountArray
     """Counts of `count_side_outcomes`, (N, 11, 5)."""
+    size_counts: CountArray
+    """Counts of `count_size_outcomes`, (N, F, 4)."""
+    entity_counts: CountArray
+    """Counts of `count_confusions` of the findings beyond the 18 against those of the reference
+    reports, (N, E, 4)."""
+    prevalence_groups: dict[str, list[str]]
+    """Findings by group of `group_by_prevalence`, of the labels, or of the reference reports where
+    there are none; a resample has the groups of all cases."""
     diversity: JsonObject
     """Figures of `measure_diversity` of the generated reports."""
     convention: LabelConvention
@@ -100,6 +124,7 @@ def compute_report_statistics(
     if labels is not None:
         known = np.ones(labels.shape, dtype=bool) if known is None else known
         label_counts = count_confusions(called, labels > 0.5, known)
+    reference_counts = count_confusions(called, stated, has_reference_by_finding)
 
     uncertain = "present" if uncertain_is_present else "absent"
     signatures = {
@@ -120,8 +145,13 @@ def compute_report_statistics(
         cider=_scatter_to_all_cases(text_overlap.cider(texts, truths), has_reference),
         bertscore_f1=bertscore,
         label_counts=label_counts,
-        reference_counts=count_confusions(called, stated, has_reference_by_finding),
+        reference_counts=reference_counts,
         side_counts=count_side_outcomes(generated, references, convention),
+        size_counts=count_size_outcomes(generated, references, convention),
+        entity_counts=_count_entities(generated, references, lowest_state),
+        prevalence_groups=group_by_prevalence(
+            reference_counts if label_counts is None else label_counts
+        ),
         diversity=measure_diversity(generated),
         convention=convention,
         signatures=signatures,
@@ -146,8 +176,10 @@ def score_reports(
     BERTScore are means over the cases with a reference report; the others are counted. `clinical`
     compares the findings that the labeler reads in the generated report with the cases' labels
     (`labels`, every case; None without labels) and with those that it reads in the reference
-    (`reference_reports`). `laterality` compares sides. `diversity` compares the generated reports
-    with each other. The signatures state libraries, versions and tokens.
+    (`reference_reports`). `laterality` compares sides, `sizes` sizes, `other_findings` findings
+    beyond the 18, all with the reference. `by_prevalence` has the recall of rare and of common
+    findings. `diversity` compares the generated reports with each other. The signatures state
+    libraries, versions and tokens.
 
     Args:
         generated: generated report of each case, (N,).
@@ -192,6 +224,11 @@ def summarize_reports(statistics: ReportStatistics) -> JsonObject:
             "reference_reports": score_clinical_efficacy(statistics.reference_counts),
         },
         "laterality": score_laterality(statistics.side_counts),
+        "sizes": score_sizes(statistics.size_counts),
+        "other_findings": _score_entities(statistics.entity_counts),
+        "by_prevalence": score_prevalence_groups(
+            _best_truth(statistics), statistics.prevalence_groups
+        ),
         "diversity": statistics.diversity,
         "signatures": statistics.signatures,
         "left_out": statistics.left_out,
@@ -215,7 +252,46 @@ def headline_scores(statistics: ReportStatistics) -> dict[str, float | None]:
                 scores[f"clinical_{truth}_{mean}_{score}"] = value
         scores[f"clinical_{truth}_crg"] = efficacy["crg"]
     scores["laterality"] = score_lesion_laterality(statistics.side_counts)["accuracy"]
+    scores["size_accuracy"] = size_accuracy(statistics.size_counts)
+    scores["other_findings_f1"] = _entity_f1(statistics.entity_counts)
+    rare_findings = statistics.prevalence_groups["rare"]
+    scores["rare_findings_recall"] = recall_of(_best_truth(statistics), rare_findings)
     return scores
+
+
+def _best_truth(statistics: ReportStatistics) -> CountArray:
+    """Counts of the 18 findings against the labels, or the reference reports without labels."""
+    if statistics.label_counts is None:
+        return statistics.reference_counts
+    return statistics.label_counts
+
+
+def _count_entities(
+    generated: Sequence[str], references: Sequence[str | None], lowest_state: FindingState
+) -> CountArray:
+    """Counts of `count_confusions` of the findings beyond the 18, (N, E, 4)."""
+    called = label_entities(generated) >= lowest_state
+    stated = label_entities([reference or "" for reference in references]) >= lowest_state
+    has_reference = np.array([reference is not None for reference in references], dtype=bool)
+    return count_confusions(called, stated, np.repeat(has_reference[:, None], len(ENTITIES), 1))
+
+
+def _score_entities(counts: CountArray) -> JsonObject:
+    """Figures of the findings beyond the 18; of those that neither report names, no row."""
+    scores = score_clinical_efficacy(counts, ENTITIES)
+    del scores["crg"], scores["weighted"]
+    per_finding = {}
+    for name, row in scores["per_finding"].items():
+        if row["n_positive"] or row["n_called"]:
+            per_finding[name] = row
+    return scores | {"per_finding": per_finding}
+
+
+def _entity_f1(counts: CountArray) -> float | None:
+    """F1 of all pairs of case and finding beyond the 18; None where no reference names one."""
+    totals = counts.sum(axis=(0, 1))
+    has_positive = bool(totals[TP] + totals[FN])
+    return float(precision_recall_f1(totals[None])[0, 2]) if has_positive else None
 
 
 def _text_signatures() -> dict[str, str]:

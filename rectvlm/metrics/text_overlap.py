@@ -8,7 +8,7 @@ tokenization. Shape: N cases.
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -164,16 +164,25 @@ def meteor_signature() -> str:
     )
 
 
-def cider(generated: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
+def cider(
+    generated: Sequence[str],
+    references: Sequence[str],
+    tokenize: Callable[[str], list[str]] = tokenize_text,
+) -> NDArray[np.float64]:
     """CIDEr-D (Vedantam et al., CVPR 2015, arXiv 1411.5726), 0 to 10, one reference a case, (N,).
 
     As the authors' scorer computes it: counts of n-grams weighted by log(N / document frequency)
     over the references, clipped to the reference's, as a cosine for each n, times exp(−Δ² / 2σ²)
     with Δ the difference in bigrams; the mean over n times 10. With one case every weight is 0,
     and so is the score.
+
+    Args:
+        generated: generated reports, (N,).
+        references: reference reports, (N,).
+        tokenize: splits a text into words.
     """
-    text_ngrams = [_count_ngrams(text) for text in generated]
-    true_ngrams = [_count_ngrams(reference) for reference in references]
+    text_ngrams = [_count_ngrams(tokenize(text)) for text in generated]
+    true_ngrams = [_count_ngrams(tokenize(reference)) for reference in references]
     document_frequency: Counter[_NGram] = Counter()
     for ngrams in true_ngrams:
         document_frequency.update(ngrams.keys())
@@ -189,8 +198,7 @@ def cider(generated: Sequence[str], references: Sequence[str]) -> NDArray[np.flo
     return scores
 
 
-def _count_ngrams(text: str) -> Counter[_NGram]:
-    words = tokenize_text(text)
+def _count_ngrams(words: Sequence[str]) -> Counter[_NGram]:
     counts: Counter[_NGram] = Counter()
     for size in range(1, MAX_NGRAM + 1):
         for start in range(len(words) - size + 1):

@@ -19,7 +19,8 @@ from rectvlm.metrics.clinical_efficacy import (
 )
 from rectvlm.types import JsonObject
 
-PROTOCOL_SCORES = ("auroc", "f1", "precision", "recall", "accuracy")
+CALL_SCORES = ("f1", "precision", "recall", "accuracy")
+PROTOCOL_SCORES = ("auroc", *CALL_SCORES)
 
 
 def score_by_protocol(
@@ -45,16 +46,29 @@ def score_by_protocol(
     assert probabilities.shape == labels.shape == known.shape == (len(labels), N_FINDINGS)
     truth = labels > 0.5
     counts = count_confusions(probabilities >= DEFAULT_THRESHOLD, truth, known).sum(axis=0)
-    per_finding: dict[str, JsonObject] = {}
+    scores = score_protocol_calls(counts)
     for i, finding in enumerate(FINDINGS):
         rows = known[:, i]
         if rows.any():
             auroc = _auroc(truth[rows, i], probabilities[rows, i])
-            per_finding[finding] = {"auroc": auroc} | _score_calls(counts[i])
+            scores["per_finding"][finding]["auroc"] = auroc
+    scores["macro"]["auroc"] = _mean_score(scores["per_finding"], "auroc")
+    return {"threshold": DEFAULT_THRESHOLD} | scores
+
+
+def score_protocol_calls(counts: CountArray) -> JsonObject:
+    """The challenge's figures of called findings: all of `score_by_protocol` but AUROC.
+
+    Args:
+        counts: true positives, false positives, false negatives and known labels, (18, 4).
+    """
+    per_finding: dict[str, JsonObject] = {}
+    for finding, row in zip(FINDINGS, counts, strict=True):
+        if row[KNOWN]:
+            per_finding[finding] = _score_calls(row)
     return {
-        "threshold": DEFAULT_THRESHOLD,
         "n_findings": len(per_finding),
-        "macro": {score: _mean_score(per_finding, score) for score in PROTOCOL_SCORES},
+        "macro": {score: _mean_score(per_finding, score) for score in CALL_SCORES},
         "crg": crg_score(counts.sum(axis=0)),
         "per_finding": per_finding,
     }

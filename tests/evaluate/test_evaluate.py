@@ -312,6 +312,9 @@ def test_tables_and_plots_lie_beside_the_metrics(evaluated):
     low, high = auroc["ci95"]["auroc"]
     assert f"{auroc['auroc']:.3f} [{low:.3f}, {high:.3f}]" in page
     assert all(f"| {name} |" in page for name in FINDINGS) and "without (air)" in page
+    by_protocol = page.split("### By VLM3D's protocol")[1]
+    assert f"| BLEU-1 | {result['reports']['image']['vlm3d']['bleu_1']:.3f} |" in by_protocol
+    assert "Sizes within 2 mm or 20%: " in page and "Recall of the rare findings (" in page
     for name in ("roc", "precision_recall", "calibration", "dice"):
         assert out.with_name(f"{name}.png").read_bytes().startswith(b"\x89PNG")
     rows = [json.loads(line) for line in out.with_name("cases.jsonl").read_text().splitlines()]

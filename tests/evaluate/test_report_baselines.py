@@ -115,7 +115,10 @@ def test_training_reports_are_those_of_the_scans(tiny: Config, tmp_path: Path) -
 
 
 def report_figures(intervals: dict[str, list[float] | None]) -> JsonObject:
-    return {"baselines": {"table": {"difference": {"ci95": intervals} if intervals else {}}}}
+    difference: JsonObject = {"bleu_4": 0.1, "laterality": 0.2, "clinical_labels_crg": -0.2}
+    if intervals:
+        difference["ci95"] = intervals
+    return {"baselines": {"table": {"difference": difference}}}
 
 
 def test_one_sentence_says_in_what_the_language_model_beats_the_table() -> None:
@@ -127,11 +130,16 @@ def test_one_sentence_says_in_what_the_language_model_beats_the_table() -> None:
         "cider": None,
     }
     sentence = describe_table_comparison(report_figures(mixed))
-    assert "beats the classifier with a table of texts in bleu 4, laterality;" in sentence
-    assert "the table beats it in clinical labels crg (95% interval" in sentence
+    better = "BLEU-4 +0.100 [0.010, 0.200], laterality +0.200 [0.100, 0.300]"
+    assert f"beats the classifier with a table of texts in {better};" in sentence
+    assert "the table beats it in findings by labels, CRG -0.200 [-0.300, -0.100] (" in sentence
     none = describe_table_comparison(report_figures({"bleu_4": [0.0, 0.2]}))
-    assert "in none of 1 scores (95% interval" in none
-    assert "is unknown" in describe_table_comparison(report_figures({}))
+    assert "in none of 1 scores (difference" in none
+    assert "is unknown: there are no intervals" in describe_table_comparison(report_figures({}))
+    without: JsonObject = {"baselines": {}, "left_out_baselines": {"table": "nothing is there"}}
+    assert describe_table_comparison(without).endswith(
+        "the table is left out, as nothing is there."
+    )
 
 
 def test_training_cases_are_embedded_where_thresholds_come_from_others(

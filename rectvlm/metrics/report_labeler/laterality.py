@@ -189,7 +189,7 @@ def _assign_clause_sides(
     for match in _SIDE_PATTERN.finditer(text, *clause):
         if _DISPLACEMENT.search(text[clause[0] : match.start()]):
             continue
-        owners = _mentions_after_side(text, match, mentions)
+        owners = mentions_right_after(text, match, mentions)
         adjectival.update(owners)
         if not owners:
             owners = _mentions_before_side(text, match.start(), mentions, adjectival)
@@ -211,22 +211,22 @@ def _assign_clause_sides(
     ]
 
 
-def _mentions_after_side(
-    text: str, side: re.Match[str], mentions: list[FindingMention]
+def mentions_right_after(
+    text: str, attribute: re.Match[str], mentions: Sequence[FindingMention]
 ) -> list[int]:
-    """Indexes of the mentions whose name a side stands right before, or inside."""
+    """Indexes of the mentions whose name a side or a size stands right before, or inside."""
     inside, following = [], []
     for i, mention in enumerate(mentions):
-        if mention.start <= side.start() < mention.end:
+        if mention.start <= attribute.start() < mention.end:
             inside.append(i)
-        elif mention.start >= side.end():
+        elif mention.start >= attribute.end():
             following.append(i)
     if inside:
         return inside
     if not following:
         return []
     name = mentions[following[0]]
-    if modifiers.NOT_ADJECTIVAL.search(text, side.end(), name.start):
+    if modifiers.NOT_ADJECTIVAL.search(text, attribute.end(), name.start):
         return []
     return [i for i in following if mentions[i].start < name.end]
 

@@ -23,6 +23,7 @@ from rectvlm.metrics.report_labeler.clauses import (
     extract_without_side,
     split_clauses,
 )
+from rectvlm.metrics.report_labeler.entity_terms import ENTITIES, ENTITY_TERMS
 from rectvlm.metrics.report_labeler.finding_states import (
     FindingState,
     classify_by_size,
@@ -37,6 +38,7 @@ from rectvlm.metrics.report_labeler.finding_terms import (
     NORMAL_STRUCTURES,
     VESSEL_PATTERN,
     FindingTerm,
+    NormalStructure,
     select_terms,
 )
 
@@ -121,10 +123,35 @@ def parse_report(
     The result is cached, since findings and sides are read from the same reports, and a reference
     stands beside several generated ones.
     """
+    terms = select_terms(convention)
     sentences = []
     for text in _split_sentences(report):
-        sentences.append(ReportSentence(text, tuple(_find_mentions(text, convention))))
+        mentions = _find_mentions(text, terms, NORMAL_STRUCTURES)
+        sentences.append(ReportSentence(text, tuple(mentions)))
     return tuple(sentences)
+
+
+@lru_cache(maxsize=8192)
+def parse_entities(report: str) -> tuple[ReportSentence, ...]:
+    """Parse the same sentences as `parse_report`, with the findings beyond the 18 that they name.
+
+    Each mention's `finding` is one of `ENTITIES`. The modifiers are those of the 18.
+    """
+    sentences = []
+    for text in _split_sentences(report):
+        sentences.append(ReportSentence(text, tuple(_find_mentions(text, ENTITY_TERMS, ()))))
+    return tuple(sentences)
+
+
+def label_entities(reports: Sequence[str]) -> NDArray[np.int8]:
+    """States of the findings beyond the 18, (N, E): values of `FindingState`."""
+    states = np.zeros((len(reports), len(ENTITIES)), dtype=np.int8)
+    for row, report in zip(states, reports, strict=True):
+        for sentence in parse_entities(report):
+            for mention in sentence.mentions:
+                i = ENTITIES.index(mention.finding)
+                row[i] = max(row[i], mention.state)
+    return states
 
 
 def _split_sentences(report: str) -> Iterator[str]:
@@ -155,13 +182,15 @@ def _select_sections(text: str) -> list[str]:
     return sections
 
 
-def _find_mentions(sentence: str, convention: LabelConvention) -> list[FindingMention]:
+def _find_mentions(
+    sentence: str, terms: Sequence[FindingTerm], normal_structures: Sequence[NormalStructure]
+) -> list[FindingMention]:
     """Names of findings in a sentence with their states."""
     current = modifiers.PRIOR_EXAMINATION_ASIDE.sub(_blank_out, sentence)
     text = modifiers.PSEUDO_NEGATION.sub(_blank_out, current)
-    matches = _match_terms(text, convention)
+    matches = _match_terms(text, terms)
     clauses = split_clauses(text, [match.name for match in matches])
-    mentions = _find_normal_structures(current, clauses)
+    mentions = _find_normal_structures(current, clauses, normal_structures)
     named = []
     for match in matches:
         clause = next(clause for clause in clauses if clause[0] <= match.name[0] < clause[1])
@@ -179,11 +208,13 @@ def _find_mentions(sentence: str, convention: LabelConvention) -> list[FindingMe
     return sorted(mentions, key=lambda mention: (mention.start, mention.end))
 
 
-def _find_normal_structures(text: str, clauses: Sequence[Span]) -> list[FindingMention]:
+def _find_normal_structures(
+    text: str, clauses: Sequence[Span], normal_structures: Sequence[NormalStructure]
+) -> list[FindingMention]:
     """Findings that are absent because a clause calls their structure normal."""
     mentions = []
     for clause in clauses:
-        for normal in NORMAL_STRUCTURES:
+        for normal in normal_structures:
             match = normal.structure.search(text, *clause)
             if match is None or _ABNORMAL.search(match[0]):
                 continue
@@ -254,11 +285,11 @@ def _is_term_meant(named: _NamedTerm, text: str) -> bool:
     return bool(LUNG_PATTERN.search(clause)) or not term.excluded_organs.search(clause)
 
 
-def _match_terms(text: str, convention: LabelConvention) -> list[_NamedTerm]:
+def _match_terms(text: str, terms: Sequence[FindingTerm]) -> list[_NamedTerm]:
     """Matches of every term; of a weak term only where no other term's words cover it."""
     strong: list[_NamedTerm] = []
     weak: list[_NamedTerm] = []
-    for term in select_terms(convention):
+    for term in terms:
         matches = [_NamedTerm(term, match.span()) for match in term.name_pattern.finditer(text)]
         (weak if term.is_weak else strong).extend(matches)
     covered = [match.name for match in strong]

@@ -1,0 +1,110 @@
+"""The results page: the figures of the metrics, disagreements with links, nothing unescaped."""
+
+import copy
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rectvlm.evaluate.case_records import CaseRecord
+from rectvlm.evaluate.options import EvaluationOptions
+from rectvlm.evaluate.result import EvaluationResult
+from rectvlm.evaluate.results_page import (
+    MAX_DISAGREEMENTS_OF_FINDING,
+    find_disagreements,
+    render_results_page,
+)
+from rectvlm.evaluate.run import evaluate_checkpoint
+from rectvlm.evaluate.scans import ScanResults, group_by_scan
+from rectvlm.labels import FINDINGS, N_FINDINGS
+
+
+def make_scans(n: int = 6) -> ScanResults:
+    records = []
+    for i in range(n):
+        records.append(
+            CaseRecord(
+                purpose="evaluate",
+                position=i,
+                key=f"case_{i}_1",
+                scan=f"case_{i}",
+                patient=f"patient_{i}",
+                probabilities=[0.1] * N_FINDINGS,
+                labels=[0] * N_FINDINGS,
+                lesions=[],
+                reference=None,
+                generated=None,
+                without_image=None,
+                regions=None,
+            )
+        )
+    return group_by_scan(records)
+
+
+def test_the_farthest_known_labels_come_first_and_no_finding_fills_the_list(
+    tmp_path: Path,
+) -> None:
+    scans = make_scans()
+    probabilities, labels, known = scans.probabilities, scans.labels, scans.known
+    probabilities[:, 3] = 0.8  # six false alarms of one finding
+    probabilities[4, 3] = 0.9
+    labels[2, 5] = 1  # missed at 0.1
+    probabilities[1, 7], known[1, 7] = 1.0, False
+    rows = find_disagreements(scans, tmp_path)
+    assert (rows[0].scan, rows[0].finding, rows[0].label) == ("case_2", FINDINGS[5], 1)
+    assert rows[0].probability == pytest.approx(0.1) == rows[0].probability
+    assert {row.scan for row in rows[1:]} >= {"case_4"} and rows[1].scan == "case_4"
+    assert [row.finding for row in rows].count(FINDINGS[3]) == MAX_DISAGREEMENTS_OF_FINDING
+    assert FINDINGS[7] not in {row.finding for row in rows}
+
+
+def test_case_pages_beside_the_metrics_are_linked(tmp_path: Path) -> None:
+    scans = make_scans(2)
+    scans.probabilities[:, 0] = 0.9
+    page = tmp_path / "pages" / "case_1_1" / "index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("a page")
+    pages = {row.scan: row.page for row in find_disagreements(scans, tmp_path)}
+    assert pages == {"case_0": None, "case_1": "pages/case_1_1/index.html"}
+
+
+@pytest.fixture(scope="module")
+def evaluation(tiny_run, tmp_path_factory) -> tuple[EvaluationResult, Path]:
+    out = tmp_path_factory.mktemp("page") / "metrics.json"
+    options = EvaluationOptions(bootstrap=20, report_limit=2)
+    result = evaluate_checkpoint(tiny_run(3), out=out, device="cpu", options=options)
+    assert result is not None
+    return result, out.with_name("results.html")
+
+
+def test_the_page_lies_beside_the_metrics_and_loads_nothing(
+    evaluation: tuple[EvaluationResult, Path],
+) -> None:
+    result, path = evaluation
+    page = path.read_text(encoding="utf-8")
+    assert result.reports is not None
+    auroc = result.classification["macro"]
+    assert f"<td>{auroc['auroc']:.3f}<small>[{auroc['ci95']['auroc'][0]:.3f}, " in page
+    for finding in FINDINGS:
+        assert f"<td>{finding}</td>" in page
+    bleu = result.reports["image"]["vlm3d"]["bleu_1"]
+    assert f"<tr><td>BLEU-1</td><td>{bleu:.3f}</td>" in page
+    assert page.count("data:image/svg+xml;base64,") == 4
+    assert not re.search(r'(?:src|href)="(?!data:|pages/)', page) and "url(" not in page
+
+
+def test_names_from_outside_are_text_on_the_page(
+    evaluation: tuple[EvaluationResult, Path], tmp_path: Path
+) -> None:
+    result, _ = evaluation
+    scans = make_scans(1)
+    scans.names[0], scans.probabilities[0, 0] = "<script>x</script>", np.float64(0.9)
+    given = replace(copy.deepcopy(result), config="<b>", shards="<i>", selected_on_this_split=True)
+    page = render_results_page(given, scans, {}, tmp_path)
+    assert "<script>" not in page and "<b>" not in page and "<i>" not in page
+    assert "&lt;script&gt;x" in page and "optimistic" in page and "Curves" not in page
+    without = replace(given, reports=None, localization=None)
+    text = render_results_page(without, scans, {}, tmp_path)
+    assert "Reports" not in text and "Lesions" not in text
