@@ -20,6 +20,7 @@ from rectvlm.cli_options import (
     add_options,
     options_from_namespace,
     print_names_as_bytes,
+    read_path,
 )
 
 log = logging.getLogger("rectvlm.cli")  # also where the module is run as `__main__`
@@ -122,9 +123,9 @@ def _build_parser() -> argparse.ArgumentParser:
 def _add_predict_arguments(predict: argparse.ArgumentParser) -> None:
     predict.add_argument(
         "source",
-        type=Path,
-        metavar="FILE_OR_FOLDER",
-        help="a CT (DICOM, .nii.gz, .mha, .nrrd, .npz, .zip of DICOM), or a folder of them",
+        metavar="FILE_FOLDER_OR_URL",
+        help="a CT (DICOM, .nii.gz, .mha, .nrrd, .npz, .zip of DICOM), a folder of them, or "
+        "dicomweb[s]://HOST:PORT/PATH/studies/UID[/series/UID] of a PACS",
     )
     predict.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder"
@@ -145,6 +146,11 @@ def _add_predict_arguments(predict: argparse.ArgumentParser) -> None:
         "--series",
         metavar="NUMBER_OR_UID",
         help="DICOM series of each study; by default the chest CT is chosen",
+    )
+    predict.add_argument(
+        "--store",
+        metavar="URL",
+        help="dicomweb[s]://HOST:PORT/PATH of a PACS that gets the DICOM objects of the results",
     )
     predict.set_defaults(run=_run_predict)
 
@@ -404,26 +410,39 @@ def _run_train(options: argparse.Namespace) -> None:
 
 
 def _run_predict(options: argparse.Namespace) -> None:
-    from rectvlm.types import UserError
+    from rectvlm.predict.dicomweb import read_service_address, read_study_address
 
-    if not options.source.exists():
-        raise UserError(
-            f"{options.source} does not exist: give a CT (DICOM, .nii.gz, …) or a folder of them."
-        )
+    store = read_service_address(options.store) if options.store is not None else None
+    address = read_study_address(options.source)
+    if address is None:
+        options.source = _existing_path(options.source)
     _check_checkpoint(options.checkpoint)
     _check_device(options.device)
+    from rectvlm.predict.pacs import predict_from_pacs
     from rectvlm.predict.run import predict_cases
 
-    folders = predict_cases(
-        options.source,
-        options.checkpoint,
-        options.out,
-        options.device,
-        options.thresholds,
-        options.series,
-    )
+    inputs = (options.checkpoint, options.out, options.device, options.thresholds, options.series)
+    if address is None:
+        folders = predict_cases(options.source, *inputs)
+    else:
+        folders = predict_from_pacs(address, *inputs)
     for folder in folders:
         sys.stdout.write(f"{folder / 'index.html'}\n")
+    if store is not None:
+        from rectvlm.predict.dicomweb import store_results
+
+        store_results(folders, store)
+
+
+def _existing_path(text: str) -> Path:
+    from rectvlm.types import UserError
+
+    path = read_path(text)
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist: give a CT (DICOM, .nii.gz, …) or a folder of them."
+        )
+    return path
 
 
 def _run_challenge(options: argparse.Namespace) -> None:
