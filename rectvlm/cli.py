@@ -74,6 +74,11 @@ def _build_parser() -> argparse.ArgumentParser:
         add_arguments=_add_predict_arguments,
     )
     commands.add_parser(
+        "serve",
+        help="a page and an HTTP API that take CTs and show their cases",
+        add_arguments=_add_serve_arguments,
+    )
+    commands.add_parser(
         "challenge",
         help="results.json of a folder of CTs for a task of the VLM3D challenge",
         add_arguments=_add_challenge_arguments,
@@ -153,6 +158,13 @@ def _add_predict_arguments(predict: argparse.ArgumentParser) -> None:
         help="dicomweb[s]://HOST:PORT/PATH of a PACS that gets the DICOM objects of the results",
     )
     predict.set_defaults(run=_run_predict)
+
+
+def _add_serve_arguments(serve: argparse.ArgumentParser) -> None:
+    from rectvlm.serve.options import ServeOptions
+
+    add_options(serve, ServeOptions)
+    serve.set_defaults(run=_run_serve)
 
 
 def _add_challenge_arguments(challenge: argparse.ArgumentParser) -> None:
@@ -443,6 +455,19 @@ def _existing_path(text: str) -> Path:
             f"{path} does not exist: give a CT (DICOM, .nii.gz, …) or a folder of them."
         )
     return path
+
+
+def _run_serve(namespace: argparse.Namespace) -> None:
+    from rectvlm.serve.options import ServeOptions, read_token, require_server_packages
+
+    options = options_from_namespace(ServeOptions, namespace)
+    require_server_packages()
+    token = read_token(options.host)
+    _check_checkpoint(options.checkpoint)
+    _check_device(options.device)
+    from rectvlm.serve.run import serve
+
+    serve(options, token)
 
 
 def _run_challenge(options: argparse.Namespace) -> None:
