@@ -119,6 +119,9 @@ def _build_parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("runs", help="list, compare and plot runs; test two evaluations")
     _add_runs_actions(runs)
 
+    commands.add_parser(
+        "doctor", help="what this machine has and lacks, and what to do about each"
+    ).set_defaults(run=_run_doctor)
     commands.add_parser("version", help="versions of rectvlm, Python and torch").set_defaults(
         run=_print_versions
     )
@@ -675,6 +678,17 @@ def _run_comparison(namespace: argparse.Namespace) -> None:
     comparison = compare_evaluations(options_from_namespace(ComparisonOptions, namespace))
     make_stdout_console().print(make_comparison_table(comparison))
     sys.stdout.writelines(f"{line}\n" for line in describe_comparison(comparison))
+
+
+def _run_doctor(_options: argparse.Namespace) -> None:
+    from rectvlm.doctor.checks import run_checks
+    from rectvlm.doctor.table import make_doctor_table
+    from rectvlm.terminal_tables import make_stdout_console
+
+    checks = run_checks()
+    make_stdout_console().print(make_doctor_table(checks))
+    if any(check.state == "failed" for check in checks):
+        sys.exit(1)
 
 
 def _print_versions(_options: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ or message.
 import contextlib
 import importlib.util
 import ipaddress
-import json
 import logging
 import os
 import re
@@ -280,23 +279,23 @@ def _explained_errors(address: DicomWebAddress, purpose: str) -> Iterator[None]:
             "your hospital's authority"
         )
     except requests.Timeout:
-        fault = f"gave no answer within {TIMEOUT_SECONDS[1]:g} s: check that the PACS is well"
+        fault = "gave no answer in time: check that the PACS is well"
     except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError):
         fault = "broke off its answer: try again"
     except requests.ConnectionError:
         fault = "cannot be reached: check host, port and whether the PACS runs"
-    except OSError as error:
-        if error.filename is not None or error.errno is not None:
-            raise
-        fault = "cannot be asked: check the address"
     except (
-        *(ValueError, KeyError, AttributeError, TypeError, json.JSONDecodeError),
+        *(ValueError, KeyError, AttributeError, TypeError),
         pydicom.errors.InvalidDicomError,
     ):
         fault = (
             "answers with something else than DICOMweb: check the path of the service, such as "
             "/dicom-web"
         )
+    except OSError as error:
+        if error.filename is not None or error.errno is not None:
+            raise
+        fault = "cannot be asked: check the address"
     else:
         return
     raise UserError(f"{address.text} {fault} (asked to {purpose}).")

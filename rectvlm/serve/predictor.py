@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rectvlm.data.volume import SUFFIXES
 from rectvlm.predict.case import LoadedModel, predict_case
@@ -27,9 +28,9 @@ class _WatchedSource(CtSource):
 
     after_read: Callable[[], None] = lambda: None
 
-    def read(self) -> Volume:
-        """Read the CT, whose path is no part of its results."""
-        volume = super().read()
+    def read(self, *arguments: Any, **settings: Any) -> Volume:
+        """Read the CT as `CtSource` does; its path is no part of its results."""
+        volume = super().read(*arguments, **settings)
         self.after_read()
         return replace(volume, where=Path(volume.where).name)
 
