@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,6 @@ TOKEN_VARIABLE = "RECTVLM_DICOMWEB_TOKEN"
 SCHEMES = {"dicomweb": "http", "dicomwebs": "https"}
 TIMEOUT_SECONDS = (10.0, 120.0)
 """Longest wait for a connection, and for the next bytes of an answer."""
-MAX_ATTEMPTS = 3
-"""How often a request is sent to a PACS that says that it is busy."""
 _ADDRESS_FORM = "dicomweb://HOST:PORT/PATH/studies/UID or …/studies/UID/series/UID"
 _UID = r"[0-9.]{1,64}"
 _RESOURCE = re.compile(rf"(?P<root>.*)/studies/(?P<study>{_UID})(?:/series/(?P<series>{_UID}))?")
@@ -217,7 +216,7 @@ def _make_client(address: DicomWebAddress) -> "DICOMwebClient":
     elif user:
         session.auth = (user, os.environ.get(PASSWORD_VARIABLE, ""))
     client = DICOMwebClient(address.url, session, timeout=TIMEOUT_SECONDS)
-    client.set_http_retry_params(max_attempts=MAX_ATTEMPTS)
+    client.set_http_retry_params(retry=False)  # it would wait out each timeout five times
     return client
 
 
@@ -228,7 +227,7 @@ def _list_series(
     if address.series_uid is not None:
         return [address.series_uid]
     fields = ["SeriesInstanceUID", "SeriesNumber", "Modality"]
-    rows = client.search_for_series(address.study_uid, fields=fields, get_remaining=True)
+    rows = client.search_for_series(address.study_uid, fields=fields)
     uids: list[str] = []
     for row in rows:
         uid = _first_value(row, "0020000E")
@@ -265,14 +264,13 @@ def _explained_errors(address: DicomWebAddress, purpose: str) -> Iterator[None]:
     """
     import pydicom
     import requests
-    import retrying
 
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of media types that are nearly right
+            yield
     except requests.HTTPError as error:
         fault = _explain_status(error.response.status_code)
-    except retrying.RetryError:
-        fault = f"was too busy {MAX_ATTEMPTS} times: try again later"
     except requests.exceptions.SSLError:
         fault = (
             "has no certificate that this machine trusts: set REQUESTS_CA_BUNDLE to the file of "

@@ -24,7 +24,7 @@ _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _CONTENT_POLICY = "; ".join(
     (
         "default-src 'none'",
-        "script-src 'unsafe-inline' 'unsafe-eval' blob:",  # the viewer compiles its shaders' code
+        "script-src 'unsafe-inline' 'wasm-unsafe-eval' blob:",  # a viewer may bring WebAssembly
         "worker-src blob:",
         "style-src 'unsafe-inline'",
         "img-src 'self' data: blob:",
