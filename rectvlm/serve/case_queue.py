@@ -19,6 +19,9 @@ CaseState = Literal["waiting", "running", "done", "failed"]
 Predict = Callable[[str, Path, Path, Callable[[str], None]], Path]
 """Predicts: id of the case, upload, folder of all cases, and a function that is told the stage."""
 _MAX_PAUSE_SECONDS = 60.0
+_STOP_SECONDS = 5.0
+"""Time that a running prediction has to end when the server stops; its thread ends with the process.
+"""
 _LOGGED_ID_LETTERS = 6
 """Letters of an id that the log shows: who knows a whole one may read the case."""
 
@@ -84,11 +87,11 @@ class CaseQueue:
         self._worker.start()
 
     def stop(self) -> None:
-        """End after the case that is being predicted."""
-        self._waiting.put(None)
+        """Delete all cases and end, if need be in the midst of a prediction."""
         for case in self._list_cases():
             self.delete(case.id)
-        self._worker.join()
+        self._waiting.put(None)
+        self._worker.join(_STOP_SECONDS)
 
     def count_waiting(self) -> int:
         """Number of cases that wait."""

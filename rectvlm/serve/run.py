@@ -44,7 +44,7 @@ def serve(options: ServeOptions, token: str | None) -> None:
     loaded = LoadedModel(RectVLM.from_checkpoint(checkpoint, options.device), checkpoint)
     _remove_stale_folders()
     prefix = f"rectvlm-serve.{platform.node()}.{os.getpid()}."
-    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
         predict = functools.partial(predict_upload, loaded)
         keep_seconds = options.keep_hours * _SECONDS_PER_HOUR
         cases = CaseQueue(Path(folder), predict, options.max_waiting, keep_seconds)
