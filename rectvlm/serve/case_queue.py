@@ -20,8 +20,7 @@ Predict = Callable[[str, Path, Path, Callable[[str], None]], Path]
 """Predicts: id of the case, upload, folder of all cases, and a function that is told the stage."""
 _MAX_PAUSE_SECONDS = 60.0
 _STOP_SECONDS = 5.0
-"""Time that a running prediction has to end when the server stops; its thread ends with the process.
-"""
+"""Time for a running prediction to end when the server stops; then the process ends it."""
 _LOGGED_ID_LETTERS = 6
 """Letters of an id that the log shows: who knows a whole one may read the case."""
 
