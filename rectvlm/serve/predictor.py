@@ -75,7 +75,8 @@ def predict_upload(
         return write_case_folder(loaded, case, out)
     except Exception as error:
         if not isinstance(error, UserError):
-            log.exception("a case failed unexpectedly")
+            log.error("a case met an unexpected %s", type(error).__name__)
+            log.debug("its traceback", exc_info=True)  # may quote the file
         reason = FailedFile.from_error(UPLOAD_WORDS, error).reason
         raise UserError(reason.replace(str(upload), UPLOAD_WORDS)) from error
 
