@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import socket
 import tempfile
 from pathlib import Path
@@ -43,6 +44,8 @@ def serve(options: ServeOptions, token: str | None) -> None:
     checkpoint = Checkpoint.open(options.checkpoint)
     loaded = LoadedModel(RectVLM.from_checkpoint(checkpoint, options.device), checkpoint)
     _remove_stale_folders()
+    # uvicorn raises a signal again when it has shut down: as Ctrl-C it lets this function clean up.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     prefix = f"rectvlm-serve.{platform.node()}.{os.getpid()}."
     with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
         predict = functools.partial(predict_upload, loaded)

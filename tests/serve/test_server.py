@@ -229,7 +229,7 @@ def test_uploads_that_are_too_large_are_refused_whatever_they_say_of_their_size(
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     answer = requests.post(f"{server.url}/cases", data=chunks(), headers=headers, timeout=60)
     assert answer.status_code == 413
-    assert not [path for path in server.folder.rglob("*") if path.is_file()]
+    assert not [path for path in server.folder.rglob("uploads/*") if path.is_file()]
 
 
 @pytest.mark.parametrize("name", ["scan.exe", "scan", "scan.mhd", "scan.pth", ".."])
