@@ -270,6 +270,7 @@ def _explained_errors(address: DicomWebAddress, purpose: str) -> Iterator[None]:
             warnings.simplefilter("ignore", UserWarning)  # of media types that are nearly right
             yield
     except requests.HTTPError as error:
+        assert error.response is not None, "only an answer raises it"
         fault = _explain_status(error.response.status_code)
     except requests.exceptions.SSLError:
         fault = (
