@@ -27,6 +27,8 @@ from rectvlm.cli import main
 from tests.predict.test_predict_dicom import write_study, write_zip
 from tests.small_cases import AFFINE, body
 
+pytestmark = pytest.mark.slow  # a process that imports torch and loads a model
+
 MAX_UPLOAD_MB = 3
 SCRIPT_NAME = "../../SECRETNAME<script>alert(1)</script>.nii.gz"
 
