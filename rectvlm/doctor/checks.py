@@ -22,7 +22,7 @@ _MIN_SHARED_GB = 1.0
 """Shared memory from which loader workers can hand over batches, GB; containers start with 0.06."""
 _MIN_MEMORY_GB = 12.0
 _NETWORK_SECONDS = 3.0
-_NCCL_TIMEOUT_SECONDS = 60
+_NCCL_TIMEOUT_SECONDS = 120
 _SHARED_MEMORY = Path("/dev/shm")
 
 
