@@ -20,6 +20,7 @@ from rectvlm.cli_options import (
     add_options,
     options_from_namespace,
     print_names_as_bytes,
+    read_path,
 )
 
 log = logging.getLogger("rectvlm.cli")  # also where the module is run as `__main__`
@@ -73,6 +74,11 @@ def _build_parser() -> argparse.ArgumentParser:
         add_arguments=_add_predict_arguments,
     )
     commands.add_parser(
+        "serve",
+        help="a page and an HTTP API that take CTs and show their cases",
+        add_arguments=_add_serve_arguments,
+    )
+    commands.add_parser(
         "challenge",
         help="results.json of a folder of CTs for a task of the VLM3D challenge",
         add_arguments=_add_challenge_arguments,
@@ -113,6 +119,9 @@ def _build_parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("runs", help="list, compare and plot runs; test two evaluations")
     _add_runs_actions(runs)
 
+    commands.add_parser(
+        "doctor", help="what this machine has and lacks, and what to do about each"
+    ).set_defaults(run=_run_doctor)
     commands.add_parser("version", help="versions of rectvlm, Python and torch").set_defaults(
         run=_print_versions
     )
@@ -122,9 +131,9 @@ def _build_parser() -> argparse.ArgumentParser:
 def _add_predict_arguments(predict: argparse.ArgumentParser) -> None:
     predict.add_argument(
         "source",
-        type=Path,
-        metavar="FILE_OR_FOLDER",
-        help="a CT (DICOM, .nii.gz, .mha, .nrrd, .npz, .zip of DICOM), or a folder of them",
+        metavar="FILE_FOLDER_OR_URL",
+        help="a CT (DICOM, .nii.gz, .mha, .nrrd, .npz, .zip of DICOM), a folder of them, or "
+        "dicomweb[s]://HOST:PORT/PATH/studies/UID[/series/UID] of a PACS",
     )
     predict.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="a run's phase folder"
@@ -146,7 +155,19 @@ def _add_predict_arguments(predict: argparse.ArgumentParser) -> None:
         metavar="NUMBER_OR_UID",
         help="DICOM series of each study; by default the chest CT is chosen",
     )
+    predict.add_argument(
+        "--store",
+        metavar="URL",
+        help="dicomweb[s]://HOST:PORT/PATH of a PACS that gets the DICOM objects of the results",
+    )
     predict.set_defaults(run=_run_predict)
+
+
+def _add_serve_arguments(serve: argparse.ArgumentParser) -> None:
+    from rectvlm.serve.options import ServeOptions
+
+    add_options(serve, ServeOptions)
+    serve.set_defaults(run=_run_serve)
 
 
 def _add_challenge_arguments(challenge: argparse.ArgumentParser) -> None:
@@ -404,26 +425,52 @@ def _run_train(options: argparse.Namespace) -> None:
 
 
 def _run_predict(options: argparse.Namespace) -> None:
-    from rectvlm.types import UserError
+    from rectvlm.predict.dicomweb import read_service_address, read_study_address
 
-    if not options.source.exists():
-        raise UserError(
-            f"{options.source} does not exist: give a CT (DICOM, .nii.gz, …) or a folder of them."
-        )
+    store = read_service_address(options.store) if options.store is not None else None
+    address = read_study_address(options.source)
+    if address is None:
+        options.source = _existing_path(options.source)
     _check_checkpoint(options.checkpoint)
     _check_device(options.device)
+    from rectvlm.predict.pacs import predict_from_pacs
     from rectvlm.predict.run import predict_cases
 
-    folders = predict_cases(
-        options.source,
-        options.checkpoint,
-        options.out,
-        options.device,
-        options.thresholds,
-        options.series,
-    )
+    inputs = (options.checkpoint, options.out, options.device, options.thresholds, options.series)
+    if address is None:
+        folders = predict_cases(options.source, *inputs)
+    else:
+        folders = predict_from_pacs(address, *inputs)
     for folder in folders:
         sys.stdout.write(f"{folder / 'index.html'}\n")
+    if store is not None:
+        from rectvlm.predict.dicomweb import store_results
+
+        store_results(folders, store)
+
+
+def _existing_path(text: str) -> Path:
+    from rectvlm.types import UserError
+
+    path = read_path(text)
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist: give a CT (DICOM, .nii.gz, …) or a folder of them."
+        )
+    return path
+
+
+def _run_serve(namespace: argparse.Namespace) -> None:
+    from rectvlm.serve.options import ServeOptions, read_token, require_server_packages
+
+    options = options_from_namespace(ServeOptions, namespace)
+    require_server_packages()
+    token = read_token(options.host)
+    _check_checkpoint(options.checkpoint)
+    _check_device(options.device)
+    from rectvlm.serve.run import serve
+
+    serve(options, token)
 
 
 def _run_challenge(options: argparse.Namespace) -> None:
@@ -632,6 +679,17 @@ def _run_comparison(namespace: argparse.Namespace) -> None:
     comparison = compare_evaluations(options_from_namespace(ComparisonOptions, namespace))
     make_stdout_console().print(make_comparison_table(comparison))
     sys.stdout.writelines(f"{line}\n" for line in describe_comparison(comparison))
+
+
+def _run_doctor(_options: argparse.Namespace) -> None:
+    from rectvlm.doctor.checks import run_checks
+    from rectvlm.doctor.table import make_doctor_table
+    from rectvlm.terminal_tables import make_stdout_console
+
+    checks = run_checks()
+    make_stdout_console().print(make_doctor_table(checks))
+    if any(check.state == "failed" for check in checks):
+        sys.exit(1)
 
 
 def _print_versions(_options: argparse.Namespace) -> None:

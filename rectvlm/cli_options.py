@@ -31,6 +31,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+from rectvlm.cli_examples import EXAMPLES
+
 OptionsT = TypeVar("OptionsT")
 _METADATA_KEY = "command_line"
 
@@ -188,6 +190,12 @@ class CommandParser(argparse.ArgumentParser):
         if self._is_command and unknown:  # here its options are known, in the parser above not
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return namespace, unknown
+
+    def format_help(self) -> str:
+        """The help as `argparse.ArgumentParser` writes it, followed by the command's examples."""
+        examples = "".join(f"  {line}\n" for line in EXAMPLES.get(self.prog, ()))
+        text = super().format_help()
+        return f"{text}\nexamples:\n{examples}" if examples else text
 
     def add_subparsers(self, **settings: Any) -> Any:
         """Add commands as `argparse.ArgumentParser` does."""

@@ -25,11 +25,14 @@ class CtSource:
     """Name of a DICOM series that says nothing of the patient; None for other formats."""
     label: str = ""
     """Number of a DICOM series, in words."""
+    origin: str | None = None
+    """Where the CT came from, when its path is a temporary one; None for the path."""
 
     @property
     def place(self) -> str:
-        """Path of the CT, with the number of its series where it has one."""
-        return f"{self.path}, {self.label}" if self.label else str(self.path)
+        """Path of the CT or its origin, with the number of its series where it has one."""
+        path = self.origin or str(self.path)
+        return f"{path}, {self.label}" if self.label else path
 
     def read(self) -> Volume:
         """Read the CT.

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,15 @@ class FoundCts:
 
     sources: list[CtSource] = field(default_factory=list)
     skipped: list[SkippedPath] = field(default_factory=list)
+
+    def named(self, source: Path, origin: str) -> "FoundCts":
+        """The same, with another name than its path for the source that they were found in."""
+        sources = [replace(ct, origin=origin) for ct in self.sources]
+        skipped = [
+            SkippedPath(path.path.replace(str(source), origin), path.reason)
+            for path in self.skipped
+        ]
+        return FoundCts(sources, skipped)
 
 
 def find_volumes(source: Path, out: Path, wanted_series: str | None = None) -> FoundCts:

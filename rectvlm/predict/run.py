@@ -103,6 +103,7 @@ def predict_cases(
     device: str | None = None,
     thresholds: str | Path | None = None,
     series: str | None = None,
+    origin: str | None = None,
 ) -> list[Path]:
     """Predict on one CT or on every CT below a folder.
 
@@ -120,6 +121,7 @@ def predict_cases(
         thresholds: file of thresholds for calls and prompts; by default those of the model.
         series: number or SeriesInstanceUID of the DICOM series of each study; by default the chest
             CT is chosen.
+        origin: name of the source in the log and in the summary, by default its path.
 
     Returns:
         The folders of the cases.
@@ -131,6 +133,8 @@ def predict_cases(
     """
     source, out = Path(source), Path(out)
     found = find_volumes(source, out, series)
+    if origin is not None:
+        found = found.named(source, origin)
     _log_skipped_paths(found.skipped, out)
     names = case_names(found.sources)
     for name in names:
@@ -147,7 +151,7 @@ def predict_cases(
     if is_one_file and source.name.upper() != "DICOMDIR":
         return [_predict_single_file(loaded, names[0], found.sources[0], out)]
 
-    summary = PredictSummary(str(source), str(opened.folder), len(found.sources))
+    summary = PredictSummary(origin or str(source), str(opened.folder), len(found.sources))
     summary.skipped = found.skipped
     try:
         case_folders = _predict_folder(loaded, found.sources, names, out, summary)

@@ -1,4 +1,4 @@
-"""The challenge's container: what is copied exists and suffices, and its entry point runs."""
+"""The containers: what is copied exists and suffices, and the challenge's entry point runs."""
 
 import fnmatch
 import json
@@ -14,19 +14,26 @@ import pytest
 from conftest import write_nifti
 
 from rectvlm.checkpoint.export import export_checkpoint
+from rectvlm.cli import main
 from rectvlm.labels import FINDINGS
 from tests.small_cases import AFFINE, body
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FOLDER = CHECKOUT / "launch" / "docker"
 DOCKERFILE = FOLDER / "challenge.Dockerfile"
+SERVER_DOCKERFILE = FOLDER / "serve.Dockerfile"
 SCRIPT = FOLDER / "challenge.sh"
 NO_NETWORK = ["unshare", "--map-root-user", "--net", "--mount"]
 
 
-def read_instructions() -> list[list[str]]:
+every_dockerfile = pytest.mark.parametrize(
+    "dockerfile", [DOCKERFILE, SERVER_DOCKERFILE], ids=lambda path: path.name
+)
+
+
+def read_instructions(dockerfile: Path = DOCKERFILE) -> list[list[str]]:
     """Words of each instruction, with continued lines joined and comments left out."""
-    lines = [line for line in DOCKERFILE.read_text().splitlines() if not line.startswith("#")]
+    lines = [line for line in dockerfile.read_text().splitlines() if not line.startswith("#")]
     text = "\n".join(lines).replace("\\\n", " ")
     return [shlex.split(line) for line in text.splitlines() if line.strip()]
 
@@ -36,9 +43,9 @@ def read_environment() -> dict[str, str]:
     return dict(pair.split("=", 1) for pairs in words for pair in pairs)
 
 
-def copied_paths() -> list[tuple[list[str], str]]:
+def copied_paths(dockerfile: Path = DOCKERFILE) -> list[tuple[list[str], str]]:
     """Sources and target of each COPY, without its options."""
-    copies = [words[1:] for words in read_instructions() if words[0] == "COPY"]
+    copies = [words[1:] for words in read_instructions(dockerfile) if words[0] == "COPY"]
     plain = [[word for word in words if not word.startswith("--")] for words in copies]
     return [(words[:-1], words[-1]) for words in plain]
 
@@ -48,20 +55,33 @@ def can_unshare() -> bool:
     return found is not None and subprocess.run([*NO_NETWORK, "true"], check=False).returncode == 0
 
 
-def test_every_copied_path_exists_and_is_not_ignored() -> None:
-    rules = (FOLDER / "challenge.Dockerfile.dockerignore").read_text().splitlines()
+@every_dockerfile
+def test_every_copied_path_exists_and_is_not_ignored(dockerfile: Path) -> None:
+    rules = (FOLDER / f"{dockerfile.name}.dockerignore").read_text().splitlines()
     assert "*" in rules
     kept = [rule[1:] for rule in rules if rule.startswith("!")]
-    sources = [source for names, _ in copied_paths() for source in names]
-    assert len(sources) == 6 and sorted(sources) == sorted(kept)
+    sources = [source for names, _ in copied_paths(dockerfile) for source in names]
+    assert len(sources) >= 5 and sorted(sources) == sorted(kept)
     for source in sources:
         assert (CHECKOUT / source).exists(), source
     assert not any(fnmatch.fnmatch(source, "**/__pycache__") for source in sources)
 
 
-def test_torch_is_the_version_that_make_installs() -> None:
+@every_dockerfile
+def test_torch_is_the_version_that_make_installs(dockerfile: Path) -> None:
     version = re.search(r"^TORCH \?= (\S+)$", (CHECKOUT / "Makefile").read_text(), re.M)
-    assert version is not None and ["ARG", f"TORCH={version[1]}"] in read_instructions()
+    assert version is not None and ["ARG", f"TORCH={version[1]}"] in read_instructions(dockerfile)
+
+
+def test_the_server_s_container_starts_the_command_and_not_as_root(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    *_, user, _, _, entry_point = read_instructions(SERVER_DOCKERFILE)
+    assert user == ["USER", "server"] and entry_point[0] == "ENTRYPOINT"
+    program, *arguments = [word.strip("[],") for word in entry_point[1:]]
+    monkeypatch.delenv("RECTVLM_TOKEN", raising=False)
+    assert program == "rectvlm" and main(arguments) == 2
+    assert "expected a secret in RECTVLM_TOKEN" in capsys.readouterr().err
 
 
 def test_the_container_runs_offline_and_not_as_root() -> None:

@@ -1,0 +1,1 @@
+"""The HTTP server: CTs are uploaded, predicted one after the other, and looked at in a browser."""
