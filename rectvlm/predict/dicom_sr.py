@@ -203,8 +203,10 @@ def _list_sites(key: str, side: PlaceSide | None, is_plausible: bool | None) -> 
     """Organ and side of a lesion; none where it does not lie in the organ of its kind."""
     if is_plausible is False:
         return []
-    laterality = None if side is None else to_dicom_code(SIDE_CODES[side])
-    return [FindingSite(to_dicom_code(site_code(LESION_BY_KEY[key])), laterality)]
+    lesion = LESION_BY_KEY[key]
+    has_side = side is not None and lesion.site != "pericardium"
+    laterality = to_dicom_code(SIDE_CODES[side]) if has_side else None
+    return [FindingSite(to_dicom_code(site_code(lesion)), laterality)]
 
 
 def _refer_to_slice(
