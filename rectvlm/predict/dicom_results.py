@@ -6,6 +6,7 @@ line says so, and the case has its other files.
 """
 
 import logging
+import warnings
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,8 +32,12 @@ def write_dicom_results(case: PredictedCase, summary: CaseSummary, folder: Path)
     """
     if case.volume.dicom_headers is None or not _has_highdicom():
         return
+    # Their warnings quote what headers hold.
+    logging.getLogger("highdicom").setLevel(logging.CRITICAL)
     try:
-        _write_objects(case, summary, folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _write_objects(case, summary, folder)
     except OSError:
         raise
     except Exception as error:  # pydicom and highdicom have many for headers that break the rules

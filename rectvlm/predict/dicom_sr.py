@@ -26,6 +26,7 @@ from highdicom.sr import (
     ReferencedSegment,
     RelationshipTypeValues,
     SourceImageForMeasurementGroup,
+    SourceImageForSegmentation,
     TextContentItem,
     TrackingIdentifier,
     VolumetricROIMeasurementsAndQualitativeEvaluations,
@@ -156,15 +157,36 @@ def _measure_segment(
         measurements.append(_measure_long_axis(longest_mm))
     if len(components) == 1:
         measurements.append(_measure_mean_hu(components[0].mean_hu))
-    reference = ReferencedSegment.from_segmentation(segmentation, int(segment.SegmentNumber))
     return VolumetricROIMeasurementsAndQualitativeEvaluations(
         tracking_identifier=TrackingIdentifier(segment.TrackingUID, segment.TrackingID),
-        referenced_segment=reference,
+        referenced_segment=_refer_to_segment(segmentation, int(segment.SegmentNumber)),
         finding_type=to_dicom_code(LESION_CODES[lesion.key]),
         algorithm_id=_identify_algorithm(summary),
         finding_sites=_list_sites(lesion.key, lesion.side, lesion.plausible),
         measurements=measurements,
     )
+
+
+def _refer_to_segment(segmentation: Dataset, number: int) -> ReferencedSegment:
+    """Reference to a segment, with the slices that it lies on.
+
+    `ReferencedSegment.from_segmentation` fails where all frames are of one segment, whose number
+    then stands in the shared groups.
+    """
+    (shared,) = segmentation.SharedFunctionalGroupsSequence
+    images = []
+    for frame in segmentation.PerFrameFunctionalGroupsSequence:
+        holder = frame if "SegmentIdentificationSequence" in frame else shared
+        if holder.SegmentIdentificationSequence[0].ReferencedSegmentNumber != number:
+            continue
+        holder = frame if "DerivationImageSequence" in frame else shared
+        source = holder.DerivationImageSequence[0].SourceImageSequence[0]
+        frame_number = source.get("ReferencedFrameNumber")
+        frames = None if frame_number is None else [int(frame_number)]
+        uids = (source.ReferencedSOPClassUID, source.ReferencedSOPInstanceUID)
+        images.append(SourceImageForSegmentation(*uids, frames))
+    uids = (segmentation.SOPClassUID, segmentation.SOPInstanceUID)
+    return ReferencedSegment(*uids, number, source_images=images)
 
 
 def _measure_component(

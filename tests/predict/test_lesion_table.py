@@ -43,7 +43,7 @@ def test_the_diameter_of_a_disc_is_in_mm_whatever_the_pixels_and_the_tilt(angle:
     )
     affine[:3, :3] = turn @ affine[:3, :3]
     diameter, z = longest_axial_diameter(mask, affine)
-    assert z == 1 and diameter == pytest.approx(40, abs=1.0)
+    assert z == 1 and diameter == pytest.approx(40, abs=1.6)  # a pixel
 
 
 def test_a_diagonal_line_is_as_long_as_it_is_in_a_sheared_grid() -> None:
