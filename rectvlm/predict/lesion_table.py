@@ -117,10 +117,11 @@ def longest_axial_diameter(mask: NDArray[np.bool_], affine: Affine) -> tuple[flo
     """
     _, plane_axes = np.linalg.qr(affine[:3, 1:3])
     """2 × 2: index (y, x) to mm in the plane of a slice, with distances as in the world."""
-    outlines, bounds = {}, {}
-    for z in np.flatnonzero(mask.any(axis=(1, 2))):
-        outlines[int(z)] = points = _edge_points(mask[z]) @ plane_axes.T
-        bounds[int(z)] = float(np.linalg.norm(np.ptp(points, axis=0)))
+    outlines: dict[int, NDArray[np.float64]] = {}
+    bounds: dict[int, float] = {}
+    for z in map(int, np.flatnonzero(mask.any(axis=(1, 2)))):
+        outlines[z] = _edge_points(mask[z]) @ plane_axes.T
+        bounds[z] = float(np.linalg.norm(np.ptp(outlines[z], axis=0)))
     longest, longest_z = 0.0, 0
     for z in sorted(bounds, key=lambda index: -bounds[index]):
         if bounds[z] <= longest:

@@ -82,7 +82,7 @@ def sort_points(points: np.ndarray) -> np.ndarray:
 
 
 def make_affines() -> list[np.ndarray]:
-    """48 orientations of a grid with three spacings, and oblique ones."""
+    """48 orientations of a grid with three spacings, three oblique ones, and a tilted gantry."""
     affines = []
     for axes in itertools.permutations(range(3)):
         for signs in itertools.product((1, -1), repeat=3):
@@ -105,7 +105,9 @@ def make_affines() -> list[np.ndarray]:
         affine = affines[0].copy()
         affine[:3, :3] = turn @ affine[:3, :3]
         affines.append(affine)
-    return affines
+    tilted = affines[0].copy()
+    tilted[:3, 2] += 0.4 * tilted[:3, 1]
+    return [*affines, tilted]
 
 
 def test_outlines_lie_where_they_were_drawn_for_all_orientations(tmp_path: Path) -> None:
@@ -114,14 +116,16 @@ def test_outlines_lie_where_they_were_drawn_for_all_orientations(tmp_path: Path)
     from rectvlm.predict.dicom_seg import make_segmentation
 
     affines = make_affines()
-    assert len(affines) == 51
+    assert len(affines) == 52
     for number, affine in enumerate(affines):
         folder = dicom_files.write_series(hu, affine, tmp_path / str(number))
         volume = read_with_headers(folder)
         points = (affine @ np.c_[drawn, np.ones(len(drawn))].T)[:3].T
         bits = draw(volume, points)
         summary = make_summary(bits, volume.array.astype(np.int16), volume.affine)
-        made = make_segmentation(bits, volume.affine, volume.dicom_headers, summary)
+        order = np.random.default_rng(number).permutation(hu.shape[2])
+        headers = [volume.dicom_headers[index] for index in order]
+        made = make_segmentation(bits, volume.affine, headers, summary)
         made.save_as(folder / "seg")
         segmentation = pydicom.dcmread(folder / "seg")
         np.testing.assert_allclose(
@@ -196,8 +200,9 @@ def test_the_measurement_report_has_volume_diameter_and_site_of_each_lesion(resu
     assert len(groups) == 3
     voxel_ml = abs(np.linalg.det(volume.affine[:3, :3])) / 1000
     for segment, group in zip(segmentation.SegmentSequence, groups, strict=True):
-        reference = group.referenced_segment.ReferencedSOPSequence[0]
-        assert reference.ReferencedSOPInstanceUID == segmentation.SOPInstanceUID
+        reference = group.referenced_segment
+        assert reference.referenced_sop_instance_uid == segmentation.SOPInstanceUID
+        assert reference.referenced_segment_numbers == [segment.SegmentNumber]
         assert group.tracking_uid == segment.TrackingUID
         (measured,) = group.get_measurements(
             name=highdicom.sr.CodedConcept("118565006", "SCT", "V")
