@@ -21,7 +21,7 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
 from rectvlm.labels import Lesion
-from rectvlm.lesion_bits import present_lesions, unpack_lesions
+from rectvlm.lesion_bits import lesion_mask, present_lesions
 from rectvlm.predict.case_summary import CaseSummary
 from rectvlm.predict.lesion_codes import LESION_CODES, SnomedCode, site_code
 from rectvlm.types import Affine, MaskVolume, UserError
@@ -68,10 +68,10 @@ def make_segmentation(
         planes = planes[is_drawn]
         sources = [header for header, drawn in zip(sources, is_drawn, strict=True) if drawn]
     lesions = present_lesions(planes)
-    masks = unpack_lesions(planes, axis=-1)[..., [lesion.bit for lesion in lesions]]
+    masks = np.stack([lesion_mask(planes, lesion) for lesion in lesions], axis=-1)
     return hd.seg.Segmentation(
         source_images=sources,
-        pixel_array=masks.astype(np.uint8),
+        pixel_array=masks.view(np.uint8),
         segmentation_type=SegmentationTypeValues.BINARY,
         segment_descriptions=[
             _describe_segment(number, lesion, summary)
@@ -175,6 +175,9 @@ def _read_plane(position: Dataset, orientation: Dataset, measures: Dataset) -> P
 
 
 def _describe_segment(number: int, lesion: Lesion, summary: CaseSummary) -> SegmentDescription:
+    """Description of a segment, without the organ where the lesion does not lie in it."""
+    rows = [row for row in summary.lesions or [] if row.key == lesion.key]
+    is_elsewhere = any(row.plausible is False for row in rows)
     return SegmentDescription(
         segment_number=number,
         segment_label=lesion.name,
@@ -190,6 +193,6 @@ def _describe_segment(number: int, lesion: Lesion, summary: CaseSummary) -> Segm
         ),
         tracking_uid=hd.UID(),
         tracking_id=lesion.name,
-        anatomic_regions=[to_dicom_code(site_code(lesion))],
+        anatomic_regions=None if is_elsewhere else [to_dicom_code(site_code(lesion))],
         display_color=CIELabColor.from_string(lesion.colour),
     )

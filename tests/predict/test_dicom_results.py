@@ -328,3 +328,18 @@ def test_without_highdicom_one_line_says_how_to_get_it(tmp_path: Path, monkeypat
     dicom_results._has_highdicom.cache_clear()
     (message,) = [record.message for record in caplog.records if "highdicom" in record.message]
     assert "pip install 'rectvlm[dicom]'" in message
+
+
+def test_missing_elements_that_may_be_empty_stop_nothing(tmp_path: Path) -> None:
+    def edit(dataset: Dataset, _number: int) -> None:
+        for keyword in ("AccessionNumber", "StudyID", "StudyTime", "PatientBirthDate"):
+            delattr(dataset, keyword)
+        dataset.PatientSex = "UNKNOWN"
+
+    dicom_files.write_series(body(1)[0], AFFINE, tmp_path / "in", edit)
+    volume = read_with_headers(tmp_path / "in")
+    points = (AFFINE @ [[6], [10], [3], [1]])[:3].T
+    folder = write_results(volume, draw(volume, points), tmp_path / "out")
+    assert {path.name for path in folder.iterdir()} == set(dicom_results.DICOM_FILES)
+    report = pydicom.dcmread(folder / dicom_results.REPORT_SR_FILE)
+    assert report.PatientID == dicom_files.PATIENT_ID and not report.PatientSex

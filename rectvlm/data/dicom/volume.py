@@ -159,7 +159,7 @@ def read_series(series: DicomSeries, path: Path, with_headers: bool = False) -> 
         stack.affine,
         str(where),
         pseudonym=series.pseudonym,
-        dicom_headers=read_source_headers(stack) if with_headers else None,
+        dicom_headers=read_source_headers(stack, where) if with_headers else None,
     )
 
 
