@@ -64,9 +64,9 @@ def make_segmentation(
     planes = lesion_bits.transpose(2, 1, 0)[indexes]
     sources = list(headers)
     if len(sources) > 1:
-        is_drawn = planes.any(axis=(1, 2))
-        planes = planes[is_drawn]
-        sources = [header for header, drawn in zip(sources, is_drawn, strict=True) if drawn]
+        drawn = np.flatnonzero(planes.any(axis=(1, 2)))
+        planes = planes[drawn]
+        sources = [headers[index] for index in drawn.tolist()]
     lesions = present_lesions(planes)
     masks = np.stack([lesion_mask(planes, lesion) for lesion in lesions], axis=-1)
     return hd.seg.Segmentation(

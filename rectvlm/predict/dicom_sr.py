@@ -226,8 +226,9 @@ def _list_sites(key: str, side: PlaceSide | None, is_plausible: bool | None) -> 
     if is_plausible is False:
         return []
     lesion = LESION_BY_KEY[key]
-    has_side = side is not None and lesion.site != "pericardium"
-    laterality = to_dicom_code(SIDE_CODES[side]) if has_side else None
+    laterality = None
+    if side is not None and lesion.site != "pericardium":
+        laterality = to_dicom_code(SIDE_CODES[side])
     return [FindingSite(to_dicom_code(site_code(lesion)), laterality)]
 
 
