@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[dev]" "$(TORCH)"
 	@touch $@
 
-preprocess: $(STAMP) ## shards of your own cases [TABLE=cases.csv], of a CT-RATE download [CT_RATE=folder], or of two real CTs and phantoms [PHANTOMS=48]
+preprocess: $(STAMP) ## shards of your own cases [TABLE=cases.csv], of a CT-RATE download [CT_RATE=folder], or of two real CTs and phantoms [PHANTOMS=320]
 	@$(BIN)/python -m data_pipeline.preprocess --config "$(CONFIG)" $(if $(CT_RATE),--ct-rate "$(CT_RATE)") \
 		$(if $(TABLE),--table "$(TABLE)") \
 		$(if $(OUT),--out "$(OUT)") $(if $(PHANTOMS),--phantoms $(PHANTOMS)) $(ARGS)
@@ -49,11 +49,11 @@ preprocess: $(STAMP) ## shards of your own cases [TABLE=cases.csv], of a CT-RATE
 verify: $(STAMP) ## read shards back and check every byte of them; OUT=folder or URL; STATS=folder for tables and pictures
 	@$(BIN)/python -m data_pipeline.verify $(if $(OUT),"$(OUT)") --config "$(CONFIG)" $(if $(STATS),--stats "$(STATS)") $(ARGS)
 
-demo: $(STAMP) ## all of it in small: shards, three phases on two processes, evaluation, a predicted CT
-	@$(BIN)/python launch/demo.py --config "$(CONFIG)" $(ARGS)
+demo: $(STAMP) ## all of it in ten minutes: shards, three phases on two processes, evaluation, two real CTs; targets and figures in runs/demo
+	@$(BIN)/python -m launch.demo --config "$(CONFIG)" $(ARGS)
 
-learn: $(STAMP) ## a proof of learning on phantoms of other seeds: twenty minutes, targets and figures in runs/learn [SUPERVISION=ct-rate for labels and outlines like CT-RATE's]
-	@$(BIN)/python -m launch.learn $(if $(SUPERVISION),--supervision "$(SUPERVISION)") $(ARGS)
+learn: $(STAMP) ## the demo with more cases and steps, a proof of learning: twenty minutes, targets and figures in runs/learn [SUPERVISION=ct-rate for labels and outlines like CT-RATE's]
+	@$(BIN)/python -m launch.demo --config learn --strict $(if $(SUPERVISION),--supervision "$(SUPERVISION)") $(ARGS)
 
 test: $(STAMP) ## lint, types and the quick tests, JOBS=2 files of them at a time
 	@$(BIN)/python -m ruff check

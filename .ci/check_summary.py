@@ -29,9 +29,13 @@ def faults(summary: dict) -> list[str]:
             found.append(f"the loss of phase {row['phase']} went {change}")
     if not summary.get("evaluation"):
         found.append("no evaluation")
-    pages = [Path(row["dir"]) / "index.html" for row in summary.get("predictions", [])]
+    for target in summary.get("targets", []):
+        # How long it takes is the machine's.
+        if not target["met"] and target["name"] != "minutes":
+            found.append(f"{target['name']} is {target['found']}, wanted {target['wanted']}")
+    pages = [Path(row["page"]) for row in summary.get("real_cts", [])]
     if not pages:
-        found.append("no predictions")
+        found.append("no real CT was predicted")
     return found + [f"{page} is not there" for page in pages if not page.is_file()]
 
 

@@ -40,13 +40,13 @@ from rectvlm.cli_options import CommandParser, add_options, argument, options_fr
 from rectvlm.config import load_config
 from rectvlm.data.store import ShardStore
 from rectvlm.files import require_writable_folder
-from rectvlm.phantom.patient_plan import PHANTOM_STYLES, VARIED_STYLE
+from rectvlm.phantom.patient_plan import PHANTOM_STYLES, PLAIN_STYLE, VARIED_STYLE
 from rectvlm.phantom.supervision import TrainingSupervision
 from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
 
-_DEMO_TRAIN_PHANTOMS, _DEMO_VALID_PHANTOMS = 48, 12
+_DEMO_TRAIN_PHANTOMS, _DEMO_VALID_PHANTOMS = 320, 48
 
 
 def _count_usable_cpus() -> int:
@@ -65,11 +65,11 @@ class PreprocessOptions:
     out: str | None = None
     """Folder or fsspec URL of the shards; by default data.shards of the configuration."""
     phantoms: int | None = field(default=None, metadata=argument(minimum=0))
-    """Number of synthetic training cases; by default 48, or none with other cases."""
+    """Number of synthetic training cases; by default 320, or none with other cases."""
     valid_phantoms: int | None = field(default=None, metadata=argument(minimum=0))
-    """Number of synthetic validation cases; by default 12, or none with other cases."""
-    phantom_style: str = VARIED_STYLE.name
-    """Look of the phantoms."""
+    """Number of synthetic validation cases; by default 48, or none with other cases."""
+    phantom_style: str | None = None
+    """Look of the phantoms; by default plain, or varied with other cases."""
     phantom_supervision: TrainingSupervision = "complete"
     """Labels and outlines of the training phantoms."""
     sample_cts: bool = field(
@@ -122,7 +122,7 @@ def _list_demo_selection(options: PreprocessOptions) -> CaseSelection:
         _DEMO_TRAIN_PHANTOMS if train_count is None else train_count,
         _DEMO_VALID_PHANTOMS if valid_count is None else valid_count,
         SAMPLE_CT_FOLDER if options.sample_cts else None,
-        options.phantom_style,
+        options.phantom_style or PLAIN_STYLE.name,
         options.phantom_supervision,
     )
     return CaseSelection(cases)
@@ -177,7 +177,7 @@ def _list_extra_phantoms(options: PreprocessOptions) -> list[Case]:
         options.phantoms or 0,
         options.valid_phantoms or 0,
         None,
-        options.phantom_style,
+        options.phantom_style or VARIED_STYLE.name,
         options.phantom_supervision,
     )
 
@@ -251,8 +251,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--phantom-style",
         choices=PHANTOM_STYLES,
-        default=VARIED_STYLE.name,
-        help="look of the phantoms (default: %(default)s)",
+        help="look of the phantoms (default: plain, or varied with other cases)",
     )
     parser.add_argument(
         "--rad-chestct",

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from rectvlm.cli_options import CommandParser
 from rectvlm.pretrained import package_archives
-from rectvlm.types import Affine, Split, UserError
+from rectvlm.types import Affine, UserError
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,6 @@ class SampleCt:
     """One of the two CTs."""
 
     name: str
-    split: Split
     nodule_label: int | None
     """Label of the finding "Lung nodule"; None for unknown."""
 
@@ -51,7 +50,7 @@ class SampleCt:
         return folder / f"{self.name}_{OUTLINED_LESION}.nii.gz"
 
 
-SAMPLE_CTS = (SampleCt("lung1", "valid", 1), SampleCt("lung2", "train", None))
+SAMPLE_CTS = (SampleCt("lung1", 1), SampleCt("lung2", None))
 
 
 def fetch_sample_cts(folder: Path = SAMPLE_CT_FOLDER) -> list[Path]:

@@ -1,128 +1,134 @@
 """The whole system in small, with a user's commands: shards, three phases, evaluation, prediction.
 
-    python launch/demo.py [--config demo] [--phases 1 2 3] [part.field=value …]
+    python -m launch.demo [--config demo] [--supervision complete] [--phantoms 320]
+        [--valid-phantoms 48] [--strict] [part.field=value …]
 
-Two processes train with DeepSpeed, in phase 3 with ZeRO-3 and a 4-bit language model. Every command
-runs as a process of its own; its output goes to RUN/logs/. The results are read from the files of
-the run and written to RUN/summary.json:
+Two processes train with DeepSpeed on synthetic CTs with known truth, in phase 3 with ZeRO-3 and a
+4-bit language model. What was learnt is measured on cases of other seeds, then two real CTs are
+predicted, which were not trained on. `--config learn` is the same with more cases and steps: a
+proof of learning, whose `--supervision ct-rate` gives labels and outlines of the training cases the
+gaps and errors of CT-RATE's.
 
-    engine        distributed_type, zero_stage, world_size, llm_quantization of the last phase
-    phases        for each phase: phase, steps, loss_first and loss_last (mean total loss of the
-                  first and of the last `loss_over` steps: 20, or half of fewer than 40), the same
-                  by task, seconds of the command, seconds_training of its steps,
-                  peak_memory_bytes of the largest rank
-    evaluation    the main figures of the evaluation, and the file that holds all of them
-    predictions   for each predicted case: case, dir, page
-    machine, versions, stages (name, command and seconds of each), seconds
+Every command runs as a process of its own; its output goes to RUN/logs/. The results are read from
+the files of the run and written to RUN/summary.json (`launch.demo_summary.DemoSummary`) and, as
+tables, to RUN/summary.md.
+
+The exit status is 0 when all commands ran, 1 when one failed or, with `--strict`, when a target is
+missed. `docs/how-to/check-that-it-learns.md` says what the targets mean and what was measured.
 """
 
 import argparse
-import json
 import math
-import os
-import resource
-import shlex
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from data_pipeline.sample_cts import SAMPLE_CT_FOLDER, SAMPLE_CTS
+from launch.commands import TWO_CPU_PROCESSES, Command, run_commands, run_guarded
+from launch.demo_summary import (
+    EVALUATION_FILE,
+    SUMMARY_FILE,
+    TABLES_FILE,
+    make_result_tables,
+    summarize_demo,
+    to_markdown,
+)
+from launch.demo_targets import DemoSize
 from rectvlm.cli_options import CommandParser
 from rectvlm.config import load_config, phase_key
-from rectvlm.files import read_json_object, write_json
+from rectvlm.files import write_json
 from rectvlm.finding_thresholds import THRESHOLDS_FILE
 from rectvlm.machine import count_cores
-from rectvlm.runs.phase_summary import PhaseSummary, summarize_phase
-from rectvlm.runs.run_files import ENGINE_FILE, METRICS_FILE
-from rectvlm.runs.run_tables import format_number
-from rectvlm.terminal_tables import FoldingTable
-from rectvlm.types import JsonObject, UserError
+from rectvlm.phantom.patient_plan import CT_RATE_STYLE, PLAIN_STYLE, PhantomStyle
+from rectvlm.phantom.supervision import TrainingSupervision
+from rectvlm.types import UserError
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-TWO_CPU_PROCESSES = "launch/accelerate/cpu2.yaml"
-SAMPLE_CT = "data/samples/lung1.nii.gz"
-EVALUATION_FILE = "evaluation/metrics.json"
-"""Metrics of the evaluation, in the run's folder."""
-SUMMARY_FILE = "summary.json"
-EVALUATION_BATCH_SIZE = "7"
-"""Number of cases that are evaluated at once. Reports are generated for the first batch only: with
-the image and, as a control, without."""
-FAILURE_LOG_LINES = 20
-"""Number of last lines of a failed command's log that are shown."""
-POLL_SECONDS = 0.2
-RUN_AGAIN = "run the demo again"
+PHASES = (1, 2, 3)
+EVALUATION_BATCH_SIZE = 16
+"""Number of cases that are predicted together."""
+STYLES: dict[TrainingSupervision, PhantomStyle] = {
+    "complete": PLAIN_STYLE,
+    "ct-rate": CT_RATE_STYLE,
+}
+"""Style of all phantoms by supervision."""
 
 
 @dataclass(frozen=True)
-class DemoCommand:
-    """A command to run."""
+class DemoCases:
+    """Numbers of synthetic cases."""
 
-    name: str
-    command: tuple[str, ...]
-    threads: int
-    """Threads of numerical libraries in each of the command's processes."""
-    steps: int | None = None
-    """Number of optimizer steps that the command will record in `metrics_path`."""
-    metrics_path: Path | None = None
-    """The `metrics.jsonl` that the command writes, for the display of progress."""
+    train: int
+    valid: int
+    """Number of held-out cases."""
+    reports: int
+    """Number of held-out cases with a report, each written twice: with the image and without."""
 
 
-@dataclass(frozen=True)
-class FinishedCommand:
-    """A command that ended well."""
-
-    name: str
-    command: str
-    """The command line."""
-    seconds: float
-    """Duration, seconds."""
-    log: str
-    """Path of the command's output."""
-    cpu_seconds: float = 0.0
-    """CPU time of all processes of the command, seconds: its cost on a busy machine too."""
+CASES: dict[tuple[DemoSize, TrainingSupervision], DemoCases] = {
+    ("demo", "complete"): DemoCases(train=320, valid=48, reports=24),
+    ("demo", "ct-rate"): DemoCases(train=320, valid=48, reports=24),
+    ("learn", "complete"): DemoCases(train=480, valid=96, reports=48),
+    ("learn", "ct-rate"): DemoCases(train=960, valid=128, reports=48),
+}
+"""Cases by default. With `ct-rate` consolidation is outlined in 13% of the 19% that have it: 24 of
+960."""
 
 
-class CommandFailed(Exception):
-    """A command ended with an error."""
+def find_size(source: str) -> DemoSize:
+    """Return the size of a configuration: `learn` by its name, `demo` for any other one."""
+    return "learn" if load_config(source).name == "learn" else "demo"
 
-    def __init__(self, command: DemoCommand, exit_code: int, log_path: Path) -> None:
-        super().__init__(
-            f"{command.name} ended with exit code {exit_code}; all of its output is in {log_path}"
-        )
-        self.log_path = log_path
+
+def add_run_overrides(
+    source: str, overrides: Sequence[str], supervision: TrainingSupervision
+) -> list[str]:
+    """Put name and shards of a supervision's run before the changes of the configuration.
+
+    `complete` has those of the configuration.
+    """
+    if supervision == "complete":
+        return list(overrides)
+    config = load_config(source)
+    name, shards = f"{config.name}-{supervision}", f"{config.data.shards}-{supervision}"
+    return [f"name={name}", f"data.shards={shards}", *overrides]
 
 
 def plan_commands(
-    source: str, overrides: Sequence[str], phases: Sequence[int], launcher: str
-) -> list[DemoCommand]:
+    source: str,
+    overrides: Sequence[str],
+    cases: DemoCases,
+    phases: Sequence[int] = PHASES,
+    launcher: str = TWO_CPU_PROCESSES,
+    supervision: TrainingSupervision = "complete",
+) -> list[Command]:
     """List the commands, in order; paths are relative to the checkout.
 
     Args:
         source: name or path of a configuration.
         overrides: changes of the configuration, `part.field=value`.
+        cases: numbers of the synthetic cases.
         phases: numbers of the phases to train, in order; the last one is evaluated and predicts.
         launcher: Accelerate's config file.
+        supervision: labels and outlines of the cases to learn from.
 
     Raises:
         UserError: the configuration is wrong, or has no section for a phase.
     """
     config = load_config(source, overrides)
     folder = Path(config.train.runs) / config.name
-    tools = Path(sys.executable).parent
     cores = count_cores()
     config_options = ("--config", source, *overrides)
+    style = STYLES[supervision]
 
-    preprocess = (sys.executable, "-m", "data_pipeline.preprocess", *config_options)
-    commands = [DemoCommand("shards", preprocess, cores)]
-    accelerate = (str(tools / "accelerate"), "launch", "--config_file", launcher)
+    preprocess = [sys.executable, "-m", "data_pipeline.preprocess", *config_options]
+    preprocess += ["--phantom-style", style.name, "--phantom-supervision", supervision]
+    preprocess += ["--phantoms", str(cases.train), "--valid-phantoms", str(cases.valid)]
+    if find_size(source) == "learn":
+        preprocess += ["--no-samples", "--samples-per-shard", "24"]
+    commands = [Command("shards", tuple(preprocess), cores)]
     for phase in phases:
         key = phase_key(phase)
         settings = config.train.phases.get(key)
@@ -131,311 +137,37 @@ def plan_commands(
                 f"The configuration of run {config.name} has no train.phases.{key}: add the "
                 "section."
             )
+        accelerate = (_tool("accelerate"), "launch", "--config_file", launcher)
         commands.append(
-            DemoCommand(
+            Command(
                 f"phase {phase}",
                 (*accelerate, f"launch/phase{phase}.py", "--restart", *config_options),
                 threads=max(1, cores // 2),
                 steps=math.ceil(settings.samples / settings.global_batch),
-                metrics_path=folder / key / METRICS_FILE,
+                metrics_path=folder / key / "metrics.jsonl",
             )
         )
 
-    rectvlm = str(tools / "rectvlm")
     checkpoint = ("--checkpoint", str(folder / f"phase{phases[-1]}"))
-    limits = ("--batch-size", EVALUATION_BATCH_SIZE, "--report-limit", EVALUATION_BATCH_SIZE)
-    evaluate_out = ("--out", str(folder / EVALUATION_FILE))
-    predict_out = ("--out", str(folder / "predictions"))
-    evaluate = (rectvlm, "evaluate", *checkpoint, *limits, *evaluate_out)
-    # The few validation cases of the demo decide no thresholds; those of the evaluation are used.
+    evaluate = [_tool("torchrun"), "--standalone", "--nproc-per-node", "2"]
+    evaluate += ["-m", "rectvlm", "evaluate", *checkpoint, "--convention", style.convention]
+    evaluate += ["--batch-size", str(EVALUATION_BATCH_SIZE), "--fit-limit", str(cases.valid)]
+    evaluate += ["--report-limit", str(cases.reports), "--out", str(folder / EVALUATION_FILE)]
+    commands.append(Command("evaluation", tuple(evaluate), max(1, cores // 2)))
     thresholds = ("--thresholds", str((folder / EVALUATION_FILE).with_name(THRESHOLDS_FILE)))
-    predict = (rectvlm, "predict", SAMPLE_CT, *checkpoint, *predict_out, *thresholds)
-    commands.append(DemoCommand("evaluation", evaluate, cores))
-    commands.append(DemoCommand("prediction", predict, cores))
+    results = ("--out", str(folder / "predictions"))
+    fetch = (sys.executable, "-m", "data_pipeline.sample_cts")
+    commands.append(Command("real CTs", fetch, 1))
+    for ct in SAMPLE_CTS:
+        file = str(ct.volume_path(SAMPLE_CT_FOLDER))
+        predict = (_tool("rectvlm"), "predict", file, *checkpoint, *results, *thresholds)
+        commands.append(Command(ct.name, predict, cores))
     return commands
 
 
-def run_commands(
-    commands: Sequence[DemoCommand], folder: Path, launcher: str, console: Console
-) -> list[FinishedCommand]:
-    """Run commands one after the other, their output going to `folder`/logs.
-
-    Args:
-        commands: the commands, in order.
-        folder: the run's folder.
-        launcher: Accelerate's config file.
-        console: shows the commands and their progress.
-
-    Raises:
-        CommandFailed: a command ended with an error; those behind it are not run.
-    """
-    logs = folder / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    (folder / SUMMARY_FILE).unlink(missing_ok=True)
-    environment = make_environment(launcher)
-    return [run_command(command, logs, environment, console) for command in commands]
-
-
-def make_environment(launcher: str) -> dict[str, str]:
-    """Make the environment of the commands.
-
-    Tools of this Python come first on the path, and two CPU processes see no GPU.
-    """
-    tools = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
-    if launcher == TWO_CPU_PROCESSES:
-        # Two CPU processes on any machine, also on one with a single GPU.
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    return environment
-
-
-def run_command(
-    command: DemoCommand, logs: Path, environment: dict[str, str], console: Console
-) -> FinishedCommand:
-    """Run a command to its end, its output going to a log.
-
-    The console's last line shows the steps that the command records.
-
-    Raises:
-        CommandFailed: an exit code other than 0.
-    """
-    log_path = logs / f"{command.name.replace(' ', '')}.log"
-    command_line = shlex.join([Path(command.command[0]).name, *command.command[1:]])
-    console.print(f"[bold]{command.name:<11}[/]{command_line}", soft_wrap=True, highlight=False)
-    start_seconds, cpu_seconds_before = time.monotonic(), _cpu_seconds()
-    exit_code = _run_process(command, log_path, environment, console)
-    seconds = time.monotonic() - start_seconds
-    if exit_code:
-        raise CommandFailed(command, exit_code, log_path)
-    console.print(f"           [green]done[/] in {seconds:.0f} s", highlight=False)
-    return FinishedCommand(
-        name=command.name,
-        command=command_line,
-        seconds=round(seconds, 1),
-        log=str(log_path),
-        cpu_seconds=round(_cpu_seconds() - cpu_seconds_before, 1),
-    )
-
-
-def _run_process(
-    command: DemoCommand, log_path: Path, environment: dict[str, str], console: Console
-) -> int:
-    """Run a command's process and show its progress; return its exit code."""
-    start_seconds = time.monotonic()
-    columns = (
-        TextColumn(" " * 11),
-        BarColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-    )
-    display = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with log_path.open("w") as log_file, display as progress:
-        bar = progress.add_task("starting", total=command.steps)
-        process = subprocess.Popen(
-            command.command,
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-            env=environment | {"OMP_NUM_THREADS": str(command.threads)},
-        )
-        try:
-            while process.poll() is None:
-                time.sleep(POLL_SECONDS)
-                if not display.disable and command.metrics_path is not None:
-                    _show_step(command, start_seconds, progress, bar)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    return process.returncode
-
-
-def _cpu_seconds() -> float:
-    """Return the CPU time of the child processes that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def _show_step(command: DemoCommand, start_seconds: float, progress: Progress, bar: Any) -> None:
-    path = command.metrics_path
-    assert path is not None
-    start_time = time.time() - (time.monotonic() - start_seconds)
-    # An earlier run's file is there until the new run has started.
-    if not path.is_file() or path.stat().st_mtime < start_time:
-        return
-    texts = path.read_text().splitlines(keepends=True)
-    complete_lines = [text for text in texts if text.endswith("\n")]
-    if complete_lines:
-        line = json.loads(complete_lines[-1])
-        loss = format_number(line["loss"], 3)
-        description = f"step {line['step']} of {command.steps}, loss {loss}"
-        progress.update(bar, completed=line["step"], description=description)
-
-
-def run_guarded(console: Console, run: Callable[[], int]) -> int:
-    """Run a function from the checkout; return the exit status, and print errors in words."""
-    os.chdir(CHECKOUT)
-    # A terminated run takes its processes along, as an interrupted one does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return run()
-    except UserError as error:
-        console.print(f"error: {error}", style="red", highlight=False)
-        return 2
-    except CommandFailed as error:
-        log_lines = error.log_path.read_text(errors="replace").splitlines()
-        tail = "\n".join(log_lines[-FAILURE_LOG_LINES:])
-        console.print(tail, markup=False, highlight=False)
-        console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
-        return 1
-    except KeyboardInterrupt:
-        console.print("stopped")
-        return 130
-
-
-@dataclass(frozen=True)
-class EvaluationFigures:
-    """Main figures of the evaluation."""
-
-    split: str
-    n_cases: int
-    macro: JsonObject
-    """Metrics of the findings, averaged over findings."""
-    weighted: JsonObject
-    """Metrics of the findings, weighted by their positive cases."""
-    dice: dict[str, float | None]
-    """Dice by lesion."""
-    reports: dict[str, JsonObject] | None
-    """Metrics of the reports, with the image and without; None where none were generated."""
-    file: str
-    """Path of the file that holds all figures."""
-
-
-@dataclass(frozen=True)
-class DemoPrediction:
-    """A predicted case."""
-
-    case: str
-    dir: str
-    """Folder of the prediction."""
-    page: str
-    """Page of the case, for a browser."""
-
-
-@dataclass(frozen=True)
-class DemoSummary:
-    """What a demo came to; RUN/summary.json."""
-
-    config: str
-    engine: JsonObject
-    """What really ran in the last phase."""
-    phases: list[PhaseSummary]
-    evaluation: EvaluationFigures
-    predictions: list[DemoPrediction]
-    machine: JsonObject
-    versions: dict[str, str]
-    stages: list[FinishedCommand]
-    seconds: float
-    """Duration of all commands, seconds."""
-
-
-def summarize_demo(
-    folder: Path, phases: Sequence[int], commands: Sequence[FinishedCommand]
-) -> DemoSummary:
-    """Summarize a demo from the files that it wrote.
-
-    Args:
-        folder: the run's folder.
-        phases: numbers of the phases that were trained, in order.
-        commands: the commands that ran.
-    """
-    seconds_by_command = {command.name: command.seconds for command in commands}
-    engine = read_json_object(folder / f"phase{phases[-1]}" / ENGINE_FILE, RUN_AGAIN)
-    metrics = read_json_object(folder / EVALUATION_FILE, RUN_AGAIN)
-    engine_keys = ("distributed_type", "zero_stage", "world_size", "llm_quantization")
-    phase_summaries: list[PhaseSummary] = []
-    for phase in phases:
-        seconds = seconds_by_command[f"phase {phase}"]
-        phase_summaries.append(summarize_phase(folder / f"phase{phase}", phase, seconds))
-    predictions: list[DemoPrediction] = []
-    for findings_path in sorted((folder / "predictions").glob("*/findings.json")):
-        case_folder = findings_path.parent
-        page = case_folder / "index.html"
-        predictions.append(DemoPrediction(case_folder.name, str(case_folder), str(page)))
-    return DemoSummary(
-        config=metrics["config"],
-        engine={key: engine[key] for key in engine_keys},
-        phases=phase_summaries,
-        evaluation=_select_main_figures(metrics, folder / EVALUATION_FILE),
-        predictions=predictions,
-        machine=metrics["machine"],
-        versions=metrics["versions"],
-        stages=list(commands),
-        seconds=round(sum(seconds_by_command.values()), 1),
-    )
-
-
-def _select_main_figures(metrics: JsonObject, path: Path) -> EvaluationFigures:
-    dice: dict[str, float | None] = {}
-    for lesion, scores in (metrics["localization"] or {"per_lesion": {}})["per_lesion"].items():
-        dice[lesion] = scores["dice"]
-    reports: dict[str, JsonObject] = {}
-    for name in ("image", "image_ablated", "difference") if metrics["reports"] else ():
-        scores = metrics["reports"][name]
-        score_names = ("n", "bleu_1", "bleu_4", "rouge_l", "bertscore_f1")
-        reports[name] = {score: scores[score] for score in score_names if score in scores}
-    return EvaluationFigures(
-        split=metrics["split"],
-        n_cases=metrics["n_cases"],
-        macro=metrics["classification"]["macro"],
-        weighted=metrics["classification"]["weighted"],
-        dice=dice,
-        reports=reports or None,
-        file=str(path),
-    )
-
-
-def make_result_tables(summary: DemoSummary) -> list[Table]:
-    """Make the tables that end a demo: what was trained, and the figures of the evaluation."""
-    return [_make_training_table(summary), _make_evaluation_table(summary.evaluation)]
-
-
-def _make_training_table(summary: DemoSummary) -> Table:
-    engine = summary.engine
-    title = (
-        f"{engine['world_size']} processes, {engine['distributed_type']}, "
-        f"ZeRO-{engine['zero_stage']}"
-    )
-    if engine["llm_quantization"]:
-        title += f", language model in {engine['llm_quantization']}"
-    table = FoldingTable(title=title, title_justify="left")
-    for column in ("phase", "steps", "loss, first", "loss, last", "seconds"):
-        table.add_column(column, justify="right")
-    for phase in summary.phases:
-        table.add_row(
-            str(phase.phase),
-            str(phase.steps),
-            format_number(phase.loss_first, 3),
-            format_number(phase.loss_last, 3),
-            f"{phase.seconds:.0f}",
-        )
-    return table
-
-
-def _make_evaluation_table(evaluation: EvaluationFigures) -> Table:
-    figures: dict[str, Any] = {
-        "findings, macro AUROC": evaluation.macro["auroc"],
-        "findings, macro F1": evaluation.macro["f1"],
-    }
-    for lesion, dice in evaluation.dice.items():
-        figures[f"Dice, {lesion.replace('_', ' ')}"] = dice
-    if evaluation.reports:
-        figures["reports, BLEU-1"] = evaluation.reports["image"]["bleu_1"]
-        figures["the same without the image"] = evaluation.reports["image_ablated"]["bleu_1"]
-    title = f"{evaluation.n_cases} cases of the {evaluation.split} split"
-    table = FoldingTable(title=title, title_justify="left", show_header=False)
-    for name, value in figures.items():
-        table.add_row(name, format_number(value, 3))
-    return table
+def _tool(name: str) -> str:
+    """Path of a command of this Python."""
+    return str(Path(sys.executable).parent / name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -446,28 +178,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_demo(options: argparse.Namespace, console: Console) -> int:
-    commands = plan_commands(options.config, options.overrides, options.phases, options.accelerate)
-    config = load_config(options.config, options.overrides)
+    supervision = options.supervision
+    overrides = add_run_overrides(options.config, options.overrides, supervision)
+    config = load_config(options.config, overrides)
     folder = Path(config.train.runs) / config.name
+    size = find_size(options.config)
+    cases = CASES[size, supervision]
+    cases = DemoCases(
+        cases.train if options.phantoms is None else options.phantoms,
+        cases.valid if options.valid_phantoms is None else options.valid_phantoms,
+        cases.reports,
+    )
+    commands = plan_commands(
+        options.config, overrides, cases, options.phases, options.accelerate, supervision
+    )
+    (folder / SUMMARY_FILE).unlink(missing_ok=True)
     finished_commands = run_commands(commands, folder, options.accelerate, console)
-    summary = summarize_demo(folder, options.phases, finished_commands)
-    write_json(folder / SUMMARY_FILE, asdict(summary))
+    summary = summarize_demo(
+        folder, options.phases, finished_commands, size, supervision, STYLES[supervision]
+    )
+    write_json(folder / SUMMARY_FILE, summary.to_json())
+    (folder / TABLES_FILE).write_text(to_markdown(summary))
     console.print(
         *make_result_tables(summary),
-        f"{summary.seconds:.0f} s in all; all figures are in {folder}/{SUMMARY_FILE}.",
+        f"All figures are in {folder}/{SUMMARY_FILE}, tables in {folder}/{TABLES_FILE}.",
     )
-    for prediction in summary.predictions:
-        console.print(f"Open {prediction.page} in a browser.", highlight=False, soft_wrap=True)
-    return 0
+    for ct in summary.real_cts:
+        console.print(ct.describe(), f"Open {ct.page} in a browser.", sep="\n", highlight=False)
+    is_good = all(target.is_met for target in summary.targets)
+    return 0 if is_good or not options.strict else 1
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = CommandParser(prog="launch/demo.py", description="The whole system in small.")
+    parser = CommandParser(prog="python -m launch.demo", description="The whole system in small.")
     parser.add_argument(
-        "--config", default="demo", help="name or path of a configuration (default: demo)"
+        "--config",
+        default="demo",
+        help="name or path of a configuration: demo, or learn for a proof of learning "
+        "(default: demo)",
     )
     parser.add_argument(
-        "--phases", type=int, nargs="+", default=[1, 2, 3], choices=(1, 2, 3), metavar="N"
+        "--supervision",
+        choices=STYLES,
+        default="complete",
+        help="labels and outlines of the cases to learn from (default: %(default)s)",
+    )
+    for flag, field_name, noun in (
+        ("--phantoms", "train", "cases to learn from"),
+        ("--valid-phantoms", "valid", "held-out cases"),
+    ):
+        counts = {str(getattr(cases, field_name)): None for cases in CASES.values()}
+        default = f"{' or '.join(counts)}, by configuration and supervision"
+        parser.add_argument(flag, type=int, metavar="N", help=f"{noun} (default: {default})")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 when a target is missed")
+    parser.add_argument(
+        "--phases", type=int, nargs="+", default=list(PHASES), choices=PHASES, metavar="N"
     )
     parser.add_argument(
         "--accelerate",

@@ -19,6 +19,9 @@ MAX_LUNG_HU = -500
 MIN_BONE_HU = 150
 _GRID_MM = 4.0
 """Voxel size at which the compartments are found."""
+_THIN_OBJECT_MM = 7.0
+"""Half the thickness of what is no part of the body: table, lines and sheets. A chest wall of one
+or two coarse voxels is thicker."""
 _MIN_LUNG_ML = 100.0
 """Volume of the smallest pair of lungs."""
 _MIN_LUNG_PART = 0.2
@@ -89,7 +92,7 @@ class ChestGeometry:
         self._steps = tuple(max(1, round(_GRID_MM / mm)) for mm in spacing)
         self._mm = np.multiply(self._steps, spacing)
         thin = ct[:: self._steps[0], :: self._steps[1], :: self._steps[2]]
-        body = _find_body(thin)
+        body = _find_body(thin, float(self._mm[1]))
         self._body = ndimage.maximum_filter(body, size=3)
         lungs = _find_lungs(thin, body, float(np.prod(self._mm)) / 1000)
         self.lung_slices: tuple[int, int] | None = None
@@ -184,18 +187,25 @@ def _odd_size(reach_mm: float, step_mm: float) -> int:
     return 2 * round(reach_mm / step_mm / 2) + 1
 
 
-def _find_body(thin: Int16Volume) -> NDArray[np.bool_]:
+def _find_body(thin: Int16Volume, row_mm: float) -> NDArray[np.bool_]:
     """The body with all that it encloses, without table, lines and sheets."""
     tissue = thin > MIN_BODY_HU
     in_plane = ndimage.generate_binary_structure(3, 1)
     in_plane[[0, 2]] = False
-    parts, count = ndimage.label(ndimage.binary_opening(tissue, in_plane, iterations=2))
+    iterations = max(1, round(_THIN_OBJECT_MM / row_mm))
+    parts, count = ndimage.label(ndimage.binary_opening(tissue, in_plane, iterations=iterations))
     if not count:
         parts, count = ndimage.label(tissue)
     sizes = np.bincount(parts.reshape(-1))
     sizes[0] = 0
+    if not count:
+        return tissue
     body = ndimage.binary_dilation(parts == sizes.argmax(), in_plane, mask=tissue)
-    return fill_between(body, 1) & fill_between(body, 2) if count else tissue
+    # A lung that the field of view cuts off has no chest wall on that side.
+    for edge in (0, -1):
+        body[:, :, edge] = fill_between(body[:, :, edge], 1)
+        body[:, edge] = fill_between(body[:, edge], 1)
+    return fill_between(body, 1) & fill_between(body, 2)
 
 
 def _find_lungs(

@@ -159,6 +159,36 @@ def locate_lesions(
     return LesionLocator(ct, regions, spacing).locate_all(lesions)
 
 
+def find_voxels_outside_chest(
+    lesions: MaskVolume, ct: Int16Volume, spacing: tuple[float, float, float]
+) -> dict[str, NDArray[np.intp]]:
+    """Find voxels of outlines that lie where none of the lesions can, by the CT alone.
+
+    They lie in the chest wall, beyond a margin around lungs and ribs, in the neck, in the abdomen
+    or outside the body. A pleural effusion also fills the recesses beside the upper abdomen. In a
+    CT without lungs nothing is found.
+
+    Args:
+        lesions: lesion bits (Z, Y, X).
+        ct: HU (Z, Y, X).
+        spacing: voxel size (z, y, x), mm.
+
+    Returns:
+        Flat indexes by lesion key; a lesion without voxels is left out.
+    """
+    lesion_voxels = np.flatnonzero(lesions)
+    if not lesion_voxels.size:
+        return {}
+    bits = lesions.reshape(-1)[lesion_voxels]
+    locator = _LesionLocator(ct, None, spacing)
+    outside = {}
+    for lesion in LESIONS:
+        voxels = lesion_voxels[lesion_mask(bits, lesion)]
+        if voxels.size:
+            outside[lesion.key] = voxels[locator.lies_outside_chest(lesion, voxels)]
+    return outside
+
+
 def describe_places(places: Sequence[LesionPlace], min_ml: float = MIN_LESION_ML) -> str:
     """Word places as one sentence for a prompt, without lesions smaller than `min_ml`."""
     parts = []
@@ -321,6 +351,10 @@ class LesionLocator:
                 main, counts = np.unique(names, return_counts=True)
                 names[names == name] = main[counts.argmax()]
         return names
+
+    def lies_outside_chest(self, lesion: Lesion, voxels: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Whether each voxel (flat indexes) lies beyond the reach of a kind of lesion."""
+        return np.isin(self._name_by_geometry(lesion, voxels), _FAR_PLACES)
 
     def _name_by_geometry(self, lesion: Lesion, sample: NDArray[np.intp]) -> NDArray[np.str_]:
         names = np.full(sample.size, _EXPECTED, dtype="U40")

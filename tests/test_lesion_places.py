@@ -1,5 +1,6 @@
 import re
 import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -7,12 +8,21 @@ import pytest
 import torch
 
 from rectvlm.config import load_config
-from rectvlm.labels import FINDINGS, LESION_BY_KEY, REGION_BY_NAME
-from rectvlm.lesion_places import LesionPlace, describe_lobes, describe_places, locate_lesions
+from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS, REGION_BY_NAME
+from rectvlm.lesion_bits import lesion_mask
+from rectvlm.lesion_places import (
+    LesionPlace,
+    describe_lobes,
+    describe_places,
+    find_voxels_outside_chest,
+    locate_lesions,
+)
 from rectvlm.models.cues import describe_cues
 from rectvlm.types import Sample
 from tests.conftest import phantom_sample
 
+WIDE_GRID = ["data.grid=[32,64,64]", "data.spacing=[8.0,5.5,5.5]"]
+"""Shows arms and breasts too."""
 SPACING = (8.0, 3.6, 3.6)
 SHAPE = (32, 96, 96)
 
@@ -256,7 +266,7 @@ BREAST = np.array([21, 7, 43])
 @pytest.fixture(scope="module")
 def patient() -> Sample:
     """A phantom with breasts in front of the ribs."""
-    sample = phantom_sample(2, load_config("demo"))
+    sample = phantom_sample(2, load_config("demo", WIDE_GRID))
     ct = np.array(sample.ct)
     index = np.stack(np.indices(ct.shape), axis=-1)
     for column in (20, 43):
@@ -315,3 +325,35 @@ def test_a_part_of_a_lesion_elsewhere_is_named_beside_the_rest(patient: Sample) 
     (place,) = locate_lesions(in_lung | in_breast, patient.ct, None, patient.meta.spacing)
     assert re.match("right lung, .*and left chest wall or breast", place.wording)
     assert (place.side, place.is_plausible) == ("both", False)
+
+
+def test_voxels_outside_the_chest_are_found_and_those_in_it_are_not(patient: Sample) -> None:
+    spacing = patient.meta.spacing
+    in_lung = painted(patient, "lung_nodule", middle_of(patient, "right upper lobe"))
+    in_breast = painted(patient, "lung_nodule", BREAST, 10)
+    in_breast[patient.regions > 0] = 0
+    in_air = painted(patient, "consolidation", np.array([12, 2, 4]), 12)
+    found = find_voxels_outside_chest(in_lung | in_breast | in_air, patient.ct, spacing)
+    assert set(found["lung_nodule"]) <= set(np.flatnonzero(in_breast))
+    assert found["lung_nodule"].size > 0.7 * (in_breast > 0).sum()
+    assert set(found["consolidation"]) == set(np.flatnonzero(in_air))
+    no_lungs = np.full_like(patient.ct, 40)
+    assert find_voxels_outside_chest(np.zeros_like(in_air), patient.ct, spacing) == {}
+    kept = find_voxels_outside_chest(in_air, no_lungs, spacing)
+    assert kept["consolidation"].size == 0
+
+
+@pytest.mark.parametrize("source", ["demo", "learn", "tiny"])
+def test_true_outlines_lie_in_the_chest(source: str) -> None:
+    """Of a lesion's voxels hardly any is taken for chest wall, neck, abdomen or air outside: on
+    coarse grids too, and where the field of view cuts the body off."""
+    config = load_config(source)
+    total, lost = Counter[str](), Counter[str]()
+    for seed in range(8):
+        sample = phantom_sample(seed, config)
+        outside = find_voxels_outside_chest(sample.lesions, sample.ct, sample.meta.spacing)
+        for lesion in LESIONS:
+            total[lesion.key] += int(lesion_mask(sample.lesions, lesion).sum())
+            lost[lesion.key] += outside.get(lesion.key, np.empty(0)).size
+    shares = {key: lost[key] / total[key] for key in total if total[key]}
+    assert len(shares) == len(LESIONS) and max(shares.values()) < 0.02, shares

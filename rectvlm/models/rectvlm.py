@@ -19,8 +19,9 @@ from rectvlm.checkpoint.hub import find_model_folder
 from rectvlm.checkpoint.strict_load import check_tensors, load_tensors, named_tensors
 from rectvlm.config import MODEL_PARTS, Config, ModelPart
 from rectvlm.finding_thresholds import NOT_FITTED, FindingThresholds
-from rectvlm.labels import AIR_HU, LESIONS, N_LESIONS
+from rectvlm.labels import AIR_HU, LESION_BY_KEY, LESIONS, N_LESIONS
 from rectvlm.lesion_bits import pack_lesion, pack_lesions
+from rectvlm.lesion_places import find_voxels_outside_chest
 from rectvlm.machine import package_versions
 from rectvlm.models.classifier import FindingClassifier
 from rectvlm.models.cues import describe_batch_cues, draw_true_cues
@@ -277,6 +278,7 @@ class RectVLM(nn.Module):
             logits = _add_localizer_logits(logits, localization)
             if localize:
                 lesions = localization.mask_logits.sigmoid()
+                _empty_outside_chest(lesions, batch)
 
         findings = logits.sigmoid().float()
         reports = None
@@ -378,6 +380,15 @@ def _add_localizer_logits(finding_logits: Tensor, localization: LocalizerOutput)
     if localization.finding_logits is None:
         return finding_logits
     return finding_logits + localization.finding_logits
+
+
+def _empty_outside_chest(lesions: Tensor, batch: Batch) -> None:
+    """Set probabilities (B, 5, Z, Y, X) of outlined voxels that no lesion can reach to 0."""
+    lesion_bits = _pack_lesion_bits(lesions, lambda probability: probability).cpu().numpy()
+    for probabilities, bits, ct in zip(lesions, lesion_bits, batch.ct, strict=True):
+        hu = ct.round().to(torch.int16).cpu().numpy()
+        for key, voxels in find_voxels_outside_chest(bits, hu, batch.spacing).items():
+            probabilities[LESION_BY_KEY[key].bit].view(-1)[torch.from_numpy(voxels)] = 0
 
 
 def _pack_lesion_bits(masks: Tensor, to_probability: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """Small models that need no hub, prepared once.
 
-MiniLM and SmolLM2-135M come from packages of the package index; `tiny-bert` and `tiny-llama` are
-built here with seeded random weights, for tests.
+MiniLM and SmolLM2-135M come from packages of the package index; `smollm2-16-layers` is a half of
+the latter; `tiny-bert` and `tiny-llama` are built here with seeded random weights, for tests.
 """
 
 import copy
@@ -39,6 +39,8 @@ CHAT_TEMPLATE = (
 )
 
 
+SMOLLM2_FIRST_LAYERS, SMOLLM2_LAST_LAYERS = 10, 6
+"""Layers of `smollm2-16-layers`: the first and the last of the 30."""
 MINILM_FILES = (
     "config.json",
     "model.safetensors",
@@ -118,6 +120,19 @@ def _fetch_smollm2(folder: Path) -> None:
         _save_model(model, tokenizer, folder)
 
 
+def _halve_smollm2(folder: Path) -> None:
+    """Leave the middle layers of SmolLM2-135M out, which a demo of minutes can spare.
+
+    Without its last layers it no longer copies words from the prompt.
+    """
+    source = prepare_bundled_model("smollm2-135m-instruct", folder.parents[1])
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, use_safetensors=True)
+    layers = model.model.layers
+    model.model.layers = layers[:SMOLLM2_FIRST_LAYERS].extend(layers[-SMOLLM2_LAST_LAYERS:])
+    model.config.num_hidden_layers = SMOLLM2_FIRST_LAYERS + SMOLLM2_LAST_LAYERS
+    _save_model(model, AutoTokenizer.from_pretrained(source), folder)
+
+
 def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -188,6 +203,7 @@ def _build_tiny_bert(folder: Path) -> None:
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "minilm-l6-v2": _fetch_minilm,
     "smollm2-135m-instruct": _fetch_smollm2,
+    "smollm2-16-layers": _halve_smollm2,
     "tiny-bert": _build_tiny_bert,
     "tiny-llama": _build_tiny_llama,
 }

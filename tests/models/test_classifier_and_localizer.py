@@ -373,7 +373,7 @@ def test_predict_gives_probabilities_and_the_ablation_forgets_the_image(
     for prediction in (seen, blind):
         assert prediction.reports is None
         for values in (prediction.finding_probabilities, prediction.lesion_probabilities):
-            assert ((values > 0) & (values < 1)).all()
+            assert ((values >= 0) & (values < 1)).all()
     assert not torch.allclose(seen.finding_probabilities[0], seen.finding_probabilities[1])
     assert torch.allclose(blind.finding_probabilities[0], blind.finding_probabilities[1])
     assert torch.allclose(blind.lesion_probabilities[0], blind.lesion_probabilities[1], atol=1e-6)

@@ -1,12 +1,12 @@
-"""Targets of each supervision: what they ask for, and that a figure can miss them."""
+"""Targets of each size and supervision: what they ask for, and that a figure can miss them."""
 
 from dataclasses import replace
 
 import pytest
 
-from launch.learning_targets import (
-    LearningFigures,
-    LearningTarget,
+from launch.demo_targets import (
+    DemoFigures,
+    DemoTarget,
     LesionScores,
     list_targets,
 )
@@ -16,7 +16,7 @@ from rectvlm.phantom.supervision import TrainingSupervision
 GOOD_LESION = LesionScores(
     dice_where_present=0.75, dice=0.72, sensitivity=0.8, instance_f1=0.85, false_positive_ml=5.0
 )
-GOOD = LearningFigures(
+GOOD = DemoFigures(
     auroc_by_finding={"Lung nodule": 0.96, "Hiatal hernia": 0.95},
     lesions=dict.fromkeys(LESION_BY_KEY, GOOD_LESION),
     report_f1=0.92,
@@ -27,21 +27,23 @@ GOOD = LearningFigures(
 SUPERVISIONS: tuple[TrainingSupervision, ...] = ("complete", "ct-rate")
 
 
-def missed(figures: LearningFigures, supervision: TrainingSupervision) -> set[str]:
-    return {target.name for target in list_targets(figures, supervision) if not target.is_met}
+def missed(figures: DemoFigures, supervision: TrainingSupervision) -> set[str]:
+    return {
+        target.name for target in list_targets(figures, supervision, "learn") if not target.is_met
+    }
 
 
-def with_lesion(key: str, **scores: float | None) -> LearningFigures:
+def with_lesion(key: str, **scores: float | None) -> DemoFigures:
     """Good figures, save for some scores of one lesion."""
     return replace(GOOD, lesions={**GOOD.lesions, key: replace(GOOD_LESION, **scores)})
 
 
 def test_a_target_that_was_not_measured_is_not_met() -> None:
-    assert LearningTarget("a", 0.9, 0.9).is_met and not LearningTarget("a", 0.9, 0.89).is_met
-    assert not LearningTarget("a", 0.9, None).is_met
-    assert not LearningTarget("minutes", 20, None, at_most=True).is_met
-    assert LearningTarget("minutes", 20, 19.0, at_most=True).is_met
-    assert not LearningTarget("minutes", 20, 21.0, at_most=True).is_met
+    assert DemoTarget("a", 0.9, 0.9).is_met and not DemoTarget("a", 0.9, 0.89).is_met
+    assert not DemoTarget("a", 0.9, None).is_met
+    assert not DemoTarget("minutes", 20, None, at_most=True).is_met
+    assert DemoTarget("minutes", 20, 19.0, at_most=True).is_met
+    assert not DemoTarget("minutes", 20, 21.0, at_most=True).is_met
 
 
 @pytest.mark.parametrize("supervision", SUPERVISIONS)
@@ -84,3 +86,24 @@ def test_outlines_like_those_of_ct_rate_must_not_flood_healthy_cases() -> None:
         assert not missed(with_lesion(key, dice_where_present=0.51), "ct-rate")
     poor_nodules = with_lesion("lung_nodule", dice_where_present=0.5)
     assert missed(poor_nodules, "ct-rate") == {"mean Dice of the other lesions"}
+
+
+def test_minutes_of_training_have_targets_of_their_own() -> None:
+    short = replace(GOOD, minutes=9.5, outside_chest_ml=0.0)
+
+    def missed_names(**figures: object) -> set[str]:
+        targets = list_targets(replace(short, **figures), "complete", "demo")  # type: ignore[arg-type]
+        return {target.name for target in targets if not target.is_met}
+
+    assert not missed_names() and not missed_names(report_f1=0.81, laterality=0.5)
+    outside = "ml outlined outside the chest in the real CTs"
+    assert missed_names(outside_chest_ml=0.1) == {outside}
+    assert missed_names(outside_chest_ml=None) == {outside}
+    assert missed_names(minutes=11.0) == {"minutes"}
+    assert missed_names(report_f1_without_image=0.7) == {"F1 lost without the image"}
+    assert missed_names(report_f1=None) == {
+        "F1 of the findings in the reports",
+        "F1 lost without the image",
+    }
+    poor = {key: replace(GOOD_LESION, dice_where_present=0.5) for key in LESION_BY_KEY}
+    assert missed_names(lesions=poor) == {"mean Dice of the lesions"}
