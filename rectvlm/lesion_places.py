@@ -180,7 +180,7 @@ def find_voxels_outside_chest(
     if not lesion_voxels.size:
         return {}
     bits = lesions.reshape(-1)[lesion_voxels]
-    locator = _LesionLocator(ct, None, spacing)
+    locator = LesionLocator(ct, None, spacing)
     outside = {}
     for lesion in LESIONS:
         voxels = lesion_voxels[lesion_mask(bits, lesion)]
