@@ -69,6 +69,11 @@ def printable_text(text: object) -> str:
     return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def remove_control_characters(text: str) -> str:
+    """Text without characters that HTML, DICOM and FHIR refuse; an untrained model writes some."""
+    return "".join(letter for letter in text if letter.isprintable() or letter == "\n")
+
+
 def printable_line(text: object) -> str:
     r"""`printable_text` on one line: control characters of a file's name become `\x0a`.
 

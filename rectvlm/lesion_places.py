@@ -156,22 +156,7 @@ def locate_lesions(
             counts as none, since the lobe nearest to a lesion there lies in the other lung.
         spacing: voxel size (z, y, x), mm.
     """
-    assert lesions.shape == ct.shape and (regions is None or regions.shape == ct.shape), (
-        "one grid for all volumes"
-    )
-    lesion_voxels = np.flatnonzero(lesions)
-    if not lesion_voxels.size:
-        return []
-    bits = lesions.reshape(-1)[lesion_voxels]
-    voxel_ml = float(np.prod(spacing)) / 1000.0
-    locator = _LesionLocator(ct, regions, spacing)
-    places = []
-    for lesion in LESIONS:
-        voxels = lesion_voxels[lesion_mask(bits, lesion)]
-        volume_ml = voxels.size * voxel_ml
-        if volume_ml >= MIN_LESION_ML:
-            places.append(locator.locate(lesion, voxels, volume_ml))
-    return places
+    return LesionLocator(ct, regions, spacing).locate_all(lesions)
 
 
 def find_voxels_outside_chest(
@@ -195,7 +180,7 @@ def find_voxels_outside_chest(
     if not lesion_voxels.size:
         return {}
     bits = lesions.reshape(-1)[lesion_voxels]
-    locator = _LesionLocator(ct, None, spacing)
+    locator = LesionLocator(ct, None, spacing)
     outside = {}
     for lesion in LESIONS:
         voxels = lesion_voxels[lesion_mask(bits, lesion)]
@@ -283,12 +268,14 @@ class _LobeIndex:
         return np.stack(np.unravel_index(voxels, self.shape), axis=1) * self.spacing
 
 
-class _LesionLocator:
+class LesionLocator:
     """Finds the places of lesions in one case."""
 
     def __init__(
         self, ct: Int16Volume, regions: MaskVolume | None, spacing: tuple[float, float, float]
     ) -> None:
+        """Take HU (Z, Y, X), region ids (Z, Y, X) or None, and the voxel size (z, y, x) in mm."""
+        assert regions is None or regions.shape == ct.shape, "one grid for all volumes"
         self.ct, self.spacing = ct, spacing
         lobes = None if regions is None else _LobeIndex(regions, spacing)
         self.lobes = lobes if lobes is not None and lobes.has_both_lungs else None
@@ -298,8 +285,24 @@ class _LesionLocator:
         """Compartments of the CT, which a complete region map spares."""
         return ChestGeometry(self.ct, self.spacing)
 
+    def locate_all(self, lesions: MaskVolume) -> list[LesionPlace]:
+        """Places of the kinds of lesions of at least `MIN_LESION_ML`, by lesion bits (Z, Y, X)."""
+        assert lesions.shape == self.ct.shape, "one grid for all volumes"
+        lesion_voxels = np.flatnonzero(lesions)
+        if not lesion_voxels.size:
+            return []
+        bits = lesions.reshape(-1)[lesion_voxels]
+        voxel_ml = float(np.prod(self.spacing)) / 1000.0
+        places = []
+        for lesion in LESIONS:
+            voxels = lesion_voxels[lesion_mask(bits, lesion)]
+            volume_ml = voxels.size * voxel_ml
+            if volume_ml >= MIN_LESION_ML:
+                places.append(self.locate(lesion, voxels, volume_ml))
+        return places
+
     def locate(self, lesion: Lesion, voxels: NDArray[np.intp], volume_ml: float) -> LesionPlace:
-        """Place of one kind of lesion, whose voxels are flat indexes of the CT."""
+        """Place of one kind of lesion, or one lesion, whose voxels are flat indexes of the CT."""
         basis: Literal["regions", "geometry"] = "geometry" if self.lobes is None else "regions"
         step = max(1, voxels.size // _MAX_VOTING_VOXELS)
         sample = voxels[step // 2 :: step]

@@ -12,6 +12,7 @@ from rectvlm.labels import LESION_BY_KEY
 
 if TYPE_CHECKING:
     import torch  # takes seconds, which a command would spend before it refuses a wrong path
+    from pydicom.dataset import Dataset
 
 Int16Volume = NDArray[np.int16]
 """HU, indexed (z, y, x) on the canonical grid or (i, j, k) on the native grid of a file."""
@@ -101,6 +102,9 @@ class Volume:
     pseudonym: str | None = None
     """Name of a DICOM series in results, which says nothing of the patient; None for other files,
     which have their own names."""
+    dicom_headers: "tuple[Dataset, ...] | None" = field(default=None, repr=False)
+    """Headers of the DICOM files, with the patient's name, for DICOM results of a prediction; None
+    elsewhere."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def predict_case(loaded: LoadedModel, name: str, source: CtSource) -> PredictedC
     Raises:
         UserError: the source is no chest CT in HU, or the model's probabilities are not finite.
     """
-    volume = source.read()
+    volume = source.read(with_headers=True)
     hu, decision = to_hu(volume)
     sample = make_sample(name, volume, hu, decision, loaded.checkpoint.config)
     device = next(loaded.model.parameters()).device

@@ -1,4 +1,4 @@
-"""The folder of a predicted case: `findings.json`, `index.html`, `lesions.nii.gz`, `report.txt`.
+"""The folder of a predicted case: findings, page, masks, lesion table, report, DICOM objects.
 
 A folder appears complete or not at all, and replaces nothing but an earlier result.
 """
@@ -6,7 +6,7 @@ A folder appears complete or not at all, and replaces nothing but an earlier res
 import os
 import platform
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,86 +29,38 @@ from rectvlm.data.report_text import split_report_sections
 from rectvlm.files import printable_text, write_json
 from rectvlm.labels import LESIONS
 from rectvlm.lesion_bits import lesion_mask
-from rectvlm.lesion_places import LesionPlace, locate_lesions
+from rectvlm.lesion_places import LesionLocator, LesionPlace
 from rectvlm.predict.case import LoadedModel, PredictedCase
 from rectvlm.predict.case_page import DISCLAIMER, CaseView, render_page
-from rectvlm.predict.contradictions import Contradiction, find_contradictions
+from rectvlm.predict.case_summary import (
+    CaseSummary,
+    FindingSummary,
+    LesionSummary,
+    ThresholdsSummary,
+)
+from rectvlm.predict.contradictions import find_contradictions
+from rectvlm.predict.dicom_results import DICOM_FILES, write_dicom_results
+from rectvlm.predict.fhir import make_diagnostic_report
+from rectvlm.predict.findings_schema import SCHEMA_ID
 from rectvlm.predict.lesion_files import LESION_FILES, save_lesion_files
-from rectvlm.types import Affine, HuConversion, Int16Volume, MaskVolume, UserError, Volume
+from rectvlm.predict.lesion_table import LesionTable, measure_lesions, write_lesion_csv
+from rectvlm.predict.markdown_report import render_markdown
+from rectvlm.types import Affine, Int16Volume, MaskVolume, UserError, Volume
 
 SUMMARY_FILE = "findings.json"
 PAGE_FILE = "index.html"
 MASK_FILE = "lesions.nii.gz"
 REPORT_FILE = "report.txt"
-CASE_FILES = frozenset({SUMMARY_FILE, PAGE_FILE, MASK_FILE, REPORT_FILE, *LESION_FILES.values()})
+MARKDOWN_FILE = "report.md"
+TABLE_FILE = "lesions.csv"
+FHIR_FILE = "fhir.json"
+CASE_FILES = frozenset(
+    {SUMMARY_FILE, PAGE_FILE, MASK_FILE, REPORT_FILE, MARKDOWN_FILE, TABLE_FILE, FHIR_FILE}
+    | set(LESION_FILES.values())
+    | set(DICOM_FILES)
+)
 """Files of a case's folder, which holds no others."""
 MASK_BITS_NOTE = "bits: " + ", ".join(f"{lesion.mask_value} {lesion.key}" for lesion in LESIONS)
-
-
-@dataclass(frozen=True)
-class FindingSummary:
-    """One finding in `findings.json`."""
-
-    probability: float
-    threshold: float
-    present: bool
-    """Whether the probability reaches the threshold. The report's prompt suggests the same
-    findings."""
-
-
-@dataclass(frozen=True)
-class ThresholdsSummary:
-    """Origin of the thresholds in `findings.json`."""
-
-    source: str
-    n_cases: int
-    """Number of cases that the thresholds were fitted on."""
-    not_fitted: list[str]
-    """Findings whose threshold no data decided."""
-
-
-@dataclass(frozen=True)
-class LesionSummary:
-    """One lesion in `findings.json`."""
-
-    key: str
-    name: str
-    mask_value: int
-    """Bit of the lesion in the mask file."""
-    voxels: int
-    volume_ml: float
-    place: str | None
-    """Place in words; None for a lesion too small to place."""
-    side: str | None
-    basis: str | None
-    """Source of the place."""
-    plausible: bool | None
-    """Whether a lesion of this kind can lie there; None where that is unknown."""
-
-
-@dataclass(frozen=True)
-class CaseSummary:
-    """Content of `findings.json`."""
-
-    disclaimer: str
-    file: str
-    """Path of the CT; pseudonym of a DICOM series."""
-    shape: list[int]
-    """Shape (i, j, k) of the file's array."""
-    spacing_zyx_mm: list[float]
-    hu: HuConversion
-    checkpoint: str
-    config: str
-    step: int
-    version: str
-    thresholds: ThresholdsSummary
-    findings: dict[str, FindingSummary]
-    lesions: list[LesionSummary] | None
-    """Lesions; None when the model has no localizer."""
-    report: dict[str, str | None] | None
-    """Sections of the report; None when the model has no report generator."""
-    contradictions: list[Contradiction]
-    """Where the classifier's calls, the outlines and the report disagree."""
 
 
 def is_case_folder(folder: Path) -> bool:
@@ -163,9 +115,14 @@ def write_case_folder(loaded: LoadedModel, case: PredictedCase, out: Path) -> Pa
 
 def _write_case_files(loaded: LoadedModel, case: PredictedCase, work: Path) -> None:
     view, summary = _describe_case(loaded, case)
-    write_json(work / SUMMARY_FILE, asdict(summary))
+    write_json(work / SUMMARY_FILE, {"$schema": SCHEMA_ID, **asdict(summary)})
+    write_json(work / FHIR_FILE, make_diagnostic_report(case.name, summary))
+    markdown = render_markdown(case.name, summary)
+    (work / MARKDOWN_FILE).write_text(printable_text(markdown), encoding="utf-8")
     if case.lesion_bits is not None:
         save_mask(case.lesion_bits, case.volume, work / MASK_FILE)
+        write_lesion_csv(summary.components or [], work / TABLE_FILE)
+    write_dicom_results(case, summary, work)
     if case.report is not None:
         note = f"Generated by rectvlm from {_file_name(case.volume)}. {DISCLAIMER}"
         text = printable_text(f"{case.report.strip()}\n\n[{note}]\n")
@@ -219,8 +176,10 @@ def _describe_case(loaded: LoadedModel, case: PredictedCase) -> tuple[CaseView, 
         lesion_bits, _ = canonical_view(case.lesion_bits, case.volume.affine)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     spacing_mm = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
-    places = locate_lesions(lesion_bits, ct, None, spacing_mm)
-    summary = _summarize_case(loaded, case, lesion_bits, places, spacing_mm)
+    locator = LesionLocator(ct, None, spacing_mm)
+    places = locator.locate_all(lesion_bits)
+    table = measure_lesions(lesion_bits, ct, affine, locator)
+    summary = _summarize_case(loaded, case, lesion_bits, places, table, spacing_mm)
 
     volumes_ml = None
     if summary.lesions is not None:
@@ -249,6 +208,7 @@ def _summarize_case(
     case: PredictedCase,
     canonical_bits: MaskVolume,
     places: list[LesionPlace],
+    table: LesionTable,
     spacing_mm: tuple[float, float, float],
 ) -> CaseSummary:
     """The case for `findings.json`, with its contradictions."""
@@ -275,6 +235,9 @@ def _summarize_case(
         thresholds=ThresholdsSummary(thresholds.source, thresholds.n_cases, thresholds.not_fitted),
         findings=findings,
         lesions=None if case.lesion_bits is None else _summarize_lesions(case, places),
+        components=None if case.lesion_bits is None else table.components,
+        components_left_out=table.n_left_out,
+        components_left_out_ml=table.left_out_ml,
         report=report,
         contradictions=find_contradictions(
             calls={name: finding.present for name, finding in findings.items()},

@@ -50,7 +50,7 @@ class Contradiction:
     kind: ContradictionKind
     finding: str
     lesion: str | None
-    """Key of the lesion; None where no outline takes part."""
+    """Key of the lesion; null where no outline takes part."""
     message: str
     """Both statements in one sentence."""
 

@@ -34,16 +34,22 @@ class CtSource:
         path = self.origin or str(self.path)
         return f"{path}, {self.label}" if self.label else path
 
-    def read(self) -> Volume:
+    def read(self, with_headers: bool = False) -> Volume:
         """Read the CT.
+
+        Args:
+            with_headers: whether to keep the headers of DICOM files, which name the patient.
 
         Raises:
             UserError: it cannot be used.
         """
-        if self.series is None:
-            return read_volume(self.path, series=self.archived_uid)
-        from rectvlm.data.dicom.volume import read_series
+        if self.series is None and self.archived_uid is None:
+            return read_volume(self.path)
+        from rectvlm.data.dicom.volume import read_dicom_archive, read_series
 
-        volume = read_series(self.series, self.path)
+        if self.series is None:
+            volume = read_dicom_archive(self.path, self.archived_uid, with_headers)
+        else:
+            volume = read_series(self.series, self.path, with_headers)
         require_chest(volume, Path(self.place))
         return volume

@@ -107,8 +107,9 @@ def predict_cases(
 ) -> list[Path]:
     """Predict on one CT or on every CT below a folder.
 
-    Each case gets a folder in `out`, complete or not at all, with `findings.json` and `index.html`,
-    and with `lesions.nii.gz` and `report.txt` if the model has these parts. In a folder of CTs,
+    Each case gets a folder in `out`, complete or not at all, with `findings.json`, `index.html`,
+    `report.md` and `fhir.json`; with masks, `lesions.csv` and `report.txt` if the model has these
+    parts; and with DICOM SEG and SR of them if the CT is DICOM. In a folder of CTs,
     whatever a file raises is logged and listed in `out/failed.jsonl`, and the rest goes on;
     `out/predict-summary.json` names the predicted, failed and skipped files.
 

@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 
+import jsonschema
 import nibabel as nib
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from rectvlm.models import RectVLM
 from rectvlm.models.report_generator import ReportGenerator
 from rectvlm.predict import case_folder, case_page, run
 from rectvlm.predict.case import LoadedModel, PredictedCase
+from rectvlm.predict.findings_schema import SCHEMA_FILE
 from rectvlm.types import HuConversion, UserError, Volume
 
 ORIENTATIONS = [
@@ -55,10 +57,14 @@ def test_a_case_is_complete(predicted):
     assert {path.name for path in case.iterdir()} == {
         "findings.json",
         "lesions.nii.gz",
+        "lesions.csv",
         "report.txt",
+        "report.md",
+        "fhir.json",
         "index.html",
     }
     summary = json.loads((case / "findings.json").read_text())
+    jsonschema.validate(summary, json.loads(SCHEMA_FILE.read_text()))
     assert list(summary["findings"]) == list(FINDINGS)
     assert all(0 <= row["probability"] <= 1 for row in summary["findings"].values())
     assert summary["disclaimer"] == "Research use only; not a medical device."
@@ -67,7 +73,7 @@ def test_a_case_is_complete(predicted):
         and summary["config"] == "tiny"
         and "already HU" in summary["hu"]["reason"]
     )
-    for name in ("index.html", "report.txt"):
+    for name in ("index.html", "report.txt", "report.md", "fhir.json"):
         assert case_page.DISCLAIMER in (case / name).read_text()
     assert not list(case.parent.glob(".*"))
 
@@ -192,8 +198,10 @@ def decode_jpeg(text):
 def test_a_checkpoint_without_localizer_and_generator_says_so(tiny_run, phantoms, tmp_path):
     file = write_nifti(phantoms(1).hu, phantoms(1).affine, tmp_path / "chest.nii")
     (case,) = run.predict_cases(file, tiny_run(1), tmp_path / "out", device="cpu")
-    assert {path.name for path in case.iterdir()} == {"findings.json", "index.html"}
+    names = {"findings.json", "index.html", "report.md", "fhir.json"}
+    assert {path.name for path in case.iterdir()} == names
     summary = json.loads((case / "findings.json").read_text())
+    jsonschema.validate(summary, json.loads(SCHEMA_FILE.read_text()))
     assert summary["lesions"] is None and summary["report"] is None
     html = (case / "index.html").read_text()
     assert "does not outline lesions" in html and "no report generator" in html

@@ -4,17 +4,22 @@ import json
 import logging
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import dicom_files
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
+import torch
 from conftest import write_nifti
 from pydicom.uid import generate_uid
 
+from rectvlm.checkpoint import Checkpoint, run_folder
 from rectvlm.cli import main
 from rectvlm.data.volume import read_volume
+from rectvlm.predict.dicom_results import DICOM_FILES
 from rectvlm.predict.find_volumes import case_names, find_volumes
 from rectvlm.types import UserError
 from tests.small_cases import AFFINE, body
@@ -81,13 +86,39 @@ def test_a_study_becomes_one_case_that_says_nothing_of_the_patient(
         in (reasons["2"])
     )
     assert "dose sheet" in reasons["4"]
+    # What goes back to the PACS names the patient, as DICOM demands; nothing else does.
+    report = pydicom.dcmread(page.with_name("report.sr.dcm"))
+    assert report.PatientID == dicom_files.PATIENT_ID and report.StudyDate == "20200101"
+    files = [path for path in out.rglob("*") if path.is_file() and path.name not in DICOM_FILES]
     texts = [caplog.text, *map(str, out.rglob("*"))]
-    texts += [path.read_bytes().decode("latin-1") for path in out.rglob("*") if path.is_file()]
+    texts += [path.read_bytes().decode("latin-1") for path in files]
     for word in dicom_files.PERSONAL_WORDS:
         assert not any(word in text for text in texts)
     # A path may name the patient, so what can be handed on has none.
     case_texts = [path.read_bytes().decode("latin-1") for path in page.parent.iterdir()]
     assert not any(str(tmp_path / "export") in text for text in case_texts)
+
+
+def test_a_zip_gets_outlines_and_measurements_for_the_pacs(tiny_run, tmp_path):
+    pytest.importorskip("highdicom", reason="highdicom is not installed")
+    soft, _ = write_study(tmp_path / "export")
+    archive = write_zip(tmp_path / "export.zip", tmp_path / "export")
+    checkpoint = Checkpoint.open(tiny_run(2))
+    tensors = checkpoint.read_tensors()
+    tensors["localizer.denoiser.bias"] = torch.full_like(tensors["localizer.denoiser.bias"], 50)
+    generous = run_folder.step_folder(tmp_path / "phase2", 1)
+    generous.mkdir(parents=True)
+    replace(checkpoint, folder=generous).write_files(tensors, None)
+    command = ["predict", str(archive), "--checkpoint", str(generous)]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    (folder,) = (path.parent for path in (tmp_path / "out").glob("*/findings.json"))
+    assert {path.name for path in folder.glob("*.dcm")} == set(DICOM_FILES[:2])
+    summary = json.loads((folder / "findings.json").read_text())
+    segmentation = pydicom.dcmread(folder / DICOM_FILES[0])
+    assert segmentation.ReferencedSeriesSequence[0].SeriesInstanceUID == soft
+    assert segmentation.PatientID == dicom_files.PATIENT_ID
+    drawn = [row["name"] for row in summary["lesions"] if row["voxels"]]
+    assert drawn == [segment.SegmentLabel for segment in segmentation.SegmentSequence] != []
 
 
 def test_studies_zips_and_other_formats_in_nested_folders_are_all_found(tmp_path):

@@ -19,6 +19,7 @@ from rectvlm.data.dicom.series import (
     is_wanted,
     list_series,
 )
+from rectvlm.data.dicom.source_headers import read_source_headers
 from rectvlm.data.file_checks import require_possible_size, require_regular_file, truncated_error
 from rectvlm.data.zip_archive import unpacked_dicom
 from rectvlm.file_search import list_files
@@ -49,14 +50,20 @@ def read_dicom(path: Path, wanted: str | None = None) -> Volume:
     return read_series(series_of_file(path), path)
 
 
-def read_dicom_archive(path: Path, wanted: str | None = None) -> Volume:
+def read_dicom_archive(path: Path, wanted: str | None = None, with_headers: bool = False) -> Volume:
     """Read the chest CT, or the series that is wanted, in a `.zip` of DICOM files.
+
+    Args:
+        path: of the archive.
+        wanted: UID or number of the series.
+        with_headers: as for `read_series`.
 
     Raises:
         InputError: as `unpacked_dicom` and `read_dicom`.
     """
     with unpacked_dicom(path) as files:
-        return read_series(choose_series(list_series(files), path, wanted), path)
+        series = choose_series(list_series(files), path, wanted)
+        return read_series(series, path, with_headers)
 
 
 def series_of_file(file: Path) -> DicomSeries:
@@ -129,12 +136,13 @@ def choose_series(listing: DicomListing, path: Path, wanted: str | None) -> Dico
     return chosen
 
 
-def read_series(series: DicomSeries, path: Path) -> Volume:
+def read_series(series: DicomSeries, path: Path, with_headers: bool = False) -> Volume:
     """Read a series in HU: int16 where it fits, else float32; index (column, row, slice).
 
     Args:
         series: with the headers of all its slices.
         path: source in messages.
+        with_headers: whether to keep `dicom_headers`, which name the patient.
 
     Raises:
         InputError: its slices make no volume, see `stack_slices`; its size is absurd; its pixels
@@ -146,7 +154,13 @@ def read_series(series: DicomSeries, path: Path) -> Volume:
     array = _read_slices(stack, where)
     if not stack.is_even:
         array = resample_evenly(array, stack)
-    return Volume(array.transpose(2, 1, 0), stack.affine, str(where), pseudonym=series.pseudonym)
+    return Volume(
+        array.transpose(2, 1, 0),
+        stack.affine,
+        str(where),
+        pseudonym=series.pseudonym,
+        dicom_headers=read_source_headers(stack, where) if with_headers else None,
+    )
 
 
 def _require_possible_pixels(slices: Sequence[DicomSlice], where: Path) -> None:
