@@ -27,7 +27,7 @@ FLAGS = (
 )
 WITH_WEBGL = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader")
 WITHOUT_WEBGL = ("--disable-3d-apis",)
-TIMEOUT_SECONDS = 60
+TIMEOUT_SECONDS = 300
 
 
 class Browser:

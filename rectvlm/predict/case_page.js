@@ -24,8 +24,15 @@ let distances = [], drag = null, viewUnderCursor = 0, outlines = new Map();
 
 // Data
 
+function decodeBase64(text) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
+  const letters = atob(text), bytes = new Uint8Array(letters.length);
+  for (let n = 0; n < bytes.length; n++) bytes[n] = letters.charCodeAt(n);
+  return bytes;
+}
+
 async function unpack(text) {
-  const packed = Uint8Array.from(atob(text.trim()), (letter) => letter.charCodeAt(0));
+  const packed = decodeBase64(text);
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).arrayBuffer();
 }
@@ -250,14 +257,18 @@ function scroll(view, steps) {
   moveTo(voxel);
 }
 
-let isRefreshing = false;
-function setWindow(newCentre, newWidth) {
+function nameWindow(newCentre, newWidth) {
   centre = newCentre;
   width = Math.max(MIN_WIDTH_HU, newWidth);
   for (const button of all("[data-window]")) {
     const [presetCentre, presetWidth] = data.windows[button.dataset.window];
     button.setAttribute("aria-pressed", String(presetCentre === centre && presetWidth === width));
   }
+}
+
+let isRefreshing = false;
+function setWindow(newCentre, newWidth) {
+  nameWindow(newCentre, newWidth);
   if (isRefreshing) return;
   isRefreshing = true;
   requestAnimationFrame(() => {
@@ -445,12 +456,12 @@ function listenToText() {
 
 // Start
 
-function chooseLayout() {
+function chooseLayout(viewer) {
   const isWide = stage.clientWidth >= stage.clientHeight * 0.95;
   const [axial, coronal, sagittal] = isWide
     ? [[0, 0, 0.62, 1], [0.62, 0, 0.38, 0.5], [0.62, 0.5, 0.38, 0.5]]
     : [[0, 0, 1, 0.6], [0, 0.6, 0.5, 0.4], [0.5, 0.6, 0.5, 0.4]];
-  nv.setCustomLayout([
+  viewer.setCustomLayout([
     { sliceType: 0, position: axial },
     { sliceType: 1, position: coronal },
     { sliceType: 2, position: sagittal },
@@ -466,7 +477,11 @@ async function openViewer() {
     sagittalNoseLeft: true, isOrientationTextVisible: false, dragAndDropEnabled: false,
     interactive: false, trustCalMinMax: true, loadingText: "",
   });
+  // Nothing is drawn before all of it is there: a software renderer takes its time.
+  const draw = viewer.drawScene.bind(viewer);
+  viewer.drawScene = () => "";
   const layers = all("[data-layer]");
+  chooseLayout(viewer);
   const [, buffer, ...maskBuffers] = await Promise.all([
     viewer.attachToCanvas(byId("ct"), false),
     unpack(byId("ct-data").textContent),
@@ -476,14 +491,13 @@ async function openViewer() {
   await viewer.loadFromArrayBuffer(buffer, "ct.nii");
   nv = viewer;
   ct = nv.volumes[0].img;
-  const draw = nv.drawScene.bind(nv);
   nv.drawScene = () => { const place = draw(); paint(); return place; };
   listen();
   chooseTool("cross");
-  chooseLayout();
-  new ResizeObserver(chooseLayout).observe(stage);
-  setWindow(...data.windows.lung);
+  // The CT comes in the lung window.
+  nameWindow(...data.windows.lung);
   moveTo(data.start);
+  new ResizeObserver(() => chooseLayout(nv)).observe(stage);
   byId("loading").hidden = true;
 }
 

@@ -1,7 +1,7 @@
 """One self-contained HTML page of a case: slices with lesion outlines, findings, the report.
 
-The page opens without a server and without a network: NiiVue, the CT and the outlines are inside it.
-The patient's right is on the left of the picture, as radiologists look at it. Where the truth is
+The page needs neither a server nor a network: NiiVue, the CT and the outlines are inside it. The
+patient's right is on the left of the picture, as radiologists look at it. Where the truth is
 known, its outlines, findings and report stand beside the predicted ones.
 """
 

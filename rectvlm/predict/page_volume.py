@@ -3,8 +3,8 @@
 The rule: cut to the body and the lesions, voxels averaged down to `MAX_VOXELS`, HU rounded until
 the compressed CT has at most `MAX_CT_BYTES`. No lesion is lost: each connected part keeps a voxel.
 
-Canonical arrays are (z, y, x). Those of the page are (i, j, k) = (left → right, posterior → anterior,
-inferior → superior), the RAS order of NIfTI.
+Canonical arrays are (z, y, x). Those of the page are (i, j, k) = (left → right, posterior →
+anterior, inferior → superior), the RAS order of NIfTI.
 """
 
 import gzip
@@ -52,9 +52,7 @@ class PageVolume:
     """`ct` as NIfTI with the spacing alone, compressed with gzip."""
 
 
-def reduce_for_page(
-    ct: Int16Volume, lesions: Sequence[MaskVolume], affine: Affine
-) -> PageVolume:
+def reduce_for_page(ct: Int16Volume, lesions: Sequence[MaskVolume], affine: Affine) -> PageVolume:
     """Cut, average and round a CT to the size of a page.
 
     Args:

@@ -24,9 +24,10 @@ class LinkedSentence:
 def link_sentences(text: str) -> list[LinkedSentence]:
     """Split a section of a report into sentences, and find the lesions that each one states."""
     text = WRAPPED_LINE.sub(" ", text)
-    # Sentence ends are found in lower case; a letter whose lower case is longer keeps them off.
     lowered = text.lower()
-    ends = [end.end() for end in SENTENCE_END.finditer(lowered)] if len(lowered) == len(text) else []
+    if len(lowered) != len(text):  # a few letters are longer in lower case
+        lowered = text
+    ends = [end.end() for end in SENTENCE_END.finditer(lowered)]
     sentences = []
     start = 0
     for end in [*ends, len(text)]:
