@@ -6,7 +6,7 @@ A folder appears complete or not at all, and replaces nothing but an earlier res
 import os
 import platform
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from rectvlm.labels import LESIONS
 from rectvlm.lesion_bits import lesion_mask
 from rectvlm.lesion_places import LesionLocator, LesionPlace
 from rectvlm.predict.case import LoadedModel, PredictedCase
-from rectvlm.predict.case_page import DISCLAIMER, CaseView, render_page
+from rectvlm.predict.case_page import DISCLAIMER, CaseTruth, CaseView, render_page
 from rectvlm.predict.case_summary import (
     CaseSummary,
     FindingSummary,
@@ -93,8 +93,16 @@ def remove_stale_folders(out: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_case_folder(loaded: LoadedModel, case: PredictedCase, out: Path) -> Path:
+def write_case_folder(
+    loaded: LoadedModel, case: PredictedCase, out: Path, truth: CaseTruth | None = None
+) -> Path:
     """Write a case's folder under a temporary name and rename it; return the folder.
+
+    Args:
+        loaded: model that predicted.
+        case: the case.
+        out: folder in which the case's folder appears.
+        truth: what is known to be true of the case, for its page.
 
     Raises:
         UserError: the folder exists and holds something else.
@@ -103,7 +111,7 @@ def write_case_folder(loaded: LoadedModel, case: PredictedCase, out: Path) -> Pa
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir()
-        _write_case_files(loaded, case, work)
+        _write_case_files(loaded, case, work, truth)
         refuse_to_replace(folder)
         if folder.exists():
             shutil.rmtree(folder)
@@ -113,8 +121,11 @@ def write_case_folder(loaded: LoadedModel, case: PredictedCase, out: Path) -> Pa
     return folder
 
 
-def _write_case_files(loaded: LoadedModel, case: PredictedCase, work: Path) -> None:
+def _write_case_files(
+    loaded: LoadedModel, case: PredictedCase, work: Path, truth: CaseTruth | None
+) -> None:
     view, summary = _describe_case(loaded, case)
+    view = replace(view, truth=truth)
     write_json(work / SUMMARY_FILE, {"$schema": SCHEMA_ID, **asdict(summary)})
     write_json(work / FHIR_FILE, make_diagnostic_report(case.name, summary))
     markdown = render_markdown(case.name, summary)

@@ -1,38 +1,55 @@
 """One self-contained HTML page of a case: slices with lesion outlines, findings, the report.
 
-The page opens without a server. Volumes are in canonical orientation: column 0 of a slice is the
-patient's right and lies on the left of the picture, as radiologists look at it.
+The page needs neither a server nor a network: NiiVue, the CT and the outlines are inside it. The
+patient's right is on the left of the picture, as radiologists look at it. Where the truth is
+known, its outlines, findings and report stand beside the predicted ones.
 """
 
 import base64
-import io
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
 from numpy.typing import NDArray
-from PIL import Image
-from skimage.measure import approximate_polygon, find_contours
+from scipy import ndimage
 
 from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.labels import CT_WINDOWS, LESIONS, Lesion
 from rectvlm.lesion_bits import lesion_mask
 from rectvlm.lesion_places import LesionPlace
 from rectvlm.predict.contradictions import Contradiction
-from rectvlm.types import Affine, Int16Volume, MaskVolume
+from rectvlm.predict.page_volume import PageVolume, encode_mask, reduce_for_page
+from rectvlm.predict.report_sentences import LinkedSentence, link_sentences
+from rectvlm.types import Affine, Int16Volume, JsonObject, MaskVolume
 
 DISCLAIMER = "Research use only; not a medical device."
 
-LONGEST_SIDE_PIXELS = 448
-"""Longest side of a slice's picture, pixels; larger slices are scaled down."""
-MAX_SLICES = 80
-"""Largest number of slices on a page; more are thinned out, and the page says so."""
-MAX_OUTLINES = 150
-"""Largest number of outlines of a lesion in a slice; the page says where some are left out."""
-JPEG_QUALITY = 85
+MAX_PARTS = 6
+"""Largest number of connected parts of a lesion that are listed, largest first."""
+_HERE = Path(__file__).parent
+_NIIVUE_FILE = _HERE / "vendor" / "niivue-0.69.0.umd.js"
+_NIIVUE_LICENCE = _HERE / "vendor" / "LICENSE-niivue.txt"
+_PREDICTED, _TRUE = "predicted", "true"
+
+
+@dataclass(frozen=True)
+class CaseTruth:
+    """What is known to be true of a case."""
+
+    lesion_bits: MaskVolume
+    """Lesion bits (Z, Y, X), on the grid of the case's CT."""
+    lesions_annotated: Mapping[str, bool]
+    """Whether every lesion of a kind was outlined, by lesion key."""
+    labels: Mapping[str, int | None]
+    """1 present, 0 absent, None unknown, by finding."""
+    report_sections: Sequence[tuple[str, str]]
+    """Title and text of each section; empty without a report."""
 
 
 @dataclass(frozen=True)
@@ -59,141 +76,194 @@ class CaseView:
     """Title and text of each section; None when the model has no report generator."""
     facts: Sequence[tuple[str, str]]
     """Name and value of each fact about the file and the model."""
+    truth: CaseTruth | None = None
+    """Truth of the case; None where nobody knows it."""
 
 
 @dataclass(frozen=True)
-class LegendRow:
-    """One lesion in the legend."""
+class LesionPart:
+    """Connected part of a lesion."""
+
+    volume: str
+    """Volume with its unit, in words."""
+    slice_number: int
+    """Number, from 1 at the feet, of the CT's slice with the part's largest area."""
+    voxel: tuple[int, int, int]
+    """Voxel (i, j, k) of the page's grid, inside the part in that slice."""
+
+
+@dataclass(frozen=True)
+class LesionRow:
+    """One kind of lesion in one layer of outlines."""
 
     lesion: Lesion
-    volume: float
-    """Volume, ml."""
+    layer: str
+    """`predicted` or `true`."""
+    volume: str
+    """Volume with its unit, in words."""
     place: str
-    """Place in words."""
-    largest: int
-    """Number of the shown slice with the largest area."""
-    runs: list[tuple[int, int]]
-    """First slice and number of slices of each run of slices with the lesion."""
+    """Place in words; empty for true outlines."""
+    overlap: str
+    """Dice of prediction and truth, in words; empty where either is missing."""
+    parts: list[LesionPart]
+    """Largest parts, largest first."""
+    n_parts: int
+    """Number of all parts."""
 
 
 def render_page(case: CaseView) -> str:
     """Render the page as HTML text."""
     assert case.ct.shape == case.lesion_bits.shape and case.ct.ndim == 3
-    # From head to feet, as slices are read.
-    shown = choose_slices(case.lesion_bits)[::-1]
-    spacing = np.linalg.norm(case.affine[:3, :3], axis=0)
-    volumes = case.volumes_ml or {}
-    present_lesions = [lesion for lesion in LESIONS if volumes.get(lesion.key)]
-    outlines, has_omitted_outlines = _outline_lesions(case.lesion_bits, shown, present_lesions)
-    total_area = np.zeros(len(shown), dtype=np.int64)
-    legend = []
-    for lesion in present_lesions:
-        area = _areas_by_slice(case.lesion_bits, lesion)[shown]
-        total_area += area
-        place = _word_place(case.places.get(lesion.key))
-        legend.append(_legend_row(lesion, volumes[lesion.key], place, area))
-    first = int(total_area.argmax()) if total_area.any() else len(shown) // 2
-    images = {name: _encode_slices(case.ct, shown, name) for name in CT_WINDOWS}
-    slices = []
-    for z in shown:
-        slices.append({"number": int(z) + 1, "mm": round(_slice_height_mm(case, z), 1)})
-    depth, height, width = case.ct.shape
+    layers = {_PREDICTED: case.lesion_bits}
+    if case.truth is not None:
+        assert case.truth.lesion_bits.shape == case.ct.shape
+        layers[_TRUE] = case.truth.lesion_bits
+    volume = reduce_for_page(case.ct, list(layers.values()), case.affine)
+    rows = []
+    for layer, bits in layers.items():
+        rows += _list_lesions(case, layer, bits, volume)
+    style, script = _read("case_page.css"), _read("case_page.js")
+    niivue = _NIIVUE_FILE.read_text(encoding="utf-8")
+    outlined = {row.lesion.key for row in rows if row.layer == _PREDICTED}
     return _load_template().render(
         case=case,
-        sections=_printable_sections(case),
-        data={"images": images, "outlines": outlines, "slices": slices, "first": first},
-        first_image=images["lung"][first],
-        total_slices=depth,
-        size=(width, height),
-        aspect=(width * spacing[2], height * spacing[1]),
-        lesions=legend,
-        absent=[lesion.name for lesion in LESIONS if lesion not in present_lesions],
+        data=_script_json(_page_data(case, volume, rows)),
+        ct=base64.b64encode(volume.ct_nifti_gz).decode("ascii"),
+        masks={
+            layer: base64.b64encode(encode_mask(bits)).decode("ascii")
+            for layer, bits in zip(layers, volume.lesions, strict=True)
+        },
+        policy=_content_security_policy(style, (niivue, script)),
+        style=Markup(style),
+        script=Markup(script),
+        niivue=Markup(niivue),
+        niivue_licence=Markup(_NIIVUE_LICENCE.read_text(encoding="utf-8")),
+        sections=_link_sections(case.report_sections),
+        true_sections=_link_sections(case.truth.report_sections) if case.truth else None,
+        rows=rows,
+        absent=[lesion.name for lesion in LESIONS if lesion.key not in outlined],
+        unknown_lesions=_unknown_lesions(case.truth),
         marked_findings={entry.finding for entry in case.contradictions},
         marked_lesions={entry.lesion for entry in case.contradictions},
         has_region_map=any(place.basis == "regions" for place in case.places.values()),
         cuts=case.thresholds.by_finding(),
         findings=sorted(case.finding_probabilities.items(), key=lambda item: -item[1]),
-        scout=_render_scout(case.ct),
-        scout_aspect=(width * spacing[2], depth * spacing[0]),
-        scout_lines=[round(100 * (1 - (z + 0.5) / depth), 2) for z in shown],
-        thinned=len(shown) < depth,
-        outlines_left_out=has_omitted_outlines,
+        images=_describe_images(case, volume),
         windows=CT_WINDOWS,
         disclaimer=DISCLAIMER,
     )
 
 
-def choose_slices(lesions: MaskVolume, max_slices: int = MAX_SLICES) -> NDArray[np.int64]:
-    """Choose the slices to show, ascending: all, or one of every k neighbours.
-
-    Of neighbours the one with the largest lesion area is shown, and the middle one where there is
-    none: thinning by a plain stride could step over a small nodule.
-    """
-    stride = -(-len(lesions) // max_slices)
-    area = np.count_nonzero(lesions, axis=(1, 2))
-    chosen = []
-    for start in range(0, len(lesions), stride):
-        group = area[start : start + stride]
-        offset = int(group.argmax()) if group.any() else len(group) // 2
-        chosen.append(start + offset)
-    return np.array(chosen, dtype=np.int64)
-
-
-def apply_window(hu: NDArray[Any], name: str) -> NDArray[np.uint8]:
-    """Grey values of HU (Y, X) in a window, whose lower edge is 0 and whose upper edge is 255.
-
-    The result has at most `LONGEST_SIDE_PIXELS` a side.
-    """
-    centre, width = CT_WINDOWS[name]
-    picture = Image.fromarray(hu.astype(np.float32))
-    scale = min(1.0, LONGEST_SIDE_PIXELS / max(picture.size))
-    if scale < 1:
-        size = (round(picture.width * scale), round(picture.height * scale))
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    grey = (np.asarray(picture) - (centre - width / 2)) / width * 255
-    return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+def _page_data(case: CaseView, volume: PageVolume, rows: Sequence[LesionRow]) -> JsonObject:
+    """What the page's script reads."""
+    to_canonical = np.linalg.inv(volume.from_canonical)
+    depth, height, width = case.ct.shape
+    parts = [part.voxel for row in rows for part in row.parts]
+    return {
+        "shape": list(volume.ct.shape),
+        "spacing": list(volume.spacing_mm),
+        "affine": volume.affine.tolist(),
+        "toCanonical": to_canonical.tolist(),
+        "canonicalShape": [depth, height, width],
+        "huStep": volume.hu_step,
+        "windows": {name: list(window) for name, window in CT_WINDOWS.items()},
+        "lesions": [
+            {"key": lesion.key, "bit": lesion.mask_value, "colour": lesion.colour}
+            for lesion in LESIONS
+        ],
+        "start": list(parts[0]) if parts else [size // 2 for size in volume.ct.shape],
+    }
 
 
-def outline_svg_path(mask: NDArray[np.bool_], max_outlines: int = MAX_OUTLINES) -> tuple[str, int]:
-    """One SVG path around a mask (Y, X), and the number of outlines, the shortest, left out.
-
-    A pixel (y, x) covers the square from (x, y) to (x + 1, y + 1).
-    """
-    contours = find_contours(np.pad(mask, 1).astype(np.float32), 0.5)
-    contours.sort(key=len, reverse=True)
-    path = []
-    for contour in contours[:max_outlines]:
-        # Padding moved the mask by one pixel; a pixel's centre lies half a pixel inside its square.
-        points = approximate_polygon(contour - 1 + 0.5, tolerance=0.2)
-        path.append("M" + "L".join(f"{x:.4g} {y:.4g}" for y, x in points[:-1]) + "Z")
-    return "".join(path), max(0, len(contours) - max_outlines)
+def _script_json(value: JsonObject) -> Markup:
+    """JSON inside a script element: no character of it ends the element or opens a comment."""
+    text = json.dumps(value, allow_nan=False)
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def _outline_lesions(
-    lesion_bits: MaskVolume, shown: NDArray[np.int64], lesions: Sequence[Lesion]
-) -> tuple[dict[str, list[str]], bool]:
-    """One SVG path a slice, by lesion key, and whether short outlines were left out."""
-    paths: dict[str, list[str]] = {}
-    omitted_count = 0
-    for lesion in lesions:
-        paths[lesion.key] = []
-        for z in shown:
-            path, count = outline_svg_path(lesion_mask(lesion_bits[z], lesion))
-            paths[lesion.key].append(path)
-            omitted_count += count
-    return paths, omitted_count > 0
+def _content_security_policy(style: str, scripts: Sequence[str]) -> str:
+    """Allow the page's own style and scripts, by hash, and nothing from elsewhere."""
+    allowed_scripts = " ".join(_hash_source(script) for script in scripts)
+    return "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src {allowed_scripts}",
+            f"style-src {_hash_source(style)}",
+            # NiiVue's letters are a picture inside its script.
+            "img-src data: blob:",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
 
 
-def _areas_by_slice(lesion_bits: MaskVolume, lesion: Lesion) -> NDArray[np.int64]:
-    return np.count_nonzero(lesion_mask(lesion_bits, lesion), axis=(1, 2))
+def _hash_source(text: str) -> str:
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
 
 
-def _legend_row(lesion: Lesion, volume_ml: float, place: str, area: NDArray[np.int64]) -> LegendRow:
-    edges = np.flatnonzero(np.diff(np.r_[0, area > 0, 0]))
-    runs = []
-    for start, stop in zip(edges[::2], edges[1::2], strict=True):
-        runs.append((int(start), int(stop - start)))
-    return LegendRow(lesion, volume_ml, place, int(area.argmax()), runs)
+def _list_lesions(
+    case: CaseView, layer: str, bits: MaskVolume, volume: PageVolume
+) -> list[LesionRow]:
+    voxel_ml = abs(float(np.linalg.det(case.affine[:3, :3]))) / 1000
+    rows = []
+    for lesion in LESIONS:
+        mask = lesion_mask(bits, lesion)
+        if not mask.any():
+            continue
+        parts, n_parts = _list_parts(mask, voxel_ml, volume)
+        volume_ml = float(np.count_nonzero(mask)) * voxel_ml
+        if layer == _PREDICTED and case.volumes_ml is not None:
+            volume_ml = case.volumes_ml[lesion.key]
+        place = _word_place(case.places.get(lesion.key)) if layer == _PREDICTED else ""
+        overlap = _word_overlap(case, lesion) if layer == _PREDICTED else ""
+        words = _word_volume(volume_ml)
+        rows.append(LesionRow(lesion, layer, words, place, overlap, parts, n_parts))
+    return rows
+
+
+def _list_parts(
+    mask: NDArray[np.bool_], voxel_ml: float, volume: PageVolume
+) -> tuple[list[LesionPart], int]:
+    """The largest connected parts of a mask (Z, Y, X), largest first, and the number of all."""
+    (box,) = ndimage.find_objects(mask.view(np.uint8))
+    labels, n_parts = ndimage.label(mask[box], np.ones((3, 3, 3)))
+    sizes = np.bincount(labels.reshape(-1))[1:]
+    part_boxes = ndimage.find_objects(labels)
+    parts = []
+    for index in np.argsort(-sizes, kind="stable")[:MAX_PARTS]:
+        part_box = part_boxes[index]
+        inside = _centre_voxel(labels[part_box] == index + 1)
+        start = [outer.start + inner.start for outer, inner in zip(box, part_box, strict=True)]
+        z, y, x = np.array(start) + inside
+        on_page = np.rint(volume.from_canonical @ [z, y, x, 1])[:3].astype(int)
+        i, j, k = np.clip(on_page, 0, np.array(volume.ct.shape) - 1)
+        words = _word_volume(float(sizes[index]) * voxel_ml)
+        parts.append(LesionPart(words, int(z) + 1, (int(i), int(j), int(k))))
+    return parts, int(n_parts)
+
+
+def _centre_voxel(part: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Voxel (z, y, x) of a part, in its slice of largest area, nearest to that slice's centre."""
+    z = int(part.sum(axis=(1, 2)).argmax())
+    pixels = np.argwhere(part[z])
+    y, x = pixels[((pixels - pixels.mean(axis=0)) ** 2).sum(axis=1).argmin()]
+    return np.array([z, y, x])
+
+
+def _word_overlap(case: CaseView, lesion: Lesion) -> str:
+    """Dice of the predicted and the true outline, 2 |A ∩ B| / (|A| + |B|), in words."""
+    if case.truth is None or not case.truth.lesions_annotated.get(lesion.key):
+        return ""
+    predicted = lesion_mask(case.lesion_bits, lesion)
+    true = lesion_mask(case.truth.lesion_bits, lesion)
+    both = np.count_nonzero(predicted & true)
+    dice = 2 * both / (np.count_nonzero(predicted) + np.count_nonzero(true))
+    return f"Dice {dice:.2f}"
+
+
+def _word_volume(volume_ml: float) -> str:
+    return f"{volume_ml:.1f} ml" if volume_ml >= 0.1 else "< 0.1 ml"
 
 
 def _word_place(place: LesionPlace | None) -> str:
@@ -205,27 +275,30 @@ def _word_place(place: LesionPlace | None) -> str:
     return place.wording
 
 
-def _encode_slices(ct: Int16Volume, shown: NDArray[np.int64], window: str) -> list[str]:
-    return [_encode_jpeg(apply_window(ct[z], window)) for z in shown]
+def _unknown_lesions(truth: CaseTruth | None) -> list[str]:
+    """Names of the lesions whose true outlines nobody drew."""
+    if truth is None:
+        return []
+    return [lesion.name for lesion in LESIONS if not truth.lesions_annotated.get(lesion.key)]
 
 
-def _slice_height_mm(case: CaseView, z: int) -> float:
-    """World z of a slice's centre, mm."""
-    _, height, width = case.ct.shape
-    return float((case.affine @ [z, (height - 1) / 2, (width - 1) / 2, 1])[2])
+def _describe_images(case: CaseView, volume: PageVolume) -> str:
+    """How the pictures of the page differ from the file, in words."""
+    i, j, k = volume.ct.shape
+    x, y, z = volume.spacing_mm
+    size = f"{i} × {j} × {k} voxels of {x:.2f} × {y:.2f} × {z:.2f} mm (x, y, z)"
+    kind = "means of the CT's voxels" if volume.is_resampled else "the CT's own voxels"
+    hu = "exact" if volume.hu_step == 1 else f"exact to {volume.hu_step / 2:g}"
+    cut = "" if volume.ct.size == case.ct.size else ", cut to the body"
+    return f"{size}, {kind}{cut}; HU {hu}"
 
 
-def _render_scout(ct: Int16Volume) -> str:
-    """A frontal view: mean HU along y, head up, the patient's right on the left; a base64 JPEG."""
-    mean = np.clip(ct, -1000, 1000).mean(axis=1)[::-1]
-    low, high = np.percentile(mean, [1, 99.5])
-    return _encode_jpeg(np.clip((mean - low) / max(high - low, 1) * 255, 0, 255).astype(np.uint8))
-
-
-def _printable_sections(case: CaseView) -> list[tuple[str, str]] | None:
-    if case.report_sections is None:
+def _link_sections(
+    sections: Sequence[tuple[str, str]] | None,
+) -> list[tuple[str, list[LinkedSentence]]] | None:
+    if sections is None:
         return None
-    return [(title, _remove_control_characters(text)) for title, text in case.report_sections]
+    return [(title, link_sentences(_remove_control_characters(text))) for title, text in sections]
 
 
 def _remove_control_characters(text: str) -> str:
@@ -233,15 +306,14 @@ def _remove_control_characters(text: str) -> str:
     return "".join(letter for letter in text if letter.isprintable() or letter == "\n")
 
 
-def _encode_jpeg(grey: NDArray[np.uint8]) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(grey).save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+def _read(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
 
 
+@cache
 def _load_template() -> Template:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(_HERE),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
