@@ -33,9 +33,11 @@ def faults(summary: dict) -> list[str]:
         # How long it takes is the machine's.
         if not target["met"] and target["name"] != "minutes":
             found.append(f"{target['name']} is {target['found']}, wanted {target['wanted']}")
-    pages = [Path(row["page"]) for row in summary.get("real_cts", [])]
-    if not pages:
+    if not summary.get("real_cts"):
         found.append("no real CT was predicted")
+    pages = [Path(page) for page in summary.get("pages", [])]
+    if not pages:
+        found.append("no pages")
     return found + [f"{page} is not there" for page in pages if not page.is_file()]
 
 

@@ -74,8 +74,13 @@ def _load_sample_ct(ct: SampleCt, folder: Path) -> CaseData:
     )
 
 
+def phantom_key(seed: int) -> str:
+    """Key of the case of a phantom."""
+    return f"phantom_{seed:06d}"
+
+
 def _phantom_case(seed: int, split: Split, style: str, supervision: PhantomSupervision) -> Case:
-    key = f"phantom_{seed:06d}"
+    key = phantom_key(seed)
     style_note = "" if style == VARIED_STYLE.name else f", {style}"
     supervision_note = "" if supervision == "complete" else f", supervision {supervision}"
     return Case(

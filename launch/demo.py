@@ -26,6 +26,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from data_pipeline.demo_cases import FIRST_VALID_SEED, phantom_key
 from data_pipeline.sample_cts import SAMPLE_CT_FOLDER, SAMPLE_CTS
 from launch.commands import TWO_CPU_PROCESSES, Command, run_commands, run_guarded
 from launch.demo_summary import (
@@ -42,13 +43,15 @@ from rectvlm.config import load_config, phase_key
 from rectvlm.files import write_json
 from rectvlm.finding_thresholds import THRESHOLDS_FILE
 from rectvlm.machine import count_cores
-from rectvlm.phantom.patient_plan import CT_RATE_STYLE, PLAIN_STYLE, PhantomStyle
+from rectvlm.phantom.patient_plan import CT_RATE_STYLE, PLAIN_STYLE, PhantomStyle, draw_patient_plan
 from rectvlm.phantom.supervision import TrainingSupervision
 from rectvlm.types import UserError
 
 PHASES = (1, 2, 3)
 EVALUATION_BATCH_SIZE = 16
 """Number of cases that are predicted together."""
+SHOWN_CASE = "held-out case"
+"""Name of the command that makes a page with prediction and truth side by side."""
 STYLES: dict[TrainingSupervision, PhantomStyle] = {
     "complete": PLAIN_STYLE,
     "ct-rate": CT_RATE_STYLE,
@@ -121,12 +124,12 @@ def plan_commands(
     folder = Path(config.train.runs) / config.name
     cores = count_cores()
     config_options = ("--config", source, *overrides)
-    style = STYLES[supervision]
+    style, size = STYLES[supervision], find_size(source)
 
     preprocess = [sys.executable, "-m", "data_pipeline.preprocess", *config_options]
     preprocess += ["--phantom-style", style.name, "--phantom-supervision", supervision]
     preprocess += ["--phantoms", str(cases.train), "--valid-phantoms", str(cases.valid)]
-    if find_size(source) == "learn":
+    if size == "learn":
         preprocess += ["--no-samples", "--samples-per-shard", "24"]
     commands = [Command("shards", tuple(preprocess), cores)]
     for phase in phases:
@@ -138,10 +141,15 @@ def plan_commands(
                 "section."
             )
         accelerate = (_tool("accelerate"), "launch", "--config_file", launcher)
+        train = [*accelerate, f"launch/phase{phase}.py", "--restart", *config_options]
+        if phase == 3 and size == "learn":
+            # The language model is not packed to 4 bits, so its layers need not be gathered either:
+            # each process holds all of it.
+            train += ["--ds-config", "ds_configs/phase3_zero2.json"]
         commands.append(
             Command(
                 f"phase {phase}",
-                (*accelerate, f"launch/phase{phase}.py", "--restart", *config_options),
+                tuple(train),
                 threads=max(1, cores // 2),
                 steps=math.ceil(settings.samples / settings.global_batch),
                 metrics_path=folder / key / "metrics.jsonl",
@@ -156,13 +164,27 @@ def plan_commands(
     commands.append(Command("evaluation", tuple(evaluate), max(1, cores // 2)))
     thresholds = ("--thresholds", str((folder / EVALUATION_FILE).with_name(THRESHOLDS_FILE)))
     results = ("--out", str(folder / "predictions"))
+    rectvlm_predict = (_tool("rectvlm"), "predict")
+    options = (*checkpoint, *results, *thresholds)
+    shown_key = choose_shown_case(cases.valid, style)
+    shown = (*rectvlm_predict, str(config.data.shards), "--keys", shown_key, *options)
+    commands.append(Command(SHOWN_CASE, shown, cores))
     fetch = (sys.executable, "-m", "data_pipeline.sample_cts")
     commands.append(Command("real CTs", fetch, 1))
     for ct in SAMPLE_CTS:
         file = str(ct.volume_path(SAMPLE_CT_FOLDER))
-        predict = (_tool("rectvlm"), "predict", file, *checkpoint, *results, *thresholds)
-        commands.append(Command(ct.name, predict, cores))
+        commands.append(Command(ct.name, (*rectvlm_predict, file, *options), cores))
     return commands
+
+
+def choose_shown_case(valid_count: int, style: PhantomStyle) -> str:
+    """Return the key of the held-out phantom with most findings, whose page shows most."""
+
+    def count_findings(seed: int) -> int:
+        return sum(draw_patient_plan(seed, style).present.values())
+
+    seeds = range(FIRST_VALID_SEED, FIRST_VALID_SEED + valid_count)
+    return phantom_key(max(seeds, key=count_findings))
 
 
 def _tool(name: str) -> str:
@@ -204,7 +226,10 @@ def _run_demo(options: argparse.Namespace, console: Console) -> int:
         f"All figures are in {folder}/{SUMMARY_FILE}, tables in {folder}/{TABLES_FILE}.",
     )
     for ct in summary.real_cts:
-        console.print(ct.describe(), f"Open {ct.page} in a browser.", sep="\n", highlight=False)
+        console.print(ct.describe(), highlight=False, soft_wrap=True)
+    console.print("Open in a browser, the first with the truth beside the prediction:")
+    for page in summary.pages:
+        console.print(f"    {page}", highlight=False, soft_wrap=True)
     is_good = all(target.is_met for target in summary.targets)
     return 0 if is_good or not options.strict else 1
 

@@ -63,8 +63,6 @@ class RealCt:
     """A real CT that was predicted and not trained on."""
 
     case: str
-    page: str
-    """Page of the case, for a browser."""
     outlined_ml: float
     """Volume of all outlines, ml."""
     outside_chest_ml: float
@@ -104,6 +102,8 @@ class DemoSummary:
     lesions: dict[str, LesionScores]
     cases: CaseCounts
     real_cts: list[RealCt]
+    pages: list[str]
+    """Pages of predicted cases, for a browser: the held-out phantom first, with its truth."""
     phases: list[PhaseSummary]
     evaluation: str
     """Path of the file that holds all figures of the evaluation."""
@@ -165,6 +165,7 @@ def summarize_demo(
             reports=0 if reports is None else reports["image"]["n"],
         ),
         real_cts=real_cts,
+        pages=_list_pages(folder / "predictions"),
         phases=phase_summaries,
         evaluation=str(folder / EVALUATION_FILE),
         machine=metrics["machine"],
@@ -172,6 +173,14 @@ def summarize_demo(
         stages=list(commands),
         seconds=seconds,
     )
+
+
+def _list_pages(predictions: Path) -> list[str]:
+    """List the pages of predicted cases, those of real CTs last."""
+    real = {ct.name for ct in SAMPLE_CTS}
+    folders = [path.parent for path in predictions.glob("*/index.html")]
+    folders.sort(key=lambda folder: (folder.name in real, folder.name))
+    return [str(folder / "index.html") for folder in folders]
 
 
 def measure_real_cts(predictions: Path, samples: Path = SAMPLE_CT_FOLDER) -> list[RealCt]:
@@ -192,7 +201,6 @@ def _measure_real_ct(ct: SampleCt, folder: Path, samples: Path) -> RealCt:
     is_tumour = tumour.array > 0
     return RealCt(
         case=ct.name,
-        page=str(folder / "index.html"),
         outlined_ml=round(float((bits > 0).sum() * voxel_ml), 1),
         outside_chest_ml=round(_count_outside_chest(bits, volume) * voxel_ml, 2),
         tumour_ml=round(float(is_tumour.sum() * voxel_ml), 2),

@@ -156,6 +156,12 @@ def _add_predict_arguments(predict: argparse.ArgumentParser) -> None:
         help="DICOM series of each study; by default the chest CT is chosen",
     )
     predict.add_argument(
+        "--keys",
+        nargs="+",
+        metavar="KEY",
+        help="cases of the folder or URL of shards that is given: their pages show the truth too",
+    )
+    predict.add_argument(
         "--store",
         metavar="URL",
         help="dicomweb[s]://HOST:PORT/PATH of a PACS that gets the DICOM objects of the results",
@@ -428,8 +434,8 @@ def _run_predict(options: argparse.Namespace) -> None:
     from rectvlm.predict.dicomweb import read_service_address, read_study_address
 
     store = read_service_address(options.store) if options.store is not None else None
-    address = read_study_address(options.source)
-    if address is None:
+    address = read_study_address(options.source) if options.keys is None else None
+    if address is None and options.keys is None:
         options.source = _existing_path(options.source)
     _check_checkpoint(options.checkpoint)
     _check_device(options.device)
@@ -437,7 +443,11 @@ def _run_predict(options: argparse.Namespace) -> None:
     from rectvlm.predict.run import predict_cases
 
     inputs = (options.checkpoint, options.out, options.device, options.thresholds, options.series)
-    if address is None:
+    if options.keys is not None:
+        from rectvlm.predict.shard_case import predict_shard_cases
+
+        folders = predict_shard_cases(options.source, options.keys, *inputs[:4])
+    elif address is None:
         folders = predict_cases(options.source, *inputs)
     else:
         folders = predict_from_pacs(address, *inputs)

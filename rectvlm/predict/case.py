@@ -4,6 +4,8 @@ Index order: (i, j, k) as in the file, (z, y, x) canonical.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from rectvlm.config import Config
 from rectvlm.data.canonical_grid import canonical_affine, mask_to_native, resample_to_grid
 from rectvlm.data.dataset import collate_samples
 from rectvlm.data.hounsfield import to_hu
+from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.models import RectVLM
 from rectvlm.predict.ct_source import CtSource
@@ -33,6 +36,29 @@ class LoadedModel:
 
     model: RectVLM
     checkpoint: Checkpoint
+
+    @classmethod
+    def open(
+        cls,
+        checkpoint: Checkpoint,
+        device: str | None = None,
+        thresholds: str | Path | None = None,
+    ) -> Self:
+        """Load a model.
+
+        Args:
+            checkpoint: of a run or of an exported model.
+            device: device of the model, by default the GPU if there is one.
+            thresholds: file of thresholds for calls and prompts; by default those of the model.
+
+        Raises:
+            UserError: the weights do not fit, or there is no such file.
+        """
+        own_thresholds = None if thresholds is None else FindingThresholds.read(Path(thresholds))
+        model = RectVLM.from_checkpoint(checkpoint, device)
+        if own_thresholds is not None:
+            model.thresholds = own_thresholds
+        return cls(model, checkpoint)
 
 
 @dataclass(frozen=True)

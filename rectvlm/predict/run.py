@@ -22,8 +22,6 @@ from rectvlm.files import (
     require_writable_folder,
     write_json,
 )
-from rectvlm.finding_thresholds import FindingThresholds
-from rectvlm.models import RectVLM
 from rectvlm.predict.case import LoadedModel, predict_case
 from rectvlm.predict.case_folder import (
     PAGE_FILE,
@@ -141,13 +139,9 @@ def predict_cases(
     for name in names:
         refuse_to_replace(out / name)
     opened = Checkpoint.open(checkpoint)
-    own_thresholds = None if thresholds is None else FindingThresholds.read(Path(thresholds))
     require_writable_folder(out)
     remove_stale_folders(out)
-    model = RectVLM.from_checkpoint(opened, device)
-    if own_thresholds is not None:
-        model.thresholds = own_thresholds
-    loaded = LoadedModel(model, opened)
+    loaded = LoadedModel.open(opened, device, thresholds)
     is_one_file = source.is_file() and detect_format(source) != "zip"
     if is_one_file and source.name.upper() != "DICOMDIR":
         return [_predict_single_file(loaded, names[0], found.sources[0], out)]

@@ -44,7 +44,7 @@ EXTERNAL_MODELS: dict[str, ExternalModel] = {
 BUNDLED_MODELS: dict[str, str] = {
     "minilm-l6-v2": "text encoder of demo",
     "smollm2-135m-instruct": "language model of learn",
-    "smollm2-20-layers": "language model of demo, without the middle layers of the one of learn",
+    "smollm2-20-layers": "language model of demo, without the middle layers of SmolLM2-135M",
     "tiny-bert": "text encoder of tiny, random weights",
     "tiny-llama": "language model of tiny, random weights",
 }

@@ -94,7 +94,7 @@ def test_the_commands_are_those_a_user_would_type() -> None:
     commands = plan_commands("demo", ["name=other"], CASES_4)
     names = [command.name for command in commands]
     assert names[:4] == ["shards", "phase 1", "phase 2", "phase 3"]
-    assert names[4:] == ["evaluation", "real CTs", "lung1", "lung2"]
+    assert names[4:] == ["evaluation", "held-out case", "real CTs", "lung1", "lung2"]
     shards, *phases = commands[:4]
     assert shards.command[shards.command.index("--phantom-style") + 1] == "plain"
     assert shards.command[shards.command.index("--phantoms") + 1] == "4"
@@ -103,16 +103,16 @@ def test_the_commands_are_those_a_user_would_type() -> None:
         assert phase.command[1:4] == ("launch", "--config_file", TWO_CPU_PROCESSES)
         assert "name=other" in phase.command and (CHECKOUT / phase.command[4]).is_file()
         assert phase.metrics_path is not None and phase.metrics_path.parts[:2] == ("runs", "other")
-    for command in (commands[4], *commands[6:]):
+    for command in (*commands[4:6], *commands[7:]):
         assert "runs/other/phase3" in command.command
-    assert "data/samples/lung1.nii.gz" in commands[6].command
+    assert "data/samples/lung1.nii.gz" in commands[7].command
+    assert commands[5].command[2:5] == ("data/shards/demo", "--keys", "phantom_100001")
 
 
 def test_the_demo_trains_with_zero_3_and_4_bits() -> None:
     """No command takes the engine that phase 3 runs by default away."""
-    for source in ("demo", "learn"):
-        commands = plan_commands(source, [], CASES_4)
-        assert not any("--ds-config" in command.command for command in commands)
+    commands = plan_commands("demo", [], CASES_4)
+    assert not any("--ds-config" in command.command for command in commands)
     assert load_config("demo").generator.quantization == "nf4"
 
 
@@ -191,6 +191,7 @@ def test_the_summary_says_what_the_run_wrote(demo_folder: Path) -> None:
     assert phase.losses["classification"].last == pytest.approx(phase.loss_last)
     assert summary.cases.valid == 3 and summary.cases.reports == 0
     assert summary.lesions == {} and summary.real_cts == []
+    assert [Path(page).parent.name for page in summary.pages] == ["case"]
     assert summary.machine["cores"] >= 1 and summary.seconds == 15.5
     json.dumps(summary.to_json(), allow_nan=False)
     console = Console(record=True, width=100, file=io.StringIO())
@@ -216,8 +217,7 @@ def test_the_check_of_continuous_integration_sees_what_is_missing(demo_folder: P
     assert spec is not None and spec.loader is not None
     check = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(check)
-    page = demo_folder / "predictions" / "case" / "index.html"
-    real_ct = RealCt("case", str(page), 10.0, 0.0, 1.0, 0.5)
+    real_ct = RealCt("case", 10.0, 0.0, 1.0, 0.5)
     done = [FinishedCommand("phase 1", "…", 12.5, "log")]
     measured = summarize_demo(demo_folder, [1], done, "demo", "complete", PLAIN_STYLE)
     summary = replace(measured, targets=[], real_cts=[real_ct]).to_json()
@@ -231,6 +231,8 @@ def test_the_check_of_continuous_integration_sees_what_is_missing(demo_folder: P
     risen = [row | {"phase": 1}, row | {"phase": 2}, row | {"phase": 3, "loss_last": 3.0}]
     assert check.faults(whole | {"phases": risen}) == ["the loss of phase 3 went from 2.0 to 3.0"]
     assert check.faults(whole | {"real_cts": []}) == ["no real CT was predicted"]
+    assert check.faults(whole | {"pages": []}) == ["no pages"]
+    assert check.faults(whole | {"pages": ["/none"]}) == ["/none is not there"]
     missed = [asdict(DemoTarget(name, 0.9, 0.5)) | {"met": False} for name in ("AUROC", "minutes")]
     assert check.faults(whole | {"targets": missed}) == ["AUROC is 0.5, wanted 0.9"]
 
@@ -279,7 +281,8 @@ def test_the_tables_say_what_is_missing() -> None:
         findings={"Emphysema": None},
         lesions={"lung_nodule": LesionScores(0.7, 0.6, 0.8, 0.5, 12.5)},
         cases=CaseCounts(train=4, valid=2, reports=1),
-        real_cts=[RealCt("lung1", "page", 10.0, 0.0, 1.36, 0.5)],
+        real_cts=[RealCt("lung1", 10.0, 0.0, 1.36, 0.5)],
+        pages=[],
         phases=[],
         evaluation="metrics.json",
         machine={"cores": 2, "cpu": "one"},
