@@ -68,6 +68,10 @@ def check_sample(
         recorder.expect_or_fault(
             stored == indexed, f"{name} {indexed!r} as in the index", repr(stored)
         )
+    outlined = tuple(lesion.key for lesion in present_lesions(sample.lesions))
+    recorder.expect_or_fault(
+        outlined == location.outlined, f"outlines of {location.outlined} as in the index", outlined
+    )
     recorder.expect_or_fault(meta.spacing == spacing, f"a spacing of {spacing} mm", meta.spacing)
     shape = sample.ct.shape
     if not recorder.expect_or_fault(shape == grid, f"volumes of {grid} voxels", shape):

@@ -4,7 +4,6 @@ Index order: (i, j, k) as in the file, (z, y, x) canonical.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -42,22 +41,21 @@ class LoadedModel:
         cls,
         checkpoint: Checkpoint,
         device: str | None = None,
-        thresholds: str | Path | None = None,
+        thresholds: FindingThresholds | None = None,
     ) -> Self:
         """Load a model.
 
         Args:
             checkpoint: of a run or of an exported model.
             device: device of the model, by default the GPU if there is one.
-            thresholds: file of thresholds for calls and prompts; by default those of the model.
+            thresholds: thresholds for calls and prompts; by default those of the model.
 
         Raises:
-            UserError: the weights do not fit, or there is no such file.
+            UserError: the weights do not fit.
         """
-        own_thresholds = None if thresholds is None else FindingThresholds.read(Path(thresholds))
         model = RectVLM.from_checkpoint(checkpoint, device)
-        if own_thresholds is not None:
-            model.thresholds = own_thresholds
+        if thresholds is not None:
+            model.thresholds = thresholds
         return cls(model, checkpoint)
 
 

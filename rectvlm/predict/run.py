@@ -22,6 +22,7 @@ from rectvlm.files import (
     require_writable_folder,
     write_json,
 )
+from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.predict.case import LoadedModel, predict_case
 from rectvlm.predict.case_folder import (
     PAGE_FILE,
@@ -139,9 +140,10 @@ def predict_cases(
     for name in names:
         refuse_to_replace(out / name)
     opened = Checkpoint.open(checkpoint)
+    own_thresholds = None if thresholds is None else FindingThresholds.read(Path(thresholds))
     require_writable_folder(out)
     remove_stale_folders(out)
-    loaded = LoadedModel.open(opened, device, thresholds)
+    loaded = LoadedModel.open(opened, device, own_thresholds)
     is_one_file = source.is_file() and detect_format(source) != "zip"
     if is_one_file and source.name.upper() != "DICOMDIR":
         return [_predict_single_file(loaded, names[0], found.sources[0], out)]

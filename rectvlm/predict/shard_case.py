@@ -14,6 +14,7 @@ from rectvlm.data.dataset import collate_samples
 from rectvlm.data.shards import SampleLocation, ShardIndex, read_index, read_sample
 from rectvlm.data.store import ShardStore
 from rectvlm.files import require_writable_folder
+from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.labels import FINDINGS
 from rectvlm.predict.case import LoadedModel, PredictedCase
 from rectvlm.predict.case_folder import (
@@ -63,9 +64,10 @@ def predict_shard_cases(
             f"the model was trained on {data.grid} at {data.spacing} mm: give the shards that it "
             "was trained on."
         )
+    own_thresholds = None if thresholds is None else FindingThresholds.read(Path(thresholds))
     require_writable_folder(out)
     remove_stale_folders(out)
-    loaded = LoadedModel.open(opened, device, thresholds)
+    loaded = LoadedModel.open(opened, device, own_thresholds)
     folders = []
     for location in locations:
         case, truth = predict_sample(loaded, read_sample(store, location))

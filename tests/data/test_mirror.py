@@ -111,7 +111,7 @@ def sided(sample: Sample) -> Sample:
     lesions, regions = np.zeros_like(sample.lesions), np.zeros_like(sample.regions)
     ids = {name: region.id for name, region in REGION_BY_NAME.items()}
     right, left = slice(5, 20), slice(28, 43)
-    ct[:, 6:42, 3:45] = 40
+    ct[:, 6:42, 2:46] = 40  # a chest wall of three voxels, as coarse grids show it
     ct[1:-1, 10:38, right] = ct[1:-1, 10:38, left] = -900
     for side, columns in (("right", right), ("left", left)):
         regions[:8, 10:38, columns], regions[8:, 10:38, columns] = (
