@@ -15,6 +15,9 @@ DemoSize = Literal["demo", "learn"]
 """Minutes of training, or a proof of learning."""
 MAX_MINUTES = {"demo": 10, "learn": 20}
 """Time that all commands together may take on two CPU cores by size, minutes."""
+MAX_OUTSIDE_CHEST_ML = 1
+"""Volume of outlines that may lie outside the chest, ml. On the model's grid it is 0; brought to
+the finer voxels of the CT, an outline at the border crosses it by parts of a voxel."""
 MAX_FALSE_POSITIVE_ML = 20
 """Mean volume of a lesion that may be drawn in cases without it, ml."""
 
@@ -115,7 +118,10 @@ def _list_short_targets(figures: DemoFigures) -> list[DemoTarget]:
         DemoTarget("F1 lost without the image", 0.30, figures.f1_lost_without_image),
     ]
     outside = DemoTarget(
-        "ml outlined outside the chest in the real CTs", 0, figures.outside_chest_ml, at_most=True
+        "ml outlined outside the chest in the real CTs",
+        MAX_OUTSIDE_CHEST_ML,
+        figures.outside_chest_ml,
+        at_most=True,
     )
     minutes = DemoTarget("minutes", MAX_MINUTES["demo"], figures.minutes, at_most=True)
     return [*targets, outside, minutes]

@@ -235,6 +235,8 @@ def test_the_check_of_continuous_integration_sees_what_is_missing(demo_folder: P
     assert check.faults(whole | {"pages": ["/none"]}) == ["/none is not there"]
     missed = [asdict(DemoTarget(name, 0.9, 0.5)) | {"met": False} for name in ("AUROC", "minutes")]
     assert check.faults(whole | {"targets": missed}) == ["AUROC is 0.5, wanted 0.9"]
+    assert check.faults(whole | {"targets": [missed[0] | {"found": 0.89}]}) == []
+    assert check.faults(whole | {"targets": [missed[0] | {"found": None}]}) != []
 
 
 def test_a_real_ct_says_how_much_of_its_tumour_was_found(tmp_path: Path) -> None:

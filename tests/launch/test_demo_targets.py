@@ -97,7 +97,7 @@ def test_minutes_of_training_have_targets_of_their_own() -> None:
 
     assert not missed_names() and not missed_names(report_f1=0.81, laterality=0.5)
     outside = "ml outlined outside the chest in the real CTs"
-    assert missed_names(outside_chest_ml=0.1) == {outside}
+    assert missed_names(outside_chest_ml=1.1) == {outside}
     assert missed_names(outside_chest_ml=None) == {outside}
     assert missed_names(minutes=11.0) == {"minutes"}
     assert missed_names(report_f1_without_image=0.7) == {"F1 lost without the image"}
