@@ -132,13 +132,22 @@ def test_the_peak_is_the_allocators(phase: int) -> None:
     assert predicted == pytest.approx(measured_peak(*real(config, phase), config, phase), rel=0.03)
 
 
+TRAINS_ALL = [
+    "train.phases.phase3.lr={encoder: 2.0e-4, classifier: 2.0e-4, localizer: 1.0e-3, "
+    "generator: 2.0e-3}"
+]
 SIZES = [
     pytest.param("demo", 2, [], id="demo-2"),
     # Convolutions of 4 channels are padded in scratch memory: more than checkpointing leaves.
     pytest.param("tiny", 3, CHECKPOINTED, id="tiny-3-checkpointed"),
     pytest.param("tiny", 3, [*CHECKPOINTED, "localizer.channels=[16,32,32]"], id="tiny-3-wider"),
-    pytest.param("demo", 3, [], id="demo-3"),
-    pytest.param("demo", 3, ["generator.activation_checkpointing=true"], id="demo-3-checkpointed"),
+    pytest.param("demo", 3, TRAINS_ALL, id="demo-3"),
+    pytest.param(
+        "demo",
+        3,
+        [*TRAINS_ALL, "generator.activation_checkpointing=true"],
+        id="demo-3-checkpointed",
+    ),
     pytest.param("demo", 2, ["data.grid=[32,128,128]"], id="larger-grid"),
     pytest.param(
         "tiny",
