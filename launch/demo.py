@@ -45,6 +45,7 @@ from rectvlm.finding_thresholds import THRESHOLDS_FILE
 from rectvlm.machine import count_cores
 from rectvlm.phantom.patient_plan import CT_RATE_STYLE, PLAIN_STYLE, PhantomStyle, draw_patient_plan
 from rectvlm.phantom.supervision import TrainingSupervision
+from rectvlm.runs.run_files import METRICS_FILE
 from rectvlm.types import UserError
 
 PHASES = (1, 2, 3)
@@ -152,7 +153,7 @@ def plan_commands(
                 tuple(train),
                 threads=max(1, cores // 2),
                 steps=math.ceil(settings.samples / settings.global_batch),
-                metrics_path=folder / key / "metrics.jsonl",
+                metrics_path=folder / key / METRICS_FILE,
             )
         )
 
