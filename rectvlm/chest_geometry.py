@@ -20,8 +20,9 @@ MIN_BONE_HU = 150
 _GRID_MM = 4.0
 """Voxel size at which the compartments are found."""
 _THIN_OBJECT_MM = 7.0
-"""Half the thickness of what is no part of the body: table, lines and sheets. A chest wall of one
-or two coarse voxels is thicker."""
+"""Half the thickness, rounded to voxels and at least one, below which an object is no part of the
+body: table, lines and sheets. A fixed number of voxels would take the chest wall of a coarse grid.
+"""
 _MIN_LUNG_ML = 100.0
 """Volume of the smallest pair of lungs."""
 _MIN_LUNG_PART = 0.2
