@@ -134,9 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.tokens < 2:
         raise UserError("--tokens must be at least 2, to time what follows the first; found 1.")
     config = load_config(options.config, options.overrides)
-    rows = measure_generation(
-        config, options.layers, options.batch, options.tokens, options.rounds
-    )
+    rows = measure_generation(config, options.layers, options.batch, options.tokens, options.rounds)
     facts = {
         "versions": package_versions(),
         "config": config.name,

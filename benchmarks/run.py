@@ -107,7 +107,18 @@ def _machine_limits(hardware: Hardware, scale: Scale) -> list[str]:
 
 def _preprocess(hardware: Hardware, scale: Scale) -> list[str]:
     if scale == "smallest":
-        return "--volumes 1 --slices 61 --rounds 1 --cases 3 --workers 1".split()
+        return [
+            "--volumes",
+            "1",
+            "--slices",
+            "61",
+            "--rounds",
+            "1",
+            "--cases",
+            "3",
+            "--workers",
+            "1",
+        ]
     workers = hardware.worker_counts
     if scale == "full":
         return ["--slices", hardware.slices, "--rounds", "5", "--workers", *workers]
@@ -117,7 +128,7 @@ def _preprocess(hardware: Hardware, scale: Scale) -> list[str]:
 
 def _loader(hardware: Hardware, scale: Scale) -> list[str]:
     if scale == "smallest":
-        return "--samples 2 --rounds 1 --slices 61 --workers 1".split()
+        return ["--samples", "2", "--rounds", "1", "--slices", "61", "--workers", "1"]
     workers = ["--workers", *hardware.worker_counts]
     if scale == "full":
         return [*workers, "--samples", "12", "--rounds", "5", "--slices", hardware.slices]
@@ -126,7 +137,7 @@ def _loader(hardware: Hardware, scale: Scale) -> list[str]:
 
 def _attention(hardware: Hardware, scale: Scale) -> list[str]:
     if scale == "smallest":
-        return "--sides 2 4 --heads 2 --rounds 2".split()
+        return ["--sides", "2", "4", "--heads", "2", "--rounds", "2"]
     if hardware.gpus or scale == "full":
         return []
     return ["--sides", "4", "8", "12", "--rounds", "5"]
@@ -134,7 +145,7 @@ def _attention(hardware: Hardware, scale: Scale) -> list[str]:
 
 def _encoder(hardware: Hardware, scale: Scale) -> list[str]:
     if scale == "smallest":
-        return "--config tiny --rounds 1 --grids 16x48x48".split()
+        return ["--config", "tiny", "--rounds", "1", "--grids", "16x48x48"]
     if hardware.gpus:
         return ["--config", hardware.config, "--grids", "32x256x256", "64x512x512"]
     grids = ["16x48x48", "24x96x112", *(["32x128x128"] if scale == "full" else [])]
@@ -144,7 +155,7 @@ def _encoder(hardware: Hardware, scale: Scale) -> list[str]:
 def _engine_step(hardware: Hardware, scale: Scale) -> list[str]:
     variants = ["--variants", "zero3", "zero3-no-leaf", "zero2"]
     if scale == "smallest":
-        return "--config tiny --phases 1 --rounds 1".split()
+        return ["--config", "tiny", "--phases", "1", "--rounds", "1"]
     if scale == "full":
         sizes = ["--micro-batch", "1", "4", "--processes", *hardware.process_counts[:2]]
         checkpointing = ["--checkpointing", "on", "off"]
@@ -157,7 +168,7 @@ def _engine_step(hardware: Hardware, scale: Scale) -> list[str]:
 
 def _report_step(hardware: Hardware, scale: Scale) -> list[str]:
     if scale == "smallest":
-        return "--config tiny --rounds 1 --cue-words 10".split()
+        return ["--config", "tiny", "--rounds", "1", "--cue-words", "10"]
     rounds = ["--rounds", "3" if scale == "default" else "7"]
     return ["--config", hardware.config, "--micro-batch", "1", "4", *rounds]
 
@@ -170,7 +181,7 @@ def _report_step_bf16(hardware: Hardware, scale: Scale) -> list[str]:
 
 def _generation(hardware: Hardware, scale: Scale) -> list[str]:
     if scale == "smallest":
-        return "--config tiny --batch 1 2 --tokens 4 --rounds 1".split()
+        return ["--config", "tiny", "--batch", "1", "2", "--tokens", "4", "--rounds", "1"]
     if scale == "full":
         return ["--config", hardware.config, "--batch", "1", "4", "16", "64", "--tokens", "128"]
     return ["--config", hardware.config, "--batch", "1", "4", "--tokens", "16", "--rounds", "2"]
@@ -178,10 +189,21 @@ def _generation(hardware: Hardware, scale: Scale) -> list[str]:
 
 def _overhead(hardware: Hardware, scale: Scale) -> list[str]:
     if scale == "smallest":
-        return "--size tiny --phases 1 --micro-batch 1 --steps 2 --warmup 1".split()
+        return [
+            "--size",
+            "tiny",
+            "--phases",
+            "1",
+            "--micro-batch",
+            "1",
+            "--steps",
+            "2",
+            "--warmup",
+            "1",
+        ]
     if scale == "full":
         return []
-    return "--phases 1 --micro-batch 8 --steps 12 --warmup 2".split()
+    return ["--phases", "1", "--micro-batch", "8", "--steps", "12", "--warmup", "2"]
 
 
 def _train_step(hardware: Hardware, scale: Scale) -> list[str]:
@@ -196,7 +218,7 @@ def _train_step(hardware: Hardware, scale: Scale) -> list[str]:
 
 def _checkpoint_times(hardware: Hardware, scale: Scale) -> list[str]:
     if scale == "smallest":
-        return "--config tiny --phases 1 --rounds 1".split()
+        return ["--config", "tiny", "--phases", "1", "--rounds", "1"]
     phases = ["1", "2", "3"] if scale == "full" else ["2"]
     return ["--config", hardware.config, "--phases", *phases]
 
@@ -229,13 +251,16 @@ def run_section(
     with tempfile.TemporaryDirectory(prefix="rectvlm-bench-") as out:
         command = [sys.executable, "-m", f"benchmarks.{program}", *arguments]
         start_seconds = time.monotonic()
-        failure = _run_within(command + ["--out", out], seconds_left)
+        failure = _run_within([*command, "--out", out], seconds_left)
         folder = next((path.parent for path in Path(out).glob(f"*/{RESULTS_FILE}")), None)
         if folder is not None:
             results, (section,) = read_sections(folder)
             return section, results["versions"]
     seconds = time.monotonic() - start_seconds
-    title, shown_command = program.replace("_", " ").capitalize(), " ".join(["python", *command[1:]])
+    title, shown_command = (
+        program.replace("_", " ").capitalize(),
+        " ".join(["python", *command[1:]]),
+    )
     failed = SectionResult(program, title, shown_command, round(seconds, 1), {}, failure=failure)
     return failed, {}
 

@@ -125,9 +125,7 @@ def launch_processes(processes: int, program: Sequence[str]) -> None:
     _run_command(*make_launch_command(processes, program))
 
 
-def make_launch_command(
-    processes: int, program: Sequence[str]
-) -> tuple[list[str], dict[str, str]]:
+def make_launch_command(processes: int, program: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Make command and environment of `accelerate launch` for a program."""
     has_gpu = torch.cuda.is_available()
     tools = Path(sys.executable).parent
