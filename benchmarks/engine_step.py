@@ -408,7 +408,9 @@ def list_comparisons(result: JsonObject) -> list[Comparison]:
         memory.add("measured", row["peak_bytes"] / 1e9, label)
         memory.add("planned", row["plan_with_areas"]["gpu_memory_gb"]["allocated"], label)
     return [
-        Comparison("Parts of a step", "s", sections.to_measurements(), plot="stack"),
+        Comparison(
+            "Parts of a step", "s", sections.to_measurements(), plot="stack", at_label="step"
+        ),
         Comparison("Samples a second", "samples/s", speed.to_measurements(), better="higher"),
         Comparison(
             "Tokens a second",
@@ -422,9 +424,10 @@ def list_comparisons(result: JsonObject) -> list[Comparison]:
             "of the rate of a bfloat16 matrix product",
             shares.to_measurements(),
             better="higher",
+            at_label="step",
             note="Hardware FLOPs count what checkpointing computes again.",
         ),
-        Comparison("Peak memory", "GB", memory.to_measurements()),
+        Comparison("Peak memory", "GB", memory.to_measurements(), at_label="step"),
     ]
 
 

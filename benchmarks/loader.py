@@ -157,7 +157,7 @@ def measure_loader(data: DataConfig, rounds: int, peers: Mapping[str, PeerLoader
     }
 
 
-def _take_ct(samples: Iterator[Volumes]) -> torch.Tensor:
+def _take_ct(samples: Iterator[Volumes], _number: int) -> torch.Tensor:
     return next(samples)["ct"]
 
 

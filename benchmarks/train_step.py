@@ -193,6 +193,7 @@ def list_comparisons(result: JsonObject) -> list[Comparison]:
             "s",
             sections.to_measurements(),
             plot="stack",
+            at_label="launch",
             note="`other` is what the host does between them, and waiting for other processes.",
         ),
     ]
