@@ -32,6 +32,10 @@ from rectvlm.models.memory_efficient import (
     upsample_nearest,
 )
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
+from rectvlm.models.tissue_patches import TissuePatches, pack_all
+
+AIR_LOGIT = -10.0
+"""Logit of a lesion in a patch of air."""
 
 Triple = tuple[int, int, int]
 """One number an axis, (z, y, x)."""
@@ -117,34 +121,50 @@ class PatchDenoiser(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))
         self.bias = nn.Parameter(torch.full((N_LESIONS,), -2.0))
 
-    def forward(self, levels: Tensor, patches: Tensor, text: Tensor) -> DenoiserOutput:
+    def forward(
+        self, levels: Tensor, patches: Tensor, text: Tensor, tissue: TissuePatches
+    ) -> DenoiserOutput:
         """Denoise the patches and mark the lesions among them.
 
         Args:
             levels: (B, N, K · C), patches of several encoder levels.
             patches: (B, N, C), patches of the last level.
             text: (B, L, D), lesion tokens.
+            tissue: patches to look at; the others come out as 0, without a lesion.
         """
+        count = patches.shape[1]
+        std = patches.detach().std(dim=(1, 2), keepdim=True)
+        levels, patches = tissue.pack(levels), tissue.pack(patches)
         strength = torch.zeros(len(patches), 1, 1, device=patches.device, dtype=patches.dtype)
         noisy = levels
         if self.training:
             strength = torch.rand_like(strength) * self.noise
-            std = patches.detach().std(dim=(1, 2), keepdim=True)
             noisy = levels + strength * std * torch.randn_like(levels)
 
         x = torch.cat([text, self.inputs(noisy) + self.level(strength)], dim=1)
+        mask = None
+        if tissue.has_filler:
+            mask = F.pad(tissue.is_tissue, (text.shape[1], 0), value=True)[:, None, None]
         for block in self.blocks:
-            x = run_layer(block, x, recompute=self.recompute)
+            x = run_layer(block, x, None, mask, recompute=self.recompute)
         tokens, x = self.norm(x).split([text.shape[1], patches.shape[1]], dim=1)
 
         lesion_tokens = tokens + text
         patch_logits = self._match_logits("bld,bnd->bln", tokens, x)
-        marked = patch_logits.softmax(-1) @ x.float()
+        is_filler = ~tissue.is_tissue[:, None]
+        marked = patch_logits.masked_fill(is_filler, -torch.inf).softmax(-1) @ x.float()
         alignment_logits = self._match_logits("bld,bld->bl", lesion_tokens, marked)
         loss = patch_logits.new_zeros(())
         if self.training:
-            loss = F.mse_loss(self.clean(x).float(), patches.detach().float())
-        return DenoiserOutput(x, lesion_tokens, patch_logits, alignment_logits, loss)
+            error = (self.clean(x).float() - patches.detach().float()).square().mean(-1)
+            loss = (error * tissue.is_tissue).sum() / tissue.is_tissue.sum()
+        return DenoiserOutput(
+            tissue.unpack(x, count),
+            lesion_tokens,
+            tissue.unpack(patch_logits.mT, count, AIR_LOGIT).mT,
+            alignment_logits,
+            loss,
+        )
 
     def _match_logits(self, product: str, lesions: Tensor, image: Tensor) -> Tensor:
         """Float32 logits (B, L, …) of the match of lesions (B, L, D) and image features; `product`
@@ -290,7 +310,8 @@ class LesionLocalizer(nn.Module):
         self._check_inputs(ct, features, prompts)
         text = self.text(prompts.lesions.to(self.text.weight.dtype) + self.text_offset)
         text = text.expand(len(ct), -1, -1)
-        denoised = self.denoiser(features.multilevel_patches, features.patches, text)
+        tissue = pack_all(features.patches) if features.tissue is None else features.tissue
+        denoised = self.denoiser(features.multilevel_patches, features.patches, text, tissue)
         bottom = denoised.patches.transpose(1, 2).unflatten(2, features.patch_grid)
         patch_logits = denoised.patch_logits.unflatten(2, features.patch_grid)
 
