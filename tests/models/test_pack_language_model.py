@@ -1,4 +1,4 @@
-"""A language model written packed: read back as if it were packed now, by us and by Transformers."""
+"""A language model written packed: read as if it were packed now, by us and by Transformers."""
 
 import json
 from pathlib import Path
