@@ -184,7 +184,8 @@ def measure_growth(
         for _ in range(samples):
             next(iterator)
         rate = samples / (time.perf_counter() - start_seconds)
-        del iterator
+        for _ in iterator:
+            pass  # workers that are ended while they send abort
         rows.append({"loader": name, "workers": count, "turn": turn, "samples_per_second": rate})
     return rows
 

@@ -71,8 +71,8 @@ def _draw_lines(axes: Axes, comparison: Comparison, points: list[str]) -> None:
         spread = tuple(zip(*map(_spread, rows), strict=True))
         medians = [row.median for row in rows]
         axes.errorbar(places, medians, yerr=spread, marker="o", capsize=2, label=case)
-    places = [float(point) for point in points] if are_numbers else range(len(points))
-    axes.set_xticks(list(places), points)
+    ticks = [float(point) for point in points] if are_numbers else list(range(len(points)))
+    axes.set_xticks(ticks, points)
     axes.set_ylim(bottom=0)
     axes.set_xlabel(comparison.at_label)
     axes.set_ylabel(_direction(comparison), fontsize=8)
