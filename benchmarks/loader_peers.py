@@ -61,7 +61,8 @@ class LitDataSamples(Dataset[Volumes]):
 
     def __getitem__(self, number: int) -> Volumes:
         sample = self.dataset[number]
-        return {name: torch.as_tensor(volume) for name, volume in sample.items()}
+        # They are views of a mapped file, of which nothing has been read yet.
+        return {name: torch.as_tensor(volume).clone() for name, volume in sample.items()}
 
 
 def start_peers(data: DataConfig, work: Path, installed: Sequence[str]) -> dict[str, PeerLoader]:

@@ -102,7 +102,8 @@ def _machine_limits(hardware: Hardware, scale: Scale) -> list[str]:
         return ["--rounds", "2", "--megabytes", "4", "--dtypes", "bfloat16"]
     # A processor multiplies float16 without its matrix units: minutes.
     dtypes = ["float32", "bfloat16", *(["float16"] if hardware.gpus else [])]
-    return ["--dtypes", *dtypes]
+    size = "256" if hardware.gpus or scale == "full" else "64"
+    return ["--megabytes", size, "--dtypes", *dtypes]
 
 
 def _preprocess(hardware: Hardware, scale: Scale) -> list[str]:
@@ -122,7 +123,7 @@ def _preprocess(hardware: Hardware, scale: Scale) -> list[str]:
     workers = hardware.worker_counts
     if scale == "full":
         return ["--slices", hardware.slices, "--rounds", "5", "--workers", *workers]
-    sizes = ["--slices", "150", "--volumes", "1", "--rounds", "4", "--cases", "6"]
+    sizes = ["--slices", "150", "--volumes", "1", "--rounds", "3", "--cases", "5"]
     return [*sizes, "--workers", *workers[:2]]
 
 
@@ -132,7 +133,7 @@ def _loader(hardware: Hardware, scale: Scale) -> list[str]:
     workers = ["--workers", *hardware.worker_counts]
     if scale == "full":
         return [*workers, "--samples", "12", "--rounds", "5", "--slices", hardware.slices]
-    return [*workers, "--samples", "6", "--rounds", "4", "--slices", "100"]
+    return [*workers, "--samples", "4", "--rounds", "2", "--slices", "100"]
 
 
 def _attention(hardware: Hardware, scale: Scale) -> list[str]:
@@ -140,7 +141,7 @@ def _attention(hardware: Hardware, scale: Scale) -> list[str]:
         return ["--sides", "2", "4", "--heads", "2", "--rounds", "2"]
     if hardware.gpus or scale == "full":
         return []
-    return ["--sides", "4", "8", "12", "--rounds", "5"]
+    return ["--sides", "4", "8", "12", "--rounds", "3"]
 
 
 def _encoder(hardware: Hardware, scale: Scale) -> list[str]:
@@ -163,14 +164,15 @@ def _engine_step(hardware: Hardware, scale: Scale) -> list[str]:
         return ["--config", hardware.config, "--phases", "1", "2", "3-align", "3", *options]
     if hardware.gpus:
         return ["--config", hardware.config, "--phases", "1", "2", "3", *variants]
-    return ["--config", "demo", "--phases", "1", "2", "3", *variants[:2], "--rounds", "5"]
+    return ["--config", "demo", "--phases", "1", "2", "3", *variants[:2], "--rounds", "3"]
 
 
 def _report_step(hardware: Hardware, scale: Scale) -> list[str]:
     if scale == "smallest":
         return ["--config", "tiny", "--rounds", "1", "--cue-words", "10"]
-    rounds = ["--rounds", "3" if scale == "default" else "7"]
-    return ["--config", hardware.config, "--micro-batch", "1", "4", *rounds]
+    is_long = hardware.gpus or scale == "full"
+    sizes = ["--micro-batch", "1", *(["4"] if is_long else []), "--rounds", "7" if is_long else "3"]
+    return ["--config", hardware.config, *sizes]
 
 
 def _report_step_bf16(hardware: Hardware, scale: Scale) -> list[str]:
@@ -184,7 +186,7 @@ def _generation(hardware: Hardware, scale: Scale) -> list[str]:
         return ["--config", "tiny", "--batch", "1", "2", "--tokens", "4", "--rounds", "1"]
     if scale == "full":
         return ["--config", hardware.config, "--batch", "1", "4", "16", "64", "--tokens", "128"]
-    return ["--config", hardware.config, "--batch", "1", "4", "--tokens", "16", "--rounds", "2"]
+    return ["--config", hardware.config, "--batch", "1", "4", "--tokens", "8", "--rounds", "2"]
 
 
 def _overhead(hardware: Hardware, scale: Scale) -> list[str]:
@@ -203,7 +205,7 @@ def _overhead(hardware: Hardware, scale: Scale) -> list[str]:
         ]
     if scale == "full":
         return []
-    return ["--phases", "1", "--micro-batch", "8", "--steps", "12", "--warmup", "2"]
+    return ["--phases", "1", "--micro-batch", "8", "--steps", "8", "--warmup", "2"]
 
 
 def _train_step(hardware: Hardware, scale: Scale) -> list[str]:
@@ -213,14 +215,15 @@ def _train_step(hardware: Hardware, scale: Scale) -> list[str]:
     processes = ["--processes", *hardware.process_counts]
     if scale == "full":
         return ["--sizes", "demo", *processes]
-    return ["--sizes", "tiny", *processes, "--phases", "1", "--steps", "8"]
+    return ["--sizes", "tiny", *processes, "--phases", "1", "--steps", "6"]
 
 
 def _checkpoint_times(hardware: Hardware, scale: Scale) -> list[str]:
     if scale == "smallest":
         return ["--config", "tiny", "--phases", "1", "--rounds", "1"]
-    phases = ["1", "2", "3"] if scale == "full" else ["2"]
-    return ["--config", hardware.config, "--phases", *phases]
+    if scale == "full":
+        return ["--config", hardware.config, "--phases", "1", "2", "3"]
+    return ["--config", hardware.config, "--phases", "2", "--rounds", "2"]
 
 
 SECTIONS = (
