@@ -10,6 +10,8 @@ from rectvlm.figures import hide_top_and_right_spines, new_figure
 
 _WIDTH, _BAR_HEIGHT = 8.0, 0.3
 _DPI = 110
+_LOG_RATIO = 30
+"""Ratio of the largest to the smallest median above which growth is drawn on a log scale."""
 _MAX_BARS = 60
 """Bars of a plot; a comparison of more is shown as a table alone."""
 
@@ -26,7 +28,7 @@ def write_plot(comparison: Comparison, folder: Path, stem: str) -> Path | None:
         return None
     points = list(dict.fromkeys(measurement.at for measurement in comparison.measurements))
     bar_count = len(points) if comparison.plot == "stack" else len(comparison.measurements)
-    height = 4.0 if comparison.plot == "lines" else 1.4 + _BAR_HEIGHT * bar_count
+    height = 4.0 if comparison.plot == "lines" else 1.6 + _BAR_HEIGHT * bar_count
     figure = new_figure(_WIDTH, height)
     axes = figure.add_subplot()
     draw = {"bars": _draw_bars, "lines": _draw_lines, "stack": _draw_stack}[comparison.plot]
@@ -73,7 +75,11 @@ def _draw_lines(axes: Axes, comparison: Comparison, points: list[str]) -> None:
         axes.errorbar(places, medians, yerr=spread, marker="o", capsize=2, label=case)
     ticks = [float(point) for point in points] if are_numbers else list(range(len(points)))
     axes.set_xticks(ticks, points)
-    axes.set_ylim(bottom=0)
+    medians = [row.median for row in comparison.measurements]
+    if min(medians) > 0 and max(medians) > _LOG_RATIO * min(medians):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.set_xlabel(comparison.at_label)
     axes.set_ylabel(_direction(comparison), fontsize=8)
     axes.legend(fontsize=8)
@@ -92,4 +98,4 @@ def _draw_stack(axes: Axes, comparison: Comparison, points: list[str]) -> None:
             left[row.at] += row.median
     axes.invert_yaxis()
     axes.set_xlabel(f"{comparison.unit} (sum of medians)")
-    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    axes.figure.legend(fontsize=8, ncols=len(cases), loc="outside lower center")
