@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rectvlm.cli_options import options_from_namespace
 from rectvlm.config import Config, load_config
+from rectvlm.plan.auto_settings import SettingsSearch, list_auto_parts
 from rectvlm.plan.hardware import HardwareRates, describe_assumed_rates
 from rectvlm.plan.options import PlanOptions
 from rectvlm.train.budget import split_step
@@ -51,18 +52,28 @@ def run(namespace: argparse.Namespace) -> None:
     log.info("loading torch and transformers")
     _choose_deepspeed_device()
     from rectvlm.plan.memory_savings import find_memory_savings
-    from rectvlm.plan.planner import ResourcePlanner
+    from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
 
     log.info("planning %s of %s: a micro-batch without values", phase.key, config.name)
-    planner = ResourcePlanner(
-        config,
-        phase=phase.number,
-        ds_configs=options.ds_configs,
-        hardware=hardware,
-        workspace_meter=_make_workspace_meter(options.work_areas),
-        stage=options.stage,
-    )
-    plans = [planner.make_plan(gpus, options.gpu_memory, options.samples) for gpus in gpu_counts]
+    workspace_meter = _make_workspace_meter(options.work_areas)
+
+    def make_planner(config: Config) -> ResourcePlanner:
+        return ResourcePlanner(
+            config, phase.number, options.ds_configs, hardware, workspace_meter, options.stage
+        )
+
+    plans: list[ResourcePlan] = []
+    if list_auto_parts(phase, config):
+        log.info("auto: dry runs with and without recomputation")
+        search = SettingsSearch(config, phase, make_planner)
+        for gpus in gpu_counts:
+            choice = search.choose(gpus, options.gpu_memory, options.samples)
+            plans.append(choice.plan)
+            config = choice.config
+    planner = make_planner(config)
+    if not plans:
+        for gpus in gpu_counts:
+            plans.append(planner.make_plan(gpus, options.gpu_memory, options.samples))
     plan_too_large = next((plan for plan in plans if not plan.fits), None)
     savings: list[MemorySaving] = []
     if plan_too_large is not None:

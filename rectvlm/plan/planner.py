@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,8 @@ class ResourcePlan:
     time: StepTime
     speed: PlannedThroughput
     hardware: HardwareRates
+    auto_decisions: list[str] = field(default_factory=list)
+    """What was decided where the configuration says `auto`, with the reason, a sentence each."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain values."""
@@ -191,16 +193,27 @@ class ResourcePlanner:
         return self._dry_runs[micro_batch]
 
     def make_plan(
-        self, gpus: int, capacity_gb: float, samples: int = CT_RATE_SCANS
+        self,
+        gpus: int,
+        capacity_gb: float,
+        samples: int = CT_RATE_SCANS,
+        micro_batch: int | None = None,
     ) -> ResourcePlan:
-        """Plan for a number of GPUs with so much memory each, and so many samples an epoch.
+        """Plan for a number of GPUs; the global batch is cut for them as in training.
 
-        The global batch is cut for them as in training.
+        Args:
+            gpus: number of GPUs.
+            capacity_gb: memory of each GPU, GB.
+            samples: number of samples in an epoch.
+            micro_batch: largest micro-batch, in place of the configuration's.
 
         Raises:
             UserError: the DeepSpeed JSON asks for something else than training would do.
         """
-        budget = PhaseBudget.plan(self.settings, samples, gpus)
+        settings = self.settings
+        if micro_batch is not None:
+            settings = settings.model_copy(update={"micro_batch": micro_batch})
+        budget = PhaseBudget.plan(settings, samples, gpus)
         step_batch = budget.step_batch
         dry_run = self.dry_run(step_batch.micro_batch)
         ds_settings = read_ds_config(

@@ -1,0 +1,330 @@
+"""What `auto` stands for: the fastest setting that fits the memory of a GPU.
+
+Recomputed activations cost time and save memory; so do small micro-batches. Neither changes what
+is learned: recomputation computes the same numbers again, and a step has the same samples however
+they are cut. So the choice may differ from machine to machine, and a run may go on on another one.
+
+Two dry runs, with every part recomputed and with none, tell what each part costs and saves. They
+rank all settings; the fastest is dry-run itself, and the next one where it does not fit after all.
+"""
+
+import itertools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rectvlm.config import Config
+from rectvlm.train.budget import read_world_size, split_step
+from rectvlm.train.phases import Phase
+
+if TYPE_CHECKING:
+    from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
+
+log = logging.getLogger(__name__)
+
+CheckpointedPart = Literal["encoder", "localizer", "generator"]
+CHECKPOINTED_PARTS: tuple[CheckpointedPart, ...] = ("encoder", "localizer", "generator")
+"""Parts that can recompute their activations."""
+DRY_RUN_NAMES: dict[CheckpointedPart, str] = {
+    "encoder": "encoder",
+    "localizer": "localizer",
+    "generator": "language model",
+}
+"""Names of the parts in a dry run's figures. The generator's resampler is never recomputed."""
+MEMORY_SHARE = 0.9
+"""Share of a GPU's memory that a chosen setting may be planned to fill. The rest is for what a plan
+does not see: without measured work areas a plan was up to 6% below what a machine needed."""
+RANKING_TOLERANCE = 1.1
+"""Memory estimated while ranking, as a multiple of what a setting may fill, above which it is not
+dry-run. The estimate adds up what parts save at different moments, so it is not exact."""
+
+
+def list_auto_parts(phase: Phase, config: Config) -> list[CheckpointedPart]:
+    """List the parts of a phase whose checkpointing is left to the planner."""
+    auto_parts: list[CheckpointedPart] = []
+    for part in CHECKPOINTED_PARTS:
+        if part in phase.parts and getattr(config, part).activation_checkpointing == "auto":
+            auto_parts.append(part)
+    return auto_parts
+
+
+def set_checkpointing(config: Config, recomputed_by_part: dict[CheckpointedPart, bool]) -> Config:
+    """Copy a configuration with other values of `activation_checkpointing`."""
+    sections = {}
+    for part, is_recomputed in recomputed_by_part.items():
+        section = getattr(config, part)
+        sections[part] = section.model_copy(update={"activation_checkpointing": is_recomputed})
+    return config.model_copy(update=sections)
+
+
+def set_micro_batch(config: Config, phase: Phase, micro_batch: int) -> Config:
+    """Copy a configuration with another largest micro-batch of a phase."""
+    settings = phase.get_settings(config).model_copy(update={"micro_batch": micro_batch})
+    phases = config.train.phases | {phase.key: settings}
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"phases": phases})}
+    )
+
+
+def list_micro_batches(phase: Phase, config: Config, gpus: int) -> list[int]:
+    """List the micro-batches up to the configured one that make the same global batch."""
+    settings = phase.get_settings(config)
+    global_batch = split_step(settings, gpus).global_batch
+    sizes = set()
+    for size in range(1, settings.micro_batch + 1):
+        step_batch = split_step(settings.model_copy(update={"micro_batch": size}), gpus)
+        if step_batch.global_batch == global_batch:
+            sizes.add(step_batch.micro_batch)
+    return sorted(sizes)
+
+
+@dataclass(frozen=True)
+class AutoChoice:
+    """A configuration without `auto`, and its plan."""
+
+    config: Config
+    plan: "ResourcePlan"
+    """Plan of `config`, with the decisions."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A setting, and what the ranking expects of it."""
+
+    micro_batch: int
+    kept_parts: tuple[CheckpointedPart, ...]
+    """Parts that keep their activations; the other `auto` parts recompute them."""
+    step_seconds: float
+    total_gb: float
+
+    def needs_no_less_than(self, other: "_Candidate") -> bool:
+        """Whether this setting needs at least the memory of another one."""
+        keeps_all = set(self.kept_parts) >= set(other.kept_parts)
+        return self.micro_batch >= other.micro_batch and keeps_all
+
+
+@dataclass(frozen=True)
+class _PartSavings:
+    """What recomputing a part costs and saves, for a micro-batch."""
+
+    seconds: float
+    gb: float
+
+
+class SettingsSearch:
+    """Chooses among the settings of one configuration and phase; dry runs are kept."""
+
+    def __init__(
+        self, config: Config, phase: Phase, make_planner: "Callable[[Config], ResourcePlanner]"
+    ) -> None:
+        """Prepare to search.
+
+        Args:
+            config: the configuration, with `auto` in it.
+            phase: the phase.
+            make_planner: makes the planner of a configuration.
+        """
+        self.config, self.phase, self.make_planner = config, phase, make_planner
+        self.auto_parts = list_auto_parts(phase, config)
+        self._planners: dict[tuple[CheckpointedPart, ...], ResourcePlanner] = {}
+
+    def choose(self, gpus: int, capacity_gb: float, samples: int | None = None) -> AutoChoice:
+        """Choose the fastest setting that fits; the smallest one where none does.
+
+        Args:
+            gpus: number of GPUs.
+            capacity_gb: memory of each GPU, GB.
+            samples: number of samples in an epoch; by default CT-RATE's.
+        """
+        limit_gb = MEMORY_SHARE * capacity_gb
+        ranked = self._rank(gpus, capacity_gb)
+        too_large: list[_Candidate] = []
+        for candidate in ranked:
+            is_hopeless = candidate.total_gb > RANKING_TOLERANCE * limit_gb
+            if is_hopeless or any(map(candidate.needs_no_less_than, too_large)):
+                continue
+            plan = self._plan(candidate.kept_parts, candidate.micro_batch, gpus, capacity_gb)
+            if max(plan.gpu_memory_gb["total"], plan.loading_peak_gb) <= limit_gb:
+                return self._finish(candidate, ranked, gpus, capacity_gb, samples)
+            too_large.append(candidate)
+        smallest = min(ranked, key=lambda candidate: candidate.total_gb)
+        return self._finish(smallest, ranked, gpus, capacity_gb, samples)
+
+    def _planner(self, kept_parts: tuple[CheckpointedPart, ...]) -> "ResourcePlanner":
+        if kept_parts not in self._planners:
+            recomputed = {part: part not in kept_parts for part in self.auto_parts}
+            self._planners[kept_parts] = self.make_planner(
+                set_checkpointing(self.config, recomputed)
+            )
+        return self._planners[kept_parts]
+
+    def _plan(
+        self,
+        kept_parts: tuple[CheckpointedPart, ...],
+        micro_batch: int,
+        gpus: int,
+        capacity_gb: float,
+    ) -> "ResourcePlan":
+        planner = self._planner(kept_parts)
+        return planner.make_plan(gpus, capacity_gb, micro_batch=micro_batch)
+
+    def _rank(self, gpus: int, capacity_gb: float) -> list[_Candidate]:
+        """List all settings, the fastest first; of equally fast ones the largest micro-batch."""
+        sizes = list_micro_batches(self.phase, self.config, gpus)
+        base = self._plan((), sizes[0], gpus, capacity_gb)
+        savings_by_part = self._measure_savings(sizes[0])
+        candidates = []
+        for size, count in itertools.product(sizes, range(len(self.auto_parts) + 1)):
+            for kept_parts in itertools.combinations(self.auto_parts, count):
+                savings = [savings_by_part[part] for part in kept_parts]
+                candidates.append(_estimate_candidate(base, size, kept_parts, savings))
+        return sorted(candidates, key=lambda c: (round(c.step_seconds, 4), -c.micro_batch))
+
+    def _measure_savings(self, micro_batch: int) -> dict[CheckpointedPart, _PartSavings]:
+        """Measure what recomputing each part costs and saves, in two dry runs."""
+        from rectvlm.plan.planner import GB
+        from rectvlm.plan.step_time import estimate_operation_seconds
+
+        planners = (self._planner(()), self._planner(tuple(self.auto_parts)))
+        recomputing, keeping = (planner.dry_run(micro_batch) for planner in planners)
+        savings_by_part = {}
+        for part in self.auto_parts:
+            name = DRY_RUN_NAMES[part]
+            seconds = []
+            for dry_run in (recomputing, keeping):
+                costs = [cost for (owner, _), cost in dry_run.costs.items() if owner == name]
+                hardware = planners[0].hardware
+                seconds.append(sum(estimate_operation_seconds(cost, hardware) for cost in costs))
+            saved_bytes = keeping.saved_bytes_by_part.get(name, 0)
+            saved_bytes -= recomputing.saved_bytes_by_part.get(name, 0)
+            savings_by_part[part] = _PartSavings(seconds[0] - seconds[1], saved_bytes / GB)
+        return savings_by_part
+
+    def _finish(
+        self,
+        chosen: _Candidate,
+        ranked: Sequence[_Candidate],
+        gpus: int,
+        capacity_gb: float,
+        samples: int | None,
+    ) -> AutoChoice:
+        """Make the configuration of a chosen setting, and its plan with the decisions."""
+        planner = self._planner(chosen.kept_parts)
+        config = set_micro_batch(planner.config, self.phase, chosen.micro_batch)
+        more = {} if samples is None else {"samples": samples}
+        plan = planner.make_plan(gpus, capacity_gb, micro_batch=chosen.micro_batch, **more)
+        plan.auto_decisions = self._describe_decisions(plan, chosen, ranked)
+        return AutoChoice(config, plan)
+
+    def _describe_decisions(
+        self, plan: "ResourcePlan", chosen: _Candidate, ranked: Sequence[_Candidate]
+    ) -> list[str]:
+        """Say what was chosen and why, a sentence a decision."""
+        limit_gb = MEMORY_SHARE * plan.capacity_gb
+        total_gb = plan.gpu_memory_gb["total"]
+        available = f"{limit_gb:.1f} GB, {MEMORY_SHARE:g} of a GPU"
+        by_setting = {(c.micro_batch, c.kept_parts): c for c in ranked}
+        decisions = []
+        for part in self.auto_parts:
+            is_kept = part in chosen.kept_parts
+            flipped = tuple(p for p in self.auto_parts if (p in chosen.kept_parts) != (p == part))
+            other = by_setting[chosen.micro_batch, flipped]
+            seconds = abs(other.step_seconds - chosen.step_seconds)
+            why = f"recomputing takes about {seconds:.2f} s more a step"
+            if not is_kept:
+                why = f"keeping them needs about {other.total_gb:.1f} GB"
+            value = "false" if is_kept else "true"
+            decisions.append(f"auto: {part}.activation_checkpointing={value}: {why}")
+        limit = self.phase.get_settings(self.config).micro_batch
+        decisions.append(
+            f"auto: train.phases.{self.phase.key}.micro_batch={chosen.micro_batch} of at most "
+            f"{limit}: {total_gb:.1f} GB are planned of {available}, "
+            f"{plan.time.total:.2f} s a step of {plan.speed.samples_per_step} samples"
+        )
+        if total_gb > limit_gb:
+            decisions.append(f"auto: nothing fits {available}: the smallest setting was taken")
+        return decisions
+
+
+def _estimate_candidate(
+    base: "ResourcePlan",
+    micro_batch: int,
+    kept_parts: tuple[CheckpointedPart, ...],
+    savings: Sequence[_PartSavings],
+) -> _Candidate:
+    """Estimate a setting from the plan of the smallest one; activations grow with the samples."""
+    from rectvlm.plan.planner import ALLOCATOR_WASTE_SHARE
+
+    time, speed = base.time, base.speed
+    ratio = micro_batch / speed.micro_batch
+    accumulation = speed.accumulation / ratio
+    compute = time.compute / speed.accumulation - sum(saving.seconds for saving in savings)
+    overhead = (time.reductions + time.hooks) / speed.accumulation
+    forward_and_backward = max(ratio * compute, time.gathers / speed.accumulation)
+
+    memory = base.gpu_memory_gb
+    base_gb = memory["activations"] + memory["logits"] + memory["inputs"]
+    activations_gb = ratio * (base_gb + sum(saving.gb for saving in savings))
+    hidden_gb = memory["optimizer_step"]  # beyond the activations, which may outgrow it
+    growth_gb = max(0.0, activations_gb - base_gb - hidden_gb)
+    return _Candidate(
+        micro_batch=micro_batch,
+        kept_parts=kept_parts,
+        step_seconds=accumulation * (forward_and_backward + overhead) + time.optimizer,
+        total_gb=memory["total"] + (1 + ALLOCATOR_WASTE_SHARE) * growth_gb,
+    )
+
+
+def resolve_auto_settings(phase: Phase, config: Config, ds_config: Path) -> Config:
+    """Replace `auto` for the GPU of this process, before the engine starts.
+
+    Without a GPU `auto` counts as true, and micro-batches are as large as configured: memory is
+    unknown, and recomputing needs the least.
+
+    Args:
+        phase: the phase that starts.
+        config: its configuration.
+        ds_config: its DeepSpeed JSON.
+
+    Returns:
+        The configuration without `auto` in the parts of the phase.
+
+    Raises:
+        UserError: as `ResourcePlanner`.
+    """
+    auto_parts = list_auto_parts(phase, config)
+    if not auto_parts:
+        return config
+    is_main = os.environ.get("RANK", "0") == "0"
+    capacity_gb = _read_gpu_memory_gb()
+    if capacity_gb is None:
+        if is_main:
+            log.info("auto: without a GPU, %s recompute activations", ", ".join(auto_parts))
+        return set_checkpointing(config, dict.fromkeys(auto_parts, True))
+
+    from rectvlm.plan.planner import ResourcePlanner
+
+    if is_main:
+        log.info("auto: planning what fits %.0f GB; dry runs take a minute or more", capacity_gb)
+
+    def make_planner(config: Config) -> ResourcePlanner:
+        return ResourcePlanner(config, phase.number, ds_config, stage=phase.stage)
+
+    choice = SettingsSearch(config, phase, make_planner).choose(read_world_size(), capacity_gb)
+    if is_main:
+        for decision in choice.plan.auto_decisions:
+            log.info("%s", decision)
+    return choice.config
+
+
+def _read_gpu_memory_gb() -> float | None:
+    """Read the memory of this process's GPU, GB; None where there is none."""
+    import torch
+
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return None
+    device = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.cuda.get_device_properties(device).total_memory / 1e9
