@@ -19,8 +19,8 @@ from rectvlm.plan.static_memory import (
     ParameterCounts,
     StaticMemory,
     compute_static_memory,
+    count_hooked_passes,
     count_parameters,
-    count_passes,
     list_stored_parameters,
 )
 from rectvlm.plan.step_time import EngineCalls, StepTime, estimate_step_time
@@ -318,9 +318,7 @@ class ResourcePlanner:
         bucket_bytes = max(1, static_memory.bytes_by_kind["reduce_buckets"])
         module_passes = 0
         if zero_stage == 3:
-            for name, module in self.model.named_modules():
-                if next(module.parameters(recurse=False), None) is not None:
-                    module_passes += count_passes(name, self.config)
+            module_passes = count_hooked_passes(self.model, self.config)
         parameters = list_stored_parameters(self.model, self.config)
         calls = EngineCalls(
             zero_stage=zero_stage,

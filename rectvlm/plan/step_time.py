@@ -74,7 +74,8 @@ class EngineCalls:
     reductions: int
     """Number of buckets each time that gradients are reduced."""
     module_passes: int
-    """Number of passes of modules with weights in a micro-batch under ZeRO-3, else 0."""
+    """Number of passes of leaf modules, and of modules with weights outside them, in a micro-batch
+    under ZeRO-3, else 0."""
     trained_tensors: int
     """Number of tensors that the optimizer updates."""
 
