@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rectvlm.config import Config
+from rectvlm.plan.options import CT_RATE_SCANS
 from rectvlm.train.budget import read_world_size, split_step
 from rectvlm.train.phases import Phase
 
@@ -60,15 +61,6 @@ def set_checkpointing(config: Config, recomputed_by_part: dict[CheckpointedPart,
     return config.model_copy(update=sections)
 
 
-def set_micro_batch(config: Config, phase: Phase, micro_batch: int) -> Config:
-    """Copy a configuration with another largest micro-batch of a phase."""
-    settings = phase.get_settings(config).model_copy(update={"micro_batch": micro_batch})
-    phases = config.train.phases | {phase.key: settings}
-    return config.model_copy(
-        update={"train": config.train.model_copy(update={"phases": phases})}
-    )
-
-
 def list_micro_batches(phase: Phase, config: Config, gpus: int) -> list[int]:
     """List the micro-batches up to the configured one that make the same global batch."""
     settings = phase.get_settings(config)
@@ -88,6 +80,8 @@ class AutoChoice:
     config: Config
     plan: "ResourcePlan"
     """Plan of `config`, with the decisions."""
+    planner: "ResourcePlanner"
+    """Planner of `config`."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +125,13 @@ class SettingsSearch:
         self.auto_parts = list_auto_parts(phase, config)
         self._planners: dict[tuple[CheckpointedPart, ...], ResourcePlanner] = {}
 
-    def choose(self, gpus: int, capacity_gb: float, samples: int | None = None) -> AutoChoice:
+    def choose(self, gpus: int, capacity_gb: float, samples: int = CT_RATE_SCANS) -> AutoChoice:
         """Choose the fastest setting that fits; the smallest one where none does.
 
         Args:
             gpus: number of GPUs.
             capacity_gb: memory of each GPU, GB.
-            samples: number of samples in an epoch; by default CT-RATE's.
+            samples: number of samples in an epoch.
         """
         limit_gb = MEMORY_SHARE * capacity_gb
         ranked = self._rank(gpus, capacity_gb)
@@ -168,8 +162,8 @@ class SettingsSearch:
         gpus: int,
         capacity_gb: float,
     ) -> "ResourcePlan":
-        planner = self._planner(kept_parts)
-        return planner.make_plan(gpus, capacity_gb, micro_batch=micro_batch)
+        planner = self._planner(kept_parts).with_micro_batch(micro_batch)
+        return planner.make_plan(gpus, capacity_gb)
 
     def _rank(self, gpus: int, capacity_gb: float) -> list[_Candidate]:
         """List all settings, the fastest first; of equally fast ones the largest micro-batch."""
@@ -209,15 +203,13 @@ class SettingsSearch:
         ranked: Sequence[_Candidate],
         gpus: int,
         capacity_gb: float,
-        samples: int | None,
+        samples: int,
     ) -> AutoChoice:
         """Make the configuration of a chosen setting, and its plan with the decisions."""
-        planner = self._planner(chosen.kept_parts)
-        config = set_micro_batch(planner.config, self.phase, chosen.micro_batch)
-        more = {} if samples is None else {"samples": samples}
-        plan = planner.make_plan(gpus, capacity_gb, micro_batch=chosen.micro_batch, **more)
+        planner = self._planner(chosen.kept_parts).with_micro_batch(chosen.micro_batch)
+        plan = planner.make_plan(gpus, capacity_gb, samples)
         plan.auto_decisions = self._describe_decisions(plan, chosen, ranked)
-        return AutoChoice(config, plan)
+        return AutoChoice(planner.config, plan, planner)
 
     def _describe_decisions(
         self, plan: "ResourcePlan", chosen: _Candidate, ranked: Sequence[_Candidate]

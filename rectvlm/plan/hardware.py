@@ -56,6 +56,13 @@ MEASURED_RATES = (
 )
 """Fields of `HardwareRates` that are no options of `rectvlm plan`."""
 
+RATE_SOURCES = (
+    "Measured on one H200, in a whole step of phase 3 at `large`: convolutions, hooks of ZeRO-3, "
+    "tensors of the optimizer. Not measured on a GPU: the shares of the matrix rate, memory and "
+    "network that are reached, launch times, and everything with more than one GPU."
+)
+"""Where the default rates come from, for the reader of a plan."""
+
 
 def describe_assumed_rates(rates: HardwareRates, gpus: int, memory_gb: float) -> str | None:
     """Say which rates are an H200's though the machine is another; None where nothing is assumed.

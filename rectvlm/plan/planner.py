@@ -1,5 +1,6 @@
 """From a configuration and a number of GPUs to a plan of memory, FLOPs, time and disk."""
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from rectvlm.train.dry_run.dry_run import DryRunResult, apply_phase_settings, dr
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 from rectvlm.train.dry_run.memory_tracker import WORKSPACE_KIND
 from rectvlm.train.engine.ds_config import find_ds_config, read_ds_config
-from rectvlm.train.phases import PHASES, STAGES, Stage
+from rectvlm.train.phases import PHASES, STAGES, Phase, Stage
 
 GB = 1e9
 SECONDS_PER_DAY = 86_400
@@ -184,6 +185,19 @@ class ResourcePlanner:
         self.model = apply_phase_settings(model, config, self.phase)
         self._dry_runs: dict[int, DryRunResult] = {}
 
+    def with_ds_config(self, ds_config: Path) -> "ResourcePlanner":
+        """Copy the planner for another DeepSpeed JSON; the dry runs are shared."""
+        planner = copy.copy(self)
+        planner.ds_config = ds_config
+        return planner
+
+    def with_micro_batch(self, micro_batch: int) -> "ResourcePlanner":
+        """Copy the planner for another largest micro-batch; the dry runs are shared."""
+        planner = copy.copy(self)
+        planner.config = _set_micro_batch(self.config, self.phase, micro_batch)
+        planner.settings = self.phase.get_settings(planner.config)
+        return planner
+
     def dry_run(self, micro_batch: int) -> DryRunResult:
         """Run a micro-batch without values; the result is kept."""
         if micro_batch not in self._dry_runs:
@@ -193,27 +207,16 @@ class ResourcePlanner:
         return self._dry_runs[micro_batch]
 
     def make_plan(
-        self,
-        gpus: int,
-        capacity_gb: float,
-        samples: int = CT_RATE_SCANS,
-        micro_batch: int | None = None,
+        self, gpus: int, capacity_gb: float, samples: int = CT_RATE_SCANS
     ) -> ResourcePlan:
-        """Plan for a number of GPUs; the global batch is cut for them as in training.
+        """Plan for a number of GPUs with so much memory each, and so many samples an epoch.
 
-        Args:
-            gpus: number of GPUs.
-            capacity_gb: memory of each GPU, GB.
-            samples: number of samples in an epoch.
-            micro_batch: largest micro-batch, in place of the configuration's.
+        The global batch is cut for them as in training.
 
         Raises:
             UserError: the DeepSpeed JSON asks for something else than training would do.
         """
-        settings = self.settings
-        if micro_batch is not None:
-            settings = settings.model_copy(update={"micro_batch": micro_batch})
-        budget = PhaseBudget.plan(settings, samples, gpus)
+        budget = PhaseBudget.plan(self.settings, samples, gpus)
         step_batch = budget.step_batch
         dry_run = self.dry_run(step_batch.micro_batch)
         ds_settings = read_ds_config(
@@ -334,6 +337,13 @@ class ResourcePlanner:
             self.hardware,
             calls,
         )
+
+
+def _set_micro_batch(config: Config, phase: Phase, micro_batch: int) -> Config:
+    """Copy a configuration with another largest micro-batch of a phase."""
+    settings = phase.get_settings(config).model_copy(update={"micro_batch": micro_batch})
+    phases = config.train.phases | {phase.key: settings}
+    return config.model_copy(update={"train": config.train.model_copy(update={"phases": phases})})
 
 
 def _list_activations(dry_run: DryRunResult) -> dict[str, float]:

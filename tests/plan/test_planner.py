@@ -52,7 +52,7 @@ def planner(name: str, phase: int = 3, *overrides: str) -> ResourcePlanner:
 
 @pytest.fixture(scope="module")
 def large() -> ResourcePlanner:
-    return planner("large")
+    return planner("large", 3, "train.phases.phase3.micro_batch=4")
 
 
 @pytest.fixture(scope="module")

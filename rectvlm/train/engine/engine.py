@@ -38,12 +38,12 @@ from rectvlm.train.engine.engine_memory import (
     count_bytes_by_kind,
     count_packed_bytes,
 )
-from rectvlm.train.engine.leaf_modules import find_leaf_modules, require_input_gradient
 from rectvlm.train.engine.launcher_settings import (
     check_process_count,
     lacks_processes,
     take_launcher_settings,
 )
+from rectvlm.train.engine.leaf_modules import find_leaf_modules, require_input_gradient
 from rectvlm.train.engine.optimizer_shards import (
     OptimizerShardReader,
     shard_file_name,

@@ -1,10 +1,12 @@
 """Blocks that ZeRO-3 gathers as one.
 
-ZeRO-3 runs hooks for each module with weights, 0.48 ms of the host a pass. A leaf module is gathered
-with everything in it: its blocks' hooks alone are left. DeepSpeed reduces the gradients of a leaf
-in a backward hook of the module, which torch runs at once, before there is any gradient, where no
-tensor among the module's arguments needs one. So leaves are modules that get their tensors
-directly, and the first of them to train is given an input that needs a gradient.
+ZeRO-3 runs hooks for each module with weights; on an H200 they take the host 0.48 ms a pass. Of a
+leaf module, which is gathered with everything in it, the hooks run once.
+
+DeepSpeed reduces the gradients of a leaf in a backward hook of the module. Where no tensor among
+the module's arguments needs a gradient, torch runs that hook before the weights have theirs. So
+leaves are modules that get tensors, not structures of them, and `require_input_gradient` sees that
+one of the tensors needs a gradient.
 """
 
 from collections.abc import Sequence
