@@ -16,6 +16,7 @@ MEMORY_KIND_LABELS = {
     "weights_frozen": "frozen bf16 weights",
     "weights_trainable": "trainable bf16 weights",
     "weights_resident": "small weights that stay whole",
+    "weights_in_node": "copy within the node (hpZ)",
     "quantization_state": "scales of the 4-bit weights",
     "buffers": "buffers of modules",
     "gradients": "gradients",

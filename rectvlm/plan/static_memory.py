@@ -9,7 +9,8 @@ al., 2020):
     3       2 N / W           2 N / W     12 N / W
 
 Under ZeRO-3 the frozen and the 4-bit weights are sharded too, and parameters up to the persistence
-threshold stay complete beside their shards. Scales of 4-bit weights are no parameters: every GPU
+threshold stay complete beside their shards. With `zero_hpz_partition_size` (hpZ, ZeRO++: Wang et
+al., 2023) each node holds a second, complete copy of the sharded ones. Scales of 4-bit weights are no parameters: every GPU
 holds all of them.
 """
 
@@ -135,6 +136,8 @@ class StaticMemory:
     """Peak bytes while the language model is loaded, when the GPU holds its weights alone."""
     gathered_bytes: int
     """Bytes that all gathers of a micro-batch collect; 0 where nothing is sharded."""
+    gathered_in_node_bytes: int
+    """Those of `gathered_bytes` that come from a node's own copy (hpZ)."""
     gather_calls: int
     """Number of those gathers: one for each pass of a leaf module or of another parameter."""
     reduced_bytes: int
@@ -175,15 +178,23 @@ def compute_static_memory(
     bytes_by_kind["reduce_buckets"] = _count_reduce_bucket_bytes(zero)
     leaf_modules = find_leaf_modules(model)
     largest_unit = _count_largest_gathered_unit(sharded, leaf_modules)
+    copies = zero.get("zero_hpz_partition_size", 1)
+    if copies > 1:
+        shards_in_node = min(copies, gpus)
+        bytes_by_kind["weights_in_node"] = sum(p.shard_bytes(shards_in_node) for p in sharded)
     bytes_by_kind["gather_buffers"] = _count_gather_buffer_bytes(sharded, largest_unit, zero)
 
     frozen_sizes = [parameter.total_bytes for parameter in parameters if not parameter.is_trainable]
     loaded_kinds = ("weights_4bit", "weights_frozen", "quantization_state")
     loaded_bytes = sum(bytes_by_kind[kind] for kind in loaded_kinds)
     sub_group_entries = min(sharded_entries, zero.get("sub_group_size", DEFAULT_SUB_GROUP))
-    gathered_bytes = 0
+    gathered_bytes = gathered_in_node_bytes = 0
     for parameter in sharded:
-        gathered_bytes += count_passes(parameter.name, config) * parameter.total_bytes
+        passes = count_passes(parameter.name, config)
+        gathered_bytes += passes * parameter.total_bytes
+        if copies > 1:
+            # A weight that was updated comes from all nodes in the forward pass.
+            gathered_in_node_bytes += (passes - parameter.is_trainable) * parameter.total_bytes
     gathered_units = {_name_gathered_unit(p.name, leaf_modules) for p in sharded}
     gather_calls = sum(count_passes(unit, config) for unit in gathered_units)
     return StaticMemory(
@@ -192,6 +203,7 @@ def compute_static_memory(
         optimizer_step_bytes=2 * FP32_BYTES * sub_group_entries,
         loading_peak_bytes=loaded_bytes + 2 * max(frozen_sizes, default=0),
         gathered_bytes=gathered_bytes,
+        gathered_in_node_bytes=gathered_in_node_bytes,
         gather_calls=gather_calls,
         reduced_bytes=BF16_BYTES * entries if gpus > 1 else 0,
     )

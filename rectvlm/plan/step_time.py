@@ -96,7 +96,12 @@ def estimate_step_time(
     """
     collective = RingCollective(gpus, hardware)
     compute = sum(estimate_operation_seconds(part, hardware) for part in costs.values())
-    gathers = collective.estimate_seconds(static_memory.gathered_bytes, static_memory.gather_calls)
+    in_node = static_memory.gathered_in_node_bytes
+    node_collective = RingCollective(min(gpus, hardware.gpus_per_node), hardware)
+    gathers = node_collective.estimate_seconds(in_node, static_memory.gather_calls)
+    gathers += collective.estimate_seconds(
+        static_memory.gathered_bytes - in_node, 0 if in_node else static_memory.gather_calls
+    )
     reductions = collective.estimate_seconds(static_memory.reduced_bytes, calls.reductions)
     weight_gather = 0.0
     if calls.zero_stage < 3:

@@ -583,6 +583,23 @@ def test_gathers_are_as_many_as_passes(tmp_path: Path) -> None:
     assert gathers("generator.activation_checkpointing=yes") < again
 
 
+def test_with_a_copy_in_each_node_gathers_stay_within_it(tmp_path: Path) -> None:
+    """hpZ: 16 GPUs in nodes of 8 gather frozen weights at the speed of a node, from eighths."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 1000}
+    plans = []
+    for name, extra in (("plain", {}), ("hpz", {"zero_hpz_partition_size": 8})):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"zero_optimization": zero | extra}))
+        config = load_config("tiny", ["train.phases.phase3.lr={generator: 1.0e-4}"])
+        plans.append(ResourcePlanner(config, 3, path).make_plan(16, 1.0))
+    plain, hpz = plans
+    assert hpz.time.gathers < 0.9 * plain.time.gathers
+    sharded = plain.gpu_memory_gb["weights_4bit"] + plain.gpu_memory_gb["weights_trainable"]
+    copy_gb = hpz.gpu_memory_gb["weights_in_node"]
+    assert plain.gpu_memory_gb["weights_4bit"] * 2 <= copy_gb * 1.01
+    assert copy_gb <= 2.02 * (sharded + plain.gpu_memory_gb["weights_frozen"])
+
+
 def test_zero2_reduces_to_all_and_gathers_the_weights() -> None:
     network = HardwareRates(gpus_per_node=1, inter=1.25)
     config = load_config("tiny", ["train.phases.phase3.global_batch=16"])

@@ -234,7 +234,12 @@ class Engine:
             return
         if self._first_sharded is None:
             settings = {
-                "zero_optimization": {"stage": 3},
+                "zero_optimization": {
+                    "stage": 3,
+                    "zero_hpz_partition_size": self._zero_settings.get(
+                        "zero_hpz_partition_size", 1
+                    ),
+                },
                 "bf16": {"enabled": True},
                 "train_batch_size": self.world_size,
             }
