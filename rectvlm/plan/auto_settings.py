@@ -23,6 +23,8 @@ from rectvlm.train.phases import Phase
 
 if TYPE_CHECKING:
     from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
+    from rectvlm.train.dry_run.dry_run import DryRunResult
+    from rectvlm.train.dry_run.memory_tracker import OperationCosts
 
 log = logging.getLogger(__name__)
 
@@ -100,14 +102,6 @@ class _Candidate:
         return self.micro_batch >= other.micro_batch and keeps_all
 
 
-@dataclass(frozen=True)
-class _PartSavings:
-    """What recomputing a part costs and saves, for a micro-batch."""
-
-    seconds: float
-    gb: float
-
-
 class SettingsSearch:
     """Chooses among the settings of one configuration and phase; dry runs are kept."""
 
@@ -169,33 +163,13 @@ class SettingsSearch:
         """List all settings, the fastest first; of equally fast ones the largest micro-batch."""
         sizes = list_micro_batches(self.phase, self.config, gpus)
         base = self._plan((), sizes[0], gpus, capacity_gb)
-        savings_by_part = self._measure_savings(sizes[0])
+        planners = (self._planner(()), self._planner(tuple(self.auto_parts)))
+        dry_runs = _DryRunPair(*(planner.dry_run(sizes[0]) for planner in planners))
         candidates = []
         for size, count in itertools.product(sizes, range(len(self.auto_parts) + 1)):
             for kept_parts in itertools.combinations(self.auto_parts, count):
-                savings = [savings_by_part[part] for part in kept_parts]
-                candidates.append(_estimate_candidate(base, size, kept_parts, savings))
+                candidates.append(_estimate_candidate(base, dry_runs, size, kept_parts))
         return sorted(candidates, key=lambda c: (round(c.step_seconds, 4), -c.micro_batch))
-
-    def _measure_savings(self, micro_batch: int) -> dict[CheckpointedPart, _PartSavings]:
-        """Measure what recomputing each part costs and saves, in two dry runs."""
-        from rectvlm.plan.planner import GB
-        from rectvlm.plan.step_time import estimate_operation_seconds
-
-        planners = (self._planner(()), self._planner(tuple(self.auto_parts)))
-        recomputing, keeping = (planner.dry_run(micro_batch) for planner in planners)
-        savings_by_part = {}
-        for part in self.auto_parts:
-            name = DRY_RUN_NAMES[part]
-            seconds = []
-            for dry_run in (recomputing, keeping):
-                costs = [cost for (owner, _), cost in dry_run.costs.items() if owner == name]
-                hardware = planners[0].hardware
-                seconds.append(sum(estimate_operation_seconds(cost, hardware) for cost in costs))
-            saved_bytes = keeping.saved_bytes_by_part.get(name, 0)
-            saved_bytes -= recomputing.saved_bytes_by_part.get(name, 0)
-            savings_by_part[part] = _PartSavings(seconds[0] - seconds[1], saved_bytes / GB)
-        return savings_by_part
 
     def _finish(
         self,
@@ -241,27 +215,58 @@ class SettingsSearch:
         return decisions
 
 
+@dataclass(frozen=True)
+class _DryRunPair:
+    """Dry runs of the smallest micro-batch."""
+
+    recomputing: "DryRunResult"
+    """All `auto` parts recompute their activations."""
+    keeping: "DryRunResult"
+    """None does."""
+
+    def list_costs(self, kept_parts: Sequence[CheckpointedPart]) -> "list[OperationCosts]":
+        """List the operations of a setting."""
+        kept_names = {DRY_RUN_NAMES[part] for part in kept_parts}
+        costs = []
+        for dry_run, is_keeping in ((self.recomputing, False), (self.keeping, True)):
+            for (name, _), part_costs in dry_run.costs.items():
+                if (name in kept_names) == is_keeping:
+                    costs.append(part_costs)
+        return costs
+
+    def count_kept_bytes(self, kept_parts: Sequence[CheckpointedPart]) -> int:
+        """Count the bytes that parts keep for the backward pass beyond what recomputing keeps."""
+        kept_bytes = 0
+        for part in kept_parts:
+            name = DRY_RUN_NAMES[part]
+            kept_bytes += self.keeping.saved_bytes_by_part.get(name, 0)
+            kept_bytes -= self.recomputing.saved_bytes_by_part.get(name, 0)
+        return kept_bytes
+
+
 def _estimate_candidate(
     base: "ResourcePlan",
+    dry_runs: _DryRunPair,
     micro_batch: int,
     kept_parts: tuple[CheckpointedPart, ...],
-    savings: Sequence[_PartSavings],
 ) -> _Candidate:
-    """Estimate a setting from the plan of the smallest one; activations grow with the samples."""
-    from rectvlm.plan.planner import ALLOCATOR_WASTE_SHARE
+    """Estimate a setting from the plan of the smallest one; operations grow with the samples."""
+    from rectvlm.plan.planner import ALLOCATOR_WASTE_SHARE, GB
+    from rectvlm.plan.step_time import estimate_operation_seconds
 
     time, speed = base.time, base.speed
     ratio = micro_batch / speed.micro_batch
     accumulation = speed.accumulation / ratio
-    compute = time.compute / speed.accumulation - sum(saving.seconds for saving in savings)
+    costs = dry_runs.list_costs(kept_parts)
+    compute = sum(estimate_operation_seconds(cost, base.hardware, ratio) for cost in costs)
     overhead = (time.reductions + time.hooks) / speed.accumulation
-    forward_and_backward = max(ratio * compute, time.gathers / speed.accumulation)
+    forward_and_backward = max(compute, time.gathers / speed.accumulation)
 
     memory = base.gpu_memory_gb
     base_gb = memory["activations"] + memory["logits"] + memory["inputs"]
-    activations_gb = ratio * (base_gb + sum(saving.gb for saving in savings))
-    hidden_gb = memory["optimizer_step"]  # beyond the activations, which may outgrow it
-    growth_gb = max(0.0, activations_gb - base_gb - hidden_gb)
+    activations_gb = ratio * (base_gb + dry_runs.count_kept_bytes(kept_parts) / GB)
+    # The optimizer's step comes when the activations are gone; the larger of the two counts.
+    growth_gb = max(0.0, activations_gb - base_gb - memory["optimizer_step"])
     return _Candidate(
         micro_batch=micro_batch,
         kept_parts=kept_parts,

@@ -10,8 +10,8 @@ al., 2020):
 
 Under ZeRO-3 the frozen and the 4-bit weights are sharded too, and parameters up to the persistence
 threshold stay complete beside their shards. With `zero_hpz_partition_size` (hpZ, ZeRO++: Wang et
-al., 2023) each node holds a second, complete copy of the sharded ones. Scales of 4-bit weights are no parameters: every GPU
-holds all of them.
+al., 2023) each node holds a second, complete copy of the sharded ones. Scales of 4-bit weights are
+no parameters: every GPU holds all of them.
 """
 
 import math

@@ -15,9 +15,17 @@ from rectvlm.plan.static_memory import StaticMemory
 from rectvlm.train.dry_run.memory_tracker import OperationCosts, StepPass
 
 
-def estimate_operation_seconds(costs: OperationCosts, hardware: HardwareRates) -> float:
-    """Estimate the time of some operations on one GPU."""
-    flops, bytes_moved = np.asarray(costs.flops), np.asarray(costs.bytes_moved)
+def estimate_operation_seconds(
+    costs: OperationCosts, hardware: HardwareRates, growth: float = 1.0
+) -> float:
+    """Estimate the time of some operations on one GPU.
+
+    Args:
+        costs: the operations.
+        hardware: rates of the GPU.
+        growth: samples, as a multiple of those that the costs are for.
+    """
+    flops, bytes_moved = growth * np.asarray(costs.flops), growth * np.asarray(costs.bytes_moved)
     shares = np.where(costs.is_convolution, hardware.convolution_efficiency, hardware.efficiency)
     arithmetic = flops / (hardware.tflops * 1e12 * shares)
     traffic = bytes_moved / (hardware.bandwidth * 1e12 * hardware.bandwidth_efficiency)
