@@ -20,6 +20,7 @@ from rectvlm.config import Config
 from rectvlm.plan.options import CT_RATE_SCANS
 from rectvlm.train.budget import read_world_size, split_step
 from rectvlm.train.phases import Phase
+from rectvlm.types import UserError
 
 if TYPE_CHECKING:
     from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
@@ -278,8 +279,8 @@ def _estimate_candidate(
 def resolve_auto_settings(phase: Phase, config: Config, ds_config: Path) -> Config:
     """Replace `auto` for the GPU of this process, before the engine starts.
 
-    Without a GPU `auto` counts as true, and micro-batches are as large as configured: memory is
-    unknown, and recomputing needs the least.
+    Where there is no GPU, or no plan can be made, the setting that needs the least memory is taken:
+    every part recomputes, in the smallest micro-batches.
 
     Args:
         phase: the phase that starts.
@@ -289,18 +290,15 @@ def resolve_auto_settings(phase: Phase, config: Config, ds_config: Path) -> Conf
     Returns:
         The configuration without `auto` in the parts of the phase.
 
-    Raises:
-        UserError: as `ResourcePlanner`.
     """
-    auto_parts = list_auto_parts(phase, config)
-    if not auto_parts:
+    if not list_auto_parts(phase, config):
         return config
     is_main = os.environ.get("RANK", "0") == "0"
     capacity_gb = _read_gpu_memory_gb()
     if capacity_gb is None:
         if is_main:
-            log.info("auto: without a GPU, %s recompute activations", ", ".join(auto_parts))
-        return set_checkpointing(config, dict.fromkeys(auto_parts, True))
+            log.info("auto: the smallest setting is taken, since there is no GPU")
+        return _take_smallest_setting(phase, config)
 
     from rectvlm.plan.planner import ResourcePlanner
 
@@ -310,11 +308,21 @@ def resolve_auto_settings(phase: Phase, config: Config, ds_config: Path) -> Conf
     def make_planner(config: Config) -> ResourcePlanner:
         return ResourcePlanner(config, phase.number, ds_config, stage=phase.stage)
 
-    choice = SettingsSearch(config, phase, make_planner).choose(read_world_size(), capacity_gb)
+    try:
+        choice = SettingsSearch(config, phase, make_planner).choose(read_world_size(), capacity_gb)
+    except (UserError, RuntimeError, ValueError) as error:
+        log.warning("auto: the smallest setting is taken, since no plan can be made: %s", error)
+        return _take_smallest_setting(phase, config)
     if is_main:
         for decision in choice.plan.auto_decisions:
             log.info("%s", decision)
     return choice.config
+
+
+def _take_smallest_setting(phase: Phase, config: Config) -> Config:
+    smallest = list_micro_batches(phase, config, read_world_size())[0]
+    config = set_checkpointing(config, dict.fromkeys(list_auto_parts(phase, config), True))
+    return phase.set_micro_batch(config, smallest)
 
 
 def _read_gpu_memory_gb() -> float | None:

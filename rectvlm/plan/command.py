@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from rectvlm.cli_options import options_from_namespace
 from rectvlm.config import Config, load_config
-from rectvlm.plan.auto_settings import SettingsSearch, list_auto_parts
+from rectvlm.plan.auto_settings import CHECKPOINTED_PARTS, SettingsSearch, list_auto_parts
 from rectvlm.plan.hardware import HardwareRates, describe_assumed_rates
 from rectvlm.plan.options import PlanOptions
 from rectvlm.train.budget import split_step
@@ -95,8 +95,13 @@ def run(namespace: argparse.Namespace) -> None:
     if plan_too_large is not None:
         log.info("planning changes that save memory")
         gpus_per_node = None if options.nodes is None else hardware.gpus_per_node
+        chosen = _list_chosen_settings(planner)
         savings = find_memory_savings(
-            planner, plan_too_large.gpus, options.gpu_memory, load_with_overrides, gpus_per_node
+            planner,
+            plan_too_large.gpus,
+            options.gpu_memory,
+            lambda changes: load_with_overrides([*chosen, *changes]),
+            gpus_per_node,
         )
     speedups: list[Speedup] = []
     if plans[0].fits:
@@ -127,6 +132,15 @@ def _plan_phase(
     search = SettingsSearch(config, phase, make_planner)
     choices = [search.choose(n, options.gpu_memory, options.samples) for n in gpu_counts]
     return _PhasePlans([choice.plan for choice in choices], choices[0].planner)
+
+
+def _list_chosen_settings(planner: "ResourcePlanner") -> list[str]:
+    """List the settings that `auto` may have decided, as overrides."""
+    overrides = [f"train.phases.{planner.phase.key}.micro_batch={planner.settings.micro_batch}"]
+    for part in CHECKPOINTED_PARTS:
+        is_recomputed = bool(getattr(planner.config, part).activation_checkpointing)
+        overrides.append(f"{part}.activation_checkpointing={str(is_recomputed).lower()}")
+    return overrides
 
 
 def _show_all_phases(

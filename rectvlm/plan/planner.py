@@ -30,7 +30,7 @@ from rectvlm.train.dry_run.dry_run import DryRunResult, apply_phase_settings, dr
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 from rectvlm.train.dry_run.memory_tracker import WORKSPACE_KIND
 from rectvlm.train.engine.ds_config import find_ds_config, read_ds_config
-from rectvlm.train.phases import PHASES, STAGES, Phase, Stage
+from rectvlm.train.phases import PHASES, STAGES, Stage
 
 GB = 1e9
 SECONDS_PER_DAY = 86_400
@@ -194,7 +194,7 @@ class ResourcePlanner:
     def with_micro_batch(self, micro_batch: int) -> "ResourcePlanner":
         """Copy the planner for another largest micro-batch; the dry runs are shared."""
         planner = copy.copy(self)
-        planner.config = _set_micro_batch(self.config, self.phase, micro_batch)
+        planner.config = self.phase.set_micro_batch(self.config, micro_batch)
         planner.settings = self.phase.get_settings(planner.config)
         return planner
 
@@ -337,13 +337,6 @@ class ResourcePlanner:
             self.hardware,
             calls,
         )
-
-
-def _set_micro_batch(config: Config, phase: Phase, micro_batch: int) -> Config:
-    """Copy a configuration with another largest micro-batch of a phase."""
-    settings = phase.get_settings(config).model_copy(update={"micro_batch": micro_batch})
-    phases = config.train.phases | {phase.key: settings}
-    return config.model_copy(update={"train": config.train.model_copy(update={"phases": phases})})
 
 
 def _list_activations(dry_run: DryRunResult) -> dict[str, float]:

@@ -75,6 +75,13 @@ class Phase:
             )
         return section
 
+    def set_micro_batch(self, config: Config, micro_batch: int) -> Config:
+        """Copy a configuration with another largest micro-batch in this row's section."""
+        settings = self.get_settings(config).model_copy(update={"micro_batch": micro_batch})
+        phases = config.train.phases | {self.key: settings}
+        train = config.train.model_copy(update={"phases": phases})
+        return config.model_copy(update={"train": train})
+
 
 _PHASE_1_PARTS: tuple[ModelPart, ...] = ("encoder", "classifier")
 _PHASE_2_PARTS: tuple[ModelPart, ...] = (*_PHASE_1_PARTS, "localizer")
