@@ -66,6 +66,7 @@ def total_gb(plan: ResourcePlan) -> float:
     return plan.gpu_memory_gb["total"]
 
 
+@pytest.mark.slow
 def test_the_fastest_setting_that_fits_is_chosen(
     search: SettingsSearch, plans: list[ResourcePlan]
 ) -> None:
@@ -138,6 +139,7 @@ def compute_gradients(model: RectVLM, samples: list[Sample], size: int) -> dict[
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_gradients_depend_neither_on_the_cut_nor_on_recomputation() -> None:
     plain = ["generator.quantization=none", "generator.lora_dropout=0", "localizer.noise=0"]
     # Every prompt tells the truth: what an untrained model predicts would turn with rounding.
