@@ -432,9 +432,10 @@ def _run_preprocess(options: argparse.Namespace) -> None:
 
 
 def _run_train(options: argparse.Namespace) -> None:
+    from rectvlm.plan.auto_settings import resolve_auto_settings
     from rectvlm.train import main as train_phase
 
-    train_phase(options.phase, options.arguments)
+    train_phase(options.phase, options.arguments, resolve_auto_settings)
 
 
 def _run_predict(options: argparse.Namespace) -> None:
