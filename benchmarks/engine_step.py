@@ -84,7 +84,7 @@ class Variant:
     ds_config: str | None = None
     """Name of the file in ds_configs/; None is the phase's own."""
     has_leaf_modules: bool = True
-    """Whether ZeRO-3 gathers a layer of the language model at once."""
+    """Whether ZeRO-3 gathers every block at once; plans assume that it does."""
     overrides: tuple[str, ...] = ()
 
 
@@ -220,7 +220,7 @@ class EngineSteps:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         facts["trainable"] = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
         optimizer = build_optimizer(model, config.train, phase_settings, budget)
-        no_leaf = patch("rectvlm.train.engine.engine.find_decoder_layer_class", lambda _: None)
+        no_leaf = patch("rectvlm.train.engine.engine.find_leaf_modules", lambda _: {})
         has_leaf = settings.get_variant().has_leaf_modules
         with contextlib.nullcontext() if has_leaf else no_leaf:
             engine.prepare(model, optimizer)
@@ -321,6 +321,22 @@ def measure_step(settings: StepSettings) -> JsonObject:
         "language_positions_per_second": positions * settings.processes / step_seconds,
         "losses": steps.losses,
     }
+
+
+def resolve_checkpointing(settings: StepSettings) -> StepSettings:
+    """Write the planner's choice in place of `activation_checkpointing: auto`."""
+    from rectvlm.plan.auto_settings import list_auto_parts, resolve_auto_settings
+
+    config, phase = settings.load_config(), settings.find_phase()
+    parts = list_auto_parts(phase, config)
+    if not parts:
+        return settings
+    resolved = resolve_auto_settings(phase, config, settings.ds_config)
+    choices: list[str] = []
+    for part in parts:
+        is_recomputed = bool(getattr(resolved, part).activation_checkpointing)
+        choices.append(f"{part}.activation_checkpointing={str(is_recomputed).lower()}")
+    return replace(settings, overrides=(*settings.overrides, *choices))
 
 
 def run_measurement(settings: StepSettings, work: Path) -> JsonObject:
@@ -516,7 +532,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[JsonObject] = []
     left_out: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="rectvlm-bench-") as work:
-        for settings in _list_settings(options, Path(work)):
+        for unresolved in _list_settings(options, Path(work)):
+            settings = run_in_new_process(resolve_checkpointing, unresolved)
             try:
                 measured = run_measurement(settings, Path(work))
             except (torch.OutOfMemoryError, LaunchFailed) as error:
