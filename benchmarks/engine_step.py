@@ -533,7 +533,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     left_out: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="rectvlm-bench-") as work:
         for unresolved in _list_settings(options, Path(work)):
-            settings = run_in_new_process(resolve_checkpointing, unresolved)
+            settings = resolve_checkpointing(unresolved)
             try:
                 measured = run_measurement(settings, Path(work))
             except (torch.OutOfMemoryError, LaunchFailed) as error:
