@@ -220,7 +220,7 @@ class EngineSteps:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         facts["trainable"] = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
         optimizer = build_optimizer(model, config.train, phase_settings, budget)
-        no_leaf = patch("rectvlm.train.engine.engine.find_leaf_modules", lambda _: {})
+        no_leaf = patch("rectvlm.train.engine.engine.find_leaf_modules", return_value={})
         has_leaf = settings.get_variant().has_leaf_modules
         with contextlib.nullcontext() if has_leaf else no_leaf:
             engine.prepare(model, optimizer)
