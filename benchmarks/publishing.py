@@ -25,7 +25,6 @@ from benchmarks.measurements import (
     SectionResult,
     make_comparison_table,
 )
-from benchmarks.plots import write_plot
 from rectvlm.cli_options import CommandParser
 from rectvlm.files import write_json
 from rectvlm.types import JsonObject, UserError
@@ -197,11 +196,20 @@ def _write_section(section: SectionResult, folder: Path, has_siblings: bool) -> 
         if comparison.note:
             parts.append(f"{comparison.note}\n")
         parts.append(make_comparison_table(comparison))
-        if (plot := write_plot(comparison, folder, section.name)) is not None:
+        if (plot := _draw_plot(comparison, folder, section.name)) is not None:
             parts.append(f"![{comparison.title}]({plot.name})\n")
     for peer in section.missing_peers:
         parts.append(f"Not compared, since it is not installed: {peer.name} (`{peer.install}`).\n")
     return "\n".join(parts)
+
+
+def _draw_plot(comparison: Comparison, folder: Path, stem: str) -> Path | None:
+    """Draw a comparison; None without matplotlib, which the image of a lent GPU may lack."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from benchmarks.plots import write_plot
+
+    return write_plot(comparison, folder, stem)
 
 
 def find_missing_peers(install_by_module: dict[str, str]) -> list[MissingPeer]:
