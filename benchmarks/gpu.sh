@@ -39,10 +39,11 @@ measure() {
     failures+=("no time left: $*")
     return
   fi
+  # A trial shows that the commands run, on a machine of any speed.
+  [ "$size" != tiny ] || limit=$left
   echo "== $SECONDS s: $*"
   timeout --kill-after=5 "$((limit < left ? limit : left))" "$@"
   local status=$?
-  # pytest ends with 5 where no test was chosen.
   [ "$status" -eq 0 ] || failures+=("exit code $status: $*")
 }
 
@@ -53,7 +54,9 @@ else
 fi
 step() { measure "$1" "$python" -m benchmarks.engine_step --config "$size" --rounds "$rounds" --out "$out" "${@:2}"; }
 
-measure 120 "$python" -m pytest -q -m gpu tests
+# Collecting all tests would take longer than running these.
+mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+measure 120 "$python" -m pytest -q -m gpu "${gpu_tests[@]}"
 measure 45 "$python" -m benchmarks.attention --sides "${sides[@]}" --rounds "$rounds" --out "$out"
 measure 60 "$python" -m benchmarks.encoder --config "$size" --rounds "$rounds" --out "$out"
 step 75 --phases 2 --micro-batch "${micro_batches[@]}"
