@@ -12,7 +12,7 @@ RESULTS = Path(readme_block.__file__).parent / "results"
 def test_the_table_shows_ours_beside_others_with_the_command() -> None:
     block = readme_block.make_block(RESULTS / "attention-1x-nvidia-h200-2026-11-27")
     (line,) = [line for line in block.splitlines() if line.startswith("| Attention ")]
-    assert "(patches: 16384)" in line and "dense mask" in line and "plain, no biases" in line
+    assert "(patches: 16384)" in line and "FlexAttention" in line and "plain, no biases" in line
     assert "`python -m benchmarks.attention`" in line
 
 
