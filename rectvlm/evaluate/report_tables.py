@@ -244,6 +244,18 @@ def list_report_kinds(reports: Mapping[str, Any]) -> dict[str, Any]:
     return kinds | {"without the image": reports["image_ablated"]}
 
 
+def format_main_scores(reports: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Main scores with their intervals as text, by score and set of reports."""
+    kinds = list_report_kinds(reports)
+    rows = {}
+    for score in MAIN_REPORT_SCORES:
+        if score in reports["image"]["scores"]:
+            rows[name_score(score)] = {
+                name: _format_kind(kind, score) for name, kind in kinds.items()
+            }
+    return rows
+
+
 def render_other_findings(reports: Mapping[str, Any]) -> str:
     """Render sizes, findings beyond the 18, and the recall of rare and of common findings."""
     image = reports["image"]
