@@ -27,6 +27,7 @@ MAIN_REPORT_SCORES = (
     "clinical_labels_macro_f1",
     "clinical_labels_crg",
     "laterality",
+    "lobe_accuracy",
     "size_accuracy",
     "other_findings_f1",
     "rare_findings_recall",
@@ -45,6 +46,7 @@ _WORD_SCORE_NAMES = {
 }
 SCORE_NAMES = _WORD_SCORE_NAMES | {
     "bertscore_f1": "BERTScore F1",
+    "lobe_accuracy": "lobes",
     "size_accuracy": "sizes within tolerance",
     "other_findings_f1": "findings beyond the 18, F1",
     "rare_findings_recall": "rare findings, recall",
