@@ -134,8 +134,9 @@ def _require_endpoint(options: RadEvalOptions) -> None:
             "NAME, such as http://localhost:8000/v1 of a local vLLM and the name it serves."
         )
     url = options.radfact_endpoint.rstrip("/") + "/models"
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {_read_key()}"})
+    headers = {"Authorization": f"Bearer {_read_key()}"}
     try:
+        request = urllib.request.Request(url, headers=headers)
         urllib.request.urlopen(request, timeout=ENDPOINT_TIMEOUT_SECONDS).close()
     except (OSError, ValueError) as error:
         is_answer = isinstance(error, urllib.error.HTTPError)

@@ -6,6 +6,7 @@ of our side run on a package of its form, and those of the real one where it is 
 
 import importlib.util
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,7 +53,7 @@ class RadEval:
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A package of RadEval's form, before any that is installed."""
     folder = tmp_path / "site" / "radeval"
     metadata = tmp_path / "site" / "radeval-9.9.dist-info"
@@ -60,9 +61,10 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.mkdir(parents=True)
     (folder / "__init__.py").write_text(PACKAGE)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: radeval\nVersion: 9.9\n")
-    monkeypatch.delitem(__import__("sys").modules, "radeval", raising=False)
+    monkeypatch.delitem(sys.modules, "radeval", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    return folder
+    yield folder
+    sys.modules.pop("radeval", None)
 
 
 class _Endpoint(BaseHTTPRequestHandler):
