@@ -11,6 +11,7 @@ from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.models.slice_region_encoder import SliceRegionEncoder
 from rectvlm.models.tissue_patches import (
     TissuePatches,
+    assume_tissue_share,
     find_tissue_patches,
     pack_all,
     pack_patches,
@@ -162,3 +163,11 @@ def test_noise_and_its_loss_are_those_of_tissue(tiny: Config, prompts: PromptEmb
     loss = model.localizer(ct, features, prompts).denoising_loss
     tissue = features.patches[0][~features.patches[0].eq(0).all(-1)]
     torch.testing.assert_close(loss, tissue.square().mean())
+
+
+def test_without_values_there_is_tissue_alone_or_the_share_that_is_assumed() -> None:
+    ct = torch.zeros(2, 8, 64, 64, device="meta")
+    assert find_tissue_patches(ct, PATCH).numbers.shape == (2, 128)
+    with assume_tissue_share(0.6):
+        assert find_tissue_patches(ct, PATCH).numbers.shape == (2, 80)
+    assert find_tissue_patches(ct, PATCH).numbers.shape == (2, 128)
