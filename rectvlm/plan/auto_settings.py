@@ -166,10 +166,13 @@ class SettingsSearch:
         base = self._plan((), sizes[0], gpus, capacity_gb)
         planners = (self._planner(()), self._planner(tuple(self.auto_parts)))
         dry_runs = _DryRunPair(*(planner.dry_run(sizes[0]) for planner in planners))
+        usual = _DryRunPair(*(planner.dry_run_usual_cts(sizes[0]) for planner in planners))
         candidates = []
         for size, count in itertools.product(sizes, range(len(self.auto_parts) + 1)):
             for kept_parts in itertools.combinations(self.auto_parts, count):
-                candidates.append(_estimate_candidate(base, dry_runs, size, kept_parts))
+                costs = usual.list_costs(kept_parts)
+                kept_bytes = dry_runs.count_kept_bytes(kept_parts)
+                candidates.append(_estimate_candidate(base, costs, kept_bytes, size, kept_parts))
         return sorted(candidates, key=lambda c: (round(c.step_seconds, 4), -c.micro_batch))
 
     def _finish(
@@ -247,25 +250,33 @@ class _DryRunPair:
 
 def _estimate_candidate(
     base: "ResourcePlan",
-    dry_runs: _DryRunPair,
+    costs: "Sequence[OperationCosts]",
+    kept_bytes: int,
     micro_batch: int,
     kept_parts: tuple[CheckpointedPart, ...],
 ) -> _Candidate:
-    """Estimate a setting from the plan of the smallest one; operations grow with the samples."""
+    """Estimate a setting from the plan of the smallest one; operations grow with the samples.
+
+    Args:
+        base: plan of the smallest micro-batch where all parts recompute.
+        costs: operations of the setting in such a micro-batch.
+        kept_bytes: what its parts keep beyond that plan.
+        micro_batch: its micro-batch.
+        kept_parts: parts that keep their activations.
+    """
     from rectvlm.plan.planner import ALLOCATOR_WASTE_SHARE, GB
     from rectvlm.plan.step_time import estimate_operation_seconds
 
     time, speed = base.time, base.speed
     ratio = micro_batch / speed.micro_batch
     accumulation = speed.accumulation / ratio
-    costs = dry_runs.list_costs(kept_parts)
     compute = sum(estimate_operation_seconds(cost, base.hardware, ratio) for cost in costs)
     overhead = (time.reductions + time.hooks) / speed.accumulation
     forward_and_backward = max(compute, time.gathers / speed.accumulation)
 
     memory = base.gpu_memory_gb
     base_gb = memory["activations"] + memory["logits"] + memory["inputs"]
-    activations_gb = ratio * (base_gb + dry_runs.count_kept_bytes(kept_parts) / GB)
+    activations_gb = ratio * (base_gb + kept_bytes / GB)
     # The optimizer's step comes when the activations are gone; the larger of the two counts.
     growth_gb = max(0.0, activations_gb - base_gb - memory["optimizer_step"])
     return _Candidate(

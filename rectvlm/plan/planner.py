@@ -12,6 +12,8 @@ from rectvlm import pretrained
 from rectvlm.config import Config
 from rectvlm.models import RectVLM
 from rectvlm.models.meta_model import build_meta_model
+from rectvlm.models.slice_region_encoder import SliceRegionEncoder
+from rectvlm.models.tissue_patches import TYPICAL_TISSUE_SHARE
 from rectvlm.plan.hardware import HardwareRates
 from rectvlm.plan.options import CT_RATE_SCANS
 from rectvlm.plan.static_memory import (
@@ -126,6 +128,8 @@ class ResourcePlan:
     time: StepTime
     speed: PlannedThroughput
     hardware: HardwareRates
+    tissue_share: float
+    """Share of a CT's patches that are no air, as the time assumes; memory assumes 1."""
     auto_decisions: list[str] = field(default_factory=list)
     """What was decided where the configuration says `auto`, with the reason, a sentence each."""
 
@@ -145,6 +149,7 @@ class ResourcePlanner:
         hardware: HardwareRates | None = None,
         workspace_meter: KernelWorkspaceMeter | None = None,
         stage: Stage | None = None,
+        tissue_share: float = TYPICAL_TISSUE_SHARE,
     ) -> None:
         """Build the model on the meta device and dry-run a micro-batch.
 
@@ -157,6 +162,7 @@ class ResourcePlanner:
             workspace_meter: measures what kernels allocate for themselves on the device that is
                 planned for.
             stage: a sub-step of the phase.
+            tissue_share: share of a CT's patches that are no air, for the estimate of time.
 
         Raises:
             UserError: a model whose geometry is not known, no DeepSpeed JSON, or no such phase in
@@ -183,7 +189,9 @@ class ResourcePlanner:
         prompt_names = [name for name in names if name.startswith("prompts.")]
         self.prompt_entries = _count_entries(model, prompt_names)
         self.model = apply_phase_settings(model, config, self.phase)
-        self._dry_runs: dict[int, DryRunResult] = {}
+        leaves_out_air = isinstance(model.encoder, SliceRegionEncoder)
+        self.tissue_share = tissue_share if leaves_out_air else 1.0
+        self._dry_runs: dict[tuple[int, float], DryRunResult] = {}
 
     def with_ds_config(self, ds_config: Path) -> "ResourcePlanner":
         """Copy the planner for another DeepSpeed JSON; the dry runs are shared."""
@@ -198,13 +206,26 @@ class ResourcePlanner:
         planner.settings = self.phase.get_settings(planner.config)
         return planner
 
-    def dry_run(self, micro_batch: int) -> DryRunResult:
-        """Run a micro-batch without values; the result is kept."""
-        if micro_batch not in self._dry_runs:
-            self._dry_runs[micro_batch] = dry_run_micro_batch(
-                self.config, self.phase, self.model, micro_batch, self.workspace_meter
+    def dry_run(self, micro_batch: int, tissue_share: float = 1.0) -> DryRunResult:
+        """Run a micro-batch without values; the result is kept.
+
+        Memory must suffice for CTs without air, time is that of usual ones: so a plan needs two.
+        """
+        key = micro_batch, tissue_share
+        if key not in self._dry_runs:
+            self._dry_runs[key] = dry_run_micro_batch(
+                self.config,
+                self.phase,
+                self.model,
+                micro_batch,
+                self.workspace_meter if tissue_share == 1 else None,
+                tissue_share,
             )
-        return self._dry_runs[micro_batch]
+        return self._dry_runs[key]
+
+    def dry_run_usual_cts(self, micro_batch: int) -> DryRunResult:
+        """`dry_run` with the planned share of tissue."""
+        return self.dry_run(micro_batch, self.tissue_share)
 
     def make_plan(
         self, gpus: int, capacity_gb: float, samples: int = CT_RATE_SCANS
@@ -219,6 +240,7 @@ class ResourcePlanner:
         budget = PhaseBudget.plan(self.settings, samples, gpus)
         step_batch = budget.step_batch
         dry_run = self.dry_run(step_batch.micro_batch)
+        usual = self.dry_run_usual_cts(step_batch.micro_batch)
         ds_settings = read_ds_config(
             self.ds_config, step_batch, self.config.train.gradient_clipping
         )
@@ -227,9 +249,9 @@ class ResourcePlanner:
         )
         gpu_memory_gb = self._sum_gpu_memory(static_memory, dry_run)
         parameters = count_parameters(self.model)
-        flops = _sum_flops(dry_run, step_batch.accumulation)
+        flops = _sum_flops(usual, step_batch.accumulation)
         zero_stage: int = ds_settings["zero_optimization"]["stage"]
-        time = self._estimate_time(static_memory, dry_run, step_batch, zero_stage, gpus)
+        time = self._estimate_time(static_memory, usual, step_batch, zero_stage, gpus)
         checkpoint_gb = self._count_checkpoint_bytes(parameters.trainable) / GB
         loading_peak_gb = (static_memory.loading_peak_bytes + CUDA_CONTEXT_BYTES) / GB
         return ResourcePlan(
@@ -249,8 +271,9 @@ class ResourcePlanner:
             checkpoint_disk_gb=self._count_kept_checkpoints() * checkpoint_gb,
             flops_per_step=flops,
             time=time,
-            speed=_compute_throughput(budget, dry_run, time, flops, gpus, samples),
+            speed=_compute_throughput(budget, usual, time, flops, gpus, samples),
             hardware=self.hardware,
+            tissue_share=self.tissue_share,
         )
 
     def _sum_gpu_memory(

@@ -336,10 +336,15 @@ def test_between_nodes_the_adapters_set_the_pace() -> None:
     assert two == pytest.approx(size * 15 / 16 / (400e9 * 0.7), rel=0.01)
 
 
+PLANNED_SECONDS_OF_FOUR_PASSES = 0.71
+"""Planned at the same rates with the localizer of then and with that of now: 2.62 and 1.90 s."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["phase3", "phase3_zero2"])
 def test_a_step_is_planned_about_as_long_as_it_took(stage: str) -> None:
-    """On one H200, at the size that was measured, with hooks at every module with weights.
+    """On one H200, at the size that was measured: noise without air, hooks at every module with
+    weights, and a localizer that drew its lesions in five passes.
 
     The rates were taken from this run, so this keeps the two consistent.
     """
@@ -348,13 +353,14 @@ def test_a_step_is_planned_about_as_long_as_it_took(stage: str) -> None:
     config = load_config(
         "large", ["train.phases.phase3.micro_batch=1", "train.phases.phase3.global_batch=1"]
     )
-    made = ResourcePlanner(config, 3, DS_CONFIGS / f"{stage}.json")
+    made = ResourcePlanner(config, 3, DS_CONFIGS / f"{stage}.json", tissue_share=1.0)
     time, passes = made.make_plan(1, 141.0).time, 0
     for name, module in made.model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
             passes += count_passes(name, config)
     hooks_then = passes * HardwareRates().hook if stage == "phase3" else 0.0
-    assert time.total - time.hooks + hooks_then == pytest.approx(row["step_seconds"], rel=0.15)
+    then = time.total - time.hooks + hooks_then + PLANNED_SECONDS_OF_FOUR_PASSES
+    assert then == pytest.approx(row["step_seconds"], rel=0.15)
     assert time.hooks <= 0.2 * hooks_then
 
 
