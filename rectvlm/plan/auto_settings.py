@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rectvlm.config import Config
 from rectvlm.plan.options import CT_RATE_SCANS
@@ -57,7 +57,7 @@ def list_auto_parts(phase: Phase, config: Config) -> list[CheckpointedPart]:
 
 def set_checkpointing(config: Config, recomputed_by_part: dict[CheckpointedPart, bool]) -> Config:
     """Copy a configuration with other values of `activation_checkpointing`."""
-    sections = {}
+    sections: dict[str, Any] = {}
     for part, is_recomputed in recomputed_by_part.items():
         section = getattr(config, part)
         sections[part] = section.model_copy(update={"activation_checkpointing": is_recomputed})
@@ -166,7 +166,7 @@ class SettingsSearch:
         base = self._plan((), sizes[0], gpus, capacity_gb)
         planners = (self._planner(()), self._planner(tuple(self.auto_parts)))
         dry_runs = _DryRunPair(*(planner.dry_run(sizes[0]) for planner in planners))
-        usual = _DryRunPair(*(planner.dry_run_usual_cts(sizes[0]) for planner in planners))
+        usual = _DryRunPair(*(planner.dry_run_usual_case(sizes[0]) for planner in planners))
         candidates = []
         for size, count in itertools.product(sizes, range(len(self.auto_parts) + 1)):
             for kept_parts in itertools.combinations(self.auto_parts, count):

@@ -123,8 +123,12 @@ def _describe_hardware(plan: ResourcePlan) -> str:
         f"{rates.bandwidth:g} TB/s × {rates.bandwidth_efficiency:g}, {rates.gpus_per_node:g} GPUs "
         f"a node, {rates.intra:g} GB/s within and {rates.inter:g} GB/s a GPU between nodes."
     )
-    if plan.tissue_share < 1:
-        text += f" {plan.tissue_share:.0%} of the patches are no air: assumed; memory has them all."
+    usual = plan.usual_case
+    if usual.tissue_share < 1:
+        text += f" Time counts {usual.tissue_share:.0%} of the patches, the rest being air"
+        if usual.report_tokens is not None:
+            text += f", and reports of {usual.report_tokens} tokens"
+        text += " (assumed); memory suffices for any case."
     if card == "on an H200 SXM":
         text = f"{text} {RATE_SOURCES}"
     return text if assumed is None else f"{text} {assumed}"

@@ -13,7 +13,6 @@ from rectvlm.config import Config
 from rectvlm.models import RectVLM
 from rectvlm.models.meta_model import build_meta_model
 from rectvlm.models.slice_region_encoder import SliceRegionEncoder
-from rectvlm.models.tissue_patches import TYPICAL_TISSUE_SHARE
 from rectvlm.plan.hardware import HardwareRates
 from rectvlm.plan.options import CT_RATE_SCANS
 from rectvlm.plan.static_memory import (
@@ -28,7 +27,14 @@ from rectvlm.plan.static_memory import (
 )
 from rectvlm.plan.step_time import EngineCalls, StepTime, estimate_step_time
 from rectvlm.train.budget import PhaseBudget, StepBatch
-from rectvlm.train.dry_run.dry_run import DryRunResult, apply_phase_settings, dry_run_micro_batch
+from rectvlm.train.dry_run.dry_run import (
+    LARGEST_CASE,
+    USUAL_CASE,
+    CaseSize,
+    DryRunResult,
+    apply_phase_settings,
+    dry_run_micro_batch,
+)
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 from rectvlm.train.dry_run.memory_tracker import WORKSPACE_KIND
 from rectvlm.train.engine.ds_config import find_ds_config, read_ds_config
@@ -128,8 +134,8 @@ class ResourcePlan:
     time: StepTime
     speed: PlannedThroughput
     hardware: HardwareRates
-    tissue_share: float
-    """Share of a CT's patches that are no air, as the time assumes; memory assumes 1."""
+    usual_case: CaseSize
+    """What the estimate of time counts with; memory suffices for any case."""
     auto_decisions: list[str] = field(default_factory=list)
     """What was decided where the configuration says `auto`, with the reason, a sentence each."""
 
@@ -149,7 +155,7 @@ class ResourcePlanner:
         hardware: HardwareRates | None = None,
         workspace_meter: KernelWorkspaceMeter | None = None,
         stage: Stage | None = None,
-        tissue_share: float = TYPICAL_TISSUE_SHARE,
+        usual_case: CaseSize = USUAL_CASE,
     ) -> None:
         """Build the model on the meta device and dry-run a micro-batch.
 
@@ -162,7 +168,7 @@ class ResourcePlanner:
             workspace_meter: measures what kernels allocate for themselves on the device that is
                 planned for.
             stage: a sub-step of the phase.
-            tissue_share: share of a CT's patches that are no air, for the estimate of time.
+            usual_case: what the estimate of time counts with; memory suffices for any case.
 
         Raises:
             UserError: a model whose geometry is not known, no DeepSpeed JSON, or no such phase in
@@ -189,9 +195,12 @@ class ResourcePlanner:
         prompt_names = [name for name in names if name.startswith("prompts.")]
         self.prompt_entries = _count_entries(model, prompt_names)
         self.model = apply_phase_settings(model, config, self.phase)
-        leaves_out_air = isinstance(model.encoder, SliceRegionEncoder)
-        self.tissue_share = tissue_share if leaves_out_air else 1.0
-        self._dry_runs: dict[tuple[int, float], DryRunResult] = {}
+        if not isinstance(model.encoder, SliceRegionEncoder):
+            usual_case = usual_case._replace(tissue_share=1.0)
+        if "generator" not in self.phase.parts:
+            usual_case = usual_case._replace(report_tokens=None)
+        self.usual_case = usual_case
+        self._dry_runs: dict[tuple[int, CaseSize], DryRunResult] = {}
 
     def with_ds_config(self, ds_config: Path) -> "ResourcePlanner":
         """Copy the planner for another DeepSpeed JSON; the dry runs are shared."""
@@ -206,26 +215,23 @@ class ResourcePlanner:
         planner.settings = self.phase.get_settings(planner.config)
         return planner
 
-    def dry_run(self, micro_batch: int, tissue_share: float = 1.0) -> DryRunResult:
-        """Run a micro-batch without values; the result is kept.
-
-        Memory must suffice for CTs without air, time is that of usual ones: so a plan needs two.
-        """
-        key = micro_batch, tissue_share
+    def dry_run(self, micro_batch: int, case: CaseSize = LARGEST_CASE) -> DryRunResult:
+        """Run a micro-batch without values; the result is kept."""
+        key = micro_batch, case
         if key not in self._dry_runs:
             self._dry_runs[key] = dry_run_micro_batch(
                 self.config,
                 self.phase,
                 self.model,
                 micro_batch,
-                self.workspace_meter if tissue_share == 1 else None,
-                tissue_share,
+                self.workspace_meter if case == LARGEST_CASE else None,
+                case,
             )
         return self._dry_runs[key]
 
-    def dry_run_usual_cts(self, micro_batch: int) -> DryRunResult:
-        """`dry_run` with the planned share of tissue."""
-        return self.dry_run(micro_batch, self.tissue_share)
+    def dry_run_usual_case(self, micro_batch: int) -> DryRunResult:
+        """`dry_run` with cases of the usual size."""
+        return self.dry_run(micro_batch, self.usual_case)
 
     def make_plan(
         self, gpus: int, capacity_gb: float, samples: int = CT_RATE_SCANS
@@ -240,7 +246,7 @@ class ResourcePlanner:
         budget = PhaseBudget.plan(self.settings, samples, gpus)
         step_batch = budget.step_batch
         dry_run = self.dry_run(step_batch.micro_batch)
-        usual = self.dry_run_usual_cts(step_batch.micro_batch)
+        usual = self.dry_run_usual_case(step_batch.micro_batch)
         ds_settings = read_ds_config(
             self.ds_config, step_batch, self.config.train.gradient_clipping
         )
@@ -273,7 +279,7 @@ class ResourcePlanner:
             time=time,
             speed=_compute_throughput(budget, usual, time, flops, gpus, samples),
             hardware=self.hardware,
-            tissue_share=self.tissue_share,
+            usual_case=self.usual_case,
         )
 
     def _sum_gpu_memory(

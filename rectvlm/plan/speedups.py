@@ -38,12 +38,9 @@ def find_speedups(
         plan: a plan that fits.
         make_planner: makes the planner of another configuration.
     """
-    planners = {change: make_planner(config) for change, config in _list_changes(planner).items()}
-    doubled = planner.with_micro_batch(2 * plan.speed.micro_batch)
-    if list_micro_batches(planner.phase, doubled.config, plan.gpus)[-1] > plan.speed.micro_batch:
-        key = planner.phase.key
-        change = f"train.phases.{key}.micro_batch={2 * plan.speed.micro_batch}"
-        planners[change] = doubled
+    planners: dict[str, ResourcePlanner] = {}
+    if not plan.auto_decisions:  # otherwise these settings are the fastest that fit
+        planners = _plan_larger_settings(planner, plan, make_planner)
     if plan.zero_stage == 3 and planner.phase.number == 3:
         change = f"--ds-config ds_configs/{ZERO2_DS_CONFIG.name}"
         planners[change] = planner.with_ds_config(ZERO2_DS_CONFIG)
@@ -59,11 +56,18 @@ def find_speedups(
     return sorted(speedups, key=lambda speedup: speedup.step_seconds)
 
 
-def _list_changes(planner: ResourcePlanner) -> dict[str, Config]:
-    """List configurations that recompute less, by the arguments of a launch that make them."""
-    changes: dict[str, Config] = {}
+def _plan_larger_settings(
+    planner: ResourcePlanner, plan: ResourcePlan, make_planner: Callable[[Config], ResourcePlanner]
+) -> dict[str, ResourcePlanner]:
+    """Make planners that recompute less or take more samples at once, by the arguments for it."""
+    planners: dict[str, ResourcePlanner] = {}
+    config, phase = planner.config, planner.phase
     for part in CHECKPOINTED_PARTS:
-        if part in planner.phase.parts and getattr(planner.config, part).activation_checkpointing:
+        if part in phase.parts and getattr(config, part).activation_checkpointing:
             change = f"{part}.activation_checkpointing=false"
-            changes[change] = set_checkpointing(planner.config, {part: False})
-    return changes
+            planners[change] = make_planner(set_checkpointing(config, {part: False}))
+    doubled = planner.with_micro_batch(2 * plan.speed.micro_batch)
+    if list_micro_batches(phase, doubled.config, plan.gpus)[-1] > plan.speed.micro_batch:
+        change = f"train.phases.{phase.key}.micro_batch={2 * plan.speed.micro_batch}"
+        planners[change] = doubled
+    return planners

@@ -29,7 +29,7 @@ from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
 from rectvlm.plan.static_memory import count_passes
 from rectvlm.plan.step_time import RingCollective
 from rectvlm.train.budget import StepBatch
-from rectvlm.train.dry_run.dry_run import PROMPT_TOKENS
+from rectvlm.train.dry_run.dry_run import LARGEST_CASE, PROMPT_TOKENS
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 from rectvlm.train.dry_run.meta_ops import count_quantization_state_bytes
 from rectvlm.train.engine.ds_config import read_ds_config
@@ -354,7 +354,7 @@ def test_a_step_is_planned_about_as_long_as_it_took(stage: str) -> None:
     config = load_config(
         "large", ["train.phases.phase3.micro_batch=1", "train.phases.phase3.global_batch=1"]
     )
-    made = ResourcePlanner(config, 3, DS_CONFIGS / f"{stage}.json", tissue_share=1.0)
+    made = ResourcePlanner(config, 3, DS_CONFIGS / f"{stage}.json", usual_case=LARGEST_CASE)
     time, passes = made.make_plan(1, 141.0).time, 0
     for name, module in made.model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
@@ -586,7 +586,7 @@ def test_gathers_are_as_many_as_passes(tmp_path: Path) -> None:
         gathers(f"generator.activation_checkpointing={flag}", "generator.quantization=none")
         for flag in ("no", "yes")
     )
-    assert 1.2 * one < again <= 1.5 * one
+    assert 1.05 * one < again <= 1.5 * one
     assert gathers("generator.activation_checkpointing=yes") < again
 
 
