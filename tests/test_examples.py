@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
 
-def load_example(name: str) -> ModuleType:
-    """An example as a module."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+def load_program(path: Path) -> ModuleType:
+    """A program of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -25,7 +25,9 @@ def test_plain_training_trains_both_phases_and_scores_them(
     weights = tmp_path / "weights.safetensors"
     arguments = ["--config", "tiny", "--steps", "4", "--out", str(weights)]
     with caplog.at_level("INFO"):
-        scores = load_example("train_plain").main([*arguments, f"data.shards={phantom_shards}"])
+        scores = load_program(EXAMPLES / "train_plain.py").main(
+            [*arguments, f"data.shards={phantom_shards}"]
+        )
     assert scores["macro_auroc"] is not None and 0 <= scores["macro_auroc"] <= 1
     assert scores["mean_dice"] is not None and 0 <= scores["mean_dice"] <= 1
     parts = {name.partition(".")[0] for name in load_file(weights)}
