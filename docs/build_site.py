@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import nbformat
 import yaml
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
+from traitlets.config import Config
 
 log = logging.getLogger("build_site")
 CHECKOUT = Path(__file__).parents[1]
@@ -36,30 +37,40 @@ SECONDS_PER_CELL = 300
 
 
 def run_notebook(path: Path) -> nbformat.NotebookNode:
-    """Run a notebook in its own folder; it is not written back.
+    """Run a notebook in this environment; the file stays as it is.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed; the message has its traceback.
     """
     notebook = nbformat.read(path, as_version=4)
-    # The kernel is this environment's, with its checkout, whatever kernels the machine has.
-    os.environ["PYTHONPATH"] = str(CHECKOUT)
-    client = NotebookClient(
-        notebook,
-        timeout=SECONDS_PER_CELL,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(path.parent)}},
-    )
-    return client.execute()
+    programs = str(Path(sys.executable).parent)
+    environment = os.environ | {
+        "PATH": os.pathsep.join([programs, os.environ["PATH"]]),
+        "PYTHONPATH": str(CHECKOUT),
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    }
+    # Over TCP any user of the machine could read along.
+    settings = Config({"KernelManager": {"transport": "ipc"}})
+    client = NotebookClient(notebook, timeout=SECONDS_PER_CELL, config=settings)
+    return client.execute(env=environment)
 
 
-def write_notebook_page(path: Path, page: Path, with_outputs: bool) -> None:
+def drop_standard_error(notebook: nbformat.NotebookNode) -> None:
+    """Leave progress bars and notes of libraries out of a notebook's outputs."""
+    for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+
+
+def write_notebook_page(path: Path, pages: Path, with_outputs: bool) -> None:
     """Write a notebook as Markdown, its pictures beside it."""
     notebook = run_notebook(path) if with_outputs else nbformat.read(path, as_version=4)
+    drop_standard_error(notebook)
+    page = pages / page_of(path)
     resources = {"unique_key": page.stem, "output_files_dir": f"{page.stem}-pictures"}
     text, resources = MarkdownExporter().from_notebook_node(notebook, resources)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(text)
+    page.write_text(text)  # before its links are followed, which may lead back here
+    page.write_text(point_links(text, path, pages, with_outputs))
     for name, content in resources["outputs"].items():
         (page.parent / name).parent.mkdir(exist_ok=True)
         (page.parent / name).write_bytes(content)
@@ -67,7 +78,6 @@ def write_notebook_page(path: Path, page: Path, with_outputs: bool) -> None:
 
 def write_source_page(path: Path, page: Path) -> None:
     """Write a source file as a page with one block of code."""
-    page.parent.mkdir(parents=True, exist_ok=True)
     name = path.relative_to(CHECKOUT)
     language = CODE_LANGUAGES.get(path.suffix, "text")
     page.write_text(f"# {name}\n\n````{language}\n{path.read_text()}````\n")
@@ -75,7 +85,6 @@ def write_source_page(path: Path, page: Path) -> None:
 
 def write_folder_page(path: Path, page: Path) -> None:
     """Write a page that lists the pages of a folder, and copy these."""
-    page.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"# {path.relative_to(CHECKOUT)}", ""]
     for file in sorted(path.glob("*.md")):
         shutil.copy(file, page.parent / file.name)
@@ -93,41 +102,46 @@ def page_of(path: Path) -> Path:
     return name if path.suffix in (".md", ".png") else Path(f"{name}.md")
 
 
-def write_linked_page(path: Path, page: Path, with_outputs: bool) -> None:
+def write_linked_page(path: Path, pages: Path, with_outputs: bool) -> None:
     """Write the page of what another page links, unless it is there."""
+    page = pages / page_of(path)
     if page.exists() or path.suffix in (".md", ".png"):
         return
+    page.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         write_folder_page(path, page)
     elif path.suffix == ".ipynb":
-        write_notebook_page(path, page, with_outputs)
+        write_notebook_page(path, pages, with_outputs)
     else:
         write_source_page(path, page)
 
 
-def write_page(path: Path, pages: Path, with_outputs: bool) -> None:
-    """Copy a Markdown page, its links pointed at the pages of what they name."""
+def point_links(text: str, path: Path, pages: Path, with_outputs: bool) -> str:
+    """Point the links of a page at the pages of what they name, and write these.
+
+    Blocks of code stay as they are.
+    """
 
     def point_to_page(match: re.Match[str]) -> str:
-        target = match[1]
-        if "://" in target:
-            return target
-        linked = (path.parent / target).resolve()
-        place = page_of(linked)
-        write_linked_page(linked, pages / place, with_outputs)
-        return os.path.relpath(place, path.parent.relative_to(CHECKOUT))
+        if "://" in match[1]:
+            return match[1]
+        linked = (path.parent / match[1]).resolve()
+        write_linked_page(linked, pages, with_outputs)
+        return os.path.relpath(page_of(linked), path.parent.relative_to(CHECKOUT))
 
-    def point_prose(text: str) -> Iterator[str]:
-        start = 0
-        for fence in FENCE.finditer(text):
-            yield LINK.sub(point_to_page, text[start : fence.start()])
-            yield fence[0]
-            start = fence.end()
-        yield LINK.sub(point_to_page, text[start:])
+    parts: list[str] = []
+    start = 0
+    for fence in FENCE.finditer(text):
+        parts += [LINK.sub(point_to_page, text[start : fence.start()]), fence[0]]
+        start = fence.end()
+    return "".join([*parts, LINK.sub(point_to_page, text[start:])])
 
+
+def write_page(path: Path, pages: Path, with_outputs: bool) -> None:
+    """Copy a Markdown page, its links pointed at pages of the site."""
     page = pages / page_of(path)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("".join(point_prose(path.read_text())))
+    page.write_text(point_links(path.read_text(), path, pages, with_outputs))
 
 
 def write_pages(pages: Path, with_outputs: bool) -> None:

@@ -88,6 +88,7 @@ def test_the_map_leads_to_every_page() -> None:
     linked = {(DOCS / target).resolve() for target in targets}
     expected = {page for page in DOCS.rglob("*.md") if LAB_NOTES not in page.parents}
     assert expected - {DOCS / "index.md"} <= linked
+    assert set(DOCS.rglob("*.ipynb")) <= linked
     notes = re.findall(r"\]\(([^)#\s]+)", (LAB_NOTES / "index.md").read_text())
     assert {page.name for page in LAB_NOTES.glob("*.md")} - {"index.md"} <= set(notes)
 
