@@ -1,9 +1,10 @@
 """From a configuration and a number of GPUs to a plan of memory, FLOPs, time and disk."""
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from rectvlm.plan.static_memory import (
     ParameterCounts,
     StaticMemory,
     compute_static_memory,
+    count_hooked_passes,
     count_parameters,
-    count_passes,
     list_stored_parameters,
 )
 from rectvlm.plan.step_time import EngineCalls, StepTime, estimate_step_time
@@ -125,6 +126,8 @@ class ResourcePlan:
     time: StepTime
     speed: PlannedThroughput
     hardware: HardwareRates
+    auto_decisions: list[str] = field(default_factory=list)
+    """What was decided where the configuration says `auto`, with the reason, a sentence each."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain values."""
@@ -181,6 +184,19 @@ class ResourcePlanner:
         self.prompt_entries = _count_entries(model, prompt_names)
         self.model = apply_phase_settings(model, config, self.phase)
         self._dry_runs: dict[int, DryRunResult] = {}
+
+    def with_ds_config(self, ds_config: Path) -> "ResourcePlanner":
+        """Copy the planner for another DeepSpeed JSON; the dry runs are shared."""
+        planner = copy.copy(self)
+        planner.ds_config = ds_config
+        return planner
+
+    def with_micro_batch(self, micro_batch: int) -> "ResourcePlanner":
+        """Copy the planner for another largest micro-batch; the dry runs are shared."""
+        planner = copy.copy(self)
+        planner.config = self.phase.set_micro_batch(self.config, micro_batch)
+        planner.settings = self.phase.get_settings(planner.config)
+        return planner
 
     def dry_run(self, micro_batch: int) -> DryRunResult:
         """Run a micro-batch without values; the result is kept."""
@@ -305,9 +321,7 @@ class ResourcePlanner:
         bucket_bytes = max(1, static_memory.bytes_by_kind["reduce_buckets"])
         module_passes = 0
         if zero_stage == 3:
-            for name, module in self.model.named_modules():
-                if next(module.parameters(recurse=False), None) is not None:
-                    module_passes += count_passes(name, self.config)
+            module_passes = count_hooked_passes(self.model, self.config)
         parameters = list_stored_parameters(self.model, self.config)
         calls = EngineCalls(
             zero_stage=zero_stage,
