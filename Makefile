@@ -22,7 +22,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 export PATH := $(value CURDIR)/$(BIN):$(value PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup preprocess verify demo learn test test-slow bench clean
+.PHONY: help setup preprocess verify demo learn test test-slow bench docs clean
 
 help: ## list the targets
 	@echo "make TARGET [NAME=value …]"
@@ -66,6 +66,9 @@ test-slow: $(STAMP) ## the tests that take minutes, JOBS=2 files of them at a ti
 
 bench: $(STAMP) ## speed and memory in at most 10 minutes, to benchmarks/results [BENCH=full for all, BENCH=smallest to try it; ARGS="--sections loader"]
 	@$(BIN)/python -m benchmarks.run --scale "$(BENCH)" $(ARGS)
+
+docs: $(STAMP) ## the documentation as a site in build/docs/html; it runs the notebooks [ARGS=--without-outputs: it does not]
+	@$(BIN)/python docs/build_site.py $(ARGS)
 
 clean: ## remove runs, shards and caches (not .venv, not what was downloaded)
 	@rm -rf runs data/shards build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[1]
-TARGETS = ("preprocess", "verify", "demo", "learn", "test", "test-slow", "bench")
+TARGETS = ("preprocess", "verify", "demo", "learn", "test", "test-slow", "bench", "docs")
 
 
 def make(folder: Path, *arguments: str) -> str:
