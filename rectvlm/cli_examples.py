@@ -50,11 +50,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "rectvlm weights convert-labeler classifier.pth --encoder radbert --out labeler",
     ),
     "rectvlm weights list": ("rectvlm weights list --from https://mirror.example",),
-    "rectvlm init": (
-        "rectvlm init my.yaml --from small",
-        "rectvlm plan --config my.yaml",
-        "rectvlm train 1 --config my.yaml",
-    ),
+    "rectvlm init": ("rectvlm init my.yaml --from small",),
     "rectvlm completion": (
         "rectvlm completion bash > ~/.local/share/bash-completion/completions/rectvlm",
         "rectvlm completion zsh > ~/.zfunc/_rectvlm",
