@@ -400,6 +400,13 @@ def _add_weights_actions(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("targets", nargs="+", metavar="NAME_OR_FOLDER")
     verify.set_defaults(run=_run_weights_verify)
 
+    packer = actions.add_parser(
+        "pack", help="write a language model packed to 4 bits, which training need not pack again"
+    )
+    packer.add_argument("model", metavar="MODEL", help="folder, hub id or bundled:NAME")
+    packer.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    packer.set_defaults(run=_run_weights_pack)
+
     converter = actions.add_parser(
         "convert-labeler",
         help="CT-RATE's official text classifier as a folder for `rectvlm evaluate --labeler`",
@@ -669,6 +676,14 @@ def _run_weights_verify(options: argparse.Namespace) -> None:
             f"{damaged_count} of {len(options.targets)} do not verify: pull again to repair what "
             "was pulled."
         )
+
+
+def _run_weights_pack(options: argparse.Namespace) -> None:
+    from rectvlm.models.pack_language_model import pack_language_model
+    from rectvlm.pretrained import resolve_model
+
+    folder = pack_language_model(resolve_model(options.model), options.out)
+    sys.stdout.write(f"{folder}\n")
 
 
 def _run_weights_convert_labeler(options: argparse.Namespace) -> None:

@@ -46,6 +46,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "rectvlm weights push": ("rectvlm weights push my-model --repo OWNER/NAME --public",),
     "rectvlm weights verify": ("rectvlm weights verify my-model",),
+    "rectvlm weights pack": (
+        "rectvlm weights pack meta-llama/Llama-3.1-70B-Instruct --out data/models/llama-70b-nf4",
+    ),
     "rectvlm weights convert-labeler": (
         "rectvlm weights convert-labeler classifier.pth --encoder radbert --out labeler",
     ),

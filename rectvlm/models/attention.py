@@ -30,21 +30,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def pooling_weights(shares: Tensor, known: Tensor) -> Tensor:
+def pooling_weights(shares: Tensor, known: Tensor, counted: Tensor | None = None) -> Tensor:
     """Weight of each patch in the mean of each region, (B, N, R); columns sum to 1.
 
     A region that the map does not show has a column of zeros: its token receives no image features.
-    Without a map all patches have the same weight.
+    Without a map all patches that count have the same weight.
 
     Args:
         shares: (B, N, R), p(r | i), 0 where a patch does not touch a region.
         known: (B,) bool, whether a sample has a region map.
+        counted: (B, N) bool, patches that count; None: all.
     """
-    total = shares.sum(dim=1, keepdim=True)
-    by_voxels = shares / total.masked_fill(total == 0, 1)
-    return torch.where(known[:, None, None], by_voxels, 1 / shares.shape[1])
+    if counted is None:
+        counted = torch.ones_like(shares[..., 0], dtype=torch.bool)
+    is_counted = counted[..., None].to(shares.dtype)
+    by_voxels = _divide_by_sums(shares * is_counted)
+    return torch.where(known[:, None, None], by_voxels, _divide_by_sums(is_counted))
 
 
+def _divide_by_sums(rows: Tensor) -> Tensor:
+    """Divide (B, N, R) by the sums over N, where these are not 0."""
+    total = rows.sum(dim=1, keepdim=True)
+    return rows / total.masked_fill(total == 0, 1)
+
+
+NEVER = -1e4
+"""Logit of a key that no one attends to. Its share is 0 in every dtype, and no sum overflows."""
 CLOSED_GATE = 1e-5
 """Gate of a token that counts as no key at the start. At exactly 0 its gradient would be 0."""
 
@@ -81,18 +92,20 @@ class SliceRegionAttention(nn.Module):
         log_prior: Tensor,
         weights: Tensor,
         slices: int | None = None,
+        filler: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend.
 
         Args:
             tokens: (B, 1 + N, C), the global token first.
             regions: (B, R, C), the region tokens.
-            slice_index: (N,) int64, slice of each patch, from 0.
+            slice_index: (N,) or (B, N) int64, slice of each patch, from 0.
             log_prior: (B, N, R), log p(r | i). It must be finite: a region that no voxel of a patch
                 shows may be unlikely, not impossible.
             weights: (B, N, R), `pooling_weights`.
             slices: slices of this volume, where this is not the number that the module was made
                 for. Distances beyond the learned ones count as the largest learned one.
+            filler: (B, N) bool, patches that no one attends to. Their own rows mean nothing.
 
         Returns:
             (B, 1 + N, C) and (B, R, C), both after the output projection.
@@ -102,13 +115,17 @@ class SliceRegionAttention(nn.Module):
         keys, values = self.kv(torch.cat([tokens, regions], dim=1)).chunk(2, dim=-1)
         k, v = self._split_heads(keys), self._split_heads(values)
         attended = self._attend_with_biases(
-            q, k, v, slice_index, log_prior.to(q.dtype), slices or self.slices
+            q, k, v, slice_index, log_prior.to(q.dtype), slices or self.slices, filler
         )
         pooled = torch.einsum("bnr,bhnd->bhrd", weights.to(v.dtype), v[:, :, 1:rows])
         return self.out(self._merge_heads(attended)), self.out(self._merge_heads(pooled))
 
     def compute_attention_shares(
-        self, tokens: Tensor, regions: Tensor, slices: int | None = None
+        self,
+        tokens: Tensor,
+        regions: Tensor,
+        slices: int | None = None,
+        filler: Tensor | None = None,
     ) -> Tensor:
         """Attention of the global token to itself, the patches and the region tokens.
 
@@ -116,13 +133,18 @@ class SliceRegionAttention(nn.Module):
             tokens: as in `forward`, and so the next two.
             regions: see `forward`.
             slices: see `forward`.
+            filler: see `forward`.
 
         Returns:
             (B, H, 1 + N + R); rows sum to 1.
         """
         keys, _ = self.kv(torch.cat([tokens, regions], dim=1)).chunk(2, dim=-1)
         q, k = self._split_heads(self.q(tokens[:, :1])), self._split_heads(keys)
-        shares = (q @ k.mT / q.shape[-1] ** 0.5)[:, :, 0].float().softmax(-1)
+        logits = (q @ k.mT / q.shape[-1] ** 0.5)[:, :, 0].float()
+        if filler is not None:
+            skipped = F.pad(filler, (1, regions.shape[1]))[:, None]
+            logits = logits.masked_fill(skipped, -torch.inf)
+        shares = logits.softmax(-1)
         if self.gate is None:
             return shares
         rows = tokens.shape[1]
@@ -133,7 +155,14 @@ class SliceRegionAttention(nn.Module):
         return shares / shares.sum(dim=-1, keepdim=True)
 
     def _attend_with_biases(
-        self, q: Tensor, k: Tensor, v: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slice_index: Tensor,
+        log_prior: Tensor,
+        slices: int,
+        filler: Tensor | None = None,
     ) -> Tensor:
         """Fused attention with both biases as extra channels of queries and keys.
 
@@ -144,9 +173,10 @@ class SliceRegionAttention(nn.Module):
             slice_index: as in `forward`, and so the next two.
             log_prior: see `forward`.
             slices: see `forward`.
+            filler: see `forward`.
         """
         scale = q.shape[-1] ** -0.5
-        q, k = self.fold_biases(q, k, slice_index, log_prior, slices)
+        q, k = self.fold_biases(q, k, slice_index, log_prior, slices, filler)
         if self.gate is not None:
             return self._attend_gated(q, k, v, scale, self._count_keys(slices, k, q.shape[2]))
         return self._attend(q, k, v, scale)
@@ -187,34 +217,44 @@ class SliceRegionAttention(nn.Module):
         return torch.cat([counts[:, :1], counts[:, 1:].expand(-1, k.shape[2] - rows)], dim=1)
 
     def fold_biases(
-        self, q: Tensor, k: Tensor, slice_index: Tensor, log_prior: Tensor, slices: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        slice_index: Tensor,
+        log_prior: Tensor,
+        slices: int,
+        filler: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Queries (B, H, 1 + N, D + E) and keys (B, H, 1 + N + R, D + E) whose products hold both
         biases, times √D.
 
-        E is Z + R, at least 2 + R for the gates, rounded up so that D + E is a multiple of 8, which
-        fused kernels want.
+        E is Z + R, at least 2 + R for the gates and one more for fillers, rounded up so that D + E
+        is a multiple of 8, which fused kernels want.
         """
         b, h, _, d = q.shape
         n, r = log_prior.shape[1:]
-        extra, least = slices + r, max(slices, 2) + r
-        pad = least - extra + -(d + least) % 8
+        biases = slices + r
+        extra = max(biases + (filler is not None), 2 + r)
+        extra += -(d + extra) % 8
 
         farthest, numbers = self.slices - 1, torch.arange(slices, device=q.device)
         distance = (numbers[:, None] - numbers).clamp(-farthest, farthest) + farthest
         slice_codes = F.one_hot(slice_index, slices).to(q.dtype)
         # The product with one-hot codes picks rows of a small table. The gradient of indexing would
         # add N rows one by one.
-        slice_part = slice_codes @ self.slice_bias.to(q.dtype)[:, distance]  # (H, N, Z)
+        slice_part = slice_codes.unsqueeze(-3) @ self.slice_bias.to(q.dtype)[:, distance]
         slice_part = slice_part.expand(b, h, n, slices)
         region_part = log_prior[:, None].expand(b, h, n, r)
-        biases = torch.cat([slice_part, region_part], dim=-1) * d**0.5
-        q = torch.cat([q, F.pad(biases, (0, pad, 1, 0))], dim=-1)
+        queries = torch.cat([slice_part, region_part], dim=-1)
+        queries = F.pad(queries, (0, extra - biases, 1, 0))
 
-        codes = torch.zeros(1 + n + r, extra + pad, device=q.device, dtype=q.dtype)
-        codes[1 : 1 + n, :slices] = slice_codes
-        codes[1 + n :, slices:extra] = torch.eye(r, device=q.device, dtype=q.dtype)
-        return q, torch.cat([k, codes.expand(b, h, -1, -1)], dim=-1)
+        keys = torch.zeros(b, 1, 1 + n + r, extra, device=q.device, dtype=q.dtype)
+        keys[:, 0, 1 : 1 + n, :slices] = slice_codes
+        keys[:, 0, 1 + n :, slices:biases] = torch.eye(r, device=q.device, dtype=q.dtype)
+        if filler is not None:
+            queries[..., biases] = 1
+            keys[:, 0, 1 : 1 + n, biases] = filler * NEVER
+        return torch.cat([q, queries * d**0.5], -1), torch.cat([k, keys.expand(b, h, -1, -1)], -1)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rectvlm.labels import CT_WINDOWS
+from rectvlm.models.tissue_patches import TissuePatches
 
 
 class ImageFeatures(NamedTuple):
@@ -32,6 +33,8 @@ class ImageFeatures(NamedTuple):
     multilevel_patches: Tensor
     """(B, N, K · C): patches after each block of `encoder.tap_blocks`, normalized to mean 0 and
     standard deviation 1, then those of the last block."""
+    tissue: TissuePatches | None = None
+    """The patches that the encoder looked at; the features of all others are 0. None: all."""
 
     def all_tokens(self) -> Tensor:
         """(B, 1 + R + N, C): global token, region tokens, patches."""

@@ -61,11 +61,14 @@ class MultiHeadAttention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        """(B, M, C) and context (B, N, C) to (B, M, C)."""
+    def forward(self, queries: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, M, C) and context (B, N, C) to (B, M, C); `mask` (B, 1, 1, N) bool is False where no
+        query may attend."""
         keys, values = self.kv(context).chunk(2, dim=-1)
         q, k, v = map(self._split_heads, (self.q(queries), keys, values))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        )
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -80,8 +83,10 @@ class TransformerBlock(nn.Module):
         self.attention = MultiHeadAttention(width, heads)
         self.mlp = Mlp(width, ratio)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, M, C) to (B, M, C)."""
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, M, C) to (B, M, C); `mask` as in `MultiHeadAttention`."""
         queries = self.norm1(x)
-        x = x + self.attention(queries, queries if context is None else context)
+        x = x + self.attention(queries, queries if context is None else context, mask)
         return x + self.mlp(self.norm2(x))

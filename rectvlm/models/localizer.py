@@ -9,10 +9,11 @@ resolution).
    training the patch features carry Gaussian noise of a random strength, and the transformer must
    give the clean ones back. It also marks the patches that hold each lesion, by the product of
    lesion token and patch.
-3. Attention U-Net: a convolutional pathway reads the CT at full resolution. The decoder rises from
-   the denoised patch grid, and at every level a gate that sees the lesion token decides which
-   detail of the CT passes. One decoder serves all lesions; the token alone says which lesion to
-   draw. Its logits are added to those of the patches, interpolated to its resolution.
+3. Attention U-Net: a convolutional pathway reads the CT at full resolution. One decoder draws all
+   lesions: it rises from the denoised patch grid, and at every level its features are matched with
+   the lesion tokens, one map a lesion. The next level reads these maps, so its gate knows what is
+   sought, and which detail of the CT may pass. The maps of the last level are the masks. They are
+   added to the logits of the patches, interpolated to their resolution.
 """
 
 from typing import NamedTuple
@@ -28,10 +29,13 @@ from rectvlm.models.layers import Mlp, TransformerBlock, run_layer
 from rectvlm.models.memory_efficient import (
     GeluSingleChannelConv,
     NormGelu,
-    SingleChannelConv,
     upsample_nearest,
 )
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
+from rectvlm.models.tissue_patches import TissuePatches, pack_all
+
+AIR_LOGIT = -10.0
+"""Logit of a lesion in a patch of air."""
 
 Triple = tuple[int, int, int]
 """One number an axis, (z, y, x)."""
@@ -117,34 +121,50 @@ class PatchDenoiser(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))
         self.bias = nn.Parameter(torch.full((N_LESIONS,), -2.0))
 
-    def forward(self, levels: Tensor, patches: Tensor, text: Tensor) -> DenoiserOutput:
+    def forward(
+        self, levels: Tensor, patches: Tensor, text: Tensor, tissue: TissuePatches
+    ) -> DenoiserOutput:
         """Denoise the patches and mark the lesions among them.
 
         Args:
             levels: (B, N, K · C), patches of several encoder levels.
             patches: (B, N, C), patches of the last level.
             text: (B, L, D), lesion tokens.
+            tissue: patches to look at; the others come out as 0, without a lesion.
         """
+        count = patches.shape[1]
+        std = patches.detach().std(dim=(1, 2), keepdim=True)
+        levels, patches = tissue.pack(levels), tissue.pack(patches)
         strength = torch.zeros(len(patches), 1, 1, device=patches.device, dtype=patches.dtype)
         noisy = levels
         if self.training:
             strength = torch.rand_like(strength) * self.noise
-            std = patches.detach().std(dim=(1, 2), keepdim=True)
             noisy = levels + strength * std * torch.randn_like(levels)
 
         x = torch.cat([text, self.inputs(noisy) + self.level(strength)], dim=1)
+        mask = None
+        if tissue.has_filler:
+            mask = F.pad(tissue.is_tissue, (text.shape[1], 0), value=True)[:, None, None]
         for block in self.blocks:
-            x = run_layer(block, x, recompute=self.recompute)
+            x = run_layer(block, x, None, mask, recompute=self.recompute)
         tokens, x = self.norm(x).split([text.shape[1], patches.shape[1]], dim=1)
 
         lesion_tokens = tokens + text
         patch_logits = self._match_logits("bld,bnd->bln", tokens, x)
-        marked = patch_logits.softmax(-1) @ x.float()
+        is_filler = ~tissue.is_tissue[:, None]
+        marked = patch_logits.masked_fill(is_filler, -torch.inf).softmax(-1) @ x.float()
         alignment_logits = self._match_logits("bld,bld->bl", lesion_tokens, marked)
         loss = patch_logits.new_zeros(())
         if self.training:
-            loss = F.mse_loss(self.clean(x).float(), patches.detach().float())
-        return DenoiserOutput(x, lesion_tokens, patch_logits, alignment_logits, loss)
+            error = (self.clean(x).float() - patches.detach().float()).square().mean(-1)
+            loss = (error * tissue.is_tissue).sum() / tissue.is_tissue.sum()
+        return DenoiserOutput(
+            tissue.unpack(x, count),
+            lesion_tokens,
+            tissue.unpack(patch_logits.mT, count, AIR_LOGIT).mT,
+            alignment_logits,
+            loss,
+        )
 
     def _match_logits(self, product: str, lesions: Tensor, image: Tensor) -> Tensor:
         """Float32 logits (B, L, …) of the match of lesions (B, L, D) and image features; `product`
@@ -154,49 +174,69 @@ class PatchDenoiser(nn.Module):
         return self.scale.float() * similarity + bias
 
 
-class AttentionGate(nn.Module):
-    """Attention gate (Oktay et al., 2018) that also sees the lesion token: one weight a voxel for
-    the detail of the CT."""
+class LesionMatch(nn.Module):
+    """Where an image matches each lesion's token: the inner product of feature and token."""
 
     def __init__(self, channels: int, text_width: int) -> None:
         super().__init__()
+        self.query = nn.Linear(text_width, channels)
+
+    def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """Features (B, c, …) and tokens (B, L, D) to (B, L, …)."""
+        query = self.query(tokens) / features.shape[1] ** 0.5
+        return (query @ features.flatten(2)).unflatten(2, features.shape[2:])
+
+
+class AttentionGate(nn.Module):
+    """Attention gate (Oktay et al., 2018): one weight a voxel for the detail of the CT."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
         self.skip, self.rising = nn.Conv3d(channels, channels, 1), nn.Conv3d(channels, channels, 1)
-        self.text = nn.Linear(text_width, channels)
         self.weight = GeluSingleChannelConv(channels)
 
-    def forward(self, skip: Tensor, rising: Tensor, text: Tensor, stride: Triple) -> Tensor:
+    def forward(self, skip: Tensor, rising: Tensor, stride: Triple) -> Tensor:
         """Weights (B, 1, fine grid) of the skip connection, 0 to 1.
 
         Args:
             skip: (B, c, fine grid), detail of the CT.
             rising: (B, c, coarse grid), from the level below. Its 1 × 1 × 1 convolution comes
                 before the upsampling, where it has less to do and gives the same result.
-            text: (B, D), lesion token.
             stride: fine voxels of a coarse one.
         """
-        rising = self.rising(rising) + self.text(text)[:, :, None, None, None]
-        return self.weight(self.skip(skip) + upsample_nearest(rising, stride)).sigmoid()
+        rising = upsample_nearest(self.rising(rising), stride)
+        return self.weight(self.skip(skip) + rising).sigmoid()
 
 
 class DecoderLevel(nn.Module):
-    """One level of the decoder: upsample, gate the detail of the CT, merge."""
+    """One level of the decoder: upsample, gate the detail of the CT, merge, match the lesions."""
 
     def __init__(self, inputs: int, channels: int, text_width: int, stride: Triple) -> None:
         super().__init__()
         self.stride = stride
-        self.reduce = nn.Conv3d(inputs, channels, 1)
-        self.gate = AttentionGate(channels, text_width)
+        self.reduce = nn.Conv3d(inputs + N_LESIONS, channels, 1)
+        self.gate = AttentionGate(channels)
         self.merge = _ConvBlock(channels, channels)
+        self.match = LesionMatch(channels, text_width)
 
-    def forward(self, rising: Tensor, skip: Tensor, text: Tensor) -> Tensor:
-        """(B, inputs, coarse grid) and skip (B, c, fine grid) to (B, c, fine grid)."""
-        rising = self.reduce(rising)
-        weight = self.gate(skip, rising, text, self.stride)
+    def forward(
+        self, rising: Tensor, matches: Tensor, skip: Tensor, tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Features (B, c, fine grid) and their match with each lesion (B, L, fine grid).
+
+        Args:
+            rising: (B, inputs, coarse grid), features of the level below.
+            matches: (B, L, coarse grid), their match with each lesion.
+            skip: (B, c, fine grid), detail of the CT.
+            tokens: (B, L, D), lesion tokens.
+        """
+        rising = self.reduce(torch.cat([rising, matches], 1))
+        weight = self.gate(skip, rising, self.stride)
         merged = torch.addcmul(upsample_nearest(rising, self.stride), skip, weight)
         # In the layout of the convolution before the call: a caller keeps its arguments alive, and
         # a copy inside the call would come on top.
-        merged = merged.contiguous(memory_format=torch.channels_last_3d)
-        return self.merge(merged)
+        features = self.merge(merged.contiguous(memory_format=torch.channels_last_3d))
+        return features, self.match(features, tokens)
 
 
 class VolumesToFindings(nn.Module):
@@ -251,15 +291,11 @@ class LesionLocalizer(nn.Module):
         self.down = nn.ModuleList(
             _ConvBlock(channels[k], channels[k + 1], strides[k]) for k in levels[:-1]
         )
-        self.film = nn.Linear(config.width, 2 * config.width)
         self.up = nn.ModuleList(
             DecoderLevel(channels[k + 1], channels[k], config.width, strides[k]) for k in levels
         )
-        self.head_half = SingleChannelConv(channels[1])
-        self.head = SingleChannelConv(channels[0])
-        for head in (self.head_half, self.head):
-            # Lesions are rare: start near "none".
-            nn.init.constant_(head.bias, -3.0)  # type: ignore[arg-type]
+        # Lesions are rare: start near "none".
+        self.mask_bias = nn.Parameter(torch.full((2, N_LESIONS), -3.0))
 
     def forward(
         self, ct: Tensor, features: ImageFeatures, prompts: PromptEmbeddings
@@ -274,7 +310,8 @@ class LesionLocalizer(nn.Module):
         self._check_inputs(ct, features, prompts)
         text = self.text(prompts.lesions.to(self.text.weight.dtype) + self.text_offset)
         text = text.expand(len(ct), -1, -1)
-        denoised = self.denoiser(features.multilevel_patches, features.patches, text)
+        tissue = pack_all(features.patches) if features.tissue is None else features.tissue
+        denoised = self.denoiser(features.multilevel_patches, features.patches, text, tissue)
         bottom = denoised.patches.transpose(1, 2).unflatten(2, features.patch_grid)
         patch_logits = denoised.patch_logits.unflatten(2, features.patch_grid)
 
@@ -282,16 +319,9 @@ class LesionLocalizer(nn.Module):
         for down in self.down:
             skips.append(run_layer(down, skips[-1], recompute=self.recompute))
 
-        masks, half_masks = [], []
-        # One lesion at a time: the decoder's full-resolution activations exist once, not L times.
-        lesion_tokens, marked = denoised.lesion_tokens.unbind(1), patch_logits.unbind(1)
-        for lesion, patches in zip(lesion_tokens, marked, strict=True):
-            inputs = (bottom, lesion, patches[:, None], skips)
-            mask, half_mask = run_layer(self._decode_lesion, *inputs, recompute=self.recompute)
-            masks.append(mask)
-            half_masks.append(half_mask)
-        mask_logits, half_mask_logits = torch.cat(masks, 1), torch.cat(half_masks, 1)
-
+        mask_logits, half_mask_logits = self._decode(
+            bottom, patch_logits, denoised.lesion_tokens, skips
+        )
         return LocalizerOutput(
             mask_logits=mask_logits,
             half_mask_logits=half_mask_logits,
@@ -331,28 +361,26 @@ class LesionLocalizer(nn.Module):
     def _run_stem(self, ct: Tensor) -> Tensor:
         return self.stem(apply_windows(ct, self.windows).to(self.text.weight.dtype))
 
-    def _decode_lesion(
-        self, bottom: Tensor, lesion: Tensor, patch_logits: Tensor, skips: list[Tensor]
+    def _decode(
+        self, bottom: Tensor, patch_logits: Tensor, tokens: Tensor, skips: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Logits of one lesion, (B, 1, …) at full and at half resolution.
+        """Float32 logits of all lesions, (B, L, …) at full and at half resolution.
 
-        The decoder says where the lesion is inside a marked patch, so its logits are added to those
+        The decoder says where a lesion is inside a marked patch, so its logits are added to those
         of the patches.
 
         Args:
             bottom: (B, D, z, y, x), denoised patches.
-            lesion: (B, D), lesion token.
-            patch_logits: (B, 1, z, y, x).
+            patch_logits: (B, L, z, y, x).
+            tokens: (B, L, D), lesion tokens.
             skips: features of the CT, (B, c, …) at each level.
         """
-        scale, shift = self.film(lesion)[..., None, None, None].chunk(2, dim=1)
-        rising = bottom * (1 + scale) + shift
-        heads, logits = (self.head, self.head_half), {}
+        rising, matches, logits = bottom, patch_logits.to(bottom.dtype), {}
         for level in reversed(range(len(self.up))):
-            rising = self.up[level](rising, skips[level], lesion)
-            if level < len(heads):
-                detail = heads[level](rising)
-                logits[level] = detail.float() + F.interpolate(
-                    patch_logits, size=detail.shape[2:], mode="trilinear"
-                )
+            inputs = (rising, matches, skips[level], tokens)
+            rising, matches = run_layer(self.up[level], *inputs, recompute=self.recompute)
+            if level < len(self.mask_bias):
+                marked = F.interpolate(patch_logits, size=matches.shape[2:], mode="trilinear")
+                bias = self.mask_bias[level].float().view(-1, 1, 1, 1)
+                logits[level] = marked + (matches.float() + bias)
         return logits[0], logits[1]

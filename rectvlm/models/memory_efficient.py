@@ -34,22 +34,14 @@ def upsample_nearest(coarse: Tensor, stride: tuple[int, int, int]) -> Tensor:
     return F.interpolate(coarse, scale_factor=tuple(map(float, stride)), mode="nearest")
 
 
-class SingleChannelConv(nn.Conv3d):
-    """1 × 1 × 1 convolution to one channel, as a matrix product.
+class GeluSingleChannelConv(nn.Conv3d):
+    """GELU, then a 1 × 1 × 1 convolution to one channel, as a matrix product.
 
     For so few channels the convolution of a library pads and copies its input.
     """
 
     def __init__(self, inputs: int) -> None:
         super().__init__(inputs, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, c, …) to (B, 1, …). Keeps `x`."""
-        return (self.weight.flatten(1) @ x.flatten(2)).unflatten(2, x.shape[2:]) + self.bias
-
-
-class GeluSingleChannelConv(SingleChannelConv):
-    """GELU, then a 1 × 1 × 1 convolution to one channel."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c, …) to (B, 1, …). Keeps `x`, not its GELU."""

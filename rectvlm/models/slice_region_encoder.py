@@ -1,7 +1,9 @@
 """The slice- and region-aware 3D encoder: HU in, global, patch and region features out.
 
-Shapes: B samples, Z × Y × X voxels, W windows, z × y × x patches, N = z · y · x, R regions (20),
-H heads, C width.
+Patches of air around the body cost nothing: the blocks do not see them, and their features are 0.
+
+Shapes: B samples, Z × Y × X voxels, W windows, z × y × x patches, N = z · y · x, M of them packed
+(`rectvlm.models.tissue_patches`), R regions (20), H heads, C width.
 """
 
 from collections.abc import Iterable
@@ -16,6 +18,7 @@ from rectvlm.labels import N_REGIONS
 from rectvlm.models.attention import SliceRegionAttention, pooling_weights
 from rectvlm.models.image_features import ImageFeatures, apply_windows
 from rectvlm.models.layers import Mlp, init_blocks, run_layer
+from rectvlm.models.tissue_patches import TissuePatches, find_tissue_patches
 
 POSITION_STD = 0.3
 """Standard deviation of each axis's position embeddings at the start; that of patch embeddings is
@@ -77,13 +80,15 @@ class BlockContext(NamedTuple):
     """Inputs of `SliceRegionAttention` that are the same in all blocks."""
 
     slice_index: Tensor
-    """(N,) int64, slice of each patch."""
+    """(B, M) int64, slice of each patch."""
     log_prior: Tensor
-    """(B, N, R), log p(r | patch)."""
+    """(B, M, R), log p(r | patch)."""
     weights: Tensor
-    """(B, N, R), `pooling_weights`."""
+    """(B, M, R), `pooling_weights`."""
     slices: int
     """Slices of patches in this volume."""
+    filler: Tensor | None
+    """(B, M) bool, patches that no one attends to; None without any."""
 
 
 def make_norm(config: EncoderConfig) -> nn.LayerNorm:
@@ -103,7 +108,7 @@ class EncoderBlock(nn.Module):
         self.mlp = Mlp(config.width, config.mlp_ratio)
 
     def forward(self, tokens: Tensor, regions: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
-        """Tokens (B, 1 + N, C) and region tokens (B, R, C) to the same shapes; `context` are the
+        """Tokens (B, 1 + M, C) and region tokens (B, R, C) to the same shapes; `context` are the
         fields of `BlockContext`."""
         attended, pooled = self.attention(self.norm1(tokens), self.norm1(regions), *context)
         tokens, regions = tokens + attended, regions + pooled
@@ -159,24 +164,30 @@ class SliceRegionEncoder(nn.Module):
             regions: (B, Z, Y, X) uint8 ids.
             regions_known: (B,) bool; where False, `regions` is not read.
         """
-        tokens, region_tokens = self._embed_tokens(ct, regions, regions_known)
-        context = self._prepare_context(regions, regions_known, tokens.dtype)
+        self._check_inputs(ct, regions, regions_known)
+        tissue = find_tissue_patches(ct, self.patch)
+        tokens, region_tokens = self._embed_tokens(ct, tissue)
+        context = self._prepare_context(regions, regions_known, tissue, tokens.dtype)
+        grid = self.compute_patch_grid(ct)
+        count = grid[0] * grid[1] * grid[2]
         levels: list[Tensor] = []
         for number, block in enumerate(self.blocks, start=1):
             tokens, region_tokens = run_layer(
                 block, tokens, region_tokens, *context, recompute=self.recompute
             )
             if number in self.tap_blocks:
-                levels.append(F.layer_norm(tokens[:, 1:], tokens.shape[-1:]))
+                normalized = F.layer_norm(tokens[:, 1:], tokens.shape[-1:])
+                levels.append(tissue.unpack(normalized, count))
 
         tokens, region_tokens = self.norm(tokens), self.norm(region_tokens)
-        patches = tokens[:, 1:]
+        patches = tissue.unpack(tokens[:, 1:], count)
         return ImageFeatures(
             global_token=tokens[:, 0],
             patches=patches,
             region_tokens=region_tokens,
-            patch_grid=self.compute_patch_grid(ct),
+            patch_grid=grid,
             multilevel_patches=torch.cat([*levels, patches], dim=-1),
+            tissue=tissue,
         )
 
     @torch.no_grad()
@@ -220,8 +231,10 @@ class SliceRegionEncoder(nn.Module):
         Returns:
             (B, H, z, y, x), by head of the block.
         """
-        tokens, region_tokens = self._embed_tokens(ct, regions, regions_known)
-        context = self._prepare_context(regions, regions_known, tokens.dtype)
+        self._check_inputs(ct, regions, regions_known)
+        tissue = find_tissue_patches(ct, self.patch)
+        tokens, region_tokens = self._embed_tokens(ct, tissue)
+        context = self._prepare_context(regions, regions_known, tissue, tokens.dtype)
         number = range(len(self.blocks))[block]
         for earlier in self.blocks[:number]:
             tokens, region_tokens = earlier(tokens, region_tokens, *context)
@@ -229,9 +242,11 @@ class SliceRegionEncoder(nn.Module):
         last = self.blocks[number]
         assert isinstance(last, EncoderBlock)
         shares = last.attention.compute_attention_shares(
-            last.norm1(tokens), last.norm1(region_tokens), context.slices
+            last.norm1(tokens), last.norm1(region_tokens), context.slices, context.filler
         )
-        return shares[:, :, 1 : tokens.shape[1]].unflatten(2, self.compute_patch_grid(ct))
+        z, y, x = self.compute_patch_grid(ct)
+        patch_shares = tissue.unpack(shares[:, :, 1 : tokens.shape[1]].mT, z * y * x)
+        return patch_shares.mT.unflatten(2, (z, y, x))
 
     def compute_patch_grid(self, volume: Tensor) -> tuple[int, int, int]:
         """Number of patches (z, y, x) of a CT or a region map (B, Z, Y, X)."""
@@ -246,23 +261,23 @@ class SliceRegionEncoder(nn.Module):
         z, y, x = grid
         return torch.arange(z, device=device).repeat_interleave(y * x)
 
-    def _prepare_context(self, regions: Tensor, known: Tensor, dtype: torch.dtype) -> BlockContext:
+    def _prepare_context(
+        self, regions: Tensor, known: Tensor, tissue: TissuePatches, dtype: torch.dtype
+    ) -> BlockContext:
         grid = self.compute_patch_grid(regions)
         # A map that is not known may hold any number.
         regions = regions.masked_fill(~known[:, None, None, None], 0)
-        shares = compute_region_shares(regions, self.patch)[..., 1:]
+        shares = tissue.pack(compute_region_shares(regions, self.patch)[..., 1:])
         return BlockContext(
-            slice_index=self.patch_slice_indices(grid, regions.device),
+            slice_index=self.patch_slice_indices(grid, regions.device)[tissue.numbers],
             log_prior=self.region_log_prior(shares, known).to(dtype),
-            weights=pooling_weights(shares, known).to(dtype),
+            weights=pooling_weights(shares, known, tissue.is_tissue).to(dtype),
             slices=grid[0],
+            filler=~tissue.is_tissue if tissue.has_filler else None,
         )
 
-    def _embed_tokens(
-        self, ct: Tensor, regions: Tensor, regions_known: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens (B, 1 + N, C) and region tokens (B, R, C) before the first block."""
-        self._check_inputs(ct, regions, regions_known)
+    def _embed_tokens(self, ct: Tensor, tissue: TissuePatches) -> tuple[Tensor, Tensor]:
+        """Tokens (B, 1 + M, C) and region tokens (B, R, C) before the first block."""
         channels = apply_windows(ct, self.windows)
         if self.atlas is not None:
             assert self.atlas.shape[1:] == ct.shape[1:], (
@@ -271,7 +286,7 @@ class SliceRegionEncoder(nn.Module):
             channels = (channels - self.atlas) * ATLAS_GAIN
         patches = self.embed(channels.to(self.embed.weight.dtype))
         patches = patches + self._embed_positions(self.compute_patch_grid(ct))
-        tokens = torch.cat([self.whole.expand(len(ct), -1, -1), patches], dim=1)
+        tokens = torch.cat([self.whole.expand(len(ct), -1, -1), tissue.pack(patches)], dim=1)
         return tokens, self.regions.expand(len(ct), -1, -1)
 
     def _check_inputs(self, ct: Tensor, regions: Tensor, known: Tensor) -> None:

@@ -12,6 +12,7 @@ from rectvlm.config import Config
 from rectvlm.labels import CT_WINDOWS, N_REGIONS
 from rectvlm.models.image_features import ImageFeatures, apply_windows
 from rectvlm.models.slice_region_encoder import SliceRegionEncoder, compute_region_shares
+from rectvlm.models.tissue_patches import find_tissue_patches, pack_all
 
 
 @pytest.fixture
@@ -68,7 +69,8 @@ def test_a_region_is_the_mean_over_its_voxels(encoder: SliceRegionEncoder) -> No
     regions = torch.full((2, 8, 16, 16), 3, dtype=torch.uint8)
     regions[:, 3:5, 6:8, 7:10] = 9  # 12 voxels, in four patches
     known = torch.tensor([True, False])
-    weights = encoder._prepare_context(regions, known, torch.float32).weights
+    tissue = pack_all(torch.empty(2, 8, 1))
+    weights = encoder._prepare_context(regions, known, tissue, torch.float32).weights
     values = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
     of_voxels = (
         values[0]
@@ -298,7 +300,8 @@ def test_compiling_changes_nothing(
     block = encoder.blocks[0]
     torch.nn.init.normal_(block.attention.slice_bias)
     tokens, regions = torch.randn(2, 145, 48, requires_grad=True), torch.randn(2, 20, 48)
-    context = encoder._prepare_context(inputs[1], KNOWN, tokens.dtype)
+    tissue = find_tissue_patches(inputs[0], encoder.patch)
+    context = encoder._prepare_context(inputs[1], KNOWN, tissue, tokens.dtype)
     context = [x.detach() if isinstance(x, Tensor) else x for x in context]
     results = []
     for call in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):

@@ -57,13 +57,12 @@ DECAYED = """
 encoder.embed encoder.blocks.#.attention.q encoder.blocks.#.attention.kv
 encoder.blocks.#.attention.out encoder.blocks.#.mlp.#
 classifier.text classifier.query classifier.image
-localizer.text localizer.film localizer.stem.conv localizer.down.#.conv localizer.head
-localizer.head_half localizer.evidence.map
+localizer.text localizer.stem.conv localizer.down.#.conv localizer.evidence.map
 localizer.denoiser.inputs localizer.denoiser.level.# localizer.denoiser.clean
 localizer.denoiser.blocks.#.attention.q localizer.denoiser.blocks.#.attention.kv
 localizer.denoiser.blocks.#.attention.out localizer.denoiser.blocks.#.mlp.#
-localizer.up.#.reduce localizer.up.#.gate.skip localizer.up.#.gate.rising localizer.up.#.gate.text
-localizer.up.#.gate.weight localizer.up.#.merge.conv
+localizer.up.#.reduce localizer.up.#.gate.skip localizer.up.#.gate.rising
+localizer.up.#.gate.weight localizer.up.#.merge.conv localizer.up.#.match.query
 generator.resampler.inputs generator.resampler.blocks.#.attention.q
 generator.resampler.blocks.#.attention.kv generator.resampler.blocks.#.attention.out
 generator.resampler.blocks.#.mlp.# generator.resampler.project.#
@@ -76,7 +75,7 @@ encoder.position_z encoder.position_y encoder.position_x encoder.whole encoder.r
 encoder.unknown_prior encoder.blocks.#.attention.slice_bias
 encoder.blocks.#.norm1.weight encoder.blocks.#.norm2.weight encoder.norm.weight
 classifier.direction_offset classifier.query_offset classifier.sharpness classifier.norm.weight
-localizer.text_offset localizer.stem.norm.weight localizer.down.#.norm.weight
+localizer.text_offset localizer.mask_bias localizer.stem.norm.weight localizer.down.#.norm.weight
 localizer.up.#.merge.norm.weight localizer.denoiser.blocks.#.norm1.weight
 localizer.denoiser.blocks.#.norm2.weight localizer.denoiser.norm.weight localizer.denoiser.scale
 generator.resampler.queries generator.resampler.scale.weight generator.resampler.norm.weight

@@ -13,6 +13,7 @@ from rectvlm.config import Config
 from rectvlm.labels import N_FINDINGS, N_LESIONS
 from rectvlm.models import RectVLM
 from rectvlm.models.meta_model import build_meta_model
+from rectvlm.models.tissue_patches import assume_tissue_share
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 from rectvlm.train.dry_run.memory_tracker import MemoryTracker, OperationCosts, StepPass
 from rectvlm.train.dry_run.meta_ops import replace_meta_ops
@@ -137,6 +138,7 @@ def dry_run_micro_batch(
     model: RectVLM,
     micro_batch: int,
     workspace_meter: KernelWorkspaceMeter | None = None,
+    tissue_share: float = 1.0,
 ) -> DryRunResult:
     """Run one micro-batch forward and backward on the meta device.
 
@@ -147,6 +149,7 @@ def dry_run_micro_batch(
         micro_batch: number of samples.
         workspace_meter: measures the workspace of kernels; without it the peak is that of the
             tensors alone.
+        tissue_share: share of the patches that are no air: 1 needs the most memory.
     """
     vocabulary_size = None
     if model.generator is not None:
@@ -163,7 +166,8 @@ def dry_run_micro_batch(
         with replace_meta_ops(tracker, quantized_weight_ids, is_padded=micro_batch > 1), tracker:
             with tracker.attribute_to("inputs"):
                 batch = make_meta_batch(config, micro_batch)
-            outputs = model(batch)
+            with assume_tissue_share(tissue_share):
+                outputs = model(batch)
             with tracker.attribute_to("losses"):
                 loss = _compute_total_loss(outputs, batch, phase, config)
                 tracker.claim_graph_nodes([loss])

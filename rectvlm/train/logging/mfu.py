@@ -124,6 +124,7 @@ def count_step_flops(phase: Phase, config: Config) -> StepFlops | None:
         return None
     # Imported here, since most runs do not need it.
     from rectvlm import pretrained
+    from rectvlm.models.tissue_patches import TYPICAL_TISSUE_SHARE
     from rectvlm.train.dry_run.dry_run import build_phase_meta_model, dry_run_micro_batch
 
     step_batch = split_step(phase.get_settings(config), world_size)
@@ -133,7 +134,13 @@ def count_step_flops(phase: Phase, config: Config) -> StepFlops | None:
         if "generator" in phase.parts:
             language = pretrained.read_model_config(config.generator.model)
         model = build_phase_meta_model(config, phase, text_width, language)
-        dry_run = dry_run_micro_batch(config, phase, model, step_batch.micro_batch)
+        dry_run = dry_run_micro_batch(
+            config,
+            phase,
+            model,
+            step_batch.micro_batch,
+            tissue_share=TYPICAL_TISSUE_SHARE,
+        )
     except (UserError, RuntimeError, ValueError) as error:
         # Only a figure is missing then, which is no reason not to train.
         log.warning("the FLOPs of a step cannot be counted, so no MFU is shown: %s", error)

@@ -1,0 +1,173 @@
+"""Patches of air outside the body: found, left out, and without influence on anything else."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rectvlm import pretrained
+from rectvlm.config import Config
+from rectvlm.models import RectVLM, slice_region_encoder
+from rectvlm.models.prompt_embeddings import PromptEmbeddings
+from rectvlm.models.slice_region_encoder import SliceRegionEncoder
+from rectvlm.models.tissue_patches import (
+    TissuePatches,
+    assume_tissue_share,
+    find_tissue_patches,
+    pack_all,
+    pack_patches,
+)
+
+PATCH = (4, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny: Config) -> PromptEmbeddings:
+    return PromptEmbeddings.from_text_encoder(
+        pretrained.resolve_model(tiny.text.model), tiny.text.max_tokens
+    )
+
+
+def make_body(grid: tuple[int, int, int], margin: int, seed: int = 0) -> Tensor:
+    """Noisy tissue (1, Z, Y, X) with `margin` voxels of air at each side of its slices."""
+    generator = torch.Generator().manual_seed(seed)
+    ct = torch.full((1, *grid), -1000.0)
+    inside = ct[:, :, margin : grid[1] - margin, margin : grid[2] - margin]
+    inside.copy_(torch.randint(-700, 200, inside.shape, generator=generator))
+    return ct + 20 * torch.randn(ct.shape, generator=generator).clamp(-3, 3)
+
+
+def marked(tissue: TissuePatches, count: int) -> Tensor:
+    ones = torch.ones(*tissue.numbers.shape, 1)
+    return tissue.unpack(ones, count)[..., 0] > 0
+
+
+def test_air_that_reaches_the_border_is_outside_and_air_in_the_lungs_is_not() -> None:
+    ct = make_body((8, 64, 64), margin=8)
+    ct[:, :, 24:40, 24:40] = -1000  # a bulla of four patches
+    found = marked(find_tissue_patches(ct, PATCH), 2 * 8 * 8).view(2, 8, 8)
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[1:7, 1:7] = True
+    assert torch.equal(found, expected.expand(2, 8, 8))
+
+
+def test_air_does_not_leak_between_diagonal_neighbours() -> None:
+    ct = torch.full((1, 4, 24, 24), 0.0)
+    ct[:, :, :8, :8] = ct[:, :, 8:16, 8:16] = -1000
+    found = marked(find_tissue_patches(ct, PATCH), 9).view(3, 3)
+    assert not found[0, 0] and found[1, 1] and found.sum() == 8
+
+
+def test_one_voxel_of_tissue_keeps_a_patch() -> None:
+    ct = torch.full((1, 4, 16, 16), -1000.0)
+    ct[0, 3, 15, 0] = -400
+    assert marked(find_tissue_patches(ct, PATCH), 4).tolist() == [[False, False, True, False]]
+
+
+def test_air_alone_and_tissue_alone_have_features_too(tiny: Config) -> None:
+    encoder = SliceRegionEncoder(tiny.encoder, tiny.data).eval()
+    known = torch.tensor([True, False])
+    regions = torch.ones(2, *tiny.data.grid, dtype=torch.uint8)
+    for value in (-1000, 40):
+        features = encoder(torch.full((2, *tiny.data.grid), value), regions, known)
+        assert all(torch.isfinite(tensor).all() for tensor in features[:3])
+
+
+def test_packing_and_unpacking_is_the_identity_on_tissue() -> None:
+    tissue = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) > 0.5
+    tissue[1] = True
+    packed = pack_patches(tissue)
+    assert packed.has_filler and packed.numbers.shape == (3, 40)
+    x = torch.randn(3, 40, 5)
+    y = packed.unpack(packed.pack(x), 40, air=7.0)
+    torch.testing.assert_close(y, torch.where(tissue[..., None], x, 7.0))
+
+
+def encode(encoder: SliceRegionEncoder, ct: Tensor, known: bool = True) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    regions = torch.randint(0, 21, ct.shape[1:], generator=generator).to(torch.uint8)
+    features = encoder(ct, regions.expand(ct.shape), torch.full((len(ct),), known))
+    return [features.global_token, features.patches, features.region_tokens]
+
+
+@pytest.fixture
+def encoder(tiny: Config) -> SliceRegionEncoder:
+    torch.manual_seed(0)
+    encoder = SliceRegionEncoder(tiny.encoder, tiny.data).eval()
+    for block in encoder.blocks:
+        torch.nn.init.normal_(block.attention.slice_bias)
+    return encoder
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_leaving_air_out_equals_attending_to_everything_but_air(
+    encoder: SliceRegionEncoder, tiny: Config, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ct = make_body(tiny.data.grid, margin=8)
+    packed = encode(encoder, ct, known)
+
+    def keep_all(ct: Tensor, patch: tuple[int, int, int]) -> TissuePatches:
+        """All patches, those of air masked."""
+        tissue = find_tissue_patches(ct, patch)
+        count = 4 * 6 * 6
+        everything = pack_all(torch.empty(1, count, 1))
+        return TissuePatches(everything.numbers, marked(tissue, count), has_filler=True)
+
+    monkeypatch.setattr(slice_region_encoder, "find_tissue_patches", keep_all)
+    torch.testing.assert_close(packed, encode(encoder, ct, known), rtol=1e-4, atol=1e-5)
+    assert packed[1].eq(0).all(-1).any() and not packed[1].eq(0).all(-1).all()
+
+
+def test_a_case_has_the_same_features_beside_a_larger_patient(
+    encoder: SliceRegionEncoder, tiny: Config
+) -> None:
+    thin, large = (make_body(tiny.data.grid, margin, seed) for margin, seed in ((16, 1), (0, 2)))
+    alone = encode(encoder, thin)
+    together = encode(encoder, torch.cat([thin, large]))
+    torch.testing.assert_close(alone, [x[:1] for x in together], rtol=1e-4, atol=1e-5)
+
+
+def test_the_masks_of_a_case_are_the_same_beside_a_larger_patient(
+    tiny: Config, prompts: PromptEmbeddings
+) -> None:
+    torch.manual_seed(0)
+    model = RectVLM(tiny, ("encoder", "classifier", "localizer"), prompts).eval()
+    assert model.localizer is not None
+    thin, large = (make_body(tiny.data.grid, margin, seed) for margin, seed in ((16, 1), (0, 2)))
+    regions = torch.zeros(2, *tiny.data.grid, dtype=torch.uint8)
+    known = torch.tensor([False, False])
+    with torch.no_grad():
+        both = torch.cat([thin, large])
+        features = model.encoder(both, regions, known)
+        together = model.localizer(both, features, prompts)
+        alone = model.localizer(thin, model.encoder(thin, regions[:1], known[:1]), prompts)
+    for name in ("mask_logits", "patch_logits", "alignment_logits"):
+        torch.testing.assert_close(
+            getattr(alone, name), getattr(together, name)[:1], rtol=1e-4, atol=1e-4
+        )
+    air = features.patches[0].eq(0).all(-1).view(4, 6, 6)
+    assert air.any() and together.patch_logits[0][:, air].max() == -10
+    # A mark interpolated from a neighbour may reach into air by one patch, not farther.
+    assert together.mask_logits[0, :, :, :4].max() < -5
+
+
+def test_noise_and_its_loss_are_those_of_tissue(tiny: Config, prompts: PromptEmbeddings) -> None:
+    """Denoising is not taught on air."""
+    torch.manual_seed(0)
+    model = RectVLM(tiny, ("encoder", "classifier", "localizer"), prompts).train()
+    assert model.localizer is not None
+    ct = make_body(tiny.data.grid, margin=16)
+    regions = torch.zeros(1, *tiny.data.grid, dtype=torch.uint8)
+    features = model.encoder(ct, regions, torch.tensor([False]))
+    model.localizer.denoiser.clean.weight.data.zero_()
+    model.localizer.denoiser.clean.bias.data.zero_()
+    loss = model.localizer(ct, features, prompts).denoising_loss
+    tissue = features.patches[0][~features.patches[0].eq(0).all(-1)]
+    torch.testing.assert_close(loss, tissue.square().mean())
+
+
+def test_without_values_there_is_tissue_alone_or_the_share_that_is_assumed() -> None:
+    ct = torch.zeros(2, 8, 64, 64, device="meta")
+    assert find_tissue_patches(ct, PATCH).numbers.shape == (2, 128)
+    with assume_tissue_share(0.6):
+        assert find_tissue_patches(ct, PATCH).numbers.shape == (2, 80)
+    assert find_tissue_patches(ct, PATCH).numbers.shape == (2, 128)
