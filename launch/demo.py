@@ -226,6 +226,8 @@ def _run_demo(options: argparse.Namespace, console: Console) -> int:
         *make_result_tables(summary),
         f"All figures are in {folder}/{SUMMARY_FILE}, tables in {folder}/{TABLES_FILE}.",
     )
+    if summary.table_comparison:
+        console.print(summary.table_comparison, highlight=False, soft_wrap=True)
     for ct in summary.real_cts:
         console.print(ct.describe(), highlight=False, soft_wrap=True)
     console.print("Open in a browser, the first with the truth beside the prediction:")

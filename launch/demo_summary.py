@@ -21,8 +21,8 @@ from launch.demo_targets import DemoFigures, DemoSize, DemoTarget, LesionScores,
 from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.shards import read_index
 from rectvlm.data.volume import read_mask, read_volume
-from rectvlm.evaluate.report_baselines import BASELINE_NAMES
-from rectvlm.evaluate.report_tables import describe_table_comparison
+from rectvlm.evaluate.report_tables import describe_table_comparison, format_main_scores
+from rectvlm.evaluate.score_format import render_table
 from rectvlm.files import read_json_object
 from rectvlm.lesion_places import find_voxels_outside_chest
 from rectvlm.phantom.patient_plan import PhantomStyle
@@ -95,6 +95,9 @@ class DemoSummary:
     targets: list[DemoTarget]
     beside: dict[str, float | None]
     """Figures that belong to the targets, by name."""
+    report_scores: dict[str, dict[str, str]]
+    """Scores of the language model's reports, of each baseline and of the control, with 95%
+    intervals, by score and set of reports."""
     table_comparison: str
     """Whether the language model's reports beat a table of texts, in words."""
     findings: dict[str, float | None]
@@ -156,6 +159,7 @@ def summarize_demo(
         engine={key: engine[key] for key in engine_keys},
         targets=list_targets(figures, supervision, size),
         beside=_select_beside(metrics),
+        report_scores={} if reports is None else format_main_scores(reports),
         table_comparison="" if reports is None else describe_table_comparison(reports),
         findings=dict(figures.auroc_by_finding),
         lesions=dict(figures.lesions),
@@ -229,9 +233,6 @@ def _select_beside(metrics: JsonObject) -> dict[str, float | None]:
     f1 = "F1 of the findings in the reports"
     beside[f"{f1}, mean of the findings"] = image["clinical_labels_macro_f1"]
     beside[f"{f1} without the image"] = ablated["clinical_labels_micro_f1"]
-    for key, baseline in reports["baselines"].items():
-        name = f"{f1} of the baseline {BASELINE_NAMES[key]}"
-        beside[name] = baseline["scores"]["clinical_labels_micro_f1"]
     return beside | {"BLEU-4 of the reports": image["bleu_4"]}
 
 
@@ -272,7 +273,7 @@ def to_markdown(summary: DemoSummary) -> str:
         met = "yes" if target.is_met else "no"
         lines.append(f"| {target.name} | {wanted} | {format_number(target.found, 3)} | {met} |")
     lines += ["", "| beside them | found |", "|---|---|"]
-    lines += [*_figure_rows(summary.beside), "", summary.table_comparison]
+    lines += [*_figure_rows(summary.beside), *_report_lines(summary)]
     lines += [ct.describe() for ct in summary.real_cts]
     lines += ["", "| finding | AUROC |", "|---|---|"]
     lines += _figure_rows(summary.findings)
@@ -289,13 +290,36 @@ def to_markdown(summary: DemoSummary) -> str:
     return "\n".join(lines)
 
 
+def _report_lines(summary: DemoSummary) -> list[str]:
+    """The reports beside their baselines as a table, and whether they beat a table of texts."""
+    lines = [""]
+    if summary.report_scores:
+        kinds = next(iter(summary.report_scores.values()))
+        rows = [[name, *cells.values()] for name, cells in summary.report_scores.items()]
+        lines += [render_table(["reports", *kinds], rows), ""]
+    return [*lines, summary.table_comparison]
+
+
 def _figure_rows(figures: Mapping[str, float | None]) -> list[str]:
     return [f"| {name} | {format_number(value, 3)} |" for name, value in figures.items()]
 
 
 def make_result_tables(summary: DemoSummary) -> list[Table]:
-    """Make the tables that end a demo, for the terminal: its training and the targets."""
-    return [_make_training_table(summary), _make_target_table(summary)]
+    """Make the tables that end a demo, for the terminal: its training, reports and targets."""
+    tables = [_make_training_table(summary)]
+    if summary.report_scores:
+        tables.append(_make_report_table(summary))
+    return [*tables, _make_target_table(summary)]
+
+
+def _make_report_table(summary: DemoSummary) -> Table:
+    table = FoldingTable(title="Reports and their baselines", title_justify="left")
+    table.add_column("metric")
+    for kind in next(iter(summary.report_scores.values())):
+        table.add_column(kind, justify="right")
+    for name, cells in summary.report_scores.items():
+        table.add_row(name, *cells.values())
+    return table
 
 
 def _make_training_table(summary: DemoSummary) -> Table:

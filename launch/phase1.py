@@ -4,6 +4,8 @@ accelerate launch launch/phase1.py [--config demo] [--resume | --restart] [part.
 """
 
 if __name__ == "__main__":
-    from rectvlm.train import main  # here, so that loader processes do not import the engine
+    # Imported here, so that loader processes do not import the engine.
+    from rectvlm.plan.auto_settings import resolve_auto_settings
+    from rectvlm.train import main
 
-    main(1)
+    main(1, resolve_settings=resolve_auto_settings)

@@ -5,6 +5,8 @@ accelerate launch launch/phase2.py [--config demo] [--stage localize] [--from PA
 """
 
 if __name__ == "__main__":
-    from rectvlm.train import main  # here, so that loader processes do not import the engine
+    # Imported here, so that loader processes do not import the engine.
+    from rectvlm.plan.auto_settings import resolve_auto_settings
+    from rectvlm.train import main
 
-    main(2)
+    main(2, resolve_settings=resolve_auto_settings)

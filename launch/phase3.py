@@ -5,6 +5,8 @@ accelerate launch launch/phase3.py [--config demo] [--stage align] [--from PATH]
 """
 
 if __name__ == "__main__":
-    from rectvlm.train import main  # here, so that loader processes do not import the engine
+    # Imported here, so that loader processes do not import the engine.
+    from rectvlm.plan.auto_settings import resolve_auto_settings
+    from rectvlm.train import main
 
-    main(3)
+    main(3, resolve_settings=resolve_auto_settings)

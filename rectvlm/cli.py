@@ -459,9 +459,10 @@ def _run_preprocess(options: argparse.Namespace) -> None:
 
 
 def _run_train(options: argparse.Namespace) -> None:
+    from rectvlm.plan.auto_settings import resolve_auto_settings
     from rectvlm.train import main as train_phase
 
-    train_phase(options.phase, options.arguments)
+    train_phase(options.phase, options.arguments, resolve_auto_settings)
 
 
 def _run_predict(options: argparse.Namespace) -> None:
@@ -531,14 +532,17 @@ def _run_challenge(options: argparse.Namespace) -> None:
 def _run_evaluate(namespace: argparse.Namespace) -> None:
     from rectvlm.data.shards import read_index
     from rectvlm.evaluate.options import EvaluationOptions, require_truth_folder
+    from rectvlm.metrics.radeval_scores import require_radeval
 
     options = options_from_namespace(EvaluationOptions, namespace)
     require_truth_folder(options.truth)
+    require_radeval(options.radeval)
     _check_checkpoint(namespace.checkpoint)
     if namespace.shards is not None:
         read_index(namespace.shards)
     _check_device(namespace.device)
 
+    from rectvlm.evaluate.radeval_tables import describe_radeval, make_radeval_table
     from rectvlm.evaluate.report_tables import describe_table_comparison, make_baseline_table
     from rectvlm.evaluate.run import evaluate_checkpoint, output_path
     from rectvlm.evaluate.tables import terminal_table
@@ -557,6 +561,9 @@ def _run_evaluate(namespace: argparse.Namespace) -> None:
         if result.reports is not None:
             if result.reports["baselines"]:
                 console.print(make_baseline_table(result.reports))
+            if result.reports["radeval"] is not None:
+                console.print(make_radeval_table(result.reports["radeval"]))
+                console.print(describe_radeval(result.reports["radeval"]))
             console.print(describe_table_comparison(result.reports))
         sys.stdout.write(f"{output_path(namespace.checkpoint, options.split, namespace.out)}\n")
 

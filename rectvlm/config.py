@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from rectvlm.types import UserError
@@ -39,6 +47,7 @@ ValidationMetric = Literal[
 """Metrics of the validation during training. A loss is better when it is smaller, any other metric
 when it is larger."""
 TrackerName = Literal["wandb", "tensorboard"]
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -85,6 +94,18 @@ def _expand_user_path(path: str) -> str:
 
 
 UserPath = Annotated[str, AfterValidator(_expand_user_path)]
+
+
+def _check_checkpointing(value: object) -> object:
+    """Return a value of `Checkpointing`; a union's own message would name each of its types."""
+    if isinstance(value, bool) or value == "auto":
+        return value
+    raise ValueError("expected true, false or auto")
+
+
+Checkpointing = Annotated[bool | Literal["auto"], BeforeValidator(_check_checkpointing)]
+"""Whether a part recomputes its activations in the backward pass. `auto` lets the planner decide
+when a phase starts (`rectvlm.plan.auto_settings`), and counts as true where it has not decided."""
 
 
 class _ConfigSection(BaseModel):
@@ -160,8 +181,8 @@ class EncoderConfig(_ConfigSection):
     """Width of a block's MLP, relative to `width`."""
     tap_blocks: tuple[PositiveInt, ...]
     """Blocks, counted from 1, whose patches the localizer reads beside those of the last block."""
-    activation_checkpointing: bool
-    """Whether each block is recomputed in the backward pass."""
+    activation_checkpointing: Checkpointing
+    """Whether each block is recomputed in the backward pass; `auto` leaves it to the planner."""
     atlas_cases: NonNegativeInt
     """Training cases whose mean CT is subtracted from every CT before it is cut into patches; 0
     subtracts nothing. Where patients lie alike, the difference is what tells them apart, and
@@ -211,7 +232,7 @@ class LocalizerConfig(_ConfigSection):
     the features."""
     channels: tuple[PositiveInt, ...]
     """Channels of each level of the U-Net, full resolution first."""
-    activation_checkpointing: bool
+    activation_checkpointing: Checkpointing
     """Whether blocks and levels are recomputed in the backward pass."""
     volumes_to_findings: bool
     """Whether a learned function of the masks' volumes is added to the classifier's finding logits.
@@ -259,7 +280,7 @@ class GeneratorConfig(_ConfigSection):
     """Standard deviation of the log-odds that a true finding gets in a training prompt, around 3
     above or below its threshold. 0 grades all as certain, 1 varies the grades, 4 has the errors of
     a classifier with an AUROC of 0.86."""
-    activation_checkpointing: bool
+    activation_checkpointing: Checkpointing
     """Whether each layer of the language model is recomputed in the backward pass."""
 
 
@@ -328,7 +349,8 @@ class PhaseConfig(_ConfigSection):
     sqrt(global_batch / lr_batch), the rule of adaptive optimizers."""
     micro_batch: PositiveInt
     """Largest number of samples of a rank in one forward pass. Gradients are accumulated where a
-    rank's share of a step is larger."""
+    rank's share of a step is larger. Where a part's `activation_checkpointing` is `auto`, the
+    planner may take fewer; the samples of a step stay the same."""
     schedule: Literal["cosine", "linear", "constant"]
     """Learning rate after the warm-up: down to `final_lr_ratio` along a cosine or a line, or
     constant."""

@@ -34,6 +34,7 @@ ENV INPUT=/input \
 # The challenge refuses containers that run as root.
 RUN useradd --uid 1000 --home-dir /tmp --no-create-home challenge \
     && mkdir -p /input /output /weights && chown challenge /output
-USER challenge
+# By number, so that a cluster can tell that it is not root.
+USER 1000
 WORKDIR /tmp
 ENTRYPOINT ["/usr/local/bin/challenge.sh"]

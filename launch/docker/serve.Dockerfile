@@ -27,7 +27,8 @@ ENV HF_HUB_CACHE=/weights/hub \
     PYTHONUNBUFFERED=1
 
 RUN useradd --uid 1000 --home-dir /tmp --no-create-home server && mkdir -p /weights
-USER server
+# By number, so that a cluster can tell that it is not root.
+USER 1000
 WORKDIR /tmp
 EXPOSE 8000
 ENTRYPOINT ["rectvlm", "serve", "/weights/model", "--host", "0.0.0.0"]

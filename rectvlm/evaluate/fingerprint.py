@@ -24,7 +24,16 @@ FINGERPRINTED_MODULES = (
     "rectvlm.evaluate.case_records",
 )
 """Modules whose code, with all that they import, decides a case record."""
-OPTIONS_OF_FIGURES = ("labels", "thresholds", "labeler", "convention", "bootstrap", "seed", "plots")
+OPTIONS_OF_FIGURES = (
+    "labels",
+    "thresholds",
+    "labeler",
+    "convention",
+    "radeval",
+    "bootstrap",
+    "seed",
+    "plots",
+)
 """Options that case records do not depend on: figures are computed from the records each time."""
 SAMPLED_BLOCK_BYTES = 1 << 16
 """Size of a block that is hashed of a large file, bytes."""

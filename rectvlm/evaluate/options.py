@@ -6,6 +6,7 @@ from typing import Literal
 
 from rectvlm.cli_options import argument
 from rectvlm.labels import DEFAULT_CONVENTION, LabelConvention
+from rectvlm.metrics.radeval_scores import RadEvalOptions
 from rectvlm.metrics.surface_distances import SURFACE_TOLERANCE_MM
 from rectvlm.types import Split, UserError
 
@@ -50,6 +51,8 @@ class EvaluationOptions:
     """Labeler of findings in reports: `rules`, or the folder or hub id of a classifier."""
     convention: LabelConvention = DEFAULT_CONVENTION
     """What the rules count as a finding: as in CT-RATE's label table, or as a radiologist would."""
+    radeval: RadEvalOptions = field(default_factory=RadEvalOptions)
+    """Metrics of RadEval."""
     bootstrap: int = field(default=1000, metadata=argument(metavar="N", minimum=0))
     """Number of bootstrap resamples for the intervals, 0 for none."""
     seed: int = 0

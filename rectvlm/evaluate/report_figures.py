@@ -13,6 +13,7 @@ from rectvlm.evaluate.scans import ScanResults
 from rectvlm.labels import LabelConvention
 from rectvlm.metrics.arrays import FloatArray
 from rectvlm.metrics.bootstrap import ResampleWeights, iterate_chunks, percentile_interval
+from rectvlm.metrics.radeval_scores import RadEvalOptions, score_by_radeval
 from rectvlm.metrics.report_labeler.labeler import ReportLabeler
 from rectvlm.metrics.reports import (
     ReportStatistics,
@@ -47,6 +48,7 @@ def evaluate_reports(
     convention: LabelConvention,
     weights: ResampleWeights | None,
     baselines: BaselineReports,
+    radeval: RadEvalOptions,
 ) -> tuple[JsonObject, ReportStatistics]:
     """Figures of the reports (`image`), of the control (`image_ablated`), and of each baseline.
 
@@ -61,6 +63,7 @@ def evaluate_reports(
         convention: convention of the rules that read sides.
         weights: resamples of the N scans with a generated report, (R, N); None for no intervals.
         baselines: reports of the baselines for the N scans.
+        radeval: metrics of RadEval that are wanted (`radeval`, None for none).
     """
     numbers, records = scans.select_report_cases()
     references = [record.reference for record in records]
@@ -83,10 +86,12 @@ def evaluate_reports(
         )
         return scored
 
+    generated = [record.generated or "" for record in records]
+    without_image = [record.without_image or "" for record in records]
     baseline_figures: JsonObject = {}
     with MeteorProgram() as meteor:
-        image = score_texts([record.generated or "" for record in records], meteor)
-        control = score_texts([record.without_image or "" for record in records], meteor)
+        image = score_texts(generated, meteor)
+        control = score_texts(without_image, meteor)
         for name, texts in baselines.texts.items():
             baseline = score_texts(texts, meteor)
             baseline_figures[name] = baseline.figures | {
@@ -100,7 +105,11 @@ def evaluate_reports(
         "baselines": baseline_figures,
         "left_out_baselines": baselines.left_out,
         "reference_diversity": measure_diversity([text for text in references if text is not None]),
+        "radeval": None,
     }
+    if radeval.metrics:
+        texts = {"image": generated, **baselines.texts, "image_ablated": without_image}
+        figures["radeval"] = score_by_radeval(radeval, texts, references, weights)
     return figures, image.statistics
 
 

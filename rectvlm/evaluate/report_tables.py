@@ -27,6 +27,7 @@ MAIN_REPORT_SCORES = (
     "clinical_labels_macro_f1",
     "clinical_labels_crg",
     "laterality",
+    "lobe_accuracy",
     "size_accuracy",
     "other_findings_f1",
     "rare_findings_recall",
@@ -45,6 +46,7 @@ _WORD_SCORE_NAMES = {
 }
 SCORE_NAMES = _WORD_SCORE_NAMES | {
     "bertscore_f1": "BERTScore F1",
+    "lobe_accuracy": "lobes",
     "size_accuracy": "sizes within tolerance",
     "other_findings_f1": "findings beyond the 18, F1",
     "rare_findings_recall": "rare findings, recall",
@@ -242,6 +244,18 @@ def list_report_kinds(reports: Mapping[str, Any]) -> dict[str, Any]:
     for name, baseline in reports["baselines"].items():
         kinds[BASELINE_NAMES[name]] = baseline
     return kinds | {"without the image": reports["image_ablated"]}
+
+
+def format_main_scores(reports: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Main scores with their intervals as text, by score and set of reports."""
+    kinds = list_report_kinds(reports)
+    rows = {}
+    for score in MAIN_REPORT_SCORES:
+        if score in reports["image"]["scores"]:
+            rows[name_score(score)] = {
+                name: _format_kind(kind, score) for name, kind in kinds.items()
+            }
+    return rows
 
 
 def render_other_findings(reports: Mapping[str, Any]) -> str:

@@ -16,6 +16,11 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from rectvlm.evaluate.radeval_tables import (
+    describe_radeval,
+    name_radeval_kinds,
+    select_radeval_figures,
+)
 from rectvlm.evaluate.report_tables import (
     MAIN_REPORT_SCORES,
     PROTOCOL_SCORE_NAMES,
@@ -89,6 +94,7 @@ def render_results_page(
         lstrip_blocks=True,
     )
     reports = result.reports
+    radeval = reports["radeval"] if reports else None
     return environment.get_template("results_page.html.j2").render(
         result=result,
         finding_rows=_make_headline_rows(result),
@@ -99,6 +105,9 @@ def render_results_page(
         protocol_rows=_make_protocol_rows(reports) if reports else [],
         protocol_left_out=reports["image"]["vlm3d"]["left_out"] if reports else {},
         protocol_names=PROTOCOL_SCORE_NAMES,
+        radeval_kinds=name_radeval_kinds(radeval) if radeval else [],
+        radeval_rows=_make_radeval_rows(radeval) if radeval else [],
+        radeval_note=describe_radeval(radeval) if radeval else None,
         comparison=describe_table_comparison(reports) if reports else None,
         score_names=[FINDING_SCORE_NAMES[score] for score in PER_FINDING_SCORES],
         per_finding_rows=_make_per_finding_rows(result),
@@ -206,6 +215,17 @@ def _make_protocol_rows(reports: Mapping[str, Any]) -> list[Row]:
     macro_f1 = [Cell(format_score(row["macro"]["f1"])) for row in findings]
     crg = [Cell(format_score(row["crg"])) for row in findings]
     return [*rows, Row("F1 of findings, macro", macro_f1), Row("CRG", crg)]
+
+
+def _make_radeval_rows(radeval: Mapping[str, Any]) -> list[Row]:
+    rows = []
+    for figure, name in select_radeval_figures(radeval).items():
+        cells = []
+        for kind in radeval["reports"].values():
+            value, interval = format_score(kind["scores"][figure]), format_interval(kind, figure)
+            cells.append(Cell(value, interval))
+        rows.append(Row(name, cells))
+    return rows
 
 
 def _make_per_finding_rows(result: EvaluationResult) -> list[Row]:

@@ -60,6 +60,7 @@ from rectvlm.finding_thresholds import THRESHOLDS_FILE, FindingThresholds
 from rectvlm.folder_lock import FolderLock
 from rectvlm.label_table import LabelTable, read_label_table
 from rectvlm.machine import describe_machine, package_versions
+from rectvlm.metrics.radeval_scores import require_radeval
 from rectvlm.metrics.report_labeler.labeler import ReportLabeler, load_labeler
 from rectvlm.metrics.reports import ReportStatistics
 from rectvlm.models import RectVLM
@@ -140,6 +141,7 @@ def evaluate_checkpoint(
     ranks = read_ranks_from_environment()
     options = options or EvaluationOptions()
     require_truth_folder(options.truth)
+    require_radeval(options.radeval)
     folder = find_checkpoint(checkpoint, "train first, or give a run's phase folder")
     metrics_path = output_path(folder, options.split, out)
     require_writable_file(metrics_path)
@@ -373,7 +375,13 @@ def _compute_metrics(
         patients = [record.patient for record in scans.select_report_cases()[1]]
         report_weights = summary.draw_resamples(patients, options)
         reports, report_statistics = evaluate_reports(
-            scans, run.config, labeler, options.convention, report_weights, baselines
+            scans,
+            run.config,
+            labeler,
+            options.convention,
+            report_weights,
+            baselines,
+            options.radeval,
         )
 
     other_labels = None

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from rectvlm.evaluate.radeval_tables import render_radeval
 from rectvlm.evaluate.report_tables import (
     add_report_rows,
     render_baselines,
@@ -82,6 +83,8 @@ def render_markdown(result: EvaluationResult) -> str:
         sections += ["### Findings in the reports", render_report_findings(result.reports)]
         sections += ["### Sizes and other findings", render_other_findings(result.reports)]
         sections += ["### By VLM3D's protocol", render_report_protocol(result.reports)]
+        if result.reports["radeval"] is not None:
+            sections += ["### By RadEval", render_radeval(result.reports["radeval"])]
     return "\n\n".join(sections) + "\n"
 
 

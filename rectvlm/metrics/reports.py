@@ -29,9 +29,11 @@ from rectvlm.metrics.report_labeler.entity_terms import ENTITIES
 from rectvlm.metrics.report_labeler.finding_states import FindingState
 from rectvlm.metrics.report_labeler.labeler import ReportLabeler, load_labeler
 from rectvlm.metrics.report_labeler.laterality import (
+    count_lobe_outcomes,
     count_side_outcomes,
     score_laterality,
     score_lesion_laterality,
+    score_lobes,
 )
 from rectvlm.metrics.report_labeler.rule_labeler import label_entities
 from rectvlm.metrics.report_labeler.stated_sizes import (
@@ -71,6 +73,8 @@ class ReportStatistics:
     """Counts of `count_confusions` against the findings of the reference reports, (N, 18, 4)."""
     side_counts: CountArray
     """Counts of `count_side_outcomes`, (N, 11, 5)."""
+    lobe_counts: CountArray
+    """Counts of `count_lobe_outcomes`, (N, 11, 5)."""
     size_counts: CountArray
     """Counts of `count_size_outcomes`, (N, F, 4)."""
     entity_counts: CountArray
@@ -147,6 +151,7 @@ def compute_report_statistics(
         label_counts=label_counts,
         reference_counts=reference_counts,
         side_counts=count_side_outcomes(generated, references, convention),
+        lobe_counts=count_lobe_outcomes(generated, references, convention),
         size_counts=count_size_outcomes(generated, references, convention),
         entity_counts=_count_entities(generated, references, lowest_state),
         prevalence_groups=group_by_prevalence(
@@ -176,10 +181,10 @@ def score_reports(
     BERTScore are means over the cases with a reference report; the others are counted. `clinical`
     compares the findings that the labeler reads in the generated report with the cases' labels
     (`labels`, every case; None without labels) and with those that it reads in the reference
-    (`reference_reports`). `laterality` compares sides, `sizes` sizes, `other_findings` findings
-    beyond the 18, all with the reference. `by_prevalence` has the recall of rare and of common
-    findings. `diversity` compares the generated reports with each other. The signatures state
-    libraries, versions and tokens.
+    (`reference_reports`). `laterality` and `lobes` compare places, `sizes`
+    sizes, `other_findings` findings beyond the 18, all with the reference. `by_prevalence` has the
+    recall of rare and of common findings. `diversity` compares the generated reports with each
+    other. The signatures state libraries, versions and tokens.
 
     Args:
         generated: generated report of each case, (N,).
@@ -224,6 +229,7 @@ def summarize_reports(statistics: ReportStatistics) -> JsonObject:
             "reference_reports": score_clinical_efficacy(statistics.reference_counts),
         },
         "laterality": score_laterality(statistics.side_counts),
+        "lobes": score_lobes(statistics.lobe_counts),
         "sizes": score_sizes(statistics.size_counts),
         "other_findings": _score_entities(statistics.entity_counts),
         "by_prevalence": score_prevalence_groups(
@@ -252,6 +258,7 @@ def headline_scores(statistics: ReportStatistics) -> dict[str, float | None]:
                 scores[f"clinical_{truth}_{mean}_{score}"] = value
         scores[f"clinical_{truth}_crg"] = efficacy["crg"]
     scores["laterality"] = score_lesion_laterality(statistics.side_counts)["accuracy"]
+    scores["lobe_accuracy"] = score_lobes(statistics.lobe_counts)["accuracy"]
     scores["size_accuracy"] = size_accuracy(statistics.size_counts)
     scores["other_findings_f1"] = _entity_f1(statistics.entity_counts)
     rare_findings = statistics.prevalence_groups["rare"]

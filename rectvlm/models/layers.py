@@ -8,17 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rectvlm.config import Checkpointing
+
 LINEAR_STD = 0.02
 """Standard deviation of linear weights in transformer blocks at the start, as in ViT."""
 
 
-def run_layer(layer: Callable[..., Any], *inputs: Any, recompute: bool) -> Any:
+def run_layer(layer: Callable[..., Any], *inputs: Any, recompute: Checkpointing) -> Any:
     """Call a layer, with or without activation checkpointing.
 
     Args:
         layer: module or function without randomness.
         inputs: its inputs.
-        recompute: whether the backward pass keeps the inputs alone and computes the layer again.
+        recompute: whether the backward pass keeps the inputs alone and computes the layer again;
+            `auto` counts as true.
     """
     if recompute and torch.is_grad_enabled():
         return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -39,8 +39,8 @@ class HardwareRates:
     hop: float = 5e-6
     """Latency of each further member of a ring, seconds."""
     hook: float = 4.8e-4
-    """Time of ZeRO-3's hooks for one pass of a module with weights, seconds: by so much a step on
-    an H200 took longer than under ZeRO-2."""
+    """Time of ZeRO-3's hooks for one pass of a module, seconds: by so much a step on an H200, with
+    hooks at every module with weights, took longer than under ZeRO-2."""
     tensor: float = 2.0e-4
     """Time of the engine's optimizer for one tensor, seconds, on the same host."""
 
@@ -55,6 +55,13 @@ MEASURED_RATES = (
     "tensor",
 )
 """Fields of `HardwareRates` that are no options of `rectvlm plan`."""
+
+RATE_SOURCES = (
+    "Measured on one H200, in a whole step of phase 3 at `large`: convolutions, hooks of ZeRO-3, "
+    "tensors of the optimizer. Not measured on a GPU: the shares of the matrix rate, memory and "
+    "network that are reached, launch times, and everything with more than one GPU."
+)
+"""Where the default rates come from, for the reader of a plan."""
 
 
 def describe_assumed_rates(rates: HardwareRates, gpus: int, memory_gb: float) -> str | None:

@@ -22,6 +22,8 @@ class PlanOptions:
     """Number of the phase."""
     stage: Stage | None = field(default=None, metadata=argument(exclusive_group="phase"))
     """Sub-step of phase 2 or 3, instead of --phase."""
+    all_phases: bool = field(default=False, metadata=argument(exclusive_group="phase"))
+    """Plan the three phases one after the other and add up their time."""
     gpus: str = field(default="2", metadata=argument(exclusive_group="gpus", metavar="N[,N…]"))
     """Number of GPUs; several numbers give a row each."""
     nodes: int | None = field(default=None, metadata=argument(exclusive_group="gpus", metavar="N"))

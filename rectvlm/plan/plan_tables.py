@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from rectvlm.plan.hardware import HardwareRates, describe_assumed_rates
+from rectvlm.plan.hardware import RATE_SOURCES, HardwareRates, describe_assumed_rates
 from rectvlm.plan.memory_savings import MemorySaving
 from rectvlm.plan.planner import SECONDS_PER_DAY, ResourcePlan
+from rectvlm.plan.speedups import Speedup
 from rectvlm.terminal_tables import FoldingTable
 
 MEMORY_KIND_LABELS = {
@@ -15,6 +16,7 @@ MEMORY_KIND_LABELS = {
     "weights_frozen": "frozen bf16 weights",
     "weights_trainable": "trainable bf16 weights",
     "weights_resident": "small weights that stay whole",
+    "weights_in_node": "copy within the node (hpZ)",
     "quantization_state": "scales of the 4-bit weights",
     "buffers": "buffers of modules",
     "gradients": "gradients",
@@ -41,6 +43,8 @@ def print_plan(plan: ResourcePlan, console: Console) -> None:
     for label, figure in _list_figures(plan):
         figures.add_row(label, figure)
     console.print(figures)
+    for decision in plan.auto_decisions:
+        console.print(decision)
     console.print(_describe_hardware(plan))
 
 
@@ -119,6 +123,14 @@ def _describe_hardware(plan: ResourcePlan) -> str:
         f"{rates.bandwidth:g} TB/s × {rates.bandwidth_efficiency:g}, {rates.gpus_per_node:g} GPUs "
         f"a node, {rates.intra:g} GB/s within and {rates.inter:g} GB/s a GPU between nodes."
     )
+    usual = plan.usual_case
+    if usual.tissue_share < 1:
+        text += f" Time counts {usual.tissue_share:.0%} of the patches, the rest being air"
+        if usual.report_tokens is not None:
+            text += f", and reports of {usual.report_tokens} tokens"
+        text += " (assumed); memory suffices for any case."
+    if card == "on an H200 SXM":
+        text = f"{text} {RATE_SOURCES}"
     return text if assumed is None else f"{text} {assumed}"
 
 
@@ -140,6 +152,58 @@ def print_memory_savings(
             "Another data.grid needs shards that were made with it: `make preprocess` with the "
             "same values."
         )
+
+
+def print_speedups(plan: ResourcePlan, speedups: Sequence[Speedup], console: Console) -> None:
+    """Print what makes a step faster where memory is idle."""
+    title = f"{plan.gpus} GPUs: faster, each by itself ({plan.time.total:.2f} s a step now)"
+    table = FoldingTable(title=title, title_justify="left", id_columns=(0,))
+    table.add_column("change")
+    for name in ("saves s a step", "step s", "GB a GPU"):
+        table.add_column(name, justify="right")
+    for speedup in speedups:
+        figures = (speedup.saved_seconds, speedup.step_seconds, speedup.total_gb)
+        table.add_row(speedup.change, *(f"{figure:.2f}" for figure in figures))
+    console.print(table)
+
+
+def print_all_phases(plans_by_phase: Sequence[Sequence[ResourcePlan]], console: Console) -> None:
+    """Print each phase's time and memory, and the time of all, for each number of GPUs.
+
+    Args:
+        plans_by_phase: for each phase, its plan for each number of GPUs.
+        console: where to print.
+    """
+    title = f"{plans_by_phase[0][0].config}, all phases"
+    table = FoldingTable(title=title, title_justify="left", id_columns=(0, 1))
+    for name in ("GPUs", "phase", "samples", "a step", "step s", "GB a GPU", "fits", "h", "days"):
+        table.add_column(name, justify="right")
+    for plans in zip(*plans_by_phase, strict=True):
+        for plan in plans:
+            table.add_row(*_list_phase_cells(plan))
+        days = sum(plan.speed.days for plan in plans)
+        table.add_row(f"{plans[0].gpus:,}", "all", *[""] * 5, f"{24 * days:.1f}", f"{days:.2f}")
+        table.add_section()
+    console.print(table)
+    for plan in (plans[0] for plans in plans_by_phase):
+        for decision in plan.auto_decisions:
+            console.print(f"phase {plan.phase}, {plan.gpus} GPUs, {decision}")
+    console.print(_describe_hardware(plans_by_phase[-1][-1]))
+
+
+def _list_phase_cells(plan: ResourcePlan) -> list[str]:
+    speed = plan.speed
+    return [
+        f"{plan.gpus:,}",
+        str(plan.phase),
+        f"{speed.steps * speed.samples_per_step:,}",
+        f"{speed.samples_per_step:,} = {plan.gpus:,} × {speed.accumulation} × {speed.micro_batch}",
+        f"{plan.time.total:.2f}",
+        f"{plan.gpu_memory_gb['total']:.1f}",
+        "yes" if plan.fits else "no",
+        f"{24 * speed.days:.1f}",
+        f"{speed.days:.2f}",
+    ]
 
 
 def print_scaling(plans: Sequence[ResourcePlan], console: Console) -> None:

@@ -1,9 +1,10 @@
 """From a configuration and a number of GPUs to a plan of memory, FLOPs, time and disk."""
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rectvlm import pretrained
 from rectvlm.config import Config
 from rectvlm.models import RectVLM
 from rectvlm.models.meta_model import build_meta_model
+from rectvlm.models.slice_region_encoder import SliceRegionEncoder
 from rectvlm.plan.hardware import HardwareRates
 from rectvlm.plan.options import CT_RATE_SCANS
 from rectvlm.plan.static_memory import (
@@ -19,13 +21,20 @@ from rectvlm.plan.static_memory import (
     ParameterCounts,
     StaticMemory,
     compute_static_memory,
+    count_hooked_passes,
     count_parameters,
-    count_passes,
     list_stored_parameters,
 )
 from rectvlm.plan.step_time import EngineCalls, StepTime, estimate_step_time
 from rectvlm.train.budget import PhaseBudget, StepBatch
-from rectvlm.train.dry_run.dry_run import DryRunResult, apply_phase_settings, dry_run_micro_batch
+from rectvlm.train.dry_run.dry_run import (
+    LARGEST_CASE,
+    USUAL_CASE,
+    CaseSize,
+    DryRunResult,
+    apply_phase_settings,
+    dry_run_micro_batch,
+)
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 from rectvlm.train.dry_run.memory_tracker import WORKSPACE_KIND
 from rectvlm.train.engine.ds_config import find_ds_config, read_ds_config
@@ -125,6 +134,10 @@ class ResourcePlan:
     time: StepTime
     speed: PlannedThroughput
     hardware: HardwareRates
+    usual_case: CaseSize
+    """What the estimate of time counts with; memory suffices for any case."""
+    auto_decisions: list[str] = field(default_factory=list)
+    """What was decided where the configuration says `auto`, with the reason, a sentence each."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain values."""
@@ -142,6 +155,7 @@ class ResourcePlanner:
         hardware: HardwareRates | None = None,
         workspace_meter: KernelWorkspaceMeter | None = None,
         stage: Stage | None = None,
+        usual_case: CaseSize = USUAL_CASE,
     ) -> None:
         """Build the model on the meta device and dry-run a micro-batch.
 
@@ -154,6 +168,7 @@ class ResourcePlanner:
             workspace_meter: measures what kernels allocate for themselves on the device that is
                 planned for.
             stage: a sub-step of the phase.
+            usual_case: what the estimate of time counts with; memory suffices for any case.
 
         Raises:
             UserError: a model whose geometry is not known, no DeepSpeed JSON, or no such phase in
@@ -180,15 +195,43 @@ class ResourcePlanner:
         prompt_names = [name for name in names if name.startswith("prompts.")]
         self.prompt_entries = _count_entries(model, prompt_names)
         self.model = apply_phase_settings(model, config, self.phase)
-        self._dry_runs: dict[int, DryRunResult] = {}
+        if not isinstance(model.encoder, SliceRegionEncoder):
+            usual_case = usual_case._replace(tissue_share=1.0)
+        if "generator" not in self.phase.parts:
+            usual_case = usual_case._replace(report_tokens=None)
+        self.usual_case = usual_case
+        self._dry_runs: dict[tuple[int, CaseSize], DryRunResult] = {}
 
-    def dry_run(self, micro_batch: int) -> DryRunResult:
+    def with_ds_config(self, ds_config: Path) -> "ResourcePlanner":
+        """Copy the planner for another DeepSpeed JSON; the dry runs are shared."""
+        planner = copy.copy(self)
+        planner.ds_config = ds_config
+        return planner
+
+    def with_micro_batch(self, micro_batch: int) -> "ResourcePlanner":
+        """Copy the planner for another largest micro-batch; the dry runs are shared."""
+        planner = copy.copy(self)
+        planner.config = self.phase.set_micro_batch(self.config, micro_batch)
+        planner.settings = self.phase.get_settings(planner.config)
+        return planner
+
+    def dry_run(self, micro_batch: int, case: CaseSize = LARGEST_CASE) -> DryRunResult:
         """Run a micro-batch without values; the result is kept."""
-        if micro_batch not in self._dry_runs:
-            self._dry_runs[micro_batch] = dry_run_micro_batch(
-                self.config, self.phase, self.model, micro_batch, self.workspace_meter
+        key = micro_batch, case
+        if key not in self._dry_runs:
+            self._dry_runs[key] = dry_run_micro_batch(
+                self.config,
+                self.phase,
+                self.model,
+                micro_batch,
+                self.workspace_meter if case == LARGEST_CASE else None,
+                case,
             )
-        return self._dry_runs[micro_batch]
+        return self._dry_runs[key]
+
+    def dry_run_usual_case(self, micro_batch: int) -> DryRunResult:
+        """`dry_run` with cases of the usual size."""
+        return self.dry_run(micro_batch, self.usual_case)
 
     def make_plan(
         self, gpus: int, capacity_gb: float, samples: int = CT_RATE_SCANS
@@ -203,6 +246,7 @@ class ResourcePlanner:
         budget = PhaseBudget.plan(self.settings, samples, gpus)
         step_batch = budget.step_batch
         dry_run = self.dry_run(step_batch.micro_batch)
+        usual = self.dry_run_usual_case(step_batch.micro_batch)
         ds_settings = read_ds_config(
             self.ds_config, step_batch, self.config.train.gradient_clipping
         )
@@ -211,9 +255,9 @@ class ResourcePlanner:
         )
         gpu_memory_gb = self._sum_gpu_memory(static_memory, dry_run)
         parameters = count_parameters(self.model)
-        flops = _sum_flops(dry_run, step_batch.accumulation)
+        flops = _sum_flops(usual, step_batch.accumulation)
         zero_stage: int = ds_settings["zero_optimization"]["stage"]
-        time = self._estimate_time(static_memory, dry_run, step_batch, zero_stage, gpus)
+        time = self._estimate_time(static_memory, usual, step_batch, zero_stage, gpus)
         checkpoint_gb = self._count_checkpoint_bytes(parameters.trainable) / GB
         loading_peak_gb = (static_memory.loading_peak_bytes + CUDA_CONTEXT_BYTES) / GB
         return ResourcePlan(
@@ -233,8 +277,9 @@ class ResourcePlanner:
             checkpoint_disk_gb=self._count_kept_checkpoints() * checkpoint_gb,
             flops_per_step=flops,
             time=time,
-            speed=_compute_throughput(budget, dry_run, time, flops, gpus, samples),
+            speed=_compute_throughput(budget, usual, time, flops, gpus, samples),
             hardware=self.hardware,
+            usual_case=self.usual_case,
         )
 
     def _sum_gpu_memory(
@@ -305,9 +350,7 @@ class ResourcePlanner:
         bucket_bytes = max(1, static_memory.bytes_by_kind["reduce_buckets"])
         module_passes = 0
         if zero_stage == 3:
-            for name, module in self.model.named_modules():
-                if next(module.parameters(recurse=False), None) is not None:
-                    module_passes += count_passes(name, self.config)
+            module_passes = count_hooked_passes(self.model, self.config)
         parameters = list_stored_parameters(self.model, self.config)
         calls = EngineCalls(
             zero_stage=zero_stage,

@@ -9,12 +9,14 @@ al., 2020):
     3       2 N / W           2 N / W     12 N / W
 
 Under ZeRO-3 the frozen and the 4-bit weights are sharded too, and parameters up to the persistence
-threshold stay complete beside their shards. Scales of 4-bit weights are no parameters: every GPU
-holds all of them.
+threshold stay complete beside their shards. With `zero_hpz_partition_size` (hpZ, ZeRO++: Wang et
+al., 2023) each node holds a second, complete copy of the sharded ones. Scales of 4-bit weights are
+no parameters: every GPU holds all of them.
 """
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,7 @@ from rectvlm.models import RectVLM
 from rectvlm.train.dry_run.dry_run import find_quantized_layers
 from rectvlm.train.dry_run.meta_ops import count_quantization_state_bytes
 from rectvlm.train.engine.ds_config import choose_persistence_threshold
+from rectvlm.train.engine.leaf_modules import find_leaf_modules
 
 BF16_BYTES, FP32_BYTES = 2, 4
 
@@ -133,9 +136,10 @@ class StaticMemory:
     """Peak bytes while the language model is loaded, when the GPU holds its weights alone."""
     gathered_bytes: int
     """Bytes that all gathers of a micro-batch collect; 0 where nothing is sharded."""
+    gathered_in_node_bytes: int
+    """Those of `gathered_bytes` that come from a node's own copy (hpZ)."""
     gather_calls: int
-    """Number of those gathers: one a module that is passed, and most modules have one sharded
-    parameter."""
+    """Number of those gathers: one for each pass of a leaf module or of another parameter."""
     reduced_bytes: int
     """Bytes of gradients in each reduction of all of them."""
 
@@ -172,23 +176,34 @@ def compute_static_memory(
     bytes_by_kind["gradients"] = BF16_BYTES * gradient_entries
     bytes_by_kind["optimizer"] = (3 + has_ema) * FP32_BYTES * sharded_entries
     bytes_by_kind["reduce_buckets"] = _count_reduce_bucket_bytes(zero)
-    bytes_by_kind["gather_buffers"] = _count_gather_buffer_bytes(sharded, zero)
+    leaf_modules = find_leaf_modules(model)
+    largest_unit = _count_largest_gathered_unit(sharded, leaf_modules)
+    copies = zero.get("zero_hpz_partition_size", 1)
+    if copies > 1:
+        shards_in_node = min(copies, gpus)
+        bytes_by_kind["weights_in_node"] = sum(p.shard_bytes(shards_in_node) for p in sharded)
+    bytes_by_kind["gather_buffers"] = _count_gather_buffer_bytes(sharded, largest_unit, zero)
 
     frozen_sizes = [parameter.total_bytes for parameter in parameters if not parameter.is_trainable]
     loaded_kinds = ("weights_4bit", "weights_frozen", "quantization_state")
     loaded_bytes = sum(bytes_by_kind[kind] for kind in loaded_kinds)
     sub_group_entries = min(sharded_entries, zero.get("sub_group_size", DEFAULT_SUB_GROUP))
-    gathered_bytes = gather_calls = 0
+    gathered_bytes = gathered_in_node_bytes = 0
     for parameter in sharded:
         passes = count_passes(parameter.name, config)
         gathered_bytes += passes * parameter.total_bytes
-        gather_calls += passes
+        if copies > 1:
+            # A weight that was updated comes from all nodes in the forward pass.
+            gathered_in_node_bytes += (passes - parameter.is_trainable) * parameter.total_bytes
+    gathered_units = {_name_gathered_unit(p.name, leaf_modules) for p in sharded}
+    gather_calls = sum(count_passes(unit, config) for unit in gathered_units)
     return StaticMemory(
         bytes_by_kind=bytes_by_kind,
         # Gradients in fp32, and the denominator that Adam builds for all tensors of a group.
         optimizer_step_bytes=2 * FP32_BYTES * sub_group_entries,
         loading_peak_bytes=loaded_bytes + 2 * max(frozen_sizes, default=0),
         gathered_bytes=gathered_bytes,
+        gathered_in_node_bytes=gathered_in_node_bytes,
         gather_calls=gather_calls,
         reduced_bytes=BF16_BYTES * entries if gpus > 1 else 0,
     )
@@ -244,13 +259,46 @@ def _count_reduce_bucket_bytes(zero: dict[str, Any]) -> int:
     return bucket_bytes * (2 if overlaps else 1)
 
 
-def _count_gather_buffer_bytes(sharded: Sequence[StoredParameter], zero: dict[str, Any]) -> int:
+def count_hooked_passes(model: RectVLM, config: Config) -> int:
+    """Count the passes of a micro-batch for which ZeRO-3 runs hooks: those of leaf modules and of
+    modules with weights outside them."""
+    leaf_modules = find_leaf_modules(model)
+    passes = sum(count_passes(name, config) for name in leaf_modules)
+    for name, module in model.named_modules():
+        has_weights = next(module.parameters(recurse=False), None) is not None
+        if has_weights and _name_gathered_unit(f"{name}.", leaf_modules) not in leaf_modules:
+            passes += count_passes(name, config)
+    return passes
+
+
+def _name_gathered_unit(parameter_name: str, leaf_modules: Collection[str]) -> str:
+    """Name of the leaf module that a parameter is gathered with; its own outside of them."""
+    path = parameter_name
+    while path := path.rpartition(".")[0]:
+        if path in leaf_modules:
+            return path
+    return parameter_name
+
+
+def _count_largest_gathered_unit(
+    sharded: Sequence[StoredParameter], leaf_modules: Collection[str]
+) -> int:
+    """Count the entries of the largest leaf module or parameter that is gathered at once."""
+    entries_by_unit: dict[str, int] = defaultdict(int)
+    for parameter in sharded:
+        entries_by_unit[_name_gathered_unit(parameter.name, leaf_modules)] += parameter.entries
+    return max(entries_by_unit.values(), default=0)
+
+
+def _count_gather_buffer_bytes(
+    sharded: Sequence[StoredParameter], largest_unit: int, zero: dict[str, Any]
+) -> int:
     """Count the bytes of gathered parameters at their peak.
 
-    Every module that starts fetches its own parameters and up to a bucket of later ones while fewer
-    than `stage3_max_live_parameters` entries are alive. Most modules have few parameters or none,
-    so the fetching runs ahead up to that limit, and the parameter that crosses it still comes
-    complete. What arrives is copied out of its bucket.
+    Every module that starts fetches its own parameters, a leaf module all within it, and up to a
+    bucket of later ones while fewer than `stage3_max_live_parameters` entries are alive. The
+    fetching runs ahead up to that limit, and what crosses it still comes complete. What arrives is
+    copied out of its bucket.
     """
     if not sharded:
         return 0
@@ -258,6 +306,6 @@ def _count_gather_buffer_bytes(sharded: Sequence[StoredParameter], zero: dict[st
     bucket = zero.get("stage3_prefetch_bucket_size", DEFAULT_PREFETCH_BUCKET)
     largest = max(sharded, key=lambda parameter: parameter.entries)
     sharded_entries = sum(parameter.entries for parameter in sharded)
-    live_entries = min(sharded_entries, max_live + largest.entries)
+    live_entries = min(sharded_entries, max_live + largest_unit)
     buffer_bytes: int = live_entries * largest.entry_bytes
     return buffer_bytes + min(bucket, sharded_entries) * BF16_BYTES

@@ -15,9 +15,17 @@ from rectvlm.plan.static_memory import StaticMemory
 from rectvlm.train.dry_run.memory_tracker import OperationCosts, StepPass
 
 
-def estimate_operation_seconds(costs: OperationCosts, hardware: HardwareRates) -> float:
-    """Estimate the time of some operations on one GPU."""
-    flops, bytes_moved = np.asarray(costs.flops), np.asarray(costs.bytes_moved)
+def estimate_operation_seconds(
+    costs: OperationCosts, hardware: HardwareRates, growth: float = 1.0
+) -> float:
+    """Estimate the time of some operations on one GPU.
+
+    Args:
+        costs: the operations.
+        hardware: rates of the GPU.
+        growth: samples, as a multiple of those that the costs are for.
+    """
+    flops, bytes_moved = growth * np.asarray(costs.flops), growth * np.asarray(costs.bytes_moved)
     shares = np.where(costs.is_convolution, hardware.convolution_efficiency, hardware.efficiency)
     arithmetic = flops / (hardware.tflops * 1e12 * shares)
     traffic = bytes_moved / (hardware.bandwidth * 1e12 * hardware.bandwidth_efficiency)
@@ -74,7 +82,8 @@ class EngineCalls:
     reductions: int
     """Number of buckets each time that gradients are reduced."""
     module_passes: int
-    """Number of passes of modules with weights in a micro-batch under ZeRO-3, else 0."""
+    """Number of passes of leaf modules, and of modules with weights outside them, in a micro-batch
+    under ZeRO-3, else 0."""
     trained_tensors: int
     """Number of tensors that the optimizer updates."""
 
@@ -95,7 +104,12 @@ def estimate_step_time(
     """
     collective = RingCollective(gpus, hardware)
     compute = sum(estimate_operation_seconds(part, hardware) for part in costs.values())
-    gathers = collective.estimate_seconds(static_memory.gathered_bytes, static_memory.gather_calls)
+    in_node = static_memory.gathered_in_node_bytes
+    node_collective = RingCollective(min(gpus, hardware.gpus_per_node), hardware)
+    gathers = node_collective.estimate_seconds(in_node, static_memory.gather_calls)
+    gathers += collective.estimate_seconds(
+        static_memory.gathered_bytes - in_node, 0 if in_node else static_memory.gather_calls
+    )
     reductions = collective.estimate_seconds(static_memory.reduced_bytes, calls.reductions)
     weight_gather = 0.0
     if calls.zero_stage < 3:

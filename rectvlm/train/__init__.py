@@ -5,14 +5,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rectvlm.train.phases import PHASES, Phase
+from rectvlm.train.phases import PHASES, Phase, SettingsResolver
 
 __all__ = ["PHASES", "Phase", "main"]
 
 log = logging.getLogger(__name__)
 
 
-def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
+def main(
+    phase_number: int,
+    argv: Sequence[str] | None = None,
+    resolve_settings: SettingsResolver | None = None,
+) -> None:
     """Run a phase as a command, with the log set up before libraries are imported.
 
     Without a launcher it starts the phase's processes itself, where there are several.
@@ -20,6 +24,7 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
     Args:
         phase_number: number of the phase.
         argv: arguments; by default the process's.
+        resolve_settings: replaces `auto` in the configuration; without it `auto` counts as true.
     """
     from rectvlm.train.engine.cache_folders import replace_unwritable_caches
     from rectvlm.train.engine.launcher_settings import follow_use_cpu, is_started_by_launcher
@@ -45,4 +50,4 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
     # Imported here: libraries that the engine imports log messages unless they are silenced.
     from rectvlm.train import run
 
-    run.main(phase_number, argv)
+    run.main(phase_number, argv, resolve_settings)

@@ -14,6 +14,7 @@ does so if the section gives it a learning rate; every other part is frozen.
 A stage has a run folder of its own; the phase itself starts from it where `--from` says so.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -74,6 +75,13 @@ class Phase:
             )
         return section
 
+    def set_micro_batch(self, config: Config, micro_batch: int) -> Config:
+        """Copy a configuration with another largest micro-batch in this row's section."""
+        settings = self.get_settings(config).model_copy(update={"micro_batch": micro_batch})
+        phases = config.train.phases | {self.key: settings}
+        train = config.train.model_copy(update={"phases": phases})
+        return config.model_copy(update={"train": train})
+
 
 _PHASE_1_PARTS: tuple[ModelPart, ...] = ("encoder", "classifier")
 _PHASE_2_PARTS: tuple[ModelPart, ...] = (*_PHASE_1_PARTS, "localizer")
@@ -88,6 +96,10 @@ PHASE_TABLE: tuple[Phase, ...] = (
 )
 PHASES: dict[int, Phase] = {row.number: row for row in PHASE_TABLE if row.stage is None}
 STAGES: dict[Stage, Phase] = {row.stage: row for row in PHASE_TABLE if row.stage is not None}
+
+SettingsResolver = Callable[[Phase, Config, Path], Config]
+"""Replaces `auto` in a phase's configuration, given its DeepSpeed JSON. Training takes one from
+whoever starts it, since the planner, which decides, imports training."""
 
 
 def get_run_folder(phase: Phase, config: Config) -> Path:

@@ -32,7 +32,7 @@ from rectvlm.train.logging.mfu import StepFlops, count_step_flops
 from rectvlm.train.logging.trackers import choose_trackers
 from rectvlm.train.loop import run_training_loop
 from rectvlm.train.optimizer import build_optimizer, freeze_all_but, set_training_modes
-from rectvlm.train.phases import PHASES, STAGES, Phase, get_run_folder
+from rectvlm.train.phases import PHASES, STAGES, Phase, SettingsResolver, get_run_folder
 from rectvlm.train.preflight import check_start
 from rectvlm.train.recovery.exit_codes import ExitCode, RunEnded, clear_ending, write_ending
 from rectvlm.train.recovery.position import TrainingPosition
@@ -67,7 +67,11 @@ COLLECTIVE_GRACE_SECONDS = 60.0
 """Time after the watchdog's timeout after which a collective gives up, seconds."""
 
 
-def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
+def main(
+    phase_number: int,
+    argv: Sequence[str] | None = None,
+    resolve_settings: SettingsResolver | None = None,
+) -> None:
     """Run a phase as a command; a mistake of the user ends it with code 2 and one sentence."""
     phase = PHASES[phase_number]
     args = parse_arguments(phase, argv)
@@ -79,7 +83,16 @@ def main(phase_number: int, argv: Sequence[str] | None = None) -> None:
             require_own_launcher(args)
             ds_config = find_ds_config(phase.number, args.ds_config)
             config = load_config(args.config, args.overrides)
-            train_phase(phase, config, ds_config, args.resume, args.restart, signals, args.source)
+            train_phase(
+                phase,
+                config,
+                ds_config,
+                args.resume,
+                args.restart,
+                signals,
+                args.source,
+                resolve_settings,
+            )
     except UserError as error:
         if claim_error(str(error)):
             sys.stderr.write(f"error: {error}\n")
@@ -106,6 +119,7 @@ def train_phase(
     restart: bool,
     signals: StopSignals,
     requested_source: str | None = None,
+    resolve_settings: SettingsResolver | None = None,
 ) -> None:
     """Train one phase.
 
@@ -114,7 +128,6 @@ def train_phase(
         UserError: shards are missing or teach the phase nothing, the previous phase's checkpoint is
             missing or does not fit, or an earlier run is in the way.
     """
-    settings = phase.get_settings(config)
     choose_trackers(config)  # a name that is no tracker's ends the run before it begins
     folder = get_run_folder(phase, config)
     source = check_start(phase, config, resume, requested_source)  # before anything is loaded
@@ -124,9 +137,13 @@ def train_phase(
     elif resume == "no" or not has_checkpoints(folder):
         check_encoder_init(config)
     _fetch_frozen_models(phase, config)
+    if resolve_settings is not None:
+        config = resolve_settings(phase, config, ds_config)
+    settings = phase.get_settings(config)
     step_flops = count_step_flops(phase, config)
     step_batch = split_step(settings, read_world_size())
     engine = _start_engine(ds_config, step_batch, config, folder)
+    _check_ranks_agree(config, engine)
     if not engine.is_main:
         logging.getLogger("rectvlm").setLevel(logging.WARNING)
     with lock_run_folder(folder, engine):
@@ -280,6 +297,19 @@ def _start_engine(ds_config: Path, step_batch: StepBatch, config: Config, folder
             config.train.gradient_clipping,
             folder,
             timeout_seconds,
+        )
+
+
+def _check_ranks_agree(config: Config, engine: Engine) -> None:
+    """Stop where ranks have resolved `auto` differently: they would wait for each other for ever.
+
+    Raises:
+        UserError: they have.
+    """
+    if len(set(engine.all_gather_object(config.to_yaml()))) > 1:
+        raise UserError(
+            "The GPUs of this run differ in memory, so `auto` stands for different settings on "
+            "them: give every activation_checkpointing as true or false, and micro_batch."
         )
 
 

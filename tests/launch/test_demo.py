@@ -279,6 +279,7 @@ def test_the_tables_say_what_is_missing() -> None:
         },
         targets=[DemoTarget("good", 0.95, 0.97), DemoTarget("bad", 0.95, None)],
         beside={"another figure": 0.5},
+        report_scores={"BLEU-4": {"language model": "0.5 [0.4, 0.6]", "prevalence": "0.1"}},
         table_comparison="The table wins.",
         findings={"Emphysema": None},
         lesions={"lung_nodule": LesionScores(0.7, 0.6, 0.8, 0.5, 12.5)},
@@ -295,9 +296,10 @@ def test_the_tables_say_what_is_missing() -> None:
     text = to_markdown(summary)
     assert "| good | ≥ 0.95 | 0.970 | yes |" in text and "| bad | ≥ 0.95 | – | no |" in text
     assert "| all | 3 | 5 |" in text
-    assert "\nThe table wins.\n" in text
+    assert "| reports | language model | prevalence |" in text
+    assert "| BLEU-4 | 0.5 [0.4, 0.6] | 0.1 |\n\nThe table wins.\n" in text
     assert "| lung nodule | 0.700 | 0.600 | 0.800 | 0.500 | 12.500 |" in text
-    assert [len(table.rows) for table in make_result_tables(summary)] == [0, 2]
+    assert [len(table.rows) for table in make_result_tables(summary)] == [0, 1, 2]
     tree = json.loads(json.dumps(summary.to_json(), allow_nan=False))
     assert [target["met"] for target in tree["targets"]] == [True, False]
     assert tree["lesions"]["lung_nodule"]["dice"] == 0.6 and tree["cases"]["train"] == 4

@@ -77,7 +77,7 @@ def test_the_server_s_container_starts_the_command_and_not_as_root(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     *_, user, _, _, entry_point = read_instructions(SERVER_DOCKERFILE)
-    assert user == ["USER", "server"] and entry_point[0] == "ENTRYPOINT"
+    assert user == ["USER", "1000"] and entry_point[0] == "ENTRYPOINT"
     program, *arguments = [word.strip("[],") for word in entry_point[1:]]
     monkeypatch.delenv("RECTVLM_TOKEN", raising=False)
     assert program == "rectvlm" and main(arguments) == 2
@@ -86,7 +86,7 @@ def test_the_server_s_container_starts_the_command_and_not_as_root(
 
 def test_the_container_runs_offline_and_not_as_root() -> None:
     instructions = read_instructions()
-    assert instructions[0][0] == "FROM" and ["USER", "challenge"] in instructions
+    assert instructions[0][0] == "FROM" and ["USER", "1000"] in instructions
     environment = read_environment()
     assert environment["HF_HUB_OFFLINE"] == "1" and environment["HOME"] == "/tmp"
     (target,) = [target for names, target in copied_paths() if names[0].endswith(SCRIPT.name)]

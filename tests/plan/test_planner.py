@@ -26,9 +26,10 @@ from rectvlm.models.language_model import load_language_model
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.plan.hardware import HardwareRates, describe_assumed_rates
 from rectvlm.plan.planner import ResourcePlan, ResourcePlanner
+from rectvlm.plan.static_memory import count_passes
 from rectvlm.plan.step_time import RingCollective
 from rectvlm.train.budget import StepBatch
-from rectvlm.train.dry_run.dry_run import PROMPT_TOKENS
+from rectvlm.train.dry_run.dry_run import LARGEST_CASE, PROMPT_TOKENS
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 from rectvlm.train.dry_run.meta_ops import count_quantization_state_bytes
 from rectvlm.train.engine.ds_config import read_ds_config
@@ -52,7 +53,7 @@ def planner(name: str, phase: int = 3, *overrides: str) -> ResourcePlanner:
 
 @pytest.fixture(scope="module")
 def large() -> ResourcePlanner:
-    return planner("large")
+    return planner("large", 3, "train.phases.phase3.micro_batch=4")
 
 
 @pytest.fixture(scope="module")
@@ -335,10 +336,15 @@ def test_between_nodes_the_adapters_set_the_pace() -> None:
     assert two == pytest.approx(size * 15 / 16 / (400e9 * 0.7), rel=0.01)
 
 
+PLANNED_SECONDS_OF_FOUR_PASSES = 0.71
+"""Planned at the same rates with the localizer of then and with that of now: 2.62 and 1.90 s."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["phase3", "phase3_zero2"])
 def test_a_step_is_planned_about_as_long_as_it_took(stage: str) -> None:
-    """On one H200, at the size that was measured.
+    """On one H200, at the size that was measured: noise without air, hooks at every module with
+    weights, and a localizer that drew its lesions in five passes.
 
     The rates were taken from this run, so this keeps the two consistent.
     """
@@ -347,9 +353,15 @@ def test_a_step_is_planned_about_as_long_as_it_took(stage: str) -> None:
     config = load_config(
         "large", ["train.phases.phase3.micro_batch=1", "train.phases.phase3.global_batch=1"]
     )
-    time = ResourcePlanner(config, 3, DS_CONFIGS / f"{stage}.json").make_plan(1, 141.0).time
-    assert time.total == pytest.approx(row["step_seconds"], rel=0.15)
-    assert (time.hooks > 1) == (stage == "phase3")
+    made = ResourcePlanner(config, 3, DS_CONFIGS / f"{stage}.json", usual_case=LARGEST_CASE)
+    time, passes = made.make_plan(1, 141.0).time, 0
+    for name, module in made.model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            passes += count_passes(name, config)
+    hooks_then = passes * HardwareRates().hook if stage == "phase3" else 0.0
+    then = time.total - time.hooks + hooks_then + PLANNED_SECONDS_OF_FOUR_PASSES
+    assert then == pytest.approx(row["step_seconds"], rel=0.15)
+    assert time.hooks <= 0.2 * hooks_then
 
 
 def test_faster_hardware_takes_less_time() -> None:
@@ -554,7 +566,7 @@ def test_a_frozen_language_model_is_planned_as_it_trains() -> None:
 def test_gathers_are_as_many_as_passes(tmp_path: Path) -> None:
     """Forward, backward, and forward again where activations are recomputed.
 
-    Packed or not, there is one call per matrix.
+    Packed or not, there is one call per layer.
     """
     ds = tmp_path / "phase3.json"
     ds.write_text(
@@ -573,8 +585,25 @@ def test_gathers_are_as_many_as_passes(tmp_path: Path) -> None:
         gathers(f"generator.activation_checkpointing={flag}", "generator.quantization=none")
         for flag in ("no", "yes")
     )
-    assert 1.2 * one < again <= 1.5 * one
+    assert 1.05 * one < again <= 1.5 * one
     assert gathers("generator.activation_checkpointing=yes") < again
+
+
+def test_with_a_copy_in_each_node_gathers_stay_within_it(tmp_path: Path) -> None:
+    """hpZ: 16 GPUs in nodes of 8 gather frozen weights at the speed of a node, from eighths."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 1000}
+    plans = []
+    for name, extra in (("plain", {}), ("hpz", {"zero_hpz_partition_size": 8})):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"zero_optimization": zero | extra}))
+        config = load_config("tiny", ["train.phases.phase3.lr={generator: 1.0e-4}"])
+        plans.append(ResourcePlanner(config, 3, path).make_plan(16, 1.0))
+    plain, hpz = plans
+    assert hpz.time.gathers < 0.9 * plain.time.gathers
+    sharded = plain.gpu_memory_gb["weights_4bit"] + plain.gpu_memory_gb["weights_trainable"]
+    copy_gb = hpz.gpu_memory_gb["weights_in_node"]
+    assert plain.gpu_memory_gb["weights_4bit"] * 2 <= copy_gb * 1.01
+    assert copy_gb <= 2.02 * (sharded + plain.gpu_memory_gb["weights_frozen"])
 
 
 def test_zero2_reduces_to_all_and_gathers_the_weights() -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from rectvlm.config import Config
 from rectvlm.labels import N_FINDINGS, N_LESIONS
 from rectvlm.models import RectVLM
 from rectvlm.models.meta_model import build_meta_model
-from rectvlm.models.tissue_patches import assume_tissue_share
+from rectvlm.models.tissue_patches import TYPICAL_TISSUE_SHARE, assume_tissue_share
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 from rectvlm.train.dry_run.memory_tracker import MemoryTracker, OperationCosts, StepPass
 from rectvlm.train.dry_run.meta_ops import replace_meta_ops
@@ -47,6 +47,22 @@ class DryRunResult:
     """Number of image patches of the micro-batch."""
     positions: int
     """Number of image patches and language-model positions of the micro-batch."""
+
+
+class CaseSize(NamedTuple):
+    """Size of the cases in a dry run."""
+
+    tissue_share: float = 1.0
+    """Share of the CT's patches that are no air, of encoders that leave out air."""
+    report_tokens: int | None = None
+    """Tokens of a report; None or more than the configuration allows: as many as it allows."""
+
+
+LARGEST_CASE = CaseSize()
+"""What memory must suffice for."""
+USUAL_CASE = CaseSize(TYPICAL_TISSUE_SHARE, report_tokens=400)
+"""What a step takes its time for: assumed. The median of CT-RATE's reports is about 330 tokens of
+Llama's, and a micro-batch is as long as its longest."""
 
 
 class LengthOnlyTokenizer:
@@ -138,7 +154,7 @@ def dry_run_micro_batch(
     model: RectVLM,
     micro_batch: int,
     workspace_meter: KernelWorkspaceMeter | None = None,
-    tissue_share: float = 1.0,
+    case: CaseSize = LARGEST_CASE,
 ) -> DryRunResult:
     """Run one micro-batch forward and backward on the meta device.
 
@@ -149,13 +165,15 @@ def dry_run_micro_batch(
         micro_batch: number of samples.
         workspace_meter: measures the workspace of kernels; without it the peak is that of the
             tensors alone.
-        tissue_share: share of the patches that are no air: 1 needs the most memory.
+        case: size of the cases.
     """
     vocabulary_size = None
     if model.generator is not None:
         language_model: Any = model.generator.language_model
         vocabulary_size = language_model.get_output_embeddings().weight.shape[0]
-        model.generator.tokenizer = LengthOnlyTokenizer(config.generator.max_report_tokens)
+        longest = config.generator.max_report_tokens
+        report_tokens = min(longest, case.report_tokens or longest)
+        model.generator.tokenizer = LengthOnlyTokenizer(report_tokens)
     tracker = MemoryTracker(
         [*model.parameters(), *model.buffers()], vocabulary_size, workspace_meter=workspace_meter
     )
@@ -166,7 +184,7 @@ def dry_run_micro_batch(
         with replace_meta_ops(tracker, quantized_weight_ids, is_padded=micro_batch > 1), tracker:
             with tracker.attribute_to("inputs"):
                 batch = make_meta_batch(config, micro_batch)
-            with assume_tissue_share(tissue_share):
+            with assume_tissue_share(case.tissue_share):
                 outputs = model(batch)
             with tracker.attribute_to("losses"):
                 loss = _compute_total_loss(outputs, batch, phase, config)

@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,9 +25,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
 from bitsandbytes.nn import Linear4bit
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rectvlm.train.budget import StepBatch
@@ -44,6 +43,7 @@ from rectvlm.train.engine.launcher_settings import (
     lacks_processes,
     take_launcher_settings,
 )
+from rectvlm.train.engine.leaf_modules import find_leaf_modules, require_input_gradient
 from rectvlm.train.engine.optimizer_shards import (
     OptimizerShardReader,
     shard_file_name,
@@ -124,16 +124,6 @@ def start_tracker(name: str, project: str, /, **settings: Any) -> GeneralTracker
     tracker: GeneralTracker = LOGGER_TYPE_TO_CLASS[name](project, **settings)
     tracker.start()
     return tracker
-
-
-def find_decoder_layer_class(model: nn.Module) -> type[nn.Module] | None:
-    """Class of the layers of the language model inside a model; None where there is none."""
-    layer_lists: list[Sequence[nn.Module]] = []
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            layer_lists += [list(m) for m in module.modules() if isinstance(m, nn.ModuleList)]
-    longest = max(layer_lists, key=len, default=[])
-    return type(longest[0]) if longest else None
 
 
 class Engine:
@@ -244,7 +234,12 @@ class Engine:
             return
         if self._first_sharded is None:
             settings = {
-                "zero_optimization": {"stage": 3},
+                "zero_optimization": {
+                    "stage": 3,
+                    "zero_hpz_partition_size": self._zero_settings.get(
+                        "zero_hpz_partition_size", 1
+                    ),
+                },
                 "bf16": {"enabled": True},
                 "train_batch_size": self.world_size,
             }
@@ -272,10 +267,12 @@ class Engine:
             zero["stage3_param_persistence_threshold"] = threshold
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             self._cast_and_move(model)
-        if zero["stage"] == 3 and (layer_class := find_decoder_layer_class(model)):
-            # Gathered as one: hooks of each of its linear layers and adapters take longer than they
-            # save, a third of a step of a small model on CPUs.
-            set_z3_leaf_modules(model, [layer_class])
+        if zero["stage"] == 3:
+            # Hooks of each linear layer and adapter would take longer than they save, a third of a
+            # step of a small model on CPUs.
+            for leaf in find_leaf_modules(model).values():
+                leaf.register_forward_pre_hook(require_input_gradient)
+                set_z3_leaf_module(leaf, True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)

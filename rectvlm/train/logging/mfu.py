@@ -125,7 +125,11 @@ def count_step_flops(phase: Phase, config: Config) -> StepFlops | None:
     # Imported here, since most runs do not need it.
     from rectvlm import pretrained
     from rectvlm.models.tissue_patches import TYPICAL_TISSUE_SHARE
-    from rectvlm.train.dry_run.dry_run import build_phase_meta_model, dry_run_micro_batch
+    from rectvlm.train.dry_run.dry_run import (
+        CaseSize,
+        build_phase_meta_model,
+        dry_run_micro_batch,
+    )
 
     step_batch = split_step(phase.get_settings(config), world_size)
     try:
@@ -139,7 +143,7 @@ def count_step_flops(phase: Phase, config: Config) -> StepFlops | None:
             phase,
             model,
             step_batch.micro_batch,
-            tissue_share=TYPICAL_TISSUE_SHARE,
+            case=CaseSize(tissue_share=TYPICAL_TISSUE_SHARE),
         )
     except (UserError, RuntimeError, ValueError) as error:
         # Only a figure is missing then, which is no reason not to train.

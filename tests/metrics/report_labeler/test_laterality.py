@@ -3,11 +3,15 @@
 import pytest
 
 from rectvlm.metrics.report_labeler.laterality import (
+    LOBE_OUTCOMES,
     SIDE_OUTCOMES,
     SIDED_FINDINGS,
+    count_lobe_outcomes,
     count_side_outcomes,
+    read_lobes,
     read_sides,
     score_laterality,
+    score_lobes,
 )
 from rectvlm.metrics.reports import compute_report_statistics, headline_scores, score_reports
 
@@ -127,3 +131,45 @@ def test_what_becomes_of_a_side(said: str, outcome: str) -> None:
     assert found["accuracy"] == (
         None if outcome == "not_mentioned" else float(outcome == "correct")
     )
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ("A 6 mm nodule in the right upper lobe.", {"Lung nodule": {"right_upper"}}),
+        ("Middle lobe atelectasis.", {"Atelectasis": {"middle"}}),
+        (
+            "Consolidation in the left lung lower lobe and a nodule in the lingula.",
+            {"Consolidation": {"left_lower"}, "Lung nodule": {"left_upper"}},
+        ),
+        (
+            "Nodule in the lower lobe superior segment of the right lung.",
+            {"Lung nodule": {"right_lower"}},
+        ),
+        ("Bronchiectasis in both lower lobes.", {"Bronchiectasis": {"right_lower", "left_lower"}}),
+        ("Nodule in the right lung.", {"Lung nodule": set()}),
+        ("No nodule in the right upper lobe.", {}),
+    ],
+)
+def test_lobes_are_those_that_the_report_states(report: str, expected: dict[str, set[str]]) -> None:
+    assert read_lobes(report) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "outcome"),
+    [
+        ("RUL nodule.", "correct"),
+        ("Nodules in the right upper lobe and the middle lobe.", "partial"),
+        ("Nodule in the right lower lobe.", "other"),
+        ("Nodule in the right lung.", "unstated"),
+        ("No nodule.", "not_mentioned"),
+    ],
+)
+def test_the_lobe_is_compared_where_the_reference_states_one(said: str, outcome: str) -> None:
+    counts = count_lobe_outcomes([said], ["Nodule in the right upper lobe."])
+    nodule = counts[0, SIDED_FINDINGS.index("Lung nodule")]
+    assert nodule.tolist() == [int(name == outcome) for name in LOBE_OUTCOMES]
+    scores = score_lobes(counts)
+    assert scores["n"] == (outcome != "not_mentioned") and scores[f"n_{outcome}"] == 1
+    assert scores["per_finding"]["Lung nodule"]["n"] == scores["n"]
+    assert not count_lobe_outcomes([said], ["Nodule in the right lung."]).any()

@@ -12,8 +12,8 @@ from rectvlm.models.language_model import load_language_model
 from rectvlm.train.engine.engine import (
     MIN_DEEPSPEED_VERSION,
     check_deepspeed_version,
-    find_decoder_layer_class,
 )
+from rectvlm.train.engine.leaf_modules import find_decoder_layer_class, find_leaf_modules
 from rectvlm.types import UserError
 
 CHECKOUT = Path(__file__).parents[3]
@@ -38,6 +38,9 @@ def test_the_layers_of_the_language_model_are_found_behind_its_adapters() -> Non
     language = load_language_model(settings, pretrained.resolve_model(settings.model))
     encoder_blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(9))
     model = nn.ModuleDict({"encoder": encoder_blocks, "generator": language.model})
+    leaves = find_leaf_modules(model)
+    assert {type(module).__name__ for module in leaves.values()} == {"LlamaDecoderLayer"}
+    assert len(leaves) == 2 and all(name.startswith("generator.") for name in leaves)
     layer_class = find_decoder_layer_class(model)
     assert layer_class is not None and layer_class.__name__ == "LlamaDecoderLayer"
     assert find_decoder_layer_class(encoder_blocks) is None

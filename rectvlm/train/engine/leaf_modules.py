@@ -1,0 +1,52 @@
+"""Layers that ZeRO-3 gathers as one.
+
+ZeRO-3 runs hooks for each module with weights; on an H200 they take the host 0.48 ms a pass. Of a
+leaf module, which is gathered with everything in it, the hooks run once.
+
+DeepSpeed reduces the gradients of a leaf in a backward hook of the module. Where no tensor among
+the module's arguments needs a gradient, torch runs that hook before the weights have theirs. So
+leaves are modules that get tensors, not structures of them, and `require_input_gradient` sees that
+one of the tensors needs a gradient.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def find_decoder_layer_class(model: nn.Module) -> type[nn.Module] | None:
+    """Class of the layers of the language model inside a model; None where there is none."""
+    layer_lists: list[Sequence[nn.Module]] = []
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            layer_lists += [list(m) for m in module.modules() if isinstance(m, nn.ModuleList)]
+    longest = max(layer_lists, key=len, default=[])
+    return type(longest[0]) if longest else None
+
+
+def find_leaf_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Find the decoder layers of the language model, by name."""
+    layer_class = find_decoder_layer_class(model)
+    leaf_modules: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if type(module) is layer_class:
+            leaf_modules[name] = module
+    return leaf_modules
+
+
+def require_input_gradient(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Forward pre-hook of a leaf: give a module that trains an input that needs a gradient.
+
+    Returns:
+        The arguments, if they had to be changed.
+    """
+    if not torch.is_grad_enabled() or not any(p.requires_grad for p in module.parameters()):
+        return None
+    tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
+    if not tensors or any(tensor.requires_grad for tensor in tensors):
+        return None
+    entry = tensors[0].detach().requires_grad_()
+    return tuple(entry if arg is tensors[0] else arg for arg in args)
