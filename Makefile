@@ -11,7 +11,7 @@ JOBS ?= 2
 CT_RATE ?=
 TABLE ?=
 SUPERVISION ?=
-BENCH ?= preprocess loader train_step
+BENCH ?= default
 
 VENV := .venv
 # Relative: the checkout's own path may hold spaces, quotes or dollars.
@@ -70,8 +70,8 @@ test: $(STAMP) ## lint, types and the quick tests, JOBS=2 files of them at a tim
 test-slow: $(STAMP) ## the tests that take minutes, JOBS=2 files of them at a time
 	@$(ONE_THREAD) $(BIN)/python -m pytest -m "slow and not gpu" -n $(JOBS) --dist loadfile $(ARGS)
 
-bench: $(STAMP) ## speed and memory, to benchmarks/results [BENCH="preprocess loader train_step", ARGS to each]
-	@set -e; for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name $(ARGS); done
+bench: $(STAMP) ## speed and memory in at most 10 minutes, to benchmarks/results [BENCH=full for all, BENCH=smallest to try it; ARGS="--sections loader"]
+	@$(BIN)/python -m benchmarks.run --scale "$(BENCH)" $(ARGS)
 
 clean: ## remove runs, shards and caches (not .venv, not what was downloaded)
 	@rm -rf runs data/shards build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,29 +7,27 @@ forward and backward, to all inputs and to the learned slice bias. The ways to c
 attention without the biases (the difference is their cost), the folded form of
 `rectvlm/models/attention.py`, a dense mask given to the fused call, the formula written out with
 its N × N matrices as published code has it, and on a GPU the kernels of cuDNN, which need no padded
-values, and FlexAttention. On a CPU each measurement is a process of its own, whose memory is the
-growth of its resident peak. Results go to benchmarks/results/attention-MACHINE-DATE.json and .md.
+values, and FlexAttention. All take turns. On a CPU each way has a process of its own, whose memory
+is the growth of its resident peak.
 """
 
 import argparse
-import json
-import math
-import statistics
-import subprocess
+import contextlib
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.measurements import Comparison, Repetitions
 from benchmarks.publishing import (
-    CHECKOUT,
-    make_page_header,
+    Program,
     make_parser,
-    make_table,
     positive_int,
     publish_result,
     quiet_main,
@@ -144,85 +142,121 @@ def time_step(inputs: AttentionInputs, method: str) -> float:
 
 
 def measure_on_gpu(side: int, heads: int, dtype: torch.dtype, rounds: int) -> dict[str, JsonObject]:
-    """Measure all ways; a way that fails has the reason instead."""
-    device = torch.device("cuda")
+    """Measure all ways in turns; a way that fails has the reason instead."""
+    inputs = AttentionInputs(side, heads, dtype, torch.device("cuda"))
     measurements: dict[str, JsonObject] = {}
+    rounds_by_method: dict[str, int] = {}
     for method in GPU_METHODS:
-        inputs = AttentionInputs(side, heads, dtype, device)
         try:
-            measurements[method] = _measure_method_on_gpu(inputs, method, rounds)
+            time_step(inputs, method)  # compiles, and sets libraries up
+            warm_seconds = time_step(inputs, method)
+            # What takes minutes is not worth all rounds.
+            worthwhile_rounds = min(rounds, int(MAX_SECONDS_PER_METHOD / warm_seconds))
+            rounds_by_method[method] = max(1, worthwhile_rounds)
+            measurements[method] = {"seconds": [], "peak_bytes": 0}
         except torch.OutOfMemoryError:
             measurements[method] = _describe_failure("out of memory")
         except RuntimeError as error:
             measurements[method] = _describe_failure(str(error).splitlines()[0][:80])
-        del inputs
         torch.cuda.empty_cache()
+    for turn in range(rounds):
+        for method in [key for key, allowed in rounds_by_method.items() if turn < allowed]:
+            memory_before = reset_peak_memory()
+            measurements[method]["seconds"].append(time_step(inputs, method))
+            measurements[method]["peak_bytes"] = peak_memory_bytes() - memory_before
     return measurements
-
-
-def _measure_method_on_gpu(inputs: AttentionInputs, method: str, rounds: int) -> JsonObject:
-    time_step(inputs, method)  # compiles, and sets libraries up
-    warm_seconds = time_step(inputs, method)
-    memory_before = reset_peak_memory()
-    # What takes minutes is not worth all rounds.
-    worthwhile_rounds = max(1, min(rounds, int(MAX_SECONDS_PER_METHOD / warm_seconds)))
-    seconds = [time_step(inputs, method) for _ in range(worthwhile_rounds)]
-    return {"seconds": seconds, "peak_bytes": peak_memory_bytes() - memory_before}
 
 
 def _describe_failure(reason: str) -> JsonObject:
     return {"seconds": None, "peak_bytes": None, "why": reason}
 
 
-def measure_in_process(
-    method: str, side: int, heads: int, dtype: torch.dtype, rounds: int
-) -> JsonObject:
-    """Measure one way on the CPU in this process: seconds, and growth of its resident peak."""
-    inputs = AttentionInputs(side, heads, dtype, torch.device("cpu"))
-    memory_before = reset_peak_memory()
-    seconds = [time_step(inputs, method) for _ in range(rounds + 1)]
-    # The first step warms up.
-    return {"seconds": seconds[1:], "peak_bytes": peak_memory_bytes() - memory_before}
+class WarmAttention:
+    """One way on the CPU, in a process of its own that has warmed up."""
+
+    current: "WarmAttention"
+    """The one of this process."""
+
+    def __init__(self, method: str, side: int, heads: int, dtype: torch.dtype) -> None:
+        """Take a step that does not count."""
+        self.method = method
+        self.inputs = AttentionInputs(side, heads, dtype, torch.device("cpu"))
+        self.memory_before = reset_peak_memory()
+        time_step(self.inputs, method)
+
+    @classmethod
+    def start(cls, *arguments: Any) -> None:
+        """Make the one of this process."""
+        cls.current = cls(*arguments)
+
+    @classmethod
+    def step(cls) -> tuple[float, int]:
+        """Take a step: its seconds, and the growth of the resident peak so far in bytes."""
+        seconds = time_step(cls.current.inputs, cls.current.method)
+        return seconds, peak_memory_bytes() - cls.current.memory_before
 
 
-def measure_on_cpu(side: int, heads: int, dtype: str, rounds: int) -> dict[str, JsonObject]:
-    """Measure all ways that run on a CPU, each in a process of its own.
+def measure_on_cpu(side: int, heads: int, dtype: torch.dtype, rounds: int) -> dict[str, JsonObject]:
+    """Measure all ways that run on a CPU in turns, each in a process of its own.
 
     PyTorch has FlexAttention's backward pass for GPUs only.
     """
     measurements: dict[str, JsonObject] = {}
-    size = ("--sides", str(side), "--heads", str(heads))
-    settings = ("--dtype", dtype, "--rounds", str(rounds))
-    for method in METHODS:
-        module = (sys.executable, "-m", "benchmarks.attention")
-        command = [*module, "--one", method, *size, *settings]
-        process = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
-        measurements[method] = json.loads(process.stdout)
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        executors: dict[str, ProcessPoolExecutor] = {}
+        for method in METHODS:
+            executors[method] = stack.enter_context(ProcessPoolExecutor(1, context))
+            executors[method].submit(WarmAttention.start, method, side, heads, dtype).result()
+            measurements[method] = {"seconds": [], "peak_bytes": 0}
+        for _ in range(rounds):
+            for method, executor in executors.items():
+                seconds, peak_bytes = executor.submit(WarmAttention.step).result()
+                measurements[method]["seconds"].append(seconds)
+                measurements[method]["peak_bytes"] = peak_bytes
     return measurements
 
 
-def to_markdown(result: JsonObject) -> str:
-    """Write the result as a page."""
-    script = "python -m benchmarks.attention"
-    rows: list[list[str]] = []
-    for size_row in result["rows"]:
-        patches, measurements = str(size_row["patches"]), size_row["ways"]
-        plain_seconds = statistics.median(measurements["plain"]["seconds"] or [math.nan])
-        for method, measurement in measurements.items():
-            label = _METHOD_LABELS[method]
+def list_comparisons(result: JsonObject) -> list[Comparison]:
+    """List time and memory of every way over the number of patches."""
+    seconds, memory = Repetitions(), Repetitions()
+    for row in result["rows"]:
+        for method, measurement in row["ways"].items():
+            if measurement["seconds"] is not None:
+                label, at = _METHOD_LABELS[method], row["patches"]
+                seconds.add(label, measurement["seconds"], at)
+                memory.add(label, measurement["peak_bytes"] / 1e9, at)
+    shared: dict[str, Any] = {"plot": "lines", "at_label": "patches"}
+    return [
+        Comparison(
+            "Attention, forward and backward",
+            "s",
+            seconds.to_measurements(),
+            baseline=_METHOD_LABELS["plain"],
+            **shared,
+        ),
+        Comparison("Memory of attention", "GB", memory.to_measurements(), **shared),
+    ]
+
+
+def write_text(result: JsonObject) -> str:
+    """Write the circumstances, and which ways failed."""
+    failures: list[str] = []
+    for row in result["rows"]:
+        for method, measurement in row["ways"].items():
             if measurement["seconds"] is None:
-                rows.append([patches, label, measurement["why"], "", ""])
-                continue
-            seconds = statistics.median(measurement["seconds"])
-            peak_gb = measurement["peak_bytes"] / 1e9
-            figures = [f"{seconds:.4f}", f"{seconds / plain_seconds:.2f}", f"{peak_gb:.2f}"]
-            rows.append([patches, label, *figures])
+                label, reason = _METHOD_LABELS[method], measurement["why"]
+                failures.append(f"- {row['patches']} patches, {label}: {reason}\n")
     return (
-        make_page_header("Attention with slice bias and region prior", script, result)
-        + f"{result['heads']} heads of {CHANNELS} channels, {result['dtype']}, {SLICES} slices; "
-        f"forward and backward, median of up to {result['rounds']}; memory beyond the inputs.\n\n"
-        + make_table(["patches", "way", "seconds", "times plain", "GB"], rows)
+        f"{result['heads']} heads of {CHANNELS} channels, {result['dtype']}, {SLICES} slices; "
+        f"up to {result['rounds']} rounds; memory is what comes beyond the inputs.\n"
+        + "".join(["\n", *failures] if failures else [])
     )
+
+
+PROGRAM = Program(
+    "attention", "Attention with slice bias and region prior", write_text, list_comparisons
+)
 
 
 @quiet_main
@@ -231,17 +265,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse_arguments(arguments)
     heads, rounds = options.heads, options.rounds
     dtype = getattr(torch, options.dtype)
-    if options.one:
-        measurement = measure_in_process(options.one, options.sides[0], heads, dtype, rounds)
-        sys.stdout.write(json.dumps(measurement))
-        return 0
     start_seconds = time.monotonic()
     rows: list[JsonObject] = []
     for side in options.sides:
         if torch.cuda.is_available():
             measurements = measure_on_gpu(side, heads, dtype, rounds)
         else:
-            measurements = measure_on_cpu(side, heads, options.dtype, rounds)
+            measurements = measure_on_cpu(side, heads, dtype, rounds)
         rows.append({"patches": SLICES * side * side, "ways": measurements})
     facts = {
         "versions": {"torch": torch.__version__},
@@ -250,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rounds": rounds,
         "rows": rows,
     }
-    publish_result(options.out, "attention", start_seconds, facts, to_markdown)
+    publish_result(options.out, PROGRAM, arguments, start_seconds, facts)
     return 0
 
 
@@ -272,7 +302,6 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16" if has_gpu else "float32"
     )
-    parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

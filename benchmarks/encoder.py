@@ -1,23 +1,25 @@
 """Encoder and localizer, forward and backward: seconds and TFLOP/s beside a matrix product's rate.
 
     python -m benchmarks.encoder [--config large] [--parts encoder localizer]
-        [--micro-batch 1] [--rounds 5]
+        [--grids 32x256x256 64x512x512] [--micro-batch 1] [--rounds 5]
 
 Plain PyTorch runs in bfloat16, as the engine trains, on a random CT of the configuration's grid.
 Floating-point operations are those that PyTorch counts in one forward and backward pass without
 recomputation (`flop_counter`). What checkpointing or a fused kernel computes twice counts once, and
 the channels that carry the biases of the encoder's attention not at all, so the share is of useful
 work; a column of its own shows it with them. The matrix product is square, in bfloat16, of 8192
-rows on a GPU and 2048 elsewhere. Results go to benchmarks/results/encoder-MACHINE-DATE.json and
-.md.
+rows on a GPU and 2048 elsewhere.
 """
 
 import argparse
+import itertools
+import math
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -25,11 +27,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attention
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.machine_limits import measure_matrix_rate
+from benchmarks.measurements import Comparison, Repetitions, make_table
 from benchmarks.publishing import (
+    Program,
     add_config_options,
-    make_page_header,
     make_parser,
-    make_table,
     positive_int,
     publish_result,
     quiet_main,
@@ -161,29 +164,44 @@ def measure_part(
     }
 
 
-def measure_matrix_rate(rounds: int = 10) -> float:
-    """Measure the FLOP/s of a square bfloat16 matrix product, the best of some."""
-    device = default_device()
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    torch.matmul(a, b)
-    shortest_seconds = float("inf")
-    for _ in range(rounds):
-        start_seconds = synchronized_time(device)
-        torch.matmul(a, b)
-        shortest_seconds = min(shortest_seconds, synchronized_time(device) - start_seconds)
-    return 2 * n**3 / shortest_seconds
-
-
-def to_markdown(result: JsonObject) -> str:
-    """Write the result as a page."""
+def list_comparisons(result: JsonObject) -> list[Comparison]:
+    """List time, share of the matrix rate and memory of every part over the number of patches."""
+    seconds, shares, memory = Repetitions(), Repetitions(), Repetitions()
     rate = result["matrix_flops_per_second"]
-    grid = " × ".join(map(str, result["grid"]))
-    columns = ["part", "checkpointing", "forward s", "backward s", "TFLOP", "TFLOP/s"]
+    for row in result["rows"]:
+        if row["forward"] is None:
+            continue
+        case = row["part"] + (", checkpointing" if row["checkpointing"] else "")
+        steps = [sum(passes) for passes in zip(row["forward"], row["backward"], strict=True)]
+        at = row["patches"]
+        seconds.add(case, steps, at)
+        shares.add(case, [row["flops"] / step / rate for step in steps], at)
+        memory.add(case, row["peak_bytes"] / 1e9, at)
+    shared: dict[str, Any] = {"plot": "lines", "at_label": "patches"}
+    return [
+        Comparison(
+            "Encoder and localizer, forward and backward", "s", seconds.to_measurements(), **shared
+        ),
+        Comparison(
+            "Share of a matrix product's rate in useful work",
+            "of the rate",
+            shares.to_measurements(),
+            better="higher",
+            **shared,
+        ),
+        Comparison("Memory of encoder and localizer", "GB", memory.to_measurements(), **shared),
+    ]
+
+
+def write_text(result: JsonObject) -> str:
+    """Write circumstances and a table by pass."""
+    rate = result["matrix_flops_per_second"]
+    columns = ["part", "patches", "checkpointing", "forward s", "backward s", "TFLOP", "TFLOP/s"]
     columns += ["of the matrix product", "with the folded channels", "peak GB"]
     rows: list[list[str]] = []
     for measurement in result["rows"]:
-        cells = [measurement["part"], "yes" if measurement["checkpointing"] else "no"]
+        cells = [measurement["part"], str(measurement["patches"])]
+        cells.append("yes" if measurement["checkpointing"] else "no")
         if measurement["forward"] is None:
             rows.append([*cells, "out of memory", "", "", "", "", "", ""])
             continue
@@ -196,11 +214,13 @@ def to_markdown(result: JsonObject) -> str:
         cells += [f"{flops_per_second / 1e12:.2f}", f"{share:.0%}", f"{folded_share:.0%}"]
         rows.append([*cells, f"{measurement['peak_bytes'] / 1e9:.2f}"])
     return (
-        make_page_header("Encoder and localizer", "python -m benchmarks.encoder", result)
-        + f"Configuration {result['config']}: grid {grid}, micro-batch {result['micro_batch']}, "
-        f"bfloat16, median of {result['rounds']}. A square bfloat16 matrix product does "
-        f"{rate / 1e12:.2f} TFLOP/s here.\n\n" + make_table(columns, rows)
+        f"Configuration {result['config']}, micro-batch {result['micro_batch']}, bfloat16, median "
+        f"of {result['rounds']}. A square bfloat16 matrix product does {rate / 1e12:.2f} TFLOP/s "
+        "here.\n\n" + make_table(columns, rows)
     )
+
+
+PROGRAM = Program("encoder", "Encoder and localizer", write_text, list_comparisons)
 
 
 @quiet_main
@@ -211,24 +231,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = load_config(options.config, options.overrides)
     micro_batch = options.micro_batch
     rows: list[JsonObject] = []
-    for part in options.parts:
-        flops = {
-            "flops": count_flops(part, config, micro_batch, folded=False),
-            "folded_flops": count_flops(part, config, micro_batch, folded=True),
+    for grid, part in itertools.product(options.grids or [config.data.grid], options.parts):
+        sized = load_config(options.config, [*options.overrides, f"data.grid={list(grid)}"])
+        facts_of_part = {
+            "grid": grid,
+            "patches": math.prod(grid) // math.prod(config.encoder.patch),
+            "flops": count_flops(part, sized, micro_batch, folded=False),
+            "folded_flops": count_flops(part, sized, micro_batch, folded=True),
         }
         for checkpointing in (False, True):
-            row = measure_part(part, config, micro_batch, options.rounds, checkpointing)
-            rows.append(row | flops)
+            row = measure_part(part, sized, micro_batch, options.rounds, checkpointing)
+            rows.append(row | facts_of_part)
     facts = {
         "versions": {"torch": torch.__version__},
         "config": config.name,
-        "grid": config.data.grid,
         "micro_batch": micro_batch,
         "rounds": options.rounds,
-        "matrix_flops_per_second": measure_matrix_rate(),
+        "matrix_flops_per_second": max(measure_matrix_rate(torch.bfloat16, default_device())),
         "rows": rows,
     }
-    publish_result(options.out, "encoder", start_seconds, facts, to_markdown)
+    publish_result(options.out, PROGRAM, arguments, start_seconds, facts)
     return 0
 
 
@@ -236,9 +258,23 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("encoder", "Encoder and localizer, forward and backward.")
     add_config_options(parser, "demo")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--grids",
+        type=_parse_grid,
+        nargs="+",
+        metavar="ZxYxX",
+        help="grids in voxels, instead of the configuration's",
+    )
     parser.add_argument("--micro-batch", type=positive_int, default=1)
     parser.add_argument("--rounds", type=positive_int, default=5, help="measurements (default 5)")
     return parser.parse_intermixed_args(arguments)
+
+
+def _parse_grid(text: str) -> tuple[int, ...]:
+    grid = tuple(positive_int(side) for side in text.split("x"))
+    if len(grid) != 3:
+        raise argparse.ArgumentTypeError(f"expected three sides as 16x48x48, not {text!r}")
+    return grid
 
 
 if __name__ == "__main__":

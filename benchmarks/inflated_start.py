@@ -14,8 +14,7 @@ the same batches, rates and seeds:
     inflated  encoder.init=FOLDER
 
 The rate warms up and stays. Every few steps the macro AUROC of held-out phantoms is taken, and a
-run ends when it reaches `--auroc`. Results go to
-benchmarks/results/inflated-start-MACHINE-DATE.json and .md.
+run ends when it reaches `--auroc`.
 """
 
 import argparse
@@ -32,10 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
+from benchmarks.measurements import Comparison, Repetitions, make_table
 from benchmarks.publishing import (
-    make_page_header,
+    Program,
     make_parser,
-    make_table,
     positive_int,
     publish_result,
     quiet_main,
@@ -204,8 +203,19 @@ def train_to_auroc(
     return {"aurocs": aurocs, "steps": min(reached, default=None)}
 
 
-def to_markdown(result: JsonObject) -> str:
-    """Write the result as a page."""
+def list_comparisons(result: JsonObject) -> list[Comparison]:
+    """List the AUROC by step of every start, one repetition a seed."""
+    aurocs = Repetitions()
+    for run in result["runs"]:
+        for step, auroc in run["aurocs"].items():
+            aurocs.add(run["start"], auroc, step)
+    title, measurements = "Macro AUROC of held-out phantoms", aurocs.to_measurements()
+    label = "steps of phase 1"
+    return [Comparison(title, "AUROC", measurements, "higher", plot="lines", at_label=label)]
+
+
+def write_text(result: JsonObject) -> str:
+    """Write circumstances and a table by run."""
     rows = []
     for run in result["runs"]:
         last = max(run["aurocs"])
@@ -214,13 +224,15 @@ def to_markdown(result: JsonObject) -> str:
         rows.append([run["start"], str(run["seed"]), steps, f"{run['aurocs'][last]:.3f}", curve])
     losses = result["pretraining_losses"]
     return (
-        make_page_header("Inflated start", "python -m benchmarks.inflated_start", result)
-        + f"Configuration {result['config']}, {result['phantoms']} phantoms to train on, "
+        f"Configuration {result['config']}, {result['phantoms']} phantoms to train on, "
         f"{result['valid_phantoms']} held out. Pretext: {result['pretext']}, {len(losses)} steps "
         f"of {SLICES_A_STEP} slices, loss {losses[0]:.3f} to {losses[-1]:.3f}. Steps of phase 1 "
         f"until the macro AUROC is {result['auroc']}:\n\n"
         + make_table(["start", "seed", "steps", "last AUROC", "AUROC by step"], rows)
     )
+
+
+PROGRAM = Program("inflated_start", "Inflated start", write_text, list_comparisons)
 
 
 @quiet_main
@@ -258,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "pretraining_losses": losses,
         "runs": runs,
     }
-    publish_result(options.out, "inflated-start", start_seconds, facts, to_markdown)
+    publish_result(options.out, PROGRAM, arguments, start_seconds, facts)
     return 0
 
 

@@ -1,22 +1,24 @@
-"""How fast shards become batches, against bare blosc2 decoding of the same bytes.
+"""How fast shards become batches, against bare blosc2 decoding of the same bytes and other loaders.
 
-    python -m benchmarks.loader [--samples 12] [--rounds 5] [--slices 300]
+    python -m benchmarks.loader [--samples 12] [--rounds 5] [--slices 300] [--workers 1 2]
 
 Every sample has the full grid of 64 × 512 × 512 voxels: the demo's two real CTs as
 benchmarks/preprocess.py prepares them, with coarse region maps and outlined tumours, under several
-names. Three ways take turns, so that a slow minute of the machine meets all of them: blosc2 alone,
-from bytes in memory into arrays that are there already; the loader without workers, from the shards
-in the page cache to a batch; and the loader with one worker process, which has a core of its own.
-Results go to benchmarks/results/loader-MACHINE-DATE.json and .md.
+names. All ways take turns, so that a slow minute of the machine meets all of them: blosc2 alone,
+from bytes in memory into arrays that are there already; the loader, from the shards in the page
+cache to a batch; and the loaders of `loader_peers.py` that are installed. First without workers, on
+one core, and then with worker processes.
 """
 
 import argparse
+import itertools
+import math
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,12 +27,14 @@ import blosc2
 import numpy as np
 import torch
 
+from benchmarks.loader_peers import INSTALL_BY_MODULE, PeerLoader, Volumes, start_peers
+from benchmarks.measurements import Comparison, Repetitions
 from benchmarks.preprocess import GRID, SPACING, make_volumes, name_case
 from benchmarks.publishing import (
     CHECKOUT,
-    make_page_header,
+    Program,
+    find_missing_peers,
     make_parser,
-    make_table,
     positive_int,
     publish_result,
     quiet_main,
@@ -50,7 +54,8 @@ from rectvlm.types import JsonObject, Sample
 
 H200_VOLUMES_PER_SECOND = 10
 """Volumes that one H200 consumes in a second."""
-_WARMUP_BATCHES = 6
+_WARMUP_SAMPLES_OF_A_WORKER = 4
+BARE, LOADER = "bare blosc2 decoding", "rectvlm"
 
 
 def make_full_grid_shards(folder: Path, count: int, slices: int, work: Path) -> None:
@@ -93,135 +98,162 @@ def read_buffers(dataset: ShardDataset) -> list[dict[str, memoryview]]:
     return buffers
 
 
-def measure_loader(data: DataConfig, rounds: int) -> JsonObject:
-    """Measure the seconds of every way, and the size of a sample.
+def measure_loader(data: DataConfig, rounds: int, peers: Mapping[str, PeerLoader]) -> JsonObject:
+    """Measure the CPU seconds of every way without workers, and the size of a sample.
+
+    Args:
+        data: the shards.
+        rounds: measurements of each way and sample.
+        peers: other loaders.
 
     Returns:
-        `bare` and `loader`: CPU seconds, one number for each sample and round; `worker`: seconds
-        between two batches, one number for each round; `main`: CPU seconds of the main process for
-        each of these batches; `packed_bytes` and `voxel_bytes` of a sample, on average.
+        `seconds` by way, one number for each sample and round; `packed_bytes` and `voxel_bytes` of
+        a sample, on average.
     """
     dataset = ShardDataset(data, "train")
     torch.set_num_threads(1)
     buffers = read_buffers(dataset)
     arrays = {name: np.zeros(data.grid, dtype) for name, dtype in VOLUME_DTYPES.items()}
-    seconds: dict[str, list[float]] = {"bare": [], "loader": [], "worker": [], "main": []}
+    turns = rounds + 1
+    order = list(range(len(dataset))) * turns
+    batches = iter(BatchLoader(dataset, [[number] for number in order]))
+    peer_samples = {name: iterate(order, 0) for name, iterate in peers.items()}
+
+    def decode_bare(number: int) -> torch.Tensor:
+        for name, buffer in buffers[number].items():
+            blosc2.decompress2(buffer, dst=arrays[name], nthreads=1)
+        return torch.from_numpy(arrays["ct"])
+
+    ways: dict[str, Callable[[int], torch.Tensor]] = {
+        BARE: decode_bare,
+        LOADER: lambda _: next(batches).ct[0],
+    }
+    for name in peers:
+        ways[name] = partial(_take_ct, peer_samples[name])
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     cores = sorted(os.sched_getaffinity(0))
-    order = [[number] for number in range(len(dataset))]
-    batches = iter(BatchLoader(dataset, order * (rounds + 1)))
     try:
-        for turn in range(rounds + 1):
-            os.sched_setaffinity(0, {cores[0]})
-            bare_seconds: list[float] = []
-            loader_seconds: list[float] = []
-            for buffer_by_volume in buffers:
-                start_seconds = time.process_time()
-                for name, buffer in buffer_by_volume.items():
-                    blosc2.decompress2(buffer, dst=arrays[name], nthreads=1)
-                bare_seconds.append(time.process_time() - start_seconds)
-                start_seconds = time.process_time()
-                batch = next(batches)
-                loader_seconds.append(time.process_time() - start_seconds)
-                is_same = torch.equal(batch.ct[0], torch.from_numpy(arrays["ct"]))
-                assert is_same, "both ways decode the same bytes"
-            if turn == 0:
-                continue  # it warms up
-            worker_seconds, main_seconds = measure_with_worker(dataset, cores)
-            seconds["bare"] += bare_seconds
-            seconds["loader"] += loader_seconds
-            seconds["worker"].append(worker_seconds)
-            seconds["main"].append(main_seconds)
+        os.sched_setaffinity(0, {cores[0]})
+        for turn in range(turns):
+            for number in range(len(dataset)):
+                for name, read_ct in ways.items():
+                    start_seconds = time.process_time()
+                    ct = read_ct(number)
+                    if turn:  # the first turn warms up
+                        seconds[name].append(time.process_time() - start_seconds)
+                    assert ct.shape == data.grid, f"{name} reads {ct.shape}"
+                    # webdataset goes by shard, which is the order of the samples here.
+                    is_same = torch.equal(ct, torch.from_numpy(arrays["ct"]))
+                    assert is_same, f"{name} decodes other voxels"
     finally:
         os.sched_setaffinity(0, cores)
     packed_bytes = 0
     for buffer_by_volume in buffers:
         packed_bytes += sum(map(len, buffer_by_volume.values()))
     return {
-        **seconds,
+        "seconds": seconds,
         "packed_bytes": packed_bytes / len(buffers),
         "voxel_bytes": sum(array.nbytes for array in arrays.values()),
     }
 
 
-def measure_with_worker(dataset: ShardDataset, cores: Sequence[int]) -> tuple[float, float]:
-    """Measure a loader whose worker has the last core.
+def _take_ct(samples: Iterator[Volumes], _number: int) -> torch.Tensor:
+    return next(samples)["ct"]
 
-    Batches that start the process and fill memory for the first time come before and do not count.
 
-    Returns:
-        Seconds between two batches, and CPU seconds of this process for each.
+def measure_growth(
+    data: DataConfig, rounds: int, peers: Mapping[str, PeerLoader], worker_counts: Sequence[int]
+) -> list[JsonObject]:
+    """Measure the samples a second of every loader with workers, in turns.
+
+    Samples that start the processes and fill memory for the first time come before and do not
+    count.
     """
-    os.sched_setaffinity(0, {cores[-1]})  # the worker inherits it
-    samples = len(dataset)
-    order = [[number % samples] for number in range(_WARMUP_BATCHES + samples)]
-    batches = iter(BatchLoader(dataset, order, workers=1))
-    os.sched_setaffinity(0, {cores[0]})
-    for _ in range(_WARMUP_BATCHES):
-        next(batches)
-    start_seconds, cpu_start_seconds = time.perf_counter(), time.process_time()
-    for _ in range(samples):
-        next(batches)
-    seconds = time.perf_counter() - start_seconds
-    cpu_seconds = time.process_time() - cpu_start_seconds
-    batches.close()
-    return seconds / samples, cpu_seconds / samples
+    dataset = ShardDataset(data, "train")
+    loaders: dict[str, PeerLoader] = {LOADER: partial(_iterate_batches, dataset), **peers}
+    rows: list[JsonObject] = []
+    for turn, (count, name) in itertools.product(
+        range(rounds), itertools.product(worker_counts, loaders)
+    ):
+        warmup, samples = _WARMUP_SAMPLES_OF_A_WORKER * count, len(dataset) * count
+        order = [number % len(dataset) for number in range(warmup + samples)]
+        iterator = loaders[name](order, count)
+        for _ in range(warmup):
+            next(iterator)
+        start_seconds = time.perf_counter()
+        for _ in range(samples):
+            next(iterator)
+        rate = samples / (time.perf_counter() - start_seconds)
+        for _ in iterator:
+            pass  # workers that are ended while they send abort
+        rows.append({"loader": name, "workers": count, "turn": turn, "samples_per_second": rate})
+    return rows
 
 
-def summarize_speeds(measured: JsonObject) -> dict[str, float]:
-    """Compute speeds and ratios.
+def _iterate_batches(
+    dataset: ShardDataset, order: Sequence[int], workers: int
+) -> Iterator[Volumes]:
+    batches = iter(BatchLoader(dataset, [[number] for number in order], workers=workers))
+    for batch in batches:
+        yield {"ct": batch.ct[0]}
 
-    A ratio is the median over pairs of measurements of one sample in one round, or of a round.
+
+def summarize_speeds(
+    seconds: Mapping[str, Sequence[float]], growth: Sequence[JsonObject]
+) -> dict[str, float]:
+    """Compute what the loader does of bare decoding, and what feeds a GPU.
+
+    A ratio is the median over pairs of measurements of one sample in one round.
     """
-    bare, loader, worker = measured["bare"], measured["loader"], measured["worker"]
-    samples = len(bare) // len(worker)
-    bare_means: list[float] = []
-    for start in range(0, samples * len(worker), samples):
-        bare_means.append(statistics.mean(bare[start : start + samples]))
-    main_median = statistics.median(measured["main"])
-    worker_median = statistics.median(worker)
-    loader_ratios = [a / b for a, b in zip(bare, loader, strict=True)]
-    worker_ratios = [a / b for a, b in zip(bare_means, worker, strict=True)]
+    pairs = zip(seconds[BARE], seconds[LOADER], strict=True)
+    one_worker: list[float] = []
+    for row in growth:
+        if row["loader"] == LOADER and row["workers"] == 1:
+            one_worker.append(row["samples_per_second"])
     return {
-        "loader_over_bare": statistics.median(loader_ratios),
-        "worker_over_bare": statistics.median(worker_ratios),
-        "bare_per_second": 1 / statistics.median(bare),
-        "loader_per_second": 1 / statistics.median(loader),
-        "worker_per_second": 1 / worker_median,
-        "workers_for_a_gpu": H200_VOLUMES_PER_SECOND * worker_median,
-        "cores_for_a_gpu": H200_VOLUMES_PER_SECOND * (worker_median + main_median),
+        "loader_over_bare": statistics.median([bare / loader for bare, loader in pairs]),
+        "workers_for_a_gpu": H200_VOLUMES_PER_SECOND / statistics.median(one_worker),
     }
 
 
-def to_markdown(result: JsonObject) -> str:
-    """Write the result as a page."""
+def list_comparisons(result: JsonObject) -> list[Comparison]:
+    """List the CPU seconds of every way, and samples a second over workers."""
+    seconds, growth = Repetitions(), Repetitions()
+    for name, values in result["measured"]["seconds"].items():
+        seconds.add(name, values)
+    for row in result["growth"]:
+        growth.add(row["loader"], row["samples_per_second"], row["workers"])
+    return [
+        Comparison("A sample without workers", "CPU s", seconds.to_measurements(), baseline=BARE),
+        Comparison(
+            "Samples a second with workers",
+            "samples/s",
+            growth.to_measurements(),
+            better="higher",
+            plot="lines",
+            at_label="workers",
+        ),
+    ]
+
+
+def write_text(result: JsonObject) -> str:
+    """Write the circumstances and what feeds a GPU."""
     measured, ratios = result["measured"], result["ratios"]
-    ways = {
-        "bare blosc2 decoding": ("bare", 1.0),
-        "loader without workers": ("loader", ratios["loader_over_bare"]),
-        "loader with one worker": ("worker", ratios["worker_over_bare"]),
-    }
-    columns = ["way", "minimum", "median", "maximum", "samples/s of a core", "of bare decoding"]
-    rows: list[list[str]] = []
-    for name, (key, share) in ways.items():
-        seconds, speed = measured[key], ratios[f"{key}_per_second"]
-        figures = [min(seconds), statistics.median(seconds), max(seconds)]
-        cells = [f"{figure:.4f}" for figure in figures]
-        rows.append([name, *cells, f"{speed:.1f}", f"{share:.2f}"])
     return (
-        make_page_header("Loader", "python -m benchmarks.loader", result)
-        + f"{result['samples']} samples of {' × '.join(map(str, result['grid']))} voxels with "
+        f"{result['samples']} samples of {' × '.join(map(str, result['grid']))} voxels with "
         f"lesions and regions ({measured['packed_bytes'] / 1e6:.1f} MB in the shards, "
-        f"{measured['voxel_bytes'] / 1e6:.0f} MB decoded), over {result['rounds']} rounds. Seconds "
-        "of a sample: CPU seconds on one core in the first two rows, and in the third the time "
-        "between two batches, of one sample each, while the worker has a core of its own. The "
-        "shards are in the page cache: reading from a disk or a server comes on top.\n\n"
-        + make_table(columns, rows)
-        + f"\nThe loader does {ratios['loader_over_bare']:.2f} of the samples that bare decoding "
-        f"does on a core, and {ratios['worker_over_bare']:.2f} in a worker process (aim: at least "
-        f"0.8). To feed one H200 with {H200_VOLUMES_PER_SECOND} volumes a second takes, computed "
-        f"from this, {ratios['workers_for_a_gpu']:.1f} workers on cores of this kind, and "
-        f"{ratios['cores_for_a_gpu']:.1f} cores with the main process's share.\n"
+        f"{measured['voxel_bytes'] / 1e6:.0f} MB decoded), over {result['rounds']} rounds; CPU "
+        "seconds on one core without workers. Files are in the page cache: reading from a disk or "
+        "a server comes on top, and MONAI and LitData read copies that are not compressed, "
+        f"{measured['voxel_bytes'] / measured['packed_bytes']:.1f} times as large as the shards.\n"
+        f"\nThe loader does {ratios['loader_over_bare']:.2f} of the samples that bare decoding "
+        "does on a core (aim: at least 0.8). To feed one H200 with "
+        f"{H200_VOLUMES_PER_SECOND} volumes a second takes, computed from this, "
+        f"{ratios['workers_for_a_gpu']:.1f} workers on cores of this kind.\n"
     )
+
+
+PROGRAM = Program("loader", "Loader", write_text, list_comparisons)
 
 
 @quiet_main
@@ -234,16 +266,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         make_full_grid_shards(shards, options.samples, options.slices, volumes)
         changes = {"grid": GRID, "spacing": SPACING, "shards": str(shards)}
         data = load_config("demo").data.model_copy(update=changes)
-        measured = measure_loader(data, options.rounds)
+        missing = find_missing_peers(INSTALL_BY_MODULE)
+        installed = INSTALL_BY_MODULE.keys() - {peer.name for peer in missing}
+        peers = start_peers(data, Path(temporary), sorted(installed))
+        measured = measure_loader(data, options.rounds, peers)
+        growth_rounds = math.ceil(options.rounds / 2)
+        growth = measure_growth(data, growth_rounds, peers, options.workers)
     facts = {
         "versions": preprocessing_versions() | {"torch": torch.__version__},
         "samples": options.samples,
         "grid": GRID,
         "rounds": options.rounds,
         "measured": measured,
-        "ratios": summarize_speeds(measured),
+        "growth": growth,
+        "ratios": summarize_speeds(measured["seconds"], growth),
     }
-    publish_result(options.out, "loader", start_seconds, facts, to_markdown)
+    publish_result(options.out, PROGRAM, arguments, start_seconds, facts, missing)
     return 0
 
 
@@ -257,6 +295,13 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=positive_int,
         default=5,
         help="measurements of each way and sample (default 5)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=positive_int,
+        nargs="+",
+        default=[1, 2],
+        help="numbers of worker processes, 1 among them (default 1 and 2)",
     )
     parser.add_argument(
         "--slices",

@@ -15,8 +15,7 @@ trainer   all that `rectvlm.train.loop.run_training_loop` does from one batch to
           part, memory, metrics.jsonl, the trace, the watchdog.
 
 Checkpoints and validation are not part of a step: the only checkpoint follows the last step, which
-does not count. Results go to
-benchmarks/results/overhead-MACHINE-DATE.json and .md.
+does not count.
 """
 
 import argparse
@@ -35,11 +34,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.measurements import Comparison, Repetitions, make_table
 from benchmarks.publishing import (
     CHECKOUT,
-    make_page_header,
+    Program,
     make_parser,
-    make_table,
     positive_int,
     prepare_engine_environment,
     publish_result,
@@ -220,12 +219,25 @@ def compare_step_times(seconds: dict[str, list[float]]) -> JsonObject:
     return {
         "steps": len(trainer_seconds),
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "step_seconds": seconds,
         "overhead": overheads,
     }
 
 
-def to_markdown(result: JsonObject) -> str:
-    """Write the result as a page."""
+def list_comparisons(result: JsonObject) -> list[Comparison]:
+    """List the steps of the three loops, by phase and micro-batch."""
+    steps = Repetitions()
+    for row in result["rows"]:
+        at = f"{row['size']}, phase {row['phase']}, micro-batch {row['micro_batch']}"
+        for name in LOOPS:
+            steps.add(name, row["step_seconds"][name], at)
+    label = "size, phase and micro-batch"
+    title, measurements = "Step of the trainer and of bare loops", steps.to_measurements()
+    return [Comparison(title, "s", measurements, at_label=label, baseline="bare")]
+
+
+def write_text(result: JsonObject) -> str:
+    """Write a table by phase and micro-batch."""
     columns = ["size", "phase", "micro-batch", "steps", *LOOPS, "against bare", "against engine"]
     rows: list[list[str]] = []
     for row in result["rows"]:
@@ -237,13 +249,15 @@ def to_markdown(result: JsonObject) -> str:
             cells.append(f"{overhead['median']:+.1%} ({low:+.1%} to {high:+.1%})")
         rows.append(cells)
     return (
-        make_page_header("Trainer overhead", "python -m benchmarks.overhead", result)
-        + "Seconds of a step (medians), and by how much the trainer's is longer than the step of "
+        "Seconds of a step (medians), and by how much the trainer's is longer than the step of "
         "the other loop that was taken just before it (median over the steps, quartiles in "
         "brackets). `bare` is PyTorch alone, `engine` adds DeepSpeed, `trainer` is the complete "
         f"loop. At most {MAX_OVERHEAD_SHARE:.0%} against `bare` is what is asked for.\n\n"
         + make_table(columns, rows)
     )
+
+
+PROGRAM = Program("overhead", "Trainer overhead", write_text, list_comparisons)
 
 
 @quiet_main
@@ -266,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "threads": torch.get_num_threads(),
         "rows": rows,
     }
-    publish_result(options.out, "overhead", start_seconds, facts, to_markdown)
+    publish_result(options.out, PROGRAM, arguments, start_seconds, facts)
     return 0
 
 

@@ -1,17 +1,20 @@
-"""How fast a CT file becomes a sample, against its bare work and against CT-CLIP's recipe.
+"""How fast a CT file becomes a sample, against its bare work and against the recipes of others.
 
     python -m benchmarks.preprocess [--volumes 2] [--rounds 5] [--cases 10] [--slices 300]
+        [--workers 1 2]
 
 All ways take the same 512 × 512 volumes (`.nii.gz`, int16) to the grid of 64 × 512 × 512 voxels of
 5 × 0.75 × 0.75 mm, in one process pinned to one core, in turns, so that a slow minute of the
-machine meets all of them. The volumes are the demo's two real CTs, interpolated to thin slices,
-with noise. Then the pipeline itself makes shards of copies with one worker and with two. Results go
-to benchmarks/results/preprocess-MACHINE-DATE.json and .md.
+machine meets all of them: the pipeline, its stages alone, CT-CLIP's recipe, and the transforms of
+MONAI and of TorchIO where these are installed. The volumes are the demo's two real CTs,
+interpolated to thin slices, with noise. Then the pipeline itself makes shards of copies with
+several workers.
 """
 
 import argparse
 import contextlib
 import gzip
+import importlib.util
 import os
 import shutil
 import statistics
@@ -33,11 +36,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from benchmarks.measurements import Comparison, Repetitions
 from benchmarks.publishing import (
     CHECKOUT,
-    make_page_header,
+    Program,
+    find_missing_peers,
     make_parser,
-    make_table,
     positive_int,
     publish_result,
     quiet_main,
@@ -52,7 +56,7 @@ from rectvlm.data.volume_codec import encode_volume
 from rectvlm.types import JsonObject
 
 GRID, SPACING = (64, 512, 512), (5.0, 0.75, 0.75)
-WORKER_COUNTS = (1, 2)
+PIPELINE, CT_CLIP = "the pipeline", "CT-CLIP's recipe"
 BARE_STEPS = ("decompression", "resampling", "encoding")
 _POLL_SECONDS = 0.05
 
@@ -116,6 +120,47 @@ def run_ct_clip_recipe(path: Path, slope: float = 1.0, intercept: float = 0.0) -
     return F.pad(values, pads, value=-1.0)
 
 
+def build_monai_recipe() -> Callable[[Path], Any]:
+    """MONAI's transforms from the file to our grid and to values between −1 and 1."""
+    from monai.transforms.compose import Compose
+    from monai.transforms.croppad.array import ResizeWithPadOrCrop
+    from monai.transforms.intensity.array import ScaleIntensityRange
+    from monai.transforms.io.array import LoadImage
+    from monai.transforms.spatial.array import Orientation, Spacing
+
+    return Compose(
+        [
+            LoadImage(image_only=True, ensure_channel_first=True),
+            Orientation(axcodes="RAS"),
+            Spacing(pixdim=SPACING[::-1], mode="bilinear"),
+            ScaleIntensityRange(-1000, 1000, -1, 1, clip=True),
+            ResizeWithPadOrCrop(GRID[::-1], value=-1),
+        ]
+    )
+
+
+def build_torchio_recipe() -> Callable[[Path], Any]:
+    """TorchIO's transforms from the file to our grid and to values between −1 and 1."""
+    import torchio
+
+    transform = torchio.Compose(
+        [
+            torchio.ToCanonical(),
+            torchio.Resample(SPACING[::-1]),
+            torchio.RescaleIntensity((-1, 1), in_min_max=(-1000, 1000)),
+            torchio.CropOrPad(GRID[::-1], padding_mode=-1),
+        ]
+    )
+    return lambda path: transform(torchio.ScalarImage(path)).data
+
+
+PEER_RECIPES: dict[str, tuple[str, Callable[[], Callable[[Path], Any]]]] = {
+    "monai": ("MONAI's transforms", build_monai_recipe),
+    "torchio": ("TorchIO's transforms", build_torchio_recipe),
+}
+"""Name and maker of the recipe, by the module that it needs."""
+
+
 def measure_one_core(paths: Sequence[Path], rounds: int) -> dict[str, list[float]]:
     """Measure the CPU seconds of every way, one number for each volume and round."""
     torch.set_num_threads(1)
@@ -128,12 +173,15 @@ def measure_one_core(paths: Sequence[Path], rounds: int) -> dict[str, list[float
         resampled = resample_to_grid(hu, volume.affine, target, GRID, "ct")
         grids[path] = (hu, volume.affine, target, resampled)
     ways: dict[str, Callable[[Path], Any]] = {
-        "the pipeline": run_pipeline,
+        PIPELINE: run_pipeline,
         "bare decompression": lambda path: deflate.gzip_decompress(files[path]),
         "bare resampling": lambda path: resample_to_grid(*grids[path][:3], GRID, "ct"),
         "bare encoding": lambda path: encode_volume(grids[path][3]),
-        "CT-CLIP's recipe": run_ct_clip_recipe,
+        CT_CLIP: run_ct_clip_recipe,
     }
+    for module, (name, build_recipe) in PEER_RECIPES.items():
+        if importlib.util.find_spec(module) is not None:
+            ways[name] = build_recipe()
     for name, decompress in find_decompressors().items():
         ways[f"decompression by {name}"] = partial(_apply_to_file, decompress, files)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -216,47 +264,67 @@ def summarize_ratios(
     seconds: dict[str, list[float]], workers: dict[int, dict[str, float]]
 ) -> JsonObject:
     """Compute ratios, each the median over pairs of measurements of one volume in one round."""
-    pipeline, recipe = seconds["the pipeline"], seconds["CT-CLIP's recipe"]
+    pipeline, recipe = seconds[PIPELINE], seconds[CT_CLIP]
     bare_seconds = [seconds[f"bare {step}"] for step in BARE_STEPS]
     bare_sums = [sum(steps) for steps in zip(*bare_seconds, strict=True)]
     recipe_ratios = [a / b for a, b in zip(recipe, pipeline, strict=True)]
     bare_ratios = [a / b for a, b in zip(pipeline, bare_sums, strict=True)]
-    one_worker, two_workers = (workers[count]["cases_per_second"] for count in WORKER_COUNTS)
+    speeds = {count: run["cases_per_second"] for count, run in workers.items()}
     return {
         "times_ct_clip": statistics.median(recipe_ratios),
         "over_bare_sum": statistics.median(bare_ratios),
-        "two_workers_over_one": two_workers / one_worker,
+        "most_workers_over_fewest": speeds[max(speeds)] / speeds[min(speeds)],
         "peak_worker_gb": max(run["peak_worker_bytes"] for run in workers.values()) / 1e9,
     }
 
 
-def to_markdown(result: JsonObject) -> str:
-    """Write the result as a page."""
+def list_comparisons(result: JsonObject) -> list[Comparison]:
+    """List the CPU seconds of every way, and the pipeline's speed over workers."""
+    seconds, speed, memory = Repetitions(), Repetitions(), Repetitions()
+    for name, values in result["cpu_seconds"].items():
+        seconds.add(name, values)
+    for count, run in result["workers"].items():
+        speed.add(PIPELINE, run["cases_per_second"], count)
+        memory.add(PIPELINE, run["peak_worker_bytes"] / 1e9, count)
+    shared: dict[str, Any] = {"at_label": "workers"}
+    return [
+        Comparison(
+            "A volume from the file to a sample",
+            "CPU s",
+            seconds.to_measurements(),
+            baseline=PIPELINE,
+        ),
+        Comparison(
+            "The pipeline with workers",
+            "cases/s",
+            speed.to_measurements(),
+            better="higher",
+            plot="lines",
+            **shared,
+        ),
+        Comparison("Memory of the largest worker", "GB", memory.to_measurements(), **shared),
+    ]
+
+
+def write_text(result: JsonObject) -> str:
+    """Write the circumstances and the ratios."""
     ratios = result["ratios"]
     sizes = ", ".join(f"{size / 1e6:.0f} MB" for size in result["file_bytes"])
-    way_rows: list[list[str]] = []
-    for name, seconds in result["cpu_seconds"].items():
-        figures = [min(seconds), statistics.median(seconds), max(seconds)]
-        way_rows.append([name, *(f"{figure:.3f}" for figure in figures)])
-    worker_rows: list[list[str]] = []
-    for count, run in result["workers"].items():
-        speed, peak_gb = run["cases_per_second"], run["peak_worker_bytes"] / 1e9
-        worker_rows.append([str(count), f"{speed:.2f}", f"{peak_gb:.2f}"])
+    counts = [int(count) for count in result["workers"]]
     return (
-        make_page_header("Preprocessing", "python -m benchmarks.preprocess", result)
-        + f"{result['volumes']} volumes of 512 × 512 × {result['slices']} int16 voxels ({sizes} as "
+        f"{result['volumes']} volumes of 512 × 512 × {result['slices']} int16 voxels ({sizes} as "
         f".nii.gz, in the page cache) to {' × '.join(map(str, GRID))}; CPU seconds on one core "
-        f"over {result['rounds']} rounds.\n\n"
-        + make_table(["way", "minimum", "median", "maximum"], way_rows)
-        + "\n"
-        + make_table(["workers", "cases/s", "memory of the largest, GB"], worker_rows)
-        + f"\nThe pipeline takes {ratios['over_bare_sum']:.2f} times the sum of bare "
+        f"over {result['rounds']} rounds.\n"
+        f"\nThe pipeline takes {ratios['over_bare_sum']:.2f} times the sum of bare "
         f"decompression, resampling and encoding (aim: at most 1.3) and is "
         f"{ratios['times_ct_clip']:.1f} times as fast as CT-CLIP's recipe (aim: at "
-        "least 4). Two workers do "
-        f"{ratios['two_workers_over_one']:.2f} times the work of one (aim: at least 1.8); a worker "
-        f"holds at most {ratios['peak_worker_gb']:.2f} GB (aim: below 1.5).\n"
+        f"least 5). {max(counts)} workers do {ratios['most_workers_over_fewest']:.2f} times the "
+        f"work of {min(counts)}; a worker holds at most {ratios['peak_worker_gb']:.2f} GB (aim: "
+        "below 1.5).\n"
     )
+
+
+PROGRAM = Program("preprocess", "Preprocessing", write_text, list_comparisons)
 
 
 @quiet_main
@@ -276,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.sched_setaffinity(0, {min(cores)})
         seconds = measure_one_core(paths, options.rounds)
         os.sched_setaffinity(0, cores)
-        for count in WORKER_COUNTS:
+        for count in options.workers:
             speed_by_workers[count] = measure_with_workers(paths, options.cases, count, work)
         file_bytes = [path.stat().st_size for path in paths]
     facts = {
@@ -289,7 +357,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "workers": speed_by_workers,
         "ratios": summarize_ratios(seconds, speed_by_workers),
     }
-    publish_result(options.out, "preprocess", start_seconds, facts, to_markdown)
+    missing = find_missing_peers({module: module for module in PEER_RECIPES})
+    publish_result(options.out, PROGRAM, arguments, start_seconds, facts, missing)
     return 0
 
 
@@ -309,6 +378,13 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--cases", type=positive_int, default=10, help="cases that the pipeline makes (default 10)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=positive_int,
+        nargs="+",
+        default=[1, 2],
+        help="numbers of processes of the pipeline, fewer than the cases (default 1 and 2)",
     )
     parser.add_argument(
         "--make", nargs=3, metavar=("FOLDER", "OUT", "WORKERS"), help=argparse.SUPPRESS

@@ -12,8 +12,7 @@ Floating-point operations are 2 a parameter and position for a forward pass, as 
 gradient of the activations and as many for computing again what checkpointing dropped; frozen
 weights have no gradient. So useful work is 4N a token and the hardware's 6N, where N are the
 decoder's parameters at every position and the output layer's at report positions. Attention's own
-products and the trained matrices' gradients (below 1%) are left out. Results go to
-benchmarks/results/report-step-MACHINE-DATE.json and .md.
+products and the trained matrices' gradients (below 1%) are left out.
 """
 
 import argparse
@@ -28,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measurements import Comparison, Repetitions, make_table
 from benchmarks.publishing import (
+    Program,
     add_config_options,
-    make_page_header,
     make_parser,
-    make_table,
     positive_int,
     publish_result,
     quiet_main,
@@ -260,8 +259,31 @@ def _time_steps(
     }
 
 
-def to_markdown(result: JsonObject) -> str:
-    """Write the result as a page."""
+def list_comparisons(result: JsonObject) -> list[Comparison]:
+    """List tokens a second, and the sections of a step, by micro-batch."""
+    rates, sections = Repetitions(), Repetitions()
+    for row in result["rows"]:
+        at = str(row["micro_batch"])
+        rounds = zip(*(row["seconds"][section] for section in STEP_SECTIONS), strict=True)
+        rates.add("report generator", [row["positions"] / sum(step) for step in rounds], at)
+        for section in STEP_SECTIONS:
+            sections.add(section, row["seconds"][section], f"micro-batch {at}")
+    title = f"Report generator, {result['quantization']}, one process without an engine"
+    return [
+        Comparison(
+            f"{title}: speed",
+            "tokens/s",
+            rates.to_measurements(),
+            better="higher",
+            plot="lines",
+            at_label="micro-batch",
+        ),
+        Comparison(f"{title}: step", "s", sections.to_measurements(), plot="stack"),
+    ]
+
+
+def write_text(result: JsonObject) -> str:
+    """Write circumstances and a table by micro-batch."""
     columns = ["micro-batch", "parameters", "trained", "positions", "of reports", "load s"]
     columns += ["load peak GB", "forward s", "backward s", "optimizer s", "tokens/s"]
     columns += ["useful TFLOP/s", "hardware TFLOP/s", "peak GB"]
@@ -281,16 +303,17 @@ def to_markdown(result: JsonObject) -> str:
         rows.append([*cells, f"{row['peak_bytes'] / 1e9:.2f}"])
     kind = "of the GPU" if result["machine"]["gpus"] else "resident, the process included"
     checkpointing = "on" if result["checkpointing"] else "off"
-    script = "python -m benchmarks.report_step"
     return (
-        make_page_header("A step of the report generator", script, result)
-        + f"Geometry of {result['geometry']}, {result['layers']} layers, "
+        f"Geometry of {result['geometry']}, {result['layers']} layers, "
         f"{result['quantization']}, LoRA rank {result['lora_rank']}, random weights; activation "
         f"checkpointing {checkpointing}, logits of {result['loss_chunk']} positions at once; "
         f"median of {result['rounds']} steps after one. Memory is the peak, {kind}. "
         "Useful work is 4N a token, the hardware's 6N with checkpointing; the docstring of the "
         "script says what N holds.\n\n" + make_table(columns, rows)
     )
+
+
+PROGRAM = Program("report_step", "A step of the report generator", write_text, list_comparisons)
 
 
 @quiet_main
@@ -318,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rounds": options.rounds,
         "rows": rows,
     }
-    publish_result(options.out, "report-step", start_seconds, facts, to_markdown)
+    publish_result(options.out, PROGRAM, arguments, start_seconds, facts)
     return 0
 
 

@@ -9,8 +9,8 @@ from benchmarks.inflated_start import (
     cut_into_slices,
     mark_patches,
     pretrain_vit,
-    to_markdown,
     train_to_auroc,
+    write_text,
 )
 from rectvlm.config import load_config
 from rectvlm.data.dataset import ShardDataset, collate_samples
@@ -74,7 +74,7 @@ def test_the_page_says_how_many_steps_each_start_took() -> None:
         "auroc": 0.9,
         "runs": runs,
     }
-    page = to_markdown(result)
+    page = write_text(result)
     assert "| random | 0 | more than 25 | 0.800 |" in page
     assert "| inflated | 0 | 25 | 0.920 |" in page
     assert "Pretext: masked, 2 steps" in page

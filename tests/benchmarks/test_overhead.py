@@ -13,7 +13,8 @@ from benchmarks.overhead import (
     OverheadSettings,
     _load_config,
     compare_step_times,
-    to_markdown,
+    list_comparisons,
+    write_text,
 )
 
 
@@ -63,11 +64,13 @@ def test_the_page_names_what_is_compared() -> None:
         {"bare": [1.0], "engine": [1.0], "trainer": [1.02]}
     )
     machine = {"cpu": "A CPU", "cores": 2, "memory_gb": 4, "gpus": []}
-    page = to_markdown(
-        {"date": "today", "machine": machine, "versions": {}, "seconds": 1.0, "rows": [row]}
-    )
+    result = {"machine": machine, "rows": [row]}
+    page = write_text(result)
     assert "| demo | 1 | 8 | 1 | 1.0000 | 1.0000 | 1.0200 | +2.0% (+2.0% to +2.0%) |" in page
     assert "At most 3%" in page
+    (comparison,) = list_comparisons(result)
+    trainer = comparison.find("trainer", "demo, phase 1, micro-batch 8")
+    assert trainer is not None and trainer.values == (1.02,)
 
 
 def test_the_measured_phase_neither_saves_nor_validates(tmp_path: Path) -> None:

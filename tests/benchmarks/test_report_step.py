@@ -23,7 +23,9 @@ def test_a_step_is_measured_and_told(tmp_path: Path, capsys: pytest.CaptureFixtu
         )
         == 0
     )
-    result = json.loads(next(tmp_path.glob("report-step-*.json")).read_text())
+    (folder,) = tmp_path.glob("report-step-*")
+    (section,) = json.loads((folder / "results.json").read_text())["sections"]
+    result = section["facts"]
     one, two = result["rows"]
     assert (one["micro_batch"], two["micro_batch"]) == (1, 2)
     assert two["positions"] == 2 * one["positions"]
@@ -38,9 +40,9 @@ def test_a_step_is_measured_and_told(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert row["model_flops_per_second"] == pytest.approx(work / step)
         assert row["hardware_flops_per_second"] > row["model_flops_per_second"]
         assert row["losses"][-1] < row["losses"][0]  # it trains what it times
-    page = next(tmp_path.glob("report-step-*.md")).read_text()
-    cells = [line.count("|") for line in page.splitlines() if line.startswith("|")]
-    assert len(cells) == 4 and len(set(cells)) == 1
+    speed = section["comparisons"][0]
+    assert [row["at"] for row in speed["measurements"]] == ["1", "2"]
+    assert f"{one['tokens_per_second']:.1f}" in (folder / "report.md").read_text()
 
 
 def test_layers_and_widths_are_the_geometrys(models_folder: None) -> None:

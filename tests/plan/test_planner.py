@@ -348,8 +348,9 @@ def test_a_step_is_planned_about_as_long_as_it_took(stage: str) -> None:
 
     The rates were taken from this run, so this keeps the two consistent.
     """
-    results = json.loads((RESULTS / "phase3-step-1x-nvidia-h200-2026-11-27.json").read_text())
-    (row,) = (row for row in results["rows"] if row["ds_config"] == f"{stage}.json")
+    folder = RESULTS / "engine-step-1x-nvidia-h200-2026-11-27"
+    (section,) = json.loads((folder / "results.json").read_text())["sections"]
+    (row,) = (row for row in section["facts"]["rows"] if row["ds_config"] == f"{stage}.json")
     config = load_config(
         "large", ["train.phases.phase3.micro_batch=1", "train.phases.phase3.global_batch=1"]
     )
