@@ -1,6 +1,7 @@
 # Everything that a newcomer types. `make` alone lists the targets.
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+LATEST ?=
+TORCH ?= $(if $(LATEST),torch,torch==2.13.0)
 CONFIG ?= demo
 OUT ?=
 STATS ?=
@@ -15,7 +16,10 @@ BENCH ?= default
 VENV := .venv
 # Relative: the checkout's own path may hold spaces, quotes or dollars.
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# The versions that were tested, or with LATEST=1 the newest: each has its stamp, so a change installs again.
+LOCK := launch/constraints.txt
+STAMP := $(VENV)/.installed$(if $(LATEST),-latest)
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(LATEST),--upgrade --upgrade-strategy eager,-c $(VENV)/constraints.txt)
 # Files of tests that run side by side with threads for every core each wait for one another: three to five times as long.
 ONE_THREAD := OMP_NUM_THREADS=1
 # DeepSpeed looks for ninja on the path; tools of the environment come first.
@@ -27,18 +31,20 @@ export PATH := $(value CURDIR)/$(BIN):$(value PATH)
 help: ## list the targets
 	@echo "make TARGET [NAME=value …]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), TORCH=$(TORCH) (installed first), ARGS (for the command behind), JOBS=$(JOBS) (of the tests)"
+	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer), TORCH=$(TORCH) (installed first), LATEST=1 (the newest packages, not those that were tested), ARGS (for the command behind), JOBS=$(JOBS) (of the tests)"
 
 setup: $(STAMP) ## make .venv and install the project into it (the other targets do this by themselves)
 	@:
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than Python 3.11 or missing: name a newer one with PYTHON=…" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing $(TORCH), then the project, into $(VENV) (some minutes the first time)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$(TORCH)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[dev]" "$(TORCH)"
+	@echo "Installing $(TORCH), then the project$(if $(LATEST), with the newest packages), into $(VENV) (some minutes the first time)"
+	@grep -v '^torch==' $(LOCK) > $(VENV)/constraints.txt
+	@$(PIP_INSTALL) "$(TORCH)"
+	@$(PIP_INSTALL) -e ".[dev]" "$(TORCH)"
+	@rm -f $(VENV)/.installed $(VENV)/.installed-latest
 	@touch $@
 
 preprocess: $(STAMP) ## shards of your own cases [TABLE=cases.csv], of a CT-RATE download [CT_RATE=folder], or of two real CTs and phantoms [PHANTOMS=320]

@@ -36,9 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.run is not _run_train:  # a phase has a log of its own
         _start_logging(options.verbose, getattr(options, "progress", False))
     from rectvlm.files import explain_os_error, printable_text
+    from rectvlm.optional_packages import require_extra
     from rectvlm.types import UserError
 
     try:
+        if hasattr(options, "extra"):
+            require_extra(options.extra)
         options.run(options)
     except UserError as error:
         sys.stderr.write(f"rectvlm: {printable_text(error)}\n")
@@ -119,6 +122,16 @@ def _build_parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("runs", help="list, compare and plot runs; test two evaluations")
     _add_runs_actions(runs)
 
+    commands.add_parser(
+        "init",
+        help="a configuration to edit, with a comment on each field",
+        add_arguments=_add_init_arguments,
+    )
+    completion = commands.add_parser(
+        "completion", help="a script that lets a shell complete commands and options"
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
+    completion.set_defaults(run=_run_completion)
     commands.add_parser(
         "doctor", help="what this machine has and lacks, and what to do about each"
     ).set_defaults(run=_run_doctor)
@@ -209,7 +222,7 @@ def _add_programs(commands: "argparse._SubParsersAction[Any]") -> None:
         prefix_chars="\0",
     )
     preprocess.add_argument("arguments", nargs=argparse.REMAINDER)
-    preprocess.set_defaults(run=_run_preprocess)
+    preprocess.set_defaults(run=_run_preprocess, extra="train")
 
     train = commands.add_parser(
         "train",
@@ -217,7 +230,7 @@ def _add_programs(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     train.add_argument("phase", type=int, choices=(1, 2, 3), metavar="N", help="1, 2 or 3")
     train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="of the phase")
-    train.set_defaults(run=_run_train)
+    train.set_defaults(run=_run_train, extra="train")
 
 
 def _add_export_arguments(export: argparse.ArgumentParser) -> None:
@@ -260,6 +273,19 @@ def _add_plan_arguments(plan: argparse.ArgumentParser) -> None:
     plan.set_defaults(run=_run_plan)
 
 
+def _add_init_arguments(init: argparse.ArgumentParser) -> None:
+    init.add_argument("path", type=Path, metavar="FILE.yaml", help="file to write")
+    init.add_argument(
+        "--from",
+        dest="config",
+        default="small",
+        metavar="NAME",
+        help="configuration to start from: tiny, demo, learn, small, medium, large, or a YAML file "
+        "(default: small)",
+    )
+    init.set_defaults(run=_run_init)
+
+
 def _add_runs_actions(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run_runs)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -292,6 +318,7 @@ def _add_runs_actions(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="by default curves.png in the folder of a single run",
     )
+    plotted.set_defaults(extra="train")
     actions.add_parser(
         "test",
         help="is A better than B? Two evaluations of the same cases, by patient",
@@ -322,7 +349,7 @@ def _add_evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
         "--device", help="cpu, cuda, cuda:1, …; by default a GPU for each process if there is one"
     )
     add_options(evaluate, EvaluationOptions)
-    evaluate.set_defaults(run=_run_evaluate)
+    evaluate.set_defaults(run=_run_evaluate, extra="train")
 
 
 def _add_embed_arguments(embed: argparse.ArgumentParser) -> None:
@@ -337,7 +364,7 @@ def _add_probe_arguments(probe: argparse.ArgumentParser) -> None:
     from rectvlm.embed.options import ProbeOptions
 
     add_options(probe, ProbeOptions)
-    probe.set_defaults(run=_run_probe)
+    probe.set_defaults(run=_run_probe, extra="train")
 
 
 def _add_weights_actions(parser: argparse.ArgumentParser) -> None:
@@ -711,6 +738,19 @@ def _run_comparison(namespace: argparse.Namespace) -> None:
     comparison = compare_evaluations(options_from_namespace(ComparisonOptions, namespace))
     make_stdout_console().print(make_comparison_table(comparison))
     sys.stdout.writelines(f"{line}\n" for line in describe_comparison(comparison))
+
+
+def _run_init(options: argparse.Namespace) -> None:
+    from rectvlm.commented_config import write_commented_config
+
+    write_commented_config(options.config, options.path)
+    sys.stdout.write(f"{options.path}\n")
+
+
+def _run_completion(options: argparse.Namespace) -> None:
+    from rectvlm.shell_completion import make_completion_script
+
+    sys.stdout.write(make_completion_script(_build_parser(), options.shell))
 
 
 def _run_doctor(_options: argparse.Namespace) -> None:

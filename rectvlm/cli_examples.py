@@ -53,6 +53,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "rectvlm weights convert-labeler classifier.pth --encoder radbert --out labeler",
     ),
     "rectvlm weights list": ("rectvlm weights list --from https://mirror.example",),
+    "rectvlm init": ("rectvlm init my.yaml --from small",),
+    "rectvlm completion": (
+        "rectvlm completion bash > ~/.local/share/bash-completion/completions/rectvlm",
+        "rectvlm completion zsh > ~/.zfunc/_rectvlm",
+        "rectvlm completion fish > ~/.config/fish/completions/rectvlm.fish",
+    ),
     "rectvlm doctor": ("rectvlm doctor",),
     "rectvlm version": ("rectvlm version",),
 }

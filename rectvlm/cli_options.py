@@ -179,9 +179,7 @@ class CommandParser(argparse.ArgumentParser):
 
         Without any argument a command that has commands below it prints its help.
         """
-        add_arguments, self._add_arguments = self._add_arguments, None
-        if add_arguments is not None:
-            add_arguments(self)
+        self.add_own_arguments()
         self._words = sys.argv[1:] if args is None else list(args)
         if self._subparsers is not None and not self._words:
             self.print_help(sys.stderr)
@@ -190,6 +188,12 @@ class CommandParser(argparse.ArgumentParser):
         if self._is_command and unknown:  # here its options are known, in the parser above not
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return namespace, unknown
+
+    def add_own_arguments(self) -> None:
+        """Add the arguments that are added when the command is chosen, unless they are there."""
+        add_arguments, self._add_arguments = self._add_arguments, None
+        if add_arguments is not None:
+            add_arguments(self)
 
     def format_help(self) -> str:
         """The help as `argparse.ArgumentParser` writes it, followed by the command's examples."""

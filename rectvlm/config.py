@@ -176,7 +176,9 @@ class EncoderConfig(_ConfigSection):
     depth: PositiveInt
     """Number of blocks."""
     heads: PositiveInt
+    """Attention heads of a block."""
     mlp_ratio: PositiveFloat
+    """Width of a block's MLP, relative to `width`."""
     tap_blocks: tuple[PositiveInt, ...]
     """Blocks, counted from 1, whose patches the localizer reads beside those of the last block."""
     activation_checkpointing: Checkpointing
@@ -206,6 +208,7 @@ class TextConfig(_ConfigSection):
     model: str
     """Folder, hub id, or `bundled:NAME` (see `rectvlm.pretrained`)."""
     max_tokens: PositiveInt
+    """Tokens at which a prompt is cut."""
 
 
 class ClassifierConfig(_ConfigSection):
@@ -223,12 +226,14 @@ class LocalizerConfig(_ConfigSection):
     depth: PositiveInt
     """Blocks of the denoising transformer."""
     heads: PositiveInt
+    """Attention heads of a block of the denoising transformer."""
     noise: NonNegativeFloat
     """Largest standard deviation of the noise on patch features in training, relative to that of
     the features."""
     channels: tuple[PositiveInt, ...]
     """Channels of each level of the U-Net, full resolution first."""
     activation_checkpointing: Checkpointing
+    """Whether blocks and levels are recomputed in the backward pass."""
     volumes_to_findings: bool
     """Whether a learned function of the masks' volumes is added to the classifier's finding logits.
     Findings then wait for the masks, and their loss reaches every voxel that is marked wrongly."""
@@ -240,10 +245,12 @@ class GeneratorConfig(_ConfigSection):
     model: str
     """Language model: folder, hub id, or `bundled:NAME`."""
     quantization: Literal["nf4", "none"]
+    """Packing of the frozen weights of the language model: nf4 takes 4 bits a weight."""
     quant_storage: Literal["bfloat16", "uint8"]
     """Dtype in which packed 4-bit weights are stored. float16 corrupts them silently under a bf16
     engine, so it is not a choice."""
     double_quantization: bool
+    """Whether the scales of the 4-bit weights are quantized too."""
     queries: PositiveInt
     """Visual tokens that the language model reads."""
     width: PositiveInt
@@ -251,10 +258,15 @@ class GeneratorConfig(_ConfigSection):
     depth: PositiveInt
     """Blocks of the resampler."""
     heads: PositiveInt
+    """Attention heads of a block of the resampler."""
     lora_rank: PositiveInt
+    """Rank of the LoRA adapters."""
     lora_alpha: PositiveInt
+    """Scale of the LoRA adapters, times `lora_rank`."""
     lora_dropout: Fraction
+    """Dropout before the LoRA adapters."""
     lora_targets: Literal["attention", "all-linear"]
+    """Linear layers of the language model that get LoRA adapters."""
     max_report_tokens: PositiveInt
     """Tokens at which a report is cut, in training and when it is written. The end token counts; a
     report that is cut for training has none."""
@@ -269,6 +281,7 @@ class GeneratorConfig(_ConfigSection):
     above or below its threshold. 0 grades all as certain, 1 varies the grades, 4 has the errors of
     a classifier with an AUROC of 0.86."""
     activation_checkpointing: Checkpointing
+    """Whether each layer of the language model is recomputed in the backward pass."""
 
 
 class UnfreezeConfig(_ConfigSection):
@@ -378,8 +391,11 @@ class LossWeightsConfig(_ConfigSection):
     """Weight of each task's loss in the total."""
 
     classification: NonNegativeFloat
+    """Weight of the loss of the findings."""
     localization: NonNegativeFloat
+    """Weight of the loss of the lesion masks."""
     report: NonNegativeFloat
+    """Weight of the loss of the report's tokens."""
 
 
 class LocalizationLossWeightsConfig(_ConfigSection):
@@ -424,9 +440,11 @@ class TrainConfig(_ConfigSection):
     """Folder of all runs. Phase N writes to `RUNS/NAME/phaseN`, a stage to
     `RUNS/NAME/phaseN-STAGE`."""
     seed: int
+    """Seed of the initial weights, of the order of the samples and of augmentation."""
     weight_decay: NonNegativeFloat
     """AdamW's weight decay of the weights of linear and convolution layers; all else has none."""
     betas: tuple[Fraction, Fraction]
+    """AdamW's decay rates of the means of gradients and of their squares."""
     gradient_clipping: PositiveFloat
     """Norm of all gradients together to which larger gradients are clipped."""
     loss_weights: LossWeightsConfig

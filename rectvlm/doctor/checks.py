@@ -15,6 +15,8 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
+from rectvlm.optional_packages import missing_packages
+
 CheckState = Literal["ok", "missing", "failed"]
 _MIN_FREE_GB = 50.0
 """Free disk space for the demo with its packages, shards and checkpoints, GB."""
@@ -64,20 +66,21 @@ def check_packages() -> Check:
     if faults:
         remedy = "pip install --upgrade rectvlm, or make setup in a checkout"
         return Check("packages", "failed", "; ".join(faults), remedy)
-    names = ("torch", "transformers", "deepspeed", "monai")
+    names = ("torch", "transformers", "peft", "monai")
     return Check("packages", "ok", ", ".join(f"{name} {version(name)}" for name in names))
 
 
 def find_package_faults(requirements: list[str]) -> list[str]:
-    """What is not installed, or in another version, of the requirements without an extra."""
+    """What is not installed, or in another version; a package of an extra may be missing."""
     faults = []
     for requirement in map(Requirement, requirements):
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
+        marker = requirement.marker
+        is_optional = marker is not None and not marker.evaluate({"extra": ""})
         try:
             installed = version(requirement.name)
         except PackageNotFoundError:
-            faults.append(f"{requirement.name} is not installed")
+            if not is_optional:
+                faults.append(f"{requirement.name} is not installed")
             continue
         if not requirement.specifier.contains(installed, prereleases=True):
             faults.append(f"{requirement.name} {installed}, expected {requirement.specifier}")
@@ -86,29 +89,12 @@ def find_package_faults(requirements: list[str]) -> list[str]:
 
 def check_extras() -> Check:
     """Which optional packages are not installed."""
-    requirements = [Requirement(text) for text in requires("rectvlm") or []]
     extras = metadata("rectvlm").get_all("Provides-Extra") or []
-    missing = []
-    for extra in sorted({*extras} - {"dev"}):
-        names = [
-            requirement.name
-            for requirement in requirements
-            if requirement.marker is not None and requirement.marker.evaluate({"extra": extra})
-        ]
-        if names and not all(map(_is_installed, names)):
-            missing.append(extra)
+    missing = [extra for extra in sorted({*extras} - {"dev"}) if missing_packages(extra)]
     if not missing:
         return Check("extras", "ok", "all optional packages are installed")
     remedy = f'pip install "rectvlm[{",".join(missing)}]" if you need them'
     return Check("extras", "missing", ", ".join(missing), remedy)
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def check_memory() -> Check:
@@ -254,7 +240,7 @@ def check_hub_token() -> Check:
 def check_wandb() -> Check:
     """Whether Weights & Biases knows a key; it is not shown or sent."""
     if importlib.util.find_spec("wandb") is None:
-        return Check("W&B", "missing", "wandb is not installed", "pip install wandb")
+        return Check("W&B", "missing", "wandb is not installed", 'pip install "rectvlm[train]"')
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return Check("W&B", "ok", f"WANDB_MODE={os.environ['WANDB_MODE']}")
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()

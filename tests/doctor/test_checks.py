@@ -37,9 +37,12 @@ def test_the_command_prints_a_table_and_ends_with_1_only_for_what_is_needed(monk
 
 def test_packages_that_are_missing_or_too_old_are_named():
     faults = find_package_faults(
-        ["numpy>=1", "numpy>=99", "no-such-package>=1", 'also-none; extra == "ray"']
+        [
+            *("numpy>=1", "numpy>=99", "no-such-package>=1"),
+            *('also-none; extra == "ray"', 'scipy>=99; extra == "train"'),
+        ]
     )
-    assert len(faults) == 2
+    assert len(faults) == 3 and faults[2].startswith("scipy ")
     assert faults[0].startswith("numpy ") and faults[0].endswith("expected >=99")
     assert faults[1] == "no-such-package is not installed"
 

@@ -30,7 +30,7 @@ def test_a_deepspeed_that_rounds_rotary_frequencies_is_refused() -> None:
 def test_the_package_asks_for_the_deepspeed_that_training_asks_for() -> None:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     least = ".".join(map(str, MIN_DEEPSPEED_VERSION))
-    assert f"deepspeed>={least}" in project["dependencies"]
+    assert f"deepspeed>={least}" in project["optional-dependencies"]["train"]
 
 
 def test_the_layers_of_the_language_model_are_found_behind_its_adapters() -> None:
