@@ -65,7 +65,7 @@ def _replace_closed_streams() -> None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - open until the end
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def _build_parser() -> CommandParser:
     parser = CommandParser(prog="rectvlm", description="3D chest-CT vision-language models.")
     parser.add_argument("--verbose", action="store_true", help="log details")
     parser.add_argument("--version", action="version", version=f"rectvlm {rectvlm.__version__}")

@@ -108,8 +108,8 @@ def evaluate_reports(
         "radeval": None,
     }
     if radeval.metrics:
-        texts = {"image": generated, **baselines.texts, "image_ablated": without_image}
-        figures["radeval"] = score_by_radeval(radeval, texts, references, weights)
+        texts_by_source = {"image": generated, **baselines.texts, "image_ablated": without_image}
+        figures["radeval"] = score_by_radeval(radeval, texts_by_source, references, weights)
     return figures, image.statistics
 
 
