@@ -110,13 +110,13 @@ def run_command(
     """
     log_path = logs / f"{command.name.replace(' ', '')}.log"
     command_line = shlex.join([Path(command.command[0]).name, *command.command[1:]])
-    console.print(f"[bold]{command.name:<11}[/]{command_line}", soft_wrap=True, highlight=False)
+    console.print(f"[bold]{command.name:<14}[/]{command_line}", soft_wrap=True, highlight=False)
     start_seconds, cpu_seconds_before = time.monotonic(), _cpu_seconds()
     exit_code = _run_process(command, log_path, environment, console)
     seconds = time.monotonic() - start_seconds
     if exit_code:
         raise CommandFailed(command, exit_code, log_path)
-    console.print(f"           [green]done[/] in {seconds:.0f} s", highlight=False)
+    console.print(f"              [green]done[/] in {seconds:.0f} s", highlight=False)
     return FinishedCommand(
         name=command.name,
         command=command_line,
@@ -132,7 +132,7 @@ def _run_process(
     """Run a command's process and show its progress; return its exit code."""
     start_seconds = time.monotonic()
     columns = (
-        TextColumn(" " * 11),
+        TextColumn(" " * 14),
         BarColumn(),
         TextColumn("{task.description}"),
         TimeElapsedColumn(),
