@@ -5,8 +5,12 @@ from typing import Any
 
 from rich.table import Table
 
-from rectvlm.evaluate.report_baselines import BASELINE_NAMES
-from rectvlm.evaluate.score_format import format_interval, format_score, render_table
+from rectvlm.evaluate.score_format import (
+    BASELINE_NAMES,
+    format_interval,
+    format_score,
+    render_table,
+)
 from rectvlm.metrics.radeval_scores import RADEVAL_METRICS, RadEvalMetric
 from rectvlm.terminal_tables import FoldingTable
 

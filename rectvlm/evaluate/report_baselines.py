@@ -28,16 +28,11 @@ from rectvlm.data.report_text import join_report_sections
 from rectvlm.data.shards import SampleLocation, read_sample_meta
 from rectvlm.data.store import ShardStore
 from rectvlm.evaluate.case_records import CaseRecord
+from rectvlm.evaluate.score_format import BASELINE_NAMES
 from rectvlm.labels import FINDINGS
 from rectvlm.metrics.arrays import BoolArray
 from rectvlm.types import SampleMeta
 
-BASELINE_NAMES = {
-    "table": "classifier and table",
-    "prevalence": "prevalence",
-    "nearest": "nearest report",
-}
-"""Names in tables by key in `metrics.json`."""
 UNKNOWN_LABEL = -1
 _N_READERS = 16
 """Samples that are read at the same time; each read is a request where the shards are remote."""

@@ -5,8 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
-from rectvlm.evaluate.report_baselines import BASELINE_NAMES
 from rectvlm.evaluate.score_format import (
+    BASELINE_NAMES,
     FINDING_SCORE_NAMES,
     format_interval,
     format_score,

@@ -3,6 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+BASELINE_NAMES = {
+    "table": "classifier and table",
+    "prevalence": "prevalence",
+    "nearest": "nearest report",
+}
+"""Names of the reports' baselines in tables, by key in `metrics.json`."""
 FINDING_SCORE_NAMES = {
     "auroc": "AUROC",
     "average_precision": "AP",

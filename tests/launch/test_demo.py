@@ -76,6 +76,15 @@ def test_help_lists_every_target() -> None:
     assert listed == make("help").stdout
 
 
+def test_the_console_loads_no_library_that_warns() -> None:
+    """The models run in processes of their own, whose output goes to logs."""
+    code = (
+        "import sys, launch.demo; print(sorted({'transformers', 'bitsandbytes'} & {*sys.modules}))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (process.stdout.strip(), process.stderr) == ("[]", "")
+
+
 def test_make_hands_the_download_to_the_pipeline() -> None:
     """A dry run prints the commands, which the shell would then read."""
     lines = make(
