@@ -1,4 +1,4 @@
-"""Layers that ZeRO-3 gathers as one.
+"""Blocks that ZeRO-3 gathers as one.
 
 ZeRO-3 runs hooks for each module with weights; on an H200 they take the host 0.48 ms a pass. Of a
 leaf module, which is gathered with everything in it, the hooks run once.
@@ -28,12 +28,25 @@ def find_decoder_layer_class(model: nn.Module) -> type[nn.Module] | None:
 
 
 def find_leaf_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Find the decoder layers of the language model, by name."""
+    """Find the blocks of a model, by name.
+
+    These are the decoder layers of the language model, and outside it what stands in a
+    `ModuleList`: blocks of transformers, stages and levels.
+    """
     layer_class = find_decoder_layer_class(model)
     leaf_modules: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if type(module) is layer_class:
-            leaf_modules[name] = module
+
+    def visit(name: str, module: nn.Module, is_language_model: bool) -> None:
+        is_language_model |= isinstance(module, PreTrainedModel)
+        is_block_list = isinstance(module, nn.ModuleList) and not is_language_model
+        for child_name, child in module.named_children():
+            child_path = f"{name}.{child_name}" if name else child_name
+            if is_block_list or type(child) is layer_class:
+                leaf_modules[child_path] = child
+            else:
+                visit(child_path, child, is_language_model)
+
+    visit("", model, False)
     return leaf_modules
 
 

@@ -39,8 +39,12 @@ def test_the_layers_of_the_language_model_are_found_behind_its_adapters() -> Non
     encoder_blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(9))
     model = nn.ModuleDict({"encoder": encoder_blocks, "generator": language.model})
     leaves = find_leaf_modules(model)
-    assert {type(module).__name__ for module in leaves.values()} == {"LlamaDecoderLayer"}
-    assert len(leaves) == 2 and all(name.startswith("generator.") for name in leaves)
+    assert [name for name in leaves if name.startswith("encoder")] == [
+        f"encoder.{number}" for number in range(9)
+    ]
+    decoder_layers = [m for name, m in leaves.items() if name.startswith("generator.")]
+    assert {type(m).__name__ for m in decoder_layers} == {"LlamaDecoderLayer"}
+    assert len(decoder_layers) == 2 and len(leaves) == 11
     layer_class = find_decoder_layer_class(model)
     assert layer_class is not None and layer_class.__name__ == "LlamaDecoderLayer"
     assert find_decoder_layer_class(encoder_blocks) is None
