@@ -4,15 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
-from nibabel.orientations import (
-    apply_orientation,
-    axcodes2ornt,
-    inv_ornt_aff,
-    io_orientation,
-    ornt_transform,
-)
 from rich.table import Table
 
 from data_pipeline.sample_cts import SAMPLE_CT_FOLDER, SAMPLE_CTS, SampleCt
@@ -24,14 +16,14 @@ from rectvlm.data.volume import read_mask, read_volume
 from rectvlm.evaluate.report_tables import describe_table_comparison, format_main_scores
 from rectvlm.evaluate.score_format import render_table
 from rectvlm.files import read_json_object
-from rectvlm.lesion_places import find_voxels_outside_chest
 from rectvlm.phantom.patient_plan import PhantomStyle
 from rectvlm.phantom.supervision import TrainingSupervision
+from rectvlm.predict.chest_limits import clear_outside_chest
 from rectvlm.runs.phase_summary import PhaseSummary, summarize_phase
 from rectvlm.runs.run_files import ENGINE_FILE
 from rectvlm.runs.run_tables import format_number
 from rectvlm.terminal_tables import FoldingTable
-from rectvlm.types import JsonObject, MaskVolume, Volume
+from rectvlm.types import JsonObject
 
 EVALUATION_FILE = "evaluation/metrics.json"
 """Metrics of the evaluation, in the run's folder."""
@@ -203,24 +195,14 @@ def _measure_real_ct(ct: SampleCt, folder: Path, samples: Path) -> RealCt:
     assert bits.shape == volume.array.shape == tumour.array.shape, "one grid for all volumes"
     voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
     is_tumour = tumour.array > 0
+    outside = clear_outside_chest(bits.copy(), to_hu(volume)[0], volume.affine)
     return RealCt(
         case=ct.name,
         outlined_ml=round(float((bits > 0).sum() * voxel_ml), 1),
-        outside_chest_ml=round(_count_outside_chest(bits, volume) * voxel_ml, 2),
+        outside_chest_ml=round(outside * voxel_ml, 2),
         tumour_ml=round(float(is_tumour.sum() * voxel_ml), 2),
         tumour_share_found=round(float((bits[is_tumour] > 0).mean()), 3),
     )
-
-
-def _count_outside_chest(bits: MaskVolume, volume: Volume) -> int:
-    """Number of voxels of outlines (i, j, k) that lie where no lesion can, by the CT."""
-    to_canonical = ornt_transform(io_orientation(volume.affine), axcodes2ornt(("S", "P", "L")))
-    hu = np.asarray(apply_orientation(to_hu(volume)[0], to_canonical))
-    canonical_bits = np.asarray(apply_orientation(bits, to_canonical))
-    affine = volume.affine @ inv_ornt_aff(to_canonical, volume.array.shape)
-    z_mm, y_mm, x_mm = nib.affines.voxel_sizes(affine).tolist()
-    outside = find_voxels_outside_chest(canonical_bits, hu, (z_mm, y_mm, x_mm))
-    return np.unique(np.concatenate([[], *outside.values()])).size
 
 
 def _select_beside(metrics: JsonObject) -> dict[str, float | None]:

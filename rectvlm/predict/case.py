@@ -16,6 +16,7 @@ from rectvlm.data.hounsfield import to_hu
 from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.models import RectVLM
+from rectvlm.predict.chest_limits import clear_outside_chest
 from rectvlm.predict.ct_source import CtSource
 from rectvlm.types import (
     Affine,
@@ -95,6 +96,7 @@ def predict_case(loaded: LoadedModel, name: str, source: CtSource) -> PredictedC
     if loaded.model.localizer is not None:
         probabilities = prediction.lesion_probabilities[0].cpu().numpy()
         lesion_bits = mask_to_native(probabilities, grid_affine, volume.array.shape, volume.affine)
+        clear_outside_chest(lesion_bits, hu, volume.affine)
     finding_probabilities = prediction.finding_probabilities[0].tolist()
     return PredictedCase(
         name,
