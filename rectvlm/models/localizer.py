@@ -157,7 +157,8 @@ class PatchDenoiser(nn.Module):
         loss = patch_logits.new_zeros(())
         if self.training:
             error = (self.clean(x).float() - patches.detach().float()).square().mean(-1)
-            loss = (error * tissue.is_tissue).sum() / tissue.is_tissue.sum()
+            # Of each sample first: the loss must not depend on how a step is cut.
+            loss = ((error * tissue.is_tissue).sum(1) / tissue.is_tissue.sum(1).clamp_min(1)).mean()
         return DenoiserOutput(
             tissue.unpack(x, count),
             lesion_tokens,

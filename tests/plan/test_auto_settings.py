@@ -153,11 +153,11 @@ def test_gradients_depend_neither_on_the_cut_nor_on_recomputation() -> None:
     samples[1] = replace(samples[1], meta=short)
     expected = compute_gradients(build_model(kept), samples, 4)
     assert {name.partition(".")[0] for name in expected} >= set(PHASES[3].parts)
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
     for config, size in ((recomputed, 4), (recomputed, 1), (kept, 2)):
         gradients = compute_gradients(build_model(config), samples, size)
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():
-            scale = expected[name].abs().max().item()
-            torch.testing.assert_close(
-                gradient, expected[name], rtol=1e-3, atol=1e-3 * scale + 1e-7, msg=name
-            )
+            # A bias before a norm has no gradient but rounding.
+            atol = 1e-3 * expected[name].abs().max().item() + 1e-6 * largest
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=atol, msg=name)

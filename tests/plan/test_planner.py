@@ -453,11 +453,16 @@ def test_the_command_speaks_json_and_tables(capsys: pytest.CaptureFixture[str]) 
     assert "ZeRO-2" in printed and "GPUs" in printed
 
 
+LARGE_GRID = "data.grid=[32,96,96]"
+"""A grid on which what is saved is worth a line."""
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_comes_with_memory_savings_that_were_planned(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = ["plan", "--config", "tiny", "--phase", "2", "--gpu-memory", "0.9", "--json"]
+    arguments.append(LARGE_GRID)
     assert cli.main(arguments) == 0
     tree = json.loads(capsys.readouterr().out)
     assert tree["fits"] is False
@@ -647,13 +652,12 @@ def test_memory_savings_are_for_what_does_not_fit(capsys: pytest.CaptureFixture[
         assert saving["saved_gb"] + saving["total_gb"] == pytest.approx(
             short["gpu_memory_gb"]["total"]
         )
-    assert (
-        cli.main(["plan", "--config", "tiny", "--nodes", "1", "--gpu-memory", "0.9", "--json"]) == 0
-    )
+    arguments = ["plan", "--config", "tiny", "--nodes", "1", "--gpu-memory", "0.9", "--json"]
+    assert cli.main([*arguments, LARGE_GRID]) == 0
     changes = [saving["change"] for saving in json.loads(capsys.readouterr().out)["knobs"]]
     assert not any("--gpus" in change for change in changes)
     (grid,) = (change.split() for change in changes if "data.grid" in change)
-    before, after = load_config("tiny").data, load_config("tiny", grid).data
+    before, after = load_config("tiny", [LARGE_GRID]).data, load_config("tiny", grid).data
     assert [g * s for g, s in zip(after.grid, after.spacing, strict=True)] == pytest.approx(
         [g * s for g, s in zip(before.grid, before.spacing, strict=True)]
     )
