@@ -151,13 +151,17 @@ def test_gradients_depend_neither_on_the_cut_nor_on_recomputation() -> None:
     samples = [phantom_sample(seed, kept) for seed in range(4)]
     short = replace(samples[1].meta, findings=None, impression="No nodule.")
     samples[1] = replace(samples[1], meta=short)
-    expected = compute_gradients(build_model(kept), samples, 4)
+    model = build_model(kept)
+    expected = compute_gradients(model, samples, 4)
     assert {name.partition(".")[0] for name in expected} >= set(PHASES[3].parts)
     largest = max(gradient.abs().max().item() for gradient in expected.values())
     for config, size in ((recomputed, 4), (recomputed, 1), (kept, 2)):
-        gradients = compute_gradients(build_model(config), samples, size)
+        twin = build_model(config)
+        # The first model of a process starts from other random numbers.
+        twin.load_state_dict(model.state_dict())
+        gradients = compute_gradients(twin, samples, size)
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():
             # A bias before a norm has no gradient but rounding.
-            atol = 1e-3 * expected[name].abs().max().item() + 1e-6 * largest
+            atol = 1e-3 * expected[name].abs().max().item() + 1e-5 * largest
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=atol, msg=name)
