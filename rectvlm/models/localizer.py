@@ -133,6 +133,7 @@ class PatchDenoiser(nn.Module):
             tissue: patches to look at; the others come out as 0, without a lesion.
         """
         count = patches.shape[1]
+        # Before packing, so that the noise of a case is the same whatever lies beside it.
         std = patches.detach().std(dim=(1, 2), keepdim=True)
         levels, patches = tissue.pack(levels), tissue.pack(patches)
         strength = torch.zeros(len(patches), 1, 1, device=patches.device, dtype=patches.dtype)
