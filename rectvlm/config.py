@@ -177,6 +177,9 @@ class EncoderConfig(_ConfigSection):
     """Number of blocks."""
     heads: PositiveInt
     """Attention heads of a block."""
+    volume_every: PositiveInt
+    """One block in so many attends over the whole volume, the others within their slice; 1: all
+    blocks do. Other encoders than `slice-region` ignore it."""
     mlp_ratio: PositiveFloat
     """Width of a block's MLP, relative to `width`."""
     tap_blocks: tuple[PositiveInt, ...]
@@ -191,6 +194,15 @@ class EncoderConfig(_ConfigSection):
     """Published weights that the encoder of phase 1 starts from: safetensors file, folder, or hub
     id; null starts at random. `slice-region` takes a 2D ViT. It then has positions of a plane and
     attention gates, so the value stays in the configuration of later phases."""
+
+    @model_validator(mode="after")
+    def _check_slices_meet(self) -> "EncoderConfig":
+        if self.volume_every > self.depth:
+            raise ValueError(
+                f"volume_every is {self.volume_every} and depth {self.depth}: no block would "
+                f"attend over the volume; volume_every must be at most {self.depth}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_init_sees_images(self) -> "EncoderConfig":

@@ -6,7 +6,12 @@ import math
 import torch
 from torch import Tensor
 
-from rectvlm.models.attention import SliceRegionAttention, pooling_weights
+from rectvlm.models.attention import (
+    SliceRegionAttention,
+    WithinSliceAttention,
+    pooling_weights,
+)
+from rectvlm.models.tissue_patches import find_slice_places, pack_all
 
 
 def attend_densely(
@@ -28,13 +33,25 @@ def attend_densely(
     k, v = split(keys), split(values)
     bias = torch.zeros(b, heads, rows, rows + r, dtype=tokens.dtype, device=tokens.device)
     distance = slice_index[:, None] - slice_index[None, :]
-    bias[:, :, 1:, 1:rows] = module.slice_bias[:, distance + module.slices - 1]
+    within_slice = isinstance(module, WithinSliceAttention)
+    slices = int(slice_index.max()) + 1
+    if within_slice:
+        own = module.slice_bias[:, :, None].expand(-1, n, n)
+        bias[:, :, 1:, 1:rows] = own.masked_fill(distance != 0, -torch.inf)
+    else:
+        bias[:, :, 1:, 1:rows] = module.slice_bias[:, distance + slices - 1]
     bias[:, :, 1:, rows:] = log_prior[:, None]
-    counts = torch.ones(heads, rows + r, dtype=tokens.dtype, device=tokens.device)
+    counts = torch.ones(heads, rows, rows + r, dtype=tokens.dtype, device=tokens.device)
     if module.gate is not None:
-        gate = module.gate.abs() * module.slices
-        counts = torch.cat([gate[:, :1], counts[:, 1:rows], gate[:, 1:].expand(-1, r)], dim=1)
-    weights = (q @ k.transpose(-1, -2) / math.sqrt(d) + bias).exp() * counts[:, None]
+        gate = module.gate.abs()
+        gates = torch.cat([gate[:, :1], counts[:, 0, 1:rows], gate[:, 1:].expand(-1, r)], dim=1)
+        is_gate = torch.ones(rows + r, dtype=torch.bool)
+        is_gate[1:rows] = False
+        # A patch that sees one slice counts a gate once.
+        of_volume = torch.where(is_gate, gates * slices, gates)
+        of_patch = gates if within_slice else of_volume
+        counts = torch.cat([of_volume[:, None], of_patch[:, None].expand(-1, n, -1)], dim=1)
+    weights = (q @ k.transpose(-1, -2) / math.sqrt(d) + bias).exp() * counts
     attended = (weights / weights.sum(-1, keepdim=True)) @ v
     share = log_prior.exp() / log_prior.exp().sum(1, keepdim=True)
     pooled = torch.einsum("bnr,bhnd->bhrd", share, v[:, :, 1 : 1 + n])
@@ -51,11 +68,16 @@ def make_attention(
     width: int = 24,
     regions: int = 20,
     gated: bool = False,
+    within_slice: bool = False,
 ) -> tuple[SliceRegionAttention, dict[str, Tensor], Tensor]:
     """A module whose slice bias, and gates if any, are random, and inputs; float64."""
     torch.manual_seed(sum(grid))
     z, y, x = grid
-    module = SliceRegionAttention(width, heads, z, gated).double()
+    module = (
+        WithinSliceAttention(width, heads, gated)
+        if within_slice
+        else SliceRegionAttention(width, heads, z, gated)
+    ).double()
     torch.nn.init.normal_(module.slice_bias)
     if module.gate is not None:
         torch.nn.init.normal_(module.gate)
@@ -74,7 +96,12 @@ def attend(
     weights = pooling_weights(
         shares, torch.ones(len(shares), dtype=torch.bool, device=shares.device)
     )
-    return module(**inputs, slice_index=slice_index, weights=weights)
+    b, rows, _ = inputs["tokens"].shape
+    slices = int(slice_index.max()) + 1
+    tissue = pack_all(inputs["tokens"][:, 1:])
+    grid = (slices, 1, (rows - 1) // slices)
+    places = find_slice_places(tissue, slice_index.expand(b, rows - 1), grid)
+    return module(**inputs, slice_index=slice_index, weights=weights, slices=slices, places=places)
 
 
 def compute_outputs_and_gradients(

@@ -87,6 +87,7 @@ def test_names_and_paths_as_users_write_them() -> None:
         ("localizer.heads=5", "localizer.width 48 is not a multiple of localizer.heads 5"),
         ("generator.heads=5", "generator.width 48 is not a multiple of generator.heads 5"),
         ("localizer.channels=[4, 8]", "localizer.channels"),
+        ("encoder.volume_every=3", "no block would attend over the volume"),
         ("encoder.patch=[4, 6, 6]", "power"),
         ("encoder.patch=[2, 2, 2]", "localizer.channels"),
         *((f"name={name}", "a run's name is one folder's name") for name in OUTSIDE),

@@ -17,6 +17,9 @@ one-hot code of z_j, k_r by that of r. One fused call then computes it all in me
 Region tokens do not attend. Each takes the mean of the values of its patches, weighted with
 p(r | i), which is the mean over the region's voxels. It costs R × N.
 
+Attention within slices (`WithinSliceAttention`) has the logits i → j of patches of one slice alone,
+with one T[h] for all of them; the global token attends to all patches as before.
+
 With gates the global token counts as Z · g₀ keys and each region token as Z · g₁, so that weights
 of a 2D ViT start with the ViT's own attention: there every slice has a class token of its own
 (g₀ = 1) and no region tokens (g₁ ≈ 0). Channels of the values that the fused call leaves empty
@@ -28,6 +31,8 @@ carry the attention w of those keys, from which the gated mean follows exactly:
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rectvlm.models.tissue_patches import SlicePlaces
 
 
 def pooling_weights(shares: Tensor, known: Tensor, counted: Tensor | None = None) -> Tensor:
@@ -93,6 +98,7 @@ class SliceRegionAttention(nn.Module):
         weights: Tensor,
         slices: int | None = None,
         filler: Tensor | None = None,
+        places: SlicePlaces | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend.
 
@@ -106,6 +112,7 @@ class SliceRegionAttention(nn.Module):
             slices: slices of this volume, where this is not the number that the module was made
                 for. Distances beyond the learned ones count as the largest learned one.
             filler: (B, N) bool, patches that no one attends to. Their own rows mean nothing.
+            places: where each patch is in its slice; `WithinSliceAttention` alone reads it.
 
         Returns:
             (B, 1 + N, C) and (B, R, C), both after the output projection.
@@ -117,8 +124,8 @@ class SliceRegionAttention(nn.Module):
         attended = self._attend_with_biases(
             q, k, v, slice_index, log_prior.to(q.dtype), slices or self.slices, filler
         )
-        pooled = torch.einsum("bnr,bhnd->bhrd", weights.to(v.dtype), v[:, :, 1:rows])
-        return self.out(self._merge_heads(attended)), self.out(self._merge_heads(pooled))
+        pooled = self._pool_values(v[:, :, 1:rows], weights)
+        return self.out(self._merge_heads(attended)), self.out(pooled)
 
     def compute_attention_shares(
         self,
@@ -140,18 +147,23 @@ class SliceRegionAttention(nn.Module):
         """
         keys, _ = self.kv(torch.cat([tokens, regions], dim=1)).chunk(2, dim=-1)
         q, k = self._split_heads(self.q(tokens[:, :1])), self._split_heads(keys)
+        return self._share_among_keys(q, k, tokens.shape[1], slices or self.slices, filler)
+
+    def _share_among_keys(
+        self, q: Tensor, k: Tensor, rows: int, slices: int, filler: Tensor | None
+    ) -> Tensor:
+        """Attention (B, H, 1 + N + R) of one query (B, H, 1, D), that of the global token, to all
+        keys, of which the first `rows` are not region tokens."""
         logits = (q @ k.mT / q.shape[-1] ** 0.5)[:, :, 0].float()
         if filler is not None:
-            skipped = F.pad(filler, (1, regions.shape[1]))[:, None]
+            skipped = F.pad(filler, (1, k.shape[2] - rows))[:, None]
             logits = logits.masked_fill(skipped, -torch.inf)
         shares = logits.softmax(-1)
         if self.gate is None:
             return shares
-        rows = tokens.shape[1]
-        counts = self._count_keys(slices or self.slices, k, rows).float()
-        shares = shares.clone()
-        shares[:, :, 0] *= counts[:, 0]
-        shares[:, :, rows:] *= counts[:, 1:]
+        counts = self._count_keys(slices, k, rows).float()
+        ones = counts.new_ones(len(counts), rows - 1)
+        shares = shares * torch.cat([counts[:, :1], ones, counts[:, 1:]], dim=1)
         return shares / shares.sum(dim=-1, keepdim=True)
 
     def _attend_with_biases(
@@ -259,6 +271,58 @@ class SliceRegionAttention(nn.Module):
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
+    def _pool_values(self, v: Tensor, weights: Tensor) -> Tensor:
+        """Means of the patches' values (B, H, N, D) over the regions, (B, R, C)."""
+        return self._merge_heads(torch.einsum("bnr,bhnd->bhrd", weights.to(v.dtype), v))
+
     @staticmethod
     def _merge_heads(x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(2)
+
+
+class WithinSliceAttention(SliceRegionAttention):
+    """The same where a patch attends to the global token, to the patches of its own slice and to
+    the region tokens: its time grows with the slices, not with their square.
+
+    Args:
+        width: channels of a token.
+        heads: number of heads.
+        gated: as in `SliceRegionAttention`; in a slice each gate counts once.
+    """
+
+    def __init__(self, width: int, heads: int, gated: bool = False) -> None:
+        super().__init__(width, heads, slices=1, gated=gated)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        regions: Tensor,
+        slice_index: Tensor,
+        log_prior: Tensor,
+        weights: Tensor,
+        slices: int | None = None,
+        filler: Tensor | None = None,
+        places: SlicePlaces | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend; arguments and returned values are those of `SliceRegionAttention.forward`."""
+        assert slices is not None and places is not None, "which patches are in a slice?"
+        rows, region_count = tokens.shape[1], regions.shape[1]
+        q, kv = self.q(tokens), self.kv(torch.cat([tokens, regions], dim=1))
+        k, v = (self._split_heads(part) for part in kv.chunk(2, dim=-1))
+        shares = self._share_among_keys(self._split_heads(q[:, :1]), k, rows, slices, filler)
+        of_volume = self._merge_heads(shares.to(v.dtype)[:, :, None] @ v)
+
+        # The global token is in every slice, as a key; its own row there is not used.
+        slice_keys, slice_values = places.lay_out(kv, 1, region_count).chunk(2, dim=-1)
+        of_slices = self._attend_with_biases(
+            self._split_heads(places.lay_out(q, 1, 0)),
+            self._split_heads(slice_keys),
+            self._split_heads(slice_values),
+            torch.zeros(places.patch.shape[2], dtype=torch.int64, device=q.device),
+            places.lay_out(log_prior.to(q.dtype), 0, 0),
+            1,
+            places.is_empty.flatten(0, 1),
+        )
+        patches = places.collect(self._merge_heads(of_slices[:, :, 1:]))
+        pooled = self._pool_values(v[:, :, 1:rows], weights)
+        return self.out(torch.cat([of_volume, patches], dim=1)), self.out(pooled)

@@ -15,10 +15,19 @@ from torch import Tensor, nn
 
 from rectvlm.config import DataConfig, EncoderConfig
 from rectvlm.labels import N_REGIONS
-from rectvlm.models.attention import SliceRegionAttention, pooling_weights
+from rectvlm.models.attention import (
+    SliceRegionAttention,
+    WithinSliceAttention,
+    pooling_weights,
+)
 from rectvlm.models.image_features import ImageFeatures, apply_windows
 from rectvlm.models.layers import Mlp, init_blocks, run_layer
-from rectvlm.models.tissue_patches import TissuePatches, find_tissue_patches
+from rectvlm.models.tissue_patches import (
+    SlicePlaces,
+    TissuePatches,
+    find_slice_places,
+    find_tissue_patches,
+)
 
 POSITION_STD = 0.3
 """Standard deviation of each axis's position embeddings at the start; that of patch embeddings is
@@ -89,6 +98,8 @@ class BlockContext(NamedTuple):
     """Slices of patches in this volume."""
     filler: Tensor | None
     """(B, M) bool, patches that no one attends to; None without any."""
+    places: SlicePlaces | None
+    """Where each patch is in its slice; None where all blocks attend over the volume."""
 
 
 def make_norm(config: EncoderConfig) -> nn.LayerNorm:
@@ -97,13 +108,22 @@ def make_norm(config: EncoderConfig) -> nn.LayerNorm:
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm attention and MLP. Region tokens pass through the same weights as the patches."""
+    """Pre-norm attention and MLP. Region tokens pass through the same weights as the patches.
 
-    def __init__(self, config: EncoderConfig, slices: int) -> None:
+    Args:
+        config: the encoder's.
+        slices: slices of patches.
+        within_slice: whether patches attend to their own slice alone, not to the volume.
+    """
+
+    def __init__(self, config: EncoderConfig, slices: int, within_slice: bool) -> None:
         super().__init__()
         self.norm1, self.norm2 = make_norm(config), make_norm(config)
-        self.attention = SliceRegionAttention(
-            config.width, config.heads, slices, gated=config.init is not None
+        gated = config.init is not None
+        self.attention = (
+            WithinSliceAttention(config.width, config.heads, gated)
+            if within_slice
+            else SliceRegionAttention(config.width, config.heads, slices, gated)
         )
         self.mlp = Mlp(config.width, config.mlp_ratio)
 
@@ -131,6 +151,7 @@ class SliceRegionEncoder(nn.Module):
         width = config.width
         self.patch, self.windows = config.patch, data.windows
         self.tap_blocks, self.recompute = config.tap_blocks, config.activation_checkpointing
+        self.attends_within_slices = config.volume_every > 1
         z, y, x = (voxels // side for voxels, side in zip(data.grid, self.patch, strict=True))
         self.patch_grid = (z, y, x)
 
@@ -145,7 +166,11 @@ class SliceRegionEncoder(nn.Module):
         self.whole = nn.Parameter(torch.randn(1, 1, width) * POSITION_STD)
         self.regions = nn.Parameter(torch.randn(1, N_REGIONS, width) * POSITION_STD)
         self.unknown_prior = nn.Parameter(torch.zeros(N_REGIONS))
-        self.blocks = nn.ModuleList(EncoderBlock(config, z) for _ in range(config.depth))
+        numbers = range(1, config.depth + 1)
+        self.blocks = nn.ModuleList(
+            EncoderBlock(config, z, within_slice=number % config.volume_every != 0)
+            for number in numbers
+        )
         self.norm = make_norm(config)
         atlas = torch.zeros(len(data.windows), *data.grid) if config.atlas_cases else None
         self.register_buffer("atlas", atlas)
@@ -268,12 +293,15 @@ class SliceRegionEncoder(nn.Module):
         # A map that is not known may hold any number.
         regions = regions.masked_fill(~known[:, None, None, None], 0)
         shares = tissue.pack(compute_region_shares(regions, self.patch)[..., 1:])
+        slice_index = self.patch_slice_indices(grid, regions.device)[tissue.numbers]
+        within_slices = self.attends_within_slices
         return BlockContext(
-            slice_index=self.patch_slice_indices(grid, regions.device)[tissue.numbers],
+            slice_index=slice_index,
             log_prior=self.region_log_prior(shares, known).to(dtype),
             weights=pooling_weights(shares, known, tissue.is_tissue).to(dtype),
             slices=grid[0],
             filler=~tissue.is_tissue if tissue.has_filler else None,
+            places=find_slice_places(tissue, slice_index, grid) if within_slices else None,
         )
 
     def _embed_tokens(self, ct: Tensor, tissue: TissuePatches) -> tuple[Tensor, Tensor]:

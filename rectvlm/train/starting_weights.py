@@ -29,7 +29,10 @@ log = logging.getLogger(__name__)
 
 _SHAPE_SETTINGS = {
     "data": {"grid", "windows"},
-    "encoder": {"name", "patch", "width", "depth", "heads", "mlp_ratio", "tap_blocks", "init"},
+    "encoder": {
+        *("name", "patch", "width", "depth", "heads", "volume_every", "mlp_ratio", "tap_blocks"),
+        "init",
+    },
     "classifier": {"width"},
     "localizer": {"width", "depth", "heads", "channels", "volumes_to_findings"},
     "generator": {"model", "queries", "width", "depth", "heads", "lora_rank", "lora_targets"},

@@ -54,6 +54,20 @@ def test_gates_count_keys_as_the_dense_oracle_does(grid: tuple[int, int, int]) -
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_attention_within_slices_equals_dense_oracle(
+    grid: tuple[int, int, int], gated: bool
+) -> None:
+    module, inputs, index = make_attention(grid, gated=gated, within_slice=True)
+    expected, expected_gradients = compute_outputs_and_gradients(
+        module, inputs, index, folded=False
+    )
+    outputs, gradients = compute_outputs_and_gradients(module, inputs, index, folded=True)
+    torch.testing.assert_close(outputs, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("width", [9, 24])
 def test_gates_have_the_channels_that_they_need_in_one_slice(width: int) -> None:
     """With one slice and 3 channels a head, biases alone leave too few."""

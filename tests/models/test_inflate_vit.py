@@ -49,9 +49,15 @@ def as_pixels(ct: Tensor, reference: Path, encoder: SliceRegionEncoder) -> Tenso
 
 
 def assert_same_features(
-    model: Any, reference: Path, grid: tuple[int, int, int] = GRID, tolerance: float = 1e-4
+    model: Any,
+    reference: Path,
+    grid: tuple[int, int, int] = GRID,
+    tolerance: float = 1e-4,
+    volume_every: int = 1,
 ) -> str:
-    encoder, report = inflate(reference, f"data.grid={list(grid)}")
+    encoder, report = inflate(
+        reference, f"data.grid={list(grid)}", f"encoder.volume_every={volume_every}"
+    )
     ct = repeat_slice(grid)
     features = encode(encoder, ct)
     patches, class_token = compute_features(model, as_pixels(ct, reference, encoder))
@@ -65,14 +71,15 @@ def assert_same_features(
     return report
 
 
+@pytest.mark.parametrize("volume_every", [1, 2])
 @pytest.mark.parametrize("kind", ["vit", "vit-classifier", "mae", "dinov2"])
 @pytest.mark.parametrize("grid", [GRID, (8, 64, 72), (4, 48, 48)])
 def test_features_are_those_of_the_vit(
-    kind: str, grid: tuple[int, int, int], tmp_path: Path
+    kind: str, grid: tuple[int, int, int], volume_every: int, tmp_path: Path
 ) -> None:
     model = make_vit(kind)
     model.save_pretrained(tmp_path)
-    report = assert_same_features(model, tmp_path, grid)
+    report = assert_same_features(model, tmp_path, grid, volume_every=volume_every)
     assert "(Transformers)" in report
     assert ("positions interpolated from 6 × 6 to 8 × 9" in report) == (grid[1] == 64)
 

@@ -12,6 +12,7 @@ from rectvlm.models.slice_region_encoder import SliceRegionEncoder
 from rectvlm.models.tissue_patches import (
     TissuePatches,
     assume_tissue_share,
+    find_slice_places,
     find_tissue_patches,
     pack_all,
     pack_patches,
@@ -89,10 +90,32 @@ def encode(encoder: SliceRegionEncoder, ct: Tensor, known: bool = True) -> list[
     return [features.global_token, features.patches, features.region_tokens]
 
 
-@pytest.fixture
-def encoder(tiny: Config) -> SliceRegionEncoder:
+def test_laying_out_by_slice_and_back_is_the_identity_on_tissue() -> None:
+    slices, per_slice = 3, 40
+    tissue = torch.rand(2, slices * per_slice, generator=torch.Generator().manual_seed(0)) > 0.6
+    tissue[0, :per_slice] = False  # a slice of air
+    packed = pack_patches(tissue)
+    slice_index = packed.numbers // per_slice
+    places = find_slice_places(packed, slice_index, (slices, 5, 8))
+    marks = torch.cat([torch.full((2, 1), 8), slice_index, torch.full((2, 2), 9)], dim=1)
+    rows = places.lay_out(marks[..., None], 1, 2)[..., 0].unflatten(0, (2, slices))
+    assert (rows[..., 0] == 8).all() and (rows[..., -2:] == 9).all()
+    rows = rows[..., 1:-2]
+    for case in range(2):
+        for number in range(slices):
+            found = rows[case, number][~places.is_empty[case, number]]
+            assert len(found) == tissue[case].view(slices, -1)[number].sum()
+            assert (found == number).all()
+    x = torch.randn(2, packed.numbers.shape[1], 7)
+    back = places.collect(places.lay_out(x, 0, 0))
+    assert torch.equal(back[packed.is_tissue], x[packed.is_tissue])
+
+
+@pytest.fixture(params=[1, 2], ids=["volume", "slices and volume"])
+def encoder(tiny: Config, request: pytest.FixtureRequest) -> SliceRegionEncoder:
     torch.manual_seed(0)
-    encoder = SliceRegionEncoder(tiny.encoder, tiny.data).eval()
+    config = tiny.encoder.model_copy(update={"volume_every": request.param})
+    encoder = SliceRegionEncoder(config, tiny.data).eval()
     for block in encoder.blocks:
         torch.nn.init.normal_(block.attention.slice_bias)
     return encoder
