@@ -261,6 +261,7 @@ def test_the_trained_model_writes_the_same_report_twice(final: tuple[RectVLM, Ba
     assert model.predict_batch(batch).reports == first
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_last_digit(
     trained: Callable[[int], Path], phantom_shards: Path, tmp_path: Path
 ) -> None:
