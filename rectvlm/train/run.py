@@ -170,6 +170,8 @@ def train_phase(
             samples_seen=position.samples_seen,
             pin_memory=engine.device.type == "cuda",
             repeat_threshold=settings.repeat_threshold,
+            accumulation=step_batch.accumulation,
+            sort_by_length="generator" in phase.parts,
         )
         budget = PhaseBudget.plan(settings, len(loader.dataset), engine.world_size)
         assert budget.step_batch == step_batch
