@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from rectvlm.evaluate.case_records import CasePurpose
 
-MAX_GROUP_CASES = 32
-"""Cases of a group at most: with the reports of its control, 64 reports."""
+MAX_GROUP_CASES = 64
+"""Cases of a group at most: with the reports of its control, 128 reports."""
 MIN_GROUPS = 2
 """Groups at least, where the cases suffice: two processes share them."""
 

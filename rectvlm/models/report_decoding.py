@@ -24,12 +24,12 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from rectvlm.models.language_model import unwrap_causal_lm
 from rectvlm.models.report_prompt import PromptTokens
 
-MAX_DECODED_REPORTS = 64
+MAX_DECODED_REPORTS = 128
 """Reports that are decoded together, at most. A step of decoding reads every weight once, for one
 report or for many."""
-CACHE_MEMORY_SHARE = 0.2
-"""Share of the device's memory that keys and values may take. It is a share of all memory, not of
-what is free, so that a machine always makes the same batches."""
+CACHE_MEMORY_SHARE = 0.6
+"""Share of the device's memory beside the language model's weights that keys and values may take.
+What other things hold does not count, so that a machine always makes the same batches."""
 CACHE_ENTRY_BYTES = 2
 
 
@@ -52,16 +52,20 @@ def count_cache_bytes(model_config: Any) -> int:
     return 2 * text_config.num_hidden_layers * heads * head_width * CACHE_ENTRY_BYTES
 
 
-def count_decoded_reports(model_config: Any, positions: int, memory_bytes: float) -> int:
+def count_decoded_reports(
+    model_config: Any, positions: int, memory_bytes: float, weight_bytes: int
+) -> int:
     """Count the reports that are decoded together.
 
     Args:
         model_config: configuration of the language model.
         positions: positions of the longest prompt with its report.
         memory_bytes: memory of the device.
+        weight_bytes: memory of the language model's weights.
     """
     row_bytes = positions * count_cache_bytes(model_config)
-    return max(1, min(MAX_DECODED_REPORTS, int(CACHE_MEMORY_SHARE * memory_bytes / row_bytes)))
+    cache_bytes = CACHE_MEMORY_SHARE * (memory_bytes - weight_bytes)
+    return max(1, min(MAX_DECODED_REPORTS, int(cache_bytes / row_bytes)))
 
 
 def read_device_memory(device: torch.device) -> int:
@@ -69,6 +73,11 @@ def read_device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().total
+
+
+def count_weight_bytes(model: Any) -> int:
+    """Bytes of a model's parameters as they are stored."""
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def is_sharded(model: Any) -> bool:

@@ -27,6 +27,7 @@ from rectvlm.models.report_decoding import (
     ReportPrompt,
     batch_by_length,
     count_decoded_reports,
+    count_weight_bytes,
     is_sharded,
     read_device_memory,
 )
@@ -165,9 +166,12 @@ class ReportGenerator(nn.Module):
         batches, prefix = [list(range(len(rows)))], None
         if not must_sync:
             device = prompts[0].visual.device
-            model_config = self.language_model.config
-            memory_bytes = read_device_memory(device)
-            size = count_decoded_reports(model_config, positions, memory_bytes)
+            size = count_decoded_reports(
+                self.language_model.config,
+                positions,
+                read_device_memory(device),
+                count_weight_bytes(self.language_model),
+            )
             batches = batch_by_length(lengths, size)
             prefix = PrefixCache(self.language_model, rows, positions)
 

@@ -5,7 +5,7 @@ import pytest
 from rectvlm.evaluate.case_groups import MAX_GROUP_CASES, plan_groups
 
 
-@pytest.mark.parametrize("n_cases", [1, 2, 7, 64, 65, 200])
+@pytest.mark.parametrize("n_cases", [1, 2, 7, 128, 129, 300])
 @pytest.mark.parametrize("batch_size", [1, 3, 40])
 @pytest.mark.parametrize("has_reports", [True, False])
 def test_each_case_is_in_one_group(n_cases: int, batch_size: int, has_reports: bool) -> None:

@@ -207,9 +207,12 @@ def test_as_many_reports_as_the_cache_has_memory_for() -> None:
         hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
     )
     assert count_cache_bytes(llama_70b) == 2 * 80 * 8 * 128 * 2
-    assert count_decoded_reports(llama_70b, 1200, 141e9) == MAX_DECODED_REPORTS
-    assert count_decoded_reports(llama_70b, 1200, 80e9) == int(0.2 * 80e9 / (1200 * 327_680))
-    assert count_decoded_reports(llama_70b, 1200, 1e9) == 1
+    packed_bytes = 40_000_000_000
+    assert count_decoded_reports(llama_70b, 1200, 141e9, packed_bytes) == MAX_DECODED_REPORTS
+    expected = int(0.6 * 40e9 / (1200 * 327_680))
+    assert count_decoded_reports(llama_70b, 1200, 80e9, packed_bytes) == expected == 61
+    assert count_decoded_reports(llama_70b, 1200, 40.1e9, packed_bytes) == 1
+    assert count_decoded_reports(llama_70b, 1200, 24e9, packed_bytes) == 1
     multi_head = SimpleNamespace(
         num_attention_heads=4, num_hidden_layers=2, hidden_size=32, get_text_config=lambda: None
     )
