@@ -44,6 +44,8 @@ def build_train_loader(
     samples_seen: int = 0,
     pin_memory: bool = False,
     repeat_threshold: float = 0.0,
+    accumulation: int = 1,
+    sort_by_length: bool = False,
 ) -> "BatchLoader":
     """Make the loader of one rank's micro-batches, without end, after `samples_seen` samples.
 
@@ -57,6 +59,9 @@ def build_train_loader(
         pin_memory: whether batches come in pinned memory.
         repeat_threshold: share of the cases below which an outlined lesion repeats its cases; see
             `repeat_rare_lesions`.
+        accumulation: number of micro-batches of a rank in a global batch.
+        sort_by_length: whether the samples of a global batch are sorted by the length of their
+            text; see `TrainOrder`.
 
     Raises:
         UserError: as `ShardDataset`, or shared memory is too small for the workers' batches.
@@ -72,7 +77,12 @@ def build_train_loader(
             repeat_threshold,
         )
     numbers = repeat_rare_lesions(outlined, repeat_threshold)
-    order = TrainOrder(numbers, micro_batch, rank, world_size, seed, samples_seen)
+    lengths = None
+    if sort_by_length:
+        lengths = [location.text_bytes for location in dataset.locations]
+    order = TrainOrder(
+        numbers, micro_batch, rank, world_size, seed, samples_seen, accumulation, lengths
+    )
     return BatchLoader(dataset, order, config.workers, pin_memory)
 
 

@@ -9,6 +9,10 @@ entire state:
 - every rank gets the same number of batches;
 - an epoch holds each sample exactly once, or as often as `repeat_rare_lesions` says. Where an epoch
   does not divide into batches, the batch that crosses its end begins the next epoch.
+
+With lengths, the samples of a global batch are sorted by length before they are cut into
+micro-batches, so that reports of like length are padded together, and all ranks have like lengths
+at the same time. Each global batch holds the same samples as without.
 """
 
 import functools
@@ -32,6 +36,8 @@ class TrainOrder:
         world_size: int,
         seed: int,
         samples_seen: int = 0,
+        accumulation: int = 1,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         """Start after `samples_seen` samples of all ranks together.
 
@@ -41,16 +47,25 @@ class TrainOrder:
             rank: this rank.
             world_size: number of ranks.
             seed: seed of the permutations.
-            samples_seen: number of samples before the first.
+            samples_seen: number of samples before the first, at the end of a global batch.
+            accumulation: number of micro-batches of a rank in a global batch.
+            lengths: length of each sample by its number, in any unit; None keeps the order of the
+                permutation.
         """
         assert len(numbers) > 0 and 0 <= rank < world_size
         self.numbers, self.micro_batch, self.seed = numbers, micro_batch, seed
-        self.first_position = samples_seen + rank * micro_batch
+        self.samples_seen, self.lengths = samples_seen, lengths
+        self.first_of_rank = rank * micro_batch
         self.stride = micro_batch * world_size
+        self.global_batch = accumulation * self.stride
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in itertools.count(self.first_position, self.stride):
-            yield [self._sample_at(start + i) for i in range(self.micro_batch)]
+        for start in itertools.count(self.samples_seen, self.global_batch):
+            numbers = [self._sample_at(start + i) for i in range(self.global_batch)]
+            if self.lengths is not None:
+                numbers.sort(key=self.lengths.__getitem__)
+            for first in range(self.first_of_rank, self.global_batch, self.stride):
+                yield numbers[first : first + self.micro_batch]
 
     def _sample_at(self, position: int) -> int:
         epoch, index = divmod(position, len(self.numbers))

@@ -68,6 +68,12 @@ class SampleLocation:
     outlined: tuple[str, ...] = ()
     """Keys of the lesions that at least one voxel carries."""
 
+    @property
+    def text_bytes(self) -> int:
+        """Size of the metadata, bytes: of the report, the indication and the technique, and of
+        entries that differ little from sample to sample."""
+        return self.members["json"][1]
+
 
 @dataclass(frozen=True)
 class IndexedShard:

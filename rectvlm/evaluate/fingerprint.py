@@ -21,7 +21,7 @@ from rectvlm.types import JsonObject
 FINGERPRINTED_MODULES = (
     "rectvlm.checkpoint.checkpoint",
     "rectvlm.data.loader",
-    "rectvlm.evaluate.case_records",
+    "rectvlm.evaluate.case_evaluation",
 )
 """Modules whose code, with all that they import, decides a case record."""
 OPTIONS_OF_FIGURES = (

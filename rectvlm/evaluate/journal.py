@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 CaseId = tuple[CasePurpose, int]
 """Purpose of a case and its number in its split."""
 POLL_SECONDS = 0.5
-STALL_TIMEOUT_SECONDS = 1800.0
-"""Silence of all processes after which the first one gives up; long reports take minutes."""
+STALL_TIMEOUT_SECONDS = 7200.0
+"""Silence of all processes after which the first one gives up; the reports of a group of cases take
+minutes, on a CPU more."""
 
 
 class EvaluationJournal:

@@ -10,7 +10,6 @@ import json
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -21,11 +20,9 @@ from rectvlm.data.loader import BatchLoader
 from rectvlm.data.shards import read_index
 from rectvlm.data.store import ShardStore
 from rectvlm.evaluate import summary, tables
-from rectvlm.evaluate.case_records import (
-    CasePurpose,
-    CaseRecord,
-    evaluate_batch,
-)
+from rectvlm.evaluate.case_evaluation import CaseEvaluator
+from rectvlm.evaluate.case_groups import CaseGroup, plan_groups
+from rectvlm.evaluate.case_records import CasePurpose, CaseRecord
 from rectvlm.evaluate.fingerprint import compute_fingerprint
 from rectvlm.evaluate.journal import CaseId, EvaluationJournal
 from rectvlm.evaluate.options import EvaluationOptions, require_truth_folder
@@ -82,23 +79,6 @@ METRIC_PACKAGES = (
 """Packages that decide a figure, besides those that decide a prediction."""
 TABLE_FILE = "metrics.md"
 PAGE_FILE = "results.html"
-
-
-@dataclass(frozen=True)
-class PlannedBatch:
-    """Cases that are predicted together.
-
-    They are the same on any number of processes, since the numbers depend on it.
-    """
-
-    purpose: CasePurpose
-    positions: list[int]
-    """Numbers of the cases in their split."""
-
-    @property
-    def case_ids(self) -> list[CaseId]:
-        """Cases of the batch as the journal names them."""
-        return [(self.purpose, position) for position in self.positions]
 
 
 def evaluate_checkpoint(
@@ -226,7 +206,7 @@ class _EvaluationRun:
         self.index = read_index(self.store)
         self.has_reports = "generator" in self.checkpoint.parts and options.reports
         self.datasets = self._open_datasets()
-        self.batches = self._plan_batches()
+        self.groups = self._plan_groups()
         self.fingerprint = compute_fingerprint(
             folder, self.config, self.store, device, options, self.has_reports
         )
@@ -288,33 +268,36 @@ class _EvaluationRun:
     def predict_missing_cases(self) -> None:
         """Predict this process's cases without a record; load the model only if there are any."""
         records = self.journal.read_records()
-        own_batches = self.batches[self.ranks.rank :: self.ranks.world_size]
-        missing = [batch for batch in own_batches if not records.keys() >= set(batch.case_ids)]
-        n_own = sum(len(batch.positions) for batch in own_batches)
-        n_missing = sum(len(batch.positions) for batch in missing)
+        own_groups = self.groups[self.ranks.rank :: self.ranks.world_size]
+        missing = [group for group in own_groups if not records.keys() >= set(group.case_ids)]
+        n_own = sum(len(group.positions) for group in own_groups)
+        n_missing = sum(len(group.positions) for group in missing)
         if n_missing < n_own:
             log.info("Going on: %d of %d cases are there already", n_own - n_missing, n_own)
         if not missing:
             return
 
         model = RectVLM.from_checkpoint(self.checkpoint, self.device)
-        n_left, last_log = len(missing), time.monotonic()
+        evaluator = CaseEvaluator(model, self.options)
+        n_left, last_log = n_missing, time.monotonic()
         for purpose, dataset in self.datasets.items():
-            planned = [batch.positions for batch in missing if batch.purpose == purpose]
-            for positions, batch in zip(planned, BatchLoader(dataset, planned), strict=True):
-                batch_records = evaluate_batch(model, batch, positions, purpose, self.options)
+            groups = [group for group in missing if group.purpose == purpose]
+            planned = itertools.chain.from_iterable(group.batches for group in groups)
+            batches = iter(BatchLoader(dataset, list(planned)))
+            for group in groups:
+                group_records = evaluator.evaluate_group(group, batches)
                 self.journal.append_records(
-                    record for record in batch_records if (purpose, record.position) not in records
+                    record for record in group_records if (purpose, record.position) not in records
                 )
-                n_left -= 1
+                n_left -= len(group_records)
                 if time.monotonic() - last_log > LOG_INTERVAL_SECONDS:
-                    log.info("%s%d of %d batches left", self._process_label(), n_left, len(missing))
+                    log.info("%s%d of %d cases left", self._process_label(), n_left, n_missing)
                     last_log = time.monotonic()
 
     def wait_for_records(self) -> dict[CaseId, CaseRecord]:
         """Records of all cases, as soon as all processes have written theirs."""
         return self.journal.wait_for_records(
-            itertools.chain.from_iterable(batch.case_ids for batch in self.batches)
+            itertools.chain.from_iterable(group.case_ids for group in self.groups)
         )
 
     def select_records(
@@ -322,9 +305,9 @@ class _EvaluationRun:
     ) -> list[CaseRecord]:
         """Records of the cases of one purpose, in their order."""
         selected = []
-        for batch in self.batches:
-            if batch.purpose == purpose:
-                selected += [records[case_id] for case_id in batch.case_ids]
+        for group in self.groups:
+            if group.purpose == purpose:
+                selected += [records[case_id] for case_id in group.case_ids]
         return selected
 
     def _open_datasets(self) -> dict[CasePurpose, ShardDataset]:
@@ -339,16 +322,15 @@ class _EvaluationRun:
             datasets["neighbor"] = ShardDataset(self.data, "train")
         return datasets
 
-    def _plan_batches(self) -> list[PlannedBatch]:
+    def _plan_groups(self) -> list[CaseGroup]:
         fit_limit = self.options.fit_limit
         limits = {"evaluate": self.options.limit, "fit": fit_limit, "neighbor": fit_limit}
-        batches = []
+        groups = []
         for purpose, dataset in self.datasets.items():
             n_cases = min(len(dataset), limits[purpose] or len(dataset))
-            for start in range(0, n_cases, self.options.batch_size):
-                stop = min(start + self.options.batch_size, n_cases)
-                batches.append(PlannedBatch(purpose, list(range(start, stop))))
-        return batches
+            has_reports = self.has_reports and purpose == "evaluate"
+            groups += plan_groups(purpose, n_cases, self.options.batch_size, has_reports)
+        return groups
 
     def _process_label(self) -> str:
         if self.ranks.world_size == 1:

@@ -18,7 +18,7 @@ from torch import Tensor
 from rectvlm.labels import FINDINGS, LESION_BY_KEY
 from rectvlm.lesion_places import describe_places, locate_lesions
 from rectvlm.models.report_prompt import describe_examination
-from rectvlm.types import COARSE_REGIONS_SOURCE, Batch
+from rectvlm.types import COARSE_REGIONS_SOURCE, Batch, SampleMeta
 
 GRADES = (("Certain", 2.0), ("Likely", 1.0), ("Possible", 0.0))
 """Grades of suggested findings with the log-odds above the threshold from which each holds."""
@@ -61,9 +61,14 @@ def describe_batch_cues(
         text = describe_cues(
             probabilities, thresholds, lesion_bits[i], batch.ct[i], regions, batch.spacing
         )
-        examination = describe_examination(meta.indication, meta.technique)
-        cues.append(f"{examination} {text}".lstrip())
+        cues.append(add_examination(text, meta))
     return cues
+
+
+def add_examination(cues: str, meta: SampleMeta) -> str:
+    """Put what was known before the CT, the indication and the technique, before cues."""
+    examination = describe_examination(meta.indication, meta.technique)
+    return f"{examination} {cues}".lstrip()
 
 
 def describe_cues(

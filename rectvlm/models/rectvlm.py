@@ -29,6 +29,7 @@ from rectvlm.models.encoder import build_encoder
 from rectvlm.models.language_model import LanguageModel, load_language_model, resolve_device
 from rectvlm.models.localizer import LesionLocalizer, LocalizerOutput
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
+from rectvlm.models.report_decoding import ReportPrompt
 from rectvlm.models.report_generator import ReportGenerator, ReportLoss
 from rectvlm.pretrained import resolve_model
 from rectvlm.types import Batch, BatchPrediction, UserError
@@ -259,6 +260,23 @@ class RectVLM(nn.Module):
             localize: whether to outline lesions. When False all masks are empty, and no reports can
                 be written.
         """
+        prediction, prompts = self.predict_and_prompt(batch, generate, ablate_image, localize)
+        if prompts is not None and self.generator is not None:
+            prediction.reports = self.generator.write_reports(prompts)
+        return prediction
+
+    @torch.no_grad()
+    def predict_and_prompt(
+        self, batch: Batch, generate: bool = True, ablate_image: bool = False, localize: bool = True
+    ) -> tuple[BatchPrediction, list[ReportPrompt] | None]:
+        """Predict as `predict_batch`, but leave the reports to a later call of the generator.
+
+        `ReportGenerator.write_reports` is faster with the prompts of many batches at once.
+
+        Returns:
+            The prediction without reports, and the prompts of the reports, if they are asked for
+            and possible.
+        """
         assert localize or not generate, "the report's prompt carries the lesions"
         assert not self.training, (
             "predict_batch needs eval mode: noise and dropout would change the result"
@@ -281,13 +299,14 @@ class RectVLM(nn.Module):
                 _empty_outside_chest(lesions, batch)
 
         findings = logits.sigmoid().float()
-        reports = None
+        prompts = None
         if generate and self.generator is not None:
             lesion_bits = _pack_lesion_bits(lesions, lambda probability: probability)
             thresholds = self.thresholds.values.tolist()
             cues = describe_batch_cues(batch, findings, thresholds, lesion_bits)
-            reports = self.generator.generate_reports(features, cues)
-        return BatchPrediction(findings, lesions, reports, features.global_token.float())
+            prompts = self.generator.make_prompts(features, cues)
+        prediction = BatchPrediction(findings, lesions, None, features.global_token.float())
+        return prediction, prompts
 
     def _describe_training_cues(
         self, batch: Batch, logits: Tensor, localization: LocalizerOutput | None

@@ -22,6 +22,15 @@ from rectvlm.config import GeneratorConfig
 from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.language_model import LanguageModel, compute_head_logits, compute_hidden_states
 from rectvlm.models.layers import Mlp, TransformerBlock
+from rectvlm.models.report_decoding import (
+    PrefixCache,
+    ReportPrompt,
+    batch_by_length,
+    count_decoded_reports,
+    count_weight_bytes,
+    is_sharded,
+    read_device_memory,
+)
 from rectvlm.models.report_prompt import PromptTokens, encode_report_prompt
 
 IGNORE_INDEX = -100
@@ -121,6 +130,10 @@ class ReportGenerator(nn.Module):
         )
 
     @torch.no_grad()
+    def make_prompts(self, features: ImageFeatures, cues: Sequence[str]) -> list[ReportPrompt]:
+        """Prompts of the samples, with their visual tokens."""
+        return [ReportPrompt(*row) for row in zip(self.resampler(features), cues, strict=True)]
+
     def generate_reports(
         self,
         features: ImageFeatures,
@@ -128,29 +141,74 @@ class ReportGenerator(nn.Module):
         max_tokens: int | None = None,
         **options: Any,
     ) -> list[str]:
-        """Write a report for each sample.
+        """Write a report for each sample; see `write_reports`."""
+        return self.write_reports(self.make_prompts(features, cues), max_tokens, **options)
+
+    @torch.no_grad()
+    def write_reports(
+        self, prompts: Sequence[ReportPrompt], max_tokens: int | None = None, **options: Any
+    ) -> list[str]:
+        """Write a report for each prompt, in batches of like length.
 
         Args:
-            features: features of the images.
-            cues: cues of each sample.
+            prompts: prompts of `make_prompts`, of any number of calls.
             max_tokens: length at which a report is cut; by default `generator.max_report_tokens`.
             options: options of `generate` in Transformers; decoding is greedy by default.
         """
-        visual = self.resampler(features)
-        embeds, mask = self._embed_prompts(visual, [self.encode_prompt(cue) for cue in cues])
-        # Where an engine shards the model, all ranks must run until the longest report has ended.
-        parameters = self.language_model.parameters()
-        is_sharded = any(hasattr(parameter, "ds_id") for parameter in parameters)
-        options = {"do_sample": False, "synced_gpus": is_sharded, **options}
+        max_tokens = max_tokens or self.config.max_report_tokens
+        rows = [self.encode_prompt(prompt.cues) for prompt in prompts]
+        lengths = _row_lengths(rows, self.config.queries)
+        positions = max(lengths) + max_tokens
+        # Where an engine shards the model, all ranks must run until the longest report has ended,
+        # in one batch and without a prefix, of which other ranks may have none.
+        must_sync = is_sharded(self.language_model)
+        options = {"do_sample": False, "synced_gpus": must_sync, **options}
+        batches, prefix = [list(range(len(rows)))], None
+        if not must_sync:
+            device = prompts[0].visual.device
+            size = count_decoded_reports(
+                self.language_model.config,
+                positions,
+                read_device_memory(device),
+                count_weight_bytes(self.language_model),
+            )
+            batches = batch_by_length(lengths, size)
+            prefix = PrefixCache(self.language_model, rows, positions)
+
+        texts = [""] * len(rows)
+        for batch in batches:
+            visual = torch.stack([prompts[row].visual for row in batch])
+            batch_rows = [rows[row] for row in batch]
+            batch_texts = self._decode(visual, batch_rows, prefix, max_tokens, options)
+            for row, text in zip(batch, batch_texts, strict=True):
+                texts[row] = text.strip()
+        return texts
+
+    def _decode(
+        self,
+        visual: Tensor,
+        rows: Sequence[PromptTokens],
+        prefix: PrefixCache | None,
+        max_tokens: int,
+        options: dict[str, Any],
+    ) -> list[str]:
+        """Write the reports of a batch of prompts."""
+        if prefix is None:
+            embeds, mask = self._embed_prompts(visual, rows)
+        else:
+            skipped = len(prefix.tokens)
+            rows = [(before[skipped:], after) for before, after in rows]
+            embeds, mask = prefix.prepend(*self._embed_prompts(visual, rows))
+            options = options | prefix.arguments(len(rows) * options.get("num_beams", 1))
         tokens = self.language_model.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
-            max_new_tokens=max_tokens or self.config.max_report_tokens,
+            max_new_tokens=max_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
             **options,
         )
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return texts
 
     def is_cut(self, report: str) -> bool:
         """Whether a report and its end token are longer than `generator.max_report_tokens`."""

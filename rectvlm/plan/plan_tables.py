@@ -46,6 +46,23 @@ def print_plan(plan: ResourcePlan, console: Console) -> None:
     for decision in plan.auto_decisions:
         console.print(decision)
     console.print(_describe_hardware(plan))
+    _print_generation(plan, console)
+
+
+def _print_generation(plan: ResourcePlan, console: Console) -> None:
+    """Print how long the reports of CT-RATE's validation volumes take."""
+    generation = plan.generation
+    if generation is None:
+        return
+    console.print(
+        f"Reports of CT-RATE's {generation.volumes:,} validation volumes and of their control, "
+        f"{generation.reports:,}: {generation.hours:.2f} h on {plan.gpus} GPUs, not measured on a "
+        f"GPU. {generation.reports_at_once} at once on a GPU that holds the whole model, each to "
+        f"the end of {generation.report_tokens} tokens; {generation.step_seconds * 1e3:.0f} ms a "
+        f"token of all ({generation.tokens_per_second_per_gpu:,.0f} tokens/s a GPU), bound by "
+        f"memory, {generation.prompt_seconds:.1f} s for their prompts, "
+        f"{generation.image_seconds:.2f} s for each image; metrics on the host are left out."
+    )
 
 
 def _describe_phase(plan: ResourcePlan) -> str:
@@ -189,6 +206,8 @@ def print_all_phases(plans_by_phase: Sequence[Sequence[ResourcePlan]], console: 
         for decision in plan.auto_decisions:
             console.print(f"phase {plan.phase}, {plan.gpus} GPUs, {decision}")
     console.print(_describe_hardware(plans_by_phase[-1][-1]))
+    for plan in plans_by_phase[-1]:
+        _print_generation(plan, console)
 
 
 def _list_phase_cells(plan: ResourcePlan) -> list[str]:

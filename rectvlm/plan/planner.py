@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rectvlm import pretrained
+from rectvlm.checkpoint.checkpoint import LANGUAGE_MODEL_PREFIX
 from rectvlm.config import Config
 from rectvlm.models import RectVLM
 from rectvlm.models.meta_model import build_meta_model
 from rectvlm.models.slice_region_encoder import SliceRegionEncoder
+from rectvlm.plan.generation_time import DecodedModel, GenerationPlan, plan_generation
 from rectvlm.plan.hardware import HardwareRates
 from rectvlm.plan.options import CT_RATE_SCANS
 from rectvlm.plan.static_memory import (
@@ -25,11 +27,17 @@ from rectvlm.plan.static_memory import (
     count_parameters,
     list_stored_parameters,
 )
-from rectvlm.plan.step_time import EngineCalls, StepTime, estimate_step_time
+from rectvlm.plan.step_time import (
+    EngineCalls,
+    StepTime,
+    estimate_operation_seconds,
+    estimate_step_time,
+)
 from rectvlm.train.budget import PhaseBudget, StepBatch
 from rectvlm.train.dry_run.dry_run import (
     LARGEST_CASE,
     USUAL_CASE,
+    VISION_PARTS,
     CaseSize,
     DryRunResult,
     apply_phase_settings,
@@ -138,6 +146,9 @@ class ResourcePlan:
     """What the estimate of time counts with; memory suffices for any case."""
     auto_decisions: list[str] = field(default_factory=list)
     """What was decided where the configuration says `auto`, with the reason, a sentence each."""
+    generation: GenerationPlan | None = None
+    """Time of the validation volumes' reports; None without a report generator, or where the whole
+    language model does not fit on a GPU."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain values."""
@@ -280,6 +291,38 @@ class ResourcePlanner:
             speed=_compute_throughput(budget, usual, time, flops, gpus, samples),
             hardware=self.hardware,
             usual_case=self.usual_case,
+            generation=self._plan_generation(usual, step_batch.micro_batch, gpus, capacity_gb),
+        )
+
+    def _plan_generation(
+        self, usual: DryRunResult, micro_batch: int, gpus: int, capacity_gb: float
+    ) -> GenerationPlan | None:
+        generator = self.model.generator
+        if generator is None:
+            return None
+        stored = [
+            parameter
+            for parameter in list_stored_parameters(self.model, self.config)
+            if parameter.name.startswith(LANGUAGE_MODEL_PREFIX)
+        ]
+        language_model = DecodedModel(
+            model_config=generator.language_model.config,
+            weights=sum(parameter.numel() for parameter in generator.language_model.parameters()),
+            weight_bytes=sum(parameter.total_bytes for parameter in stored),
+            is_packed=any(parameter.is_quantized for parameter in stored),
+        )
+        image_seconds = 0.0
+        for (part, step_pass), costs in usual.costs.items():
+            if part in VISION_PARTS and step_pass == "forward":
+                image_seconds += estimate_operation_seconds(costs, self.hardware) / micro_batch
+        return plan_generation(
+            language_model,
+            self.config.generator.queries,
+            self.config.generator.max_report_tokens,
+            image_seconds,
+            gpus,
+            capacity_gb,
+            self.hardware,
         )
 
     def _sum_gpu_memory(

@@ -13,6 +13,7 @@ from rectvlm.train.budget import PhaseBudget
 from rectvlm.train.engine.engine import Engine
 from rectvlm.train.logging.mfu import StepFlops
 from rectvlm.train.logging.run_log import RunLog
+from rectvlm.train.logging.startup_clock import StartupClock
 from rectvlm.train.phases import Phase
 from rectvlm.train.recovery.bad_steps import (
     BAD_STEPS_FILE,
@@ -44,6 +45,7 @@ def run_training_loop(
     position: TrainingPosition,
     signals: StopSignals,
     step_flops: StepFlops | None = None,
+    startup: StartupClock | None = None,
 ) -> None:
     """Train from a position to the phase's last step, logging every step and saving checkpoints.
 
@@ -58,6 +60,7 @@ def run_training_loop(
         position: where to begin; it moves on with every step.
         signals: open; a signal that has arrived ends the run after its next step.
         step_flops: FLOPs of a step, for the MFU.
+        startup: clock of the start, for the log of the first step.
 
     Raises:
         RunEnded: the run ends before the last step is done and saved.
@@ -73,7 +76,9 @@ def run_training_loop(
         bad_steps_log = BadStepsLog(folder, position.step) if engine.is_main else None
         trainer = StepTrainer(engine, phase, config, budget, position, signals, activity)
         last_step = position.step + budget.count_steps_left(position.samples_seen)
-        with RunLog(engine, phase, config, folder, position.step, last_step, step_flops) as run_log:
+        with RunLog(
+            engine, phase, config, folder, position.step, last_step, step_flops, startup
+        ) as run_log:
             loop = TrainingLoop(
                 engine=engine,
                 phase=phase,

@@ -29,6 +29,7 @@ from rectvlm.train.engine.ds_config import find_ds_config
 from rectvlm.train.engine.engine import Engine, is_lost_peer_error
 from rectvlm.train.errors_of_ranks import claim_error
 from rectvlm.train.logging.mfu import StepFlops, count_step_flops
+from rectvlm.train.logging.startup_clock import StartupClock
 from rectvlm.train.logging.trackers import choose_trackers
 from rectvlm.train.loop import run_training_loop
 from rectvlm.train.optimizer import build_optimizer, freeze_all_but, set_training_modes
@@ -73,6 +74,8 @@ def main(
     resolve_settings: SettingsResolver | None = None,
 ) -> None:
     """Run a phase as a command; a mistake of the user ends it with code 2 and one sentence."""
+    startup = StartupClock()
+    startup.end_part("imports")
     phase = PHASES[phase_number]
     args = parse_arguments(phase, argv)
     if args.stage is not None:
@@ -92,6 +95,7 @@ def main(
                 signals,
                 args.source,
                 resolve_settings,
+                startup,
             )
     except UserError as error:
         if claim_error(str(error)):
@@ -120,6 +124,7 @@ def train_phase(
     signals: StopSignals,
     requested_source: str | None = None,
     resolve_settings: SettingsResolver | None = None,
+    startup: StartupClock | None = None,
 ) -> None:
     """Train one phase.
 
@@ -128,6 +133,7 @@ def train_phase(
         UserError: shards are missing or teach the phase nothing, the previous phase's checkpoint is
             missing or does not fit, or an earlier run is in the way.
     """
+    startup = startup or StartupClock()
     choose_trackers(config)  # a name that is no tracker's ends the run before it begins
     folder = get_run_folder(phase, config)
     source = check_start(phase, config, resume, requested_source)  # before anything is loaded
@@ -142,8 +148,10 @@ def train_phase(
     settings = phase.get_settings(config)
     step_flops = count_step_flops(phase, config)
     step_batch = split_step(settings, read_world_size())
+    startup.end_part("checks")
     engine = _start_engine(ds_config, step_batch, config, folder)
     _check_ranks_agree(config, engine)
+    startup.end_part("engine")
     if not engine.is_main:
         logging.getLogger("rectvlm").setLevel(logging.WARNING)
     with lock_run_folder(folder, engine):
@@ -162,6 +170,8 @@ def train_phase(
             samples_seen=position.samples_seen,
             pin_memory=engine.device.type == "cuda",
             repeat_threshold=settings.repeat_threshold,
+            accumulation=step_batch.accumulation,
+            sort_by_length="generator" in phase.parts,
         )
         budget = PhaseBudget.plan(settings, len(loader.dataset), engine.world_size)
         assert budget.step_batch == step_batch
@@ -169,6 +179,7 @@ def train_phase(
             prepare_run_folder(folder, phase, config, budget, restart, engine)
         elif engine.is_main:
             clear_ending(folder)
+        startup.end_part("data")
         with record_failure(folder):
             _train_in_run_folder(
                 phase,
@@ -182,6 +193,7 @@ def train_phase(
                 position,
                 signals,
                 step_flops,
+                startup,
             )
 
 
@@ -197,6 +209,7 @@ def _train_in_run_folder(
     position: TrainingPosition,
     signals: StopSignals,
     step_flops: StepFlops | None,
+    startup: StartupClock,
 ) -> None:
     """Train in a folder that this session holds.
 
@@ -212,6 +225,7 @@ def _train_in_run_folder(
         position: where to begin.
         signals: open; a signal that has arrived ends the run.
         step_flops: FLOPs of a step, for the MFU.
+        startup: clock of the start, until the first step has ended.
 
     Raises:
         RunEnded: the run ends early and in order.
@@ -234,7 +248,9 @@ def _train_in_run_folder(
         log_cut_reports(loader.dataset, model.generator)
     # Before freezing: a part without a learning rate belongs to the checkpoint too.
     tensor_names = model.checkpoint_tensor_names()
+    startup.end_part("model")
     _prepare_training(model, phase, config, budget, engine, start)
+    startup.end_part("engine")
 
     try:
         if engine.all_reduce_max(signals.received_signal)[0]:
@@ -254,6 +270,7 @@ def _train_in_run_folder(
             position,
             signals,
             step_flops,
+            startup,
         )
     except RunEnded as ended:
         if engine.is_main or not ended.on_all_ranks:

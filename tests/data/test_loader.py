@@ -272,3 +272,24 @@ def test_an_index_without_outlines_is_named_where_rare_ones_should_be_repeated(
     assert not caplog.records
     build_train_loader(data, 1, 0, 1, seed=0, repeat_threshold=0.4)
     assert "lists no outlined lesion" in caplog.text and str(tmp_path) in caplog.text
+
+
+def test_reports_of_like_length_share_a_micro_batch(tiny: Config, tmp_path: Path) -> None:
+    """By the size of the metadata, which the index of any shards has."""
+    samples = [phantom_sample(number, tiny) for number in range(6)]
+    for number, sample in enumerate(samples):
+        findings = "The lungs are clear. " * (1 + 5 * number % 6)
+        sample.meta = replace(sample.meta, findings=findings, impression=None)
+    write_shards(samples, tmp_path)
+    data = tiny.data.model_copy(update={"shards": str(tmp_path)})
+    keys, report_lengths = [], []
+    for accumulation, sort_by_length in ((3, True), (3, False)):
+        loader = build_train_loader(
+            data, 2, 0, 1, seed=0, accumulation=accumulation, sort_by_length=sort_by_length
+        )
+        batches = list(islice(loader, 3))
+        keys.append(sorted(key for batch in batches for key in batch.keys))
+        reports = [report or "" for batch in batches for report in batch.reports]
+        report_lengths.append([len(report) for report in reports])
+    assert keys[0] == keys[1]
+    assert report_lengths[0] == sorted(report_lengths[1]) != report_lengths[1]

@@ -74,3 +74,41 @@ def test_an_epoch_with_repeats_holds_each_number_as_often_as_it_stands() -> None
     order = islice(TrainOrder(numbers, 1, 0, 1, seed=3), 10)
     drawn = [number for micro_batch in order for number in micro_batch]
     assert sorted(drawn[:5]) == sorted(drawn[5:]) == numbers
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=20),
+    seen=st.integers(0, 40),
+    cut=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)),
+)
+def test_sorting_by_length_changes_no_global_batch(
+    lengths: list[int], seen: int, cut: tuple[int, int, int]
+) -> None:
+    world, micro_batch, accumulation = cut
+
+    def take_global_batches(sorted_by: list[int] | None) -> list[list[list[list[int]]]]:
+        """For each of three global batches, each round's micro-batches of all ranks."""
+        orders = []
+        for rank in range(world):
+            order = TrainOrder(
+                range(len(lengths)), micro_batch, rank, world, 5, seen, accumulation, sorted_by
+            )
+            orders.append(islice(order, 3 * accumulation))
+        rounds = [list(micro_batches) for micro_batches in zip(*orders, strict=True)]
+        return [rounds[i : i + accumulation] for i in range(0, len(rounds), accumulation)]
+
+    plain, bucketed = take_global_batches(None), take_global_batches(lengths)
+    for plain_rounds, bucketed_rounds in zip(plain, bucketed, strict=True):
+        plain_numbers = [n for ranks in plain_rounds for numbers in ranks for n in numbers]
+        numbers = [n for ranks in bucketed_rounds for numbers in ranks for n in numbers]
+        assert sorted(numbers) == sorted(plain_numbers)
+        # Round by round, and within a round rank by rank, reports get longer.
+        batch_lengths = [lengths[number] for number in numbers]
+        assert batch_lengths == sorted(batch_lengths)
+    longest = [
+        sum(max(lengths[n] for numbers in ranks for n in numbers) for ranks in rounds)
+        for batches in (plain, bucketed)
+        for rounds in batches
+    ]
+    assert all(longest[3 + i] <= longest[i] for i in range(3))

@@ -159,6 +159,30 @@ def test_padding_and_neighbours_do_not_change_a_loss(generator: ReportGenerator)
             assert beside == pytest.approx(alone, abs=ROUNDING)
 
 
+def test_micro_batches_of_like_length_give_the_losses_of_one_padded_batch(
+    tiny: Config, llama: str
+) -> None:
+    """In float32, where padding does not change how sums are rounded by more than the last bits."""
+    generator = build(tiny, llama, quantization="none").float()
+    cues, reports = [SHORT, LONG, SHORT, LONG], [OTHER, REPORT, REPORT, OTHER]
+    image = features(4)
+    with torch.no_grad():
+        padded = generator(image, cues, reports)
+        buckets = []
+        for rows in ([1, 2], [0, 3]):
+            global_token, patches, regions = (part[rows] for part in image[:3])
+            part = ImageFeatures(global_token, patches, regions, image.patch_grid, patches)
+            bucket_cues, bucket_reports = (
+                [texts[row] for row in rows] for texts in (cues, reports)
+            )
+            buckets.append((rows, generator(part, bucket_cues, bucket_reports)))
+    for rows, bucket in buckets:
+        assert torch.allclose(bucket.per_sample, padded.per_sample[rows], rtol=0, atol=1e-5)
+        assert torch.equal(bucket.token_counts, padded.token_counts[rows])
+    assert buckets[0][1].log_likelihood.shape[1] <= padded.log_likelihood.shape[1]
+    assert sum(bucket.position_count for _, bucket in buckets) == padded.position_count
+
+
 def test_without_a_report_there_is_no_loss_but_a_graph(generator: ReportGenerator) -> None:
     loss = generator(features(2), [SHORT, LONG], [REPORT, None])
     assert (loss.per_sample[1], loss.token_counts[1]) == (0, 0)

@@ -61,6 +61,15 @@ def large_plan(large: ResourcePlanner) -> ResourcePlan:
     return large.make_plan(2, 141.0)
 
 
+def test_the_reports_of_the_validation_volumes_are_planned(large_plan: ResourcePlan) -> None:
+    """On two H200s within an hour, the target; in phase 2 there are none."""
+    generation = large_plan.generation
+    assert generation is not None and generation.hours < 1
+    assert generation.report_tokens == 768 and generation.volumes == 3039
+    assert 0 < generation.image_seconds < large_plan.time.compute
+    assert planner("tiny", 2).make_plan(1, 141.0).generation is None
+
+
 def real(config: Config, phase: int) -> tuple[RectVLM, Batch]:
     """A model with weights, in bf16 as the engine runs it, and a batch with the longest reports."""
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ Beside that, figures go to W&B and TensorBoard (`trackers`) and to the console (
 """
 
 import json
+import logging
 import os
 import time
 from dataclasses import asdict
@@ -33,11 +34,14 @@ from rectvlm.train.logging.console import ProgressDisplay, ProgressMeter
 from rectvlm.train.logging.jsonl import truncate_after_step
 from rectvlm.train.logging.mfu import StepFlops
 from rectvlm.train.logging.run_metadata import SessionLog
+from rectvlm.train.logging.startup_clock import StartupClock
 from rectvlm.train.logging.trackers import ExperimentTrackers, choose_trackers
 from rectvlm.train.phases import Phase
 from rectvlm.train.recovery.exit_codes import ExitCode, RunEnded
 from rectvlm.train.step_result import StepResult
 from rectvlm.train.validation import ValidationResult
+
+log = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -52,6 +56,7 @@ class RunLog:
         step: int,
         last_step: int,
         step_flops: StepFlops | None = None,
+        startup: StartupClock | None = None,
     ) -> None:
         """Continue the files after `step`, dropping lines of later steps that will be done again.
 
@@ -63,9 +68,11 @@ class RunLog:
             step: number of steps done.
             last_step: number of the phase's last step.
             step_flops: FLOPs of a step, for the MFU.
+            startup: clock of the start, which the first step ends.
         """
         self.engine, self.phase, self.folder = engine, phase, folder
         self._step = step
+        self._startup = startup
         self._quantization = config.generator.quantization if "generator" in phase.parts else None
         self._has_described_engine = False
         self._rank_path = folder / RANKS_FOLDER / f"rank-{engine.rank:04d}.jsonl"
@@ -126,6 +133,9 @@ class RunLog:
         append_json_line(self._rank_path, {"step": result.step, "samples": result.sample_keys})
         if not self.engine.is_main:
             return
+        if self._startup is not None:
+            self._log_startup(self._startup, result)
+            self._startup = None
         line = result.to_metrics_line()
         append_json_line(self._metrics_path, line)
         sample_count = self.engine.world_size * len(result.sample_keys)
@@ -138,6 +148,12 @@ class RunLog:
             "data_wait": figures.data_wait_share,
         }
         self._trackers.log_numbers(line, result.step)
+
+    def _log_startup(self, startup: StartupClock, result: StepResult) -> None:
+        """Log how long it took from the start of the process to the end of the first step."""
+        startup.end_first_step(result.seconds_by_operation["data"])
+        log.info("the first step ended after %s", startup)
+        self._sessions.add_facts({"startup_seconds": startup.seconds_by_part})
 
     def fsync_logs(self) -> None:
         """Flush all lines to disk, so that no checkpoint is ahead of them after a power cut.

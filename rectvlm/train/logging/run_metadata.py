@@ -106,6 +106,11 @@ class SessionLog:
         )
         self._write_sessions()
 
+    def add_facts(self, facts: Mapping[str, Any]) -> None:
+        """Add entries to this session, of what is known only after its start."""
+        self.sessions[-1] |= facts
+        self._write_sessions()
+
     def end_session(self, state: str, step: int, error: str | None = None) -> None:
         """Record the end of this session.
 

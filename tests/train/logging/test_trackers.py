@@ -184,6 +184,19 @@ def test_the_run_says_where_it_came_from(seen: tuple[Path, str]) -> None:
         assert session["git"]["dirty"] == ("patch" in session["git"])
 
 
+def test_the_time_to_the_first_step_is_logged_and_recorded(seen: tuple[Path, str]) -> None:
+    folder, said = seen
+    (session,) = json.loads((folder / "run.json").read_text())["sessions"]
+    seconds = session["startup_seconds"]
+    assert set(seconds) == {"imports", "checks", "engine", "data", "model", "first step"}
+    assert min(seconds.values()) >= 0 and seconds["imports"] > 0
+    first_step = metrics(folder)[0]["seconds"]
+    assert seconds["data"] >= first_step["data"]
+    assert seconds["first step"] >= 0.99 * (first_step["total"] - first_step["data"])
+    (line,) = (line for line in said.splitlines() if "the first step ended after" in line)
+    assert f"after {sum(seconds.values()):.1f} s (imports {seconds['imports']:.1f}, " in line
+
+
 @pytest.mark.slow
 def test_a_resumed_run_goes_on_everywhere(
     seen: tuple[Path, str], phantom_shards: Path, capsys: pytest.CaptureFixture[str]
