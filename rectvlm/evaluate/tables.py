@@ -174,8 +174,16 @@ def _render_overview(result: EvaluationResult) -> str:
     return (
         f"Checkpoint `{result.checkpoint}`, step {result.step}; shards `{result.shards}`; "
         f"{result.n_cases:,} volumes. {intervals}{_render_selection_warning(result)}\n\n"
-        f"Region maps: {result.region_maps}."
+        f"Labels: {describe_labels(result)}. Region maps: {result.region_maps}."
     )
+
+
+def describe_labels(result: EvaluationResult) -> str:
+    """Origin of the labels, and of those beside them."""
+    labels = result.labels or "those of the shards, whose manifest does not say where they are from"
+    if result.other_labels is None:
+        return labels
+    return f"{labels}; beside them those of {result.other_labels['file']}"
 
 
 def _render_selection_warning(result: EvaluationResult) -> str:
@@ -205,12 +213,16 @@ def _render_findings(result: EvaluationResult) -> str:
     for choice, values in result.other_thresholds.items():
         macro = _format_scores(values["macro"], FINDING_SCORE_NAMES)
         rows.append([f"**macro mean** at {OTHER_THRESHOLD_NAMES[choice]}", "", "", *macro])
+    prevalence = dict.fromkeys(FINDING_SCORE_NAMES) | scores["prevalence"]["macro"]
+    values = _format_scores(prevalence, FINDING_SCORE_NAMES)
+    rows.append(["**macro mean** of prevalence alone", "", "", *values])
     protocol = scores["vlm3d"]
     by_protocol = _format_scores(
         dict.fromkeys(FINDING_SCORE_NAMES) | protocol["macro"], FINDING_SCORE_NAMES
     )
     rows.append(["**macro mean** by VLM3D's protocol", "", "", *by_protocol])
     note = f"CRG by VLM3D's protocol: {format_score(protocol['crg'])}. "
+    note += "Prevalence alone: each finding is called in every scan. "
     note += f"Thresholds: {thresholds.source}."
     if thresholds.not_fitted:
         note += f" Not fitted, 0.5: {', '.join(thresholds.not_fitted)}."
@@ -240,10 +252,16 @@ def _render_other_labels(result: EvaluationResult) -> str:
         f"Labels of the shards beside those of `{other['file']}` (SHA-256 {other['sha256']}), at "
         "the same thresholds. alike: scans that both label alike, of those that both label."
     )
-    if other["report_findings"] is not None:
-        f1 = format_score(other["report_findings"]["macro"]["f1"])
-        note += f" Findings of the reports against the file: macro F1 {f1}."
+    note += describe_reports_by_other_labels(result)
     return f"{render_table(header, rows)}\n\n{note}"
+
+
+def describe_reports_by_other_labels(result: EvaluationResult) -> str:
+    """F1 of the findings in the reports against the other table; empty where there is none."""
+    if result.other_labels is None or result.other_labels["report_findings"] is None:
+        return ""
+    f1 = format_score(result.other_labels["report_findings"]["macro"]["f1"])
+    return f" Findings of the reports against the file: macro F1 {f1}."
 
 
 def _format_both(of_shards: Mapping[str, Any], of_file: Mapping[str, Any]) -> list[str]:
