@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from rectvlm.evaluate.comparison import ComparedFigure, ModelComparison
-from rectvlm.evaluate.report_tables import MAIN_REPORT_SCORES
+from rectvlm.evaluate.report_tables import MAIN_REPORT_SCORES, name_score
 from rectvlm.evaluate.score_format import FINDING_SCORE_NAMES, format_score
 from rectvlm.evaluate.tables import (
     GROUNDING_SCORE_NAMES,
@@ -59,7 +59,7 @@ def describe_figure(path: str) -> str:
     group, place, *rest = path.split(".")
     score = rest[-1]
     if group == "reports":
-        return f"report {score.replace('_', ' ')}"
+        return f"reports, {name_score(score)}"
     if place == "rexgrounding":
         return GROUNDING_SCORE_NAMES[score]
     score_names = FINDING_SCORE_NAMES if group == "classification" else LESION_SCORE_NAMES

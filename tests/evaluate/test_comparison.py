@@ -23,6 +23,7 @@ from rectvlm.evaluate.stored_evaluation import (
     REPORTS_FILE,
     STATISTICS_FILE,
     StoredEvaluation,
+    read_stored_evaluation,
     write_report_statistics,
 )
 from rectvlm.evaluate.summary import draw_resamples, summarize_findings, summarize_lesions
@@ -186,7 +187,7 @@ def test_figures_are_those_of_the_metrics_and_stand_in_table_and_file(
     } <= groups
     assert result["n_tested"] > 150 and result["n_reports"] == 60
     text = capsys.readouterr().out
-    assert result["verdict"] in text and "macro AUROC" in text and "report rouge l" in text
+    assert result["verdict"] in text and "macro AUROC" in text and "reports, ROUGE-L" in text
 
 
 def _rename_first_case(folder: Path) -> None:
@@ -277,6 +278,20 @@ def test_evaluations_that_cannot_be_compared_are_refused_by_one_sentence(
     with pytest.raises(UserError) as error:
         compare_evaluations(ComparisonOptions(a, tmp_path, bootstrap=1, permutations=100))
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_stands_for_its_only_evaluation(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(UserError, match=r"run/metrics\.json"):
+        read_stored_evaluation(run)
+    (run / "phase3").mkdir()
+    first = write_evaluation(run / "phase3" / "evaluation-valid", make_records(0, 6))
+    assert read_stored_evaluation(run).path == first / "metrics.json"
+    write_evaluation(run / "evaluation", make_records(0, 6))
+    with pytest.raises(UserError, match=r"several.* found evaluation, phase3/evaluation-valid;"):
+        read_stored_evaluation(run)
+    assert read_stored_evaluation(run / "evaluation").path.parent == run / "evaluation"
 
 
 def test_one_patient_is_too_few(tmp_path: Path) -> None:
