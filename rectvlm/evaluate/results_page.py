@@ -17,6 +17,12 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from rectvlm.evaluate.headline import (
+    HEADLINE_FINDING_SCORES,
+    HeadlineFigure,
+    list_headline_columns,
+    list_headline_rows,
+)
 from rectvlm.evaluate.radeval_tables import (
     describe_radeval,
     name_radeval_kinds,
@@ -52,11 +58,10 @@ MAX_DISAGREEMENTS = 20
 """Largest number of disagreements on the page."""
 MAX_DISAGREEMENTS_OF_FINDING = 3
 """Largest number of them of one finding, so that one poor finding does not fill the list."""
-HEADLINE_FINDING_SCORES = ("auroc", "average_precision", "f1")
 PER_FINDING_SCORES = ("auroc", "average_precision", "f1", "precision", "recall", "ece")
 CRG_WITHOUT_CALLS = 1 / 3
 """CRG where no finding is called, and where all are."""
-HEADLINE_LESION_SCORES = ("dice", "dice_where_present", "hd95_mm", "surface_dice", "hit_rate")
+PAGE_LESION_SCORES = ("dice", "dice_where_present", "hd95_mm", "surface_dice", "hit_rate")
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,9 @@ def render_results_page(
     return environment.get_template("results_page.html.j2").render(
         result=result,
         labels=describe_labels(result),
-        finding_rows=_make_headline_rows(result),
+        headline_columns=list_headline_columns(result),
+        headline_rows=_make_headline_rows(result),
+        finding_rows=_make_finding_rows(result),
         lesion_names=_name_lesions(result),
         lesion_rows=_make_lesion_rows(result),
         grounding_rows=_make_grounding_rows(result),
@@ -199,6 +206,16 @@ def _make_cell(row: Mapping[str, Any], score: str) -> Cell:
 
 
 def _make_headline_rows(result: EvaluationResult) -> list[Row]:
+    """The main figures beside those of the baselines."""
+    columns = list_headline_columns(result)
+    rows = []
+    for row in list_headline_rows(result):
+        figures = [row.figures.get(column, HeadlineFigure()) for column in columns]
+        rows.append(Row(row.name, [Cell(figure.value, figure.interval) for figure in figures]))
+    return rows
+
+
+def _make_finding_rows(result: EvaluationResult) -> list[Row]:
     """Means over the findings at fitted thresholds, at others, and by the challenge's protocol.
 
     Beside each stands what prevalence alone scores, where that is known.
@@ -238,7 +255,7 @@ def _make_lesion_rows(result: EvaluationResult) -> list[Row]:
         return []
     columns = [*result.localization["per_lesion"].values(), result.localization["macro"]]
     rows = []
-    for score in HEADLINE_LESION_SCORES:
+    for score in PAGE_LESION_SCORES:
         rows.append(Row(LESION_SCORE_NAMES[score], [_make_cell(one, score) for one in columns]))
     return rows
 

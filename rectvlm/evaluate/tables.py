@@ -5,9 +5,15 @@ from typing import Any
 
 from rich.table import Table
 
+from rectvlm.evaluate.headline import (
+    HeadlineFigure,
+    list_headline_columns,
+    list_headline_rows,
+)
 from rectvlm.evaluate.radeval_tables import render_radeval
 from rectvlm.evaluate.report_tables import (
     add_report_rows,
+    describe_table_comparison,
     render_baselines,
     render_other_findings,
     render_report_findings,
@@ -70,6 +76,8 @@ def render_markdown(result: EvaluationResult) -> str:
     sections = [
         _render_title(result),
         _render_overview(result),
+        "## In short",
+        _render_headline(result),
         "## Findings",
         _render_findings(result),
     ]
@@ -197,6 +205,20 @@ def _render_selection_warning(result: EvaluationResult) -> str:
     if is_selected is None:
         return " Whether the checkpoint was chosen on this split is not known."
     return ""
+
+
+def _render_headline(result: EvaluationResult) -> str:
+    """The main figures beside those of the baselines, and whether the table of texts is beaten."""
+    columns = list_headline_columns(result)
+    rows = []
+    for row in list_headline_rows(result):
+        figures = [row.figures.get(column, HeadlineFigure()) for column in columns]
+        cells = [f"{figure.value} {figure.interval}".strip() for figure in figures]
+        rows.append([row.name, *cells])
+    parts = [render_table(["", *columns], rows)]
+    if result.reports is not None:
+        parts.append(describe_table_comparison(result.reports))
+    return "\n\n".join(parts)
 
 
 def _render_findings(result: EvaluationResult) -> str:
