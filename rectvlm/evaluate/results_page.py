@@ -216,27 +216,27 @@ def _make_headline_rows(result: EvaluationResult) -> list[Row]:
 
 
 def _make_finding_rows(result: EvaluationResult) -> list[Row]:
-    """Means over the findings at fitted thresholds, at others, and by the challenge's protocol.
+    """Weighted means, means at other thresholds, and those of the challenge's protocol.
 
     Beside each stands what prevalence alone scores, where that is known.
     """
     scores = result.classification
     no_value = Cell("")
     rows = []
-    for kind in ("macro", "weighted"):
-        for score in HEADLINE_FINDING_SCORES:
-            count = f"{scores[kind][f'n_findings_{score}']} findings"
-            name = f"{FINDING_SCORE_NAMES[score]}, {kind} mean"
-            cells = [_make_cell(kinds[kind], score) for kinds in (scores, scores["prevalence"])]
-            rows.append(Row(name, cells, count))
+    of_both = [scores["weighted"], scores["prevalence"]["weighted"]]
+    for score in HEADLINE_FINDING_SCORES:
+        count = f"{scores['weighted'][f'n_findings_{score}']} findings"
+        cells = [_make_cell(mean, score) for mean in of_both]
+        rows.append(Row(f"{FINDING_SCORE_NAMES[score]}, weighted mean", cells, count))
     for choice, values in result.other_thresholds.items():
         macro = values["macro"]
         name = f"F1, macro mean, at {OTHER_THRESHOLD_NAMES[choice]}"
         cells = [_make_cell(macro, "f1"), no_value]
         rows.append(Row(name, cells, f"{macro['n_findings_f1']} findings"))
     protocol = scores["vlm3d"]
-    count = f"{protocol['n_findings']} findings"
     for score in ("auroc", "f1"):
+        values = [row[score] for row in protocol["per_finding"].values()]
+        count = f"{len(values) - values.count(None)} findings"
         name = f"{FINDING_SCORE_NAMES[score]} by VLM3D’s protocol"
         rows.append(Row(name, [_make_cell(protocol["macro"], score), no_value], count))
     crg = [Cell(format_score(protocol["crg"])), Cell(format_score(CRG_WITHOUT_CALLS))]

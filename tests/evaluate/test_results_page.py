@@ -13,6 +13,7 @@ import pytest
 
 from rectvlm.data.shards import read_index
 from rectvlm.evaluate.case_records import CaseRecord
+from rectvlm.evaluate.headline import list_headline_columns, list_headline_rows
 from rectvlm.evaluate.options import EvaluationOptions
 from rectvlm.evaluate.result import EvaluationResult
 from rectvlm.evaluate.results_page import (
@@ -133,6 +134,45 @@ def test_baselines_and_both_sets_of_labels_stand_beside_the_model(
     assert labels in render_markdown(given)
     assert labels in html.unescape(render_results_page(given, make_scans(1), {}, path.parent))
     assert result.other_labels["sha256"] in page and "<th>AUROC, file</th>" in page
+
+
+def test_tables_and_page_begin_with_the_model_beside_all_baselines(
+    evaluation: tuple[EvaluationResult, Path],
+) -> None:
+    result, path = evaluation
+    assert result.reports is not None
+    columns = ["model", "prevalence", "classifier and table", "nearest report", "without the image"]
+    assert list_headline_columns(result) == columns
+    rows = {row.name: row.figures for row in list_headline_rows(result)}
+    assert set(rows["findings: macro AUROC"]) == {"model", "prevalence"}
+    assert rows["findings: macro AUROC"]["prevalence"].value == "0.500"
+    bleu = rows["reports: BLEU-4"]
+    scores = {
+        "model": result.reports["image"],
+        "without the image": result.reports["image_ablated"],
+    }
+    scores["nearest report"] = result.reports["baselines"]["nearest"]
+    for column, kind in scores.items():
+        assert bleu[column].value == f"{kind['scores']['bleu_4']:.3f}", column
+    tables, page = path.with_name("metrics.md").read_text(), path.read_text(encoding="utf-8")
+    assert tables.index("## In short") < tables.index("| reports: BLEU-4 |")
+    assert tables.index("| reports: BLEU-4 |") < tables.index("## Findings")
+    assert page.index("<td>reports: BLEU-4</td>") < page.index("<h2>Findings, other means</h2>")
+    alone = replace(result, reports=None, localization=None)
+    assert list_headline_columns(alone) == ["model", "prevalence"]
+    assert "In short" in render_markdown(alone)
+
+
+def test_a_mean_of_the_protocol_counts_the_findings_that_have_it(
+    evaluation: tuple[EvaluationResult, Path],
+) -> None:
+    result, path = evaluation
+    rows = result.classification["vlm3d"]["per_finding"].values()
+    n_findings = sum(row["auroc"] is not None for row in rows)
+    assert 0 < n_findings < N_FINDINGS
+    page = path.read_text(encoding="utf-8")
+    row = page[page.index("<td>AUROC by VLM3D’s protocol</td>") :].partition("</tr>")[0]
+    assert f'<td class="quiet">{n_findings} findings</td>' in row
 
 
 def test_the_page_says_how_the_missing_case_pages_are_made(
