@@ -3,6 +3,7 @@ refused."""
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from rectvlm.cli import main
 from rectvlm.evaluate.case_records import CaseRecord, LesionRecord
 from rectvlm.evaluate.comparison import compare_evaluations, compare_pair
 from rectvlm.evaluate.comparison_options import ComparisonOptions
+from rectvlm.evaluate.comparison_table import describe_comparison, make_comparison_table
 from rectvlm.evaluate.options import EvaluationOptions
 from rectvlm.evaluate.pairing import pair_evaluations
 from rectvlm.evaluate.scans import group_by_scan
@@ -147,6 +149,14 @@ def test_a_planted_difference_is_found_in_favour_of_the_better_model(tmp_path: P
     assert comparison.figures["classification.macro.brier"].better == "A", "lower is better"
     assert comparison.figures["localization.macro.dice"].better is None
     assert comparison.verdict.startswith("A is better than B in ")
+    main = [path for path in comparison.figures if path.endswith((".auroc", ".f1"))]
+    n_rows = make_comparison_table(comparison).row_count
+    assert len(main) < n_rows < len(comparison.figures) - 20
+    n_different = sum(figure.better is not None for figure in comparison.figures.values())
+    assert n_different > 30
+    _, hidden, *_ = describe_comparison(comparison)
+    n_more, n_alike = map(int, re.findall(r"\d+", hidden))
+    assert n_more > 0 and n_more + n_alike + n_rows == len(comparison.figures)
 
 
 def test_the_answer_is_the_same_whichever_model_is_named_first(tmp_path: Path) -> None:

@@ -117,6 +117,10 @@ def test_the_page_lies_beside_the_metrics_and_loads_nothing(
     assert not re.search(r'(?:src|href)="(?!data:|pages/)', page) and "url(" not in page
 
 
+def page_of(result: EvaluationResult, path: Path) -> str:
+    return render_results_page(result, make_scans(1), {}, path.parent)
+
+
 def test_baselines_and_both_sets_of_labels_stand_beside_the_model(
     evaluation: tuple[EvaluationResult, Path],
 ) -> None:
@@ -130,9 +134,10 @@ def test_baselines_and_both_sets_of_labels_stand_beside_the_model(
     assert f"{bleu:+.3f}<small>[{interval[0]:.3f}, {interval[1]:.3f}]</small>" in page
     assert "<th>model − table</th>" in page and "with a table of texts" in page
     given = replace(result, labels="Rad-ChestCT's label tables")
-    labels = "Labels: Rad-ChestCT's label tables; beside them those of refined.csv."
+    labels = ". Labels: Rad-ChestCT's label tables; beside them those of refined.csv."
+    assert "resamples of the patients" + labels in html.unescape(page_of(given, path))
+    labels = labels.removeprefix(". ")
     assert labels in render_markdown(given)
-    assert labels in html.unescape(render_results_page(given, make_scans(1), {}, path.parent))
     assert result.other_labels["sha256"] in page and "<th>AUROC, file</th>" in page
 
 
