@@ -110,6 +110,8 @@ class CaseSelection:
     """The cases of a run, and what its manifest says of their choice."""
 
     cases: list[Case]
+    labels: str
+    """Origin of the labels, in words."""
     policy: dict[str, Any] = field(default_factory=dict)
     """Options by which each data set chose its cases, and counts of what it found."""
     dropped: dict[str, int] = field(default_factory=dict)
@@ -118,14 +120,15 @@ class CaseSelection:
 
 def _list_demo_selection(options: PreprocessOptions) -> CaseSelection:
     train_count, valid_count = options.phantoms, options.valid_phantoms
+    style = options.phantom_style or PLAIN_STYLE.name
     cases = list_demo_cases(
         _DEMO_TRAIN_PHANTOMS if train_count is None else train_count,
         _DEMO_VALID_PHANTOMS if valid_count is None else valid_count,
         SAMPLE_CT_FOLDER if options.sample_cts else None,
-        options.phantom_style or PLAIN_STYLE.name,
+        style,
         options.phantom_supervision,
     )
-    return CaseSelection(cases)
+    return CaseSelection(cases, _describe_phantom_labels(style))
 
 
 def _list_ct_rate_selection(
@@ -141,7 +144,11 @@ def _list_ct_rate_selection(
         if count:
             log.info("%s: %d", subject, count)
     policy = {"CT-RATE": {**ct_rate.policy, "counts": ct_rate.counts}}
-    return CaseSelection(ct_rate.cases + _list_extra_phantoms(options), policy, dropped)
+    labels = str(ct_rate.policy["labels"] or "CT-RATE's label tables")
+    phantoms = _list_extra_phantoms(options)
+    return CaseSelection(
+        ct_rate.cases + phantoms, _add_phantom_labels(labels, options), policy, dropped
+    )
 
 
 def _list_rad_chestct_selection(folder: Path, options: PreprocessOptions) -> CaseSelection:
@@ -150,8 +157,13 @@ def _list_rad_chestct_selection(folder: Path, options: PreprocessOptions) -> Cas
     for subject, count in rad_chestct.counts.items():
         log.info("%s: %d", subject, count)
     policy = {"labels": ABNORMALITIES_BY_FINDING, "counts": rad_chestct.counts}
+    labels = f"Rad-ChestCT's label tables, {len(ABNORMALITIES_BY_FINDING)} findings mapped"
     phantoms = _list_extra_phantoms(options)
-    return CaseSelection(rad_chestct.cases + phantoms, {"Rad-ChestCT": policy})
+    return CaseSelection(
+        rad_chestct.cases + phantoms,
+        _add_phantom_labels(labels, options),
+        {"Rad-ChestCT": policy},
+    )
 
 
 def _list_own_selection(
@@ -162,13 +174,15 @@ def _list_own_selection(
     if own_data.table is None:
         assert own_data.cases is not None
         cases = list_function_cases(own_data.cases)
-        return CaseSelection(cases + phantoms, {"cases": {"function": own_data.cases}})
+        labels = _add_phantom_labels(f"the function {own_data.cases}", options)
+        return CaseSelection(cases + phantoms, labels, {"cases": {"function": own_data.cases}})
     mapping = own_data.mapping and own_data.mapping.expanduser()
     own = list_table_cases(own_data.table.expanduser(), mapping, masks)
     for subject, count in own.counts.items():
         log.info("%s: %d", subject, count)
     policy = {"table": {"name": own_data.table.name, "counts": own.counts}}
-    return CaseSelection(own.cases + phantoms, policy)
+    labels = _add_phantom_labels(f"the table {own_data.table.name}", options)
+    return CaseSelection(own.cases + phantoms, labels, policy)
 
 
 def _list_extra_phantoms(options: PreprocessOptions) -> list[Case]:
@@ -180,6 +194,17 @@ def _list_extra_phantoms(options: PreprocessOptions) -> list[Case]:
         options.phantom_style or VARIED_STYLE.name,
         options.phantom_supervision,
     )
+
+
+def _describe_phantom_labels(style: str) -> str:
+    return f"phantoms in the style {style}"
+
+
+def _add_phantom_labels(labels: str, options: PreprocessOptions) -> str:
+    """Origin of the labels of a data set, and of the phantoms beside it."""
+    if not options.phantoms and not options.valid_phantoms:
+        return labels
+    return f"{labels}; {_describe_phantom_labels(options.phantom_style or VARIED_STYLE.name)}"
 
 
 def _list_selection(
@@ -291,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runner=_connect_to_ray(options.ray),
             timeout_seconds=options.timeout or None,
             retry_rejected=options.retry,
+            labels=selection.labels,
             policy=selection.policy,
             dropped=selection.dropped,
         )

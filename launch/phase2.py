@@ -1,6 +1,6 @@
 """Phase 2: the localizer joins.
 
-accelerate launch launch/phase2.py [--config demo] [--stage localize] [--from PATH]
+accelerate launch launch/phase2.py [--config demo] [--stage localize|labels] [--from PATH]
     [--resume [auto] | --restart] [part.field=value …]
 """
 

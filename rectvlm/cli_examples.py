@@ -38,7 +38,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "rectvlm runs list": ("rectvlm runs list runs/demo --json",),
     "rectvlm runs compare": ("rectvlm runs compare runs/a/phase3 runs/b/phase3",),
     "rectvlm runs plot": ("rectvlm runs plot runs/a/phase3 runs/b/phase3 --out curves.png",),
-    "rectvlm runs test": ("rectvlm runs test a/metrics.json b/metrics.json",),
+    "rectvlm runs test": ("rectvlm runs test runs/a runs/b --out test.json",),
     "rectvlm weights": ("rectvlm weights list", "rectvlm weights pull llama-3.1-8b"),
     "rectvlm weights pull": (
         "rectvlm weights pull llama-3.1-8b",

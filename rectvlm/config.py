@@ -32,7 +32,7 @@ CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 ModelPart = Literal["encoder", "classifier", "localizer", "generator"]
 MODEL_PARTS: tuple[ModelPart, ...] = typing.get_args(ModelPart)
-PhaseKey = Literal["phase1", "phase2-localize", "phase2", "phase3-align", "phase3"]
+PhaseKey = Literal["phase1", "phase2-localize", "phase2-labels", "phase2", "phase3-align", "phase3"]
 """Rows of the table in `rectvlm.train.phases`: three phases, and stages of the last two."""
 ValidationMetric = Literal[
     "macro_auroc",

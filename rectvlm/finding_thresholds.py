@@ -14,6 +14,10 @@ from rectvlm.types import JsonObject, UserError
 THRESHOLDS_FILE = "thresholds.json"
 DEFAULT_THRESHOLD = 0.5
 """Threshold of a finding that no data decide."""
+MIN_CASES_TO_FIT = 10
+"""Smallest number of positive and of negative cases that a finding's threshold is fitted to; with
+fewer, the best F1 is found by chance. One wrong label among 128 put a threshold at 0.02, which
+called the finding in half of all cases."""
 
 
 @dataclass(frozen=True)

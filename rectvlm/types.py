@@ -240,6 +240,17 @@ class Batch:
         """Copy the tensors to page-locked memory; torch's DataLoader calls this."""
         return self._map_tensors(lambda tensor: tensor.pin_memory())
 
+    def without_outlines(self) -> "Batch":
+        """The same samples as if no one had annotated a lesion."""
+        import torch
+
+        return replace(
+            self,
+            lesions=torch.zeros_like(self.lesions),
+            lesions_annotated=torch.zeros_like(self.lesions_annotated),
+            lesions_partial=torch.zeros_like(self.lesions_partial),
+        )
+
     def _map_tensors(self, function: "Callable[[torch.Tensor], torch.Tensor]") -> "Batch":
         import torch
 

@@ -35,6 +35,7 @@ from data_pipeline.make_shards.workers import (
 )
 from rectvlm.data.sample import preprocessing_versions
 from rectvlm.data.shard_manifest import (
+    LABELS_SETTING,
     SHARD_MANIFEST_FILE,
     ShardManifest,
     ShardProvenance,
@@ -76,6 +77,7 @@ def preprocess(
     runner: TaskRunner | None = None,
     timeout_seconds: float | None = None,
     retry_rejected: bool = False,
+    labels: str | None = None,
     policy: Mapping[str, Any] | None = None,
     dropped: Mapping[str, int] | None = None,
 ) -> PreprocessResult:
@@ -95,6 +97,7 @@ def preprocess(
         runner: another way to run than `workers`, such as `ray_workers.RayRunner`.
         timeout_seconds: time that one case may take before it is set aside.
         retry_rejected: make the shards again from which a case was set aside.
+        labels: origin of the labels in words, for the manifest.
         policy: how the data set chose its cases, for the manifest.
         dropped: number of volumes that the data set left out, by reason, for the manifest.
 
@@ -108,7 +111,7 @@ def preprocess(
         store = ShardStore(store.local_folder.absolute())
     options = SampleOptions(grid, spacing, coarse_regions)
     tasks = plan_shards(cases, str(store), options, samples_per_shard, timeout_seconds)
-    provenance = _describe_plan(tasks, samples_per_shard, policy or {}, dropped or {})
+    provenance = _describe_plan(tasks, samples_per_shard, labels, policy or {}, dropped or {})
     previous = _read_previous_result(store, provenance.fingerprint)
     if previous is not None and not (retry_rejected and previous.rejected):
         return previous
@@ -145,12 +148,15 @@ def preprocess(
 def _describe_plan(
     tasks: Sequence[ShardTask],
     samples_per_shard: int,
+    labels: str | None,
     policy: Mapping[str, Any],
     dropped: Mapping[str, int],
 ) -> ShardProvenance:
     """The provenance of a plan's shards, before it is known which cases can be used."""
     settings: dict[str, Any] = asdict(tasks[0].options) if tasks else {}
     settings["samples_per_shard"] = samples_per_shard
+    if labels is not None:
+        settings[LABELS_SETTING] = labels
     if policy:
         settings["policy"] = dict(policy)
     task_fingerprints = [task.fingerprint for task in tasks]

@@ -44,6 +44,8 @@ class CardEvaluation:
     step: int
     is_selected: bool | None
     """Whether validation during training chose the checkpoint on the split; None where unknown."""
+    labels: str | None
+    """Origin of the labels; None where it is not known."""
     rows: list[list[str]]
     """Rows of subject, metric, value and number of cases."""
 
@@ -160,6 +162,7 @@ def _read_evaluation(path: Path) -> CardEvaluation:
             metrics["split"],
             metrics["step"],
             metrics.get("selected_on_this_split"),
+            metrics.get("labels"),
             [*_finding_rows(metrics), *_lesion_rows(metrics), *_report_rows(metrics)],
         )
     except OSError as error:

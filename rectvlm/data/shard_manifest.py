@@ -15,6 +15,8 @@ from rectvlm.labels import FINDINGS, LESION_BY_KEY, Lesion
 from rectvlm.types import SAMPLE_SCHEMA, SampleMeta, Split, UserError, first_invalid_field
 
 SHARD_MANIFEST_FILE = "manifest.json"
+LABELS_SETTING = "labels"
+"""Key of `provenance.settings` with the origin of the labels, in words."""
 
 LabelCounts = dict[str, dict[str, dict[str, int]]]
 """Numbers of samples: `labels`, by finding, `present`, `absent` and `unknown`; `lesions`, by lesion
@@ -92,6 +94,15 @@ def read_manifest(folder: str | Path | ShardStore) -> ShardManifest:
         raise UserError(
             f"{path} is damaged at {field_name}: {reason}; run `make preprocess` again."
         ) from None
+
+
+def read_label_origin(folder: str | Path | ShardStore) -> str | None:
+    """Read where the labels of shards come from, in words; None where no manifest says it."""
+    try:
+        origin = read_manifest(folder).provenance.settings.get(LABELS_SETTING)
+    except UserError:
+        return None
+    return None if origin is None else str(origin)
 
 
 def dump_manifest(manifest: ShardManifest) -> bytes:

@@ -11,7 +11,7 @@ class ComparisonOptions:
     """Two evaluations, and how they are compared; the arguments of `rectvlm runs test`."""
 
     a: Path = field(metadata=argument(is_positional=True, metavar="A"))
-    """Folder that `rectvlm evaluate` wrote, or its metrics.json."""
+    """Folder that `rectvlm evaluate` wrote, its metrics.json, or a run with one evaluation."""
     b: Path = field(metadata=argument(is_positional=True, metavar="B"))
     """The same of another model on the same cases."""
     out: Path | None = field(default=None, metadata=argument(metavar="FILE"))

@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from rectvlm.evaluate.comparison import ComparedFigure, ModelComparison
-from rectvlm.evaluate.report_tables import MAIN_REPORT_SCORES
+from rectvlm.evaluate.report_tables import MAIN_REPORT_SCORES, name_score
 from rectvlm.evaluate.score_format import FINDING_SCORE_NAMES, format_score
 from rectvlm.evaluate.tables import (
     GROUNDING_SCORE_NAMES,
@@ -21,11 +21,13 @@ _MAIN_SCORES_BY_PLACE = {
     "rexgrounding": tuple(GROUNDING_SCORE_NAMES),
     "image": MAIN_REPORT_SCORES,
 }
-"""Scores that are shown by the second name of a figure's path; others where they differ."""
+"""Scores that are shown by the second name of a figure's path."""
+MAX_OTHER_FIGURES = 10
+"""Largest number of other figures that are shown, those that differ most surely."""
 
 
 def make_comparison_table(comparison: ModelComparison) -> Table:
-    """Table of the main figures and of all others that differ."""
+    """Table of the main figures and of the others that differ most surely."""
     names = [f"{model['config']}, step {model['step']}" for model in (comparison.a, comparison.b)]
     title = (
         f"A ({names[0]}) and B ({names[1]}): {comparison.split} split, {comparison.n_scans} scans "
@@ -36,18 +38,29 @@ def make_comparison_table(comparison: ModelComparison) -> Table:
     for column in ("A", "B", "A − B", "95%", "p", "p corrected"):
         table.add_column(column, justify="right")
     table.add_column("better")
-    for path, figure in comparison.figures.items():
-        if _is_shown(path, figure):
-            table.add_row(describe_figure(path), *_format_figure(figure))
+    for path in _list_shown(comparison):
+        table.add_row(describe_figure(path), *_format_figure(comparison.figures[path]))
     return table
+
+
+def _list_shown(comparison: ModelComparison) -> list[str]:
+    """Paths of the figures that the table shows, in their order."""
+    others = []
+    for path, figure in comparison.figures.items():
+        if figure.p is not None and figure.better is not None and not _is_main(path):
+            others.append((figure.p_corrected, figure.p, path))
+    shown = {path for *_, path in sorted(others)[:MAX_OTHER_FIGURES]}
+    return [path for path in comparison.figures if path in shown or _is_main(path)]
 
 
 def describe_comparison(comparison: ModelComparison) -> list[str]:
     """Lines below the table: the verdict, and what the table does not show."""
     lines = [comparison.verdict]
-    shown = [_is_shown(path, figure) for path, figure in comparison.figures.items()]
-    if not all(shown):
-        lines.append(f"{shown.count(False)} more figures show no difference: see --out.")
+    hidden = comparison.figures.keys() - set(_list_shown(comparison))
+    if hidden:
+        n_different = sum(comparison.figures[path].better is not None for path in hidden)
+        words = f"{n_different} more figures differ, " if n_different else ""
+        lines.append(f"{words}{len(hidden) - n_different} more show no difference: see --out.")
     for group, reason in comparison.left_out.items():
         lines.append(f"Not compared: {group}: {reason}.")
     lines.append("Patients are drawn: other seeds and other training data are not covered.")
@@ -59,7 +72,7 @@ def describe_figure(path: str) -> str:
     group, place, *rest = path.split(".")
     score = rest[-1]
     if group == "reports":
-        return f"report {score.replace('_', ' ')}"
+        return f"reports, {name_score(score)}"
     if place == "rexgrounding":
         return GROUNDING_SCORE_NAMES[score]
     score_names = FINDING_SCORE_NAMES if group == "classification" else LESION_SCORE_NAMES
@@ -70,13 +83,13 @@ def describe_figure(path: str) -> str:
     return f"{score_names[score]}, {subject}"
 
 
-def _is_shown(path: str, figure: ComparedFigure) -> bool:
-    """Whether a figure is a main one, or differs."""
+def _is_main(path: str) -> bool:
+    """Whether a figure is one of the main ones."""
     group, place, *rest = path.split(".")
     scores = _MAIN_SCORES_BY_PLACE[place]
     if group == "localization" and place == "macro":
         scores = ("dice", "hit_rate")
-    return figure.better is not None or rest[-1] in scores
+    return rest[-1] in scores
 
 
 def _format_figure(figure: ComparedFigure) -> list[str]:

@@ -91,7 +91,7 @@ def render_reports(reports: Mapping[str, Any]) -> str:
 
 def render_baselines(reports: Mapping[str, Any]) -> str:
     """Render all scores of the baselines, and those of the language model minus each of them."""
-    sources = _describe_sources(reports)
+    sources = describe_baseline_sources(reports)
     if not reports["baselines"]:
         return f"{describe_table_comparison(reports)}\n\n{sources}"
     header = ["", *_name_baseline_columns(reports)]
@@ -198,7 +198,7 @@ def _format_difference(differences: Mapping[str, Any], score: str) -> str:
     return format_with_interval(differences, score) if score in differences else "–"
 
 
-def _describe_sources(reports: Mapping[str, Any]) -> str:
+def describe_baseline_sources(reports: Mapping[str, Any]) -> str:
     """Where each baseline takes its reports from, and why one is left out."""
     words = []
     for name, baseline in reports["baselines"].items():

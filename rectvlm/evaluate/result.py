@@ -33,6 +33,8 @@ class EvaluationResult:
     """Optimizer steps of the checkpoint."""
     shards: str
     """Folder or URL of the shards."""
+    labels: str | None
+    """Origin of the shards' labels in words; None where their manifest does not say it."""
     split: Split
     threshold_split: Split | None
     """Split of the shards that the thresholds were fitted on: dev, or train where there is no dev,

@@ -17,6 +17,7 @@ from rectvlm.checkpoint import Checkpoint, find_checkpoint
 from rectvlm.config import Config, DataConfig
 from rectvlm.data.dataset import ShardDataset
 from rectvlm.data.loader import BatchLoader
+from rectvlm.data.shard_manifest import read_label_origin
 from rectvlm.data.shards import read_index
 from rectvlm.data.store import ShardStore
 from rectvlm.evaluate import summary, tables
@@ -376,6 +377,7 @@ def _compute_metrics(
         config=run.config.name,
         step=run.state.step,
         shards=run.data.shards,
+        labels=read_label_origin(run.store),
         split=options.split,
         threshold_split=_find_threshold_split(run, thresholds),
         selected_on_this_split=was_selected_on(

@@ -75,12 +75,14 @@ def read_stored_evaluation(place: Path) -> StoredEvaluation:
     """Read an evaluation back.
 
     Args:
-        place: folder that `rectvlm evaluate` wrote, or its `metrics.json`.
+        place: folder that `rectvlm evaluate` wrote, its `metrics.json`, or a folder with one
+            evaluation below it, such as that of a run.
 
     Raises:
-        UserError: a file is missing, damaged, or of another evaluation.
+        UserError: a file is missing, damaged, or of another evaluation; or there are several
+            evaluations.
     """
-    path = place / METRICS_FILE if place.is_dir() else place
+    path = _find_metrics_file(place)
     metrics = read_json_object(path, _REMEDY)
     missing = {"classification", "localization", "reports", "n_cases"} - metrics.keys()
     if missing:
@@ -105,6 +107,22 @@ def read_stored_evaluation(place: Path) -> StoredEvaluation:
         scans_by_key = {record.key: record.scan or record.key for record in records}
         reports = _read_reports(path, metrics["reports"]["image"], scans_by_key)
     return StoredEvaluation(path, metrics, group_by_scan(records), reports)
+
+
+def _find_metrics_file(place: Path) -> Path:
+    """Metrics of the evaluation in a folder, or of the only one below it."""
+    if not place.is_dir() or (place / METRICS_FILE).is_file():
+        return place / METRICS_FILE if place.is_dir() else place
+    below = sorted(place.rglob(METRICS_FILE))
+    if len(below) > 1:
+        raise InputError(
+            place,
+            "holds several evaluations",
+            expected="one",
+            found=", ".join(str(path.relative_to(place).parent) for path in below),
+            remedy="name one of these folders",
+        )
+    return below[0] if below else place / METRICS_FILE
 
 
 def _read_lines(path: Path) -> list[JsonObject]:

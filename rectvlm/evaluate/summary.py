@@ -11,7 +11,7 @@ from rectvlm.evaluate.scans import ScanResults
 from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.labels import LESIONS, N_LESIONS, Lesion
 from rectvlm.metrics.bootstrap import ResampleWeights, draw_patient_weights
-from rectvlm.metrics.findings import score_findings
+from rectvlm.metrics.findings import score_findings, score_prevalence
 from rectvlm.metrics.lesion_overlap import score_lesion_overlap
 from rectvlm.metrics.lesions import (
     HIT_DICE,
@@ -39,12 +39,16 @@ def draw_resamples(patients: list[str], options: EvaluationOptions) -> ResampleW
 def summarize_findings(
     scans: ScanResults, thresholds: FindingThresholds, weights: ResampleWeights | None
 ) -> JsonObject:
-    """Classification figures by scan; `vlm3d` has those of the VLM3D challenge's protocol."""
+    """Classification figures by scan.
+
+    `prevalence` has the means without an image, `vlm3d` figures by the VLM3D challenge's protocol.
+    """
     scores = score_findings(
         scans.probabilities, scans.labels, scans.known, thresholds.values, weights
     )
     return scores | {
         "n_conflicting_labels": scans.n_conflicting_labels,
+        "prevalence": score_prevalence(scores["per_finding"]),
         "vlm3d": score_by_protocol(scans.probabilities, scans.labels, scans.known),
     }
 

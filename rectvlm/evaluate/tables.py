@@ -5,9 +5,15 @@ from typing import Any
 
 from rich.table import Table
 
+from rectvlm.evaluate.headline import (
+    HeadlineFigure,
+    list_headline_columns,
+    list_headline_rows,
+)
 from rectvlm.evaluate.radeval_tables import render_radeval
 from rectvlm.evaluate.report_tables import (
     add_report_rows,
+    describe_table_comparison,
     render_baselines,
     render_other_findings,
     render_report_findings,
@@ -70,6 +76,8 @@ def render_markdown(result: EvaluationResult) -> str:
     sections = [
         _render_title(result),
         _render_overview(result),
+        "## In short",
+        _render_headline(result),
         "## Findings",
         _render_findings(result),
     ]
@@ -174,8 +182,16 @@ def _render_overview(result: EvaluationResult) -> str:
     return (
         f"Checkpoint `{result.checkpoint}`, step {result.step}; shards `{result.shards}`; "
         f"{result.n_cases:,} volumes. {intervals}{_render_selection_warning(result)}\n\n"
-        f"Region maps: {result.region_maps}."
+        f"Labels: {describe_labels(result)}. Region maps: {result.region_maps}."
     )
+
+
+def describe_labels(result: EvaluationResult) -> str:
+    """Origin of the labels, and of those beside them."""
+    labels = result.labels or "those of the shards, whose manifest does not say where they are from"
+    if result.other_labels is None:
+        return labels
+    return f"{labels}; beside them those of {result.other_labels['file']}"
 
 
 def _render_selection_warning(result: EvaluationResult) -> str:
@@ -189,6 +205,20 @@ def _render_selection_warning(result: EvaluationResult) -> str:
     if is_selected is None:
         return " Whether the checkpoint was chosen on this split is not known."
     return ""
+
+
+def _render_headline(result: EvaluationResult) -> str:
+    """The main figures beside those of the baselines, and whether the table of texts is beaten."""
+    columns = list_headline_columns(result)
+    rows = []
+    for row in list_headline_rows(result):
+        figures = [row.figures.get(column, HeadlineFigure()) for column in columns]
+        cells = [f"{figure.value} {figure.interval}".strip() for figure in figures]
+        rows.append([row.name, *cells])
+    parts = [render_table(["", *columns], rows)]
+    if result.reports is not None:
+        parts.append(describe_table_comparison(result.reports))
+    return "\n\n".join(parts)
 
 
 def _render_findings(result: EvaluationResult) -> str:
@@ -205,12 +235,16 @@ def _render_findings(result: EvaluationResult) -> str:
     for choice, values in result.other_thresholds.items():
         macro = _format_scores(values["macro"], FINDING_SCORE_NAMES)
         rows.append([f"**macro mean** at {OTHER_THRESHOLD_NAMES[choice]}", "", "", *macro])
+    prevalence = dict.fromkeys(FINDING_SCORE_NAMES) | scores["prevalence"]["macro"]
+    values = _format_scores(prevalence, FINDING_SCORE_NAMES)
+    rows.append(["**macro mean** of prevalence alone", "", "", *values])
     protocol = scores["vlm3d"]
     by_protocol = _format_scores(
         dict.fromkeys(FINDING_SCORE_NAMES) | protocol["macro"], FINDING_SCORE_NAMES
     )
     rows.append(["**macro mean** by VLM3D's protocol", "", "", *by_protocol])
     note = f"CRG by VLM3D's protocol: {format_score(protocol['crg'])}. "
+    note += "Prevalence alone: each finding is called in every scan. "
     note += f"Thresholds: {thresholds.source}."
     if thresholds.not_fitted:
         note += f" Not fitted, 0.5: {', '.join(thresholds.not_fitted)}."
@@ -240,10 +274,16 @@ def _render_other_labels(result: EvaluationResult) -> str:
         f"Labels of the shards beside those of `{other['file']}` (SHA-256 {other['sha256']}), at "
         "the same thresholds. alike: scans that both label alike, of those that both label."
     )
-    if other["report_findings"] is not None:
-        f1 = format_score(other["report_findings"]["macro"]["f1"])
-        note += f" Findings of the reports against the file: macro F1 {f1}."
+    note += describe_reports_by_other_labels(result)
     return f"{render_table(header, rows)}\n\n{note}"
+
+
+def describe_reports_by_other_labels(result: EvaluationResult) -> str:
+    """F1 of the findings in the reports against the other table; empty where there is none."""
+    if result.other_labels is None or result.other_labels["report_findings"] is None:
+        return ""
+    f1 = format_score(result.other_labels["report_findings"]["macro"]["f1"])
+    return f" Findings of the reports against the file: macro F1 {f1}."
 
 
 def _format_both(of_shards: Mapping[str, Any], of_file: Mapping[str, Any]) -> list[str]:

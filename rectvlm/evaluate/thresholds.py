@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rectvlm.evaluate.case_records import CaseRecord
 from rectvlm.evaluate.region_maps import RegionMapUsage
 from rectvlm.evaluate.scans import group_by_scan
-from rectvlm.finding_thresholds import FindingThresholds
+from rectvlm.finding_thresholds import MIN_CASES_TO_FIT, FindingThresholds
 from rectvlm.metrics.findings import fit_thresholds
 
 
@@ -17,7 +17,7 @@ def choose_thresholds(
 ) -> FindingThresholds:
     """Choose fitted thresholds, else those of the model.
 
-    Thresholds are fitted for findings with a known positive and a known negative case.
+    A finding with fewer than `MIN_CASES_TO_FIT` known positives or negatives stays at 0.5.
 
     Args:
         model_thresholds: thresholds that the model carries.
@@ -31,5 +31,7 @@ def choose_thresholds(
     region_maps = RegionMapUsage.from_records(fit_records, regions_hidden)
     counted = f"the first {len(scans.patients)} scans of the {cases}"
     source = f"maximum F1 on {counted}; region maps: {region_maps}"
-    fitted = fit_thresholds(scans.probabilities, scans.labels, scans.known, source)
+    fitted = fit_thresholds(
+        scans.probabilities, scans.labels, scans.known, source, MIN_CASES_TO_FIT
+    )
     return fitted if fitted.is_fitted.any() else model_thresholds

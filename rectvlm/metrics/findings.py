@@ -3,6 +3,8 @@
 Shapes: N cases, R resamples.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 from sklearn.metrics import (
     accuracy_score,
@@ -31,6 +33,8 @@ FINDING_SCORES = (
     "ece",
     "brier",
 )
+PREVALENCE_SCORES = ("auroc", "average_precision", "f1")
+"""Scores of `score_prevalence`."""
 
 
 def fit_thresholds(
@@ -152,6 +156,34 @@ def _mean_scores(per_finding: dict[str, JsonObject], weighted: bool) -> JsonObje
         if weights.any():
             means[score] = float(np.average([row[score] for row in rows], weights=weights))
         means[f"n_findings_{score}"] = len(rows)
+    return means
+
+
+def score_prevalence(per_finding: Mapping[str, JsonObject]) -> JsonObject:
+    """Scores that need no image: every scan has the same probability, and every finding is called.
+
+    With a share p of positives AUROC is 0.5, average precision p, and F1 2p / (1 + p), the largest
+    F1 of calls that are all the same. The means are over the findings that have the score in
+    `score_findings`.
+
+    Args:
+        per_finding: counts and scores of each finding, as `score_findings` returns them.
+
+    Returns:
+        `macro` and `weighted` means of the scores.
+    """
+    rows: dict[str, JsonObject] = {}
+    for name, scores in per_finding.items():
+        share = scores["n_positive"] / max(scores["n_known"], 1)
+        row: JsonObject = dict.fromkeys(FINDING_SCORES)
+        row["n_positive"] = scores["n_positive"]
+        floors = {"auroc": 0.5, "average_precision": share, "f1": 2 * share / (1 + share)}
+        row |= {score: floor for score, floor in floors.items() if scores[score] is not None}
+        rows[name] = row
+    means: JsonObject = {}
+    for kind in ("macro", "weighted"):
+        mean = _mean_scores(rows, weighted=kind == "weighted")
+        means[kind] = {score: mean[score] for score in PREVALENCE_SCORES}
     return means
 
 

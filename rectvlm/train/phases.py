@@ -7,11 +7,14 @@ does so if the section gives it a learning rate; every other part is frozen.
 |------------|-------------|--------------------------------|--------------------------------------|
 | 1          | nothing     | encoder, classifier            | classification                       |
 | 2 localize | phase 1     | localizer                      | localization                         |
+| 2 labels   | phase 1     | encoder, classifier, localizer | classification, localization         |
 | 2          | phase 1     | encoder, classifier, localizer | classification, localization         |
 | 3 align    | phase 2     | generator                      | report                               |
 | 3          | phase 2     | all four                       | classification, localization, report |
 
-A stage has a run folder of its own; the phase itself starts from it where `--from` says so.
+A stage has a run folder of its own; the phase itself starts from it where `--from` says so. The
+row `2 labels` learns localization from labels alone, as the VLM3D challenge asks: no outline of a
+lesion reaches its losses, the order of its samples or the choice of its best checkpoint.
 """
 
 from collections.abc import Callable
@@ -20,11 +23,11 @@ from pathlib import Path
 from typing import Literal
 
 from rectvlm.config import Config, ModelPart, PhaseConfig, PhaseKey, phase_key
-from rectvlm.types import UserError
+from rectvlm.types import Batch, UserError
 
 Task = Literal["classification", "localization", "report"]
 PhaseNumber = Literal[1, 2, 3]
-Stage = Literal["localize", "align"]
+Stage = Literal["localize", "labels", "align"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Phase:
     """Stage of the phase; None is the phase itself, which trains everything jointly."""
     may_train: tuple[ModelPart, ...] | None = None
     """Parts that may have a learning rate; None stands for all."""
+    reads_outlines: bool = True
+    """Whether outlines of lesions are read; where they are not, no lesion counts as annotated."""
 
     @property
     def key(self) -> PhaseKey:
@@ -73,7 +78,31 @@ class Phase:
                 f"train.phases.{self.key}.lr names {', '.join(unexpected) or 'no part'}; "
                 f"{command} trains one or more of {', '.join(trainable)}."
             )
+        if not self.reads_outlines:
+            self._require_no_use_of_outlines(section)
         return section
+
+    def _require_no_use_of_outlines(self, section: PhaseConfig) -> None:
+        """Refuse settings that would let outlines in.
+
+        Raises:
+            UserError: rare outlines repeat cases, or Dice chooses the best checkpoint.
+        """
+        given = {
+            "repeat_threshold": section.repeat_threshold > 0,
+            "validation.best_metric": section.validation.best_metric == "mean_dice",
+        }
+        for name, uses_outlines in given.items():
+            if uses_outlines:
+                expected = "0" if name == "repeat_threshold" else "another metric than mean_dice"
+                raise UserError(
+                    f"train.phases.{self.key}.{name} reads outlines, and this row learns from "
+                    f"labels alone: expected {expected}; correct the configuration."
+                )
+
+    def hide_outlines(self, batch: Batch) -> Batch:
+        """The batch as this row may see it: as if no lesion was annotated, or unchanged."""
+        return batch if self.reads_outlines else batch.without_outlines()
 
     def set_micro_batch(self, config: Config, micro_batch: int) -> Config:
         """Copy a configuration with another largest micro-batch in this row's section."""
@@ -86,11 +115,13 @@ class Phase:
 _PHASE_1_PARTS: tuple[ModelPart, ...] = ("encoder", "classifier")
 _PHASE_2_PARTS: tuple[ModelPart, ...] = (*_PHASE_1_PARTS, "localizer")
 _PHASE_3_PARTS: tuple[ModelPart, ...] = (*_PHASE_2_PARTS, "generator")
+_PHASE_2_TASKS: tuple[Task, ...] = ("classification", "localization")
 
 PHASE_TABLE: tuple[Phase, ...] = (
     Phase(1, _PHASE_1_PARTS, ("classification",)),
     Phase(2, _PHASE_2_PARTS, ("localization",), stage="localize", may_train=("localizer",)),
-    Phase(2, _PHASE_2_PARTS, ("classification", "localization")),
+    Phase(2, _PHASE_2_PARTS, _PHASE_2_TASKS, stage="labels", reads_outlines=False),
+    Phase(2, _PHASE_2_PARTS, _PHASE_2_TASKS),
     Phase(3, _PHASE_3_PARTS, ("report",), stage="align", may_train=("generator",)),
     Phase(3, _PHASE_3_PARTS, ("classification", "localization", "report")),
 )

@@ -13,6 +13,7 @@ from rectvlm.config import Config, ValidationMetric
 from rectvlm.data.dataset import ShardDataset
 from rectvlm.data.report_text import join_report_sections
 from rectvlm.data.shards import SampleLocation, read_sample_meta
+from rectvlm.labels import LESIONS, Lesion
 from rectvlm.models.report_generator import ReportGenerator
 from rectvlm.train.budget import PhaseBudget, read_world_size
 from rectvlm.train.phases import Phase, Task
@@ -29,6 +30,8 @@ _TASK_NEEDS: dict[Task, str] = {
     "localization": "outlined lesions",
     "report": "a report",
 }
+_LESION_LABEL = "a label of a lesion's finding"
+"""What localization needs where no outlines are read."""
 _METRIC_TASKS: dict[ValidationMetric, Task] = {
     "macro_auroc": "classification",
     "macro_average_precision": "classification",
@@ -58,16 +61,17 @@ def require_something_to_learn(phase: Phase, config: Config) -> None:
         )
     train_set = ShardDataset(config.data, "train")
     _require_part_that_trains(phase, config, len(train_set))
-    counts = count_task_samples(train_set, tasks)
+    counts = count_task_samples(train_set, tasks, phase.reads_outlines)
     untaught = [task for task in tasks if not counts[task]]
     if untaught:
         remedy = "give shards that have them"
         if len(untaught) < len(tasks):
             zero_weights = [f"train.loss_weights.{task}=0" for task in untaught]
             remedy += f", or train without with {' '.join(zero_weights)}"
+        sample_counts = _describe_counts(train_set, counts, phase.reads_outlines)
         raise UserError(
-            f"{_describe_counts(train_set, counts)}, so phase {phase.number} has nothing "
-            f"to learn {' and '.join(untaught)} from: {remedy}."
+            f"{sample_counts}, so phase {phase.number} has nothing to learn "
+            f"{' and '.join(untaught)} from: {remedy}."
         )
     if settings.validation.every:
         _require_something_to_measure(phase, config)
@@ -100,27 +104,34 @@ def _require_something_to_measure(phase: Phase, config: Config) -> None:
         )
     tasks = phase.tasks if metric == "loss" else (_METRIC_TASKS[metric],)
     selection_set = ShardDataset.open_selection_split(config.data)
-    counts = count_task_samples(selection_set, tasks)
+    counts = count_task_samples(selection_set, tasks, phase.reads_outlines)
     if not any(counts.values()):
         section = f"train.phases.{phase.key}.validation"
+        sample_counts = _describe_counts(selection_set, counts, phase.reads_outlines)
         raise UserError(
-            f"{_describe_counts(selection_set, counts)}, which {section}.best_metric = "
-            f"{metric} is measured on: give shards that have them, another best_metric, or "
-            f"{section}.every=0."
+            f"{sample_counts}, which {section}.best_metric = {metric} is measured on: give "
+            f"shards that have them, another best_metric, or {section}.every=0."
         )
 
 
-def count_task_samples(dataset: ShardDataset, tasks: Sequence[Task]) -> dict[Task, int]:
+def count_task_samples(
+    dataset: ShardDataset, tasks: Sequence[Task], reads_outlines: bool
+) -> dict[Task, int]:
     """Number of samples that carry what each task needs.
 
     Reading ends as soon as every task has some, so only a count of 0 is one of all samples.
+
+    Args:
+        dataset: the samples.
+        tasks: the tasks.
+        reads_outlines: whether localization learns from outlines; else labels are enough.
     """
     counts: dict[Task, int] = dict.fromkeys(tasks, 0)
     for first in range(0, len(dataset), 4 * _READERS):
         locations = dataset.locations[first : first + 4 * _READERS]
         for meta in _read_metas(dataset, locations):
             for task in tasks:
-                counts[task] += _carries(meta, task)
+                counts[task] += _carries(meta, task, reads_outlines)
         if all(counts.values()):
             break
     return counts
@@ -157,19 +168,28 @@ def log_cut_reports(dataset: ShardDataset, generator: ReportGenerator) -> None:
         )
 
 
-def _carries(meta: SampleMeta, task: Task) -> bool:
+def _carries(meta: SampleMeta, task: Task, reads_outlines: bool) -> bool:
     """Whether a sample says anything about a task."""
     if task == "classification":
         return any(value is not None for value in meta.labels.values())
     if task == "report":
         return join_report_sections(meta.findings, meta.impression) is not None
+    if not reads_outlines:
+        return any(_is_labelled(meta, lesion) for lesion in LESIONS)
     # A label alone aligns image and prompt, but draws no outline.
     return any(meta.lesions_annotated.values()) or any(meta.lesions_partial.values())
 
 
-def _describe_counts(dataset: ShardDataset, counts: dict[Task, int]) -> str:
+def _is_labelled(meta: SampleMeta, lesion: Lesion) -> bool:
+    """Whether a label says if the patient has a lesion, as in `infer_lesions_from_labels`."""
+    label = meta.labels[lesion.finding]
+    return label == 0 or (label == 1 and lesion.is_implied_by_finding)
+
+
+def _describe_counts(dataset: ShardDataset, counts: dict[Task, int], reads_outlines: bool) -> str:
     """The counts as the beginning of a sentence."""
-    words = [f"{count} have {_TASK_NEEDS[task]}" for task, count in counts.items()]
+    needs = _TASK_NEEDS if reads_outlines else _TASK_NEEDS | {"localization": _LESION_LABEL}
+    words = [f"{count} have {needs[task]}" for task, count in counts.items()]
     return (
         f"Of the {len(dataset)} samples of the split {dataset.split!r} in {dataset.store}, "
         f"{', '.join(words)}"

@@ -101,7 +101,8 @@ class StepTrainer:
         self.activity.step, self.activity.sample_keys = self.position.step + 1, []
         learning_rates = self._set_learning_rates()
         with timer.time_operation("data"):
-            micro_batches = [next(batches) for _ in range(self.budget.step_batch.accumulation)]
+            loaded = [next(batches) for _ in range(self.budget.step_batch.accumulation)]
+            micro_batches = [self.phase.hide_outlines(batch) for batch in loaded]
         counts = self._count_targets(micro_batches)
         totals = _RankTotals(loss_sums=torch.zeros(len(self.phase.tasks)))
         optimizer_step = None

@@ -267,7 +267,7 @@ class Validator:
         model = self.engine.model.module
         cases, examples = [], []
         for number, (index, loaded_batch) in enumerate(zip(indices, loader, strict=True)):
-            batch = loaded_batch.to(self.engine.device)
+            batch = self.phase.hide_outlines(loaded_batch).to(self.engine.device)
             outputs = self.engine.model(batch)
             if positions[number] < len(all_indices):
                 task_losses = compute_losses(

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from rectvlm.config import LossWeightsConfig
-from rectvlm.finding_thresholds import FindingThresholds
+from rectvlm.finding_thresholds import MIN_CASES_TO_FIT, FindingThresholds
 from rectvlm.finite import mean_of_finite
 from rectvlm.labels import N_FINDINGS
 from rectvlm.lesion_bits import pack_lesions
@@ -16,10 +16,6 @@ from rectvlm.models import ModelOutputs
 from rectvlm.train.phases import Task
 from rectvlm.train.task_loss import TaskLoss
 from rectvlm.types import Batch
-
-MIN_CASES_TO_FIT = 10
-"""Smallest number of positive and of negative cases that a finding's threshold is fitted to; with
-fewer, the best F1 is found by chance."""
 
 
 class ValidationExample(NamedTuple):

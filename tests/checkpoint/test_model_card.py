@@ -43,6 +43,7 @@ def test_the_card_says_what_it_is(trained_checkpoint: MakeFolder, tmp_path: Path
         "n_cases": 13,
         "split": "valid",
         "selected_on_this_split": True,
+        "labels": "refined.csv (SHA-256 ab)",
         "step": 7,
     }
     path = tmp_path / "metrics.json"
@@ -71,7 +72,7 @@ def test_the_card_says_what_it_is(trained_checkpoint: MakeFolder, tmp_path: Path
         "ReXGroundingCT dice | 0.125 | 8 findings of 5 scans",
         "ReXGroundingCT instance f1 | – |",
         "0.500 (0.250 without the image)",
-        "at step 7.\nValidation during training chose this checkpoint",
+        "at step 7.\nLabels: refined.csv (SHA-256 ab).\nValidation during training chose",
         "these figures are optimistic.\n\n| | metric",
         "Phase 3, 7 steps, 28 samples seen by\n1 process.",
     ):

@@ -23,6 +23,7 @@ from data_pipeline.rad_chestct import (
 )
 from data_pipeline.verify.verify import main as verify_main
 from rectvlm.cli import main
+from rectvlm.data.shard_manifest import read_label_origin
 from rectvlm.data.shards import read_index, read_sample
 from rectvlm.labels import FINDINGS
 from rectvlm.phantom.phantom import PhantomCase
@@ -86,6 +87,7 @@ def test_one_command_makes_valid_shards_of_a_download(download: Path) -> None:
     assert not any(meta.lesions_annotated.values()) and meta.findings is None
     assert meta.source == "Rad-ChestCT trn00001.npz" and meta.patient == "trn00001"
     assert verify_main([str(shards), "--config", "tiny"]) == 0
+    assert read_label_origin(shards) == "Rad-ChestCT's label tables, 16 findings mapped"
 
 
 def test_axes_grow_to_inferior_posterior_and_left(download: Path) -> None:
@@ -233,6 +235,7 @@ def test_phantoms_go_from_a_download_to_figures_and_from_images_to_results(
     where = ["--shards", str(shards), "--out", str(metrics_path)]
     assert main(["evaluate", *checkpoint, *where, "--no-plots", "--bootstrap", "0"]) == 0
     metrics = json.loads(metrics_path.read_text())
+    assert metrics["labels"] == "Rad-ChestCT's label tables, 16 findings mapped"
     protocol = metrics["classification"]["vlm3d"]
     assert protocol["n_findings"] == 16 and not UNMAPPED & protocol["per_finding"].keys()
     assert "by VLM3D's protocol" in metrics_path.with_name("metrics.md").read_text()

@@ -3,6 +3,7 @@ refused."""
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from rectvlm.cli import main
 from rectvlm.evaluate.case_records import CaseRecord, LesionRecord
 from rectvlm.evaluate.comparison import compare_evaluations, compare_pair
 from rectvlm.evaluate.comparison_options import ComparisonOptions
+from rectvlm.evaluate.comparison_table import describe_comparison, make_comparison_table
 from rectvlm.evaluate.options import EvaluationOptions
 from rectvlm.evaluate.pairing import pair_evaluations
 from rectvlm.evaluate.scans import group_by_scan
@@ -23,6 +25,7 @@ from rectvlm.evaluate.stored_evaluation import (
     REPORTS_FILE,
     STATISTICS_FILE,
     StoredEvaluation,
+    read_stored_evaluation,
     write_report_statistics,
 )
 from rectvlm.evaluate.summary import draw_resamples, summarize_findings, summarize_lesions
@@ -146,6 +149,14 @@ def test_a_planted_difference_is_found_in_favour_of_the_better_model(tmp_path: P
     assert comparison.figures["classification.macro.brier"].better == "A", "lower is better"
     assert comparison.figures["localization.macro.dice"].better is None
     assert comparison.verdict.startswith("A is better than B in ")
+    main = [path for path in comparison.figures if path.endswith((".auroc", ".f1"))]
+    n_rows = make_comparison_table(comparison).row_count
+    assert len(main) < n_rows < len(comparison.figures) - 20
+    n_different = sum(figure.better is not None for figure in comparison.figures.values())
+    assert n_different > 30
+    _, hidden, *_ = describe_comparison(comparison)
+    n_more, n_alike = map(int, re.findall(r"\d+", hidden))
+    assert n_more > 0 and n_more + n_alike + n_rows == len(comparison.figures)
 
 
 def test_the_answer_is_the_same_whichever_model_is_named_first(tmp_path: Path) -> None:
@@ -186,7 +197,7 @@ def test_figures_are_those_of_the_metrics_and_stand_in_table_and_file(
     } <= groups
     assert result["n_tested"] > 150 and result["n_reports"] == 60
     text = capsys.readouterr().out
-    assert result["verdict"] in text and "macro AUROC" in text and "report rouge l" in text
+    assert result["verdict"] in text and "macro AUROC" in text and "reports, ROUGE-L" in text
 
 
 def _rename_first_case(folder: Path) -> None:
@@ -277,6 +288,20 @@ def test_evaluations_that_cannot_be_compared_are_refused_by_one_sentence(
     with pytest.raises(UserError) as error:
         compare_evaluations(ComparisonOptions(a, tmp_path, bootstrap=1, permutations=100))
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_stands_for_its_only_evaluation(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(UserError, match=r"run/metrics\.json"):
+        read_stored_evaluation(run)
+    (run / "phase3").mkdir()
+    first = write_evaluation(run / "phase3" / "evaluation-valid", make_records(0, 6))
+    assert read_stored_evaluation(run).path == first / "metrics.json"
+    write_evaluation(run / "evaluation", make_records(0, 6))
+    with pytest.raises(UserError, match=r"several.* found evaluation, phase3/evaluation-valid;"):
+        read_stored_evaluation(run)
+    assert read_stored_evaluation(run / "evaluation").path.parent == run / "evaluation"
 
 
 def test_one_patient_is_too_few(tmp_path: Path) -> None:

@@ -41,17 +41,32 @@ def test_without_cases_that_decide_the_thresholds_are_the_models() -> None:
 
 
 def test_a_finding_that_was_not_fitted_stays_at_one_half() -> None:
-    thresholds = choose_thresholds(MODEL, cases(6), "train split of shards")
+    thresholds = choose_thresholds(MODEL, cases(24), "train split of shards")
     assert thresholds.not_fitted == [UNKNOWN] and thresholds.by_finding()[UNKNOWN] == 0.5
-    assert thresholds.n_cases == 6 and "train split of shards" in thresholds.source
+    assert thresholds.n_cases == 24 and "train split of shards" in thresholds.source
     assert len(set(thresholds.values)) > 9
 
 
+def test_a_finding_of_few_positives_stays_at_one_half() -> None:
+    """A wrong label among many would put the threshold at the probability of that case."""
+    fitting = cases(40)
+    rare = FINDINGS[5]
+    for number, record in enumerate(fitting):
+        record.labels[5] = int(number < 9)
+        record.probabilities[5] = 0.01 + number / 10_000
+    thresholds = choose_thresholds(MODEL, fitting, "train split of shards")
+    assert thresholds.not_fitted == [UNKNOWN, rare] and thresholds.by_finding()[rare] == 0.5
+    fitting[9].labels[5] = 1
+    thresholds = choose_thresholds(MODEL, fitting, "train split of shards")
+    assert rare not in thresholds.not_fitted and thresholds.by_finding()[rare] < 0.02
+
+
 def test_thresholds_say_which_region_maps_their_cases_had() -> None:
-    fitting = [*cases(4)[:1], *cases(4, regions="coarse")[1:3], *cases(4, regions=None)[3:]]
+    drawn, without = cases(20)[:1], cases(20, regions=None)[3:]
+    fitting = [*drawn, *cases(20, regions="coarse")[1:3], *without]
     source = choose_thresholds(MODEL, fitting, "train split of shards").source
     assert source.endswith("region maps: 3 volumes, 2 of them coarse")
     source = choose_thresholds(
-        MODEL, cases(4, regions=None), "train split of shards", regions_hidden=True
+        MODEL, cases(20, regions=None), "train split of shards", regions_hidden=True
     ).source
     assert source.endswith("region maps: hidden, as in prediction")

@@ -12,7 +12,13 @@ from sklearn.metrics import f1_score
 
 from rectvlm.labels import FINDINGS, LESIONS, N_FINDINGS, N_LESIONS
 from rectvlm.lesion_bits import unpack_lesions
-from rectvlm.metrics.findings import FINDING_SCORES, fit_thresholds, score_findings
+from rectvlm.metrics.findings import (
+    FINDING_SCORES,
+    PREVALENCE_SCORES,
+    fit_thresholds,
+    score_findings,
+    score_prevalence,
+)
 from rectvlm.metrics.lesion_overlap import count_lesion_voxels, score_lesion_overlap
 from rectvlm.metrics.reports import score_reports
 from rectvlm.metrics.text_overlap import bertscore_by_case
@@ -26,6 +32,18 @@ def _case(n: int, seed: int = 0):
     probabilities = rng.random((n, N_FINDINGS))
     labels = (rng.random((n, N_FINDINGS)) < 0.4).astype(np.float32)
     return probabilities, labels, np.ones((n, N_FINDINGS), dtype=bool)
+
+
+def test_prevalence_alone_scores_what_equal_probabilities_score():
+    probabilities, labels, known = _case(40)
+    known[:25, 3], labels[:, 5] = False, 0  # one finding with few labels, one without a positive
+    scores = score_findings(probabilities, labels, known, HALF)
+    constant = score_findings(np.full_like(probabilities, 0.5), labels, known, HALF)
+    prevalence = score_prevalence(scores["per_finding"])
+    for kind in ("macro", "weighted"):
+        expected = {score: constant[kind][score] for score in PREVALENCE_SCORES}
+        assert prevalence[kind] == pytest.approx(expected)
+    assert 0.3 < prevalence["macro"]["average_precision"] < prevalence["macro"]["f1"] < 0.7
 
 
 def test_known_values_of_one_finding():

@@ -3,16 +3,23 @@
 Stages, schedules, averages, late parts, learned task weights.
 """
 
+import json
 import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from launches import CHECKOUT, LAUNCH, TIMEOUT, TWO, environment
+from launches import CHECKOUT, LAUNCH, TIMEOUT, TWO, environment, length
 from torch import nn
 
+from rectvlm.checkpoint import Checkpoint
 from rectvlm.config import MODEL_PARTS, Config, PhaseConfig, load_config
+from rectvlm.data.dataset import ShardDataset
+from rectvlm.data.shards import write_shards
 from rectvlm.models.slice_region_encoder import SliceRegionEncoder
 from rectvlm.train.budget import PhaseBudget
 from rectvlm.train.ema import EMA_KEY, ema_decay_at
@@ -29,7 +36,7 @@ from rectvlm.train.optimizer import (
 from rectvlm.train.phases import PHASE_TABLE, PHASES, STAGES
 from rectvlm.train.task_loss import TaskLoss
 from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
-from rectvlm.types import UserError
+from rectvlm.types import Split, UserError, no_lesions_source
 
 
 def test_every_row_has_a_section_and_a_folder_of_its_own(tiny: Config) -> None:
@@ -51,6 +58,71 @@ def test_a_sub_step_refuses_to_train_what_it_freezes() -> None:
         match=r"train\.phases\.phase3-align\.lr names encoder; phase 3 with --stage align",
     ):
         STAGES["align"].get_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("repeat_threshold=0.4", "repeat_threshold reads outlines, and this row learns from"),
+        ("validation.best_metric=mean_dice", "expected another metric than mean_dice; correct"),
+    ],
+)
+def test_a_row_of_labels_alone_refuses_what_reads_outlines(setting: str, sentence: str) -> None:
+    config = load_config("tiny", [f"train.phases.phase2-labels.{setting}"])
+    with pytest.raises(UserError, match=sentence):
+        STAGES["labels"].get_settings(config)
+
+
+def remove_outlines(shards: Path, tiny: Config, folder: Path) -> Path:
+    """The same shards as if no one had annotated a lesion."""
+    data = tiny.data.model_copy(update={"shards": str(shards)})
+    samples = []
+    splits: tuple[Split, ...] = ("train", "valid")
+    for split in splits:
+        dataset = ShardDataset(data, split)
+        for sample in (dataset[number] for number in range(len(dataset))):
+            assert any(sample.meta.lesions_annotated.values())
+            annotated = dict.fromkeys(sample.meta.lesions_annotated, False)
+            meta = replace(
+                sample.meta, lesions_annotated=annotated, lesions_source=no_lesions_source()
+            )
+            samples.append(replace(sample, meta=meta, lesions=np.zeros_like(sample.lesions)))
+    write_shards(samples, folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_labels_alone_train_the_same_model_whatever_is_outlined(
+    tiny_run: Callable[[int], Path], phantom_shards: Path, tiny: Config, tmp_path: Path
+) -> None:
+    without = remove_outlines(phantom_shards, tiny, tmp_path / "without")
+    key = "phase2-labels"
+    runs = []
+    for shards in (phantom_shards, without):
+        folder = tmp_path / f"runs-{shards.name}"
+        words = [*LAUNCH, "--num_processes", "1", "launch/phase2.py", "--config", "tiny"]
+        words += ["--stage", "labels", "--from", str(tiny_run(1)), *length(key, 3)]
+        words += [f"data.shards={shards}", f"train.runs={folder}"]
+        words += [f"train.phases.{key}.validation.every=1"]
+        done = subprocess.run(
+            words, cwd=CHECKOUT, env=environment(tmp_path), capture_output=True, text=True,
+            timeout=TIMEOUT, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        runs.append(folder / "tiny" / key)
+    first, second = (Checkpoint.open(run) for run in runs)
+    assert (first.training.phase, first.training.stage) == (2, "labels")
+    before = Checkpoint.open(tiny_run(1)).read_tensors()
+    tensors, others = first.read_tensors(), second.read_tensors()
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+    changed = [name for name in before if not torch.equal(before[name], tensors[name])]
+    moved = {name.partition(".")[0] for name in changed}
+    assert moved == {"encoder", "classifier"} and "localizer" in first.parts
+    losses = [json.loads(line)["losses"] for line in (runs[0] / "metrics.jsonl").open()]
+    assert all(row["localization"] > 0 for row in losses)
+    validations = [json.loads((run / "validation.jsonl").read_text()) for run in runs]
+    assert validations[0]["metrics"] == validations[1]["metrics"]
+    assert validations[0]["metrics"]["mean_dice"] is None
 
 
 def budget_of(settings: PhaseConfig) -> PhaseBudget:

@@ -72,6 +72,11 @@ def make_shards(
             "train.loss_weights.localization=0.",
         ),
         (without_masks, STAGES["localize"], "0 have outlined lesions, so phase 2 has nothing"),
+        (
+            lambda meta: without_masks(without_labels(meta)),
+            STAGES["labels"],
+            "0 have a known label, 0 have a label of a lesion's finding, so phase 2 has nothing",
+        ),
         (with_blank_reports, STAGES["align"], "0 have a report, so phase 3 has nothing to learn"),
         (
             lambda meta: with_blank_reports(without_labels(meta)),
@@ -96,6 +101,8 @@ def test_a_task_of_weight_0_needs_nothing_and_one_sample_is_enough(make_shards: 
         lambda meta: meta if meta.key == "phantom_2" else without_masks(meta), ("train",)
     )
     require_something_to_learn(PHASES[2], load_config("tiny", [f"data.shards={shards}"]))
+    shards = make_shards(without_masks, ("train",))
+    require_something_to_learn(STAGES["labels"], load_config("tiny", [f"data.shards={shards}"]))
     shards = make_shards(without_masks, ("train", "valid"))
     overrides = [
         f"data.shards={shards}",

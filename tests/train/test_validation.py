@@ -40,7 +40,7 @@ from rectvlm.config import Config, ValidationConfig, load_config
 from rectvlm.data.dataset import ShardDataset, collate_samples
 from rectvlm.data.loader import build_eval_loader
 from rectvlm.data.shards import write_shards
-from rectvlm.finding_thresholds import NOT_FITTED, THRESHOLDS_FILE
+from rectvlm.finding_thresholds import MIN_CASES_TO_FIT, NOT_FITTED, THRESHOLDS_FILE
 from rectvlm.labels import FINDINGS, N_FINDINGS, N_LESIONS
 from rectvlm.models import RectVLM
 from rectvlm.train import loop
@@ -53,7 +53,6 @@ from rectvlm.train.recovery.position import TrainingPosition
 from rectvlm.train.recovery.watchdog import RankActivity
 from rectvlm.train.validation import ValidationResult
 from rectvlm.train.validation_cases import (
-    MIN_CASES_TO_FIT,
     ScoredCase,
     compute_validation_metrics,
     fit_case_thresholds,
