@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from data_pipeline.cases import Case, CaseData, case_to_sample
-from data_pipeline.masks.coarse_regions import estimate_coarse_regions
 from rectvlm.config import Config
 from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
+from rectvlm.data.coarse_regions import estimate_coarse_regions
 from rectvlm.data.dataset import collate_samples
 from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.volume import read_volume
