@@ -11,7 +11,6 @@ import numpy as np
 from rectvlm.checkpoint import Checkpoint
 from rectvlm.config import Config
 from rectvlm.data.canonical_grid import canonical_affine, mask_to_native, resample_to_grid
-from rectvlm.data.coarse_regions import estimate_coarse_regions
 from rectvlm.data.dataset import collate_samples
 from rectvlm.data.hounsfield import to_hu
 from rectvlm.finding_thresholds import FindingThresholds
@@ -72,8 +71,6 @@ class PredictedCase:
     hu_decision: HuConversion
     grid_affine: Affine
     """4 × 4, index (z, y, x, 1) of the model's grid to world, mm."""
-    coarse_regions: MaskVolume
-    """Coarse region map (Z, Y, X) on the model's grid; all 0 where no lungs were found."""
     finding_probabilities: dict[str, float]
     lesion_bits: MaskVolume | None
     """Lesion bits (i, j, k); None when the model has no localizer."""
@@ -107,7 +104,6 @@ def predict_case(loaded: LoadedModel, name: str, source: CtSource) -> PredictedC
         hu,
         decision,
         grid_affine,
-        estimate_coarse_regions(sample.ct, sample.meta.spacing),
         dict(zip(FINDINGS, finding_probabilities, strict=True)),
         lesion_bits,
         None if prediction.reports is None else prediction.reports[0],

@@ -23,6 +23,7 @@ from nibabel.orientations import (
 )
 from numpy.typing import NDArray
 
+from rectvlm.data.coarse_regions import estimate_coarse_regions
 from rectvlm.data.nifti_affine import copy_position
 from rectvlm.data.nifti_file import parse_header
 from rectvlm.data.report_text import split_report_sections
@@ -190,7 +191,7 @@ def _describe_case(loaded: LoadedModel, case: PredictedCase) -> tuple[CaseView, 
     spacing_mm = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
     locator = LesionLocator(ct, None, spacing_mm)
     places = locator.locate_all(lesion_bits)
-    lobe_finder = LobeFinder(case.coarse_regions, case.grid_affine)
+    lobe_finder = LobeFinder(estimate_coarse_regions(ct, spacing_mm), spacing_mm)
     table = measure_lesions(lesion_bits, ct, affine, locator, lobe_finder)
     lesions = None
     if case.lesion_bits is not None:
@@ -283,21 +284,20 @@ def summarize_lesions(
     places_by_key = {place.lesion: place for place in places}
     summaries = []
     for lesion in LESIONS:
-        indexes = np.argwhere(lesion_mask(lesion_bits, lesion))
-        voxel_count = len(indexes)
+        voxels = np.flatnonzero(lesion_mask(lesion_bits, lesion))
         place = places_by_key.get(lesion.key)
         summaries.append(
             LesionSummary(
                 key=lesion.key,
                 name=lesion.name,
                 mask_value=lesion.mask_value,
-                voxels=voxel_count,
-                volume_ml=voxel_count * voxel_ml,
+                voxels=voxels.size,
+                volume_ml=voxels.size * voxel_ml,
                 place=place.wording if place else None,
                 side=place.side if place else None,
                 basis=place.basis if place else None,
                 plausible=place.is_plausible if place else None,
-                approximate_lobes=lobe_finder.find_lobes(lesion, place, indexes, affine),
+                approximate_lobes=lobe_finder.find_lobes(lesion, place, voxels),
             )
         )
     return summaries

@@ -1,8 +1,8 @@
-"""Lobes of lesions by the coarse region map, which is estimated from the CT on the model's grid.
+"""Lobes of lesions by the coarse region map, which is estimated from the entire CT.
 
 The map cuts each lung by planes where its fissures usually run (`rectvlm.data.coarse_regions`), so
-a lobe is approximate. Sides come from affines: from that of the grid for a lobe, and from that of
-the CT for the lesion. A lobe of the other side than the lesion's does not count.
+a lobe is approximate. It is made on the CT's own voxels: the model's grid may cut the chest. A
+lobe of the other side than the lesion's place does not count.
 """
 
 import numpy as np
@@ -16,9 +16,8 @@ from rectvlm.lesion_places import (
     MIN_NAMED_SHARE,
     LesionPlace,
     LobeIndex,
-    PlaceSide,
 )
-from rectvlm.types import Affine, MaskVolume
+from rectvlm.types import MaskVolume
 
 LOBES_NOTE = (
     "Lobes are approximate: a coarse region map, estimated from the CT alone, divides each lung "
@@ -30,21 +29,15 @@ LOBES_NOTE = (
 class LobeFinder:
     """Finds the lobes of lesions in one case."""
 
-    def __init__(self, regions: MaskVolume, grid_affine: Affine) -> None:
-        """Take a coarse region map (Z, Y, X) and its 4 × 4 affine, index (z, y, x, 1) to world, mm.
+    def __init__(self, regions: MaskVolume, spacing: tuple[float, float, float]) -> None:
+        """Take a coarse region map (Z, Y, X) of a canonical CT, and its voxel size (z, y, x), mm.
 
         A map of zeros, as of a CT without lungs, has no lobe for any lesion.
         """
-        self._to_grid = np.linalg.inv(grid_affine)
-        z_mm, y_mm, x_mm = np.linalg.norm(grid_affine[:3, :3], axis=0).tolist()
-        self._index = LobeIndex(regions, (z_mm, y_mm, x_mm))
+        self._index = LobeIndex(regions, spacing)
 
     def find_lobes(
-        self,
-        lesion: Lesion,
-        place: LesionPlace | None,
-        indexes: NDArray[np.intp],
-        affine: Affine,
+        self, lesion: Lesion, place: LesionPlace | None, voxels: NDArray[np.intp]
     ) -> tuple[str, ...] | None:
         """Names of the lobes that hold a lesion, the largest share first.
 
@@ -54,8 +47,7 @@ class LobeFinder:
         Args:
             lesion: kind of lesion.
             place: its place; None where it is too small to have one.
-            indexes: its voxels (N, 3), (z, y, x) in the CT.
-            affine: 4 × 4, index (z, y, x, 1) of the CT to world, mm.
+            voxels: its voxels, flat indexes of the CT.
 
         Returns:
             None for a lesion outside the lungs, without a certain place, or of which less than half
@@ -65,30 +57,24 @@ class LobeFinder:
             return None
         if not self._index.points.size:
             return None
-        step = max(1, len(indexes) // MAX_VOTING_VOXELS)
-        sample = indexes[step // 2 :: step]
-        lobe_ids = self._find_lobe_ids(sample @ affine[:3, :3].T + affine[:3, 3], place.side)
-        votes = np.bincount(lobe_ids, minlength=len(LOBES) + 1)[1:]
+        step = max(1, voxels.size // MAX_VOTING_VOXELS)
+        sample = voxels[step // 2 :: step]
+        votes = np.bincount(self._find_lobe_ids(sample), minlength=len(LOBES) + 1)
+        for lobe in LOBES:
+            if place.side not in (lobe.side, "both"):
+                votes[lobe.id] = 0
+        votes = votes[1:]
         n_votes = int(votes.sum())
-        if n_votes < MIN_MAIN_SHARE * len(sample):
+        if n_votes < MIN_MAIN_SHARE * sample.size:
             return None
         order = np.argsort(-votes, kind="stable")
         return tuple(LOBES[i].name for i in order if votes[i] >= MIN_NAMED_SHARE * n_votes)
 
-    def _find_lobe_ids(
-        self, points_mm: NDArray[np.floating], side: PlaceSide | None
-    ) -> NDArray[np.intp]:
-        """Id of the lobe of each point (N, 3) in the world, 0 where none is near, (N,)."""
-        on_grid = np.rint(points_mm @ self._to_grid[:3, :3].T + self._to_grid[:3, 3]).astype(int)
-        shape = np.array(self._index.shape)
-        is_inside = ((on_grid >= 0) & (on_grid < shape)).all(axis=1)
-        lobe_ids = np.zeros(len(on_grid), np.intp)
-        voxels = np.ravel_multi_index(tuple(on_grid[is_inside].T), self._index.shape)
+    def _find_lobe_ids(self, voxels: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Id of the lobe of each voxel, 0 where none is near, (N,)."""
         region_ids = self._index.flat[voxels].astype(np.intp)
         is_free = region_ids == 0
         if is_free.any():
             distances_mm, nearest = self._index.nearest_lobes(voxels[is_free])
             region_ids[is_free] = np.where(distances_mm <= MAX_LOBE_DISTANCE_MM, nearest, 0)
-        allowed = [lobe.id for lobe in LOBES if side in (lobe.side, "both")]
-        lobe_ids[is_inside] = np.where(np.isin(region_ids, allowed), region_ids, 0)
-        return lobe_ids
+        return np.where(region_ids <= len(LOBES), region_ids, 0)

@@ -190,9 +190,9 @@ def _measure(
     indexes = np.argwhere(component.mask) + [side.start for side in component.box]
     centre = (affine @ [*indexes.mean(axis=0), 1])[:3]
     volume_ml = component.voxels * voxel_ml
+    voxels = np.ravel_multi_index(tuple(indexes.T), ct.shape)
     place = None
     if volume_ml >= MIN_LESION_ML:
-        voxels = np.ravel_multi_index(tuple(indexes.T), ct.shape)
         place = locator.locate(component.lesion, voxels, volume_ml)
     return LesionComponent(
         lesion=component.lesion.key,
@@ -206,7 +206,7 @@ def _measure(
         side=place.side if place else None,
         place=place.wording if place else None,
         plausible=place.is_plausible if place else None,
-        approximate_lobes=lobe_finder.find_lobes(component.lesion, place, indexes, affine),
+        approximate_lobes=lobe_finder.find_lobes(component.lesion, place, voxels),
     )
 
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from rectvlm.checkpoint import Checkpoint
 from rectvlm.data.canonical_grid import mask_to_native
-from rectvlm.data.coarse_regions import estimate_coarse_regions
 from rectvlm.data.dataset import collate_samples
 from rectvlm.data.shards import SampleLocation, ShardIndex, read_index, read_sample
 from rectvlm.data.store import ShardStore
@@ -106,7 +105,6 @@ def predict_sample(loaded: LoadedModel, sample: Sample) -> tuple[PredictedCase, 
         hu=sample.ct,
         hu_decision=sample.meta.hu,
         grid_affine=affine,
-        coarse_regions=estimate_coarse_regions(sample.ct, sample.meta.spacing),
         finding_probabilities=dict(
             zip(FINDINGS, prediction.finding_probabilities[0].tolist(), strict=True)
         ),

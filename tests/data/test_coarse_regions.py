@@ -109,6 +109,16 @@ def test_an_opaque_lung_is_left_out_and_the_other_keeps_its_side(name: str) -> N
     assert gone(found).sum() < 0.05 * gone(truth).sum()
 
 
+def test_lungs_that_the_grid_cuts_at_both_sides_keep_their_sides() -> None:
+    """As the grid of the `learn` configuration does, which is narrower than the chest."""
+    ct, truth, spacing = phantom(2)
+    columns = np.flatnonzero((right(truth) | left(truth)).any(axis=(0, 1)))
+    inside = slice(columns[0] + 2, columns[-1] - 1)
+    found = estimate_coarse_regions(np.ascontiguousarray(ct[:, :, inside]), spacing)
+    for side in (right, left):
+        assert dice(side(found), side(truth[:, :, inside])) > 0.85
+
+
 def test_a_body_at_the_edge_of_the_field_of_view_keeps_its_sides() -> None:
     ct, truth, spacing = phantom(3)
     found = estimate_coarse_regions(np.ascontiguousarray(ct[:, :, 20:]), spacing)

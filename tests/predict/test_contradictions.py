@@ -155,7 +155,6 @@ def test_findings_json_and_the_page_carry_the_contradictions(
         phantom.hu,
         HuConversion(1, 0, "HU"),
         np.eye(4),
-        np.zeros((2, 2, 2), np.uint8),
         dict.fromkeys(FINDINGS, 0.1) | {"Lung nodule": 0.9},
         bits,
         "No lung nodule. <b>Cardiomegaly.</b>",

@@ -49,9 +49,9 @@ def write_results(volume: Volume, bits: np.ndarray, folder: Path, **changes: obj
     """The DICOM objects of outlines."""
     hu = volume.array.astype(np.int16)
     summary = replace(make_summary(bits, hu, volume.affine), **changes)
-    no_regions = np.zeros(bits.shape, np.uint8)
-    decision = HuConversion(1, 0, "DICOM")
-    case = PredictedCase("ct-1", volume, hu, decision, np.eye(4), no_regions, {}, bits, "text")
+    case = PredictedCase(
+        "ct-1", volume, hu, HuConversion(1, 0, "DICOM"), np.eye(4), {}, bits, "text"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     dicom_results.write_dicom_results(case, summary, folder)
     return folder

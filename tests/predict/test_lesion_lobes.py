@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
 from rectvlm.data.coarse_regions import estimate_coarse_regions
 from rectvlm.labels import LESION_BY_KEY, LOBES, REGION_BY_NAME
 from rectvlm.lesion_bits import lesion_mask
 from rectvlm.lesion_places import LesionLocator, LesionPlace
-from rectvlm.phantom.phantom import PhantomCase, make_phantom
+from rectvlm.phantom.phantom import make_phantom
 from rectvlm.predict.case_folder import canonical_view
 from rectvlm.predict.fhir import make_diagnostic_report
 from rectvlm.predict.lesion_lobes import LOBES_NOTE, LobeFinder
@@ -22,16 +21,9 @@ from rectvlm.predict.lesion_table import write_lesion_csv
 from rectvlm.predict.markdown_report import render_markdown
 from tests.predict.small_summary import make_summary
 
-GRID, SPACING = (32, 64, 64), (8.0, 5.5, 5.5)
 NODULE = LESION_BY_KEY["lung_nodule"]
 LUNG_LESIONS = [lesion for lesion in LESION_BY_KEY.values() if lesion.site == "lung"]
-CANONICAL_AFFINE = np.array([[0, 0, -2.0, 70], [0, -2.0, 0, 60], [4.0, 0, 0, -100], [0, 0, 0, 1]])
-
-
-def make_finder(phantom: PhantomCase) -> LobeFinder:
-    affine = canonical_affine(phantom.affine, phantom.hu.shape, phantom.hu, GRID, SPACING)
-    ct = resample_to_grid(phantom.hu, phantom.affine, affine, GRID, "ct")
-    return LobeFinder(estimate_coarse_regions(ct, SPACING), affine)
+SPACING = (4.0, 2.0, 2.0)
 
 
 def place_at(side: Any, is_plausible: bool | None = True) -> LesionPlace:
@@ -43,23 +35,23 @@ def test_the_main_lobe_of_most_lesions_is_that_of_the_exact_map(record_property:
     outcomes: Counter[str] = Counter()
     for seed in range(12):
         phantom = make_phantom(seed)
-        finder = make_finder(phantom)
         ct, affine = canonical_view(phantom.hu, phantom.affine)
         bits, _ = canonical_view(phantom.lesions, phantom.affine)
         regions, _ = canonical_view(phantom.regions, phantom.affine)
         z_mm, y_mm, x_mm = np.linalg.norm(affine[:3, :3], axis=0).tolist()
-        locator = LesionLocator(ct, None, (z_mm, y_mm, x_mm))
+        spacing = (z_mm, y_mm, x_mm)
+        locator = LesionLocator(ct, None, spacing)
+        finder = LobeFinder(estimate_coarse_regions(ct, spacing), spacing)
         for lesion in LUNG_LESIONS:
             parts, n_parts = ndimage.label(lesion_mask(bits, lesion), np.ones((3, 3, 3)))
             for number in range(1, n_parts + 1):
-                indexes = np.argwhere(parts == number)
-                true_ids = regions[tuple(indexes.T)]
+                voxels = np.flatnonzero(parts == number)
+                true_ids = regions.reshape(-1)[voxels]
                 true_ids = true_ids[(true_ids > 0) & (true_ids <= len(LOBES))]
-                if len(indexes) * z_mm * y_mm * x_mm < 200 or not true_ids.size:
+                if voxels.size * z_mm * y_mm * x_mm < 200 or not true_ids.size:
                     continue
-                flat = np.ravel_multi_index(tuple(indexes.T), ct.shape)
-                place = locator.locate(lesion, flat, 1.0)
-                lobes = finder.find_lobes(lesion, place, indexes, affine)
+                place = locator.locate(lesion, voxels, 1.0)
+                lobes = finder.find_lobes(lesion, place, voxels)
                 true_lobe = LOBES[np.bincount(true_ids).argmax() - 1]
                 if lobes is None:
                     outcomes["none"] += 1
@@ -72,7 +64,7 @@ def test_the_main_lobe_of_most_lesions_is_that_of_the_exact_map(record_property:
 
 
 def make_regions() -> NDArray[np.uint8]:
-    """Two boxes of lung on `CANONICAL_AFFINE`, of one lobe each."""
+    """Two boxes of lung at `SPACING`, of one lobe each, and a heart between them."""
     regions = np.zeros((20, 60, 70), np.uint8)
     regions[5:15, 20:40, 5:30] = REGION_BY_NAME["right lower lobe"].id
     regions[5:15, 20:40, 45:65] = REGION_BY_NAME["left upper lobe"].id
@@ -80,40 +72,40 @@ def make_regions() -> NDArray[np.uint8]:
     return regions
 
 
-def indexes_of(*box: slice) -> NDArray[np.intp]:
+def voxels_of(*box: slice) -> NDArray[np.intp]:
     mask = np.zeros((20, 60, 70), bool)
     mask[box] = True
-    return np.argwhere(mask)
+    return np.flatnonzero(mask)
 
 
 def test_a_lesion_in_or_beside_a_lobe_has_it_and_one_far_from_it_has_none() -> None:
-    finder = LobeFinder(make_regions(), CANONICAL_AFFINE)
+    finder = LobeFinder(make_regions(), SPACING)
 
-    def find(indexes: NDArray[np.intp], place: LesionPlace | None) -> tuple[str, ...] | None:
-        return finder.find_lobes(NODULE, place, indexes, CANONICAL_AFFINE)
+    def find(voxels: NDArray[np.intp], place: LesionPlace | None) -> tuple[str, ...] | None:
+        return finder.find_lobes(NODULE, place, voxels)
 
-    inside = indexes_of(slice(6, 9), slice(25, 30), slice(10, 15))
+    inside = voxels_of(slice(6, 9), slice(25, 30), slice(10, 15))
     assert find(inside, place_at("right")) == ("right lower lobe",)
-    behind = indexes_of(slice(6, 9), slice(41, 44), slice(10, 15))  # 2 to 8 mm
+    behind = voxels_of(slice(6, 9), slice(41, 44), slice(10, 15))  # 2 to 8 mm
     assert find(behind, place_at("right")) == ("right lower lobe",)
-    far = indexes_of(slice(6, 9), slice(50, 55), slice(10, 15))
+    far = voxels_of(slice(6, 9), slice(50, 55), slice(10, 15))
     assert find(far, place_at("right")) is None
-    beyond = inside + np.array([0, 0, 100])  # of the grid
-    assert find(beyond, place_at("right")) is None
-    both = indexes_of(slice(6, 9), slice(25, 30), slice(10, 60))
+    heart = voxels_of(slice(6, 9), slice(25, 30), slice(35, 40))
+    assert find(heart, place_at("right")) is None
+    both = voxels_of(slice(6, 9), slice(25, 30), slice(10, 60))
     assert find(both, place_at("both")) == ("right lower lobe", "left upper lobe")
 
 
 def test_a_lobe_is_never_of_the_other_side_and_never_a_guess() -> None:
-    finder = LobeFinder(make_regions(), CANONICAL_AFFINE)
-    inside = indexes_of(slice(6, 9), slice(25, 30), slice(10, 15))
+    finder = LobeFinder(make_regions(), SPACING)
+    inside = voxels_of(slice(6, 9), slice(25, 30), slice(10, 15))
     for place in (place_at("left"), place_at("right", None), place_at("right", False), None):
-        assert finder.find_lobes(NODULE, place, inside, CANONICAL_AFFINE) is None
+        assert finder.find_lobes(NODULE, place, inside) is None
     effusion = LESION_BY_KEY["pleural_effusion"]
-    assert finder.find_lobes(effusion, place_at("right"), inside, CANONICAL_AFFINE) is None
+    assert finder.find_lobes(effusion, place_at("right"), inside) is None
     # A CT without lungs has a map of zeros.
-    no_lungs = LobeFinder(np.zeros((20, 60, 70), np.uint8), CANONICAL_AFFINE)
-    assert no_lungs.find_lobes(NODULE, place_at("right"), inside, CANONICAL_AFFINE) is None
+    no_lungs = LobeFinder(np.zeros((20, 60, 70), np.uint8), SPACING)
+    assert no_lungs.find_lobes(NODULE, place_at("right"), inside) is None
 
 
 def test_table_report_and_fhir_name_the_lobe_and_say_that_it_is_approximate(

@@ -14,7 +14,6 @@ from conftest import write_nifti
 from rectvlm.checkpoint import Checkpoint, run_folder
 from rectvlm.checkpoint.export import export_checkpoint
 from rectvlm.data.canonical_grid import canonical_affine, mask_to_native, resample_to_grid
-from rectvlm.data.coarse_regions import estimate_coarse_regions
 from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS
 from rectvlm.lesion_bits import pack_lesion
@@ -161,11 +160,8 @@ def test_a_lesion_on_the_patients_left_is_on_the_right_of_the_picture(
     checkpoint = Checkpoint.open(tiny_run(2))
     reader = LoadedModel(RectVLM.from_checkpoint(checkpoint, "cpu"), checkpoint)
     volume, decision = Volume(hu, affine, "left.nii"), HuConversion(1, 0, "HU")
-    ct_on_grid = resample_to_grid(hu, affine, grid_affine, tiny.data.grid, "ct")
-    regions = estimate_coarse_regions(ct_on_grid, tiny.data.spacing)
-    probabilities = dict.fromkeys(FINDINGS, 0.5)
     case = PredictedCase(
-        "left", volume, hu, decision, grid_affine, regions, probabilities, back, None
+        "left", volume, hu, decision, grid_affine, dict.fromkeys(FINDINGS, 0.5), back, None
     )
     folder = case_folder.write_case_folder(reader, case, tmp_path)
 
