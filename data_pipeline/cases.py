@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.masks.coarse_regions import estimate_coarse_regions
 from data_pipeline.masks.loaded_masks import LoadedMasks
 from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
+from rectvlm.data.coarse_regions import estimate_coarse_regions
 from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.mask_placement import require_on_volume
 from rectvlm.data.sample import preprocessing_versions

@@ -40,6 +40,7 @@ from rectvlm.cli_options import CommandParser, add_options, argument, options_fr
 from rectvlm.config import load_config
 from rectvlm.data.store import ShardStore
 from rectvlm.files import require_writable_folder
+from rectvlm.optional_packages import require_extra
 from rectvlm.phantom.patient_plan import PHANTOM_STYLES, PLAIN_STYLE, VARIED_STYLE
 from rectvlm.phantom.supervision import TrainingSupervision
 from rectvlm.types import UserError
@@ -296,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = options_from_namespace(PreprocessOptions, namespace)
     start = time.monotonic()
     try:
+        require_extra("train")
         data_config = load_config(options.config, options.overrides).data
         folder = options.out or str(data_config.shards)
         local_folder = ShardStore(folder).local_folder

@@ -8,6 +8,7 @@ annotated and there is no report: all other labels are unknown.
 """
 
 import logging
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rectvlm.cli_options import CommandParser
+from rectvlm.optional_packages import require_extra
 from rectvlm.pretrained import package_archives
 from rectvlm.types import Affine, UserError
 
@@ -114,17 +116,23 @@ def _write_nifti(array: NDArray[Any], affine: Affine, path: Path) -> None:
     unfinished.replace(path)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Fetch the CTs and log where they are."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fetch the CTs and log where they are; return the exit status."""
     parser = CommandParser(
         prog="python -m data_pipeline.sample_cts",
         description="Fetch two public chest CTs and their lung outlines into data/samples.",
     )
     parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for path in fetch_sample_cts():
-        log.info("%s", path)
+    try:
+        require_extra("demo")
+        for path in fetch_sample_cts():
+            log.info("%s", path)
+    except UserError as error:
+        log.error("%s", error)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

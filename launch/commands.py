@@ -188,7 +188,8 @@ def run_guarded(console: Console, run: Callable[[], int]) -> int:
     try:
         return run()
     except UserError as error:
-        console.print(f"error: {error}", style="red", highlight=False)
+        # Soft-wrapped and without markup, which would take the brackets of "rectvlm[train]".
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except CommandFailed as error:
         log_lines = error.log_path.read_text(errors="replace").splitlines()

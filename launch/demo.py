@@ -43,6 +43,7 @@ from rectvlm.config import load_config, phase_key
 from rectvlm.files import write_json
 from rectvlm.finding_thresholds import THRESHOLDS_FILE
 from rectvlm.machine import count_cores
+from rectvlm.optional_packages import require_extra
 from rectvlm.phantom.patient_plan import CT_RATE_STYLE, PLAIN_STYLE, PhantomStyle, draw_patient_plan
 from rectvlm.phantom.supervision import TrainingSupervision
 from rectvlm.runs.run_files import METRICS_FILE
@@ -200,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_demo(options: argparse.Namespace, console: Console) -> int:
+    require_extra("train", "demo")
     supervision = options.supervision
     overrides = add_run_overrides(options.config, options.overrides, supervision)
     config = load_config(options.config, overrides)

@@ -36,7 +36,7 @@ MIN_LUNG_SHARE = 0.02
 """Least share of the lobes' voxels in a lung; a region map with less lacks this lung."""
 MIN_MAIN_SHARE = 0.5
 """Least share of a lesion that is named where the border is vague: mediastinum, aerated lung."""
-_MAX_LOBE_DISTANCE_MM = 15.0
+MAX_LOBE_DISTANCE_MM = 15.0
 """Distance from a lobe at which the place of a voxel is still a lobe's."""
 _MAX_EFFUSION_BELOW_MM = 80.0
 """Depth below the aerated lungs to which a pleural effusion reaches; it fills the recesses."""
@@ -63,7 +63,7 @@ _SIDED_PLACES = {_PLACE_WORDS[Compartment.CHEST_WALL], _LUNG, _LUNG_OR_PLEURA, _
 """Places whose side is worded."""
 _EXPECTED, _UNKNOWN = "", "?"
 """Stand for the places where a kind of lesion can lie, and for those not yet named."""
-_MAX_VOTING_VOXELS = 2000
+MAX_VOTING_VOXELS = 2000
 """Number of voxels that vote for their nearest lobe: enough for a share, and quick."""
 
 
@@ -207,7 +207,7 @@ def _add_article(words: str) -> str:
     return words if words.startswith("both") else f"the {words}"
 
 
-class _LobeIndex:
+class LobeIndex:
     """Points in the lobes of a region map, sparse enough for quick nearest-lobe queries."""
 
     def __init__(self, regions: MaskVolume, spacing: tuple[float, float, float]) -> None:
@@ -240,7 +240,7 @@ class _LobeIndex:
         votes = np.bincount(ids[inside], minlength=len(LOBES) + 1)[: len(LOBES) + 1].astype(float)
         outside = voxels[~inside]
         if outside.size and (nearest_only or outside.size > inside.sum()):
-            sample = outside[:: max(1, outside.size // _MAX_VOTING_VOXELS)]
+            sample = outside[:: max(1, outside.size // MAX_VOTING_VOXELS)]
             nearest = self.nearest_lobes(sample)[1]
             votes += np.bincount(nearest, minlength=len(LOBES) + 1) * (outside.size / sample.size)
         total = votes.sum()
@@ -277,7 +277,7 @@ class LesionLocator:
         """Take HU (Z, Y, X), region ids (Z, Y, X) or None, and the voxel size (z, y, x) in mm."""
         assert regions is None or regions.shape == ct.shape, "one grid for all volumes"
         self.ct, self.spacing = ct, spacing
-        lobes = None if regions is None else _LobeIndex(regions, spacing)
+        lobes = None if regions is None else LobeIndex(regions, spacing)
         self.lobes = lobes if lobes is not None and lobes.has_both_lungs else None
 
     @cached_property
@@ -304,7 +304,7 @@ class LesionLocator:
     def locate(self, lesion: Lesion, voxels: NDArray[np.intp], volume_ml: float) -> LesionPlace:
         """Place of one kind of lesion, or one lesion, whose voxels are flat indexes of the CT."""
         basis: Literal["regions", "geometry"] = "geometry" if self.lobes is None else "regions"
-        step = max(1, voxels.size // _MAX_VOTING_VOXELS)
+        step = max(1, voxels.size // MAX_VOTING_VOXELS)
         sample = voxels[step // 2 :: step]
         if self.lobes is None and self.geometry.lung_slices is None:
             side = self._find_side(sample)
@@ -404,7 +404,7 @@ class LesionLocator:
             return
         outside = np.flatnonzero(ids == 0)
         distance_mm = self.lobes.nearest_lobes(sample[outside])[0]
-        names[outside[distance_mm <= _MAX_LOBE_DISTANCE_MM]] = _EXPECTED
+        names[outside[distance_mm <= MAX_LOBE_DISTANCE_MM]] = _EXPECTED
 
     def _word_expected(
         self, lesion: Lesion, voxels: NDArray[np.intp]

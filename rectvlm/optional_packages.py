@@ -12,9 +12,19 @@ def missing_packages(extra: str) -> list[str]:
 
     Args:
         extra: name in `[project.optional-dependencies]` of pyproject.toml.
+
+    Raises:
+        UserError: rectvlm itself is not installed, so nothing declares what it needs.
     """
+    try:
+        requirements = requires("rectvlm") or []
+    except PackageNotFoundError:
+        raise UserError(
+            "rectvlm runs from a folder but is not installed: expected an installation, which "
+            "brings the packages that it needs; in the checkout: pip install -e ."
+        ) from None
     names = []
-    for requirement in map(Requirement, requires("rectvlm") or []):
+    for requirement in map(Requirement, requirements):
         marker = requirement.marker
         if marker is None or marker.evaluate({"extra": ""}):
             continue  # every installation has it
@@ -23,17 +33,17 @@ def missing_packages(extra: str) -> list[str]:
     return names
 
 
-def require_extra(extra: str) -> None:
-    """Make sure that the packages of an extra are installed.
+def require_extra(*extras: str) -> None:
+    """Make sure that the packages of extras are installed.
 
     Raises:
         UserError: one is not.
     """
-    missing = missing_packages(extra)
+    missing = [name for extra in extras for name in missing_packages(extra)]
     if missing:
         raise UserError(
             f"This command needs packages that are not installed ({', '.join(missing)}): "
-            f'pip install "rectvlm[{extra}]".'
+            f'pip install "rectvlm[{",".join(extras)}]".'
         )
 
 

@@ -31,7 +31,7 @@ JsonObject = dict[str, Any]
 """Tree of plain values, as a JSON file holds it."""
 
 COARSE_REGIONS_SOURCE = "coarse"
-"""`regions_source` of a map estimated from the CT: good for sides and zones, not for lobes."""
+"""`regions_source` of a map estimated from the CT: good for sides and zones; lobes are rough."""
 
 TOTALSEGMENTATOR_OUTLINES = "TotalSegmentator"
 """`lesions_source` of outlines that another network drew."""

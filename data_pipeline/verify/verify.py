@@ -54,6 +54,7 @@ from rectvlm.config import load_config
 from rectvlm.data.shard_manifest import SHARD_MANIFEST_FILE, ShardManifest, read_manifest
 from rectvlm.data.shards import SHARD_INDEX_FILE, SampleLocation, ShardIndex, read_index
 from rectvlm.data.store import ShardStore
+from rectvlm.optional_packages import require_extra
 from rectvlm.types import UserError
 
 log = logging.getLogger(__name__)
@@ -248,6 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse_arguments(arguments)
     console = Console(highlight=False)
     try:
+        if options.stats:
+            require_extra("train")
         folder = options.folder or load_config(options.config).data.shards
         result = verify_shards(folder, workers=options.workers, sample_count=options.sample)
         if options.stats and result.statistics.sample_summaries:

@@ -23,6 +23,7 @@ from nibabel.orientations import (
 )
 from numpy.typing import NDArray
 
+from rectvlm.data.coarse_regions import estimate_coarse_regions
 from rectvlm.data.nifti_affine import copy_position
 from rectvlm.data.nifti_file import parse_header
 from rectvlm.data.report_text import split_report_sections
@@ -43,6 +44,7 @@ from rectvlm.predict.dicom_results import DICOM_FILES, write_dicom_results
 from rectvlm.predict.fhir import make_diagnostic_report
 from rectvlm.predict.findings_schema import SCHEMA_ID
 from rectvlm.predict.lesion_files import LESION_FILES, save_lesion_files
+from rectvlm.predict.lesion_lobes import LOBES_NOTE, LobeFinder
 from rectvlm.predict.lesion_table import LesionTable, measure_lesions, write_lesion_csv
 from rectvlm.predict.markdown_report import render_markdown
 from rectvlm.types import Affine, Int16Volume, MaskVolume, UserError, Volume
@@ -189,8 +191,12 @@ def _describe_case(loaded: LoadedModel, case: PredictedCase) -> tuple[CaseView, 
     spacing_mm = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
     locator = LesionLocator(ct, None, spacing_mm)
     places = locator.locate_all(lesion_bits)
-    table = measure_lesions(lesion_bits, ct, affine, locator)
-    summary = _summarize_case(loaded, case, lesion_bits, places, table, spacing_mm)
+    lobe_finder = LobeFinder(estimate_coarse_regions(ct, spacing_mm), spacing_mm)
+    table = measure_lesions(lesion_bits, ct, affine, locator, lobe_finder)
+    lesions = None
+    if case.lesion_bits is not None:
+        lesions = summarize_lesions(lesion_bits, affine, places, lobe_finder)
+    summary = _summarize_case(loaded, case, lesion_bits, places, lesions, table, spacing_mm)
 
     volumes_ml = None
     if summary.lesions is not None:
@@ -207,6 +213,7 @@ def _describe_case(loaded: LoadedModel, case: PredictedCase) -> tuple[CaseView, 
         thresholds=loaded.model.thresholds,
         volumes_ml=volumes_ml,
         places={place.lesion: place for place in places},
+        lobes={lesion.key: lesion.approximate_lobes for lesion in lesions or []},
         contradictions=summary.contradictions,
         report_sections=report_sections,
         facts=_list_facts(loaded, case, ct, affine),
@@ -219,6 +226,7 @@ def _summarize_case(
     case: PredictedCase,
     canonical_bits: MaskVolume,
     places: list[LesionPlace],
+    lesions: list[LesionSummary] | None,
     table: LesionTable,
     spacing_mm: tuple[float, float, float],
 ) -> CaseSummary:
@@ -245,10 +253,11 @@ def _summarize_case(
         version=version("rectvlm"),
         thresholds=ThresholdsSummary(thresholds.source, thresholds.n_cases, thresholds.not_fitted),
         findings=findings,
-        lesions=None if case.lesion_bits is None else _summarize_lesions(case, places),
+        lesions=lesions,
         components=None if case.lesion_bits is None else table.components,
         components_left_out=table.n_left_out,
         components_left_out_ml=table.left_out_ml,
+        lobes_note=LOBES_NOTE,
         report=report,
         contradictions=find_contradictions(
             calls={name: finding.present for name, finding in findings.items()},
@@ -260,26 +269,35 @@ def _summarize_case(
     )
 
 
-def _summarize_lesions(case: PredictedCase, places: list[LesionPlace]) -> list[LesionSummary]:
-    """One summary per lesion, with its volume on the native grid."""
-    assert case.lesion_bits is not None
-    voxel_ml = abs(float(np.linalg.det(case.volume.affine[:3, :3]))) / 1000
+def summarize_lesions(
+    lesion_bits: MaskVolume, affine: Affine, places: list[LesionPlace], lobe_finder: LobeFinder
+) -> list[LesionSummary]:
+    """Summarize all five kinds of lesions, with their volumes on the native grid.
+
+    Args:
+        lesion_bits: lesion bits (Z, Y, X).
+        affine: 4 × 4, index (z, y, x, 1) to world, mm.
+        places: of the lesions that are large enough to have one.
+        lobe_finder: of lobes in this CT.
+    """
+    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     places_by_key = {place.lesion: place for place in places}
     summaries = []
     for lesion in LESIONS:
-        voxel_count = int(np.count_nonzero(lesion_mask(case.lesion_bits, lesion)))
+        voxels = np.flatnonzero(lesion_mask(lesion_bits, lesion))
         place = places_by_key.get(lesion.key)
         summaries.append(
             LesionSummary(
                 key=lesion.key,
                 name=lesion.name,
                 mask_value=lesion.mask_value,
-                voxels=voxel_count,
-                volume_ml=voxel_count * voxel_ml,
+                voxels=voxels.size,
+                volume_ml=voxels.size * voxel_ml,
                 place=place.wording if place else None,
                 side=place.side if place else None,
                 basis=place.basis if place else None,
                 plausible=place.is_plausible if place else None,
+                approximate_lobes=lobe_finder.find_lobes(lesion, place, voxels),
             )
         )
     return summaries

@@ -468,10 +468,41 @@ function chooseLayout(viewer) {
   ]);
 }
 
-async function openViewer() {
-  if (!document.createElement("canvas").getContext("webgl2")) {
-    throw new Error("this browser has no WebGL 2, or it is switched off");
+// NiiVue links 48 programs, most of them for volume rendering and meshes, and waits for each. Those
+// that neither draw slices nor load a CT are never linked: they count as good, have no uniforms and
+// draw nothing.
+const NEEDED_SOURCE = /gl_Position|axCorSag|scl_slope/; // vertex shaders, slices, loading
+
+function skipUnusedPrograms(gl) {
+  const unused = new WeakSet(); // fragment shaders and their programs
+  const replace = (name, call) => {
+    const original = gl[name].bind(gl);
+    gl[name] = (object, ...more) => call(original, object, ...more);
+  };
+  replace("shaderSource", (original, shader, source) => {
+    NEEDED_SOURCE.test(source) ? original(shader, source) : unused.add(shader);
+  });
+  replace("attachShader", (original, program, shader) => {
+    unused.has(shader) ? unused.add(program) : original(program, shader);
+  });
+  for (const name of ["compileShader", "linkProgram"]) {
+    replace(name, (original, object) => { if (!unused.has(object)) original(object); });
   }
+  replace("getProgramParameter", (original, program, name) => unused.has(program) || original(program, name));
+  replace("getUniformLocation", (original, program, name) => unused.has(program) ? null : original(program, name));
+  let isUnused = false; // the program in use
+  replace("useProgram", (original, program) => {
+    isUnused = unused.has(program);
+    original(isUnused ? null : program);
+  });
+  replace("drawArrays", (original, ...call) => { if (!isUnused) original(...call); });
+}
+
+async function openViewer() {
+  // The context that NiiVue will ask for, with its attributes: a second one would cost time.
+  const gl = byId("ct").getContext("webgl2", { alpha: true, antialias: false });
+  if (!gl) throw new Error("this browser has no WebGL 2, or it is switched off");
+  skipUnusedPrograms(gl);
   const viewer = new niivue.Niivue({
     logLevel: "silent", backColor: [0, 0, 0, 1], crosshairWidth: 0, isRadiologicalConvention: true,
     sagittalNoseLeft: true, isOrientationTextVisible: false, dragAndDropEnabled: false,

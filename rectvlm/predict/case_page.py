@@ -22,8 +22,9 @@ from scipy import ndimage
 from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.labels import CT_WINDOWS, LESIONS, Lesion
 from rectvlm.lesion_bits import lesion_mask
-from rectvlm.lesion_places import LesionPlace
+from rectvlm.lesion_places import LesionPlace, describe_lobes_with_article
 from rectvlm.predict.contradictions import Contradiction
+from rectvlm.predict.lesion_lobes import LOBES_NOTE
 from rectvlm.predict.page_volume import PageVolume, encode_mask, reduce_for_page
 from rectvlm.predict.report_sentences import LinkedSentence, link_sentences
 from rectvlm.types import Affine, Int16Volume, JsonObject, MaskVolume
@@ -70,6 +71,8 @@ class CaseView:
     """Volume by lesion key, 0 for an absent lesion; None when the model has no localizer."""
     places: Mapping[str, LesionPlace]
     """Place by lesion key."""
+    lobes: Mapping[str, tuple[str, ...] | None]
+    """Approximate lobes by lesion key; None where there is none to tell."""
     contradictions: Sequence[Contradiction]
     """Where calls, outlines and report disagree."""
     report_sections: Sequence[tuple[str, str]] | None
@@ -145,7 +148,7 @@ def render_page(case: CaseView) -> str:
         unknown_lesions=_unknown_lesions(case.truth),
         marked_findings={entry.finding for entry in case.contradictions},
         marked_lesions={entry.lesion for entry in case.contradictions},
-        has_region_map=any(place.basis == "regions" for place in case.places.values()),
+        lobes_note=LOBES_NOTE if any(case.lobes.values()) else "",
         cuts=case.thresholds.by_finding(),
         findings=sorted(case.finding_probabilities.items(), key=lambda item: -item[1]),
         images=_describe_images(case, volume),
@@ -215,7 +218,7 @@ def _list_lesions(
         volume_ml = float(np.count_nonzero(mask)) * voxel_ml
         if layer == _PREDICTED and case.volumes_ml is not None:
             volume_ml = case.volumes_ml[lesion.key]
-        place = _word_place(case.places.get(lesion.key)) if layer == _PREDICTED else ""
+        place = _word_place(case, lesion) if layer == _PREDICTED else ""
         overlap = _word_overlap(case, lesion) if layer == _PREDICTED else ""
         words = _word_volume(volume_ml)
         rows.append(LesionRow(lesion, layer, words, place, overlap, parts, n_parts))
@@ -266,13 +269,17 @@ def _word_volume(volume_ml: float) -> str:
     return f"{volume_ml:.1f} ml" if volume_ml >= 0.1 else "< 0.1 ml"
 
 
-def _word_place(place: LesionPlace | None) -> str:
-    """Place in words, with a mark where it is wrong or uncertain."""
+def _word_place(case: CaseView, lesion: Lesion) -> str:
+    """Place and approximate lobes in words, with a mark where the place is uncertain."""
+    place = case.places.get(lesion.key)
     if place is None:
         return "too small to place"
     if place.is_plausible is None:
         return f"{place.wording} (place uncertain)"
-    return place.wording
+    lobes = case.lobes.get(lesion.key)
+    if not lobes:
+        return place.wording
+    return f"{place.wording}; approximately {describe_lobes_with_article(lobes)}"
 
 
 def _unknown_lesions(truth: CaseTruth | None) -> list[str]:

@@ -59,6 +59,9 @@ class LesionSummary:
     """Source of the place."""
     plausible: bool | None
     """Whether a lesion of this kind can lie there; null where that is unknown."""
+    approximate_lobes: tuple[str, ...] | None
+    """Lobes that hold the lesion by the coarse region map, largest share first; null outside the
+    lungs, and where the map does not tell."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class CaseSummary:
     """Number of single lesions beyond the largest ones, which are not listed."""
     components_left_out_ml: float
     """Volume of these single lesions, ml."""
+    lobes_note: str
+    """Source of the lobes, and how far to trust them."""
     report: dict[str, str | None] | None
     """Sections of the report; null when the model has no report generator."""
     contradictions: list[Contradiction]

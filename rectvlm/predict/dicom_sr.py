@@ -38,7 +38,6 @@ from pydicom.uid import BasicTextSRStorage, generate_uid
 
 from rectvlm.files import remove_control_characters
 from rectvlm.labels import LESION_BY_KEY
-from rectvlm.lesion_places import PlaceSide
 from rectvlm.predict.case_summary import CaseSummary, LesionSummary
 from rectvlm.predict.dicom_seg import (
     CHARACTER_SET,
@@ -49,7 +48,7 @@ from rectvlm.predict.dicom_seg import (
     require_reference,
     to_dicom_code,
 )
-from rectvlm.predict.lesion_codes import LESION_CODES, SIDE_CODES, site_code
+from rectvlm.predict.lesion_codes import LESION_CODES, SIDE_CODES, lobe_codes, site_code
 from rectvlm.predict.lesion_table import LesionComponent
 
 _MeasurementGroup = (
@@ -70,7 +69,8 @@ def make_measurement_report(
 ) -> Comprehensive3DSR:
     """Make the TID 1500 report of a case's lesions.
 
-    A group for each segment has the volume of the kind, its longest axial diameter, and its site.
+    A group for each segment has the volume of the kind, its longest axial diameter, its site and
+    its approximate lobes.
     Where a kind has several lesions, each lesion has a group of its own, which refers to the slice
     through its centre: a segment is all lesions of its kind.
 
@@ -162,7 +162,7 @@ def _measure_segment(
         referenced_segment=_refer_to_segment(segmentation, int(segment.SegmentNumber)),
         finding_type=to_dicom_code(LESION_CODES[lesion.key]),
         algorithm_id=_identify_algorithm(summary),
-        finding_sites=_list_sites(lesion.key, lesion.side, lesion.plausible),
+        finding_sites=_list_sites(lesion.key, lesion),
         measurements=measurements,
     )
 
@@ -198,7 +198,7 @@ def _measure_component(
         tracking_identifier=TrackingIdentifier(hd.UID(), name),
         finding_type=to_dicom_code(LESION_CODES[row.lesion]),
         algorithm_id=_identify_algorithm(summary),
-        finding_sites=_list_sites(row.lesion, row.side, row.plausible),
+        finding_sites=_list_sites(row.lesion, row),
         measurements=[
             _measure_volume(row.volume_ml),
             _measure_long_axis(row.longest_axial_diameter_mm),
@@ -221,15 +221,18 @@ def _measure_mean_hu(mean_hu: float) -> Measurement:
     return Measurement(attenuation, mean_hu, _HOUNSFIELD_UNIT, derivation=codes.SCT.Mean)
 
 
-def _list_sites(key: str, side: PlaceSide | None, is_plausible: bool | None) -> list[FindingSite]:
-    """Organ and side of a lesion; none where it does not lie in the organ of its kind."""
-    if is_plausible is False:
+def _list_sites(key: str, row: LesionSummary | LesionComponent) -> list[FindingSite]:
+    """Organ and side of a lesion, then its lobes; none where it is not in the organ of its kind."""
+    if row.plausible is False:
         return []
     lesion = LESION_BY_KEY[key]
     laterality = None
-    if side is not None and lesion.site != "pericardium":
-        laterality = to_dicom_code(SIDE_CODES[side])
-    return [FindingSite(to_dicom_code(site_code(lesion)), laterality)]
+    if row.side is not None and lesion.site != "pericardium":
+        laterality = to_dicom_code(SIDE_CODES[row.side])
+    sites = [FindingSite(to_dicom_code(site_code(lesion)), laterality)]
+    for lobe in row.approximate_lobes or ():
+        sites.append(FindingSite(*map(to_dicom_code, lobe_codes(lobe))))
+    return sites
 
 
 def _refer_to_slice(
@@ -262,9 +265,9 @@ def _make_context(summary: CaseSummary) -> ObservationContext:
 
 
 def _identify_algorithm(summary: CaseSummary) -> AlgorithmIdentification:
-    return AlgorithmIdentification(
-        MANUFACTURER, summary.version, [describe_model(summary), summary.disclaimer]
-    )
+    """Model and cautions: a parameter is the one text that TID 1500 allows in each group."""
+    parameters = [describe_model(summary), summary.disclaimer, summary.lobes_note]
+    return AlgorithmIdentification(MANUFACTURER, summary.version, parameters)
 
 
 def _make_text(name: Code, text: str) -> TextContentItem:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rectvlm.files import printable_text, remove_control_characters
 from rectvlm.labels import LESION_BY_KEY
+from rectvlm.lesion_places import describe_lobes
 from rectvlm.predict.case_summary import CaseSummary, FindingSummary
 from rectvlm.predict.lesion_codes import LESION_CODES, SnomedCode, site_code
 from rectvlm.predict.lesion_table import LesionComponent
@@ -34,7 +35,7 @@ def make_diagnostic_report(name: str, summary: CaseSummary) -> JsonObject:
     for number, (finding, row) in enumerate(summary.findings.items(), start=1):
         observations.append(_observe_finding(f"finding-{number}", finding, row))
     for number, component in enumerate(summary.components or [], start=1):
-        observations.append(_observe_lesion(f"lesion-{number}", component))
+        observations.append(_observe_lesion(f"lesion-{number}", component, summary.lobes_note))
     report = summary.report or {}
     conclusion = report.get("impression") or report.get("findings") or ""
     markdown = printable_text(render_markdown(name, summary))
@@ -78,7 +79,7 @@ def _observe_finding(identifier: str, finding: str, row: FindingSummary) -> Json
     }
 
 
-def _observe_lesion(identifier: str, row: LesionComponent) -> JsonObject:
+def _observe_lesion(identifier: str, row: LesionComponent, lobes_note: str) -> JsonObject:
     lesion = LESION_BY_KEY[row.lesion]
     observation: JsonObject = {
         "resourceType": "Observation",
@@ -101,6 +102,9 @@ def _observe_lesion(identifier: str, row: LesionComponent) -> JsonObject:
         if row.plausible is not False:
             site["coding"] = [_snomed_coding(site_code(lesion))]
         observation["bodySite"] = site
+    if row.approximate_lobes:
+        words = f"Lobe, approximate: {describe_lobes(row.approximate_lobes)}. {lobes_note}"
+        observation["note"] = [{"text": words}]
     return observation
 
 

@@ -1,12 +1,13 @@
-"""Codes of the five lesions and their sites in SNOMED CT, for DICOM objects and FHIR.
+"""Codes of the five lesions, their sites and lobes in SNOMED CT, for DICOM objects and FHIR.
 
 Sources: DICOM PS3.16 where it has the concept (CID 6104 and 6107 for effusions, sites and sides),
-else SNOMED CT, International edition: 786838002, 95436008, 1217294009.
+else SNOMED CT, International edition: 786838002, 95436008, 1217294009; the lobes of the lung are
+those of pydicom's `codes.SCT`.
 """
 
 from typing import Literal, NamedTuple
 
-from rectvlm.labels import Lesion
+from rectvlm.labels import REGION_BY_NAME, Lesion
 from rectvlm.lesion_places import PlaceSide
 
 
@@ -36,6 +37,22 @@ SIDE_CODES: dict[PlaceSide, SnomedCode] = {
     "both": SnomedCode("51440002", "Right and left"),
 }
 """Codes by side of the patient."""
+_UPPER_LOBE = SnomedCode("45653009", "Upper lobe of lung")
+_LOWER_LOBE = SnomedCode("90572001", "Lower lobe of lung")
+_LOBE_CODES = {
+    "right upper lobe": _UPPER_LOBE,
+    "right middle lobe": SnomedCode("72481006", "Middle lobe of right lung"),
+    "right lower lobe": _LOWER_LOBE,
+    "left upper lobe": _UPPER_LOBE,
+    "left lower lobe": _LOWER_LOBE,
+}
+
+
+def lobe_codes(lobe: str) -> tuple[SnomedCode, SnomedCode]:
+    """Codes of a lobe and of its side."""
+    side = REGION_BY_NAME[lobe].side
+    assert side is not None
+    return _LOBE_CODES[lobe], SIDE_CODES[side]
 
 
 def site_code(lesion: Lesion) -> SnomedCode:

@@ -1,4 +1,4 @@
-"""Table of the single lesions of a case: volume, longest axial diameter, side and place of each.
+"""Table of the single lesions of a case: volume, longest axial diameter, side and lobe of each.
 
 A lesion here is a component: voxels of one kind that touch each other at a face, an edge or a
 corner (26 neighbours). Arrays are canonical, (z, y, x), at the resolution of the CT.
@@ -18,6 +18,7 @@ from scipy.spatial.distance import pdist
 from rectvlm.labels import Lesion
 from rectvlm.lesion_bits import lesion_mask, present_lesions
 from rectvlm.lesion_places import MIN_LESION_ML, LesionLocator, PlaceSide
+from rectvlm.predict.lesion_lobes import LobeFinder
 from rectvlm.types import Affine, Int16Volume, MaskVolume
 
 MAX_COMPONENTS = 50
@@ -51,6 +52,9 @@ class LesionComponent:
     """Place in words; null for a lesion too small to place."""
     plausible: bool | None
     """Whether a lesion of this kind can lie there; null where that is unknown."""
+    approximate_lobes: tuple[str, ...] | None
+    """Lobes that hold the lesion by the coarse region map, largest share first; null outside the
+    lungs, and where the map does not tell."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,11 @@ class _Component:
 
 
 def measure_lesions(
-    lesion_bits: MaskVolume, ct: Int16Volume, affine: Affine, locator: LesionLocator
+    lesion_bits: MaskVolume,
+    ct: Int16Volume,
+    affine: Affine,
+    locator: LesionLocator,
+    lobe_finder: LobeFinder,
 ) -> LesionTable:
     """Measure the `MAX_COMPONENTS` largest single lesions.
 
@@ -88,6 +96,7 @@ def measure_lesions(
         ct: HU (Z, Y, X).
         affine: 4 × 4, index (z, y, x, 1) to world, mm.
         locator: of places in this CT.
+        lobe_finder: of lobes in this CT.
     """
     assert lesion_bits.shape == ct.shape
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
@@ -100,7 +109,7 @@ def measure_lesions(
         voxels_total += n_voxels
     kept = sorted(candidates, key=lambda component: -component.voxels)[:MAX_COMPONENTS]
     kept.sort(key=lambda component: (component.lesion.bit, component.number))
-    rows = [_measure(component, ct, affine, voxel_ml, locator) for component in kept]
+    rows = [_measure(component, ct, affine, locator, lobe_finder) for component in kept]
     voxels_left_out = voxels_total - sum(component.voxels for component in kept)
     return LesionTable(rows, n_total - len(kept), round(voxels_left_out * voxel_ml, 4))
 
@@ -140,12 +149,14 @@ def write_lesion_csv(components: Sequence[LesionComponent], path: Path) -> None:
         writer.writerow(
             [
                 *("lesion", "number", "volume_ml", "longest_axial_diameter_mm", "slice", "side"),
-                *("place", "plausible", "mean_hu", "centre_x_mm", "centre_y_mm", "centre_z_mm"),
+                *("place", "plausible", "approximate_lobes", "mean_hu"),
+                *("centre_x_mm", "centre_y_mm", "centre_z_mm"),
             ]
         )
         for row in components:
             measures = (row.volume_ml, row.longest_axial_diameter_mm, row.slice)
-            place = (row.side, row.place, row.plausible)
+            lobes = "; ".join(row.approximate_lobes or ())
+            place = (row.side, row.place, row.plausible, lobes)
             writer.writerow(
                 [row.lesion, row.number, *measures, *place, row.mean_hu, *row.centre_mm]
             )
@@ -168,15 +179,20 @@ def _find_largest(mask: NDArray[np.bool_], lesion: Lesion) -> tuple[list[_Compon
 
 
 def _measure(
-    component: _Component, ct: Int16Volume, affine: Affine, voxel_ml: float, locator: LesionLocator
+    component: _Component,
+    ct: Int16Volume,
+    affine: Affine,
+    locator: LesionLocator,
+    lobe_finder: LobeFinder,
 ) -> LesionComponent:
+    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     diameter_mm, z = longest_axial_diameter(component.mask, affine)
     indexes = np.argwhere(component.mask) + [side.start for side in component.box]
     centre = (affine @ [*indexes.mean(axis=0), 1])[:3]
     volume_ml = component.voxels * voxel_ml
+    voxels = np.ravel_multi_index(tuple(indexes.T), ct.shape)
     place = None
     if volume_ml >= MIN_LESION_ML:
-        voxels = np.ravel_multi_index(tuple(indexes.T), ct.shape)
         place = locator.locate(component.lesion, voxels, volume_ml)
     return LesionComponent(
         lesion=component.lesion.key,
@@ -190,6 +206,7 @@ def _measure(
         side=place.side if place else None,
         place=place.wording if place else None,
         plausible=place.is_plausible if place else None,
+        approximate_lobes=lobe_finder.find_lobes(component.lesion, place, voxels),
     )
 
 

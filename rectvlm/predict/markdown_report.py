@@ -4,6 +4,7 @@ import html
 from collections.abc import Sequence
 
 from rectvlm.labels import LESION_BY_KEY
+from rectvlm.lesion_places import describe_lobes
 from rectvlm.predict.case_summary import CaseSummary
 from rectvlm.predict.lesion_table import LesionComponent
 
@@ -27,6 +28,8 @@ def render_markdown(name: str, summary: CaseSummary) -> str:
         lines += ["## Lesions outlined", "", *_tabulate_lesions(summary.components), ""]
         if summary.components_left_out:
             lines += [_describe_left_out(summary), ""]
+        if any(row.approximate_lobes for row in summary.components):
+            lines += [summary.lobes_note, ""]
     if summary.contradictions:
         lines += ["## Contradictions", ""]
         lines += [f"- {_escape(entry.message)}" for entry in summary.contradictions]
@@ -52,9 +55,11 @@ def _tabulate_lesions(components: Sequence[LesionComponent]) -> list[str]:
         lesion = f"{LESION_BY_KEY[row.lesion].name} {row.number}"
         volume, diameter = f"{row.volume_ml:.2f}", f"{row.longest_axial_diameter_mm:.1f}"
         place = row.place or "too small to place"
-        rows.append([lesion, volume, diameter, str(row.slice), place, f"{row.mean_hu:.0f}"])
-    columns = ["Lesion", "Volume (ml)", "Longest axial diameter (mm)", "Slice", "Place", "Mean HU"]
-    return _table(columns, rows)
+        lobes = describe_lobes(row.approximate_lobes) if row.approximate_lobes else "–"
+        mean_hu = f"{row.mean_hu:.0f}"
+        rows.append([lesion, volume, diameter, str(row.slice), place, lobes, mean_hu])
+    columns = ["Lesion", "Volume (ml)", "Longest axial diameter (mm)", "Slice", "Place"]
+    return _table([*columns, "Lobe (approximate)", "Mean HU"], rows)
 
 
 def _describe_left_out(summary: CaseSummary) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rectvlm.config import Config, load_config
 from rectvlm.data.shards import read_index
+from rectvlm.optional_packages import require_extra
 from rectvlm.pretrained.weight_files import find_weight_files
 from rectvlm.train.arguments import parse_arguments
 from rectvlm.train.budget import read_world_size, split_step
@@ -26,10 +27,11 @@ from rectvlm.types import UserError
 
 
 def check_launch(phase_number: int, argv: Sequence[str] | None) -> None:
-    """Check a command line and the files that it names; end with code 2 where one is wrong."""
+    """Check packages, a command line and its files; end with code 2 where one is wrong."""
     args = parse_arguments(PHASES[phase_number], argv)
     phase = PHASES[phase_number] if args.stage is None else STAGES[args.stage]
     try:
+        require_extra("train")
         config = load_config(args.config, args.overrides)
         step_batch = split_step(phase.get_settings(config), read_world_size())
         read_ds_config(

@@ -218,11 +218,13 @@ def test_the_command_exports(
     trained_checkpoint: MakeFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = str(trained_checkpoint(1)), tmp_path / "out"
-    command = ["export", "--out", str(out), "--license", "mit", "--checkpoint"]
+    command = ["export", "--out", str(out), "--license", "mit"]
+    command += ["--dataset", "OWNER/DATASET", "--checkpoint"]
     assert cli.main([*command, source]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     tensors = Checkpoint.open(out).read_tensors()
     assert find_differing_tensors(tensors, Checkpoint.open(source).read_tensors()) == []
     assert cli.main([*command, source]) == 2
     assert "--overwrite" in capsys.readouterr().err
+    assert cli.main([*command, source, "--overwrite"]) == 0
     assert cli.main([*command, str(tmp_path)]) == 2

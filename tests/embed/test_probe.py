@@ -67,8 +67,9 @@ def test_reconstructions_of_a_scan_count_once(tmp_path: Path) -> None:
     table = make_features()
     counts = []
     for splits in (table.splits, ["train"] * 80 + ["valid", ""] * 30):
-        probe(replace(table, splits=splits), tmp_path, "--bootstrap", "0")
-        result = json.loads((tmp_path / SCORES_FILE).read_text())
+        out = tmp_path / "out.json"
+        assert probe(replace(table, splits=splits), tmp_path, "--bootstrap=0", f"--out={out}") == 0
+        result = json.loads(out.read_text())
         counts.append(result["classification"]["per_finding"][FINDINGS[0]]["n_known"])
     assert counts == [30, 30]
 

@@ -462,6 +462,19 @@ def test_the_command_speaks_json_and_tables(capsys: pytest.CaptureFixture[str]) 
     assert "ZeRO-2" in printed and "GPUs" in printed
 
 
+def test_the_command_takes_rates_machines_and_all_phases(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rates = ["--tflops", "989", "--efficiency", "0.5", "--intra", "450", "--inter", "50"]
+    seconds = []
+    for words in (["--nodes", "2"], ["--nodes", "2", "--inter", "0.001"]):
+        assert cli.main(["--verbose", "plan", "--config", "tiny", *rates, *words, "--json"]) == 0
+        seconds.append(json.loads(capsys.readouterr().out)["time"]["total"])
+    assert seconds[0] < seconds[1], "a slow network between machines makes a slow step"
+    assert cli.main(["plan", "--config", "tiny", "--gpus", "1,2", "--all-phases"]) == 0
+    assert "all phases" in capsys.readouterr().out
+
+
 LARGE_GRID = "data.grid=[32,96,96]"
 """A grid on which what is saved is worth a line."""
 

@@ -3,16 +3,16 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from rectvlm.labels import FINDINGS, LESIONS
-from rectvlm.lesion_bits import lesion_mask
+from rectvlm.data.coarse_regions import estimate_coarse_regions
+from rectvlm.labels import FINDINGS
 from rectvlm.lesion_places import LesionLocator
-from rectvlm.predict.case_folder import canonical_view
+from rectvlm.predict.case_folder import canonical_view, summarize_lesions
 from rectvlm.predict.case_summary import (
     CaseSummary,
     FindingSummary,
-    LesionSummary,
     ThresholdsSummary,
 )
+from rectvlm.predict.lesion_lobes import LOBES_NOTE, LobeFinder
 from rectvlm.predict.lesion_table import measure_lesions
 from rectvlm.types import HuConversion
 
@@ -31,25 +31,9 @@ def make_summary(
     ct, _ = canonical_view(hu, affine)
     spacing = tuple(float(step) for step in np.linalg.norm(view_affine[:3, :3], axis=0))
     locator = LesionLocator(ct, None, spacing)
-    places = {place.lesion: place for place in locator.locate_all(bits)}
-    table = measure_lesions(bits, ct, view_affine, locator)
-    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
-    lesions = []
-    for lesion in LESIONS:
-        voxels, place = int(lesion_mask(bits, lesion).sum()), places.get(lesion.key)
-        lesions.append(
-            LesionSummary(
-                lesion.key,
-                lesion.name,
-                lesion.mask_value,
-                voxels,
-                voxels * voxel_ml,
-                place.wording if place else None,
-                place.side if place else None,
-                place.basis if place else None,
-                place.is_plausible if place else None,
-            )
-        )
+    places = locator.locate_all(bits)
+    lobe_finder = LobeFinder(estimate_coarse_regions(ct, spacing), spacing)
+    table = measure_lesions(bits, ct, view_affine, locator, lobe_finder)
     findings = {}
     for number, name in enumerate(FINDINGS):
         findings[name] = FindingSummary(number / 20, 0.5 if number % 2 else 0.01, not number % 2)
@@ -65,10 +49,11 @@ def make_summary(
         version="0.1.0",
         thresholds=ThresholdsSummary("cases of a test", 4, []),
         findings=findings,
-        lesions=lesions,
+        lesions=summarize_lesions(bits, view_affine, places, lobe_finder),
         components=table.components,
         components_left_out=table.n_left_out,
         components_left_out_ml=table.left_out_ml,
+        lobes_note=LOBES_NOTE,
         report=report,
         contradictions=[],
     )

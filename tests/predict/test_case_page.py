@@ -39,6 +39,7 @@ def make_view(**changes):
         "thresholds": NOT_FITTED,
         "volumes_ml": dict.fromkeys((lesion.key for lesion in LESIONS), 0.0) | {NODULE.key: 7.7},
         "places": {NODULE.key: LesionPlace(NODULE.key, 7.7, "right", (), "geometry", "right lung")},
+        "lobes": {NODULE.key: ("right upper lobe",)},
         "contradictions": [],
         "report_sections": [
             ("Findings", "There is a lung nodule in the right lung. No pleural effusion.")

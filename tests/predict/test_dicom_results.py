@@ -223,6 +223,23 @@ def test_the_measurement_report_has_volume_diameter_and_site_of_each_lesion(resu
     assert [site.laterality.meaning for site in sites] == ["Right", "Left"]
 
 
+def test_the_measurement_report_has_the_lobes_after_the_organ_and_says_that_they_are_approximate(
+    results, tmp_path: Path
+) -> None:
+    _, volume, _ = results
+    bits = np.zeros(volume.array.shape, np.uint8)
+    bits[5:8, 9:13, 2:5] = NODULE
+    summary = make_summary(bits, volume.array.astype(np.int16), volume.affine)
+    lobes = ("right lower lobe", "right middle lobe")
+    nodules = [replace(row, approximate_lobes=lobes) for row in summary.lesions if row.voxels]
+    folder = write_results(volume, bits, tmp_path, lesions=nodules)
+    report = highdicom.sr.srread(folder / dicom_results.MEASUREMENTS_FILE)
+    (group,) = report.content.get_volumetric_roi_measurement_groups()
+    sites = [(site.value.value, site.laterality.meaning) for site in group.finding_sites]
+    assert sites == [("39607008", "Right"), ("90572001", "Right"), ("72481006", "Right")]
+    assert b"Lobes are approximate" in (folder / dicom_results.MEASUREMENTS_FILE).read_bytes()
+
+
 def test_the_text_report_has_findings_and_impression(results) -> None:
     folder = results[0]
     report = pydicom.dcmread(folder / dicom_results.REPORT_SR_FILE)

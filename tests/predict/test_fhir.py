@@ -62,7 +62,7 @@ def test_the_markdown_report_has_both_tables_and_no_html(summary) -> None:
     assert "| lung nodule 1 |" in text and "## Impression" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + 18 + 2 + len(summary.components)
-    assert {line.replace("\\|", "").count("|") for line in rows} == {5, 7}
+    assert {line.replace("\\|", "").count("|") for line in rows} == {5, 8}
 
 
 def test_a_case_without_localizer_and_report_says_less() -> None:

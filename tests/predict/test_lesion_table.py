@@ -8,6 +8,7 @@ import pytest
 
 from rectvlm.labels import LESION_BY_KEY
 from rectvlm.lesion_places import LesionLocator
+from rectvlm.predict.lesion_lobes import LobeFinder
 from rectvlm.predict.lesion_table import (
     MAX_COMPONENTS,
     LesionTable,
@@ -28,7 +29,8 @@ def make_affine(z_mm: float, y_mm: float, x_mm: float) -> np.ndarray:
 def measure(bits: np.ndarray, affine: np.ndarray, hu: int = 30) -> LesionTable:
     ct = np.full(bits.shape, hu, np.int16)
     spacing = tuple(float(mm) for mm in np.linalg.norm(affine[:3, :3], axis=0))
-    return measure_lesions(bits, ct, affine, LesionLocator(ct, None, spacing))
+    lobe_finder = LobeFinder(np.zeros_like(bits), spacing)
+    return measure_lesions(bits, ct, affine, LesionLocator(ct, None, spacing), lobe_finder)
 
 
 @pytest.mark.parametrize("angle", [0.0, 0.3])
@@ -72,7 +74,7 @@ def test_each_component_of_each_kind_has_a_row() -> None:
     small = table.components[2]
     assert small.slice in (13, 14) and small.mean_hu == 30
     assert small.centre_mm == pytest.approx((-30.5, -31.5, 25.0))
-    assert small.place is None  # 0.03 ml
+    assert small.place is None and small.approximate_lobes is None  # 0.03 ml
     assert table.n_left_out == 0
 
 

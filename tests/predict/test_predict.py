@@ -171,6 +171,8 @@ def test_a_lesion_on_the_patients_left_is_on_the_right_of_the_picture(
         and row["place"].startswith("left lung")
         and row["basis"] == "geometry"
     )
+    assert row["approximate_lobes"], "the lung around the ball is found"
+    assert all(lobe.startswith("left") for lobe in row["approximate_lobes"])
     html = (folder / "index.html").read_text()
     data = json.loads(re.search(r'id="data">(.*?)</script>', html)[1])
     # The page starts in the lesion; in RAS order the patient's left is at small i.

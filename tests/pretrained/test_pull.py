@@ -56,8 +56,9 @@ def test_our_model_arrives_whole_by_its_hub_id(
     assert read_files(pulled) == read_files(exported)
     assert find_model_faults(REPOSITORY) == (pulled, [])
     RectVLM.from_pretrained(pulled, "cpu")
-    part = pull_model(REPOSITORY, ["encoder"], where, out=tmp_path / "part")
-    assert {path.name for path in part.glob("*.safetensors")} == {
+    words = ["small", "--repo", REPOSITORY, "--part", "encoder", "--from", where]
+    assert cli.main(["weights", "pull", *words, "--out", str(tmp_path / "part")]) == 0
+    assert {path.name for path in (tmp_path / "part").glob("*.safetensors")} == {
         "encoder.safetensors",
         "prompts.safetensors",
     }

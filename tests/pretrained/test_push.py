@@ -7,6 +7,7 @@ import hub_server
 import pytest
 from hub_server import read_files
 
+from rectvlm import cli
 from rectvlm.pretrained.pull import pull_model
 from rectvlm.pretrained.push import push_model
 from rectvlm.types import UserError
@@ -28,7 +29,8 @@ def test_push_then_pull_gives_the_same_folder(
     assert hub.uploads == n_weights
     pulled = pull_model("small", where=hub.url, repository=REPOSITORY)
     assert read_files(pulled) == read_files(exported)
-    push_model(exported, REPOSITORY, where=hub.url)
+    again = ["weights", "push", str(exported), "--repo", REPOSITORY, "--to", hub.url]
+    assert cli.main(again) == 0
     assert hub.uploads == n_weights, "what the hub has is not sent again"
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match="if it is private"):

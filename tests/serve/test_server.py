@@ -60,10 +60,11 @@ def start_server(checkpoint: Path, folder: Path) -> tuple["subprocess.Popen[byte
     log, scratch = folder / "log", folder / "scratch"
     scratch.mkdir()
     command = [sys.executable, "-m", "rectvlm", "serve", str(checkpoint), "--port", "0"]
+    options = ["--device", "cpu", "--max-upload-mb", str(MAX_UPLOAD_MB), "--keep-hours", "2"]
     environment = {name: value for name, value in os.environ.items() if name != "RECTVLM_TOKEN"}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, "--device", "cpu", "--max-upload-mb", str(MAX_UPLOAD_MB)],
+            [*command, *options],
             stdout=output,
             stderr=output,
             env=environment | {"TMPDIR": str(scratch), "COLUMNS": "200"},

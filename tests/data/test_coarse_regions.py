@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from data_pipeline.cases import Case, CaseData, case_to_sample
-from data_pipeline.masks.coarse_regions import estimate_coarse_regions
 from rectvlm.config import Config
 from rectvlm.data.canonical_grid import canonical_affine, resample_to_grid
+from rectvlm.data.coarse_regions import estimate_coarse_regions
 from rectvlm.data.dataset import collate_samples
 from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.volume import read_volume
@@ -107,6 +107,16 @@ def test_an_opaque_lung_is_left_out_and_the_other_keeps_its_side(name: str) -> N
     found = estimate_coarse_regions(opaque, spacing)
     assert dice(stays(found), stays(truth)) > 0.85
     assert gone(found).sum() < 0.05 * gone(truth).sum()
+
+
+def test_lungs_that_the_grid_cuts_at_both_sides_keep_their_sides() -> None:
+    """As the grid of the `learn` configuration does, which is narrower than the chest."""
+    ct, truth, spacing = phantom(2)
+    columns = np.flatnonzero((right(truth) | left(truth)).any(axis=(0, 1)))
+    inside = slice(columns[0] + 2, columns[-1] - 1)
+    found = estimate_coarse_regions(np.ascontiguousarray(ct[:, :, inside]), spacing)
+    for side in (right, left):
+        assert dice(side(found), side(truth[:, :, inside])) > 0.85
 
 
 def test_a_body_at_the_edge_of_the_field_of_view_keeps_its_sides() -> None:

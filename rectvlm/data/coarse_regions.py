@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from rectvlm.chest_geometry import fill_between
 from rectvlm.labels import REGION_BY_NAME
 from rectvlm.types import Int16Volume, MaskVolume
 
@@ -40,7 +41,7 @@ def estimate_coarse_regions(ct: Int16Volume, spacing: tuple[float, float, float]
     """
     hu, steps = _downsample_ct(ct, spacing)
     voxel_size = np.array(spacing) * steps
-    inside = _fill_slices(_find_body(hu))
+    inside = _fill_slices(_close_at_edges(_find_body(hu)))
     gas = _find_gas(hu, inside, voxel_size)
     if gas is None:
         return np.zeros(ct.shape, np.uint8)
@@ -92,6 +93,15 @@ def _keep_largest_component(mask: BoolVolume, neighbors: NDArray[Any] | None = N
     if not count:
         return mask
     return np.asarray(components == 1 + np.argmax(np.bincount(components.ravel())[1:]))
+
+
+def _close_at_edges(body: BoolVolume) -> BoolVolume:
+    """Close the body at the edges of slices that cut it: a lung that reaches one is no open air."""
+    closed = body.copy()
+    for edge in (0, -1):
+        closed[:, :, edge] = fill_between(body[:, :, edge], 1)
+        closed[:, edge] = fill_between(body[:, edge], 1)
+    return closed
 
 
 def _fill_slices(mask: BoolVolume) -> BoolVolume:
