@@ -1,5 +1,6 @@
 """The locked versions are those that pyproject.toml allows, and `make setup` installs them."""
 
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -49,6 +51,20 @@ def test_the_lock_suits_cpu_and_gpu() -> None:
         assert Version(version).local is None and "nvidia" not in name and name != "triton"
     (torch,) = re.findall(r"TORCH \?= .*(torch==[\d.]+)", (CHECKOUT / "Makefile").read_text())
     assert torch == f"torch=={lock['torch']}"
+
+
+def test_every_locked_version_installs_on_the_oldest_python_that_the_project_allows() -> None:
+    """Debian's Python is 3.11.2. A lock that it cannot install keeps pip searching for an hour."""
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    oldest = f"{project['requires-python'].removeprefix('>=')}.0"
+    lock, seen = read_lock(), 0
+    for distribution in importlib.metadata.distributions():
+        name = canonicalize_name(distribution.name)
+        if lock.get(name) == distribution.version:
+            wanted = distribution.metadata.get("Requires-Python") or ""
+            assert SpecifierSet(wanted).contains(oldest), f"{name} {lock[name]} wants {wanted}"
+            seen += 1
+    assert seen, "no installed package has its locked version"
 
 
 @pytest.fixture
