@@ -172,9 +172,10 @@ def plan_commands(
     shown = (*rectvlm_predict, str(config.data.shards), "--keys", shown_key, *options)
     commands.append(Command(SHOWN_CASE, shown, cores))
     fetch = (sys.executable, "-m", "data_pipeline.sample_cts")
-    commands.append(Command("download", fetch, 1))
-    files = [str(ct.volume_path(SAMPLE_CT_FOLDER)) for ct in SAMPLE_CTS]
-    commands.append(Command("real CTs", (*rectvlm_predict, *files, *options), cores))
+    commands.append(Command("real CTs", fetch, 1))
+    for ct in SAMPLE_CTS:
+        file = str(ct.volume_path(SAMPLE_CT_FOLDER))
+        commands.append(Command(ct.name, (*rectvlm_predict, file, *options), cores))
     return commands
 
 

@@ -197,7 +197,7 @@ class EncoderConfig(_ConfigSection):
 
     @model_validator(mode="after")
     def _check_slices_meet(self) -> "EncoderConfig":
-        if self.volume_every > self.depth:
+        if self.name == "slice-region" and self.volume_every > self.depth:
             raise ValueError(
                 f"volume_every is {self.volume_every} and depth {self.depth}: no block would "
                 f"attend over the volume; volume_every must be at most {self.depth}"

@@ -1,9 +1,9 @@
 """The order of training samples, a function of (seed, epoch) alone.
 
 Each epoch is a permutation of all samples of the split, across shards. The epochs one after the
-other make one endless sequence. A global batch is the next piece of it, of which rank r of W takes
-the r-th of W equal slices. So one integer, the number of samples seen by all ranks together, is the
-entire state:
+other make one endless sequence. A global batch is the next piece of it, cut into micro-batches, of
+which rank r takes the r-th in each round. So one integer, the number of samples seen by all ranks
+together, is the entire state:
 
 - a run resumes at the exact next sample, on any number of ranks and workers;
 - every rank gets the same number of batches;

@@ -60,10 +60,13 @@ class CaseEvaluator:
                 batch = replace(batch, regions_known=hidden)
             batch_records, batch_prompts = self._evaluate_batch(batch, positions, group.purpose)
             records += batch_records
-            if batch_prompts is not None:
-                prompts.update(zip(positions, batch_prompts, strict=True))
-                control = self._make_control_prompts(batch)
-                control_prompts.update(zip(positions, control, strict=True))
+            if batch_prompts is None:
+                continue
+            controls = self._make_control_prompts(batch)
+            limit = self.options.report_limit
+            for position, prompt, control in zip(positions, batch_prompts, controls, strict=True):
+                if limit is None or position < limit:
+                    prompts[position], control_prompts[position] = prompt, control
         return self._add_reports(records, prompts, control_prompts)
 
     def _evaluate_batch(
@@ -76,8 +79,6 @@ class CaseEvaluator:
         model, options = self.model, self.options
         is_evaluated = purpose == "evaluate"
         localize = is_evaluated and model.localizer is not None
-        # Reports are written for the whole batch or for none of it, so that what is written
-        # together does not depend on the cases that were evaluated before.
         generate = is_evaluated and options.reports and model.has_generator
         limit = options.report_limit
         generate = generate and (limit is None or positions[0] < limit)
@@ -144,11 +145,10 @@ class CaseEvaluator:
         texts = self.model.generator.write_reports([*prompts.values(), *distinct_controls.values()])
         generated = dict(zip(prompts, texts, strict=False))
         control_texts = dict(zip(distinct_controls, texts[len(prompts) :], strict=True))
-        limit = self.options.report_limit
         complete_records = []
         for record in records:
             position = record.position
-            if position in prompts and (limit is None or position < limit):
+            if position in prompts:
                 control = control_texts[control_prompts[position].cues]
                 record = replace(record, generated=generated[position], without_image=control)
             complete_records.append(record)

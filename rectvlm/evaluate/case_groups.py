@@ -12,8 +12,8 @@ from rectvlm.evaluate.case_records import CasePurpose
 
 MAX_GROUP_CASES = 64
 """Cases of a group at most: with the reports of its control, 128 reports."""
-MIN_GROUPS = 2
-"""Groups at least, where the cases suffice: two processes share them."""
+MIN_GROUPS = 4
+"""Groups with reports at least, where the batches suffice, so that processes share few cases too."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class CaseGroup:
 
 
 def plan_groups(
-    purpose: CasePurpose, n_cases: int, batch_size: int, has_reports: bool
+    purpose: CasePurpose, n_cases: int, batch_size: int, n_reports: int
 ) -> list[CaseGroup]:
     """Put the first cases of a split into groups.
 
@@ -44,15 +44,15 @@ def plan_groups(
         purpose: purpose of the cases.
         n_cases: number of cases.
         batch_size: number of cases that are predicted together.
-        has_reports: whether reports are written; without them a group is a batch.
+        n_reports: number of first cases whose reports are written; a group of others is a batch.
     """
-    n_batches = math.ceil(n_cases / batch_size)
-    group_size = 1
-    if has_reports:
-        group_size = min(max(1, MAX_GROUP_CASES // batch_size), math.ceil(n_batches / MIN_GROUPS))
     starts = range(0, n_cases, batch_size)
     batches = [list(range(start, min(start + batch_size, n_cases))) for start in starts]
-    groups = []
-    for first in range(0, n_batches, group_size):
-        groups.append(CaseGroup(purpose, batches[first : first + group_size]))
-    return groups
+    n_report_batches = math.ceil(n_reports / batch_size)
+    group_size = min(MAX_GROUP_CASES // batch_size, math.ceil(n_report_batches / MIN_GROUPS))
+    size = max(1, group_size)
+    groups = [
+        CaseGroup(purpose, batches[first : min(first + size, n_report_batches)])
+        for first in range(0, n_report_batches, size)
+    ]
+    return groups + [CaseGroup(purpose, [batch]) for batch in batches[n_report_batches:]]

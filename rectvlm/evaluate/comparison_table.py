@@ -59,8 +59,9 @@ def describe_comparison(comparison: ModelComparison) -> list[str]:
     hidden = comparison.figures.keys() - set(_list_shown(comparison))
     if hidden:
         n_different = sum(comparison.figures[path].better is not None for path in hidden)
-        words = f"{n_different} more figures differ, " if n_different else ""
-        lines.append(f"{words}{len(hidden) - n_different} more show no difference: see --out.")
+        counts = {"differ": n_different, "show no difference": len(hidden) - n_different}
+        words = [f"{count} more {verb}" for verb, count in counts.items() if count]
+        lines.append(f"{', '.join(words)}: see --out.")
     for group, reason in comparison.left_out.items():
         lines.append(f"Not compared: {group}: {reason}.")
     lines.append("Patients are drawn: other seeds and other training data are not covered.")

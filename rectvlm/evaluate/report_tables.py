@@ -93,11 +93,11 @@ def render_baselines(reports: Mapping[str, Any]) -> str:
     """Render all scores of the baselines, and those of the language model minus each of them."""
     sources = describe_baseline_sources(reports)
     if not reports["baselines"]:
-        return f"{describe_table_comparison(reports)}\n\n{sources}"
+        return sources
     header = ["", *_name_baseline_columns(reports)]
     rows = [_baseline_row(reports, score) for score in reports["image"]["scores"]]
     rows += _diversity_rows(reports)
-    return "\n\n".join([describe_table_comparison(reports), render_table(header, rows), sources])
+    return f"{render_table(header, rows)}\n\n{sources}"
 
 
 def make_baseline_table(reports: Mapping[str, Any]) -> Table:

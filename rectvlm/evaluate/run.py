@@ -97,10 +97,10 @@ def evaluate_checkpoint(
     Reports are generated twice, the second time from a volume of air: what the control scores was
     not read from the image.
 
-    The record of a case is written beside the metrics as soon as it is known. The same call
-    continues after a kill, and only computes the figures where all records are there. Several
-    processes (RANK and WORLD_SIZE in the environment) share the cases; the first one waits for the
-    others and writes.
+    The records of a group of cases, whose reports are written together, are written beside the
+    metrics as soon as they are known. The same call continues after a kill, and only computes the
+    figures where all records are there. Several processes (RANK and WORLD_SIZE in the environment)
+    share the cases; the first one waits for the others and writes.
 
     Args:
         checkpoint: a run's phase folder, or one checkpoint in it.
@@ -329,8 +329,10 @@ class _EvaluationRun:
         groups = []
         for purpose, dataset in self.datasets.items():
             n_cases = min(len(dataset), limits[purpose] or len(dataset))
-            has_reports = self.has_reports and purpose == "evaluate"
-            groups += plan_groups(purpose, n_cases, self.options.batch_size, has_reports)
+            n_reports = 0
+            if self.has_reports and purpose == "evaluate":
+                n_reports = min(n_cases, self.options.report_limit or n_cases)
+            groups += plan_groups(purpose, n_cases, self.options.batch_size, n_reports)
         return groups
 
     def _process_label(self) -> str:

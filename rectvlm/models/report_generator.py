@@ -155,6 +155,7 @@ class ReportGenerator(nn.Module):
             max_tokens: length at which a report is cut; by default `generator.max_report_tokens`.
             options: options of `generate` in Transformers; decoding is greedy by default.
         """
+        assert prompts, "no prompts"
         max_tokens = max_tokens or self.config.max_report_tokens
         rows = [self.encode_prompt(prompt.cues) for prompt in prompts]
         lengths = _row_lengths(rows, self.config.queries)

@@ -1,9 +1,10 @@
 """How long the reports of CT-RATE's validation volumes take, with their control.
 
 Each GPU holds the whole model, as in evaluation, and writes batches of reports to the end of the
-longest. A step of decoding is bound by memory: bitsandbytes unpacks every 4-bit weight to bf16 for
-more than one row, so a weight is read as 0.5 bytes and written and read as 2 bytes, and the keys
-and values of all rows are read. Nothing of this was measured on a GPU.
+longest. A step of decoding takes the longest of memory, matrix products and launches of kernels; of
+a large model it is memory: bitsandbytes unpacks every 4-bit weight to bf16 for more than one row,
+so a weight is read as 0.5 bytes and written and read as 2 bytes, and the keys and values of all
+rows are read. Nothing of this was measured on a GPU.
 """
 
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ class GenerationPlan:
     """Tokens to which every batch is decoded: the longest report that is allowed."""
     step_seconds: float
     """Time of a step of decoding, which gives one token of each report, seconds."""
+    bound: str
+    """What a step of decoding waits for."""
     prompt_seconds: float
     """Time of reading the prompts of a batch, seconds."""
     image_seconds: float
@@ -101,11 +104,13 @@ def plan_generation(
     cache_positions = prompt_positions + report_tokens / 2
     cache_traffic = rows * cache_positions * count_cache_bytes(language_model.model_config)
     layers = language_model.model_config.get_text_config().num_hidden_layers
-    step_seconds = max(
-        (weight_traffic + cache_traffic) / byte_rate,
-        2 * language_model.weights * rows / flop_rate,
-        layers * OPERATIONS_A_LAYER * hardware.launch,
-    )
+    seconds_by_bound = {
+        "memory": (weight_traffic + cache_traffic) / byte_rate,
+        "matrix products": 2 * language_model.weights * rows / flop_rate,
+        "launches of kernels": layers * OPERATIONS_A_LAYER * hardware.launch,
+    }
+    bound = max(seconds_by_bound, key=seconds_by_bound.__getitem__)
+    step_seconds = seconds_by_bound[bound]
     prompt_flops = 2 * language_model.weights * rows * prompt_positions
     prompt_seconds = max(prompt_flops / flop_rate, weight_traffic / byte_rate)
 
@@ -119,6 +124,7 @@ def plan_generation(
         reports_at_once=rows,
         report_tokens=report_tokens,
         step_seconds=step_seconds,
+        bound=bound,
         prompt_seconds=prompt_seconds,
         image_seconds=image_seconds,
         tokens_per_second_per_gpu=rows * report_tokens / batch_seconds,

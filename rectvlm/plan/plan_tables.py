@@ -60,7 +60,7 @@ def _print_generation(plan: ResourcePlan, console: Console) -> None:
         f"GPU. {generation.reports_at_once} at once on a GPU that holds the whole model, each to "
         f"the end of {generation.report_tokens} tokens; {generation.step_seconds * 1e3:.0f} ms a "
         f"token of all ({generation.tokens_per_second_per_gpu:,.0f} tokens/s a GPU), bound by "
-        f"memory, {generation.prompt_seconds:.1f} s for their prompts, "
+        f"{generation.bound}, {generation.prompt_seconds:.1f} s for their prompts, "
         f"{generation.image_seconds:.2f} s for each image; metrics on the host are left out."
     )
 

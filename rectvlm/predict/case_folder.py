@@ -191,7 +191,7 @@ def _describe_case(loaded: LoadedModel, case: PredictedCase) -> tuple[CaseView, 
     spacing_mm = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
     locator = LesionLocator(ct, None, spacing_mm)
     places = locator.locate_all(lesion_bits)
-    lobe_finder = LobeFinder(estimate_coarse_regions(ct, spacing_mm), spacing_mm)
+    lobe_finder = LobeFinder(lambda: estimate_coarse_regions(ct, spacing_mm), spacing_mm)
     table = measure_lesions(lesion_bits, ct, affine, locator, lobe_finder)
     lesions = None
     if case.lesion_bits is not None:

@@ -1,9 +1,13 @@
 """Lobes of lesions by the coarse region map, which is estimated from the entire CT.
 
 The map cuts each lung by planes where its fissures usually run (`rectvlm.data.coarse_regions`), so
-a lobe is approximate. It is made on the CT's own voxels: the model's grid may cut the chest. A
-lobe of the other side than the lesion's place does not count.
+a lobe is approximate. It is made on the voxels of the CT that is predicted, not on the model's
+grid, which may cut the chest; of a case in shards there is no other. A lobe of the other side than
+the lesion's place does not count.
 """
+
+from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,12 +33,21 @@ LOBES_NOTE = (
 class LobeFinder:
     """Finds the lobes of lesions in one case."""
 
-    def __init__(self, regions: MaskVolume, spacing: tuple[float, float, float]) -> None:
-        """Take a coarse region map (Z, Y, X) of a canonical CT, and its voxel size (z, y, x), mm.
+    def __init__(
+        self, estimate_regions: Callable[[], MaskVolume], spacing: tuple[float, float, float]
+    ) -> None:
+        """Wait for the first lesion in a lung, since most kinds of lesions need no map.
 
-        A map of zeros, as of a CT without lungs, has no lobe for any lesion.
+        Args:
+            estimate_regions: makes the coarse region map (Z, Y, X) of a canonical CT. A map of
+                zeros, as of a CT without lungs, has no lobe for any lesion.
+            spacing: voxel size (z, y, x), mm.
         """
-        self._index = LobeIndex(regions, spacing)
+        self._estimate_regions, self._spacing = estimate_regions, spacing
+
+    @cached_property
+    def _index(self) -> LobeIndex:
+        return LobeIndex(self._estimate_regions(), self._spacing)
 
     def find_lobes(
         self, lesion: Lesion, place: LesionPlace | None, voxels: NDArray[np.intp]

@@ -13,8 +13,9 @@ does so if the section gives it a learning rate; every other part is frozen.
 | 3          | phase 2     | all four                       | classification, localization, report |
 
 A stage has a run folder of its own; the phase itself starts from it where `--from` says so. The
-row `2 labels` learns localization from labels alone, as the VLM3D challenge asks: no outline of a
-lesion reaches its losses, the order of its samples or the choice of its best checkpoint.
+row `2 labels` prepares nothing: it takes the place of phase 2 and learns localization from labels
+alone, as the VLM3D challenge asks. No outline of a lesion reaches its losses, the order of its
+samples or the choice of its best checkpoint.
 """
 
 from collections.abc import Callable

@@ -103,7 +103,7 @@ def test_the_commands_are_those_a_user_would_type() -> None:
     commands = plan_commands("demo", ["name=other"], CASES_4)
     names = [command.name for command in commands]
     assert names[:4] == ["shards", "phase 1", "phase 2", "phase 3"]
-    assert names[4:] == ["evaluation", "held-out case", "download", "real CTs"]
+    assert names[4:] == ["evaluation", "held-out case", "real CTs", "lung1", "lung2"]
     shards, *phases = commands[:4]
     assert shards.command[shards.command.index("--phantom-style") + 1] == "plain"
     assert shards.command[shards.command.index("--phantoms") + 1] == "4"
@@ -114,8 +114,7 @@ def test_the_commands_are_those_a_user_would_type() -> None:
         assert phase.metrics_path is not None and phase.metrics_path.parts[:2] == ("runs", "other")
     for command in (*commands[4:6], *commands[7:]):
         assert "runs/other/phase3" in command.command
-    files = [f"data/samples/{name}.nii.gz" for name in ("lung1", "lung2")]
-    assert commands[7].command[2:4] == tuple(files)
+    assert "data/samples/lung1.nii.gz" in commands[7].command
     assert commands[5].command[2:5] == ("data/shards/demo", "--keys", "phantom_100001")
 
 

@@ -32,7 +32,7 @@ def make_summary(
     spacing = tuple(float(step) for step in np.linalg.norm(view_affine[:3, :3], axis=0))
     locator = LesionLocator(ct, None, spacing)
     places = locator.locate_all(bits)
-    lobe_finder = LobeFinder(estimate_coarse_regions(ct, spacing), spacing)
+    lobe_finder = LobeFinder(lambda: estimate_coarse_regions(ct, spacing), spacing)
     table = measure_lesions(bits, ct, view_affine, locator, lobe_finder)
     findings = {}
     for number, name in enumerate(FINDINGS):

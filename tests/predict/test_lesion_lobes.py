@@ -2,6 +2,7 @@
 
 import csv
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def test_the_main_lobe_of_most_lesions_is_that_of_the_exact_map(record_property:
         z_mm, y_mm, x_mm = np.linalg.norm(affine[:3, :3], axis=0).tolist()
         spacing = (z_mm, y_mm, x_mm)
         locator = LesionLocator(ct, None, spacing)
-        finder = LobeFinder(estimate_coarse_regions(ct, spacing), spacing)
+        finder = LobeFinder(partial(estimate_coarse_regions, ct, spacing), spacing)
         for lesion in LUNG_LESIONS:
             parts, n_parts = ndimage.label(lesion_mask(bits, lesion), np.ones((3, 3, 3)))
             for number in range(1, n_parts + 1):
@@ -79,7 +80,7 @@ def voxels_of(*box: slice) -> NDArray[np.intp]:
 
 
 def test_a_lesion_in_or_beside_a_lobe_has_it_and_one_far_from_it_has_none() -> None:
-    finder = LobeFinder(make_regions(), SPACING)
+    finder = LobeFinder(make_regions, SPACING)
 
     def find(voxels: NDArray[np.intp], place: LesionPlace | None) -> tuple[str, ...] | None:
         return finder.find_lobes(NODULE, place, voxels)
@@ -97,14 +98,14 @@ def test_a_lesion_in_or_beside_a_lobe_has_it_and_one_far_from_it_has_none() -> N
 
 
 def test_a_lobe_is_never_of_the_other_side_and_never_a_guess() -> None:
-    finder = LobeFinder(make_regions(), SPACING)
+    finder = LobeFinder(make_regions, SPACING)
     inside = voxels_of(slice(6, 9), slice(25, 30), slice(10, 15))
     for place in (place_at("left"), place_at("right", None), place_at("right", False), None):
         assert finder.find_lobes(NODULE, place, inside) is None
     effusion = LESION_BY_KEY["pleural_effusion"]
     assert finder.find_lobes(effusion, place_at("right"), inside) is None
     # A CT without lungs has a map of zeros.
-    no_lungs = LobeFinder(np.zeros((20, 60, 70), np.uint8), SPACING)
+    no_lungs = LobeFinder(lambda: np.zeros((20, 60, 70), np.uint8), SPACING)
     assert no_lungs.find_lobes(NODULE, place_at("right"), inside) is None
 
 

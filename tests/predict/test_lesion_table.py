@@ -29,7 +29,7 @@ def make_affine(z_mm: float, y_mm: float, x_mm: float) -> np.ndarray:
 def measure(bits: np.ndarray, affine: np.ndarray, hu: int = 30) -> LesionTable:
     ct = np.full(bits.shape, hu, np.int16)
     spacing = tuple(float(mm) for mm in np.linalg.norm(affine[:3, :3], axis=0))
-    lobe_finder = LobeFinder(np.zeros_like(bits), spacing)
+    lobe_finder = LobeFinder(lambda: np.zeros_like(bits), spacing)
     return measure_lesions(bits, ct, affine, LesionLocator(ct, None, spacing), lobe_finder)
 
 
