@@ -13,7 +13,7 @@ from rectvlm.evaluate.case_records import CasePurpose
 MAX_GROUP_CASES = 64
 """Cases of a group at most: with the reports of its control, 128 reports."""
 MIN_GROUPS = 4
-"""Groups with reports at least, where the batches suffice, so that processes share few cases too."""
+"""Groups with reports at least, where the batches suffice: processes share few cases too."""
 
 
 @dataclass(frozen=True)
