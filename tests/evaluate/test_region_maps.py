@@ -14,6 +14,7 @@ from conftest import phantom_sample
 from rectvlm import cli
 from rectvlm.config import Config
 from rectvlm.data.shards import write_shards
+from rectvlm.evaluate import thresholds
 from rectvlm.evaluate.options import EvaluationOptions
 from rectvlm.evaluate.run import evaluate_checkpoint
 from rectvlm.types import COARSE_REGIONS_SOURCE, Sample, Split
@@ -72,8 +73,12 @@ def evaluated(run: Path, samples: list[Sample], folder: Path, **options: Any) ->
 
 
 def test_region_maps_are_counted(
-    tiny_run: Callable[[int], Path], samples: list[Sample], tmp_path: Path
+    tiny_run: Callable[[int], Path],
+    samples: list[Sample],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(thresholds, "MIN_CASES_TO_FIT", 1)
     found = evaluated(tiny_run(1), samples, tmp_path)
     metrics = found["metrics"]
     assert (
