@@ -281,8 +281,10 @@ class SliceRegionAttention(nn.Module):
 
 
 class WithinSliceAttention(SliceRegionAttention):
-    """The same where a patch attends to the global token, to the patches of its own slice and to
-    the region tokens: its time grows with the slices, not with their square.
+    """Attention of a patch to the global token, the patches of its own slice and the region tokens.
+
+    Its time grows with the number of slices, not with the square of it. Global token and region
+    tokens read the whole volume, as in `SliceRegionAttention`.
 
     Args:
         width: channels of a token.
@@ -305,7 +307,9 @@ class WithinSliceAttention(SliceRegionAttention):
         places: SlicePlaces | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend; arguments and returned values are those of `SliceRegionAttention.forward`."""
-        assert slices is not None and places is not None, "which patches are in a slice?"
+        assert slices is not None and places is not None, (
+            "attention within slices needs the places of the patches"
+        )
         rows, region_count = tokens.shape[1], regions.shape[1]
         q, kv = self.q(tokens), self.kv(torch.cat([tokens, regions], dim=1))
         k, v = (self._split_heads(part) for part in kv.chunk(2, dim=-1))

@@ -68,12 +68,12 @@ class SlicePlaces(NamedTuple):
     """Places of packed patches where each slice is a row of L places, the first ones taken."""
 
     patch: Tensor
-    """(B, z, L) int64, which packed patch is at each place; any one where none is."""
+    """(B, z, L) int64, number of the packed patch at each place; arbitrary at an empty one."""
     is_empty: Tensor
     """(B, z, L) bool, places without a patch."""
     place: Tensor
-    """(B, M) int64, place of each packed patch, from 0 to z · L - 1; any of those that fill a row
-    up."""
+    """(B, M) int64, place of each packed patch, 0 to z · L - 1; arbitrary for patches of air, which
+    fill a row up."""
 
     def lay_out(self, tokens: Tensor, before: int, after: int) -> Tensor:
         """Tokens (B, `before` + M + `after`, C) to (B · z, `before` + L + `after`, C): the first
