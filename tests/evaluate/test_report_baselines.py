@@ -163,7 +163,7 @@ def test_training_cases_are_embedded_where_thresholds_come_from_others(
     reports = evaluate()
     assert reports["baselines"]["nearest"]["source"] == "the first 2 training volumes"
     assert reports["baselines"]["table"]["source"] == "3 training scans"
-    assert "is unknown: there are no intervals" in render_baselines(reports)
+    assert "is unknown: there are no intervals" in describe_table_comparison(reports)
 
     (tmp_path / "shards" / "train-000000.tar").unlink()
     reports = evaluate()  # the records are there
