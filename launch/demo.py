@@ -27,7 +27,7 @@ from pathlib import Path
 from rich.console import Console
 
 from data_pipeline.demo_cases import FIRST_VALID_SEED, phantom_key
-from data_pipeline.sample_cts import SAMPLE_CT_FOLDER, SAMPLE_CTS
+from data_pipeline.sample_cts import SAMPLE_CT_FOLDER, VOLUME_FOLDER
 from launch.commands import TWO_CPU_PROCESSES, Command, run_commands, run_guarded
 from launch.demo_summary import (
     EVALUATION_FILE,
@@ -172,10 +172,9 @@ def plan_commands(
     shown = (*rectvlm_predict, str(config.data.shards), "--keys", shown_key, *options)
     commands.append(Command(SHOWN_CASE, shown, cores))
     fetch = (sys.executable, "-m", "data_pipeline.sample_cts")
-    commands.append(Command("real CTs", fetch, 1))
-    for ct in SAMPLE_CTS:
-        file = str(ct.volume_path(SAMPLE_CT_FOLDER))
-        commands.append(Command(ct.name, (*rectvlm_predict, file, *options), cores))
+    commands.append(Command("sample CTs", fetch, 1))
+    real = (*rectvlm_predict, str(SAMPLE_CT_FOLDER / VOLUME_FOLDER), *options)
+    commands.append(Command("real CTs", real, cores))
     return commands
 
 

@@ -238,7 +238,7 @@ def _select_figures(
         report_f1_without_image=ablated.get("clinical_labels_micro_f1"),
         laterality=image.get("laterality"),
         minutes=minutes,
-        outside_chest_ml=outside_ml if real_cts else None,
+        outside_chest_ml=outside_ml if len(real_cts) == len(SAMPLE_CTS) else None,
     )
 
 

@@ -1,6 +1,7 @@
 """Thresholds of an evaluation: fitted on other cases, beside those that the model carries."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rectvlm.evaluate.case_records import CaseRecord
 from rectvlm.evaluate.region_maps import RegionMapUsage
@@ -17,7 +18,8 @@ def choose_thresholds(
 ) -> FindingThresholds:
     """Choose fitted thresholds, else those of the model.
 
-    A finding with fewer than `MIN_CASES_TO_FIT` known positives or negatives stays at 0.5.
+    A finding with fewer than `MIN_CASES_TO_FIT` known positives or negatives keeps the model's
+    threshold, which is 0.5 where training had too few of them, too.
 
     Args:
         model_thresholds: thresholds that the model carries.
@@ -29,9 +31,11 @@ def choose_thresholds(
         return model_thresholds
     scans = group_by_scan(fit_records)
     region_maps = RegionMapUsage.from_records(fit_records, regions_hidden)
-    counted = f"the first {len(scans.patients)} scans of the {cases}"
-    source = f"maximum F1 on {counted}; region maps: {region_maps}"
+    source = f"maximum F1 on the first {len(scans.patients)} scans of the {cases}"
     fitted = fit_thresholds(
         scans.probabilities, scans.labels, scans.known, source, MIN_CASES_TO_FIT
     )
-    return fitted if fitted.is_fitted.any() else model_thresholds
+    if fitted.not_fitted:
+        source += f"; the model's for {', '.join(fitted.not_fitted)}"
+    source += f"; region maps: {region_maps}"
+    return model_thresholds.replace_fitted(replace(fitted, source=source))

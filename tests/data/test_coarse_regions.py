@@ -24,7 +24,7 @@ from rectvlm.types import COARSE_REGIONS_SOURCE, Volume
 
 TINY = ((32, 64, 64), (8.0, 5.5, 5.5))
 FINE = ((64, 144, 144), (4.5, 2.5, 2.5))
-SAMPLES = Path("data/samples")
+SAMPLES = Path("data/samples/cts")
 ID = {name: region.id for name, region in REGION_BY_NAME.items()}
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from rectvlm.evaluate.case_records import CaseRecord
 from rectvlm.evaluate.thresholds import choose_thresholds
-from rectvlm.finding_thresholds import FindingThresholds
+from rectvlm.finding_thresholds import NOT_FITTED, FindingThresholds
 from rectvlm.labels import FINDINGS, N_FINDINGS
 
 UNKNOWN = FINDINGS[3]
@@ -40,14 +40,20 @@ def test_without_cases_that_decide_the_thresholds_are_the_models() -> None:
         assert choose_thresholds(MODEL, fitting, "train split of shards") is MODEL
 
 
-def test_a_finding_that_was_not_fitted_stays_at_one_half() -> None:
+def test_a_finding_that_was_not_fitted_keeps_the_models_threshold() -> None:
     thresholds = choose_thresholds(MODEL, cases(24), "train split of shards")
-    assert thresholds.not_fitted == [UNKNOWN] and thresholds.by_finding()[UNKNOWN] == 0.5
+    assert thresholds.by_finding()[UNKNOWN] == 0.31
     assert thresholds.n_cases == 24 and "train split of shards" in thresholds.source
+    assert f"; the model's for {UNKNOWN};" in thresholds.source
     assert len(set(thresholds.values)) > 9
 
 
-def test_a_finding_of_few_positives_stays_at_one_half() -> None:
+def test_a_threshold_that_no_data_decided_is_one_half() -> None:
+    thresholds = choose_thresholds(NOT_FITTED, cases(24), "train split of shards")
+    assert thresholds.not_fitted == [UNKNOWN] and thresholds.by_finding()[UNKNOWN] == 0.5
+
+
+def test_a_finding_of_few_positives_keeps_the_models_threshold() -> None:
     """A wrong label among many would put the threshold at the probability of that case."""
     fitting = cases(40)
     rare = FINDINGS[5]
@@ -55,10 +61,10 @@ def test_a_finding_of_few_positives_stays_at_one_half() -> None:
         record.labels[5] = int(number < 9)
         record.probabilities[5] = 0.01 + number / 10_000
     thresholds = choose_thresholds(MODEL, fitting, "train split of shards")
-    assert thresholds.not_fitted == [UNKNOWN, rare] and thresholds.by_finding()[rare] == 0.5
+    assert thresholds.by_finding()[rare] == 0.31 and rare in thresholds.source
     fitting[9].labels[5] = 1
     thresholds = choose_thresholds(MODEL, fitting, "train split of shards")
-    assert rare not in thresholds.not_fitted and thresholds.by_finding()[rare] < 0.02
+    assert rare not in thresholds.source and thresholds.by_finding()[rare] < 0.02
 
 
 def test_thresholds_say_which_region_maps_their_cases_had() -> None:

@@ -103,7 +103,7 @@ def test_the_commands_are_those_a_user_would_type() -> None:
     commands = plan_commands("demo", ["name=other"], CASES_4)
     names = [command.name for command in commands]
     assert names[:4] == ["shards", "phase 1", "phase 2", "phase 3"]
-    assert names[4:] == ["evaluation", "held-out case", "real CTs", "lung1", "lung2"]
+    assert names[4:] == ["evaluation", "held-out case", "sample CTs", "real CTs"]
     shards, *phases = commands[:4]
     assert shards.command[shards.command.index("--phantom-style") + 1] == "plain"
     assert shards.command[shards.command.index("--phantoms") + 1] == "4"
@@ -114,7 +114,7 @@ def test_the_commands_are_those_a_user_would_type() -> None:
         assert phase.metrics_path is not None and phase.metrics_path.parts[:2] == ("runs", "other")
     for command in (*commands[4:6], *commands[7:]):
         assert "runs/other/phase3" in command.command
-    assert "data/samples/lung1.nii.gz" in commands[7].command
+    assert "data/samples/cts" in commands[7].command
     assert commands[5].command[2:5] == ("data/shards/demo", "--keys", "phantom_100001")
 
 
@@ -229,7 +229,7 @@ def test_the_check_of_continuous_integration_sees_what_is_missing(demo_folder: P
     real_ct = RealCt("case", 10.0, 0.0, 1.0, 0.5)
     done = [FinishedCommand("phase 1", "…", 12.5, "log")]
     measured = summarize_demo(demo_folder, [1], done, "demo", "complete", PLAIN_STYLE)
-    summary = replace(measured, targets=[], real_cts=[real_ct]).to_json()
+    summary = replace(measured, targets=[], real_cts=[real_ct, real_ct]).to_json()
     found = check.faults(summary)
     assert any("engine" in fault for fault in found) and any(
         "phases are [1]" in fault for fault in found
@@ -239,7 +239,8 @@ def test_the_check_of_continuous_integration_sees_what_is_missing(demo_folder: P
     assert check.faults(whole) == []
     risen = [row | {"phase": 1}, row | {"phase": 2}, row | {"phase": 3, "loss_last": 3.0}]
     assert check.faults(whole | {"phases": risen}) == ["the loss of phase 3 went from 2.0 to 3.0"]
-    assert check.faults(whole | {"real_cts": []}) == ["no real CT was predicted"]
+    one = {"real_cts": [asdict(real_ct)]}
+    assert check.faults(whole | one) == ["1 of 2 real CTs were predicted"]
     assert check.faults(whole | {"pages": []}) == ["no pages"]
     assert check.faults(whole | {"pages": ["/none"]}) == ["/none is not there"]
     missed = [asdict(DemoTarget(name, 0.9, 0.5)) | {"met": False} for name in ("AUROC", "minutes")]
@@ -262,8 +263,12 @@ def test_a_real_ct_says_how_much_of_its_tumour_was_found(tmp_path: Path) -> None
     bits[middle] = 16
     first = body[len(body) // 2][0]
     bits[first : first + 2, middle[1], middle[2]] = 0
-    write_nifti(phantom.hu, phantom.affine, SAMPLE_CTS[0].volume_path(samples))
-    write_nifti(tumour, phantom.affine, SAMPLE_CTS[0].mask_path(samples))
+    for array, path in (
+        (phantom.hu, SAMPLE_CTS[0].volume_path(samples)),
+        (tumour, SAMPLE_CTS[0].mask_path(samples)),
+    ):
+        path.parent.mkdir()
+        write_nifti(array, phantom.affine, path)
     write_nifti(bits, phantom.affine, case / "lesions.nii.gz")
     (inside,) = measure_real_cts(tmp_path / "predictions", samples)
     assert is_lung.any() and inside.tumour_share_found == 0.5 and inside.outside_chest_ml == 0
