@@ -22,7 +22,7 @@ STAMP := $(VENV)/.installed$(if $(LATEST),-latest)
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(LATEST),--upgrade --upgrade-strategy eager,-c $(VENV)/constraints.txt)
 # Files of tests that run side by side with threads for every core each wait for one another: three to five times as long.
 ONE_THREAD := OMP_NUM_THREADS=1
-# DeepSpeed looks for ninja on the path; tools of the environment come first.
+# Tools of the environment come first.
 export PATH := $(value CURDIR)/$(BIN):$(value PATH)
 
 .DEFAULT_GOAL := help

@@ -52,7 +52,6 @@ def run_checks() -> list[Check]:
         check_nccl,
         check_disk,
         check_shared_memory,
-        check_compiler,
         check_network,
         check_hub_token,
         check_wandb,
@@ -198,17 +197,6 @@ def check_shared_memory() -> Check:
         remedy = "start the container with --shm-size=8g, or set data.workers=0"
         return Check("shared memory", "failed", finding, remedy)
     return Check("shared memory", "ok", finding)
-
-
-def check_compiler() -> Check:
-    """C++ compiler and ninja, with which DeepSpeed builds its CPU operation."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))), None)
-    if compiler is None:
-        remedy = "apt-get install g++ (or conda install gxx): DeepSpeed builds an operation"
-        return Check("compiler", "missing", "no C++ compiler", remedy)
-    if importlib.util.find_spec("ninja") is None and shutil.which("ninja") is None:
-        return Check("compiler", "missing", f"{compiler}, but no ninja", "pip install ninja")
-    return Check("compiler", "ok", compiler)
 
 
 def check_network() -> Check:

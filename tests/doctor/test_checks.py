@@ -9,7 +9,7 @@ from rectvlm.cli import main
 from rectvlm.doctor import checks
 from rectvlm.doctor.checks import find_package_faults, try_all_reduce
 
-NAMES = ["packages", "extras", "memory", "GPU", "NCCL", "disk", "shared memory", "compiler"]
+NAMES = ["packages", "extras", "memory", "GPU", "NCCL", "disk", "shared memory"]
 
 
 def test_every_line_has_a_state_and_a_remedy_where_something_lacks(monkeypatch):
@@ -47,14 +47,11 @@ def test_packages_that_are_missing_or_too_old_are_named():
     assert faults[1] == "no-such-package is not installed"
 
 
-def test_a_small_shared_memory_a_full_disk_and_no_compiler_are_faults(monkeypatch, tmp_path):
+def test_a_small_shared_memory_and_a_full_disk_are_faults(monkeypatch):
     monkeypatch.setattr(checks, "_MIN_SHARED_GB", 1e9)
     monkeypatch.setattr(checks, "_MIN_FREE_GB", 1e9)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
     assert "--shm-size" in checks.check_shared_memory().remedy
     assert checks.check_disk().state == "missing"
-    assert "g++" in checks.check_compiler().remedy
 
 
 def test_the_network_is_asked_for_the_hub_of_the_environment(monkeypatch):

@@ -1,6 +1,6 @@
 """Cache folders of libraries, elsewhere where the home cannot be written.
 
-A container may have no home, or one that is read-only; torch's extensions and Triton's kernels then
+A container may have no home, or one that is read-only; Triton's kernels and Matplotlib's fonts then
 end training with a traceback.
 """
 
@@ -12,7 +12,6 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 CACHE_VARIABLES = {
-    "TORCH_EXTENSIONS_DIR": ".cache/torch_extensions",
     "TRITON_CACHE_DIR": ".triton/cache",
     "MPLCONFIGDIR": ".config/matplotlib",
 }

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rectvlm.train.budget import StepBatch
-from rectvlm.train.engine.build_lock import load_extension_exclusively
 from rectvlm.train.engine.ds_config import choose_persistence_threshold, read_ds_config
 from rectvlm.train.engine.engine_memory import (
     EngineDescription,
@@ -97,11 +96,15 @@ def _set_single_process_environment() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _load_shared_memory_extension() -> None:
-    """Compile or load what DeepSpeed needs on a CPU; it finds it in memory when it starts."""
+def _leave_out_inference_kernel() -> None:
+    """Keep DeepSpeed from compiling a kernel when it starts on a CPU.
+
+    The kernel sums tensors of tensor-parallel inference through shared memory. Nothing in training
+    calls it, and it would need a C++ compiler and half a minute.
+    """
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-        load_extension_exclusively(builder.name, builder.load)
+    if builder is not None:
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})[builder.NAME] = False
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class Engine:
         is_alone_by_mistake = lacks_processes()
         _set_single_process_environment()
         self.launcher_settings = take_launcher_settings()
-        _load_shared_memory_extension()
+        _leave_out_inference_kernel()
         process_group = InitProcessGroupKwargs(
             backend="nccl" if torch.cuda.is_available() else "gloo",
             timeout=timedelta(seconds=timeout_seconds),

@@ -29,4 +29,4 @@ def test_caches_that_can_be_written_stay(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("TRITON_CACHE_DIR", "/dev/null/triton")
     replace_unwritable_caches()
     assert Path(os.environ["TRITON_CACHE_DIR"]).is_dir()
-    assert "TORCH_EXTENSIONS_DIR" not in os.environ
+    assert "MPLCONFIGDIR" not in os.environ

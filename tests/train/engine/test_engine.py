@@ -4,6 +4,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.torch import build_shm_op
 from torch import nn
 
 from rectvlm import pretrained
@@ -11,6 +13,7 @@ from rectvlm.config import load_config
 from rectvlm.models.language_model import load_language_model
 from rectvlm.train.engine.engine import (
     MIN_DEEPSPEED_VERSION,
+    _leave_out_inference_kernel,
     check_deepspeed_version,
 )
 from rectvlm.train.engine.leaf_modules import find_decoder_layer_class, find_leaf_modules
@@ -48,3 +51,11 @@ def test_the_layers_of_the_language_model_are_found_behind_its_adapters() -> Non
     layer_class = find_decoder_layer_class(model)
     assert layer_class is not None and layer_class.__name__ == "LlamaDecoderLayer"
     assert find_decoder_layer_class(encoder_blocks) is None
+
+
+def test_deepspeed_compiles_nothing_when_it_starts_on_a_cpu() -> None:
+    """It would compile a kernel of tensor-parallel inference, which takes a C++ compiler."""
+    if get_accelerator().device_name() != "cpu":
+        pytest.skip("only on a CPU does DeepSpeed have that kernel")
+    _leave_out_inference_kernel()
+    assert build_shm_op() is None

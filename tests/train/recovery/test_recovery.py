@@ -43,7 +43,6 @@ from launches import (
     wait_for,
     weights_of,
 )
-from torch.utils import cpp_extension
 
 from rectvlm.checkpoint import Checkpoint, integrity, run_folder
 from rectvlm.config import TrainingLimitsConfig
@@ -626,24 +625,3 @@ def test_auto_begins_where_there_is_nothing_and_ends_where_all_is_done(
     run(command, tmp_path)  # damaged ones are moved aside with the run
     assert comparable(folder) == before
     assert (tmp_path / "tiny" / "phase1.earlier-1" / "checkpoints" / "damaged-step-000002").is_dir()
-
-
-@pytest.mark.slow
-def test_a_launch_that_died_while_it_compiled_does_not_stop_the_next(
-    trained: Callable[[int], Path],
-    phantom_shards: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    trained(1)  # whatever it launched has compiled by now
-    name = "deepspeed_shm_comm"
-    compiled = Path(cpp_extension._get_build_directory(name, verbose=False))
-    shutil.copytree(compiled, tmp_path / "extensions" / name)
-    lock = tmp_path / "extensions" / name / "lock"
-    lock.touch()
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(lock.parent.parent))
-    command = [*TWO, "launch/phase1.py", *settings(1, phantom_shards, tmp_path, steps=2)]
-    code, stderr = finish(start(command, tmp_path))
-    assert code == 0, stderr[-3000:]
-    assert "was left by a process that died" in stderr
-    assert not lock.exists()
