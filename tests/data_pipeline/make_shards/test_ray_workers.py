@@ -67,6 +67,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_two_nodes_make_the_same_bytes_as_this_process(cluster: Any, tmp_path: Path) -> None:
     """The nodes get our code from the job: they were started where it cannot be found."""
     tree = small_tree(tmp_path / "ct", 6, 2)
