@@ -343,7 +343,14 @@ def test_voxels_outside_the_chest_are_found_and_those_in_it_are_not(patient: Sam
     assert kept["consolidation"].size == 0
 
 
-@pytest.mark.parametrize("source", ["demo", "learn", "tiny"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "tiny",
+        pytest.param("demo", marks=pytest.mark.slow),
+        pytest.param("learn", marks=pytest.mark.slow),
+    ],
+)
 def test_true_outlines_lie_in_the_chest(source: str) -> None:
     """Of a lesion's voxels hardly any is taken for chest wall, neck, abdomen or air outside: on
     coarse grids too, and where the field of view cuts the body off."""

@@ -144,6 +144,7 @@ def test_there_is_room_for_as_many_checkpoints_as_there_are_at_once(
     assert plan.checkpoint_disk_gb == pytest.approx(most * plan.checkpoint_gb)
 
 
+@pytest.mark.slow
 def test_json_stands_alone_where_a_bundled_model_is_prepared_first(tmp_path: Path) -> None:
     """Libraries that are imported on the way write to stdout when they find no GPU."""
     command = [sys.executable, "-m", "rectvlm", "plan", "--config", "tiny", "--phase", "3"]

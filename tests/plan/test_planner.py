@@ -462,6 +462,7 @@ def test_the_command_speaks_json_and_tables(capsys: pytest.CaptureFixture[str]) 
     assert "ZeRO-2" in printed and "GPUs" in printed
 
 
+@pytest.mark.slow
 def test_the_command_takes_rates_machines_and_all_phases(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -31,6 +32,7 @@ def place_at(side: Any, is_plausible: bool | None = True) -> LesionPlace:
     return LesionPlace(NODULE.key, 1.0, side, (), "geometry", "somewhere", is_plausible)
 
 
+@pytest.mark.slow
 def test_the_main_lobe_of_most_lesions_is_that_of_the_exact_map(record_property: Any) -> None:
     """In phantoms of all axis orders, whose true lobes are known."""
     outcomes: Counter[str] = Counter()
