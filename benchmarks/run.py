@@ -141,7 +141,7 @@ def _attention(hardware: Hardware, scale: Scale) -> list[str]:
         return ["--sides", "2", "4", "--heads", "2", "--rounds", "2"]
     if hardware.gpus or scale == "full":
         return []
-    return ["--sides", "4", "8", "12", "--rounds", "3"]
+    return ["--sides", "4", "7", "10", "--rounds", "3"]
 
 
 def _encoder(hardware: Hardware, scale: Scale) -> list[str]:

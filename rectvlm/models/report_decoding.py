@@ -60,12 +60,13 @@ def count_decoded_reports(
     Args:
         model_config: configuration of the language model.
         positions: positions of the longest prompt with its report.
-        memory_bytes: memory of the device.
+        memory_bytes: memory of the device, infinity for no limit.
         weight_bytes: memory of the language model's weights.
     """
     row_bytes = positions * count_cache_bytes(model_config)
     cache_bytes = CACHE_MEMORY_SHARE * (memory_bytes - weight_bytes)
-    return max(1, min(MAX_DECODED_REPORTS, int(cache_bytes / row_bytes)))
+    # The lesser one first: a plan without a limit of memory has infinite bytes.
+    return max(1, int(min(MAX_DECODED_REPORTS, cache_bytes / row_bytes)))
 
 
 def read_device_memory(device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """Reports in batches over a shared prefix are those of each prompt alone."""
 
+import math
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -208,6 +209,7 @@ def test_as_many_reports_as_the_cache_has_memory_for() -> None:
     )
     assert count_cache_bytes(llama_70b) == 2 * 80 * 8 * 128 * 2
     packed_bytes = 40_000_000_000
+    assert count_decoded_reports(llama_70b, 1200, math.inf, packed_bytes) == MAX_DECODED_REPORTS
     assert count_decoded_reports(llama_70b, 1200, 141e9, packed_bytes) == MAX_DECODED_REPORTS
     expected = int(0.6 * 40e9 / (1200 * 327_680))
     assert count_decoded_reports(llama_70b, 1200, 80e9, packed_bytes) == expected == 61
