@@ -35,4 +35,9 @@ def replace_unwritable_caches() -> None:
 def _can_write(folder: Path) -> bool:
     """Whether a folder, or its nearest parent that exists, can be written."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    try:
+        # Not `os.access`, which tells root that it may write below /proc.
+        with tempfile.TemporaryFile(dir=existing):
+            return True
+    except OSError:
+        return False
