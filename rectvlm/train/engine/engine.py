@@ -104,6 +104,7 @@ def _leave_out_inference_kernel() -> None:
     """
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None:
+        # DeepSpeed fills this table when it is first asked for, unless it is there.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})[builder.NAME] = False
 
 
