@@ -105,11 +105,15 @@ def page_of(path: Path) -> Path:
 def write_linked_page(path: Path, pages: Path, with_outputs: bool) -> None:
     """Write the page of what another page links, unless it is there."""
     page = pages / page_of(path)
-    if page.exists() or path.suffix in (".md", ".png"):
+    if page.exists():
         return
     page.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         write_folder_page(path, page)
+    elif path.suffix == ".png":
+        shutil.copy(path, page)
+    elif path.suffix == ".md":
+        write_page(path, pages, with_outputs)
     elif path.suffix == ".ipynb":
         write_notebook_page(path, pages, with_outputs)
     else:
@@ -141,12 +145,13 @@ def write_page(path: Path, pages: Path, with_outputs: bool) -> None:
     """Copy a Markdown page, its links pointed at pages of the site."""
     page = pages / page_of(path)
     page.parent.mkdir(parents=True, exist_ok=True)
+    page.touch()  # before its links are followed, which may lead back here
     page.write_text(point_links(path.read_text(), path, pages, with_outputs))
 
 
 def write_pages(pages: Path, with_outputs: bool) -> None:
-    """Write every page of the site as Markdown."""
-    for file in [*DOCS.rglob("*.png"), *DOCS.glob("vendor/*.js")]:
+    """Write every page of the site as Markdown, with the pictures and pages that these link."""
+    for file in DOCS.glob("vendor/*.js"):
         copy = pages / file.relative_to(CHECKOUT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)

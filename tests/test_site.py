@@ -81,7 +81,6 @@ def test_the_navigation_has_every_page_once_in_the_order_of_the_map() -> None:
     assert linked == sorted(linked, key=text.index) and len(linked) > 10
 
 
-@pytest.mark.slow
 def test_links_of_the_site_lead_to_a_page_and_a_place(pages: dict[Path, PageReader]) -> None:
     assert len(pages) > 50
     for path, page in pages.items():
@@ -95,14 +94,12 @@ def test_links_of_the_site_lead_to_a_page_and_a_place(pages: dict[Path, PageRead
                 assert anchor in pages[target].names, f"{path}: {link}"
 
 
-@pytest.mark.slow
 def test_the_site_loads_nothing_from_another_host(pages: dict[Path, PageReader]) -> None:
     for path, page in pages.items():
         assert page.loaded
         assert not [file for file in page.loaded if "//" in file], path
 
 
-@pytest.mark.slow
 def test_no_list_of_the_pages_is_shown_as_a_paragraph(pages: dict[Path, PageReader]) -> None:
     """GitHub shows a list without an empty line before it as one; Python-Markdown does not."""
     for path, page in pages.items():
@@ -128,7 +125,6 @@ def wait_for(browser: Browser, expression: str) -> None:
     raise AssertionError(f"never true: {expression}")
 
 
-@pytest.mark.slow
 def test_the_search_finds_a_page_without_a_server(site: Path, browser: Browser) -> None:
     browser.send("Page.navigate", url=(site / "index.html").as_uri())
     wait_for(browser, "!!document.querySelector('.md-search__button')")
