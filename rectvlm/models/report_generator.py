@@ -260,9 +260,12 @@ class ReportGenerator(nn.Module):
         ignored.
 
         Logits of one chunk exist at a time, here and in the backward pass, which computes them
-        again. The number of chunks is a function of the configuration and the batch size, not of
-        the reports: under ZeRO-3 every rank must call the output layer equally often.
+        again where there are several. The number of chunks is a function of the configuration and
+        the batch size, not of the reports: under ZeRO-3 every rank must call the output layer
+        equally often.
         """
+        if chunks == 1:
+            return self._chunk_losses(hidden, labels)
         losses = []
         for chunk in zip(hidden.tensor_split(chunks), labels.tensor_split(chunks), strict=True):
             losses.append(

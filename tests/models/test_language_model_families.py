@@ -244,7 +244,12 @@ def full_losses(generator: ReportGenerator, hidden: Tensor, labels: Tensor, chun
 
 @pytest.mark.parametrize(
     ("family", "chunk"),
-    [*((family, 7) for family in (*FAMILIES, *OTHERS)), ("llama", 1), ("llama", 50)],
+    [
+        *((family, 7) for family in (*FAMILIES, *OTHERS)),
+        ("llama", 1),
+        ("llama", 50),
+        ("llama", 120),
+    ],
 )
 def test_chunks_change_nothing(
     tiny: Config,
@@ -335,6 +340,24 @@ def test_logits_of_one_chunk_exist_at_a_time(
     assert vocabulary not in kept
     assert 0 < largest.positions <= chunk
     assert largest.calls > made > 0
+
+
+def test_logits_of_a_single_chunk_are_computed_once(
+    tiny: Config, folder: Callable[[str], Path]
+) -> None:
+    """There is nothing to save by computing them again in the backward pass."""
+    calls = {}
+    for chunk in (96, 192):  # two reports of at most 96 tokens
+        generator = build(tiny, folder("llama"), quantization="none", loss_chunk=chunk).train()
+        head = unwrap_causal_lm(generator.language_model).get_output_embeddings()
+        calls[chunk] = 0
+
+        def count(*_: object, chunk: int = chunk) -> None:
+            calls[chunk] += 1
+
+        head.register_forward_hook(count)
+        generator(features(2), CUES, REPORTS).per_sample.sum().backward()
+    assert calls == {96: 4, 192: 1}
 
 
 @EACH
