@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
-import numpy as np
 from rich.table import Table
 
 from data_pipeline.sample_cts import SAMPLE_CT_FOLDER, SAMPLE_CTS, SampleCt
@@ -13,6 +12,7 @@ from launch.demo_targets import DemoFigures, DemoSize, DemoTarget, LesionScores,
 from rectvlm.data.hounsfield import to_hu
 from rectvlm.data.shards import read_index
 from rectvlm.data.volume import read_mask, read_volume
+from rectvlm.data.voxel_size import voxel_volume_ml
 from rectvlm.evaluate.report_tables import describe_table_comparison, format_main_scores
 from rectvlm.evaluate.score_format import render_table
 from rectvlm.files import read_json_object
@@ -193,7 +193,7 @@ def _measure_real_ct(ct: SampleCt, folder: Path, samples: Path) -> RealCt:
     volume, tumour = read_volume(ct.volume_path(samples)), read_mask(ct.mask_path(samples))
     bits = read_mask(folder / "lesions.nii.gz").array
     assert bits.shape == volume.array.shape == tumour.array.shape, "one grid for all volumes"
-    voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
+    voxel_ml = voxel_volume_ml(volume.affine)
     is_tumour = tumour.array > 0
     outside = clear_outside_chest(bits.copy(), to_hu(volume)[0], volume.affine)
     return RealCt(

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rectvlm.data.volume import read_mask
+from rectvlm.data.voxel_size import voxel_volume_ml
 from rectvlm.labels import LESION_BY_KEY, REGIONS
 from rectvlm.types import InputError, MaskVolume, Volume
 
@@ -191,7 +192,7 @@ def _detect_version(class_map: _ClassMap) -> int:
         InputError: the lobes of neither version are clearly larger.
     """
     mask, counts = class_map.mask, class_map.voxel_counts
-    voxel_ml = abs(np.linalg.det(mask.affine[:3, :3])) / 1000
+    voxel_ml = voxel_volume_ml(mask.affine)
     v2_ml = float(counts[_V2_LOBES].sum() * voxel_ml)
     v1_ml = float(counts[_V1_LOBES].sum() * voxel_ml)
     larger, smaller = max(v2_ml, v1_ml), min(v2_ml, v1_ml)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.quaternions import quat2mat
 from numpy.typing import NDArray
 
@@ -77,7 +78,7 @@ def read_affine(
         return affine, True
     if default_affine is None:
         raise _blank_header_error(affine, path)
-    for sizes in (_pixdim(header) * unit_mm, None if affine is None else _voxel_size(affine)):
+    for sizes in (_pixdim(header) * unit_mm, None if affine is None else voxel_sizes(affine)):
         if sizes is not None:
             _require_same_size(sizes, default_affine, path)
     require_possible_affine(default_affine, shape, path, "(by the metadata)")
@@ -169,11 +170,6 @@ def _scale_affine(affine: Affine, unit_mm: float) -> Affine:
     return scaled
 
 
-def _voxel_size(affine: Affine) -> NDArray[np.float64]:
-    sizes: NDArray[np.float64] = np.linalg.norm(affine[:3, :3], axis=0)
-    return sizes
-
-
 # What is believed
 
 
@@ -222,7 +218,7 @@ def require_possible_affine(affine: Affine, shape: Sequence[int], path: Path, so
             axes far from right angles.
     """
     is_finite = np.isfinite(affine).all() and np.abs(affine).max() < 1e150
-    sizes = _voxel_size(affine) if is_finite else np.full(3, np.nan)
+    sizes = voxel_sizes(affine) if is_finite else np.full(3, np.nan)
     if not ((sizes >= _MIN_SPACING_MM) & (sizes <= _MAX_SPACING_MM)).all():
         raise _size_error(path, f"{_format_sizes(sizes)} {source}")
     extents = sizes * shape
@@ -264,7 +260,7 @@ def _require_agreement(
     Raises:
         InputError: the voxels' sizes or places differ.
     """
-    sizes, pixdim = _voxel_size(sform), _pixdim(header)
+    sizes, pixdim = voxel_sizes(sform), _pixdim(header)
     shear = _sines_of_shear(sform)
     # Writers that know nothing of `pixdim` leave it at 1 throughout.
     if _is_size(pixdim) and not (pixdim == 1).all():
@@ -309,7 +305,7 @@ def _require_agreement(
 
 def _sines_of_shear(affine: Affine) -> NDArray[np.float64]:
     """How far each axis is from a right angle with the others, as a sine."""
-    directions = affine[:3, :3] / _voxel_size(affine)
+    directions = affine[:3, :3] / voxel_sizes(affine)
     cosines = np.abs(directions.T @ directions)
     np.fill_diagonal(cosines, 0)
     sines: NDArray[np.float64] = cosines.max(axis=0)
@@ -319,12 +315,12 @@ def _sines_of_shear(affine: Affine) -> NDArray[np.float64]:
 def _require_same_size(sizes: NDArray[np.float64], affine: Affine, path: Path) -> None:
     """Refuse metadata of another voxel size than a blank header, where that has any."""
     has_size = _is_size(sizes) and not (sizes == 1).all()
-    if has_size and not np.allclose(sizes, _voxel_size(affine), rtol=_SIZE_TOLERANCE):
+    if has_size and not np.allclose(sizes, voxel_sizes(affine), rtol=_SIZE_TOLERANCE):
         raise InputError(
             path,
             "has a blank header (voxels along the world's axes, at the origin) and no metadata "
             "that fits, so left and right are unknown",
-            expected=f"the metadata's voxels of {_format_sizes(_voxel_size(affine))}",
+            expected=f"the metadata's voxels of {_format_sizes(voxel_sizes(affine))}",
             found=_format_sizes(sizes),
             remedy="take the volume of the fixed tree",
         )
@@ -346,7 +342,7 @@ def _blank_header_error(affine: Affine | None, path: Path) -> InputError:
         "unknown",
         expected="the affine of the scan",
         found=f"an affine that a program made up, with voxels of "
-        f"{_format_sizes(_voxel_size(affine))}",
+        f"{_format_sizes(voxel_sizes(affine))}",
         remedy="convert the DICOM series again; write the affine of its CT into a mask (those of "
         "RadGenome-ChestCT need it); of CT-RATE, take the volume of the fixed tree",
     )

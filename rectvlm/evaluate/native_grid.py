@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rectvlm.data.canonical_grid import mask_to_native, resample_to_grid
 from rectvlm.data.mask_placement import require_on_volume
 from rectvlm.data.volume import read_mask
+from rectvlm.data.voxel_size import voxel_spacing_mm
 from rectvlm.labels import LESIONS, N_LESIONS, Lesion
 from rectvlm.lesion_bits import combined_mask_value, lesion_mask, pack_lesion
 from rectvlm.types import Affine, MaskVolume, SampleMeta
@@ -87,11 +88,10 @@ def lesions_to_native_grid(
     if drawn is not None:
         native_truth |= drawn[box]
 
-    spacing = np.linalg.norm(native_affine[:3, :3], axis=0)
     return NativeLesions(
         predicted=mask_to_native(probabilities, grid_affine, box_shape, box_affine),
         truth=native_truth,
-        spacing_mm=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
+        spacing_mm=voxel_spacing_mm(native_affine),
         truth_sources={lesion.key: "file" if lesion in files else "shard" for lesion in annotated},
     )
 

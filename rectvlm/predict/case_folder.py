@@ -27,6 +27,7 @@ from rectvlm.data.coarse_regions import estimate_coarse_regions
 from rectvlm.data.nifti_affine import copy_position
 from rectvlm.data.nifti_file import parse_header
 from rectvlm.data.report_text import split_report_sections
+from rectvlm.data.voxel_size import voxel_spacing_mm, voxel_volume_ml
 from rectvlm.files import printable_text, write_json
 from rectvlm.labels import LESIONS
 from rectvlm.lesion_bits import lesion_mask
@@ -187,8 +188,7 @@ def _describe_case(loaded: LoadedModel, case: PredictedCase) -> tuple[CaseView, 
     lesion_bits = np.zeros_like(ct, np.uint8)
     if case.lesion_bits is not None:
         lesion_bits, _ = canonical_view(case.lesion_bits, case.volume.affine)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    spacing_mm = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
+    spacing_mm = voxel_spacing_mm(affine)
     locator = LesionLocator(ct, None, spacing_mm)
     places = locator.locate_all(lesion_bits)
     lobe_finder = LobeFinder(lambda: estimate_coarse_regions(ct, spacing_mm), spacing_mm)
@@ -280,7 +280,7 @@ def summarize_lesions(
         places: of the lesions that are large enough to have one.
         lobe_finder: of lobes in this CT.
     """
-    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+    voxel_ml = voxel_volume_ml(affine)
     places_by_key = {place.lesion: place for place in places}
     summaries = []
     for lesion in LESIONS:
@@ -308,7 +308,7 @@ def _list_facts(
 ) -> list[tuple[str, str]]:
     """Names and values of the facts at the end of the page."""
     config, step = loaded.checkpoint.config, loaded.checkpoint.training.step
-    z, y, x = np.linalg.norm(affine[:3, :3], axis=0)
+    z, y, x = voxel_spacing_mm(affine)
     shape = " × ".join(map(str, ct.shape[::-1]))
     grid = " × ".join(map(str, config.data.grid))
     spacing = " × ".join(f"{mm:g}" for mm in config.data.spacing)

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from rectvlm.data.voxel_size import voxel_volume_ml
 from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.labels import CT_WINDOWS, LESIONS, Lesion
 from rectvlm.lesion_bits import lesion_mask
@@ -208,7 +209,7 @@ def _hash_source(text: str) -> str:
 def _list_lesions(
     case: CaseView, layer: str, bits: MaskVolume, volume: PageVolume
 ) -> list[LesionRow]:
-    voxel_ml = abs(float(np.linalg.det(case.affine[:3, :3]))) / 1000
+    voxel_ml = voxel_volume_ml(case.affine)
     rows = []
     for lesion in LESIONS:
         mask = lesion_mask(bits, lesion)

@@ -15,6 +15,7 @@ from scipy import ndimage
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import pdist
 
+from rectvlm.data.voxel_size import voxel_volume_ml
 from rectvlm.labels import Lesion
 from rectvlm.lesion_bits import lesion_mask, present_lesions
 from rectvlm.lesion_places import MIN_LESION_ML, LesionLocator, PlaceSide
@@ -99,7 +100,7 @@ def measure_lesions(
         lobe_finder: of lobes in this CT.
     """
     assert lesion_bits.shape == ct.shape
-    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+    voxel_ml = voxel_volume_ml(affine)
     candidates: list[_Component] = []
     n_total = voxels_total = 0
     for lesion in present_lesions(lesion_bits):
@@ -185,7 +186,7 @@ def _measure(
     locator: LesionLocator,
     lobe_finder: LobeFinder,
 ) -> LesionComponent:
-    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+    voxel_ml = voxel_volume_ml(affine)
     diameter_mm, z = longest_axial_diameter(component.mask, affine)
     indexes = np.argwhere(component.mask) + [side.start for side in component.box]
     centre = (affine @ [*indexes.mean(axis=0), 1])[:3]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from rectvlm.data.canonical_grid import largest_component, resample_to_grid
+from rectvlm.data.voxel_size import voxel_spacing_mm
 from rectvlm.types import Affine, Int16Volume, MaskVolume
 
 MAX_VOXELS = 8_000_000
@@ -61,7 +62,7 @@ def reduce_for_page(ct: Int16Volume, lesions: Sequence[MaskVolume], affine: Affi
         lesions: lesion bits (z, y, x), of the same shape.
         affine: canonical index to world.
     """
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    spacing = np.array(voxel_spacing_mm(affine))
     crop = _find_crop(ct, lesions, spacing)
     begin = np.array([part.start for part in crop])
     size = np.array([part.stop for part in crop]) - begin
