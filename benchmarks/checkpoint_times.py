@@ -2,7 +2,7 @@
 
     python -m benchmarks.checkpoint_times [--config demo] [--phases 1 2 3] [--rounds 3]
 
-A phase is built with random weights and its engine, as in `benchmarks.engine_step`, and takes a
+A phase is built with random weights and its engine, as in `benchmarks.phase_step`, and takes a
 step, so that the optimizer has a state. Then it saves, reads the weights and resumes the
 optimizer's state from the same folder, in turns. Saving counts checksums and flushing to disk;
 files are in the system's cache when they are read. The time to the first step is that of
@@ -18,13 +18,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.engine_step import (
+from benchmarks.measurements import Comparison, Repetitions
+from benchmarks.phase_step import (
     PHASE_NAMES,
     EngineSteps,
     StepSettings,
     write_long_report_shards,
 )
-from benchmarks.measurements import Comparison, Repetitions
 from benchmarks.publishing import (
     CHECKOUT,
     LaunchFailed,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import engine_step
+from benchmarks.phase_step import SECTIONS
 from rectvlm.config import load_config
 
 
@@ -39,7 +40,7 @@ def test_a_step_is_measured_beside_its_plan(
         assert row["hardware_tflop"] > row["model_tflop"] > 0
         parts = [sum(times) for times in zip(*row["seconds"].values(), strict=True)]
         assert row["samples_per_second"] == pytest.approx(1 / row["step_seconds"])
-        assert len(parts) == 2 and set(row["seconds"]) == set(engine_step.SECTIONS)
+        assert len(parts) == 2 and set(row["seconds"]) == set(SECTIONS)
     page = (folder / "report.md").read_text()
     assert "resident" in page and "phase 3, zero2, micro-batch 1" in page
     assert (folder / "engine-step-parts-of-a-step.png").is_file()
