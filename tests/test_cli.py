@@ -20,7 +20,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     done = subprocess.run(
-        [sys.executable, "-m", "rectvlm.cli", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "rectvlm", "--help"], capture_output=True, text=True, check=True
     )
     for command in ("predict", "evaluate", "weights", "version"):
         assert command in done.stdout
@@ -61,7 +61,7 @@ def test_predict_prints_the_pages_and_nothing_else(tiny_run, phantoms, tmp_path)
     command = [
         sys.executable,
         "-m",
-        "rectvlm.cli",
+        "rectvlm",
         "predict",
         str(file),
         "--out",
