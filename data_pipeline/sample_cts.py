@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Fetch the CTs and log where they are; return the exit status."""
     parser = CommandParser(
         prog="python -m data_pipeline.sample_cts",
-        description="Fetch two public chest CTs and their lung outlines into data/samples.",
+        description="Fetch two public chest CTs and their tumour outlines into data/samples.",
     )
     parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

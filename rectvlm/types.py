@@ -180,8 +180,8 @@ class SampleMeta:
     """Whether some lesions of a kind are outlined while others may not be, by lesion key. Drawn
     voxels are sure and empty ones unknown; such a lesion does not count as annotated."""
     lesions_source: dict[str, str | None] = field(default_factory=no_lesions_source)
-    """Who or what outlined each lesion, by lesion key: one of the words above, several joined by
-    " + "; None where the lesion was not annotated, or nobody knows."""
+    """Who or what outlined each lesion, by lesion key: one of the words above or another name,
+    several joined by " + "; None where the lesion was not annotated, or nobody knows."""
     series: dict[str, str | float | None] = field(default_factory=dict)
     """Properties of the reconstruction (kernel, slice spacing) and the reason for its choice."""
     versions: dict[str, str] = field(default_factory=dict)

@@ -75,7 +75,7 @@ class TrainingState:
     world_size: int
     """Number of ranks."""
     stage: str | None = None
-    """Sub-step of the phase; None for the phase itself."""
+    """Stage of the phase; None for the phase itself."""
     skipped_in_a_row: int = 0
     """Skipped steps immediately before this one."""
 

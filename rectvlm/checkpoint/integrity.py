@@ -1,7 +1,7 @@
 """Integrity of checkpoints: a manifest, and renames by which they appear complete or not at all.
 
 `manifest.json` lists the size and SHA-256 of every file. README.md and thresholds.json have no
-entry: people edit the first, and `rectvlm evaluate` writes the second later.
+entry: people edit the first, and the validation after a save writes the second.
 """
 
 import shutil

@@ -21,7 +21,7 @@ class PlanOptions:
     phase: PhaseNumber = field(default=3, metadata=argument(exclusive_group="phase"))
     """Number of the phase."""
     stage: Stage | None = field(default=None, metadata=argument(exclusive_group="phase"))
-    """Sub-step of phase 2 or 3, instead of --phase."""
+    """Stage of phase 2 or 3, instead of --phase."""
     all_phases: bool = field(default=False, metadata=argument(exclusive_group="phase"))
     """Plan the three phases one after the other and add up their time."""
     gpus: str = field(default="2", metadata=argument(exclusive_group="gpus", metavar="N[,N…]"))

@@ -118,7 +118,7 @@ class ResourcePlan:
     """Name of the configuration."""
     phase: int
     stage: str | None
-    """Sub-step of the phase; None is the phase itself."""
+    """Stage of the phase; None is the phase itself."""
     gpus: int
     zero_stage: int
     parameters: ParameterCounts
@@ -178,7 +178,7 @@ class ResourcePlanner:
             hardware: rates for the estimate of time.
             workspace_meter: measures what kernels allocate for themselves on the device that is
                 planned for.
-            stage: a sub-step of the phase.
+            stage: a stage of the phase.
             usual_case: what the estimate of time counts with; memory suffices for any case.
 
         Raises:

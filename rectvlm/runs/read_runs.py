@@ -72,7 +72,7 @@ class TrainingRun:
 
     @property
     def phase_name(self) -> str:
-        """Number and sub-step of the phase, such as `3` or `3-align`."""
+        """Number and stage of the phase, such as `3` or `3-align`."""
         return self.folder.name.partition(".")[0].removeprefix("phase")
 
     @property

@@ -25,7 +25,8 @@ from rectvlm.train.starting_weights import check_encoder_init
 from rectvlm.types import UserError
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-encoder.md"
-OVERRIDES = ["encoder.name=conv", "encoder.tap_blocks=[1]", "encoder.width=192", "encoder.depth=4"]
+OVERRIDES = re.findall(r"launch/phase1\.py (encoder.*)", PAGE.read_text())[0].split()
+"""Changes of the configuration in the page's command."""
 WEIGHTS = ("weight", "bias")
 
 
@@ -57,6 +58,13 @@ def test_an_unknown_name_is_answered_with_the_known_ones(tiny: Config) -> None:
     unknown = tiny.encoder.model_copy(update={"name": "resnet"})
     with pytest.raises(UserError, match=r"encoder\.name = 'resnet'.*slice-region.*ENCODERS"):
         build_encoder(unknown, tiny.data)
+
+
+def test_the_command_of_the_page_suits_the_default_configuration(
+    conv_encoder: type[nn.Module],
+) -> None:
+    config = load_config("demo", OVERRIDES)
+    assert isinstance(build_encoder(config.encoder, config.data), conv_encoder)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -47,7 +47,7 @@ def test_every_row_has_a_section_and_a_folder_of_its_own(tiny: Config) -> None:
         assert set(row.get_settings(tiny).lr) == set(able)
     assert STAGES["localize"].previous_phase == 1
     assert STAGES["align"].previous_phase == 2
-    for stage in STAGES.values():  # the joint phase can start from its sub-step
+    for stage in STAGES.values():  # the joint phase can start from its stage
         assert stage.parts == PHASES[stage.number].parts
 
 

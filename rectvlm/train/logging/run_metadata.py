@@ -34,9 +34,18 @@ log = logging.getLogger(__name__)
 
 MAX_PATCH_BYTES = 2_000_000
 """Size of a patch, bytes at most; a longer one is cut off, and `run.json` says so."""
-RECORDED_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WANDB_MODE")
+RECORDED_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "WANDB_MODE",
+    "RECTVLM_TRACKERS",
+    "RECTVLM_PEAK_TFLOPS",
+    "RECTVLM_VERBOSE",
+    "RECTVLM_MODELS",
+    "RECTVLM_ARCHIVES",
+    LAUNCHER_VARIABLE,
+)
 RECORDED_VARIABLE_PREFIXES = (
-    "RECTVLM_",
     "NCCL_",
     "GLOO_",
     "TORCH_NCCL_",
@@ -46,7 +55,7 @@ RECORDED_VARIABLE_PREFIXES = (
     "SKYPILOT_NODE_",
 )
 """Prefixes of variables that decide how a run behaves or say which job it is. No other variables
-are recorded, since some hold secrets."""
+are recorded, since some hold secrets, `RECTVLM_TOKEN` among them."""
 LAUNCHER_NAMES = ("accelerate", "torchrun", "torch.distributed.run", "deepspeed")
 
 

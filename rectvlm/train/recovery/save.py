@@ -64,8 +64,8 @@ def save_checkpoint(
             shutil.rmtree(work, ignore_errors=True)
             log.warning(
                 "The checkpoint of step %d could not be written to %s (%s): the checkpoints before "
-                "it are untouched, and saving is tried again after %d steps; make room on the "
-                "disk.",
+                "it are untouched, and saving is tried again after %.3g of the phase; make room on "
+                "the disk.",
                 position.step,
                 target.parent,
                 "; ".join(faults),

@@ -312,7 +312,8 @@ def test_sessions_are_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(run_metadata, "read_git_state", lambda: GitState("c", patch=next(patches)))
     monkeypatch.setattr(run_metadata, "MAX_PATCH_BYTES", 60)
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    for name in ("WANDB_API_KEY", "RECTVLM_TOKEN", "RECTVLM_DICOMWEB_PASSWORD"):
+        monkeypatch.setenv(name, "secret")
     monkeypatch.setattr(sys, "orig_argv", ["python", "launch/phase1.py", "--config", "tiny"])
     for start, state in ((0, "stopped"), (4, None), (4, "finished")):
         sessions = SessionLog(tmp_path)
