@@ -348,7 +348,8 @@ class PhaseConfig(_ConfigSection):
     samples: PositiveInt
     """Samples that all ranks see together. More ranks see them in less time."""
     epochs: NonNegativeFloat
-    """Passes over the training split. Above 0 they decide the length, not `samples`."""
+    """Passes over the training split, by its number of cases without repeats. Above 0 they decide
+    the length, not `samples`."""
     repeat_threshold: Fraction
     """Share of the cases below which a lesion counts as rarely outlined. One that a share f of them
     has outlined repeats its cases sqrt(repeat_threshold / f) times within a pass; 0 repeats none.

@@ -70,8 +70,12 @@ def printable_text(text: object) -> str:
 
 
 def remove_control_characters(text: str) -> str:
-    """Text without characters that HTML, DICOM and FHIR refuse; an untrained model writes some."""
-    return "".join(letter for letter in text if letter.isprintable() or letter == "\n")
+    """Text without characters that HTML, DICOM and FHIR refuse; an untrained model writes some.
+
+    Any other space than a line's end becomes a plain one: "No\u00a0effusion" stays two words.
+    """
+    plain = "".join(" " if letter.isspace() and letter != "\n" else letter for letter in text)
+    return "".join(letter for letter in plain if letter.isprintable() or letter == "\n")
 
 
 def printable_line(text: object) -> str:

@@ -14,6 +14,7 @@ from rectvlm.files import (
     file_sha256,
     is_disk_full,
     read_json_object,
+    remove_control_characters,
     write_json,
 )
 from rectvlm.types import UserError
@@ -51,6 +52,12 @@ def test_json_that_cannot_be_used_is_one_sentence(
         path.write_text(text)
     with pytest.raises(UserError, match=rf"tree\.json {reason}.*: export it again\.$"):
         read_json_object(path, "export it again")
+
+
+def test_every_space_stays_one() -> None:
+    """ "Nopleural effusion" would be read as an effusion."""
+    text = "No\u00a0pleural\u202feffusion.\tNo\x00 nodule.\nClear."
+    assert remove_control_characters(text) == "No pleural effusion. No nodule.\nClear."
 
 
 def test_lines_of_json_are_appended(tmp_path: Path) -> None:

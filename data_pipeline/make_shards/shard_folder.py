@@ -4,6 +4,7 @@
 `.parts/`, so a run that was stopped continues with the rest.
 """
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,6 +118,7 @@ def preprocess(
         return previous
 
     with _lock_folder(store):
+        _require_own_index(store)
         records = read_finished_records(tasks, store)
         if retry_rejected:
             records = {name: record for name, record in records.items() if not record.rejected}
@@ -143,6 +145,24 @@ def preprocess(
         with explain_write_errors(store):
             index = _write_index_files(store, tasks, records, rejected, provenance)
     return PreprocessResult(index, read_manifest(store), rejected, len(waiting))
+
+
+def _require_own_index(store: ShardStore) -> None:
+    """Refuse a folder whose `index.json` or `manifest.json` is another program's: it would go.
+
+    Raises:
+        UserError: it lists no shards.
+    """
+    for name in (SHARD_INDEX_FILE, SHARD_MANIFEST_FILE):
+        try:
+            content = json.loads(store.read_file(name))
+        except (FileNotFoundError, ValueError):  # none, or one of ours that a crash cut short
+            continue
+        if not isinstance(content, dict) or "shards" not in content:
+            raise UserError(
+                f"{store / name} is no list of shards, and preprocessing would replace it: choose "
+                "another folder with --out."
+            )
 
 
 def _describe_plan(

@@ -48,14 +48,14 @@ class CaseMaskFiles:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """All files that `load` reads: part of the case's identity."""
+        """All files that `load` reads or refuses: part of the case's identity."""
         region_files: list[Path] = []
         if self.region_map is not None and self.region_map.is_dir():
             region_files = sorted(self.region_map.glob("*.nii*"))
         elif self.region_map is not None:
             region_files = [self.region_map]
         lesion_files = [path for _, path in (*self.lesion_files, *self.task_files)]
-        return (*lesion_files, *self.rex_files, *region_files)
+        return (*lesion_files, *self.stray_files, *self.rex_files, *region_files)
 
     @property
     def ignored_finding_count(self) -> int:

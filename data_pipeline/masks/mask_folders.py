@@ -89,8 +89,14 @@ def _find_lesion_files(folder: Path, key: str) -> Iterator[tuple[str, Path]]:
 
 
 def _find_stray_files(folder: Path) -> Iterator[Path]:
-    """Yield the NIfTI files of a folder that name neither a lesion nor an anatomical class."""
+    """Yield the NIfTI files of a folder that name neither a lesion nor an anatomical class.
+
+    The folder of a predicted case has its lesions in files of their own and in one of all.
+    """
+    is_predicted_case = (folder / "findings.json").is_file()
     for path in sorted(folder.glob("*.nii*")):
+        if is_predicted_case and path.name == "lesions.nii.gz":
+            continue
         name = path.name.split(".")[0]
         is_known = name in LESION_BY_KEY or totalsegmentator.is_known_class(name)
         if not is_known and not path.name.startswith("."):

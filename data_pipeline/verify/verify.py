@@ -54,6 +54,7 @@ from rectvlm.config import load_config
 from rectvlm.data.shard_manifest import SHARD_MANIFEST_FILE, ShardManifest, read_manifest
 from rectvlm.data.shards import SHARD_INDEX_FILE, SampleLocation, ShardIndex, read_index
 from rectvlm.data.store import ShardStore
+from rectvlm.files import explain_os_error, require_writable_folder
 from rectvlm.optional_packages import require_extra
 from rectvlm.types import UserError
 
@@ -240,6 +241,22 @@ def _parse_arguments(arguments: Sequence[str] | None) -> VerifyOptions:
     return options_from_namespace(VerifyOptions, parser.parse_args(arguments))
 
 
+def _write_statistics(
+    result: VerificationResult, folder: str, stats: Path, console: Console
+) -> None:
+    # matplotlib takes a while to load, in each worker too.
+    from data_pipeline.verify.statistics_figures import write_statistics
+
+    for table in build_tables(result.statistics):
+        console.print(table)
+    try:
+        write_statistics(result.statistics, folder, stats)
+    except OSError as error:  # what was found is told all the same
+        log.error("%s", explain_os_error(error))
+        return
+    console.print(f"figures and pictures: {stats}", soft_wrap=True, markup=False)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status.
 
@@ -251,16 +268,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.stats:
             require_extra("train")
+            require_writable_folder(options.stats)
         folder = options.folder or load_config(options.config).data.shards
         result = verify_shards(folder, workers=options.workers, sample_count=options.sample)
         if options.stats and result.statistics.sample_summaries:
-            # matplotlib takes a while to load, in each worker too.
-            from data_pipeline.verify.statistics_figures import write_statistics
-
-            for table in build_tables(result.statistics):
-                console.print(table)
-            write_statistics(result.statistics, folder, options.stats)
-            console.print(f"figures and pictures: {options.stats}", soft_wrap=True, markup=False)
+            _write_statistics(result, folder, options.stats, console)
     except UserError as error:
         log.error("%s", error)
         return 2

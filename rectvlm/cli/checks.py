@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 from pathlib import Path
 
 from rectvlm.cli_options import read_path
@@ -10,6 +11,11 @@ from rectvlm.cli_options import read_path
 log = logging.getLogger(__name__)
 
 DEVICE_PATTERN = r"(cpu|cuda|mps|xpu)(:\d+)?"
+
+
+def end_by_sigterm_as_by_ctrl_c() -> None:
+    """Let SIGTERM raise KeyboardInterrupt, so that temporary copies of patients' files go."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def existing_path(text: str) -> Path:

@@ -4,7 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from rectvlm.cli.checks import check_checkpoint, check_device, existing_path
+from rectvlm.cli.checks import (
+    check_checkpoint,
+    check_device,
+    end_by_sigterm_as_by_ctrl_c,
+    existing_path,
+)
 from rectvlm.cli_options import add_options, options_from_namespace
 
 
@@ -91,6 +96,7 @@ def _run_predict(options: argparse.Namespace) -> None:
         options.source = existing_path(options.source)
     check_checkpoint(options.checkpoint)
     check_device(options.device)
+    end_by_sigterm_as_by_ctrl_c()
     from rectvlm.predict.pacs import predict_from_pacs
     from rectvlm.predict.run import predict_cases
 
@@ -127,6 +133,7 @@ def _run_serve(namespace: argparse.Namespace) -> None:
 def _run_challenge(options: argparse.Namespace) -> None:
     check_checkpoint(options.checkpoint)
     check_device(options.device)
+    end_by_sigterm_as_by_ctrl_c()
     from rectvlm.predict.challenge import write_challenge_results
 
     write_challenge_results(

@@ -80,17 +80,19 @@ def require_possible_size(
 
     Raises:
         InputError: the header asks for too much.
+        MemoryError: the volume would fit into a machine that is less busy.
     """
-    room = min(_MAX_VOLUME_BYTES, psutil.virtual_memory().available)
-    if needed_bytes > room or needed_bytes > file_bytes * MAX_DEFLATE_RATIO:
+    if needed_bytes > min(_MAX_VOLUME_BYTES, file_bytes * MAX_DEFLATE_RATIO):
         raise InputError(
             path,
             "has a header that asks for too much",
-            expected=f"a size that a file of {file_bytes} bytes and {room / 2**30:.1f} GiB of "
-            "free memory can hold",
+            expected=f"at most {_MAX_VOLUME_BYTES / 2**30:.0f} GiB, and a size that a file of "
+            f"{file_bytes} bytes can hold",
             found=f"{tuple(shape)} voxels, {needed_bytes / 2**30:.1f} GiB",
             remedy="copy it again, or crop the volume",
         )
+    if needed_bytes > psutil.virtual_memory().available:
+        raise MemoryError(f"{needed_bytes / 2**30:.1f} GiB for {path}")
 
 
 def require_finite_voxels(array: NDArray[Any], path: Path) -> None:

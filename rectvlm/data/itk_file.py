@@ -64,18 +64,39 @@ def _read_header_fields(path: Path, separator: str) -> dict[str, str]:
         block = file.read(_MAX_HEADER_BYTES)
     if block.lower().count(b"elementdatafile") > 1:
         block = b""  # MetaIO takes other separators too, and may follow the other one
+    if separator == ":":
+        block = _read_nrrd_header(path, block)
     fields: dict[str, str] = {}
     for line in block.split(b"\n"):
         text = line.decode("latin-1").strip()
-        is_end_of_nrrd = separator == ":" and not text
-        if is_end_of_nrrd:
-            break
         name, found, value = text.partition(separator)
         if found and not text.startswith("#"):
             fields.setdefault(name.strip().lower(), value.strip(" ="))
         if name.strip().lower() == "elementdatafile":
             break
     return fields
+
+
+def _read_nrrd_header(path: Path, block: bytes) -> bytes:
+    """The header at the begin of a NRRD file, up to the empty line.
+
+    ITK ends a line at a bare carriage return too: a comment with one would hide a field, such as
+    another file's name, from us alone.
+
+    Raises:
+        InputError: there is no empty line, or a carriage return within a line.
+    """
+    end = re.search(rb"\r?\n\r?\n", block)
+    header = block[: end.start()] if end else block
+    if end is None or re.search(rb"\r(?!\n)", header):
+        raise InputError(
+            path,
+            "has a header that cannot be read",
+            expected=f"lines of text and an empty one within {_MAX_HEADER_BYTES} bytes",
+            found="a carriage return within a line" if end else "no empty line",
+            remedy="save it again as one .nrrd",
+        )
+    return header
 
 
 def _meta_image_data(path: Path, fields: dict[str, str]) -> Path:

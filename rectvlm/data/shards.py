@@ -7,6 +7,7 @@ without a scan, from a disk or from a URL. `manifest.json` holds checksums, coun
 
 import hashlib
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -49,6 +50,8 @@ from rectvlm.types import (
 )
 
 SHARD_INDEX_FILE = "index.json"
+SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{6}}\.tar")
+"""Names of shards."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +271,7 @@ def write_index(
 
     indexed_names = {shard.name for shard in indexed}
     for name in store.list_names():
-        if name.endswith(".tar") and name not in indexed_names:
+        if SHARD_NAME.fullmatch(name) and name not in indexed_names:
             store.remove_file(name)
     return index
 

@@ -54,7 +54,7 @@ from rectvlm.files import (
     require_writable_file,
     write_json,
 )
-from rectvlm.finding_thresholds import THRESHOLDS_FILE, FindingThresholds
+from rectvlm.finding_thresholds import NOT_FITTED, THRESHOLDS_FILE, FindingThresholds
 from rectvlm.folder_lock import FolderLock
 from rectvlm.label_table import LabelTable, read_label_table
 from rectvlm.machine import describe_machine, package_versions
@@ -158,11 +158,14 @@ def _evaluate_cases(
 
     all_records = run.wait_for_records()
     records = run.select_records(all_records, "evaluate")
+    # Those of a validation during training on the evaluated split would know the answers.
+    knows_split = _find_threshold_split(run, run.model_thresholds) == options.split
     thresholds = choose_thresholds(
         run.model_thresholds,
         run.select_records(all_records, "fit"),
         f"{run.index.threshold_split} split of {run.data.shards}",
         options.hide_regions,
+        NOT_FITTED if knows_split else None,
     )
     scans = group_by_scan(records)
     baselines = None

@@ -6,7 +6,11 @@ from dataclasses import replace
 from rectvlm.evaluate.case_records import CaseRecord
 from rectvlm.evaluate.region_maps import RegionMapUsage
 from rectvlm.evaluate.scans import group_by_scan
-from rectvlm.finding_thresholds import MIN_CASES_TO_FIT, FindingThresholds
+from rectvlm.finding_thresholds import (
+    DEFAULT_THRESHOLD,
+    MIN_CASES_TO_FIT,
+    FindingThresholds,
+)
 from rectvlm.metrics.findings import fit_thresholds
 
 
@@ -15,17 +19,19 @@ def choose_thresholds(
     fit_records: Sequence[CaseRecord],
     cases: str,
     regions_hidden: bool = False,
+    fallback: FindingThresholds | None = None,
 ) -> FindingThresholds:
     """Choose fitted thresholds, else those of the model.
 
     A finding with fewer than `MIN_CASES_TO_FIT` known positives or negatives keeps the model's
-    threshold, which is 0.5 where training had too few of them, too.
+    threshold, which is 0.5 where training had too few of them, too, or that of `fallback`.
 
     Args:
         model_thresholds: thresholds that the model carries.
         fit_records: records of the cases to fit on.
         cases: split and shards that these cases come from, in words.
         regions_hidden: whether region maps were kept from the model.
+        fallback: thresholds of the findings that are not fitted; None: the model's.
     """
     if not fit_records:
         return model_thresholds
@@ -36,6 +42,9 @@ def choose_thresholds(
         scans.probabilities, scans.labels, scans.known, source, MIN_CASES_TO_FIT
     )
     if fitted.not_fitted:
-        source += f"; the model's for {', '.join(fitted.not_fitted)}"
+        kept = "the model's" if fallback is None else f"{DEFAULT_THRESHOLD:g}"
+        source += f"; {kept} for {', '.join(fitted.not_fitted)}"
     source += f"; region maps: {region_maps}"
-    return model_thresholds.replace_fitted(replace(fitted, source=source))
+    if not fitted.is_fitted.any():
+        return model_thresholds
+    return (fallback or model_thresholds).replace_fitted(replace(fitted, source=source))

@@ -131,9 +131,9 @@ class RectVLM(nn.Module):
         language_model: str | None = None,
     ) -> Self:
         """Load the model of an opened checkpoint in eval mode; see `from_pretrained`."""
-        if parts is not None:
-            _check_parts(parts, checkpoint)
-        parts = checkpoint.parts if parts is None else parts
+        if parts is None:  # all, unless only some were pulled
+            parts = checkpoint.list_available_parts()
+        _check_parts(parts, checkpoint)
         device = resolve_device(device)
         tensors = checkpoint.read_tensors(parts)
         prompts = PromptEmbeddings.from_tensors(tensors, checkpoint.folder)

@@ -196,7 +196,7 @@ def _describe_case(loaded: LoadedModel, case: PredictedCase) -> tuple[CaseView, 
     lesions = None
     if case.lesion_bits is not None:
         lesions = summarize_lesions(lesion_bits, affine, places, lobe_finder)
-    summary = _summarize_case(loaded, case, lesion_bits, places, lesions, table, spacing_mm)
+    summary = _summarize_case(loaded, case, lesion_bits, places, lesions, table, affine)
 
     volumes_ml = None
     if summary.lesions is not None:
@@ -228,7 +228,7 @@ def _summarize_case(
     places: list[LesionPlace],
     lesions: list[LesionSummary] | None,
     table: LesionTable,
-    spacing_mm: tuple[float, float, float],
+    affine: Affine,
 ) -> CaseSummary:
     """The case for `findings.json`, with its contradictions."""
     thresholds = loaded.model.thresholds
@@ -245,7 +245,7 @@ def _summarize_case(
         disclaimer=DISCLAIMER,
         file=case.volume.pseudonym or case.volume.where,
         shape=list(case.volume.array.shape),
-        spacing_zyx_mm=[round(step, 4) for step in spacing_mm],
+        spacing_zyx_mm=[round(step, 4) for step in voxel_spacing_mm(affine)],
         hu=case.hu_decision,
         checkpoint=str(loaded.checkpoint.folder),
         config=loaded.checkpoint.config.name,
@@ -263,7 +263,7 @@ def _summarize_case(
             calls={name: finding.present for name, finding in findings.items()},
             lesion_bits=None if case.lesion_bits is None else canonical_bits,
             places=places,
-            spacing_mm=spacing_mm,
+            affine=affine,
             report=case.report,
         ),
     )

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from rectvlm.data.voxel_size import voxel_volume_ml
+from rectvlm.files import remove_control_characters
 from rectvlm.finding_thresholds import FindingThresholds
 from rectvlm.labels import CT_WINDOWS, LESIONS, Lesion
 from rectvlm.lesion_bits import lesion_mask
@@ -306,12 +307,7 @@ def _link_sections(
 ) -> list[tuple[str, list[LinkedSentence]]] | None:
     if sections is None:
         return None
-    return [(title, link_sentences(_remove_control_characters(text))) for title, text in sections]
-
-
-def _remove_control_characters(text: str) -> str:
-    """Remove characters that HTML does not allow and an untrained language model writes."""
-    return "".join(letter for letter in text if letter.isprintable() or letter == "\n")
+    return [(title, link_sentences(remove_control_characters(text))) for title, text in sections]
 
 
 def _read(name: str) -> str:

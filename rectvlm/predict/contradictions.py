@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from rectvlm.data.voxel_size import voxel_spacing_mm, voxel_volume_ml
 from rectvlm.labels import LESIONS, Lesion
 from rectvlm.lesion_bits import lesion_mask
 from rectvlm.lesion_places import MIN_LESION_ML, LesionPlace
@@ -21,7 +22,7 @@ from rectvlm.metrics.report_labeler.finding_states import FindingState
 from rectvlm.metrics.report_labeler.laterality import read_sides
 from rectvlm.metrics.report_labeler.modifiers import MEASUREMENT
 from rectvlm.metrics.report_labeler.rule_labeler import label_report, parse_report
-from rectvlm.types import MaskVolume
+from rectvlm.types import Affine, MaskVolume
 
 ContradictionKind = Literal[
     "call_without_outline",
@@ -62,11 +63,12 @@ class _Outline:
     lesion: Lesion
     mask: NDArray[np.bool_]
     spacing_mm: tuple[float, float, float]
+    voxel_ml: float
     place: LesionPlace | None
 
     @property
     def volume_ml(self) -> float:
-        return float(self.mask.sum() * np.prod(self.spacing_mm)) / 1000
+        return int(self.mask.sum()) * self.voxel_ml
 
     @property
     def is_present(self) -> bool:
@@ -91,7 +93,7 @@ def find_contradictions(
     calls: Mapping[str, bool],
     lesion_bits: MaskVolume | None,
     places: Sequence[LesionPlace],
-    spacing_mm: tuple[float, float, float],
+    affine: Affine,
     report: str | None,
 ) -> list[Contradiction]:
     """Find the contradictions of one case.
@@ -101,15 +103,16 @@ def find_contradictions(
             nothing.
         lesion_bits: lesion bits (Z, Y, X); None when the model has no localizer.
         places: places of the lesions that are large enough to have one.
-        spacing_mm: voxel size (z, y, x).
+        affine: 4 × 4, index (z, y, x, 1) to world, mm.
         report: generated text; None when the model has no report generator.
     """
     outlines = []
     if lesion_bits is not None:
+        sizes = (voxel_spacing_mm(affine), voxel_volume_ml(affine))
         places_by_key = {place.lesion: place for place in places}
         for lesion in LESIONS:
             mask = lesion_mask(lesion_bits, lesion)
-            outlines.append(_Outline(lesion, mask, spacing_mm, places_by_key.get(lesion.key)))
+            outlines.append(_Outline(lesion, mask, *sizes, places_by_key.get(lesion.key)))
     contradictions = [*_compare_calls_with_outlines(calls, outlines), *_find_wrong_places(outlines)]
     if report is not None:
         states = label_report(report)

@@ -42,8 +42,10 @@ def write_dicom_results(case: PredictedCase, summary: CaseSummary, folder: Path)
         raise
     except Exception as error:  # pydicom and highdicom have many for headers that break the rules
         reason = str(error) if isinstance(error, UserError) else _name_reason(error)
-        log.warning("%s: no DICOM SEG or SR: %s", printable_line(case.name), printable_line(reason))
-        log.debug("%s: DICOM results failed", case.name, exc_info=not isinstance(error, UserError))
+        # Not the case's name: on a server it is the key to the case.
+        series = case.volume.pseudonym or "a series"
+        log.warning("%s: no DICOM SEG or SR: %s", printable_line(series), printable_line(reason))
+        log.debug("%s: DICOM results failed", series, exc_info=not isinstance(error, UserError))
         for name in DICOM_FILES:
             (folder / name).unlink(missing_ok=True)
 

@@ -86,7 +86,7 @@ def make_measurement_report(
         lesion = next(row for row in summary.lesions if row.name == segment.SegmentLabel)
         components = [row for row in summary.components if row.lesion == lesion.key]
         groups.append(_measure_segment(segmentation, segment, lesion, components, summary))
-        if len(components) > 1:
+        if not _is_single_lesion(components, lesion):
             for row in components:
                 image = _refer_to_slice(row.centre_mm, planes, headers)
                 groups.append(_measure_component(row, image, summary))
@@ -155,7 +155,7 @@ def _measure_segment(
     if components:
         longest_mm = max(row.longest_axial_diameter_mm for row in components)
         measurements.append(_measure_long_axis(longest_mm))
-    if len(components) == 1:
+    if _is_single_lesion(components, lesion):
         measurements.append(_measure_mean_hu(components[0].mean_hu))
     return VolumetricROIMeasurementsAndQualitativeEvaluations(
         tracking_identifier=TrackingIdentifier(segment.TrackingUID, segment.TrackingID),
@@ -165,6 +165,11 @@ def _measure_segment(
         finding_sites=_list_sites(lesion.key, lesion),
         measurements=measurements,
     )
+
+
+def _is_single_lesion(components: Sequence[LesionComponent], lesion: LesionSummary) -> bool:
+    """Whether a segment is one lesion; small ones may not be among the components."""
+    return len(components) == 1 and components[0].voxels == lesion.voxels
 
 
 def _refer_to_segment(segmentation: Dataset, number: int) -> ReferencedSegment:

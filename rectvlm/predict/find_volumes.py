@@ -198,11 +198,12 @@ def _skip_series(series: "DicomSeries", reason: str) -> SkippedPath:
 def _drop_results(
     files: Sequence[Path], source: Path, out: Path
 ) -> tuple[list[Path], list[SkippedPath]]:
-    """Leave out the results of predictions: all below `out`, unless CTs lie there too, and cases.
+    """Leave out the results of predictions: all below `out`, unless the source does too, and cases.
 
     A case's folder is one that holds `findings.json` and only the files of a case.
     """
     results, is_among_results = out.resolve(), out.resolve() == source.resolve()
+    holds_source = results in (source.resolve(), *source.resolve().parents)
     own_files = {FAILED_FILE, RUN_SUMMARY_FILE}
     names_by_folder: dict[Path, set[str]] = {}
     for file in files:
@@ -211,7 +212,7 @@ def _drop_results(
     inputs = []
     for file in files:
         names = names_by_folder[file.parent]
-        if not is_among_results and results in file.resolve().parents:
+        if not holds_source and results in file.resolve().parents:
             skipped[out] = SkippedPath(str(out), "is the folder of the results")
         elif is_among_results and file.parent == source and file.name in own_files:
             continue

@@ -133,8 +133,9 @@ def copy_model(source: Path, target: Path, parts: Sequence[ModelPart] = ()) -> P
     checkpoint.require_parts(parts)
     former_files = _list_former_files(target)
     entries = copy_files(checkpoint.folder, target, list_model_files(parts or checkpoint.parts))
-    copy_files(checkpoint.folder, target, _existing_files(checkpoint.folder, OPTIONAL_FILES))
-    _finish_pull(target, entries, former_files)
+    optional_files = _existing_files(checkpoint.folder, OPTIONAL_FILES)
+    copy_files(checkpoint.folder, target, optional_files)
+    _finish_pull(target, entries, former_files, optional_files)
     return target
 
 
@@ -177,7 +178,7 @@ def _pull_checkpoint(
             "again."
         )
     entries = read_manifest(folder)
-    _finish_pull(folder, {name: entries[name] for name in names}, former_files)
+    _finish_pull(folder, {name: entries[name] for name in names}, former_files, optional_files)
     return folder
 
 
@@ -251,10 +252,20 @@ def _list_former_files(folder: Path) -> Collection[str]:
 
 
 def _finish_pull(
-    folder: Path, entries: dict[str, ManifestEntry], former_files: Collection[str]
+    folder: Path,
+    entries: dict[str, ManifestEntry],
+    former_files: Collection[str],
+    optional_files: Collection[str] = (),
 ) -> None:
-    """Remove what an earlier pull brought and this one does not, and write the manifest."""
-    for name in sorted(set(former_files) - entries.keys()):
+    """Remove what an earlier pull brought and this one does not, and write the manifest.
+
+    `optional_files` are those of this pull that no manifest lists. The thresholds of another model
+    would be taken for this one's.
+    """
+    outdated = set(former_files) - entries.keys()
+    if former_files and (folder / THRESHOLDS_FILE).is_file():
+        outdated |= {THRESHOLDS_FILE} - set(optional_files)
+    for name in sorted(outdated):
         log.info("%s is removed: it belongs to what was pulled here before", folder / name)
         (folder / name).unlink(missing_ok=True)
     write_manifest(folder, entries)

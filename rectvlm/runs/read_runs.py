@@ -198,17 +198,23 @@ class RunThroughput:
 
 def compute_throughput(run: TrainingRun) -> RunThroughput:
     """Compute the throughput of all steps but the first of each session, if there are others."""
-    timed_lines = [line for line in run.metrics_lines if _step_seconds(line)]
+    samples_seen = {line["step"]: line.get("samples_seen", 0) for line in run.metrics_lines}
+    samples_seen[0] = 0
+    # What a step saw is known only beside the line of the step before.
+    timed_lines = [
+        line
+        for line in run.metrics_lines
+        if _step_seconds(line) and line["step"] - 1 in samples_seen
+    ]
     later_lines = [line for line in timed_lines if not run.is_first_step(line["step"])]
     lines = later_lines or timed_lines
     seconds = sum(line["seconds"]["total"] for line in lines)
     if not seconds:
         return RunThroughput()
 
-    samples_seen = {line["step"]: line.get("samples_seen", 0) for line in run.metrics_lines}
     samples = tokens = 0
     for line in lines:
-        samples += line.get("samples_seen", 0) - samples_seen.get(line["step"] - 1, 0)
+        samples += line.get("samples_seen", 0) - samples_seen[line["step"] - 1]
         tokens += line.get("tokens", 0)
     step_flops = run.last_session.get("work")
     return RunThroughput(

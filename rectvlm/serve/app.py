@@ -155,7 +155,11 @@ def _take_upload(cases: CaseQueue, file: UploadFile) -> ServedCase:
         suffix = upload_suffix(file.filename or "")
         cases.require_room()
         path = cases.new_upload_path(suffix)
-        _store(file.file, path)
+        try:
+            _store(file.file, path)
+        except BaseException:
+            cases.remove_upload(path)
+            raise
         return cases.add(path)
     except UserError as error:
         raise HTTPException(415, str(error)) from None
@@ -169,7 +173,6 @@ def _store(source: IO[bytes], path: Path) -> None:
             while chunk := source.read(_CHUNK_BYTES):
                 target.write(chunk)
     except OSError:
-        path.unlink(missing_ok=True)
         raise HTTPException(507, "The server's disk is full: try again later.") from None
 
 

@@ -106,8 +106,17 @@ class CaseQueue:
             raise QueueFullError
 
     def new_upload_path(self, suffix: str) -> Path:
-        """A path for an upload, with a random name; see `add`."""
-        return self.uploads / f"{secrets.token_urlsafe(16)}{suffix}"
+        """A path for an upload; see `add`.
+
+        It lies in a new folder of its own: what lies beside a DICOM file belongs to its series.
+        """
+        folder = self.uploads / secrets.token_urlsafe(16)
+        folder.mkdir()
+        return folder / f"ct{suffix}"
+
+    def remove_upload(self, upload: Path) -> None:
+        """Delete an upload, if it is there, and its folder."""
+        shutil.rmtree(upload.parent, ignore_errors=True)
 
     def add(self, upload: Path) -> ServedCase:
         """Let an uploaded file wait for its prediction.
@@ -120,7 +129,7 @@ class CaseQueue:
         with self._lock:
             n_waiting = sum(other.state == "waiting" for other in self._cases.values())
             if n_waiting >= self._max_waiting:
-                upload.unlink()
+                self.remove_upload(upload)
                 raise QueueFullError
             self._cases[case_id] = case
         self._waiting.put(case)
@@ -189,14 +198,14 @@ class CaseQueue:
             case.error = str(error)
             case.stage = case.state = "failed"
         case.finished = time.time()
-        case.upload.unlink(missing_ok=True)
+        self.remove_upload(case.upload)
         if case.is_deleted:
             self._remove_files(case)
         log.info("case %s: %s", _short(case), case.state)
 
     def _remove_files(self, case: ServedCase) -> None:
         if case.state != "running":
-            case.upload.unlink(missing_ok=True)
+            self.remove_upload(case.upload)
         shutil.rmtree(case.folder, ignore_errors=True)
 
 

@@ -48,6 +48,8 @@ def serve(options: ServeOptions, token: str | None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     prefix = f"rectvlm-serve.{platform.node()}.{os.getpid()}."
     with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+        # Archives of patients are unpacked in it too, and go with it.
+        tempfile.tempdir = folder
         predict = functools.partial(predict_upload, loaded)
         keep_seconds = options.keep_hours * _SECONDS_PER_HOUR
         cases = CaseQueue(Path(folder), predict, options.max_waiting, keep_seconds)
@@ -65,6 +67,7 @@ def serve(options: ServeOptions, token: str | None) -> None:
             log.info("serving on http://%s:%d", options.host, listener.getsockname()[1])
             uvicorn.Server(config).run(sockets=[listener])
         finally:
+            tempfile.tempdir = None
             cases.stop()
 
 

@@ -66,7 +66,10 @@ def combine_losses(
     )
     if weighting is None:
         return weighted.sum()
-    is_known = torch.tensor([loss.count > 0 for loss in task_losses.values()])
+    # A task of weight 0 has no loss that would hold its learned factor in place.
+    is_known = torch.tensor(
+        [loss.count > 0 and getattr(weights, task) > 0 for task, loss in task_losses.items()]
+    )
     return weighting(weighted, is_known.to(weighted.device))
 
 

@@ -1,6 +1,7 @@
 """Cases of a validation: their predictions beside the truth, and the metrics over all of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from rectvlm.config import LossWeightsConfig
 from rectvlm.finding_thresholds import MIN_CASES_TO_FIT, FindingThresholds
 from rectvlm.finite import mean_of_finite
-from rectvlm.labels import N_FINDINGS
+from rectvlm.labels import FINDINGS, N_FINDINGS
 from rectvlm.lesion_bits import pack_lesions
 from rectvlm.models import ModelOutputs
 from rectvlm.train.phases import Task
@@ -129,6 +130,10 @@ def fit_case_thresholds(
         source,
         min_cases=MIN_CASES_TO_FIT,
     )
+    is_kept = former.is_fitted & ~fitted.is_fitted
+    if is_kept.any():
+        names = [name for name, kept in zip(FINDINGS, is_kept, strict=True) if kept]
+        fitted = replace(fitted, source=f"{source}; earlier ones for {', '.join(names)}")
     return former.replace_fitted(fitted)
 
 

@@ -208,7 +208,7 @@ BROKEN = {
         lambda f: _edit_text(write_itk(f / "a.mhd"), b"= a.raw", b"= ../a.raw"),
         "another place",
     ),
-    "nrrd_text": (lambda f: (f / "a.nrrd").write_text("none") and f / "a.nrrd", "no orientation"),
+    "nrrd_text": (lambda f: (f / "a.nrrd").write_text("none") and f / "a.nrrd", "no empty line"),
     "nrrd_without_space": (
         lambda f: _edit_text(
             write_itk(f / "a.nrrd"), b"space: " + LPS_WORDS, b"space dimension: 3"
@@ -224,6 +224,20 @@ BROKEN = {
             write_itk(f / "a.nrrd"), b"encoding:", b"data file: /etc/hostname\nencoding:"
         ),
         "another place",
+    ),
+    "nrrd_detached_behind_a_comment": (
+        lambda f: _edit_text(
+            write_itk(f / "a.nrrd"), b"encoding:", b"# x\rdata file: /etc/hostname\nencoding:"
+        ),
+        "a carriage return within a line",
+    ),
+    "nrrd_detached_far_down": (
+        lambda f: _edit_text(
+            write_itk(f / "a.nrrd"),
+            b"encoding:",
+            b"# long comment\n" * 9000 + b"data file: /etc/hostname\nencoding:",
+        ),
+        "no empty line",
     ),
     "nrrd_blank": (lambda f: _blank(f / "a.nrrd"), "blank header"),
     "nrrd_cut": (lambda f: _cut(write_itk(f / "a.nrrd")), "cut short"),

@@ -48,6 +48,12 @@ def test_a_finding_that_was_not_fitted_keeps_the_models_threshold() -> None:
     assert len(set(thresholds.values)) > 9
 
 
+def test_thresholds_that_know_the_evaluated_cases_are_not_kept() -> None:
+    thresholds = choose_thresholds(MODEL, cases(24), "train split of shards", fallback=NOT_FITTED)
+    assert thresholds.by_finding()[UNKNOWN] == 0.5 and thresholds.not_fitted == [UNKNOWN]
+    assert f"; 0.5 for {UNKNOWN};" in thresholds.source
+
+
 def test_a_threshold_that_no_data_decided_is_one_half() -> None:
     thresholds = choose_thresholds(NOT_FITTED, cases(24), "train split of shards")
     assert thresholds.not_fitted == [UNKNOWN] and thresholds.by_finding()[UNKNOWN] == 0.5

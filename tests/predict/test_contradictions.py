@@ -40,7 +40,8 @@ def kinds(
     """Kind and finding of each contradiction of a case."""
     spacing = sample.meta.spacing
     places = [] if bits is None else locate_lesions(bits, sample.ct, None, spacing)
-    entries = find_contradictions(calls or {}, bits, places, spacing, report)
+    affine = np.diag([*spacing, 1.0])
+    entries = find_contradictions(calls or {}, bits, places, affine, report)
     assert all(entry.message.endswith(".") and "None" not in entry.message for entry in entries)
     return [(entry.kind, entry.finding) for entry in entries]
 
@@ -108,11 +109,21 @@ def test_the_classifier_is_held_to_outlines_and_report(patient: Sample) -> None:
 def test_one_voxel_is_no_outline(patient: Sample) -> None:
     bits = np.zeros_like(ball(patient, "lung_nodule", "right upper lobe", 28))
     bits[10, 30, 20] = LESION_BY_KEY["lung_nodule"].mask_value
-    fine = (1.0, 1.0, 1.0)
+    fine = np.eye(4)
     (entry,) = find_contradictions({"Lung nodule": True}, bits, [], fine, None)
     assert entry.kind == "call_without_outline"
     assert "only 1 voxel of lung nodule (0.001 ml)" in entry.message
     assert find_contradictions({"Lung nodule": False}, bits, [], fine, "No nodule.") == []
+
+
+def test_a_tilted_gantry_changes_no_volume(patient: Sample) -> None:
+    """Slices that are shifted against each other lie farther apart than they are thick."""
+    bits = np.zeros_like(ball(patient, "lung_nodule", "right upper lobe", 28))
+    bits[10, 30, 20:30] = LESION_BY_KEY["lung_nodule"].mask_value
+    tilted = np.diag([5.0, 2.0, 1.0, 1.0])
+    tilted[1, 0] = 3.0
+    (entry,) = find_contradictions({"Lung nodule": False}, bits, [], tilted, None)
+    assert "0.1 ml of lung nodule" in entry.message
 
 
 def test_an_effusion_in_the_lung_is_in_the_wrong_place(patient: Sample) -> None:

@@ -171,6 +171,14 @@ def test_results_are_no_inputs(tmp_path, chest):
     }
 
 
+def test_a_ct_below_the_folder_of_the_results_is_an_input(tmp_path, chest):
+    copy(chest, tmp_path / "scans" / "P1.nii.gz")
+    for out in (tmp_path, tmp_path / "scans"):
+        assert find_volumes(tmp_path / "scans", out).sources == [
+            CtSource(tmp_path / "scans" / "P1.nii.gz")
+        ]
+
+
 def test_names_are_bytes(tiny_run, chest, tmp_path):
     """Latin-1 in the name of a patient's folder, of a CT and of the results, as a user runs it."""
     root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/M\xfcnchen"))

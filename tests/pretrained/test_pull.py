@@ -15,7 +15,7 @@ from transformers import AutoModel
 from rectvlm import RectVLM, cli
 from rectvlm.checkpoint.integrity import UNLISTED_FILES, read_manifest
 from rectvlm.config import ModelPart
-from rectvlm.finding_thresholds import FindingThresholds
+from rectvlm.finding_thresholds import THRESHOLDS_FILE, FindingThresholds
 from rectvlm.models.load_quantized import SafetensorsCheckpoint
 from rectvlm.pretrained import resolve_model
 from rectvlm.pretrained.pull import pull_model
@@ -114,8 +114,7 @@ def test_a_pulled_part_loads(
     part = RectVLM.from_pretrained(pulled, "cpu", parts=("encoder", "classifier"))
     expected = model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in part.state_dict().items())
-    with pytest.raises(UserError, match=r"localizer\.safetensors is not listed"):
-        RectVLM.from_pretrained(pulled, "cpu")
+    assert RectVLM.from_pretrained(pulled, "cpu").parts == ("encoder", "classifier")
 
 
 def test_damage_is_repaired(hub: hub_server.Hub, exported: Path) -> None:
@@ -307,6 +306,16 @@ def test_a_pull_removes_what_an_earlier_one_brought_and_nothing_of_yours(
         assert {name: (out / name).read_bytes() for name in own_files} == own_files
         expected = read_files(out).keys() - own_files.keys() - UNLISTED_FILES
         assert read_manifest(out).keys() == expected
+
+
+def test_thresholds_of_the_model_that_was_here_before_are_removed(
+    hub: hub_server.Hub, exported: Path
+) -> None:
+    files = read_files(exported)
+    hub.add(REPOSITORY, files | {THRESHOLDS_FILE: b"{}"})
+    assert (pull(hub) / THRESHOLDS_FILE).is_file()
+    hub.add(REPOSITORY, {name: data for name, data in files.items() if name != THRESHOLDS_FILE})
+    assert not (pull(hub) / THRESHOLDS_FILE).exists()
 
 
 def test_a_language_model_whose_shard_is_missing_is_named(

@@ -86,6 +86,15 @@ def test_cases_are_predicted_one_by_one_in_their_order(cases, predictor):
     assert not list(cases.uploads.iterdir())
 
 
+def test_no_upload_lies_beside_another(cases, predictor):
+    """A DICOM file is read with the slices beside it."""
+    predictor.may_go.clear()
+    uploads = [add(cases, name).upload for name in ("one", "two")]
+    assert all(list(upload.parent.iterdir()) == [upload] for upload in uploads)
+    predictor.may_go.set()
+    wait_for(lambda: not any(upload.parent.exists() for upload in uploads))
+
+
 def test_no_more_cases_wait_than_may(cases, predictor):
     predictor.may_go.clear()
     running = add(cases, "a")

@@ -8,7 +8,8 @@ from rectvlm.labels import N_FINDINGS, N_LESIONS
 from rectvlm.models import ModelOutputs
 from rectvlm.models.report_generator import ReportLoss
 from rectvlm.train.objectives import classification_loss, combine_losses, compute_losses
-from rectvlm.train.task_loss import TargetCounts
+from rectvlm.train.task_loss import TargetCounts, TaskLoss
+from rectvlm.train.uncertainty_weighting import UncertaintyWeighting
 
 
 def test_unknown_labels_carry_no_loss_and_no_gradient() -> None:
@@ -29,6 +30,16 @@ def test_unknown_labels_carry_no_loss_and_no_gradient() -> None:
     p = logits.detach().sigmoid()
     by_hand = -(labels * p.log() + (1 - labels) * (1 - p).log())[known].mean()
     torch.testing.assert_close(loss.value.detach(), by_hand)
+
+
+def test_a_task_of_weight_zero_leaves_its_learned_factor_alone(tiny: Config) -> None:
+    """Without a loss the factor would grow without end."""
+    losses = {task: TaskLoss(torch.tensor(0.5), 3) for task in ("classification", "localization")}
+    weights = tiny.train.loss_weights.model_copy(update={"classification": 0.0})
+    weighting = UncertaintyWeighting(2)
+    combine_losses(losses, weights, weighting).backward()
+    assert weighting.log_variance.grad is not None
+    assert weighting.log_variance.grad[0] == 0 != weighting.log_variance.grad[1]
 
 
 def test_no_label_at_all_is_zero_with_a_graph() -> None:

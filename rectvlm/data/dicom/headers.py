@@ -190,7 +190,8 @@ def _make_slice(dataset: Any, file: Path, frame: int | None, items: list[Any]) -
         series_number=int(number) if number is not None else None,
         image_type=image_type,
         body_part=_clean_text(dataset.get("BodyPartExamined")).upper(),
-        kernel=_clean_text(kernel) or None,
+        # Siemens adds the strength of its iterative reconstruction as a second value.
+        kernel=_clean_text(kernel if isinstance(kernel, str) or not kernel else kernel[0]) or None,
         rows=int(dataset.Rows),
         columns=int(dataset.Columns),
         bits=int(dataset.BitsAllocated),

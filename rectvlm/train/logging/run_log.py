@@ -11,7 +11,6 @@
 Beside that, figures go to W&B and TensorBoard (`trackers`) and to the console (`console`).
 """
 
-import json
 import logging
 import os
 import time
@@ -21,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from rectvlm.config import Config
-from rectvlm.files import append_json_line, fsync_file
+from rectvlm.files import append_json_line, atomic_file, fsync_file, write_json
 from rectvlm.runs.run_files import (
     ENGINE_FILE,
     METRICS_FILE,
@@ -87,7 +86,8 @@ class RunLog:
             path.touch()
         if engine.is_main:
             self._truncate_files_of_former_ranks()
-            (folder / RUN_CONFIG_FILE).write_text(config.to_yaml())
+            with atomic_file(folder / RUN_CONFIG_FILE) as file:
+                file.write(config.to_yaml().encode())
             self._start_session(config, last_step, step_flops)
 
     def _truncate_files_of_former_ranks(self) -> None:
@@ -187,7 +187,7 @@ class RunLog:
         description = asdict(self.engine.describe_ranks())
         description["llm_quantization"] = self._quantization
         if self.engine.is_main:
-            (self.folder / ENGINE_FILE).write_text(json.dumps(description, indent=2) + "\n")
+            write_json(self.folder / ENGINE_FILE, description)
         self._has_described_engine = True
 
 

@@ -27,7 +27,7 @@ WORSE = {
     "is axial": CORONAL,
     "names the chest": edit(BodyPartExamined="HEAD"),
     "is ORIGINAL and PRIMARY": DERIVED,
-    "has the softer kernel": edit(ConvolutionKernel="Bl57d"),
+    "has the softer kernel": edit(ConvolutionKernel=["Bl57d", "3"]),
 }
 
 

@@ -9,6 +9,7 @@ import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -21,6 +22,7 @@ from data_pipeline.ct_rate.cases import list_ct_rate_cases
 from data_pipeline.ct_rate.options import CtRateOptions
 from data_pipeline.make_shards.shard_folder import PreprocessResult, preprocess
 from data_pipeline.masks.mask_folders import MaskFolders
+from rectvlm.data import file_checks
 from rectvlm.data.shards import read_index
 from rectvlm.data.store import ShardStore
 from rectvlm.data.volume import read_volume
@@ -656,6 +658,15 @@ def test_an_absurd_header_is_refused_before_memory_is_asked_for(
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_a_machine_without_free_memory_does_not_blame_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(HU, tmp_path / "a.nii.gz")
+    monkeypatch.setattr(file_checks.psutil, "virtual_memory", lambda: SimpleNamespace(available=9))
+    with pytest.raises(MemoryError):
+        read_volume(tmp_path / "a.nii.gz")
 
 
 def test_a_gzip_bomb_is_left_at_its_first_surplus(tmp_path: Path) -> None:

@@ -47,6 +47,20 @@ CASES[2], CASES[-1] = (replace(CASES[n], load=say_what_is_wrong) for n in (2, -1
 SEED = 20250611
 
 
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "raw_scans.tar").write_bytes(b"mine")
+    preprocess(small_cases(2, 1), tmp_path, GRID, SPACING)
+    assert (tmp_path / "raw_scans.tar").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["index.json", "manifest.json"])
+def test_a_folder_with_an_index_of_something_else_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"scans": [1, 2]}')
+    with pytest.raises(UserError, match=f"{name} is no list of shards.*--out"):
+        preprocess(small_cases(2, 1), tmp_path, GRID, SPACING)
+    assert (tmp_path / name).read_text() == '{"scans": [1, 2]}'
+
+
 # What a run leaves
 
 

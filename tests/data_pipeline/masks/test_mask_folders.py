@@ -230,6 +230,23 @@ def test_anatomical_classes_beside_lesions_are_no_strays(tmp_path: Path) -> None
     assert sample(MaskFolders(lesions=tmp_path)).meta.lesions_annotated["consolidation"]
 
 
+def test_a_stray_file_belongs_to_the_identity_of_its_case(tmp_path: Path) -> None:
+    """Once it is moved away, as its message asks, the case is made again."""
+    save(tmp_path / KEY / "consolidation.nii.gz", *turned("consolidation", 0))
+    before = MaskFolders(lesions=tmp_path).find_masks(KEY).paths
+    stray = tmp_path / KEY / "ggo.nii.gz"
+    stray.touch()
+    assert MaskFolders(lesions=tmp_path).find_masks(KEY).paths == (*before, stray)
+
+
+def test_the_folder_of_a_predicted_case_is_taken_back(tmp_path: Path) -> None:
+    for name in ("consolidation.nii.gz", "lesions.nii.gz"):
+        save(tmp_path / KEY / name, *turned("consolidation", 0))
+    (tmp_path / KEY / "findings.json").write_text("{}")
+    annotated = sample(MaskFolders(lesions=tmp_path)).meta.lesions_annotated
+    assert annotated["consolidation"] and not annotated["lung_nodule"]
+
+
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="none is not a folder: expected the one given as lesions masks"
