@@ -156,7 +156,7 @@ def _require_own_index(store: ShardStore) -> None:
     for name in (SHARD_INDEX_FILE, SHARD_MANIFEST_FILE):
         try:
             content = json.loads(store.read_file(name))
-        except (FileNotFoundError, ValueError):  # none, or one of ours that a crash cut short
+        except (OSError, ValueError):  # none, or one of ours that a crash cut short
             continue
         if not isinstance(content, dict) or "shards" not in content:
             raise UserError(

@@ -78,7 +78,7 @@ def _read_header_fields(path: Path, separator: str) -> dict[str, str]:
 
 
 def _read_nrrd_header(path: Path, block: bytes) -> bytes:
-    """The header at the begin of a NRRD file, up to the empty line.
+    """The header at the beginning of a NRRD file, up to the empty line.
 
     ITK ends a line at a bare carriage return too: a comment with one would hide a field, such as
     another file's name, from us alone.
