@@ -69,6 +69,8 @@ _DISPLACEMENT = re.compile(
 _JOINING_WORDS = re.compile(r"^(?:,|\s|\band\b|\bor\b|\bwith\b|\baccompanied by\b|[\w-]+\s)*$")
 _MAX_JOINING_CHARACTERS = 30
 """Longest text between two names with a common side: "consolidation and patchy ground glass"."""
+_STATEMENT = re.compile(r"\s*(?:,|and\b)")
+"""Begin of another statement after a name."""
 _LOBE_PATTERN = re.compile(
     r"(?P<right_upper>\bright (?:lung )?upper lobe\b|\brul\b|"
     r"\bupper lobe (?:[a-z]+ ){0,3}?of the right lung\b)"
@@ -341,6 +343,10 @@ def _mentions_before_side(
     before = [i for i, mention in enumerate(mentions) if mention.end <= start]
     if not before:
         return []
+    last = mentions[before[-1]]
+    is_denied = last.state < FindingState.UNCERTAIN
+    if is_denied and before[-1] + 1 < len(mentions) and _STATEMENT.match(text, last.end, start):
+        return []  # "no effusion, and the left lung has a nodule"
     owners = [before[-1]]
     for i in reversed(before[:-1]):
         nearest = mentions[owners[-1]]

@@ -50,6 +50,10 @@ SWAPPED = REFERENCE.replace("left", "RIGHT").replace("right", "left").replace("R
             {"Lung nodule": RIGHT, "Pleural effusion": LEFT},
         ),
         (
+            "There is no pericardial effusion and the left lung has a 12 x 9 mm nodule.",
+            {"Lung nodule": LEFT},
+        ),
+        (
             "Left effusion with adjacent atelectasis.",
             {"Pleural effusion": LEFT, "Atelectasis": LEFT},
         ),
