@@ -4,6 +4,7 @@ The operations of a real step, the allocator's own record, and arithmetic by han
 """
 
 import copy
+import itertools
 import json
 import math
 import subprocess
@@ -85,9 +86,12 @@ def real(config: Config, phase: int) -> tuple[RectVLM, Batch]:
     model = RectVLM(config, row.parts, prompts, language).train()
     if model.generator is not None:
         # The cues of an untrained model are random, and so is their length: use the plan's here.
+        # Prompts of one length need no mask, without which attention keeps less.
+        shorter = [1] * (row.get_settings(config).micro_batch - 1)
+        missing = itertools.cycle([0, *shorter])
         model.generator.encode_prompt = lambda cues: (
             [1] * (PROMPT_TOKENS // 2),
-            [1] * (PROMPT_TOKENS // 2),
+            [1] * (PROMPT_TOKENS // 2 - next(missing)),
         )  # type: ignore[method-assign]
     freeze_all_but(model, row.get_settings(config).lr)
     for parameter in model.parameters():
