@@ -70,7 +70,7 @@ _JOINING_WORDS = re.compile(r"^(?:,|\s|\band\b|\bor\b|\bwith\b|\baccompanied by\
 _MAX_JOINING_CHARACTERS = 30
 """Longest text between two names with a common side: "consolidation and patchy ground glass"."""
 _STATEMENT = re.compile(r"\s*(?:,|and\b)")
-"""Begin of another statement after a name."""
+"""What stands between a name and the statement after it."""
 _LOBE_PATTERN = re.compile(
     r"(?P<right_upper>\bright (?:lung )?upper lobe\b|\brul\b|"
     r"\bupper lobe (?:[a-z]+ ){0,3}?of the right lung\b)"
