@@ -37,8 +37,12 @@ def check_checkpoint(folder: Path) -> None:
     Checkpoint.open(folder)
 
 
-def check_device(name: str | None) -> None:
-    """Import torch and try a device; from here on a command is known to be right."""
+def prepare_device(name: str | None) -> None:
+    """Import torch and try a device; from here on a command is known to be right.
+
+    On a machine without a GPU freed memory is kept for the next activations.
+    """
+    from rectvlm.allocator import keep_freed_memory
     from rectvlm.types import UserError
 
     if name is not None and not re.fullmatch(DEVICE_PATTERN, name):
@@ -54,3 +58,5 @@ def check_device(name: str | None) -> None:
         raise UserError(
             f"Device {name!r} cannot be used ({reason}): give cpu, or leave --device out."
         ) from None
+    if not torch.cuda.is_available():
+        keep_freed_memory()

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rectvlm.cli.checks import check_checkpoint, check_device
+from rectvlm.cli.checks import check_checkpoint, prepare_device
 from rectvlm.cli_options import add_options, options_from_namespace
 
 
@@ -105,7 +105,7 @@ def _run_evaluate(namespace: argparse.Namespace) -> None:
     check_checkpoint(namespace.checkpoint)
     if namespace.shards is not None:
         read_index(namespace.shards)
-    check_device(namespace.device)
+    prepare_device(namespace.device)
 
     from rectvlm.evaluate.radeval_tables import describe_radeval, make_radeval_table
     from rectvlm.evaluate.report_tables import describe_table_comparison, make_baseline_table
@@ -145,7 +145,7 @@ def _run_embed(namespace: argparse.Namespace) -> None:
         check_checkpoint(options.checkpoint)
     else:
         load_config(options.config[0], options.config[1:])
-    check_device(namespace.device)
+    prepare_device(namespace.device)
     from rectvlm.embed.run import embed_cts
 
     sys.stdout.write(f"{embed_cts(options, namespace.device)}\n")

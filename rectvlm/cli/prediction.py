@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rectvlm.cli.checks import (
     check_checkpoint,
-    check_device,
     end_by_sigterm_as_by_ctrl_c,
     existing_path,
+    prepare_device,
 )
 from rectvlm.cli_options import add_options, options_from_namespace
 
@@ -95,7 +95,7 @@ def _run_predict(options: argparse.Namespace) -> None:
     if address is None and options.keys is None:
         options.source = existing_path(options.source)
     check_checkpoint(options.checkpoint)
-    check_device(options.device)
+    prepare_device(options.device)
     end_by_sigterm_as_by_ctrl_c()
     from rectvlm.predict.pacs import predict_from_pacs
     from rectvlm.predict.run import predict_cases
@@ -124,7 +124,7 @@ def _run_serve(namespace: argparse.Namespace) -> None:
     require_server_packages()
     token = read_token(options.host)
     check_checkpoint(options.checkpoint)
-    check_device(options.device)
+    prepare_device(options.device)
     from rectvlm.serve.run import serve
 
     serve(options, token)
@@ -132,7 +132,7 @@ def _run_serve(namespace: argparse.Namespace) -> None:
 
 def _run_challenge(options: argparse.Namespace) -> None:
     check_checkpoint(options.checkpoint)
-    check_device(options.device)
+    prepare_device(options.device)
     end_by_sigterm_as_by_ctrl_c()
     from rectvlm.predict.challenge import write_challenge_results
 

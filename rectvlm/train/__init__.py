@@ -26,6 +26,7 @@ def main(
         argv: arguments; by default the process's.
         resolve_settings: replaces `auto` in the configuration; without it `auto` counts as true.
     """
+    from rectvlm.allocator import keep_freed_memory
     from rectvlm.train.engine.cache_folders import replace_unwritable_caches
     from rectvlm.train.engine.launcher_settings import follow_use_cpu, is_started_by_launcher
     from rectvlm.train.logging.logging_setup import choose_deepspeed_device, configure_logging
@@ -47,6 +48,8 @@ def main(
     if os.environ.get("RANK", "0") == "0":
         log.info("phase %d: loading torch, transformers and DeepSpeed", phase_number)
     choose_deepspeed_device()
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        keep_freed_memory()
     # Imported here: libraries that the engine imports log messages unless they are silenced.
     from rectvlm.train import run
 
