@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rectvlm.config import NORM_GROUPS, DataConfig, EncoderConfig, LocalizerConfig
+from rectvlm.config import NORM_GROUPS, Checkpointing, DataConfig, EncoderConfig, LocalizerConfig
 from rectvlm.labels import LESION_FINDING_INDEXES, N_FINDINGS, N_LESIONS
 from rectvlm.models.image_features import ImageFeatures, apply_windows
 from rectvlm.models.layers import Mlp, TransformerBlock, run_layer
@@ -56,6 +56,9 @@ class LocalizerOutput(NamedTuple):
     """Mean squared error of the denoised patch features, a scalar; 0 outside training."""
     finding_logits: Tensor | None = None
     """(B, 18), to be added to the classifier's logits; None without `volumes_to_findings`."""
+    recompute: Checkpointing = False
+    """Whether the loss of the logits is to be computed again in the backward pass, as the
+    activations of the localizer are."""
 
 
 class DenoiserOutput(NamedTuple):
@@ -331,6 +334,7 @@ class LesionLocalizer(nn.Module):
             alignment_logits=denoised.alignment_logits,
             denoising_loss=denoised.denoising_loss,
             finding_logits=None if self.evidence is None else self.evidence(mask_logits),
+            recompute=self.recompute,
         )
 
     def _check_inputs(self, ct: Tensor, features: ImageFeatures, prompts: PromptEmbeddings) -> None:

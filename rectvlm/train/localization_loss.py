@@ -23,11 +23,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from rectvlm.config import LocalizationLossWeightsConfig
 from rectvlm.labels import LESIONS, N_LESIONS
 from rectvlm.lesion_bits import lesion_mask
+from rectvlm.models.layers import run_layer
 from rectvlm.models.localizer import LocalizerOutput
 from rectvlm.train.lesion_targets import LesionTargets
 from rectvlm.train.task_loss import TargetCounts, TaskLoss, mean_of_known
@@ -137,22 +137,21 @@ def _compute_all_lesion_terms(
 ) -> LesionTerms:
     """Terms of all lesions, (B, L).
 
-    They are computed lesion by lesion and again in the backward pass: the intermediate results
-    would take many times the memory of the logits.
+    They are computed lesion by lesion, and again in the backward pass where the localizer's
+    activations are: the intermediate results take many times the memory of the logits.
     """
     full = predicted.mask_logits.unbind(1)
     half = predicted.half_mask_logits.unbind(1)
     patch = predicted.patch_logits.unbind(1)
     columns = []
     for lesion in LESIONS:
-        terms = checkpoint(
+        terms = run_layer(
             _compute_lesion_terms,
             (full[lesion.bit], half[lesion.bit], patch[lesion.bit]),
             targets,
             lesion.bit,
             with_consistency,
-            use_reentrant=False,
-            preserve_rng_state=False,
+            recompute=predicted.recompute,
         )
         columns.append(terms)
     return _stack_terms(columns)
@@ -187,35 +186,33 @@ def _compute_lesion_terms(
         bit: the lesion's position in `LESIONS`.
         with_consistency: whether to compute the consistency term.
     """
-    full, half, patch = logits
+    probabilities = [resolution.sigmoid() for resolution in logits]
+    patch_grid = logits[-1].shape[1:]
     knowledge, mask = _describe_knowledge(targets, bit)
     mask = mask & knowledge.outlined[:, None, None, None]
     # Only a lung lesion has a place that a region map bounds well.
     possible = targets.lung if LESIONS[bit].site == "lung" else torch.ones_like(mask)
     voxel_share = targets.voxel_ml / SMALL_LESION_ML[LESIONS[bit].key]
-    near = _mark_neighbour_cells(_any_in_cells(mask, patch.shape[1:]))
+    near = _mark_neighbour_cells(_any_in_cells(mask, patch_grid))
 
-    def at_resolution(logits: Tensor) -> ResolutionTerms:
-        grid = logits.shape[1:]
-        return _compute_resolution_terms(
-            logits,
+    terms = []
+    for resolution_logits, resolution_probabilities in zip(logits, probabilities, strict=True):
+        grid = resolution_logits.shape[1:]
+        resolution_terms = _compute_resolution_terms(
+            resolution_logits,
+            resolution_probabilities,
             _any_in_cells(mask, grid),
             _any_in_cells(possible, grid),
             _enlarge_cells(near, grid),
             knowledge,
-            voxel_share * mask[0].numel() / logits[0].numel(),
+            voxel_share * mask[0].numel() / resolution_logits[0].numel(),
         )
-
+        terms.append(resolution_terms)
+    full, half, patch = probabilities
     consistency = full.new_zeros(len(full))
     if with_consistency:
         consistency = _compare_resolutions(full, half) + _compare_resolutions(full, patch)
-    return LesionTerms(
-        at_resolution(full),
-        at_resolution(half),
-        at_resolution(patch),
-        consistency,
-        knowledge.outlined,
-    )
+    return LesionTerms(*terms, consistency, knowledge.outlined)
 
 
 def _describe_knowledge(targets: LesionTargets, bit: int) -> tuple[_LesionKnowledge, Tensor]:
@@ -230,6 +227,7 @@ def _describe_knowledge(targets: LesionTargets, bit: int) -> tuple[_LesionKnowle
 
 def _compute_resolution_terms(
     logits: Tensor,
+    probabilities: Tensor,
     mask: Tensor,
     possible: Tensor,
     near: Tensor,
@@ -240,6 +238,7 @@ def _compute_resolution_terms(
 
     Args:
         logits: (B, z, y, x).
+        probabilities: their sigmoid.
         mask: (B, z, y, x) bool, outlines that count.
         possible: (B, z, y, x) bool, where the lesion can lie.
         near: (B, z, y, x) bool, around an outline. There, what is not outlined counts as empty even
@@ -249,7 +248,6 @@ def _compute_resolution_terms(
     """
     is_empty = ~mask & (knowledge.complete[:, None, None, None] | ~possible)
     is_far = is_empty & ~near
-    probabilities = logits.sigmoid()
     squares = probabilities.square()
     drawn = cell_share * _sum_where(is_far, squares)
     in_place = cell_share * _sum_where(possible, squares)
@@ -292,8 +290,8 @@ def _count(mask: Tensor) -> Tensor:
 
 def _compare_resolutions(full: Tensor, coarser: Tensor) -> Tensor:
     """Mean squared difference of the probabilities at full and at a coarser resolution, (B,)."""
-    pooled = _pool_probabilities(full.sigmoid(), coarser.shape[1:])
-    return (coarser.sigmoid() - pooled).square().flatten(1).mean(1)
+    pooled = _pool_probabilities(full, coarser.shape[1:])
+    return (coarser - pooled).square().flatten(1).mean(1)
 
 
 def _reduce_cells(

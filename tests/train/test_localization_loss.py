@@ -133,6 +133,36 @@ def test_nothing_known_is_zero_with_a_graph_of_everything() -> None:
         assert not logits.grad.any()
 
 
+def test_recomputing_terms_changes_neither_loss_nor_gradients() -> None:
+    found, again = noise(), noise()._replace(recompute=True)
+    targets, weights = describe(boxes(), ALL), {"consistency": 0.1, "alignment": 0.1}
+    assert (
+        localization(found, targets, **weights).value
+        == localization(again, targets, **weights).value
+    )
+    for gradient, gradient_again in zip(
+        gradients(found, targets, **weights), gradients(again, targets, **weights), strict=True
+    ):
+        torch.testing.assert_close(gradient, gradient_again)
+
+
+def test_terms_are_kept_only_where_they_are_not_recomputed() -> None:
+    def count_saved_bytes(found: LocalizerOutput) -> int:
+        total = 0
+
+        def add(tensor: Tensor) -> Tensor:
+            nonlocal total
+            total += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(add, lambda tensor: tensor):
+            localization(found, describe(boxes(), ALL))
+        return total
+
+    recomputed = count_saved_bytes(noise()._replace(recompute=True))
+    assert recomputed < count_saved_bytes(noise()) / 5
+
+
 def test_perfect_masks_cost_nearly_nothing_and_others_do() -> None:
     bits = boxes()
     assert localization(drawn(masks_of(bits)), describe(bits, ALL)).value < 1e-3
