@@ -195,7 +195,7 @@ def _compute_lesion_terms(
     voxel_share = targets.voxel_ml / SMALL_LESION_ML[LESIONS[bit].key]
     near = _mark_neighbour_cells(_any_in_cells(mask, patch_grid))
 
-    terms = []
+    terms: list[ResolutionTerms] = []
     for resolution_logits, resolution_probabilities in zip(logits, probabilities, strict=True):
         grid = resolution_logits.shape[1:]
         resolution_terms = _compute_resolution_terms(
@@ -212,7 +212,7 @@ def _compute_lesion_terms(
     consistency = full.new_zeros(len(full))
     if with_consistency:
         consistency = _compare_resolutions(full, half) + _compare_resolutions(full, patch)
-    return LesionTerms(*terms, consistency, knowledge.outlined)
+    return LesionTerms(terms[0], terms[1], terms[2], consistency, knowledge.outlined)
 
 
 def _describe_knowledge(targets: LesionTargets, bit: int) -> tuple[_LesionKnowledge, Tensor]:
