@@ -27,7 +27,6 @@ from rectvlm.config import MODEL_PARTS, Config
 from rectvlm.models import RectVLM
 from rectvlm.train.dry_run.dry_run import find_quantized_layers
 from rectvlm.train.dry_run.meta_ops import count_quantization_state_bytes
-from rectvlm.train.engine.ds_config import choose_persistence_threshold
 from rectvlm.train.engine.leaf_modules import find_leaf_modules
 
 BF16_BYTES, FP32_BYTES = 2, 4
@@ -161,7 +160,7 @@ def compute_static_memory(
     zero_stage = zero["stage"]
     parameters = list_stored_parameters(model, config)
     trainable = [parameter for parameter in parameters if parameter.is_trainable]
-    threshold = _read_persistence_threshold(zero, parameters)
+    threshold = zero.get("stage3_param_persistence_threshold", DEFAULT_PERSISTENCE_THRESHOLD)
     sharded: list[StoredParameter] = []
     if zero_stage == 3 and gpus > 1:
         sharded = [parameter for parameter in parameters if parameter.entries > threshold]
@@ -207,17 +206,6 @@ def compute_static_memory(
         gather_calls=gather_calls,
         reduced_bytes=BF16_BYTES * entries if gpus > 1 else 0,
     )
-
-
-def _read_persistence_threshold(
-    zero: dict[str, Any], parameters: Sequence[StoredParameter]
-) -> float:
-    """Return the entries up to which a parameter stays complete on every GPU under ZeRO-3."""
-    threshold = zero.get("stage3_param_persistence_threshold", DEFAULT_PERSISTENCE_THRESHOLD)
-    if threshold == "auto":
-        quantized_entries = [p.entries for p in parameters if p.is_quantized]
-        return choose_persistence_threshold(quantized_entries)
-    return float(threshold)
 
 
 def _count_weight_bytes(

@@ -1,17 +1,12 @@
 """A phase's DeepSpeed JSON: read, checked and completed, for the engine and the planner."""
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rectvlm.files import read_json_object
 from rectvlm.train.budget import StepBatch
 from rectvlm.types import UserError
-
-MAX_PERSISTENT_NUMEL = 1_000_000
-"""Entries above which ZeRO-3 shards a parameter: rank-64 LoRA of a 70B stays whole, its layers do
-not."""
 
 SIZE_SETTINGS = (
     "reduce_bucket_size",
@@ -21,8 +16,8 @@ SIZE_SETTINGS = (
     "stage3_max_reuse_distance",
     "stage3_param_persistence_threshold",
 )
-"""Settings in entries. Only the last may be `auto`: the others would need a launcher to fill them
-in, which is not used here."""
+"""Settings in entries. None may be `auto`: it would need a launcher to fill them in, which is not
+used here."""
 
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -81,18 +76,8 @@ def _check_zero_settings(path: Path, zero: Any) -> None:
 
     for key in SIZE_SETTINGS:
         value = zero.get(key, 0)
-        if value == "auto" and key == SIZE_SETTINGS[-1]:
-            continue
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not 0 <= value < math.inf:
             raise UserError(
                 f"{path} sets {key} to {value!r}: expected a number of entries, 0 or more."
             )
-
-
-def choose_persistence_threshold(packed_numels: Iterable[int]) -> int:
-    """Entries of the largest parameter that ZeRO-3 keeps whole on every rank.
-
-    Adapters and norms stay whole, packed 4-bit weights do not.
-    """
-    return min([*packed_numels, MAX_PERSISTENT_NUMEL]) - 1

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rectvlm.train.budget import StepBatch
-from rectvlm.train.engine.ds_config import choose_persistence_threshold, read_ds_config
+from rectvlm.train.engine.ds_config import read_ds_config
 from rectvlm.train.engine.engine_memory import (
     EngineDescription,
     RankDescription,
@@ -265,13 +265,9 @@ class Engine:
             if isinstance(module, Linear4bit):
                 # In eval mode it would repack its weights, and the state shared with their shards.
                 module.support_avx512bf16_for_cpu = False
-        zero = self._zero_settings
-        if zero.get("stage3_param_persistence_threshold") == "auto":
-            threshold = choose_persistence_threshold(self._packed_numels.values())
-            zero["stage3_param_persistence_threshold"] = threshold
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             self._cast_and_move(model)
-        if zero["stage"] == 3:
+        if self._zero_settings["stage"] == 3:
             # Hooks of each linear layer and adapter would take longer than they save, a third of a
             # step of a small model on CPUs.
             for leaf in find_leaf_modules(model).values():
