@@ -55,7 +55,7 @@ preprocess: $(STAMP) ## shards of your own cases [TABLE=cases.csv], of a CT-RATE
 verify: $(STAMP) ## read shards back and check every byte of them; OUT=folder or URL; STATS=folder for tables and pictures
 	@$(BIN)/python -m data_pipeline.verify $(if $(OUT),"$(OUT)") --config "$(CONFIG)" $(if $(STATS),--stats "$(STATS)") $(ARGS)
 
-demo: $(STAMP) ## all of it in a quarter of an hour: shards, three phases on two processes, evaluation, two real CTs; targets and figures in runs/demo
+demo: $(STAMP) ## all of it in ten minutes: shards, three phases on two processes, evaluation, two real CTs; targets and figures in runs/demo
 	@$(BIN)/python -m launch.demo --config "$(CONFIG)" $(ARGS)
 
 learn: $(STAMP) ## the demo with more cases and steps, a proof of learning: twenty minutes, targets and figures in runs/learn [SUPERVISION=ct-rate for labels and outlines like CT-RATE's]
