@@ -6,8 +6,11 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
 _NEVER = -1
+"""Trim threshold with which the end of the heap is never given back."""
 _LARGEST_KEPT_BYTES = 1 << 30
+"""Size of a block from which it is still taken from the system and given back."""
 _LARGEST_BYTES_OF_OLD_GLIBC = 1 << 25
+"""Largest such size that older glibc takes, 32 MiB."""
 
 
 def keep_freed_memory() -> bool:
@@ -25,7 +28,6 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or not mallopt(_M_TRIM_THRESHOLD, _NEVER):
         return False
-    # Older glibc refuses more than 32 MiB.
     return any(
         mallopt(_M_MMAP_THRESHOLD, size)
         for size in (_LARGEST_KEPT_BYTES, _LARGEST_BYTES_OF_OLD_GLIBC)

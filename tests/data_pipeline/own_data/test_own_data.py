@@ -456,7 +456,8 @@ def test_a_ct_may_be_a_dicom_folder_a_file_of_it_or_an_npz(folder: Path) -> None
     assert {key for key in before if before[key] != after[key]} == {"IM0000"}
 
 
-def test_ten_thousand_rows_are_read_in_a_moment(folder: Path) -> None:
+def test_four_times_the_rows_take_about_four_times_as_long(folder: Path) -> None:
+    """10,000 rows take about a second; a search for each row among all would take 16 times."""
     header = ["ct", "key", "report", *FINDINGS, *(f"{lesion}_mask" for lesion in LESION_BY_KEY)]
     report = '"' + "The heart is normal, no effusion.\n" * 20 + '"'
     rows = [
@@ -465,11 +466,18 @@ def test_ten_thousand_rows_are_read_in_a_moment(folder: Path) -> None:
         + [f"{number}_{lesion}.nii.gz" for lesion in range(5)]
         for number in range(10_000)
     ]
-    table = write_table(folder, "\n".join(",".join(cells) for cells in [header, *rows]))
-    start = time.process_time()
-    assert len(list_table_cases(table).cases) == 10_000
-    # About a second on an idle machine; 7 were seen beside others on its cores.
-    assert time.process_time() - start < 20
+
+    def measure_seconds(count: int) -> float:
+        lines = [",".join(cells) for cells in [header, *rows[:count]]]
+        table = write_table(folder, "\n".join(lines))
+        seconds = []
+        for _ in range(2):  # the quicker of two: others may use the cores
+            start = time.process_time()
+            assert len(list_table_cases(table).cases) == count
+            seconds.append(time.process_time() - start)
+        return min(seconds)
+
+    assert measure_seconds(10_000) < 10 * measure_seconds(2_500)
 
 
 # Options
