@@ -28,7 +28,7 @@ PACKAGES = ("rectvlm", "data_pipeline", "launch", "benchmarks", "tests")
 CONFIG_SECTIONS = ("data", "encoder", "text", "classifier", "localizer", "generator", "train")
 OWN_ENCODER = DOCS / "how-to/own-encoder.md"
 """Its code stands in files that the reader writes; tests/models/test_encoder.py runs it."""
-FOREIGN_COMMANDS = {".", "cd", "git", "hf", "pip", "sky", "tensorboard", "wandb"}
+FOREIGN_COMMANDS = {".", "cd", "git", "hf", "pip", "sky", "tensorboard", "vllm", "wandb"}
 SOURCE_FILE = re.compile(r"[\w./-]+\.(?:py|ya?ml|j2|sh|sbatch|toml)\b")
 SOURCE_LINK = re.compile(r"docs/[\w./-]+\.md")
 

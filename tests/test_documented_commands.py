@@ -38,7 +38,7 @@ RUNNERS = {
     "rectvlm embed": ("tests/embed/test_embed.py",),
     "rectvlm evaluate": (
         *("tests/test_cli.py", "tests/data_pipeline/test_rad_chestct.py"),
-        "tests/evaluate/test_evaluate_ranks.py",
+        *("tests/evaluate/test_evaluate_ranks.py", "tests/evaluate/test_report_server.py"),
     ),
     "rectvlm export": ("tests/checkpoint/test_export.py",),
     "rectvlm init": ("tests/test_commented_config.py",),
@@ -65,6 +65,8 @@ RUNNERS = {
     "rectvlm weights push": ("tests/pretrained/test_push.py",),
     "rectvlm weights verify": ("tests/pretrained/test_verify.py",),
     "torchrun rectvlm evaluate": (DEMO,),
+    # The test runs the command that the module writes.
+    "vllm serve": ("tests/evaluate/test_report_server.py", "rectvlm/evaluate/report_server.py"),
 }
 """Files that run each command, one call or several."""
 NOT_RUN = {

@@ -11,6 +11,7 @@ from rectvlm.evaluate.case_groups import CaseGroup
 from rectvlm.evaluate.case_records import CasePurpose, CaseRecord, LesionRecord
 from rectvlm.evaluate.native_grid import lesions_to_native_grid
 from rectvlm.evaluate.options import LESION_THRESHOLD, EvaluationOptions
+from rectvlm.evaluate.report_server import ReportServer
 from rectvlm.labels import FINDINGS, LESIONS
 from rectvlm.metrics.lesion_overlap import count_lesion_voxels
 from rectvlm.metrics.lesions import compare_lesion_masks
@@ -29,14 +30,17 @@ from rectvlm.types import (
 class CaseEvaluator:
     """Predicts groups of cases and compares them with the truth."""
 
-    def __init__(self, model: RectVLM, options: EvaluationOptions) -> None:
+    def __init__(
+        self, model: RectVLM, options: EvaluationOptions, server: ReportServer | None = None
+    ) -> None:
         """Evaluate with a model.
 
         Args:
             model: in eval mode, on its device.
             options: options of the evaluation.
+            server: what writes the reports; by default the model.
         """
-        self.model, self.options = model, options
+        self.model, self.options, self._server = model, options, server
         self._device = next(model.parameters()).device
         self._air_prompt: ReportPrompt | None = None
 
@@ -48,7 +52,8 @@ class CaseEvaluator:
             batches: their samples, on the CPU; as many are taken as the group has batches.
 
         Raises:
-            UserError: The model's output is not finite, or a file of outlines cannot be used.
+            UserError: The model's output is not finite, a file of outlines cannot be used, or the
+                server gives no reports.
         """
         records: list[CaseRecord] = []
         prompts: dict[int, ReportPrompt] = {}
@@ -138,11 +143,11 @@ class CaseEvaluator:
         control_prompts: dict[int, ReportPrompt],
     ) -> list[CaseRecord]:
         """Write the reports of a group and of its control, and add them to the records."""
-        if not prompts or self.model.generator is None:
+        if not prompts:
             return records
         # Control prompts with the same cues are the same prompt.
         distinct_controls = {prompt.cues: prompt for prompt in control_prompts.values()}
-        texts = self.model.generator.write_reports([*prompts.values(), *distinct_controls.values()])
+        texts = self._write_reports([*prompts.values(), *distinct_controls.values()])
         generated = dict(zip(prompts, texts, strict=False))
         control_texts = dict(zip(distinct_controls, texts[len(prompts) :], strict=True))
         complete_records = []
@@ -153,6 +158,17 @@ class CaseEvaluator:
                 record = replace(record, generated=generated[position], without_image=control)
             complete_records.append(record)
         return complete_records
+
+    def _write_reports(self, prompts: Sequence[ReportPrompt]) -> list[str]:
+        generator = self.model.generator
+        assert generator is not None, "prompts come from a generator"
+        if self._server is None:
+            return generator.write_reports(prompts)
+        return self._server.write_reports(
+            generator.embed_prompts(prompts),
+            generator.config.max_report_tokens,
+            generator.language_model.generation_config.eos_token_id,
+        )
 
 
 def _take_first_sample(batch: Batch) -> Batch:

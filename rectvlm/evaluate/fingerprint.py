@@ -121,9 +121,11 @@ def identify_language_model(reference: str, near: Path | None = None) -> dict[st
 def _select_options(options: EvaluationOptions) -> JsonObject:
     """The options on which case records depend, and those that say which cases there are.
 
-    The folder `truth` is left out as well: its contents are in the fingerprint.
+    The folder `truth` is left out as well: its contents are in the fingerprint. Of the server of
+    reports only whether there is one counts: it may have another address after a restart.
     """
     fields = asdict(options)
+    fields["report_server"] = options.report_server is not None
     for name in (*OPTIONS_OF_FIGURES, "truth"):
         del fields[name]
     return fields | {"lesion_threshold": LESION_THRESHOLD}

@@ -26,6 +26,8 @@ class EvaluationOptions:
     """Whether reports are generated, if the model can."""
     report_limit: int | None = field(default=None, metadata=argument(metavar="N", minimum=1))
     """Number of cases with a report, the first ones; by default all."""
+    report_server: str | None = field(default=None, metadata=argument(metavar="URL"))
+    """vLLM server that writes the reports, http://HOST:PORT; by default this process does."""
     limit: int | None = field(default=None, metadata=argument(metavar="N", minimum=1))
     """Number of cases that are evaluated, the first ones; by default all."""
     batch_size: int = field(default=1, metadata=argument(metavar="B", minimum=1))

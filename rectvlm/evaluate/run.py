@@ -36,6 +36,7 @@ from rectvlm.evaluate.report_baselines import (
     read_training_reports,
 )
 from rectvlm.evaluate.report_figures import evaluate_reports
+from rectvlm.evaluate.report_server import ReportServer
 from rectvlm.evaluate.result import BootstrapSettings, EvaluationResult
 from rectvlm.evaluate.scans import ScanResults, group_by_scan
 from rectvlm.evaluate.selection import are_same_shards, was_selected_on
@@ -281,8 +282,13 @@ class _EvaluationRun:
         if not missing:
             return
 
-        model = RectVLM.from_checkpoint(self.checkpoint, self.device)
-        evaluator = CaseEvaluator(model, self.options)
+        server = None
+        if self.has_reports and self.options.report_server is not None:
+            server = ReportServer(self.options.report_server, self.checkpoint)
+        model = RectVLM.from_checkpoint(
+            self.checkpoint, self.device, word_embeddings_only=server is not None
+        )
+        evaluator = CaseEvaluator(model, self.options, server)
         n_left, last_log = n_missing, time.monotonic()
         for purpose, dataset in self.datasets.items():
             groups = [group for group in missing if group.purpose == purpose]

@@ -87,7 +87,7 @@ def _load_and_adapt(
     device: torch.device | None,
     shard_module: ShardModule | None,
 ) -> LanguageModel:
-    model_config = _read_model_config(folder)
+    model_config = read_model_config(folder)
     tokenizer = load_tokenizer(folder)
     checkpoint = SafetensorsCheckpoint.from_reference(str(folder))
     _check_quantization(config, model_config, folder, checkpoint)
@@ -144,7 +144,12 @@ def load_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
-def _read_model_config(folder: str | Path) -> Any:
+def read_model_config(folder: str | Path) -> Any:
+    """Read the configuration of a language model.
+
+    Raises:
+        UserError: Transformers does not know the architecture, or the model reads more than text.
+    """
     try:
         model_config = AutoConfig.from_pretrained(folder)
     except ValueError as error:  # an OSError names a missing folder or hub id well enough itself

@@ -219,11 +219,13 @@ def replace_linear_with_4bit(
     quantizer.postprocess_model(model)
 
 
-def has_all_tensors(model: nn.Module, source: TensorSource) -> bool:
-    """Whether each parameter has a tensor under one of its names. Where not, Transformers may know
-    how to convert the names."""
+def has_all_tensors(model: nn.Module, source: TensorSource, part: nn.Module | None = None) -> bool:
+    """Whether each parameter of a model, or of a part of it, has a tensor under one of its names.
+    Where not, Transformers may know how to convert the names."""
+    names_by_id = _parameter_names(model)
     return all(
-        _find_tensor_name(names, source) is not None for names in _parameter_names(model).values()
+        _find_tensor_name(names_by_id[id(parameter)], source) is not None
+        for parameter in (part or model).parameters()
     )
 
 
@@ -240,7 +242,11 @@ def _parameter_names(model: nn.Module) -> dict[int, list[str]]:
 
 
 def materialize_weights(
-    model: nn.Module, source: TensorSource, device: torch.device, shard_module: ShardModule
+    model: nn.Module,
+    source: TensorSource,
+    device: torch.device,
+    shard_module: ShardModule,
+    part: nn.Module | None = None,
 ) -> None:
     """Load the weights of a causal LM on the meta device, module by module.
 
@@ -249,11 +255,12 @@ def materialize_weights(
         source: a tensor for each parameter.
         device: device on which weights are packed and kept.
         shard_module: called after each module, before the next one is read.
+        part: module of the model to load alone; by default the whole model.
     """
     names_by_id = _parameter_names(model)
     _load_buffers(model, source, device)
     loaded: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+    for module in (part or model).modules():
         parameters = dict(module.named_parameters(recurse=False))
         for key, empty in parameters.items():
             if id(empty) not in loaded:

@@ -31,6 +31,7 @@ from rectvlm.models.localizer import LesionLocalizer, LocalizerOutput
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.models.report_decoding import ReportPrompt
 from rectvlm.models.report_generator import ReportGenerator, ReportLoss
+from rectvlm.models.word_embeddings import load_word_embeddings
 from rectvlm.pretrained import resolve_model
 from rectvlm.types import Batch, BatchPrediction, UserError
 
@@ -129,8 +130,13 @@ class RectVLM(nn.Module):
         device: torch.device | str | None = None,
         parts: Sequence[ModelPart] | None = None,
         language_model: str | None = None,
+        word_embeddings_only: bool = False,
     ) -> Self:
-        """Load the model of an opened checkpoint in eval mode; see `from_pretrained`."""
+        """Load the model of an opened checkpoint in eval mode; see `from_pretrained`.
+
+        With `word_embeddings_only` the language model lacks its layers and its adapter, which run
+        elsewhere: the model can make prompts of reports, but write none.
+        """
         if parts is None:  # all, unless only some were pulled
             parts = checkpoint.list_available_parts()
         _check_parts(parts, checkpoint)
@@ -141,7 +147,11 @@ class RectVLM(nn.Module):
         language = None
         if "generator" in parts:
             folder = resolve_model(language_model or config.generator.model, checkpoint.folder)
-            language = load_language_model(config.generator, folder, device)
+            if word_embeddings_only:
+                language = load_word_embeddings(folder, device)
+                tensors = {name: tensors[name] for name in tensors if ".lora_" not in name}
+            else:
+                language = load_language_model(config.generator, folder, device)
         model = cls(config, parts, prompts, language)
         load_tensors(model, tensors, model.checkpoint_tensor_names(), checkpoint.folder)
         model.thresholds = checkpoint.read_thresholds()

@@ -185,6 +185,15 @@ class ReportGenerator(nn.Module):
                 texts[row] = text.strip()
         return texts
 
+    @torch.no_grad()
+    def embed_prompts(self, prompts: Sequence[ReportPrompt]) -> list[Tensor]:
+        """Embeddings (T, E) of each whole prompt, for a language model that runs elsewhere."""
+        embeds = []
+        for visual, cues in prompts:
+            row_embeds, _ = self._embed_prompts(visual[None], [self.encode_prompt(cues)])
+            embeds.append(row_embeds[0])
+        return embeds
+
     def _decode(
         self,
         visual: Tensor,
