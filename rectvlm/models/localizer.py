@@ -13,11 +13,9 @@ resolution).
    lesions: it rises from the denoised patch grid, and at every level its features are matched with
    the lesion tokens, one map a lesion. The next level reads these maps, so its gate knows what is
    sought, and which detail of the CT may pass. The maps of the last level are the masks. They are
-   added to the logits of the patches, interpolated to their resolution. The U-Net sees the box of
-   patches around the body, one sample at a time: their boxes differ in size.
+   added to the logits of the patches, interpolated to their resolution.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,18 +32,10 @@ from rectvlm.models.memory_efficient import (
     upsample_nearest,
 )
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
-from rectvlm.models.tissue_patches import (
-    PatchBox,
-    TissuePatches,
-    find_tissue_boxes,
-    pack_all,
-)
+from rectvlm.models.tissue_patches import TissuePatches, pack_all
 
 AIR_LOGIT = -10.0
 """Logit of a lesion in a patch of air."""
-OUTSIDE_LOGIT = -20.0
-"""Logit of a lesion in a voxel outside the body's box: in all voxels of a CT at `large`, 0.1
-mm³."""
 
 Triple = tuple[int, int, int]
 """One number an axis, (z, y, x)."""
@@ -330,12 +320,13 @@ class LesionLocalizer(nn.Module):
         bottom = denoised.patches.transpose(1, 2).unflatten(2, features.patch_grid)
         patch_logits = denoised.patch_logits.unflatten(2, features.patch_grid)
 
-        drawn = []
-        for number, box in enumerate(find_tissue_boxes(tissue, features.patch_grid)):
-            row = slice(number, number + 1)
-            tokens = denoised.lesion_tokens[row]
-            drawn.append(self._draw(ct[row], bottom[row], patch_logits[row], tokens, box))
-        mask_logits, half_mask_logits = map(_concatenate, zip(*drawn, strict=True))
+        skips = [run_layer(self._run_stem, ct, recompute=self.recompute)]
+        for down in self.down:
+            skips.append(run_layer(down, skips[-1], recompute=self.recompute))
+
+        mask_logits, half_mask_logits = self._decode(
+            bottom, patch_logits, denoised.lesion_tokens, skips
+        )
         return LocalizerOutput(
             mask_logits=mask_logits,
             half_mask_logits=half_mask_logits,
@@ -373,29 +364,6 @@ class LesionLocalizer(nn.Module):
             f"CT, features, prompts and localizer must be on {device}, not on {devices}"
         )
 
-    def _draw(
-        self, ct: Tensor, bottom: Tensor, patch_logits: Tensor, tokens: Tensor, box: PatchBox
-    ) -> tuple[Tensor, Tensor]:
-        """Float32 logits of all lesions of a sample, (1, L, …) at full and at half resolution.
-
-        Args:
-            ct: (1, Z, Y, X) HU.
-            bottom: (1, D, z, y, x), denoised patches.
-            patch_logits: (1, L, z, y, x).
-            tokens: (1, L, D), lesion tokens.
-            box: patches that the U-Net sees.
-        """
-        grid = bottom.shape[2:]
-        every = slice(None)
-        ct = ct[(every, *_scale_box(box, self.patch))]
-        skips = [run_layer(self._run_stem, ct, recompute=self.recompute)]
-        for down in self.down:
-            skips.append(run_layer(down, skips[-1], recompute=self.recompute))
-        inside = (every, every, *box)
-        logits = self._decode(bottom[inside], patch_logits[inside], tokens, skips)
-        full, half = (_pad_around(level_logits, box, grid) for level_logits in logits)
-        return full, half
-
     def _run_stem(self, ct: Tensor) -> Tensor:
         return self.stem(apply_windows(ct, self.windows).to(self.text.weight.dtype))
 
@@ -422,28 +390,3 @@ class LesionLocalizer(nn.Module):
                 bias = self.mask_bias[level].float().view(-1, 1, 1, 1)
                 logits[level] = marked + (matches.float() + bias)
         return logits[0], logits[1]
-
-
-def _scale_box(box: PatchBox, patch: Triple) -> PatchBox:
-    """The voxels of a box of patches."""
-    z, y, x = (
-        slice(places.start * side, places.stop * side)
-        for places, side in zip(box, patch, strict=True)
-    )
-    return z, y, x
-
-
-def _pad_around(logits: Tensor, box: PatchBox, grid: Sequence[int]) -> Tensor:
-    """Logits (1, L, …) of a box of patches on the whole grid, `OUTSIDE_LOGIT` around it."""
-    padding: list[int] = []
-    for places, count, size in zip(box, grid, logits.shape[2:], strict=True):
-        side = size // (places.stop - places.start)
-        # The last axis comes first.
-        padding = [places.start * side, (count - places.stop) * side, *padding]
-    if not any(padding):
-        return logits
-    return F.pad(logits, padding, value=OUTSIDE_LOGIT)
-
-
-def _concatenate(samples: Sequence[Tensor]) -> Tensor:
-    return samples[0] if len(samples) == 1 else torch.cat(list(samples))
