@@ -36,7 +36,7 @@ ADAPTER = {"id": "reports", "parent": "tiny", "root": "/no/such/adapter"}
 
 
 def save_model(folder: Path, *options: str) -> Checkpoint:
-    """A model whose adapter has effect, with an unpacked language model."""
+    """A model whose image and adapter decide the report, with an unpacked language model."""
     config = load_config("tiny", ["generator.quantization=none", *options])
     torch.manual_seed(0)
     prompts = PromptEmbeddings.from_text_encoder(
@@ -49,6 +49,8 @@ def save_model(folder: Path, *options: str) -> Checkpoint:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
+    assert model.generator is not None
+    model.generator.resampler.scale.weight.data.mul_(20)
     model.save_pretrained(folder, training=TrainingState(3, 0, 0, 1))
     return Checkpoint.open(folder)
 
