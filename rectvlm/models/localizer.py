@@ -1,8 +1,7 @@
 """The localizer: five lesion masks in three steps.
 
 Shapes: B samples, L lesions (5), N = z · y · x patches, Z × Y × X voxels, C encoder width,
-D localizer width, K levels of encoder features, c channels of a U-Net level (level 0 is full
-resolution).
+D localizer width, K levels of encoder features.
 
 1. Text: each lesion's prompt embedding becomes a lesion token.
 2. Denoising transformer: lesion tokens and patch features attend to each other in one sequence. In
@@ -13,7 +12,8 @@ resolution).
    lesions: it rises from the denoised patch grid, and at every level its features are matched with
    the lesion tokens, one map a lesion. The next level reads these maps, so its gate knows what is
    sought, and which detail of the CT may pass. The maps of the last level are the masks. They are
-   added to the logits of the patches, interpolated to their resolution.
+   added to the logits of the patches, interpolated to their resolution. The U-Net sees the box of
+   patches around the body, one sample at a time: their boxes differ in size.
 """
 
 from typing import NamedTuple
@@ -22,23 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rectvlm.config import NORM_GROUPS, Checkpointing, DataConfig, EncoderConfig, LocalizerConfig
+from rectvlm.config import Checkpointing, DataConfig, EncoderConfig, LocalizerConfig
 from rectvlm.labels import LESION_FINDING_INDEXES, N_FINDINGS, N_LESIONS
-from rectvlm.models.image_features import ImageFeatures, apply_windows
+from rectvlm.models.attention_unet import AttentionUNet
+from rectvlm.models.image_features import ImageFeatures
 from rectvlm.models.layers import Mlp, TransformerBlock, run_layer
-from rectvlm.models.memory_efficient import (
-    GeluSingleChannelConv,
-    NormGelu,
-    upsample_nearest,
-)
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
-from rectvlm.models.tissue_patches import TissuePatches, pack_all
+from rectvlm.models.tissue_patches import TissuePatches, find_tissue_boxes, pack_all
 
 AIR_LOGIT = -10.0
 """Logit of a lesion in a patch of air."""
-
-Triple = tuple[int, int, int]
-"""One number an axis, (z, y, x)."""
 
 
 class LocalizerOutput(NamedTuple):
@@ -74,38 +67,6 @@ class DenoiserOutput(NamedTuple):
     """(B, L)."""
     denoising_loss: Tensor
     """Mean squared error of the denoised patch features, a scalar; 0 outside training."""
-
-
-def level_strides(patch: Triple) -> list[Triple]:
-    """Strides from each level of the U-Net to the next, down to the patch grid.
-
-    The longest axes are halved first: `(4, 8, 8)` gives `[(1, 2, 2), (2, 2, 2), (2, 2, 2)]`.
-    """
-    assert all(side & (side - 1) == 0 for side in patch), (
-        f"patch {patch} is not made of powers of 2"
-    )
-    strides: list[Triple] = []
-    z, y, x = patch
-    while (longest := max(z, y, x)) > 1:
-        stride = (1 + (z == longest), 1 + (y == longest), 1 + (x == longest))
-        z, y, x = z // stride[0], y // stride[1], x // stride[2]
-        strides.append(stride)
-    return strides
-
-
-class _ConvBlock(nn.Module):
-    """3 × 3 × 3 convolution, group norm, GELU."""
-
-    def __init__(self, inputs: int, outputs: int, stride: Triple = (1, 1, 1)) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(inputs, outputs, 3, stride=stride, padding=1)
-        self.norm = NormGelu(min(NORM_GROUPS, outputs), outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, …) to (B, outputs, …), smaller by the stride."""
-        # With few channels the convolution is twice as fast channels-last, the norm 20 times as
-        # fast channels-first.
-        return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last_3d)).contiguous())
 
 
 class PatchDenoiser(nn.Module):
@@ -179,71 +140,6 @@ class PatchDenoiser(nn.Module):
         return self.scale.float() * similarity + bias
 
 
-class LesionMatch(nn.Module):
-    """Where an image matches each lesion's token: the inner product of feature and token."""
-
-    def __init__(self, channels: int, text_width: int) -> None:
-        super().__init__()
-        self.query = nn.Linear(text_width, channels)
-
-    def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """Features (B, c, …) and tokens (B, L, D) to (B, L, …)."""
-        query = self.query(tokens) / features.shape[1] ** 0.5
-        return (query @ features.flatten(2)).unflatten(2, features.shape[2:])
-
-
-class AttentionGate(nn.Module):
-    """Attention gate (Oktay et al., 2018): one weight a voxel for the detail of the CT."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.skip, self.rising = nn.Conv3d(channels, channels, 1), nn.Conv3d(channels, channels, 1)
-        self.weight = GeluSingleChannelConv(channels)
-
-    def forward(self, skip: Tensor, rising: Tensor, stride: Triple) -> Tensor:
-        """Weights (B, 1, fine grid) of the skip connection, 0 to 1.
-
-        Args:
-            skip: (B, c, fine grid), detail of the CT.
-            rising: (B, c, coarse grid), from the level below. Its 1 × 1 × 1 convolution comes
-                before the upsampling, where it has less to do and gives the same result.
-            stride: fine voxels of a coarse one.
-        """
-        rising = upsample_nearest(self.rising(rising), stride)
-        return self.weight(self.skip(skip) + rising).sigmoid()
-
-
-class DecoderLevel(nn.Module):
-    """One level of the decoder: upsample, gate the detail of the CT, merge, match the lesions."""
-
-    def __init__(self, inputs: int, channels: int, text_width: int, stride: Triple) -> None:
-        super().__init__()
-        self.stride = stride
-        self.reduce = nn.Conv3d(inputs + N_LESIONS, channels, 1)
-        self.gate = AttentionGate(channels)
-        self.merge = _ConvBlock(channels, channels)
-        self.match = LesionMatch(channels, text_width)
-
-    def forward(
-        self, rising: Tensor, matches: Tensor, skip: Tensor, tokens: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Features (B, c, fine grid) and their match with each lesion (B, L, fine grid).
-
-        Args:
-            rising: (B, inputs, coarse grid), features of the level below.
-            matches: (B, L, coarse grid), their match with each lesion.
-            skip: (B, c, fine grid), detail of the CT.
-            tokens: (B, L, D), lesion tokens.
-        """
-        rising = self.reduce(torch.cat([rising, matches], 1))
-        weight = self.gate(skip, rising, self.stride)
-        merged = torch.addcmul(upsample_nearest(rising, self.stride), skip, weight)
-        # In the layout of the convolution before the call: a caller keeps its arguments alive, and
-        # a copy inside the call would come on top.
-        features = self.merge(merged.contiguous(memory_format=torch.channels_last_3d))
-        return features, self.match(features, tokens)
-
-
 class VolumesToFindings(nn.Module):
     """Finding logits from the masks' volumes: an affine map of log(V + v₀), V the expected volume
     in ml.
@@ -278,29 +174,14 @@ class LesionLocalizer(nn.Module):
         self, config: LocalizerConfig, data: DataConfig, encoder: EncoderConfig, text_width: int
     ) -> None:
         super().__init__()
-        strides = level_strides(encoder.patch)
-        levels = range(len(strides))
-        assert len(config.channels) == len(strides), (
-            f"localizer.channels {config.channels} must have {len(strides)} entries for patch "
-            f"{encoder.patch}"
-        )
-        self.patch, self.windows = encoder.patch, data.windows
+        self.patch = encoder.patch
         self.recompute = config.activation_checkpointing
         self.evidence = VolumesToFindings(data.spacing) if config.volumes_to_findings else None
         self.text = nn.Linear(text_width, config.width)
         self.text_offset = nn.Parameter(torch.zeros(N_LESIONS, text_width))
         self.denoiser = PatchDenoiser(config, encoder.width, 1 + len(encoder.tap_blocks))
 
-        channels = [*config.channels, config.width]
-        self.stem = _ConvBlock(len(data.windows), channels[0])
-        self.down = nn.ModuleList(
-            _ConvBlock(channels[k], channels[k + 1], strides[k]) for k in levels[:-1]
-        )
-        self.up = nn.ModuleList(
-            DecoderLevel(channels[k + 1], channels[k], config.width, strides[k]) for k in levels
-        )
-        # Lesions are rare: start near "none".
-        self.mask_bias = nn.Parameter(torch.full((2, N_LESIONS), -3.0))
+        self.unet = AttentionUNet(config, data, encoder)
 
     def forward(
         self, ct: Tensor, features: ImageFeatures, prompts: PromptEmbeddings
@@ -320,12 +201,9 @@ class LesionLocalizer(nn.Module):
         bottom = denoised.patches.transpose(1, 2).unflatten(2, features.patch_grid)
         patch_logits = denoised.patch_logits.unflatten(2, features.patch_grid)
 
-        skips = [run_layer(self._run_stem, ct, recompute=self.recompute)]
-        for down in self.down:
-            skips.append(run_layer(down, skips[-1], recompute=self.recompute))
-
-        mask_logits, half_mask_logits = self._decode(
-            bottom, patch_logits, denoised.lesion_tokens, skips
+        boxes = find_tissue_boxes(tissue, features.patch_grid)
+        mask_logits, half_mask_logits = self.unet(
+            ct, bottom, patch_logits, denoised.lesion_tokens, boxes
         )
         return LocalizerOutput(
             mask_logits=mask_logits,
@@ -363,30 +241,3 @@ class LesionLocalizer(nn.Module):
         assert devices == {device}, (
             f"CT, features, prompts and localizer must be on {device}, not on {devices}"
         )
-
-    def _run_stem(self, ct: Tensor) -> Tensor:
-        return self.stem(apply_windows(ct, self.windows).to(self.text.weight.dtype))
-
-    def _decode(
-        self, bottom: Tensor, patch_logits: Tensor, tokens: Tensor, skips: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Float32 logits of all lesions, (B, L, …) at full and at half resolution.
-
-        The decoder says where a lesion is inside a marked patch, so its logits are added to those
-        of the patches.
-
-        Args:
-            bottom: (B, D, z, y, x), denoised patches.
-            patch_logits: (B, L, z, y, x).
-            tokens: (B, L, D), lesion tokens.
-            skips: features of the CT, (B, c, …) at each level.
-        """
-        rising, matches, logits = bottom, patch_logits.to(bottom.dtype), {}
-        for level in reversed(range(len(self.up))):
-            inputs = (rising, matches, skips[level], tokens)
-            rising, matches = run_layer(self.up[level], *inputs, recompute=self.recompute)
-            if level < len(self.mask_bias):
-                marked = F.interpolate(patch_logits, size=matches.shape[2:], mode="trilinear")
-                bias = self.mask_bias[level].float().view(-1, 1, 1, 1)
-                logits[level] = marked + (matches.float() + bias)
-        return logits[0], logits[1]

@@ -12,8 +12,9 @@ from rectvlm.config import Config
 from rectvlm.data.dataset import ShardDataset, collate_samples
 from rectvlm.labels import N_FINDINGS, N_LESIONS
 from rectvlm.models import RectVLM
+from rectvlm.models.attention_unet import level_strides
 from rectvlm.models.image_features import ImageFeatures
-from rectvlm.models.localizer import LesionLocalizer, level_strides
+from rectvlm.models.localizer import LesionLocalizer
 from rectvlm.models.prompt_embeddings import PromptEmbeddings, embed_texts
 from rectvlm.train.objectives import combine_losses, compute_losses
 from rectvlm.types import Batch

@@ -7,12 +7,16 @@ from torch import Tensor
 from rectvlm import pretrained
 from rectvlm.config import Config
 from rectvlm.models import RectVLM, slice_region_encoder
+from rectvlm.models.attention_unet import OUTSIDE_LOGIT
+from rectvlm.models.image_features import ImageFeatures
+from rectvlm.models.localizer import LocalizerOutput
 from rectvlm.models.prompt_embeddings import PromptEmbeddings
 from rectvlm.models.slice_region_encoder import SliceRegionEncoder
 from rectvlm.models.tissue_patches import (
     TissuePatches,
     assume_tissue_share,
     find_slice_places,
+    find_tissue_boxes,
     find_tissue_patches,
     pack_all,
     pack_patches,
@@ -173,6 +177,57 @@ def test_the_masks_of_a_case_are_the_same_beside_a_larger_patient(
     assert together.mask_logits[0, :, :, :4].max() < -5
 
 
+def test_boxes_are_those_of_each_sample() -> None:
+    tissue = torch.zeros(3, 2, 5, 6, dtype=torch.bool)
+    tissue[0, 1, 2, 3] = tissue[0, 1, 4, 1] = True
+    tissue[1] = True
+    packed = pack_patches(tissue.flatten(1))
+    whole = (slice(0, 2), slice(0, 5), slice(0, 6))
+    expected = [(slice(1, 2), slice(2, 5), slice(1, 4)), whole, whole]
+    assert find_tissue_boxes(packed, (2, 5, 6)) == expected
+    assert find_tissue_boxes(pack_all(torch.empty(2, 60, 1)), (2, 5, 6)) == [whole, whole]
+
+
+def test_the_masks_are_those_of_the_ct_cut_to_the_body(
+    tiny: Config, prompts: PromptEmbeddings
+) -> None:
+    """Logits and gradients; around the body there is nothing, whatever the air holds."""
+    torch.manual_seed(0)
+    model = RectVLM(tiny, ("encoder", "classifier", "localizer"), prompts).eval()
+    localizer = model.localizer
+    assert localizer is not None
+    ct = make_body(tiny.data.grid, margin=16)
+    regions = torch.zeros(1, *tiny.data.grid, dtype=torch.uint8)
+    features = model.encoder(ct, regions, torch.tensor([False]))
+    patches = features.patches.detach().unflatten(1, (4, 6, 6))[:, :, 2:4, 2:4].flatten(1, 3)
+    cut = ImageFeatures(features.global_token, patches, features.region_tokens, (4, 2, 2), patches)
+    inside = (slice(None), slice(None), slice(None), slice(16, 32), slice(16, 32))
+
+    def draw(ct: Tensor, features: ImageFeatures) -> tuple[LocalizerOutput, Tensor]:
+        localizer.zero_grad()
+        output = localizer(ct, features, prompts)
+        output.mask_logits.square().sum().backward(retain_graph=True)
+        gradient = localizer.unet.stem.conv.weight.grad
+        assert gradient is not None
+        return output, gradient.clone()
+
+    noisy_air = torch.where(ct < -900, ct + 40, ct)
+    whole, gradient = draw(noisy_air, features)
+    expected, expected_gradient = draw(noisy_air[:, :, 16:32, 16:32], cut)
+    torch.testing.assert_close(
+        whole.mask_logits[inside], expected.mask_logits, rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-4)
+    outside = torch.ones_like(whole.mask_logits, dtype=torch.bool)
+    outside[inside] = False
+    assert (whole.mask_logits[outside] == OUTSIDE_LOGIT).all()
+    half = whole.half_mask_logits
+    assert half.shape[2:] == (16, 24, 24)
+    body = half[:, :, :, 8:16, 8:16]
+    torch.testing.assert_close(body, expected.half_mask_logits, rtol=1e-4, atol=1e-4)
+    assert (half == OUTSIDE_LOGIT).sum() == half.numel() - body.numel()
+
+
 def test_noise_and_its_loss_are_those_of_tissue(tiny: Config, prompts: PromptEmbeddings) -> None:
     """Denoising is not taught on air."""
     torch.manual_seed(0)
@@ -192,5 +247,8 @@ def test_without_values_there_is_tissue_alone_or_the_share_that_is_assumed() -> 
     ct = torch.zeros(2, 8, 64, 64, device="meta")
     assert find_tissue_patches(ct, PATCH).numbers.shape == (2, 128)
     with assume_tissue_share(0.6):
-        assert find_tissue_patches(ct, PATCH).numbers.shape == (2, 80)
+        tissue = find_tissue_patches(ct, PATCH)
+        assert tissue.numbers.shape == (2, 80)
+        # 0.6 · 1.3 of the eight rows.
+        assert find_tissue_boxes(tissue, (2, 8, 8))[1] == (slice(0, 2), slice(0, 6), slice(0, 8))
     assert find_tissue_patches(ct, PATCH).numbers.shape == (2, 128)

@@ -57,12 +57,12 @@ DECAYED = """
 encoder.embed encoder.blocks.#.attention.q encoder.blocks.#.attention.kv
 encoder.blocks.#.attention.out encoder.blocks.#.mlp.#
 classifier.text classifier.query classifier.image
-localizer.text localizer.stem.conv localizer.down.#.conv localizer.evidence.map
+localizer.text localizer.unet.stem.conv localizer.unet.down.#.conv localizer.evidence.map
 localizer.denoiser.inputs localizer.denoiser.level.# localizer.denoiser.clean
 localizer.denoiser.blocks.#.attention.q localizer.denoiser.blocks.#.attention.kv
 localizer.denoiser.blocks.#.attention.out localizer.denoiser.blocks.#.mlp.#
-localizer.up.#.reduce localizer.up.#.gate.skip localizer.up.#.gate.rising
-localizer.up.#.gate.weight localizer.up.#.merge.conv localizer.up.#.match.query
+localizer.unet.up.#.reduce localizer.unet.up.#.gate.skip localizer.unet.up.#.gate.rising
+localizer.unet.up.#.gate.weight localizer.unet.up.#.merge.conv localizer.unet.up.#.match.query
 generator.resampler.inputs generator.resampler.blocks.#.attention.q
 generator.resampler.blocks.#.attention.kv generator.resampler.blocks.#.attention.out
 generator.resampler.blocks.#.mlp.# generator.resampler.project.#
@@ -75,8 +75,9 @@ encoder.position_z encoder.position_y encoder.position_x encoder.whole encoder.r
 encoder.unknown_prior encoder.blocks.#.attention.slice_bias
 encoder.blocks.#.norm1.weight encoder.blocks.#.norm2.weight encoder.norm.weight
 classifier.direction_offset classifier.query_offset classifier.sharpness classifier.norm.weight
-localizer.text_offset localizer.mask_bias localizer.stem.norm.weight localizer.down.#.norm.weight
-localizer.up.#.merge.norm.weight localizer.denoiser.blocks.#.norm1.weight
+localizer.text_offset localizer.unet.mask_bias localizer.unet.stem.norm.weight
+localizer.unet.down.#.norm.weight
+localizer.unet.up.#.merge.norm.weight localizer.denoiser.blocks.#.norm1.weight
 localizer.denoiser.blocks.#.norm2.weight localizer.denoiser.norm.weight localizer.denoiser.scale
 generator.resampler.queries generator.resampler.scale.weight generator.resampler.norm.weight
 generator.resampler.context_norm.weight generator.resampler.blocks.#.norm1.weight

@@ -3,7 +3,8 @@
 ZeRO-3 runs hooks for each module with weights; on an H200 they take the host 0.48 ms a pass. Of a
 leaf module, which is gathered with everything in it, the hooks run once.
 
-DeepSpeed reduces the gradients of a leaf in a backward hook of the module. Where no tensor among
+DeepSpeed reduces the gradients of a leaf in a backward hook of the module, so a leaf is called once
+in a forward pass. Where no tensor among
 the module's arguments needs a gradient, torch runs that hook before the weights have theirs. So
 leaves are modules that get tensors, not structures of them, and `require_input_gradient` sees that
 one of the tensors needs a gradient.
@@ -31,7 +32,8 @@ def find_leaf_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Find the blocks of a model, by name.
 
     These are the decoder layers of the language model, and outside it what stands in a
-    `ModuleList`: blocks of transformers, stages and levels.
+    `ModuleList`: blocks of transformers and stages. A module whose class says `is_gathered_whole`
+    is one block.
     """
     layer_class = find_decoder_layer_class(model)
     leaf_modules: dict[str, nn.Module] = {}
@@ -41,7 +43,8 @@ def find_leaf_modules(model: nn.Module) -> dict[str, nn.Module]:
         is_block_list = isinstance(module, nn.ModuleList) and not is_language_model
         for child_name, child in module.named_children():
             child_path = f"{name}.{child_name}" if name else child_name
-            if is_block_list or type(child) is layer_class:
+            is_whole = getattr(type(child), "is_gathered_whole", False)
+            if is_block_list or is_whole or type(child) is layer_class:
                 leaf_modules[child_path] = child
             else:
                 visit(child_path, child, is_language_model)
