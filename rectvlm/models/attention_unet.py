@@ -5,6 +5,7 @@ of a level (level 0 is full resolution).
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +134,8 @@ class AttentionUNet(nn.Module):
     ZeRO-3 gathers it whole. DeepSpeed reduces the gradients of a smaller block after each call.
     """
 
-    is_gathered_whole = True
+    is_gathered_whole: ClassVar[bool] = True
+    """Whether it is one of the blocks of `rectvlm.train.engine.leaf_modules`."""
 
     def __init__(self, config: LocalizerConfig, data: DataConfig, encoder: EncoderConfig) -> None:
         super().__init__()
