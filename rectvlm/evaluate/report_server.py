@@ -35,7 +35,9 @@ log = logging.getLogger(__name__)
 MAX_REQUESTS = 128
 """Reports that are asked for at once; the server batches them as its memory allows."""
 TIMEOUT_SECONDS = 3600
+"""Time after which a report counts as lost; it waits for others where memory is short."""
 MAX_MESSAGE_LENGTH = 500
+"""Characters of a server's error that are told."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks that vLLM may be told to make room for."""
 FUSED_LAYERS = {
