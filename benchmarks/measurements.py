@@ -141,10 +141,10 @@ def make_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_value(value: float) -> str:
-    """Write a value with four significant digits."""
-    if abs(value) >= 1000:
+    """Write a value with three significant digits, from 1,000 on as a whole number."""
+    if abs(value) >= 999.5:
         return f"{value:,.0f}"
-    return f"{value:.4g}"
+    return f"{value:.3g}"
 
 
 def make_comparison_table(comparison: Comparison) -> str:

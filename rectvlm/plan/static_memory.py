@@ -16,7 +16,7 @@ no parameters: every GPU holds all of them.
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from rectvlm.config import MODEL_PARTS, Config
 from rectvlm.models import RectVLM
 from rectvlm.train.dry_run.dry_run import find_quantized_layers
 from rectvlm.train.dry_run.meta_ops import count_quantization_state_bytes
-from rectvlm.train.engine.leaf_modules import find_leaf_modules
+from rectvlm.train.engine.leaf_modules import find_leaf_modules, is_gathered_whole
 
 BF16_BYTES, FP32_BYTES = 2, 4
 
@@ -188,14 +188,16 @@ def compute_static_memory(
     loaded_bytes = sum(bytes_by_kind[kind] for kind in loaded_kinds)
     sub_group_entries = min(sharded_entries, zero.get("sub_group_size", DEFAULT_SUB_GROUP))
     gathered_bytes = gathered_in_node_bytes = 0
+    gathered_units: set[str] = set()
     for parameter in sharded:
-        passes = count_passes(parameter.name, config)
+        unit = _name_gathered_unit(parameter.name, leaf_modules)
+        gathered_units.add(unit)
+        passes = count_passes(unit, config, leaf_modules)
         gathered_bytes += passes * parameter.total_bytes
         if copies > 1:
             # A weight that was updated comes from all nodes in the forward pass.
             gathered_in_node_bytes += (passes - parameter.is_trainable) * parameter.total_bytes
-    gathered_units = {_name_gathered_unit(p.name, leaf_modules) for p in sharded}
-    gather_calls = sum(count_passes(unit, config) for unit in gathered_units)
+    gather_calls = sum(count_passes(unit, config, leaf_modules) for unit in gathered_units)
     return StaticMemory(
         bytes_by_kind=bytes_by_kind,
         # Gradients in fp32, and the denominator that Adam builds for all tensors of a group.
@@ -230,14 +232,16 @@ def _count_all_quantization_state_bytes(model: RectVLM, config: Config) -> int:
     return state_bytes
 
 
-def count_passes(name: str, config: Config) -> int:
+def count_passes(name: str, config: Config, leaf_modules: Mapping[str, nn.Module]) -> int:
     """Count how often a micro-batch passes a parameter or module of this name.
 
     It does so forward, backward, and forward again where activations are recomputed. ZeRO-3
-    gathers each time: it frees a layer between its recomputation and its backward pass.
+    gathers each time: it frees a layer between its recomputation and its backward pass. A module
+    that `is_gathered_whole` recomputes within itself, in its backward pass.
     """
     part = getattr(config, name.partition(".")[0], None)
-    return 3 if getattr(part, "activation_checkpointing", False) else 2
+    is_recomputed = getattr(part, "activation_checkpointing", False)
+    return 3 if is_recomputed and not is_gathered_whole(leaf_modules.get(name)) else 2
 
 
 def _count_reduce_bucket_bytes(zero: dict[str, Any]) -> int:
@@ -251,11 +255,11 @@ def count_hooked_passes(model: RectVLM, config: Config) -> int:
     """Count the passes of a micro-batch for which ZeRO-3 runs hooks: those of leaf modules and of
     modules with weights outside them."""
     leaf_modules = find_leaf_modules(model)
-    passes = sum(count_passes(name, config) for name in leaf_modules)
+    passes = sum(count_passes(name, config, leaf_modules) for name in leaf_modules)
     for name, module in model.named_modules():
         has_weights = next(module.parameters(recurse=False), None) is not None
         if has_weights and _name_gathered_unit(f"{name}.", leaf_modules) not in leaf_modules:
-            passes += count_passes(name, config)
+            passes += count_passes(name, config, leaf_modules)
     return passes
 
 

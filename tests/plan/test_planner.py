@@ -34,6 +34,7 @@ from rectvlm.train.dry_run.dry_run import LARGEST_CASE, PROMPT_TOKENS
 from rectvlm.train.dry_run.kernel_workspace import KernelWorkspaceMeter
 from rectvlm.train.dry_run.meta_ops import count_quantization_state_bytes
 from rectvlm.train.engine.ds_config import read_ds_config
+from rectvlm.train.engine.leaf_modules import find_leaf_modules
 from rectvlm.train.objectives import combine_losses, compute_losses
 from rectvlm.train.optimizer import freeze_all_but
 from rectvlm.train.phases import PHASES
@@ -375,7 +376,7 @@ def test_a_step_is_planned_about_as_long_as_it_took(stage: str) -> None:
     time, passes = made.make_plan(1, 141.0).time, 0
     for name, module in made.model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
-            passes += count_passes(name, config)
+            passes += count_passes(name, config, {})
     hooks_then = passes * HardwareRates().hook if stage == "phase3" else 0.0
     then = time.total - time.hooks + hooks_then + PLANNED_SECONDS_OF_FOUR_PASSES
     assert then == pytest.approx(row["step_seconds"], rel=0.15)
@@ -616,6 +617,19 @@ def test_gathers_are_as_many_as_passes(tmp_path: Path) -> None:
     )
     assert 1.05 * one < again <= 1.5 * one
     assert gathers("generator.activation_checkpointing=yes") < again
+
+
+def test_a_module_that_is_gathered_whole_recomputes_while_its_weights_are_there() -> None:
+    passes_by_flag = []
+    for flag in ("no", "yes"):
+        made = planner("tiny", 2, f"localizer.activation_checkpointing={flag}")
+        leaf_modules = find_leaf_modules(made.model)
+        passes = {name: count_passes(name, made.config, leaf_modules) for name in leaf_modules}
+        passes_by_flag.append({name: n for name, n in passes.items() if "localizer" in name})
+    kept, recomputed = passes_by_flag
+    assert set(kept.values()) == {2} and len(kept) >= 2
+    assert recomputed.pop("localizer.unet") == 2
+    assert set(recomputed.values()) == {3}
 
 
 def test_with_a_copy_in_each_node_gathers_stay_within_it(tmp_path: Path) -> None:

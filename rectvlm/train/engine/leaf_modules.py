@@ -4,10 +4,9 @@ ZeRO-3 runs hooks for each module with weights; on an H200 they take the host 0.
 leaf module, which is gathered with everything in it, the hooks run once.
 
 DeepSpeed reduces the gradients of a leaf in a backward hook of the module, so a leaf is called once
-in a forward pass. Where no tensor among
-the module's arguments needs a gradient, torch runs that hook before the weights have theirs. So
-leaves are modules that get tensors, not structures of them, and `require_input_gradient` sees that
-one of the tensors needs a gradient.
+in a forward pass. Where no tensor among the module's arguments needs a gradient, torch runs that
+hook before the weights have theirs. So leaves are modules that get tensors, not structures of them,
+and `require_input_gradient` sees that one of the tensors needs a gradient.
 """
 
 from collections.abc import Sequence
@@ -28,6 +27,11 @@ def find_decoder_layer_class(model: nn.Module) -> type[nn.Module] | None:
     return type(longest[0]) if longest else None
 
 
+def is_gathered_whole(module: nn.Module | None) -> bool:
+    """Whether the class of a module says that the module is one block, whatever is in it."""
+    return getattr(type(module), "is_gathered_whole", False)
+
+
 def find_leaf_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Find the blocks of a model, by name.
 
@@ -43,8 +47,7 @@ def find_leaf_modules(model: nn.Module) -> dict[str, nn.Module]:
         is_block_list = isinstance(module, nn.ModuleList) and not is_language_model
         for child_name, child in module.named_children():
             child_path = f"{name}.{child_name}" if name else child_name
-            is_whole = getattr(type(child), "is_gathered_whole", False)
-            if is_block_list or is_whole or type(child) is layer_class:
+            if is_block_list or is_gathered_whole(child) or type(child) is layer_class:
                 leaf_modules[child_path] = child
             else:
                 visit(child_path, child, is_language_model)
