@@ -63,6 +63,10 @@ _SIDED_PLACES = {_PLACE_WORDS[Compartment.CHEST_WALL], _LUNG, _LUNG_OR_PLEURA, _
 """Places whose side is worded."""
 _EXPECTED, _UNKNOWN = "", "?"
 """Stand for the places where a kind of lesion can lie, and for those not yet named."""
+_PLACE_TYPE = np.dtype(
+    f"U{max(map(len, (*_PLACE_WORDS.values(), *REGION_BY_NAME, _LUNG_OR_PLEURA, _AIRLESS)))}"
+)
+"""Type of an array of places; NumPy cuts words that are longer without a warning."""
 MAX_VOTING_VOXELS = 2000
 """Number of voxels that vote for their nearest lobe: enough for a share, and quick."""
 
@@ -337,7 +341,7 @@ class LesionLocator:
 
         `_EXPECTED` stands for the others, and for places that hold only a small share.
         """
-        names = np.full(sample.size, _UNKNOWN, dtype="U40")
+        names = np.full(sample.size, _UNKNOWN, _PLACE_TYPE)
         if self.lobes is not None:
             self._name_by_regions(lesion, sample, names)
         is_unknown = names == _UNKNOWN
@@ -357,7 +361,7 @@ class LesionLocator:
         return np.isin(self._name_by_geometry(lesion, voxels), _FAR_PLACES)
 
     def _name_by_geometry(self, lesion: Lesion, sample: NDArray[np.intp]) -> NDArray[np.str_]:
-        names = np.full(sample.size, _EXPECTED, dtype="U40")
+        names = np.full(sample.size, _EXPECTED, _PLACE_TYPE)
         if self.geometry.lung_slices is None:
             return names
         margin_mm = _PLEURA_MARGIN_MM if lesion.site == "pleura" else CAVITY_MARGIN_MM

@@ -313,6 +313,19 @@ def test_a_place_where_no_such_lesion_lies_is_named(
     assert not place.is_plausible
 
 
+def test_a_nodule_in_an_airless_lobe_keeps_its_side_and_may_be_right() -> None:
+    """Without a map it may as well lie in the liver."""
+    ct = np.full((80, 80, 100), -1000, np.int16)
+    ct[:, 10:70, 8:92] = 40
+    ct[20:75, 18:62, 14:42] = ct[20:75, 18:62, 58:86] = -850
+    ct[20:45, 18:62, 14:42] = 40
+    mask = np.zeros(ct.shape, np.uint8)
+    mask[28:33, 36:41, 24:29] = bit("lung_nodule")
+    (place,) = locate_lesions(mask, ct, None, (4.0, 4.0, 4.0))
+    assert place.wording == "right chest or upper abdomen, away from aerated lung"
+    assert place.side == "right" and place.is_plausible is None
+
+
 def test_an_outline_beside_the_body_is_outside(patient: Sample) -> None:
     mask = painted(patient, "consolidation", np.array([12, 2, 4]), 12)
     (place,) = locate_lesions(mask, patient.ct, patient.regions, patient.meta.spacing)

@@ -60,7 +60,8 @@ _ONE_SIDED_TERM = re.compile(
 )
 """Structures of one side or with a side in their name, and side words of another meaning."""
 _MIDLINE_ORGAN = re.compile(
-    r"heart|\bcardi|coronar|\baort|\barch\b|\bcava|pulmonary\s+trunk", re.IGNORECASE
+    r"heart|\bcardi|coronar|\baort|\barch\b|\bcava|\b[SI]VC\b|azygos|pulmonary\s+trunk",
+    re.IGNORECASE,
 )
 """Structures off the middle without a side in their name: allowed, except together with a side."""
 _ABBREVIATION = re.compile(r"\b(?:[RL]|\d+\s?[RL]|[Rr][Tt]|[Ll][Tt]|[RL][A-Z]{1,4}s?)\b")

@@ -55,7 +55,7 @@ from rectvlm.files import (
     require_writable_file,
     write_json,
 )
-from rectvlm.finding_thresholds import NOT_FITTED, THRESHOLDS_FILE, FindingThresholds
+from rectvlm.finding_thresholds import THRESHOLDS_FILE, FindingThresholds
 from rectvlm.folder_lock import FolderLock
 from rectvlm.label_table import LabelTable, read_label_table
 from rectvlm.machine import describe_machine, package_versions
@@ -79,6 +79,9 @@ METRIC_PACKAGES = (
     "bert-score",
 )
 """Packages that decide a figure, besides those that decide a prediction."""
+_UNFITTED_HERE = FindingThresholds.all_default(
+    "0.5: too few cases to fit to, and the model's were fitted on the evaluated split"
+)
 TABLE_FILE = "metrics.md"
 PAGE_FILE = "results.html"
 
@@ -159,14 +162,16 @@ def _evaluate_cases(
 
     all_records = run.wait_for_records()
     records = run.select_records(all_records, "evaluate")
-    # Those of a validation during training on the evaluated split would know the answers.
+    # Those of a validation during training on the evaluated split know the answers: they are taken
+    # where they are asked for.
     knows_split = _find_threshold_split(run, run.model_thresholds) == options.split
+    is_replaced = knows_split and options.thresholds == "fit"
     thresholds = choose_thresholds(
         run.model_thresholds,
         run.select_records(all_records, "fit"),
         f"{run.index.threshold_split} split of {run.data.shards}",
         options.hide_regions,
-        NOT_FITTED if knows_split else None,
+        _UNFITTED_HERE if is_replaced else None,
     )
     scans = group_by_scan(records)
     baselines = None
@@ -423,9 +428,11 @@ def _compute_metrics(
 
 def _find_threshold_split(run: _EvaluationRun, thresholds: FindingThresholds) -> Split | None:
     """Split of the evaluated shards that thresholds were fitted on; None where it is none."""
+    if not thresholds.is_fitted.any():
+        return None
     if thresholds is not run.model_thresholds:
         return run.index.threshold_split
-    if not thresholds.is_fitted.any() or run.has_training_shards is False:
+    if run.has_training_shards is False:
         return None
     return run.index.selection_split  # by the validation of the training
 

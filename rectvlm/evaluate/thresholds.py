@@ -21,10 +21,10 @@ def choose_thresholds(
     regions_hidden: bool = False,
     fallback: FindingThresholds | None = None,
 ) -> FindingThresholds:
-    """Choose fitted thresholds, else those of the model.
+    """Choose fitted thresholds, else those of `fallback` or of the model.
 
-    A finding with fewer than `MIN_CASES_TO_FIT` known positives or negatives keeps the model's
-    threshold, which is 0.5 where training had too few of them, too, or that of `fallback`.
+    A finding with fewer than `MIN_CASES_TO_FIT` known positives or negatives is not fitted. The
+    model's threshold of it is 0.5 where training had too few of them, too.
 
     Args:
         model_thresholds: thresholds that the model carries.
@@ -33,8 +33,9 @@ def choose_thresholds(
         regions_hidden: whether region maps were kept from the model.
         fallback: thresholds of the findings that are not fitted; None: the model's.
     """
+    unfitted = fallback or model_thresholds
     if not fit_records:
-        return model_thresholds
+        return unfitted
     scans = group_by_scan(fit_records)
     region_maps = RegionMapUsage.from_records(fit_records, regions_hidden)
     source = f"maximum F1 on the first {len(scans.patients)} scans of the {cases}"
@@ -45,6 +46,4 @@ def choose_thresholds(
         kept = "the model's" if fallback is None else f"{DEFAULT_THRESHOLD:g}"
         source += f"; {kept} for {', '.join(fitted.not_fitted)}"
     source += f"; region maps: {region_maps}"
-    if not fitted.is_fitted.any():
-        return model_thresholds
-    return (fallback or model_thresholds).replace_fitted(replace(fitted, source=source))
+    return unfitted.replace_fitted(replace(fitted, source=source))

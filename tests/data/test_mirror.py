@@ -54,6 +54,8 @@ UNSAFE = [
     "Calcification of left main.",
     "Right coronary artery calcification.",
     "Right-sided aortic arch.",
+    "Left-sided SVC is seen.",
+    "An azygos lobe on the right.",
     "The aorta passes to the left of the spine.",
     "Dextrocardia.",
     "Dextroscoliosis.",

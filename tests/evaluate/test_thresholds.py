@@ -52,6 +52,8 @@ def test_thresholds_that_know_the_evaluated_cases_are_not_kept() -> None:
     thresholds = choose_thresholds(MODEL, cases(24), "train split of shards", fallback=NOT_FITTED)
     assert thresholds.by_finding()[UNKNOWN] == 0.5 and thresholds.not_fitted == [UNKNOWN]
     assert f"; 0.5 for {UNKNOWN};" in thresholds.source
+    for fitting in ([], cases(9)):
+        assert choose_thresholds(MODEL, fitting, "train split", fallback=NOT_FITTED) is NOT_FITTED
 
 
 def test_a_threshold_that_no_data_decided_is_one_half() -> None:
