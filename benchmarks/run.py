@@ -34,6 +34,7 @@ from benchmarks.publishing import (
     quiet_main,
     read_sections,
 )
+from rectvlm.files import require_writable_folder
 from rectvlm.machine import count_cores, package_versions
 from rectvlm.types import UserError
 
@@ -314,6 +315,7 @@ def run_sections(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, 1 where a section has no figures."""
     options = _parse_arguments(arguments)
+    require_writable_folder(options.out)
     start_seconds = time.monotonic()
     chosen = [section for section in SECTIONS if section.program in options.sections]
     seconds = float("inf") if options.minutes is None else 60 * options.minutes
@@ -326,13 +328,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(result.failure is not None for result in results))
 
 
+def _positive_minutes(text: str) -> float:
+    """Read an option's number of minutes above 0."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of minutes above 0, not {text!r}")
+    return minutes
+
+
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("run", "All benchmarks in one run and one result folder.")
     parser.add_argument("--scale", choices=SCALES, default="default")
     parser.add_argument("--sections", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument(
         "--minutes",
-        type=float,
+        type=_positive_minutes,
         help=f"time for all of them (default {DEFAULT_MINUTES}, with --scale full no limit)",
     )
     options = parser.parse_args(arguments)

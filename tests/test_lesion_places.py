@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from rectvlm.chest_geometry import ChestGeometry, Compartment
 from rectvlm.config import load_config
 from rectvlm.labels import FINDINGS, LESION_BY_KEY, LESIONS, REGION_BY_NAME
 from rectvlm.lesion_bits import lesion_mask
 from rectvlm.lesion_places import (
     LesionPlace,
+    LobeIndex,
     describe_lobes,
     describe_places,
     find_voxels_outside_chest,
@@ -48,6 +50,12 @@ def lesion(key: str, *boxes: tuple[slice, slice, slice]) -> np.ndarray:
     for box in boxes:
         out[box] |= bit(key)
     return out
+
+
+def chest_with_abdomen() -> np.ndarray:
+    """The chest with 128 mm more of the body below, so that the lungs begin at slice 20."""
+    ct, _ = chest()
+    return np.concatenate([ct[:1].repeat(16, axis=0), ct])
 
 
 RIGHT_LOW = (slice(5, 10), slice(30, 40), slice(20, 30))
@@ -121,6 +129,89 @@ def test_pleura_and_pericardium() -> None:
         heart, pleura = locate_lesions(mask, ct, regions_or_none, SPACING)
         assert (heart.wording, heart.side) == ("around the heart", None)
         assert (pleura.wording, pleura.side) == ("left pleural space", "left")
+
+
+@pytest.mark.parametrize(
+    ("mm_below", "words", "is_plausible"),
+    [(40, "left pleural space", True), (120, "abdomen below the lungs", False)],
+)
+def test_an_effusion_reaches_the_recesses_and_not_the_abdomen(
+    mm_below: int, words: str, is_plausible: bool
+) -> None:
+    ct = chest_with_abdomen()
+    mask = np.zeros(ct.shape, np.uint8)
+    mask[20 - mm_below // 8, 40:50, 60:70] = bit("pleural_effusion")
+    (place,) = locate_lesions(mask, ct, None, SPACING)
+    assert (place.wording, place.is_plausible) == (words, is_plausible)
+
+
+@pytest.mark.parametrize(("hu", "words"), [(-850, "right lung"), (20, "around the heart")])
+def test_a_pericardial_effusion_beside_the_heart_is_not_in_aerated_lung(
+    hu: int, words: str
+) -> None:
+    ct, regions = chest()
+    regions[8:14, 40:50, 44:52] = REGION_BY_NAME["heart"].id
+    beside = (slice(9, 13), slice(42, 48), slice(40, 43))  # 7 to 14 mm from the heart
+    ct[beside] = hu
+    (place,) = locate_lesions(lesion("pericardial_effusion", beside), ct, regions, SPACING)
+    assert (place.wording, place.basis) == (words, "regions")
+
+
+@pytest.mark.parametrize(
+    ("n_right", "n_outside", "shares"),
+    [
+        (8, 4, {"right lower lobe": 1.0}),
+        (6_000, 10_000, {"left lower lobe": 10 / 16, "right lower lobe": 6 / 16}),
+    ],
+)
+def test_voxels_outside_every_lobe_count_in_full_where_most_are(
+    n_right: int, n_outside: int, shares: dict
+) -> None:
+    _, regions = chest()
+    beside = np.zeros(SHAPE, bool)
+    beside[4:16, 20:76, 80:] = True  # nearest to the left lower lobe
+    right = np.flatnonzero(regions == REGION_BY_NAME["right lower lobe"].id)[:n_right]
+    outside = np.flatnonzero(beside)[:n_outside]
+    assert (right.size, outside.size) == (n_right, n_outside)
+    voxels = np.sort(np.concatenate([right, outside]))
+    assert LobeIndex(regions, SPACING).lobe_shares(voxels, nearest_only=False) == shares
+
+
+@pytest.mark.parametrize("columns", [slice(0, 48), slice(48, 96)])
+def test_a_map_of_one_lung_lacks_the_other(columns: slice) -> None:
+    _, regions = chest()
+    assert LobeIndex(regions, SPACING).has_both_lungs
+    regions[:, :, columns] = 0
+    assert not LobeIndex(regions, SPACING).has_both_lungs
+
+
+def test_the_lungs_end_at_their_last_slice_where_slices_are_thin() -> None:
+    """Compartments are found at every second slice here."""
+    ct = np.full((124, 48, 64), 40, np.int16)
+    ct[18:104, 8:40, 8:28] = ct[18:104, 8:40, 36:56] = -850
+    assert ChestGeometry(ct, (2.0, 4.0, 4.0)).lung_slices == (18, 103)
+
+
+def test_the_mediastinum_lies_between_the_lungs_without_touching_them() -> None:
+    """The lungs reach from slice 4 to 27 and leave a gap from column 44 to 51."""
+    ct, _ = chest()
+    places = [(6, 50, 47), (25, 50, 47), (25, 50, 44), (25, 50, 51), (25, 50, 43)]
+    voxels = np.ravel_multi_index(tuple(np.transpose(places)), SHAPE)
+    assert ChestGeometry(ct, SPACING).classify(voxels).compartments.tolist() == [
+        Compartment.LOWER_MEDIASTINUM,
+        Compartment.MEDIASTINUM,
+        Compartment.CHEST_CAVITY,
+        Compartment.CHEST_CAVITY,
+        Compartment.AERATED_LUNG,
+    ]
+
+
+def test_the_heart_ends_near_the_lowest_slice_of_the_lungs() -> None:
+    ct = chest_with_abdomen()
+    slices = np.array([24, 19, 12])  # 32 mm above the end of the lungs, 8 and 64 mm below it
+    voxels = np.ravel_multi_index((slices, [40] * 3, [47] * 3), ct.shape)
+    near = ChestGeometry(ct, SPACING).classify(voxels).is_near_heart
+    assert near.tolist() == [True, True, False]
 
 
 def test_lesions_overlap() -> None:

@@ -122,6 +122,8 @@ def preprocess(
         records = read_finished_records(tasks, store)
         if retry_rejected:
             records = {name: record for name, record in records.items() if not record.rejected}
+        elif not records:
+            _tell_of_other_shards(store)
         with explain_write_errors(store):
             _remove_temporary_files(store)
             for name in (SHARD_INDEX_FILE, SHARD_MANIFEST_FILE, QUARANTINE_FILE):
@@ -145,6 +147,16 @@ def preprocess(
         with explain_write_errors(store):
             index = _write_index_files(store, tasks, records, rejected, provenance)
     return PreprocessResult(index, read_manifest(store), rejected, len(waiting))
+
+
+def _tell_of_other_shards(store: ShardStore) -> None:
+    """Say that shards go of which this run can use none."""
+    with suppress(UserError, OSError):  # where there are none
+        log.warning(
+            "%s holds %d shards of other cases or settings, which this run replaces",
+            store,
+            len(read_manifest(store).shards),
+        )
 
 
 def _require_own_index(store: ShardStore) -> None:

@@ -85,7 +85,7 @@ class _CellReader:
             self._refuse(row, self.columns.texts[CT_COLUMN], "the path of a CT", "fill it in")
         key = self._read_key(row, texts)
         patient = texts["patient"] if "patient" in self.columns.texts else key
-        if not patient:
+        if not patient and "patient" in self.columns.texts:
             remedy = "fill it in: without it one patient could be in two splits"
             self._refuse(row, self.columns.texts["patient"], "the patient", remedy)
         case = TableCase(

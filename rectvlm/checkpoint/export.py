@@ -199,7 +199,13 @@ def _stage_folder(folder: Path, overwrite: bool) -> Iterator[tuple[Path, Path]]:
     """Yield an empty folder beside the target and the target, which it replaces at the end."""
     target = folder.expanduser().resolve()  # "." has no name, and a link is not to be replaced
     is_taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if is_taken and not (overwrite and target.is_dir()):
+    holds_model = any((target / name).is_file() for name in (MODEL_CONFIG_FILE, MANIFEST_FILE))
+    if is_taken and overwrite and not holds_model:
+        raise UserError(
+            f"{target} holds no model, and --overwrite replaces nothing else: give a new folder, "
+            "or that of a model."
+        )
+    if is_taken and not overwrite:
         raise UserError(
             f"{target} exists and is not empty: give a new folder, or replace the model in it with "
             "--overwrite."

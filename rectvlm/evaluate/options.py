@@ -1,11 +1,12 @@
 """Options of an evaluation, which are the arguments of `rectvlm evaluate` as well."""
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from rectvlm.cli_options import argument
-from rectvlm.labels import DEFAULT_CONVENTION, LabelConvention
+from rectvlm.labels import DEFAULT_CONVENTION, LESIONS, LabelConvention
 from rectvlm.metrics.radeval_scores import RadEvalOptions
 from rectvlm.metrics.surface_distances import SURFACE_TOLERANCE_MM
 from rectvlm.types import Split, UserError
@@ -67,10 +68,14 @@ def require_truth_folder(folder: Path | None) -> None:
     """Check the folder of outlines.
 
     Raises:
-        UserError: It is given and does not exist.
+        UserError: it is given and does not exist, or holds no outline.
     """
-    if folder is not None and not folder.is_dir():
-        raise UserError(
-            f"{folder} is not a folder: --truth expects KEY/LESION.nii.gz in one, as --lesions of "
-            "preprocessing."
-        )
+    if folder is None:
+        return
+    expected = "--truth expects KEY/LESION.nii.gz in one, as --lesions of preprocessing"
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: {expected}.")
+    keys = [lesion.key for lesion in LESIONS]
+    files = itertools.chain(folder.glob("*/*.nii.gz"), folder.glob("*/*.nii"))
+    if not any(path.name.partition(".")[0] in keys for path in files):
+        raise UserError(f"{folder} holds no outline: {expected}, LESION being {', '.join(keys)}.")

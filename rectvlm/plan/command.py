@@ -16,7 +16,7 @@ from rectvlm.cli_options import options_from_namespace
 from rectvlm.config import Config, load_config
 from rectvlm.plan.auto_settings import CHECKPOINTED_PARTS, SettingsSearch, list_auto_parts
 from rectvlm.plan.hardware import HardwareRates, describe_assumed_rates
-from rectvlm.plan.options import PlanOptions
+from rectvlm.plan.options import DEFAULT_GPUS, PlanOptions
 from rectvlm.train.budget import split_step
 from rectvlm.train.engine.ds_config import find_ds_config, read_ds_config
 from rectvlm.train.phases import PHASES, STAGES, Phase
@@ -249,6 +249,8 @@ def _parse_gpu_counts(options: PlanOptions, gpus_per_node: int) -> list[int]:
         if options.nodes < 1:
             raise UserError(f"--nodes must be at least 1, not {options.nodes}.")
         return [options.nodes * gpus_per_node]
+    if options.gpus is None:
+        return [DEFAULT_GPUS]
     try:
         counts = [int(number) for number in options.gpus.split(",")]
     except ValueError:

@@ -12,6 +12,10 @@ CT_RATE_SCANS = 24_128
 """Training scans of CT-RATE, the default length of an epoch."""
 
 
+DEFAULT_GPUS = 2
+"""GPUs that are planned for where neither their number nor that of nodes is given."""
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """What is planned, and for how many GPUs."""
@@ -24,8 +28,10 @@ class PlanOptions:
     """Stage of phase 2 or 3, instead of --phase."""
     all_phases: bool = field(default=False, metadata=argument(exclusive_group="phase"))
     """Plan the three phases one after the other and add up their time."""
-    gpus: str = field(default="2", metadata=argument(exclusive_group="gpus", metavar="N[,N…]"))
-    """Number of GPUs; several numbers give a row each."""
+    gpus: str | None = field(
+        default=None, metadata=argument(exclusive_group="gpus", metavar="N[,N…]")
+    )
+    """Number of GPUs, by default 2; several numbers give a row each."""
     nodes: int | None = field(default=None, metadata=argument(exclusive_group="gpus", metavar="N"))
     """Number of full nodes, instead of --gpus."""
     gpu_memory: float = field(default=H200_MEMORY_GB, metadata=argument(metavar="GB"))

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from rectvlm.checkpoint.checkpoint import (
     CARD_FILE,
@@ -56,6 +57,10 @@ def push_model(
         UserError: the folder is damaged, the repository is public or holds other parts, or there is
             no access.
     """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError:
+        raise UserError(f"{repository!r} is no repository: expected OWNER/NAME.") from None
     checkpoint = Checkpoint.open(folder, "export a model with `rectvlm export` first")
     checkpoint.require_parts(parts)
     parts = parts or checkpoint.parts

@@ -75,9 +75,10 @@ def _listen(options: ServeOptions) -> socket.socket:
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
         return socket.create_server((options.host, options.port), family=family)
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # a port above 65535 is no OSError
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{options.host}:{options.port} cannot be listened on ({error.strerror}): give another "
+            f"{options.host}:{options.port} cannot be listened on ({reason}): give another "
             "--host or --port."
         ) from None
 

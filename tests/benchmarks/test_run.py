@@ -37,6 +37,21 @@ def test_a_section_without_figures_says_why() -> None:
     assert late.failure is not None and "had not ended" in late.failure
 
 
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "ten"])
+def test_a_time_that_is_none_is_refused(minutes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--minutes", minutes])
+    assert "expected a number of minutes above 0" in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results").touch()
+    assert run.main(["--sections", "overhead", "--out", str(tmp_path / "results")]) == 1
+    assert str(tmp_path / "results") in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_is_one_folder_that_can_be_compared(tmp_path: Path) -> None:
     sections = ["--sections", "machine_limits", "attention", "encoder"]

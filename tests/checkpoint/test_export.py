@@ -228,3 +228,10 @@ def test_the_command_exports(
     assert "--overwrite" in capsys.readouterr().err
     assert cli.main([*command, source, "--overwrite"]) == 0
     assert cli.main([*command, str(tmp_path)]) == 2
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "README.md").write_text("mine")
+    command[command.index(str(out))] = str(others)
+    assert cli.main([*command, source, "--overwrite"]) == 2
+    assert "holds no model" in capsys.readouterr().err
+    assert (others / "README.md").read_text() == "mine"

@@ -191,6 +191,28 @@ def test_oblique_placement_is_canonical_and_centred() -> None:
     assert np.abs(centre[:2]).max() < 12
 
 
+@pytest.mark.parametrize(("lungs", "edges"), [((24, 30), (136, 296)), ((33, 39), (160, 320))])
+def test_a_short_grid_is_centred_on_the_lungs_within_the_volume(
+    lungs: tuple[int, int], edges: tuple[int, int]
+) -> None:
+    """A body in air, 320 mm long, on a grid of 160 mm."""
+    hu = np.full((44, 40, 40), -1000, np.int16)
+    hu[6:38, 6:34] = 40
+    for columns in (slice(9, 20), slice(24, 35)):
+        hu[columns, 12:28, slice(*lungs)] = -850
+    affine = np.diag([8.0, 8.0, 8.0, 1.0])
+    affine[2, 3] = 4.0
+    placed = canonical_affine(affine, hu.shape, hu, (20, 40, 44), (8.0, 8.0, 8.0))
+    assert [(placed @ [z, 0, 0, 1])[2] for z in (-0.5, 19.5)] == pytest.approx(edges)
+
+
+@pytest.mark.parametrize(("n_slices", "edge"), [(33, 892), (35, 876)])
+def test_the_grid_moves_to_the_nearest_voxel_edge(n_slices: int, edge: float) -> None:
+    """Centred, its edge lies 4 or 12 mm below the volume's at 892 mm; voxels are 16 mm long."""
+    placed = canonical_affine(RAS, SHAPE, chest()[0], (n_slices, 40, 44), (8.0, 8.0, 8.0))
+    assert (placed @ [-0.5, 0, 0, 1])[2] == pytest.approx(edge)
+
+
 def test_downsampling_is_the_mean_of_blocks_and_outside_is_air() -> None:
     rng = np.random.default_rng(0)
     hu = rng.integers(-1000, 1000, (12, 12, 8)).astype(np.int16)
@@ -232,6 +254,34 @@ def test_each_of_two_nodules_stays_and_one_outside_the_grid_does_not() -> None:
     mask[4, 4, 4] = mask[20, 4, 4] = mask[29, 29, 29] = NODULE
     target = np.array([[0, 0, -6.0, 23], [0, -6.0, 0, 23], [6.0, 0, 0, 2], [0, 0, 0, 1]])
     assert np.count_nonzero(resample_to_grid(mask, np.eye(4), target, (4, 4, 4), "bits")) == 2
+
+
+@pytest.mark.parametrize(
+    "voxels",
+    [
+        pytest.param([(4, 2, 2), (5, 2, 2), (6, 2, 2)], id="row"),
+        pytest.param([(5, 5, 4), (5, 5, 5), (6, 6, 6)], id="corner"),
+    ],
+)
+def test_a_small_lesion_keeps_one_voxel_where_most_of_it_lies(voxels: list) -> None:
+    """Two voxels lie in the grid's first cell of 6 mm, the third in the next one."""
+    mask = np.zeros((24, 24, 24), np.uint8)
+    mask[tuple(np.transpose(voxels))] = NODULE
+    target = np.array([[0, 0, -6.0, 20.5], [0, -6.0, 0, 20.5], [6.0, 0, 0, 2.5], [0, 0, 0, 1]])
+    bits = resample_to_grid(mask, np.eye(4), target, (4, 4, 4), "bits")
+    assert np.argwhere(bits).tolist() == [[0, 3, 3]]
+
+
+def test_labels_between_two_voxels_are_the_same_in_every_axis_order() -> None:
+    """At twice the spacing, each centre lies on the border of two voxels along every axis."""
+    labels = np.random.default_rng(0).integers(1, 250, (8, 6, 10)).astype(np.uint8)
+    target = np.array([[0, 0, -2.0, 6.5], [0, -2.0, 0, 4.5], [2.0, 0, 0, 0.5], [0, 0, 0, 1]])
+    expected = resample_to_grid(labels, np.eye(4), target, (5, 3, 4), "labels")
+    assert expected.all()
+    for order, flips in ORDERS:
+        native, affine = reorder(labels, np.eye(4), order, flips)
+        got = resample_to_grid(native, affine, target, (5, 3, 4), "labels")
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_a_mask_elsewhere_is_refused() -> None:

@@ -123,6 +123,15 @@ def stored(records: Records) -> StoredEvaluation:
     return StoredEvaluation(Path("x"), metrics, group_by_scan(records), None)
 
 
+def test_scans_of_b_come_into_the_order_of_a() -> None:
+    a, b = make_records(1, n=3), make_records(2, n=3)
+    wanted = pair_evaluations(stored(a), stored(b)).scans_b
+    turned = [replace(b[number], position=i) for i, number in enumerate((1, 2, 0))]
+    pair = pair_evaluations(stored(a), stored(turned))
+    assert pair.scans_b.names == pair.scans_a.names
+    assert np.array_equal(pair.scans_b.probabilities, wanted.probabilities)
+
+
 def look_up(tree: JsonObject, path: str) -> float:
     for name in path.split("."):
         tree = tree[name]

@@ -445,10 +445,13 @@ def test_outlines_as_drawn_are_the_truth_when_they_are_given(
     console = Console(width=120, file=io.StringIO(), color_system=None)
     console.print(tables.terminal_table(result))
     assert console.file.getvalue().count(f"  against {OWN_OUTLINES}") == len(drawn)
-    with pytest.raises(UserError, match="--truth"):
-        evaluate_checkpoint(
-            tiny_run(2),
-            out=tmp_path / "m.json",
-            device="cpu",
-            options=replace(options, truth=tmp_path / "none"),
-        )
+    (tmp_path / "misspelled" / "case").mkdir(parents=True)
+    (tmp_path / "misspelled" / "case" / "lung_nodul.nii.gz").touch()
+    for name in ("none", "misspelled"):
+        with pytest.raises(UserError, match="--truth"):
+            evaluate_checkpoint(
+                tiny_run(2),
+                out=tmp_path / "m.json",
+                device="cpu",
+                options=replace(options, truth=tmp_path / name),
+            )

@@ -86,6 +86,20 @@ def test_the_window_holds_what_prediction_writes(
         assert (predicted.sum(), truth.sum()) == (bits[0].sum(), bits[1].sum())
 
 
+def test_of_two_lesions_far_apart_the_unsure_one_counts_too(sample: Sample) -> None:
+    probabilities = np.zeros((N_LESIONS, *sample.lesions.shape), np.float32)
+    probabilities[0, :4, :12, :12], probabilities[0, -4:, -12:, -12:] = 0.9, 0.55
+    geometry = sample.meta.geometry
+    native_affine = np.array(geometry.native_affine)
+    whole = mask_to_native(
+        probabilities, np.array(geometry.grid_affine), geometry.native_shape, native_affine
+    )
+    found = lesions_to_native_grid(
+        probabilities, np.zeros_like(sample.lesions), sample.meta, ANNOTATED
+    )
+    assert np.count_nonzero(found.predicted) == np.count_nonzero(whole) > 0
+
+
 def test_a_perfect_prediction_is_perfect_and_a_mirrored_one_is_not(sample: Sample) -> None:
     masks = unpack_lesions(sample.lesions).astype(np.float32)
     found, mirrored = (

@@ -83,6 +83,7 @@ def serving(models: list[dict[str, Any]], checkpoint: Checkpoint | None = None) 
             assert model is not None and model.generator is not None
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             assert (body["model"], body["temperature"]) == ("reports", 0.0)
+            assert body["repetition_penalty"] == 1.0
             file = io.BytesIO(base64.b64decode(body["prompt_embeds"]))
             embeds = torch.load(file, weights_only=True)[None]
             if embeds.shape[1] > 400:

@@ -151,6 +151,34 @@ def test_intervals_of_findings_and_their_means() -> None:
     )
 
 
+def test_the_interval_of_a_weighted_mean_is_weighted() -> None:
+    rng = np.random.default_rng(0)
+    labels = (rng.random((100, N_FINDINGS)) < np.linspace(0.05, 0.9, N_FINDINGS)).astype(float)
+    probabilities, known = rng.random(labels.shape), np.ones(labels.shape, bool)
+    weights = draw_patient_weights([f"p{i}" for i in range(100)], 100)
+    result = score_findings(probabilities, labels, known, np.full(N_FINDINGS, 0.5), weights)
+    weighted, plain = result["weighted"], result["macro"]
+    for score in ("average_precision", "f1", "precision"):  # all higher where more have the finding
+        low, high = weighted["ci95"][score]
+        assert plain["ci95"][score][1] < low <= weighted[score] <= high
+
+
+def test_average_precision_counts_resamples_of_both_classes_alone() -> None:
+    """Without a negative it is 1, whatever the model says."""
+    rng = np.random.default_rng(0)
+    probabilities, known = rng.random((60, N_FINDINGS)), np.zeros((60, N_FINDINGS), bool)
+    labels = np.ones(probabilities.shape)
+    known[:, 0], labels[7], probabilities[7] = True, 0, 1.0
+    weights = draw_patient_weights([f"p{i}" for i in range(60)], 300)
+    result = score_findings(probabilities, labels, known, np.full(N_FINDINGS, 0.5), weights)
+    with_both = weights[weights[:, 7] > 0].astype(float)
+    assert 0.2 < 1 - len(with_both) / 300 < 0.5
+    found = average_precision(with_both, probabilities[:, 0], labels[:, 0] > 0)
+    interval = result["per_finding"][FINDINGS[0]]["ci95"]["average_precision"]
+    assert interval == pytest.approx(percentile_interval(found))
+    assert interval[1] < 1
+
+
 def test_resamples_of_a_validation_split_take_milliseconds_each() -> None:
     probabilities, labels, known = _cases(1564)
     weights = draw_patient_weights([f"p{int(i / 1.2)}" for i in range(1564)], 200)

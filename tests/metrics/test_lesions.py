@@ -273,6 +273,12 @@ def test_empty_missed_and_false_positive_cases_are_counted_apart() -> None:
     assert result["macro"]["n_lesions_dice"] == 1 and result["macro"]["dice"] == row["dice"]
 
 
+@pytest.mark.parametrize(("both", "is_hit"), [(15, 1), (10, 1), (9, 0)])
+def test_a_case_is_hit_from_a_dice_of_a_tenth_on(both: int, is_hit: int) -> None:
+    result = score_lesions([[case(both, 100, 100), *[None] * 4]])
+    assert result["per_lesion"][LESIONS[0].key]["hit_rate"] == is_hit
+
+
 def test_intervals_of_lesions_hold_what_was_measured() -> None:
     rng = np.random.default_rng(0)
     rows: list[list[LesionComparison | None]] = []

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 
+from rectvlm.labels import N_FINDINGS
+from rectvlm.metrics.bootstrap import auroc
 from rectvlm.metrics.paired_test import (
     draw_patient_swaps,
     max_t_p_values,
     randomization_p_values,
+    rank_scores,
     stack_pair_weights,
 )
 
@@ -28,12 +31,31 @@ def test_a_swapped_case_counts_by_the_result_of_the_other_model() -> None:
     ]
 
 
+def test_ties_have_equal_ranks_and_unknown_cases_none() -> None:
+    probabilities = np.tile([[0.2], [0.5], [0.5], [0.9], [0.7]], N_FINDINGS)
+    known = np.ones(probabilities.shape, bool)
+    known[4] = False
+    ranks = rank_scores(probabilities, known)
+    assert ranks[:4, 3] == pytest.approx([0.25, 0.625, 0.625, 1.0])
+    # Of the four pairs of a present and an absent finding three are in order, one is a tie.
+    truth = np.array([False, True, False, True])
+    assert auroc(np.ones((1, 4)), ranks[:4, 3], truth).tolist() == [3.5 / 4]
+
+
 def test_one_figure_has_the_p_value_that_counting_gives() -> None:
     exchanged = np.array([[1.0], [-2.0], [3.0], [-1.0]])
     for p_values in (randomization_p_values, max_t_p_values):
         assert p_values(np.array([2.0]), exchanged).tolist() == [3 / 5]
         assert p_values(np.array([-9.0]), exchanged).tolist() == [1 / 5]
     assert max_t_p_values(np.zeros(1), np.zeros((4, 1))).tolist() == [1.0]
+
+
+def test_a_less_significant_figure_has_no_smaller_corrected_p_value() -> None:
+    differences = np.array([2.0, 3.0])
+    exchanged = np.array([[1.9, 3.0], [1.9, 3.0], [1.9, 0.0], [1.9, 0.0]])
+    # In units of their deviations: 1.04 and 1.29.
+    assert randomization_p_values(differences, exchanged).tolist() == [1 / 5, 3 / 5]
+    assert max_t_p_values(differences, exchanged).tolist() == [3 / 5, 3 / 5]
 
 
 def test_figures_that_say_the_same_count_once_and_others_count_all() -> None:

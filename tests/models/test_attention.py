@@ -91,6 +91,21 @@ def test_bfloat16_stays_within_rounding() -> None:
         assert (mine.double() - theirs).abs().max() < 0.02 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_fillers_have_no_share_of_the_attention(gated: bool) -> None:
+    module, inputs, _ = make_attention((3, 2, 2), gated=gated)
+    tokens, regions = inputs["tokens"], inputs["regions"]
+    filler = torch.zeros(2, 12, dtype=torch.bool)
+    filler[0, 8:] = filler[1, ::3] = True
+    shares = module.compute_attention_shares(tokens, regions, filler=filler)
+    kept = torch.cat([torch.ones(2, 1), ~filler, torch.ones(2, 20)], dim=1) > 0
+    assert torch.equal(shares > 0, kept[:, None].expand_as(shares))
+    for case in range(2):
+        rows = tokens[case : case + 1, kept[case, :13]]
+        alone = module.compute_attention_shares(rows, regions[case : case + 1])
+        torch.testing.assert_close(shares[case][:, kept[case]], alone[0])
+
+
 def test_slice_bias_acts_by_signed_distance() -> None:
     module, inputs, index = make_attention((3, 1, 1))
     torch.nn.init.zeros_(module.slice_bias)

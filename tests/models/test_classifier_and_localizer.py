@@ -1,6 +1,7 @@
 """Classifier and localizer: gradients reach everything, text and image decide, noise only in
 training."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 from rectvlm import pretrained
 from rectvlm.config import Config
 from rectvlm.data.dataset import ShardDataset, collate_samples
-from rectvlm.labels import N_FINDINGS, N_LESIONS
+from rectvlm.labels import FINDINGS, LESION_BY_KEY, N_FINDINGS, N_LESIONS
 from rectvlm.models import RectVLM
-from rectvlm.models.attention_unet import level_strides
+from rectvlm.models.attention_unet import LesionMatch, level_strides
 from rectvlm.models.image_features import ImageFeatures
-from rectvlm.models.localizer import LesionLocalizer
+from rectvlm.models.localizer import LesionLocalizer, PatchDenoiser, VolumesToFindings
 from rectvlm.models.prompt_embeddings import PromptEmbeddings, embed_texts
+from rectvlm.models.tissue_patches import pack_all, pack_patches
 from rectvlm.train.objectives import combine_losses, compute_losses
 from rectvlm.types import Batch
 
@@ -161,6 +163,58 @@ def test_localization_shapes(model: RectVLM, batch: Batch, tiny: Config) -> None
 )
 def test_level_strides(patch: tuple[int, int, int], wanted: list[tuple[int, int, int]]) -> None:
     assert level_strides(patch) == wanted
+
+
+def test_a_match_is_scaled_by_the_root_of_the_channels() -> None:
+    torch.manual_seed(0)
+    match = LesionMatch(channels=4, text_width=4)
+    nn.init.eye_(match.query.weight)
+    nn.init.zeros_(match.query.bias)
+    features, tokens = torch.randn(2, 4, 2, 3, 3), torch.randn(2, N_LESIONS, 4)
+    wanted = torch.einsum("blc,bczyx->blzyx", tokens, features) / 2
+    torch.testing.assert_close(match(features, tokens), wanted)
+
+
+def test_the_smallest_nodule_that_counts_moves_its_logit_by_a_little() -> None:
+    mask_logits = torch.full((2, N_LESIONS, 3, 9, 10), -50.0)
+    nodule = LESION_BY_KEY["lung_nodule"].bit
+    mask_logits[1, nodule] = 50.0  # 270 voxels of 1 mm³
+    without, with_nodule = VolumesToFindings((1.0, 1.0, 1.0))(mask_logits)
+    wanted = torch.zeros(N_FINDINGS)
+    wanted[FINDINGS.index("Lung nodule")] = math.log(0.57 / 0.3)
+    torch.testing.assert_close(with_nodule - without, wanted)
+
+
+def make_denoiser(tiny: Config, noise: float) -> PatchDenoiser:
+    torch.manual_seed(0)
+    config = tiny.localizer.model_copy(update={"noise": noise})
+    return PatchDenoiser(config, image_width=16, levels=1).train()
+
+
+def test_the_noise_of_a_case_does_not_depend_on_its_neighbour(tiny: Config) -> None:
+    denoiser = make_denoiser(tiny, noise=0.5)
+    patches, text = torch.randn(2, 32, 16), torch.randn(2, N_LESIONS, tiny.localizer.width)
+    found = []
+    for scale in (1.0, 10.0):
+        levels = patches * torch.tensor([1.0, scale]).view(2, 1, 1)
+        torch.manual_seed(1)
+        found.append(denoiser(levels, levels, text, pack_all(levels)).patches)
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert not torch.allclose(found[0][1], found[1][1])
+
+
+def test_samples_weigh_the_same_in_denoising_whatever_their_tissue(tiny: Config) -> None:
+    denoiser = make_denoiser(tiny, noise=0.0)
+    patches, text = torch.randn(2, 64, 16), torch.randn(2, N_LESIONS, tiny.localizer.width)
+    patches[0] *= 3
+    is_tissue = torch.arange(64) < torch.tensor([[16], [64]])
+
+    def loss(rows: slice) -> Tensor:
+        levels, tissue = patches[rows], pack_patches(is_tissue[rows])
+        return denoiser(levels, levels, text[rows], tissue).denoising_loss
+
+    alone = [loss(slice(0, 1)), loss(slice(1, 2))]
+    torch.testing.assert_close(loss(slice(0, 2)), (alone[0] + alone[1]) / 2)
 
 
 def test_noise_only_in_training(model: RectVLM, batch: Batch) -> None:

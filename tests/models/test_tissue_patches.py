@@ -55,6 +55,13 @@ def test_air_that_reaches_the_border_is_outside_and_air_in_the_lungs_is_not() ->
     assert torch.equal(found, expected.expand(2, 8, 8))
 
 
+def test_air_is_left_out_however_far_the_body_is_from_the_border() -> None:
+    found = find_tissue_patches(make_body((4, 64, 64), margin=24), PATCH)
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[3:5, 3:5] = True
+    assert torch.equal(marked(found, 64).view(8, 8), expected)
+
+
 def test_air_does_not_leak_between_diagonal_neighbours() -> None:
     ct = torch.full((1, 4, 24, 24), 0.0)
     ct[:, :, :8, :8] = ct[:, :, 8:16, 8:16] = -1000

@@ -534,6 +534,15 @@ def test_mistakes_are_one_sentence(
     assert not any("rectvlm: " in line or "Traceback" in line for line in progress)
 
 
+def test_gpus_and_nodes_exclude_each_other_at_any_number(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for gpus in ("2", "4"):
+        with pytest.raises(SystemExit):
+            cli.main(["plan", "--config", "tiny", "--nodes", "3", "--gpus", gpus])
+        assert "not allowed with argument" in capsys.readouterr().err
+
+
 ZERO = {"zero_optimization": {"stage": 3}}
 
 

@@ -37,6 +37,12 @@ def test_push_then_pull_gives_the_same_folder(
         pull_model("small", where=hub.url, repository=REPOSITORY, out=tmp_path / "other")
 
 
+def test_a_name_that_is_a_path_leads_out_of_no_folder(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'\.\./\.\./q' is no repository: expected OWNER/NAME"):
+        push_model(exported, "../../q", where=str(tmp_path / "a" / "b"))
+    assert not (tmp_path / "q").exists() and not (tmp_path / "a").exists()
+
+
 def test_parts_go_to_a_repository_of_their_own(
     hub: hub_server.Hub, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,9 @@ from pydicom.dataset import Dataset
 from requests import Response
 
 from rectvlm.cli import main
+from rectvlm.serve.options import ServeOptions
+from rectvlm.serve.run import _listen
+from rectvlm.types import UserError
 from tests.predict.test_predict_dicom import write_study, write_zip
 from tests.small_cases import AFFINE, body
 
@@ -290,6 +293,11 @@ def test_the_api_is_described_and_the_page_needs_no_other_server(server):
     page = requests.get(server.url, timeout=60)
     assert "Drop a CT here" in page.text and "at most 3 MB" in page.text
     assert not re.search(r"https?://", page.text)
+
+
+def test_a_port_that_does_not_exist_is_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:70000 cannot be listened on \(.*65535"):
+        _listen(ServeOptions(Path("model"), port=70_000))
 
 
 def test_beyond_this_machine_a_token_is_required(tmp_path, capsys, monkeypatch):

@@ -77,6 +77,9 @@ def test_a_third_of_a_phase_falls_on_a_third_of_its_steps() -> None:
     assert [n for n in range(1, 13) if budget.is_due(4 / 12, 4 * n)] == [4, 8, 12]
     assert [n for n in range(1, 13) if budget.is_due(1 / 12, 4 * n)] == list(range(1, 13))
     assert [n for n in range(1, 13) if budget.is_due(1.0, 4 * n)] == [12]
+    # 12 / (0.2 · 12) is less than 5 in floating point.
+    single = PhaseBudget.plan(settings_of(1, 1, samples=12), 6, world_size=1)
+    assert [n for n in range(1, 13) if single.is_due(0.2, n)] == [3, 5, 8, 10, 12]
 
 
 def test_an_average_keeps_its_span_in_samples() -> None:

@@ -18,6 +18,7 @@ from rectvlm.train import localization_loss as lesion_loss
 from rectvlm.train.lesion_targets import (
     LesionPresence,
     LesionTargets,
+    collect_lesion_targets,
     find_outlined,
     find_possible_lung,
     infer_lesions_from_labels,
@@ -206,6 +207,22 @@ def test_an_outline_decides_where_a_label_says_otherwise() -> None:
             torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("present", [False, True])
+@pytest.mark.parametrize("outline", ["empty", "partial"])
+def test_an_outline_is_believed_whatever_a_label_says(outline: str, present: bool) -> None:
+    """An outline without a voxel, of a lesion that was looked for, and one that is partial."""
+    sample, lesion = (1, 0) if outline == "empty" else (0, CONSOLIDATION)
+    outlined = NONE.clone()
+    outlined[sample, lesion] = True
+    annotated, partial = (outlined, NONE) if outline == "empty" else (NONE, outlined)
+    targets = describe(boxes(), annotated, partial)
+    with_label = replace(targets, labelled=labelled(sample, lesion, present))
+    found = gradients(noise(), with_label, alignment=0.1)
+    assert (found[3][sample, lesion] > 0) == (outline == "empty")
+    for one, other in zip(found, gradients(noise(), targets, alignment=0.1), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-9)
+
+
 def test_a_lesion_smaller_than_a_patch_marks_its_patch() -> None:
     bits = torch.zeros(1, *GRID, dtype=torch.uint8)
     bits[0, 5, 25, 2] = 1 << NODULE
@@ -271,6 +288,47 @@ def test_a_lesion_that_no_one_outlined_must_be_drawn_somewhere_in_the_lungs() ->
     assert localization(drawn(some), targets).value < localization(drawn(some * 0), targets).value
     misplaced = some.flip(3)
     assert localization(drawn(misplaced), targets).value > localization(drawn(some), targets).value
+
+
+def test_volumes_of_a_missed_lesion_by_hand() -> None:
+    """What is drawn outside the lungs is too much, what is drawn inside is too little."""
+    empty, lung = torch.zeros(2, *GRID, dtype=torch.uint8), torch.ones(2, *GRID, dtype=torch.bool)
+    lung[:, :, 16:] = False
+    found = noise()
+    targets = describe(empty, NONE, labelled=labelled(0, CONSOLIDATION, True), lung=lung)
+    wanted = torch.zeros(())
+    for logits, cell_ml, weight in zip(found[:3], (0.1, 0.4, 25.6), (1.0, 0.5, 0.25), strict=True):
+        small_lesions = logits[0, CONSOLIDATION].sigmoid().square() * cell_ml / 5.0
+        inside, outside = small_lesions.chunk(2, dim=1)
+        wanted = wanted + weight * (outside.sum().log1p() + (1 / inside.sum()).log1p())
+    loss = localization(found, targets, volume=1.0, half_resolution=0.5, patch_resolution=0.25)
+    torch.testing.assert_close(loss.value, wanted)
+
+
+def test_what_is_drawn_beside_an_outline_is_no_volume() -> None:
+    """There overlap counts."""
+    bits, annotated = torch.zeros(2, *GRID, dtype=torch.uint8), NONE.clone()
+    bits[0, 1:3, 1:6, 1:6] = 1 << CONSOLIDATION
+    annotated[0, CONSOLIDATION] = True
+    targets, masks = describe(bits, annotated), torch.zeros(2, N_LESIONS, *GRID)
+    for depth, costs in ((16, False), (24, True)):  # the patches around the outline, and more
+        masks[0, CONSOLIDATION, :, :depth, :16] = 1
+        values = [localization(drawn(masks), targets, volume=v).value.item() for v in (0.0, 1.0)]
+        assert (values[1] - values[0] > 0.1) == costs
+        assert costs or values[0] == pytest.approx(values[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("looked_for", [1, N_LESIONS])
+def test_the_overlap_of_the_only_outlined_lesion_counts_whole(looked_for: int) -> None:
+    bits, annotated = torch.zeros(2, *GRID, dtype=torch.uint8), NONE.clone()
+    bits[0, 1:3, 1:6, 1:6] = 1
+    annotated[0, :looked_for] = True
+    unsure = drawn(torch.zeros(2, N_LESIONS, *GRID), sure=0.0)
+    loss = localization(
+        unsure, describe(bits, annotated), volume=0.0, half_resolution=0.0, patch_resolution=0.0
+    )
+    # Dice of 50 voxels among 2048 around them, with p = 1/2 everywhere, and cross-entropy.
+    assert loss.value.item() == pytest.approx(1 - 50 / (2048 / 4 + 50) + np.log(2), rel=1e-5)
 
 
 def test_only_lung_lesions_are_bound_to_the_lungs() -> None:
@@ -524,6 +582,23 @@ def test_pooled_probabilities(size: tuple[int, int, int]) -> None:
     found = lesion_loss._pool_probabilities(p, shape)
     assert (found >= torch.nn.functional.adaptive_avg_pool3d(p[:, None], size)[:, 0]).all()
     assert (found <= torch.nn.functional.adaptive_max_pool3d(p[:, None], size)[:, 0]).all()
+
+
+def test_counts_of_a_batch_are_those_of_its_targets(tiny: Config) -> None:
+    """One sample whose outlines are partial, one that no one outlined, both with labels."""
+    sample = phantom_sample(0, tiny)
+    nothing = dict.fromkeys(sample.meta.lesions_annotated, False)
+    every = dict.fromkeys(nothing, True)
+    metas = [
+        replace(sample.meta, lesions_annotated=nothing, lesions_partial=partial)
+        for partial in (every, nothing)
+    ]
+    batch = collate_samples([replace(sample, meta=meta) for meta in metas])
+    counts, targets = TargetCounts.of_batch(batch), collect_lesion_targets(batch)
+    assert targets.labelled.known[1].any()
+    assert counts.lesions == N_LESIONS + targets.labelled.known[1].sum()
+    held = [float((sample.lesions >> bit & 1).any()) for bit in range(N_LESIONS)]
+    assert counts.outlined == tuple(held) and 0 < sum(held) < N_LESIONS
 
 
 @pytest.mark.parametrize(

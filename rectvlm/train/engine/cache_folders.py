@@ -4,8 +4,10 @@ A container may have no home, or one that is read-only; Triton's kernels and Mat
 end training with a traceback.
 """
 
+import atexit
 import logging
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -28,6 +30,7 @@ def replace_unwritable_caches() -> None:
         if _can_write(folder.absolute()):
             continue
         replacement = tempfile.mkdtemp(prefix="rectvlm-cache-")
+        atexit.register(shutil.rmtree, replacement, ignore_errors=True)
         log.warning("%s cannot be written; %s is %s for this run", folder, variable, replacement)
         os.environ[variable] = replacement
 

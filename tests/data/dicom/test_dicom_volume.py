@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.uid import JPEG2000Lossless, RLELossless, generate_uid
 
+from rectvlm.data.dicom.pixels import rescale
 from rectvlm.data.volume import read_volume
 from rectvlm.types import InputError, Volume
 from tests.data.chest_volume import RAS, chest, paint_chest
@@ -95,6 +96,20 @@ def test_uneven_slices_are_resampled_at_their_true_positions(
     assert np.abs(volume.array - 4 * z).max() <= 1
 
 
+@pytest.mark.parametrize(("step_mm", "off_mm"), [(1.0, 0.05), (16.0, 0.3)])
+def test_slices_off_by_rounding_are_even(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, step_mm: float, off_mm: float
+) -> None:
+    hu, _ = chest()
+    affine = RAS.copy()
+    affine[2, 2] = step_mm
+    datasets = dicom_files.make_slices(hu, affine)
+    datasets[5].ImagePositionPatient[2] += off_mm
+    volume = read_volume(dicom_files.write_slices(datasets, tmp_path / "s"))
+    assert "resampled" not in caplog.text and volume.affine[2, 2] == pytest.approx(step_mm)
+    np.testing.assert_array_equal(volume.array, hu)
+
+
 def test_each_slice_has_its_own_scaling(tmp_path: Path) -> None:
     hu, _ = chest()
     series, study = generate_uid(), generate_uid()
@@ -109,6 +124,22 @@ def test_each_slice_has_its_own_scaling(tmp_path: Path) -> None:
     volume = read_volume(fractions)
     assert volume.array.dtype == np.float32
     np.testing.assert_array_equal(volume.array, hu)
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(1.0, -1024.5), (0.5, -1025.0)])
+def test_half_units_are_kept(slope: float, intercept: float) -> None:
+    hu = rescale(np.array([0, 1], np.int16), slope, intercept)
+    assert hu.dtype == np.float32
+    np.testing.assert_array_equal(hu, [intercept, intercept + slope])
+
+
+def test_hu_beyond_16_bits_are_not_wrapped(tmp_path: Path) -> None:
+    hu, _ = chest()
+    datasets = dicom_files.make_slices(hu, RAS, intercept=-1024)
+    dicom_files.set_pixels(datasets[5], np.full((40, 44), 40000, np.uint16))
+    array = read_volume(dicom_files.write_slices(datasets, tmp_path / "s")).array
+    assert (array[..., 5] == 38976).all()
+    np.testing.assert_array_equal(np.delete(array, 5, axis=2), np.delete(hu, 5, axis=2))
 
 
 def test_padding_far_above_all_hu_becomes_air(tmp_path: Path) -> None:

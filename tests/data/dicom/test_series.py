@@ -11,6 +11,7 @@ from rectvlm.data.dicom.series import choose_chest_ct, list_series
 from rectvlm.data.volume import read_volume
 from rectvlm.types import InputError
 from tests.data.chest_volume import RAS, chest
+from tests.grids import reorder
 
 
 def edit(**elements: object) -> dicom_files.Edit:
@@ -56,6 +57,30 @@ def test_length_slices_and_number_decide_in_this_order(tmp_path: Path) -> None:
         "series 2 has the lower number",
         "series 2 is at least 200 mm long",
     ]
+
+
+def test_slices_seen_from_above_are_axial_too(tmp_path: Path) -> None:
+    """Their normal points down the body: rows to the left, columns to the front."""
+    hu, study = chest()[0], generate_uid()
+    coronal = reorder(hu, RAS, (0, 2, 1), (False, False, False))
+    from_above = reorder(hu, RAS, (0, 1, 2), (True, False, False))
+    dicom_files.write_series(*coronal, tmp_path / "a", study_uid=study, series_number=1)
+    dicom_files.write_series(*from_above, tmp_path / "b", study_uid=study, series_number=2)
+    (best, _), (_, why) = choose_chest_ct(list_series(sorted(tmp_path.rglob("*.dcm"))).series)
+    assert best.slices[0].orientation == (1, 0, 0, 0, -1, 0)
+    assert (best.number, why) == (2, "series 2 is axial")
+
+
+def test_an_unknown_kernel_ranks_between_soft_and_sharp(tmp_path: Path) -> None:
+    hu, study = chest()[0], generate_uid()
+    for number, kernel in enumerate(("Bl57d", "", "Br40f")):
+        dicom_files.write_series(
+            *(hu, RAS, tmp_path / str(number), edit(ConvolutionKernel=kernel)),
+            study_uid=study,
+            series_number=number,
+        )
+    ranked = choose_chest_ct(list_series(sorted(tmp_path.rglob("*.dcm"))).series)
+    assert [series.number for series, _ in ranked] == [2, 1, 0]
 
 
 def test_a_series_is_asked_for_by_number_or_uid(tmp_path: Path) -> None:

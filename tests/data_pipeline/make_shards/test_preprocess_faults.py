@@ -53,6 +53,16 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
     assert (tmp_path / "raw_scans.tar").read_bytes() == b"mine"
 
 
+def test_shards_of_other_cases_do_not_go_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING")  # an earlier test may have left another one
+    preprocess(small_cases(2, 1), tmp_path, GRID, SPACING)
+    assert "replaces" not in caplog.text
+    preprocess(small_cases(2, 1), tmp_path, GRID, tuple(2 * size for size in SPACING))
+    assert "holds 2 shards of other cases or settings, which this run replaces" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["index.json", "manifest.json"])
 def test_a_folder_with_an_index_of_something_else_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"scans": [1, 2]}')

@@ -356,6 +356,7 @@ REFUSED = {
     "ct,lung_nodule_mask,Lung nodule\na.nii.gz,none,1\n": "'Lung nodule' is 1 in this row",
     "ct\na.nii.gz\nlink.nii.gz\n": "names a file twice.*rows 2, 3",
     "ct,key\n,x\n": "row 2, column 'ct'",
+    "ct,split\n,train\n": "row 2, column 'ct'",
     "ct,key\nno.nii.gz,x\nno2.nii.gz,y\n": "only CTs that do not exist.*relative to the table",
     'ct,report\na.nii.gz,"open\nb.nii.gz,x\n': "cannot be read as a table near line 3.*quotes",
     "ct,key,report\na.nii.gz,x,one,two\n": "row of another length, row 2",
