@@ -113,14 +113,14 @@ def verify_shards(
         index = read_index(store)
     except UserError as error:
         recorder = IssueRecorder(issues, SHARD_INDEX_FILE)
-        recorder.record_fault("the index of finished shards", f"that {error}")
+        recorder.record_fault("the index of finished shards", f"this: {error}")
         return result
     manifest: ShardManifest | None = None
     try:
         manifest = read_manifest(store)
     except UserError as error:
         recorder = IssueRecorder(issues, SHARD_MANIFEST_FILE)
-        recorder.record_fault("the manifest of finished shards", f"that {error}")
+        recorder.record_fault("the manifest of finished shards", f"this: {error}")
     check_index(store, index, issues)
     if manifest is not None:
         check_manifest(store, manifest, index, issues)
@@ -260,7 +260,8 @@ def _write_statistics(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status.
 
-    It is 0 without faults, 1 with faults, and 2 when nothing could be verified.
+    It is 0 without faults, 1 with faults, such as a missing index, and 2 when the place cannot be
+    opened.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = _parse_arguments(arguments)
