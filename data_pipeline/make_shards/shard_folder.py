@@ -153,7 +153,7 @@ def _tell_of_other_shards(store: ShardStore) -> None:
     """Say that shards go of which this run can use none."""
     with suppress(UserError, OSError):  # where there are none
         log.warning(
-            "%s holds %d shards of other cases or settings, which this run replaces",
+            "%s holds %d shards of other cases, settings or code, which this run replaces",
             store,
             len(read_manifest(store).shards),
         )

@@ -199,8 +199,7 @@ def _stage_folder(folder: Path, overwrite: bool) -> Iterator[tuple[Path, Path]]:
     """Yield an empty folder beside the target and the target, which it replaces at the end."""
     target = folder.expanduser().resolve()  # "." has no name, and a link is not to be replaced
     is_taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    holds_model = any((target / name).is_file() for name in (MODEL_CONFIG_FILE, MANIFEST_FILE))
-    if is_taken and overwrite and not holds_model:
+    if is_taken and overwrite and not _holds_model(target):
         raise UserError(
             f"{target} holds no model, and --overwrite replaces nothing else: give a new folder, "
             "or that of a model."
@@ -225,6 +224,12 @@ def _stage_folder(folder: Path, overwrite: bool) -> Iterator[tuple[Path, Path]]:
             work.replace(target)  # an empty folder gives way
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether a folder holds files of a model, such as those that a killed export left."""
+    names = (MODEL_CONFIG_FILE, MANIFEST_FILE, ADAPTER_FOLDER)
+    return any((folder / name).exists() for name in names) or any(folder.glob("*.safetensors"))
 
 
 def _replace_model_files(work: Path, folder: Path) -> None:

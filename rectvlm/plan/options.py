@@ -10,8 +10,6 @@ from rectvlm.train.phases import PhaseNumber, Stage
 
 CT_RATE_SCANS = 24_128
 """Training scans of CT-RATE, the default length of an epoch."""
-
-
 DEFAULT_GPUS = 2
 """GPUs that are planned for where neither their number nor that of nodes is given."""
 

@@ -60,7 +60,7 @@ def test_shards_of_other_cases_do_not_go_without_a_word(
     preprocess(small_cases(2, 1), tmp_path, GRID, SPACING)
     assert "replaces" not in caplog.text
     preprocess(small_cases(2, 1), tmp_path, GRID, tuple(2 * size for size in SPACING))
-    assert "holds 2 shards of other cases or settings, which this run replaces" in caplog.text
+    assert "holds 2 shards of other cases, settings or code, which this run replaces" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["index.json", "manifest.json"])
