@@ -82,6 +82,7 @@ METRIC_PACKAGES = (
 _UNFITTED_HERE = FindingThresholds.all_default(
     "0.5: too few cases to fit to, and the model's were fitted on the evaluated split"
 )
+"""Thresholds of an evaluation that can fit none, of a model that knows the evaluated cases."""
 TABLE_FILE = "metrics.md"
 PAGE_FILE = "results.html"
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from rectvlm.checkpoint.checkpoint import (
@@ -54,13 +54,11 @@ def push_model(
         Where it went.
 
     Raises:
-        UserError: the folder is damaged, the repository is public or holds other parts, or there is
-            no access.
+        UserError: the folder is damaged, the name is no `OWNER/NAME`, the repository is public or
+            holds other parts, or there is no access.
     """
-    try:
+    with explain_hub_errors(repository):  # a path would lead out of a folder, too
         validate_repo_id(repository)
-    except HFValidationError:
-        raise UserError(f"{repository!r} is no repository: expected OWNER/NAME.") from None
     checkpoint = Checkpoint.open(folder, "export a model with `rectvlm export` first")
     checkpoint.require_parts(parts)
     parts = parts or checkpoint.parts
